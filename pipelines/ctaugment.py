@@ -1,0 +1,207 @@
+"""CTAugment's policy: which distortions exist, how bins are sampled, how probes move their weights.
+
+ReMixMatch (ICLR 2020), section 3.2.2. The policy's whole state is one array of bin weights,
+`weights: (T, 2, 17) float64`, for T transformations of at most two parameters of at most 17 bins each.
+Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are in
+`transformations.py`; both files follow the one table below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MAX_PARAMETERS = 2
+MAX_BINS = 17
+THRESHOLD = 0.8
+DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """A distortion and the number of bins of each of its parameters."""
+
+    name: str
+    bins: tuple[int, ...]
+
+
+TRANSFORMATIONS: tuple[Transformation, ...] = (
+    Transformation("identity", ()),
+    Transformation("autocontrast", (17,)),
+    Transformation("blur", (17,)),
+    Transformation("brightness", (17,)),
+    Transformation("color", (17,)),
+    Transformation("contrast", (17,)),
+    Transformation("cutout", (17,)),
+    Transformation("equalize", (17,)),
+    Transformation("invert", (17,)),
+    Transformation("posterize", (8,)),
+    Transformation("rescale", (17, 6)),
+    Transformation("rotate", (17,)),
+    Transformation("sharpness", (17,)),
+    Transformation("shear_x", (17,)),
+    Transformation("shear_y", (17,)),
+    Transformation("smooth", (17,)),
+    Transformation("solarize", (17,)),
+    Transformation("translate_x", (17,)),
+    Transformation("translate_y", (17,)),
+)
+NAMES: tuple[str, ...] = tuple(t.name for t in TRANSFORMATIONS)
+IDENTITY = NAMES.index("identity")
+
+# bins of each (transformation, parameter), 0 where it has no such parameter: (T, 2) int64
+BINS = np.zeros((len(TRANSFORMATIONS), MAX_PARAMETERS), dtype=np.int64)
+for _row, _transformation in enumerate(TRANSFORMATIONS):
+    BINS[_row, : len(_transformation.bins)] = _transformation.bins
+
+
+def initial_weights() -> np.ndarray:
+    """Bin weights at the start: (T, 2, 17) float64, 1 in every bin that exists, 0 elsewhere."""
+    return (np.arange(MAX_BINS) < BINS[..., None]).astype(np.float64)
+
+
+def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: float = THRESHOLD) -> np.ndarray:
+    """Probability of each bin when a strong view is sampled.
+
+    `m^ = (m + 1 - rho) / max(m + 1 - rho)`, entries below the threshold dropped, then normalised.
+
+    Args:
+        weights: (T, 2, 17) float64 bin weights.
+        decay: rho.
+        threshold: entries of `m^` below it are never drawn.
+
+    Returns:
+        (T, 2, 17) float64; rows of existing parameters sum to 1, the others are 0.
+    """
+    exists = np.arange(MAX_BINS) < BINS[..., None]
+    raised = np.where(exists, weights + (1.0 - decay), 0.0)
+    peak = raised.max(axis=-1, keepdims=True)
+    normalised = np.divide(raised, peak, out=np.zeros_like(raised), where=peak > 0)
+    kept = np.where(normalised >= threshold, normalised, 0.0)
+    total = kept.sum(axis=-1, keepdims=True)
+    return np.divide(kept, total, out=np.zeros_like(kept), where=total > 0)
+
+
+def draw_bins(probabilities: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Bins by inverting the cumulative distribution of each drawn transformation's parameters.
+
+    Args:
+        probabilities: (T, 2, 17) float64, see `bin_probabilities`.
+        ops: (...,) int64, indices into `TRANSFORMATIONS`.
+        uniform: (..., 2) float64 in [0, 1), one number a parameter.
+
+    Returns:
+        (..., 2) int64 bins; -1 where the transformation has no such parameter.
+    """
+    cumulative = np.cumsum(probabilities, axis=-1)
+    # the last bin with any probability closes the interval, whatever the rounding of the sum
+    cumulative = np.where(cumulative >= cumulative[..., -1:], np.inf, cumulative)
+    bins = (uniform[..., None] >= cumulative[ops]).sum(axis=-1)
+    return np.where(BINS[ops] > 0, bins, -1)
+
+
+def update_weights(
+    weights: np.ndarray, ops: np.ndarray, bins: np.ndarray, matches: np.ndarray, decay: float = DECAY
+) -> np.ndarray:
+    """Weights after one step's probes: `m_bin <- rho * m_bin + (1 - rho) * w`, for each bin used, in row order.
+
+    Args:
+        weights: (T, 2, 17) float64; not changed.
+        ops: (B, 2) int64, the probes' transformations.
+        bins: (B, 2, 2) int64, their bins, -1 where there is none.
+        matches: (B,) float, `w = 1 - 1/2 * sum |f_ema(x_probe) - p|`, in [0, 1].
+        decay: rho.
+
+    Returns:
+        (T, 2, 17) float64, a new array.
+    """
+    updated = weights.copy()
+    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order
+    for op_pair, bin_pair, match in zip(ops.tolist(), bins.tolist(), matches.tolist(), strict=True):
+        for op, op_bins in zip(op_pair, bin_pair, strict=True):
+            for parameter, chosen in enumerate(op_bins):
+                if chosen >= 0:
+                    cell = updated[op, parameter]
+                    cell[chosen] = decay * cell[chosen] + (1.0 - decay) * match
+    return updated
+
+
+@dataclass
+class Probes:
+    """One step's probes, waiting for the step in which they may change the weights."""
+
+    step: int
+    ops: np.ndarray  # (B, 2) int64
+    bins: np.ndarray  # (B, 2, 2) int64
+    matches: np.ndarray  # (B,) float32
+
+
+class CTAugmentPolicy:
+    """Bin weights with a fixed delay between a probe and its effect.
+
+    Plans are made ahead of the step that executes them, so the probes of step s first count in the plan of step
+    s + lag. The delay is a number of the configuration and not an accident of timing, which is what lets a
+    resumed run repeat an undisturbed one bit for bit.
+
+    Args:
+        lag: steps from a probe to the first plan that knows it; at least 1.
+        learn: with False weights stay uniform for ever: RandAugment over the same transformations.
+    """
+
+    def __init__(self, lag: int, learn: bool = True) -> None:
+        if lag < 1:
+            raise ValueError(f"lag must be at least 1 step, got {lag}")
+        self.lag = lag
+        self.learn = learn
+        self.weights = initial_weights()  # holds every probe that the plan of the next step may know
+        self.waiting: list[Probes] = []  # younger ones, oldest first
+
+    def weights_for(self, step: int) -> np.ndarray:
+        """Bin weights for the plan of `step`: every probe of steps up to `step - lag`, none later.
+
+        Changes nothing, so plans may be made ahead and, after a restart, made again.
+
+        Returns:
+            (T, 2, 17) float64; must not be changed.
+        """
+        weights = self.weights
+        for probes in self.waiting:
+            if probes.step <= step - self.lag:
+                weights = update_weights(weights, probes.ops, probes.bins, probes.matches)
+        return weights
+
+    def observe(self, step: int, ops: np.ndarray, bins: np.ndarray, matches: np.ndarray) -> None:
+        """Hands in the probes of a finished step; steps come in order, none left out.
+
+        Args:
+            step: the step that ran them.
+            ops: (B, 2) int64.
+            bins: (B, 2, 2) int64, -1 where there is none.
+            matches: (B,) float32.
+        """
+        if not self.learn:
+            return
+        self.waiting.append(Probes(step, ops, bins, matches))
+        self.weights = self.weights_for(step + 1)
+        self.waiting = [probes for probes in self.waiting if probes.step > step + 1 - self.lag]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed policy needs, as arrays and integers."""
+        return {"weights": self.weights, "waiting": [vars(probes) for probes in self.waiting]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.weights = state["weights"]
+        self.waiting = [Probes(**probes) for probes in state["waiting"]]
+
+
+def describe(ops: Iterable[int], levels: np.ndarray) -> str:
+    """Names and levels of one view's transformations, for a caption: `rotate 0.71, blur 0.20`."""
+    parts = []
+    for op, op_levels in zip(ops, levels, strict=True):
+        shown = " ".join(f"{level:.2f}" for level in op_levels[: len(TRANSFORMATIONS[op].bins)])
+        parts.append(f"{NAMES[op]} {shown}".rstrip())
+    return ", ".join(parts)

@@ -1,0 +1,238 @@
+"""The plan: every random number of one training step, as plain arrays, from (seed, step, CTAugment weights).
+
+Numbers come from counter-based Philox streams keyed by seed and purpose and positioned at the step, so no generator
+state is ever kept: step 70 000 can be planned without the 69 999 before it, on any number of ranks, and twice alike.
+
+Views are rows of one list. With B labeled and B unlabeled images and K strong views they are, in blocks of B:
+
+    x_strong | u_weak | u_1 | ... | u_K | x_probe
+
+The first K + 2 blocks are the mixup pool (ReMixMatch, algorithm 1), the last one feeds CTAugment. Without unlabeled
+data (`unlabeled_images=0`) the blocks are x_strong and x_probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+
+from pipelines import ctaugment
+
+# one Philox stream a purpose: what one of them draws never moves another
+_LABELED_ORDER, _UNLABELED_ORDER, _WEAK, _STRONG, _PROBE, _MIXUP, _ROTATION = range(7)
+OPS_PER_VIEW = 2
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """What a plan is drawn for; the same for every step of a run.
+
+    Attributes:
+        batch: B, labeled images a step over all ranks, and as many unlabeled ones.
+        k: K, strong views of an unlabeled image; at least 1.
+        labeled_images: size of the labeled set.
+        unlabeled_images: size of the unlabeled set; 0 trains on labeled images alone.
+        max_shift: largest weak translation, in pixels, along each axis.
+        flip: whether weak views may be mirrored.
+        augment: False leaves strong views with their weak augmentation only.
+        mixup_alpha: both parameters of mixup's Beta distribution.
+    """
+
+    batch: int
+    k: int
+    labeled_images: int
+    unlabeled_images: int
+    max_shift: int
+    flip: bool
+    augment: bool = True
+    mixup_alpha: float = 0.75
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of B rows in the mixup pool: K + 2, or 1 without unlabeled data."""
+        return self.k + 2 if self.unlabeled_images else 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of B view rows: the pool's and the probes'."""
+        return self.pool_blocks + 1
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """How each view row is made from its image; V rows.
+
+    Attributes:
+        image: (V,) int64, row of the labeled set for x blocks, of the unlabeled set for u blocks.
+        labeled: (V,) bool, which of the two sets.
+        shift: (V, 2) int32, weak translation (dy, dx) in pixels.
+        flip: (V,) int32, 1 where the image is mirrored.
+        ops: (V, 2) int32, indices into `ctaugment.TRANSFORMATIONS`, applied left to right.
+        levels: (V, 2, 2) float32 in [0, 1), level of each parameter; 0 where there is none.
+        centre: (V, 2, 2) float32 in [0, 1), cutout's centre (y, x) as a fraction of the sides.
+    """
+
+    image: np.ndarray
+    labeled: np.ndarray
+    shift: np.ndarray
+    flip: np.ndarray
+    ops: np.ndarray
+    levels: np.ndarray
+    centre: np.ndarray
+
+    def rows(self, rows: np.ndarray) -> ViewPlan:
+        """The plan of some of the rows, in the order given."""
+        return ViewPlan(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every random number of one step.
+
+    Attributes:
+        step: the step it is for.
+        labeled: (B,) int64, rows of the labeled set.
+        unlabeled: (B,) int64, rows of the unlabeled set; empty without unlabeled data.
+        views: B * blocks view rows, in the order of the module's docstring.
+        lam: (P,) float32 in [0.5, 1], one mixup coefficient a pool row.
+        perm: (P,) int64, partner of each pool row.
+        turns: (B,) int64, quarter turns of each u_1 for the rotation task, a quarter of the batch each.
+        probe_ops: (B, 2) int64, transformations of the probes.
+        probe_bins: (B, 2, 2) int64, their bins, -1 where there is no such parameter.
+    """
+
+    step: int
+    labeled: np.ndarray
+    unlabeled: np.ndarray
+    views: ViewPlan
+    lam: np.ndarray
+    perm: np.ndarray
+    turns: np.ndarray
+    probe_ops: np.ndarray
+    probe_bins: np.ndarray
+
+
+def stream(seed: int, purpose: int, position: int) -> np.random.Generator:
+    """A generator that depends on nothing but its three arguments.
+
+    The position goes to the top word of Philox's counter, which no single step's draws can reach from below.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(seed: int, purpose: int, epoch: int, images: int) -> np.ndarray:
+    return stream(seed, purpose, epoch).permutation(images)
+
+
+def drawn_images(seed: int, purpose: int, step: int, batch: int, images: int) -> np.ndarray:
+    """Rows of a data set for one step: epochs in a fresh random order each, cut into batches without gaps.
+
+    Returns:
+        (batch,) int64; over any whole epoch every image comes exactly once.
+    """
+    position = step * batch + np.arange(batch)
+    epochs = position // images
+    rows = np.empty(batch, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = _epoch_order(seed, purpose, int(epoch), images)[position[here] % images]
+    return rows
+
+
+def _draw_ops(rng: np.random.Generator, rows: int, probabilities: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Two transformations a row, bins, levels and cutout centres: see `ViewPlan` and `Plan` for shapes."""
+    ops = rng.integers(len(ctaugment.TRANSFORMATIONS), size=(rows, OPS_PER_VIEW))
+    uniform = rng.random((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS))
+    bins = ctaugment.draw_bins(probabilities, ops, uniform)
+    inside = rng.random(bins.shape)
+    levels = np.where(bins >= 0, (bins + inside) / np.maximum(ctaugment.BINS[ops], 1), 0.0)
+    # float32 rounds the last sliver of the last bin up to 1, which would name a bin that does not exist
+    levels = np.minimum(levels.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
+    centre = rng.random((rows, OPS_PER_VIEW, 2), dtype=np.float32)
+    return ops, bins, levels, centre
+
+
+def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan:
+    """Draws one step: a pure function of its arguments.
+
+    Args:
+        spec: what to draw for.
+        seed: the run's seed, at least 0.
+        step: counted from 0.
+        weights: (T, 2, 17) float64, CTAugment's bin weights (`ctaugment.initial_weights` for RandAugment).
+
+    Returns:
+        The step's plan, over the global batch: ranks execute rows of it and draw nothing themselves.
+    """
+    batch, rows = spec.batch, spec.batch * spec.blocks
+    pool = batch * spec.pool_blocks
+    labeled = drawn_images(seed, _LABELED_ORDER, step, batch, spec.labeled_images)
+    unlabeled = np.empty(0, dtype=np.int64)
+    if spec.unlabeled_images:
+        unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, batch, spec.unlabeled_images)
+
+    weak = stream(seed, _WEAK, step)
+    shift = weak.integers(-spec.max_shift, spec.max_shift, size=(rows, 2), dtype=np.int32, endpoint=True)
+    flip = weak.integers(2, size=rows, dtype=np.int32) * np.int32(spec.flip)
+
+    ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int64)
+    levels = np.zeros((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS), dtype=np.float32)
+    centre = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
+    block = np.arange(rows) // batch
+    strong = (block != 1) & (block < spec.pool_blocks)
+    if spec.augment:
+        drawn = _draw_ops(
+            stream(seed, _STRONG, step), int(strong.sum()), ctaugment.bin_probabilities(weights)
+        )
+        ops[strong], _, levels[strong], centre[strong] = drawn
+    # probes draw from all bins alike, whatever the weights: that is how a dropped bin can come back
+    uniform_bins = ctaugment.bin_probabilities(ctaugment.initial_weights())
+    probe_ops, probe_bins, probe_levels, probe_centre = _draw_ops(
+        stream(seed, _PROBE, step), batch, uniform_bins
+    )
+    ops[pool:], levels[pool:], centre[pool:] = probe_ops, probe_levels, probe_centre
+
+    mixup = stream(seed, _MIXUP, step)
+    lam = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool)
+    is_labeled = (block == 0) | (block == spec.pool_blocks)
+    return Plan(
+        step=step,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        views=ViewPlan(
+            image=np.where(
+                is_labeled,
+                np.tile(labeled, spec.blocks),
+                np.tile(unlabeled if spec.unlabeled_images else labeled, spec.blocks),
+            ),
+            labeled=is_labeled,
+            shift=shift,
+            flip=flip,
+            ops=ops.astype(np.int32),
+            levels=levels,
+            centre=centre,
+        ),
+        lam=np.maximum(lam, 1.0 - lam).astype(np.float32),
+        perm=mixup.permutation(pool),
+        turns=stream(seed, _ROTATION, step).permutation(np.arange(batch) % 4),
+        probe_ops=probe_ops,
+        probe_bins=probe_bins,
+    )
+
+
+def rank_rows(blocks: int, batch: int, rank: int, ranks: int) -> np.ndarray:
+    """View rows that one rank executes: images r, r + R, ... of every block, block by block.
+
+    Returns:
+        (blocks * batch / ranks,) int64.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    if batch % ranks:
+        raise ValueError(f"a global batch of {batch} cannot be shared by {ranks} ranks; take a multiple of {ranks}")
+    images = np.arange(rank, batch, ranks)
+    return (np.arange(blocks)[:, None] * batch + images).reshape(-1)
