@@ -1,0 +1,35 @@
+# `make run` and `make test` each set up what they need; neither needs the other.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_ARGS ?= digits-40
+
+.PHONY: run test test-gpu lint results clean
+
+# rebuilt when a requirement or a tested version changes
+$(VENV)/installed: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: $(VENV)/installed
+	$(BIN)/remixmatch train $(RUN_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# every figure of the README's table: three presets and LabelSpreading, five seeds each
+results: $(VENV)/installed
+	$(BIN)/remixmatch bench digits
+	$(BIN)/remixmatch bench report
+
+clean:
+	rm -rf $(VENV) build *.egg-info

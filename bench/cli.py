@@ -1,0 +1,27 @@
+"""`remixmatch bench NAME`: one entry a bench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tyro
+
+from bench import digits, report
+from engine.errors import UserError
+
+BENCHES = {
+    "digits": (digits.DigitsOptions, digits.main),
+    "report": (report.ReportOptions, report.main),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the bench that the first word names.
+
+    Raises:
+        UserError: no such bench.
+    """
+    if not argv or argv[0] not in BENCHES:
+        raise UserError(f"bench takes one of {', '.join(BENCHES)}")
+    options, bench = BENCHES[argv[0]]
+    bench(tyro.cli(options, prog=f"remixmatch bench {argv[0]}", args=list(argv[1:])))  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""The training engine: configuration, networks, the step, the trainer and the command line."""

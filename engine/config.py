@@ -1,0 +1,224 @@
+"""Configuration of a run, and the presets.
+
+Every field is a flag of `remixmatch train` with its help and default. A run is its configuration: two runs with equal
+configurations on one machine are equal bit for bit, and a run resumes only under the configuration that it began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import UserError
+from pipelines.datasets import DATASETS
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained, on what, and how. Paper: ReMixMatch (ICLR 2020), section 4 and appendix."""
+
+    preset: str = "digits-40"
+    """Name of the preset that the other fields started from."""
+    dataset: str = "digits"
+    """Data set, a key of pipelines.datasets.DATASETS."""
+    method: Literal["remixmatch", "supervised"] = "remixmatch"
+    """'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup."""
+    labels: int = 40
+    """Labeled images, as many of every class."""
+    seed: int = 0
+    """Seed of the label split, the initial weights and every plan."""
+    steps: int = 1000
+    """Training steps. A finished run may be resumed with more of them; nothing else may change."""
+
+    batch: int = 64
+    """B: labeled images a step, and as many unlabeled ones, over all ranks."""
+    k: int = 8
+    """K: strong views of every unlabeled image."""
+    temperature: float = 0.5
+    """T of the sharpening."""
+    align: bool = True
+    """Distribution alignment of the guessed labels."""
+    w_u: float = 1.5
+    """Weight of the mixed unlabeled rows' cross-entropy."""
+    w_u1: float = 0.5
+    """Weight of the cross-entropy of u_1, one strong view unmixed."""
+    w_rot: float = 0.5
+    """Weight of the rotation task."""
+    ramp_kimg: float = 1024.0
+    """Labeled images, in units of 1024, over which w_u and w_u1 rise linearly from 0."""
+    mixup_alpha: float = 0.75
+    """Both parameters of mixup's Beta distribution."""
+
+    augment: Literal["ctaugment", "randaugment", "none"] = "ctaugment"
+    """Strong augmentation: learned bins, uniform bins, or weak augmentation only."""
+    max_shift: int = 4
+    """Largest translation of a weak view, in pixels."""
+    flip: bool = True
+    """Whether weak views may be mirrored."""
+    lag: int = 4
+    """Steps between a CTAugment probe and the first plan that its outcome moves."""
+    prefetch: int = 2
+    """Steps whose views are made ahead; less than lag."""
+    view_threads: int = 1
+    """Threads of the view pipeline."""
+
+    scales: int = 3
+    """Groups of residual blocks; each after the first halves the resolution and doubles the width."""
+    blocks: int = 4
+    """Residual blocks a group."""
+    width: int = 32
+    """Channels of the first group."""
+    bn: Literal["joint", "split"] = "joint"
+    """Batch norm over all training rows at once, or over interleaved groups as the paper's separate passes."""
+    bn_groups: int = 1
+    """With bn=split: parts into which each pass of B rows is cut; a multiple of the number of ranks."""
+    bn_momentum: float = 0.001
+    """Momentum of the running statistics, in PyTorch's convention."""
+
+    lr: float = 0.002
+    """Adam's learning rate, constant."""
+    weight_decay: float = 0.02
+    """Kernels shrink by 1 - weight_decay * lr a step; biases and batch norm do not."""
+    ema_decay: float = 0.999
+    """Decay of the averaged network, which is the one evaluated."""
+    marginal_decay: float = 0.999
+    """Decay of the running label marginal p(y)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast precision of the network; auto is bf16 on a GPU and fp32 on a CPU."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+    eval_every: int = 1024
+    """Steps between evaluations of the averaged network on the test images."""
+    log_every: int = 64
+    """Steps between rows of metrics."""
+    checkpoint_every: int = 1024
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 3
+    """Checkpoints kept."""
+
+    @property
+    def unlabeled(self) -> bool:
+        """Whether the method looks at unlabeled images."""
+        return self.method != "supervised"
+
+
+_DIGITS = Config(
+    dataset="digits",
+    batch=32,
+    k=2,
+    steps=1000,
+    ramp_kimg=8.0,
+    max_shift=2,
+    flip=False,
+    blocks=1,
+    width=16,
+    bn_momentum=0.02,
+    ema_decay=0.99,
+    eval_every=10,
+    log_every=10,
+    checkpoint_every=100,
+)
+
+PRESETS: dict[str, Config] = {
+    "digits-40": dataclasses.replace(_DIGITS, preset="digits-40", labels=40),
+    "digits-10": dataclasses.replace(_DIGITS, preset="digits-10", labels=10),
+    "digits-40-supervised": dataclasses.replace(
+        _DIGITS, preset="digits-40-supervised", labels=40, method="supervised"
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The preset of that name.
+
+    Raises:
+        UserError: there is none; names the nearest.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
+    raise UserError(f"unknown preset '{name}'; {hint}")
+
+
+def validate(config: Config, ranks: int = 1) -> None:
+    """Checks what can be checked without data.
+
+    Raises:
+        UserError: a value that cannot work, with the values that can.
+    """
+    least = {
+        "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_threads": 1,
+        "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "eval_every": 1, "log_every": 1,
+        "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0, "weight_decay": 0,
+    }  # fmt: skip
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:
+            raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
+    for name in ("temperature", "mixup_alpha", "lr", "ramp_kimg"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")
+    for name in ("bn_momentum", "ema_decay", "marginal_decay"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
+    if config.dataset not in DATASETS:
+        raise UserError(f"unknown data set '{config.dataset}'; there are {', '.join(DATASETS)}")
+    if config.lag <= config.prefetch:
+        raise UserError(
+            f"--lag must exceed --prefetch, since plans are made {config.prefetch} steps ahead of their probes; "
+            f"got lag {config.lag} and prefetch {config.prefetch}"
+        )
+    if config.batch % ranks:
+        raise UserError(f"--batch {config.batch} cannot be shared by {ranks} ranks; take a multiple of {ranks}")
+    if config.bn == "split":
+        if config.bn_groups % ranks or config.batch % config.bn_groups:
+            raise UserError(
+                f"--bn-groups must be a multiple of the {ranks} ranks and divide --batch {config.batch}, "
+                f"got {config.bn_groups}"
+            )
+        if config.unlabeled and config.batch // config.bn_groups < config.k + 2:
+            raise UserError(
+                f"--bn split needs at least K + 2 = {config.k + 2} rows a group so that each holds labeled and "
+                f"unlabeled rows; {config.batch} rows in {config.bn_groups} groups are {config.batch // config.bn_groups}"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def config_json(config: Config) -> str:
+    """A configuration as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def load_config(path: Path) -> Config:
+    """Reads a file that holds what `config_json` gave.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or is of another version of the engine.
+    """
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return Config(**values)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} holds no run: there is no {path.name} in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not a configuration of this version: {error}") from None
+
+
+def changed_fields(old: Config, new: Config) -> list[str]:
+    """Names and values of the fields that differ, for a message: `k 8 -> 4`."""
+    return [
+        f"{field.name} {getattr(old, field.name)} -> {getattr(new, field.name)}"
+        for field in dataclasses.fields(Config)
+        if getattr(old, field.name) != getattr(new, field.name)
+    ]

@@ -1,0 +1,57 @@
+"""Evaluation and prediction with the averaged network."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.step import GREY_MEAN, GREY_STD
+from kernels.assemble import assemble_batch
+
+REPORTED_EVALUATIONS = 20
+
+
+@torch.no_grad()
+def class_logits(network: nn.Module, images: np.ndarray, device: torch.device, rows: int = 512) -> Tensor:
+    """Logits of unaugmented images, in fp32.
+
+    Args:
+        network: in evaluation mode.
+        images: (N, H, W, 3) uint8.
+        device: the network's.
+        rows: images a pass.
+
+    Returns:
+        (N, L) float32 on the device.
+    """
+    assert not network.training
+    mean = torch.full((3,), GREY_MEAN, device=device)
+    std = torch.full((3,), GREY_STD, device=device)
+    parts = []
+    for start in range(0, len(images), rows):
+        views = torch.from_numpy(images[start : start + rows]).to(device)
+        own = torch.arange(len(views), device=device)
+        batch = assemble_batch(
+            views, own, own, torch.ones(len(views), device=device), torch.zeros_like(own), mean, std, torch.float32
+        )
+        parts.append(network(batch)[0])
+    return torch.cat(parts)
+
+
+def evaluate(
+    network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device
+) -> tuple[float, float]:
+    """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels."""
+    logits = class_logits(network, images, device)
+    truth = torch.from_numpy(labels).to(device)
+    accuracy = 100.0 * (logits.argmax(-1) == truth).double().mean()
+    return accuracy.item(), F.cross_entropy(logits, truth).item()
+
+
+def median_of_last(accuracies: list[float]) -> float:
+    """The paper's reported figure: the median over the last 20 evaluations."""
+    return median(accuracies[-REPORTED_EVALUATIONS:])

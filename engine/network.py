@@ -1,0 +1,166 @@
+"""Wide ResNet with a rotation head, and batch norm over all rows or over groups of them.
+
+The network of ReMixMatch's experiments (Zagoruyko & Komodakis 2016, as Oliver et al. 2018 fix it): pre-activation,
+leaky ReLU of slope 0.1, first convolution of 16 channels. No convolution has a bias: batch norm follows each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SLOPE = 0.1
+_BN_EPS = 1e-3
+
+
+class BatchNorm(nn.Module):
+    """Batch norm whose training statistics are over all rows, or over equal groups of consecutive rows.
+
+    The paper's code runs the training batch in several passes, each with statistics of its own; one pass over groups
+    computes the same. Running statistics move once a pass, by the mean over the groups.
+
+    Args:
+        channels: C.
+        momentum: of the running statistics, in PyTorch's convention.
+        rows_per_group: rows that share statistics; None for all.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, momentum: float, rows_per_group: int | None) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.rows_per_group = rows_per_group
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor, track: bool) -> Tensor:
+        """Normalises (N, C, H, W); in training, `track` says whether running statistics move."""
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS
+            )
+        if self.rows_per_group is None or self.rows_per_group == x.shape[0]:
+            mean, var = (self.running_mean, self.running_var) if track else (None, None)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
+        return self._over_groups(x, track)
+
+    def _over_groups(self, x: Tensor, track: bool) -> Tensor:
+        assert self.rows_per_group is not None
+        grouped = x.float().unflatten(0, (-1, self.rows_per_group))  # (G, n, C, H, W)
+        var, mean = torch.var_mean(grouped, dim=(1, 3, 4), correction=0, keepdim=True)
+        if track:
+            with torch.no_grad():
+                count = grouped[0].numel() // grouped.shape[2]
+                unbiased = var.mean(0).flatten() * (count / (count - 1))
+                self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+                self.running_var.lerp_(unbiased, self.momentum)
+        scale = torch.rsqrt(var + _BN_EPS) * self.weight[:, None, None]
+        shift = self.bias[:, None, None] - mean * scale
+        return (grouped * scale + shift).flatten(0, 1).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and leaky ReLU, around a shortcut."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        activate_first: bool,
+        momentum: float,
+        rows_per_group: int | None,
+    ) -> None:
+        super().__init__()
+        self.activate_first = activate_first
+        self.norm1 = BatchNorm(inputs, momentum, rows_per_group)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm2 = BatchNorm(outputs, momentum, rows_per_group)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor, track: bool) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        activated = F.leaky_relu(self.norm1(x, track), _SLOPE)
+        residual = self.conv1(activated)
+        residual = self.conv2(F.leaky_relu(self.norm2(residual, track), _SLOPE))
+        carried = activated if self.activate_first else x
+        if self.shortcut is not None:
+            carried = self.shortcut(carried)
+        return carried + residual
+
+
+class WideResNet(nn.Module):
+    """`scales` groups of `blocks` residual blocks of widths w, 2w, 4w, ..., global mean, two linear heads.
+
+    WRN-28-2 is (scales=3, blocks=4, width=32), WRN-37-2 is (4, 4, 64).
+
+    Args:
+        classes: L.
+        scales: groups of blocks; stride 2 from the second on.
+        blocks: residual blocks a group.
+        width: channels of the first group.
+        seed: of the initial weights.
+        bn_momentum: see `BatchNorm`.
+        rows_per_group: see `BatchNorm`.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        scales: int = 3,
+        blocks: int = 4,
+        width: int = 32,
+        seed: int = 0,
+        bn_momentum: float = 0.001,
+        rows_per_group: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.body = nn.ModuleList()
+        channels = 16
+        for scale in range(scales):
+            for block in range(blocks):
+                stride = 2 if scale > 0 and block == 0 else 1
+                first = scale == 0 and block == 0
+                outputs = width << scale
+                self.body.append(
+                    ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group)
+                )
+                channels = outputs
+        self.norm = BatchNorm(channels, bn_momentum, rows_per_group)
+        self.head = nn.Linear(channels, classes)
+        self.rotation_head = nn.Linear(channels, 4)
+        self._initialise(torch.Generator().manual_seed(seed))
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out), generator=generator)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, track: bool = True) -> tuple[Tensor, Tensor]:
+        """Classifies images.
+
+        Args:
+            images: (N, 3, H, W) normalised, channels-last in memory.
+            track: in training, whether running statistics of batch norm move.
+
+        Returns:
+            (N, L) class logits and (N, 4) rotation logits.
+        """
+        x = self.stem(images)
+        for block in self.body:
+            x = block(x, track)
+        features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))
+        return self.head(features), self.rotation_head(features)

@@ -1,0 +1,103 @@
+"""The two pictures of a run: its curves, and a grid of its views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+
+from pipelines.ctaugment import describe
+from pipelines.plan import make_plan
+from pipelines.views import ViewPipeline
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+GRID_ROWS = 6
+GRID_STRONG = 8
+
+
+def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
+    """Draws test accuracy, losses, and alignment over the steps.
+
+    Args:
+        metrics: rows as `progress.read_metrics` gives them.
+        path: of the PNG.
+    """
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        rows = [row for row in metrics if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    axes[0].plot(*series("test_accuracy"))
+    axes[0].set(title="test accuracy of the averaged network", xlabel="step", ylabel="%")
+    for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot"):
+        axes[1].plot(*series(name), label=name)
+    axes[1].set(title="losses", xlabel="step")
+    axes[1].legend()
+    labels = {
+        "alignment_gap": "|p(y) - p~(y)| / 2",
+        "confidence": "confidence of the guesses",
+        "probe_match": "match of CTAugment's probes",
+    }
+    for name, label in labels.items():
+        axes[2].plot(*series(name), label=label)
+    axes[2].set(title="alignment, confidence, probes", xlabel="step", ylim=(0, 1))
+    axes[2].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_views(trainer: Trainer, path: Path) -> None:
+    """Draws the first unlabeled images of the run's last step: image, weak view, and strong views with their names.
+
+    Labeled images and their strong view where the method has no unlabeled ones.
+
+    Args:
+        trainer: after its last step.
+        path: of the PNG.
+    """
+    spec, config = trainer.spec, trainer.config
+    images = trainer.data.train_images if spec.unlabeled_images else trainer.data.train_images[trainer.split]
+    plan = make_plan(spec, config.seed, trainer.step, trainer.policy.weights_for(trainer.step))
+    weak, first = (1, 2) if spec.unlabeled_images else (None, 0)
+    shown = min(GRID_ROWS, spec.batch)
+    strong = min(GRID_STRONG, config.k if spec.unlabeled_images else 1)
+    blocks = ([weak] if weak else []) + list(range(first, first + strong))
+    rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
+    chosen = plan.views.rows(rows)
+    pipeline = ViewPipeline(
+        trainer.data.train_images[trainer.split],
+        trainer.data.train_images if spec.unlabeled_images else None,
+        rows=len(rows),
+        max_shift=spec.max_shift,
+    )
+    try:
+        pipeline.submit(chosen)
+        views = pipeline.collect().numpy().reshape(len(blocks), shown, *images.shape[1:])
+    finally:
+        pipeline.close()
+
+    columns = 1 + len(blocks)
+    figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), layout="constrained")
+    axes = np.asarray(axes).reshape(shown, columns)
+    for row in range(shown):
+        axes[row, 0].imshow(images[chosen.image[row]])
+        axes[row, 0].set_title("image" if row == 0 else "", fontsize=8)
+        for column, block in enumerate(blocks):
+            axis = axes[row, column + 1]
+            axis.imshow(views[column, row])
+            number = column * shown + row
+            caption = "weak" if block == weak else describe(chosen.ops[number], chosen.levels[number])
+            axis.set_title(caption.replace(", ", "\n"), fontsize=7)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,284 @@
+"""One training step of ReMixMatch, in the order of the paper's algorithm 1.
+
+Symbols as in the paper: B labeled and B unlabeled images over all ranks, K strong views, L classes, R ranks. Images
+arrive as uint8 views that are already augmented, every random number as a tensor of the plan; nothing in here draws or
+waits for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from engine import distribution
+from engine.config import Config
+from engine.network import WideResNet
+from engine.rows import Rows, StepPlan
+from kernels.assemble import assemble_batch
+from kernels.guess import guess_labels
+
+RING_ROWS = 128
+GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
+METRICS = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "confidence", "alignment_gap", "probe_match")
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and writes, and all that a checkpoint keeps.
+
+    Attributes:
+        network: f, in training mode.
+        average: f_ema, in evaluation mode.
+        optimizer: over the parameters of `network`.
+        ring: (128, L) float32, batch means of q of the last 128 steps.
+        label_marginal: (L,) float32, running p(y).
+        step: () int64, steps done.
+    """
+
+    network: WideResNet
+    average: WideResNet
+    optimizer: torch.optim.Optimizer
+    ring: Tensor
+    label_marginal: Tensor
+    step: Tensor
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values."""
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ring": self.ring,
+            "label_marginal": self.label_marginal,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes back what `state_dict` gave."""
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ring.copy_(state["ring"])
+        self.label_marginal.copy_(state["label_marginal"])
+        self.step.copy_(state["step"])
+
+
+def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Splits parameters into kernels of convolutions and linear layers, which decay, and the others, which do not."""
+    kernels = [p for p in network.parameters() if p.ndim > 1]
+    return kernels, [p for p in network.parameters() if p.ndim <= 1]
+
+
+def make_state(config: Config, classes: int, ranks: int, device: torch.device) -> TrainState:
+    """The state before the first step: equal networks, a uniform ring and a uniform label marginal."""
+
+    def build() -> WideResNet:
+        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+        network = WideResNet(
+            classes,
+            config.scales,
+            config.blocks,
+            config.width,
+            config.seed,
+            config.bn_momentum,
+            rows_per_group,
+        )
+        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    network, average = build(), build().eval().requires_grad_(False)
+    kernels, others = decayed_parameters(network)
+    groups = [
+        {"params": kernels, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return TrainState(
+        network=network,
+        average=average,
+        optimizer=torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True),
+        ring=torch.full((RING_ROWS, classes), 1.0 / classes, device=device),
+        label_marginal=torch.full((classes,), 1.0 / classes, device=device),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """A step's data on the device: one rank's views, and `StepPlan`'s arrays as tensors.
+
+    Attributes:
+        views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
+    """
+
+    views: Tensor
+    source: Tensor
+    partner: Tensor
+    lam: Tensor
+    turns: Tensor
+    target: Tensor
+    partner_target: Tensor
+    labels: Tensor
+
+    @classmethod
+    def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device) -> StepInput:
+        """Copies a step's plan beside its views."""
+        arrays = {
+            name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in vars(plan).items()
+        }
+        return cls(views=views.to(device, non_blocking=True), **arrays)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step tells the host.
+
+    Attributes:
+        metrics: (8,) float32, the means over the global batch that `METRICS` names.
+        matches: (B,) float32, CTAugment's w of every labeled image, in the order of the batch.
+    """
+
+    metrics: Tensor
+    matches: Tensor
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with soft targets, mean over rows: (N, L) logits, (N, L) probabilities to ()."""
+    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+class Step:
+    """The step of one run: what never changes between steps, bound to the function that does the work.
+
+    Args:
+        config: the run's configuration.
+        state: changed in place by every call.
+        rows: this rank's rows.
+        precision: dtype of the network's input and of autocast; float32 switches autocast off.
+    """
+
+    def __init__(self, config: Config, state: TrainState, rows: Rows, precision: torch.dtype) -> None:
+        self.config = config
+        self.state = state
+        self.precision = precision
+        device = state.ring.device
+        self.device = device
+
+        def on_device(array) -> Tensor:  # noqa: ANN001
+            return torch.from_numpy(array).to(device)
+
+        self.images = on_device(rows.images)
+        self.guess_order = on_device(rows.guess_order)
+        self.labeled_rows, self.unlabeled_rows = on_device(rows.labeled), on_device(rows.unlabeled)
+        self.share = len(rows.images)  # B / R
+        self.pool = len(rows.pool)
+        self.mean = torch.full((3,), GREY_MEAN, device=device)
+        self.std = torch.full((3,), GREY_STD, device=device)
+        self.update_average = get_ema_multi_avg_fn(config.ema_decay)
+        self.infer: nn.Module = state.network
+        self.train: nn.Module = state.network
+        if config.compile:
+            self.infer = self.train = torch.compile(state.network)  # type: ignore[assignment]
+        if distribution.ranks() > 1:
+            # 1.5 M parameters are one bucket; the loss of some configurations leaves a head without a gradient
+            self.train = DistributedDataParallel(
+                self.train, broadcast_buffers=False, static_graph=True, bucket_cap_mb=64
+            )
+
+    def __call__(self, data: StepInput) -> StepOutput:
+        """Trains one step and changes the state in place.
+
+        Args:
+            data: this rank's views and numbers.
+
+        Returns:
+            Metrics and probe matches of the global batch, still on the device.
+        """
+        c, state = self.config, self.state
+        classes = state.ring.shape[1]
+        autocast = torch.autocast(
+            self.device.type, self.precision, enabled=self.precision is not torch.float32
+        )
+
+        # 1. Views, and 5. mixup of the images: from uint8 to the network's rows in one pass
+        views = distribution.gather(data.views)  # (V, H, W, 3) uint8
+        rows = assemble_batch(
+            views,
+            data.source,
+            data.partner,
+            data.lam,
+            data.turns,
+            self.mean,
+            self.std,
+            self.precision,
+        )  # (N, 3, H, W)
+        trained, probes = rows[: -self.share], rows[-self.share :]
+        one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
+
+        # 2.-4. Guess, distribution alignment, sharpening: one target for all K + 1 views of an image
+        if c.unlabeled:
+            trained, weak = trained[: -self.share], trained[-self.share :]
+            with torch.no_grad(), autocast:
+                q_logits, _ = self.infer(weak, track=False)
+            q_logits = distribution.gather(q_logits.float())[self.guess_order]  # (B, L)
+            guesses = guess_labels(
+                q_logits,
+                state.ring,
+                state.step % RING_ROWS,
+                state.label_marginal,
+                c.temperature,
+                c.align,
+            )  # (B, L)
+            known = torch.cat([one_hot, guesses])
+        else:
+            guesses = known = one_hot
+
+        # 5. Mixup of the targets
+        lam = data.lam[: self.pool, None]
+        targets = lam * known[data.target] + (1 - lam) * known[data.partner_target]  # (P / R, L)
+
+        # 9. CTAugment's probes, on the averaged network
+        with torch.no_grad(), autocast:
+            probe_logits, _ = state.average(probes)
+        misses = probe_logits.float().softmax(-1) - one_hot[self.images]
+        matches = distribution.gather(1 - misses.abs().sum(-1) / 2)[self.guess_order]  # (B,)
+
+        # 6. Losses
+        with autocast:
+            logits, rotation_logits = self.train(trained)
+        loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
+        loss_u = loss_u1 = loss_rot = torch.zeros_like(loss_x)
+        loss = loss_x
+        if c.unlabeled:
+            ramp = (state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
+            u1 = slice(self.pool, self.pool + self.share)
+            turned = slice(self.pool + self.share, self.pool + 2 * self.share)
+            loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
+            loss_u1 = soft_cross_entropy(logits[u1], guesses[self.images])
+            loss_rot = F.cross_entropy(rotation_logits[turned].float(), data.turns[turned])
+            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+
+        # 7. Update
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=False)
+
+        # 8. Average; running statistics come from the live network
+        with torch.no_grad():
+            distribution.mean_buffers(state.network)
+            self.update_average(list(state.average.parameters()), list(state.network.parameters()), 0)
+            torch._foreach_copy_(list(state.average.buffers()), list(state.network.buffers()))
+
+            # 3. The marginals that the next step will read (the ring's row is written with the guess)
+            alignment_gap = (state.label_marginal - state.ring.mean(0)).abs().sum() / 2
+            state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
+            state.step += 1
+            metrics = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
+            confidence = guesses.amax(-1).mean()
+            metrics = torch.cat(
+                [distribution.mean(metrics), torch.stack([confidence, alignment_gap, matches.mean()])]
+            )
+        return StepOutput(metrics, matches)

@@ -1,0 +1,35 @@
+"""Packaging of remixmatch-engine."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="remixmatch-engine",
+    version="0.1.0",
+    description="Fast, faithful GPU training engine for ReMixMatch",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=["engine", "kernels", "pipelines", "bench"],
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "torchvision>=0.26",
+        "nvidia-dali-cuda130>=2.1",
+        "numpy>=2.0",
+        "pillow>=11",
+        "scikit-learn>=1.6",
+        "tyro>=0.9",
+        "rich>=13",
+        "tensorboard>=2.18",
+        "safetensors>=0.5",
+        "matplotlib>=3.9",
+    ],
+    extras_require={"dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13"]},
+    entry_points={
+        "console_scripts": ["remixmatch=engine.cli:main"],
+        # commands of packages above the engine, which it finds by name and never imports
+        "remixmatch.commands": ["bench=bench.cli:main"],
+    },
+)

@@ -1,0 +1,128 @@
+"""CTAugment's policy against the formulas of the specification."""
+
+import numpy as np
+import pytest
+
+from pipelines import ctaugment
+from pipelines.ctaugment import CTAugmentPolicy, bin_probabilities, draw_bins, initial_weights, update_weights
+
+ROTATE, POSTERIZE, RESCALE = (ctaugment.NAMES.index(n) for n in ("rotate", "posterize", "rescale"))
+
+
+def test_table_has_eighteen_transformations_and_the_identity():
+    assert len(set(ctaugment.NAMES)) == 19
+    assert [t.bins for t in ctaugment.TRANSFORMATIONS].count((17,)) == 16
+    assert ctaugment.TRANSFORMATIONS[POSTERIZE].bins == (8,)
+    assert ctaugment.TRANSFORMATIONS[RESCALE].bins == (17, 6)
+    assert ctaugment.TRANSFORMATIONS[ctaugment.IDENTITY].bins == ()
+
+
+def test_all_weights_start_at_one():
+    weights = initial_weights()
+    assert weights.sum() == 16 * 17 + 8 + 17 + 6
+    assert set(np.unique(weights)) == {0.0, 1.0}
+
+
+def test_probabilities_at_the_start_are_uniform_over_existing_bins():
+    probabilities = bin_probabilities(initial_weights())
+    np.testing.assert_allclose(probabilities[ROTATE, 0], 1 / 17)
+    np.testing.assert_allclose(probabilities[POSTERIZE, 0, :8], 1 / 8)
+    assert not probabilities[POSTERIZE, 0, 8:].any() and not probabilities[POSTERIZE, 1].any()
+    np.testing.assert_allclose(probabilities[RESCALE, 1, :6], 1 / 6)
+    assert not probabilities[ctaugment.IDENTITY].any()
+
+
+def test_threshold_drops_bins_below_eight_tenths_of_the_peak():
+    weights = initial_weights()
+    # m^ = (m + 0.01) / (1 + 0.01)
+    weights[ROTATE, 0, 0] = 0.8 * 1.01 - 0.01 - 1e-9  # just under
+    weights[ROTATE, 0, 1] = 0.8 * 1.01 - 0.01 + 1e-9  # just over
+    weights[ROTATE, 0, 2] = 0.9
+    p = bin_probabilities(weights)[ROTATE, 0]
+    kept = np.array([0.0, 0.8, 0.91 / 1.01] + [1.0] * 14)
+    np.testing.assert_allclose(p, kept / kept.sum(), atol=1e-8)
+
+
+def test_draws_follow_the_probabilities_and_never_a_dropped_bin():
+    weights = initial_weights()
+    weights[ROTATE, 0, [0, 16]] = 0.1
+    weights[ROTATE, 0, 5] = 0.85
+    probabilities = bin_probabilities(weights)
+    uniform = np.random.default_rng(0).random((200_000, 2))
+    bins = draw_bins(probabilities, np.full(200_000, ROTATE), uniform)
+    assert (bins[:, 1] == -1).all()
+    frequency = np.bincount(bins[:, 0], minlength=17) / 200_000
+    assert frequency[0] == frequency[16] == 0
+    np.testing.assert_allclose(frequency, probabilities[ROTATE, 0], atol=0.003)
+
+
+def test_the_ends_of_the_unit_interval_draw_existing_bins():
+    probabilities = bin_probabilities(initial_weights())
+    ends = np.array([[0.0, 0.0], [np.nextafter(1, 0)] * 2])
+    for op, transformation in enumerate(ctaugment.TRANSFORMATIONS):
+        bins = draw_bins(probabilities, np.array([op, op]), ends)
+        for parameter in range(2):
+            if parameter < len(transformation.bins):
+                assert bins[:, parameter].tolist() == [0, transformation.bins[parameter] - 1]
+            else:
+                assert bins[:, parameter].tolist() == [-1, -1]
+
+
+def test_update_moves_only_used_bins_and_in_row_order():
+    ops = np.array([[ROTATE, RESCALE], [ctaugment.IDENTITY, ROTATE]])
+    bins = np.array([[[3, -1], [2, 5]], [[-1, -1], [3, -1]]])
+    before = initial_weights()
+    after = update_weights(before, ops, bins, np.array([0.2, 0.6], np.float32))
+    assert (before == initial_weights()).all()
+    once = 0.99 * 1 + 0.01 * np.float32(0.2)
+    assert after[ROTATE, 0, 3] == pytest.approx(0.99 * once + 0.01 * np.float32(0.6))
+    assert after[RESCALE, 0, 2] == after[RESCALE, 1, 5] == pytest.approx(once)
+    assert (after != before).sum() == 3
+
+
+def probes(step):
+    return dict(
+        step=step,
+        ops=np.array([[ROTATE, ctaugment.IDENTITY]]),
+        bins=np.array([[[step % 17, -1], [-1, -1]]]),
+        matches=np.array([0.5], np.float32),
+    )
+
+
+def test_a_probe_counts_lag_steps_later_and_not_before():
+    policy = CTAugmentPolicy(lag=3)
+    for step in range(6):
+        policy.observe(**probes(step))
+        for planned in range(step + 1, step + 4):  # plans that may be made by now
+            moved = (policy.weights_for(planned)[ROTATE, 0] < 1).sum()
+            assert moved == max(0, planned - 3 + 1)
+
+
+def test_a_resumed_policy_goes_on_as_the_first():
+    policy, resumed = CTAugmentPolicy(lag=4), CTAugmentPolicy(lag=4)
+    for step in range(7):
+        policy.observe(**probes(step))
+        policy.weights_for(step + 3)  # a plan made ahead leaves no trace
+    resumed.load_state_dict(policy.state_dict())
+    for step in range(7, 12):
+        for one in (policy, resumed):
+            one.observe(**probes(step))
+        np.testing.assert_array_equal(policy.weights_for(step + 2), resumed.weights_for(step + 2))
+    assert len(policy.waiting) == 3
+
+
+def test_without_learning_weights_stay_uniform():
+    policy = CTAugmentPolicy(lag=1, learn=False)
+    policy.observe(**probes(0))
+    np.testing.assert_array_equal(policy.weights_for(9), initial_weights())
+
+
+def test_lag_under_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        CTAugmentPolicy(lag=0)
+
+
+def test_descriptions_name_transformations_and_levels():
+    levels = np.array([[0.5, 0.0], [0.25, 0.75]])
+    assert ctaugment.describe([ROTATE, RESCALE], levels) == "rotate 0.50, rescale 0.25 0.75"
+    assert ctaugment.describe([ctaugment.IDENTITY], levels[:1]) == "identity"

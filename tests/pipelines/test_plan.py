@@ -1,0 +1,146 @@
+"""The plan: pure, complete, distributed as the specification says, and the same for any number of ranks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pipelines import ctaugment
+from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_rows
+
+SPEC = PlanSpec(batch=16, k=3, labeled_images=40, unlabeled_images=1000, max_shift=2, flip=True)
+WEIGHTS = ctaugment.initial_weights()
+
+
+def arrays(plan):
+    """Every array of a plan, by name."""
+    found = {name: value for name, value in vars(plan).items() if isinstance(value, np.ndarray)}
+    return found | {f"views.{name}": value for name, value in vars(plan.views).items()}
+
+
+def test_plan_is_a_pure_function_of_seed_step_and_weights():
+    first = arrays(make_plan(SPEC, seed=3, step=70_000, weights=WEIGHTS))
+    make_plan(SPEC, seed=3, step=5, weights=WEIGHTS)  # nothing drawn in between may matter
+    again = arrays(make_plan(SPEC, seed=3, step=70_000, weights=WEIGHTS))
+    assert first.keys() == again.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name], err_msg=name)
+
+
+@pytest.mark.parametrize("other", [dict(seed=4, step=9), dict(seed=3, step=10)])
+def test_other_seed_or_step_draws_other_numbers(other):
+    first = arrays(make_plan(SPEC, seed=3, step=9, weights=WEIGHTS))
+    second = arrays(make_plan(SPEC, weights=WEIGHTS, **other))
+    for name in ("lam", "perm", "turns", "labeled", "unlabeled", "probe_ops", "views.shift", "views.flip", "views.ops"):
+        assert not np.array_equal(first[name], second[name]), name
+
+
+def test_weights_move_strong_views_and_nothing_else():
+    weights = WEIGHTS.copy()
+    weights[1:, :, 1:] *= 0.1  # only the first bin of everything stays above the threshold
+    first = arrays(make_plan(SPEC, seed=0, step=0, weights=WEIGHTS))
+    second = arrays(make_plan(SPEC, seed=0, step=0, weights=weights))
+    assert {name for name in first if not np.array_equal(first[name], second[name])} == {"views.levels"}
+    probes = SPEC.batch * SPEC.pool_blocks
+    np.testing.assert_array_equal(first["views.levels"][probes:], second["views.levels"][probes:])
+    strong = second["views.levels"][2 * SPEC.batch : probes]
+    bins = ctaugment.BINS[second["views.ops"][2 * SPEC.batch : probes]]
+    assert (strong[bins > 0] < 1 / bins[bins > 0]).all()
+
+
+def test_blocks_of_views():
+    plan = make_plan(SPEC, seed=0, step=2, weights=WEIGHTS)
+    views, batch = plan.views, SPEC.batch
+    assert len(views.image) == batch * (SPEC.k + 3)
+    blocks = views.image.reshape(SPEC.k + 3, batch)
+    labeled = views.labeled.reshape(SPEC.k + 3, batch)
+    for block in (0, SPEC.k + 2):  # x_strong, x_probe
+        np.testing.assert_array_equal(blocks[block], plan.labeled)
+        assert labeled[block].all()
+    for block in range(1, SPEC.k + 2):  # u_weak, u_1 .. u_K
+        np.testing.assert_array_equal(blocks[block], plan.unlabeled)
+        assert not labeled[block].any()
+    ops = views.ops.reshape(SPEC.k + 3, batch, 2)
+    assert (ops[1] == ctaugment.IDENTITY).all()
+    assert all((ops[block] != ctaugment.IDENTITY).mean() > 0.7 for block in range(SPEC.k + 3) if block != 1)
+    np.testing.assert_array_equal(ops[-1], plan.probe_ops)
+    assert np.abs(views.shift).max() == SPEC.max_shift
+    # every strong view is a weak view drawn anew
+    assert not np.array_equal(views.shift[2 * batch : 3 * batch], views.shift[3 * batch : 4 * batch])
+
+
+def test_without_unlabeled_data_there_are_two_blocks():
+    spec = dataclasses.replace(SPEC, unlabeled_images=0)
+    plan = make_plan(spec, seed=0, step=0, weights=WEIGHTS)
+    assert plan.views.labeled.all() and len(plan.views.image) == 2 * spec.batch
+    assert len(plan.lam) == len(plan.perm) == spec.batch and not len(plan.unlabeled)
+
+
+def test_no_strong_augmentation_still_probes():
+    plan = make_plan(dataclasses.replace(SPEC, augment=False), seed=0, step=0, weights=WEIGHTS)
+    pool = SPEC.batch * SPEC.pool_blocks
+    assert (plan.views.ops[:pool] == ctaugment.IDENTITY).all()
+    assert (plan.views.ops[pool:] != ctaugment.IDENTITY).any()
+
+
+def test_no_flip_and_no_shift():
+    plan = make_plan(dataclasses.replace(SPEC, flip=False, max_shift=0), seed=0, step=0, weights=WEIGHTS)
+    assert not plan.views.flip.any() and not plan.views.shift.any()
+
+
+def test_mixup_numbers():
+    lam = np.concatenate([make_plan(SPEC, 0, step, WEIGHTS).lam for step in range(60)])
+    assert lam.dtype == np.float32 and lam.min() >= 0.5 and lam.max() <= 1.0
+    # max(lam, 1 - lam) of Beta(a, a) folds the density about 1/2: mean 1/2 + E|lam - 1/2|
+    reference = np.random.default_rng(0).beta(0.75, 0.75, 400_000)
+    assert abs(lam.mean() - np.maximum(reference, 1 - reference).mean()) < 0.01
+    plan = make_plan(SPEC, 0, 0, WEIGHTS)
+    np.testing.assert_array_equal(np.sort(plan.perm), np.arange(SPEC.batch * (SPEC.k + 2)))
+
+
+def test_a_quarter_of_the_batch_for_each_turn():
+    for step in range(5):
+        turns = make_plan(SPEC, 0, step, WEIGHTS).turns
+        np.testing.assert_array_equal(np.bincount(turns, minlength=4), [4, 4, 4, 4])
+
+
+@pytest.mark.parametrize(("batch", "images"), [(16, 40), (64, 10), (7, 7), (5, 1437)])
+def test_each_epoch_shows_every_image_once(batch, images):
+    steps = 3 * images // batch + 2
+    drawn = np.concatenate([drawn_images(1, 0, step, batch, images) for step in range(steps)])
+    epochs = drawn[: 3 * images].reshape(3, images)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(images))
+    if images > 7:
+        assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_levels_lie_in_the_drawn_bins():
+    plan = make_plan(dataclasses.replace(SPEC, batch=256), 0, 0, WEIGHTS)
+    levels = plan.views.levels[-256:]
+    exists = plan.probe_bins >= 0
+    bins = ctaugment.BINS[plan.probe_ops]
+    assert levels.dtype == np.float32 and (levels < 1).all() and (levels >= 0).all()
+    position = levels[exists] * bins[exists] - plan.probe_bins[exists]
+    assert position.min() > -1e-5 and position.max() < 1 + 1e-5
+    assert (levels[~exists] == 0).all()
+    assert exists.sum() == (bins > 0).sum()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_share_the_rows_of_one_plan(ranks):
+    plan = make_plan(SPEC, 0, 3, WEIGHTS)
+    shares = [rank_rows(SPEC.blocks, SPEC.batch, rank, ranks) for rank in range(ranks)]
+    together = np.concatenate(shares)
+    np.testing.assert_array_equal(np.sort(together), np.arange(len(plan.views.image)))
+    for rank, share in enumerate(shares):
+        assert set(share % SPEC.batch) == set(range(rank, SPEC.batch, ranks))
+        part = plan.views.rows(share)
+        assert isinstance(part, ViewPlan)
+        np.testing.assert_array_equal(part.image, plan.views.image[share])
+        np.testing.assert_array_equal(part.levels, plan.views.levels[share])
+
+
+def test_uneven_ranks_are_refused():
+    with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
+        rank_rows(4, 16, 0, 3)
