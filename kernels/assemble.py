@@ -1,0 +1,249 @@
+"""Assembling the network's input: mixup, rotation, normalisation, cast and layout, in one pass over views.
+
+ReMixMatch (arXiv 1911.09785), section 3.3; the mixup is MixMatch's (arXiv 1905.02249, section 3.3).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+_BATCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assemble_batch(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Write the network's input batch from stored views (paper, section 3.3: mixup and rotations).
+
+    Row n is `rot90(lam[n] * norm(views[source[n]]) + (1 - lam[n]) * norm(views[partner[n]]), turns[n])` with
+    `norm(x) = (x - mean) / std` by channel and rot90 counter-clockwise, as `numpy.rot90(image_hwc, k)`.
+    A row with lam = 1, or with partner = source, is the turned source itself, and its partner is not read.
+
+    Args:
+        views: (P, H, W, 3) uint8 contiguous.
+        source: (N,) int64 contiguous, rows of `views` (0..P-1), N >= 1.
+        partner: (N,) int64 contiguous, likewise. A CPU checks the range of both (IndexError), a GPU does not.
+        lam: (N,) float32 contiguous, the weight of the source, 0..1.
+        turns: (N,) int64 contiguous, quarter turns, 0..3. Those by 1 and 3 need H == W. Where H != W, a CPU
+            checks that; a GPU and a compiled graph, which could tell only by a synchronisation, take 1 for 0
+            and 3 for 2.
+        mean: (3,) float32 contiguous, grey levels (0..255).
+        std: (3,) float32 contiguous, grey levels.
+        dtype: float32, bfloat16 or float16, the type of the result; the arithmetic is float32.
+
+    Returns:
+        batch: (N, 3, H, W) `dtype` in torch.channels_last, which is (N, H, W, 3) in memory.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device other than the above, or a turn that needs H == W.
+    """
+    if views.dim() != 4 or views.shape[3] != 3 or views.numel() == 0:
+        raise ValueError(f"views must be (P, H, W, 3) and not empty, got {tuple(views.shape)}")
+    if views.dtype != torch.uint8 or not views.is_contiguous():
+        raise ValueError(
+            f"views must be uint8 and contiguous, got {views.dtype} with strides {tuple(views.stride())}"
+        )
+    if source.dim() != 1 or source.shape[0] < 1:
+        raise ValueError(f"source must be (N >= 1,), got {tuple(source.shape)}")
+    for name, tensor, shape, expected in (
+        ("source", source, source.shape, torch.int64),
+        ("partner", partner, source.shape, torch.int64),
+        ("lam", lam, source.shape, torch.float32),
+        ("turns", turns, source.shape, torch.int64),
+        ("mean", mean, (3,), torch.float32),
+        ("std", std, (3,), torch.float32),
+    ):
+        if tensor.shape != shape or tensor.dtype != expected or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be {tuple(shape)} {expected} contiguous, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tuple(tensor.stride())}"
+            )
+        if tensor.device != views.device:
+            raise ValueError(f"{name} must be on {views.device}, where views is, got {tensor.device}")
+    if dtype not in _BATCH_DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return _assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
+
+
+def assemble_batch_reference(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """State in plain PyTorch what `assemble_batch` computes; same arguments and result, on any device."""
+    height, width = views.shape[1:3]
+    if height != width and bool((turns % 2 != 0).any()):
+        raise ValueError(f"quarter turns need square images, got {height} x {width}; give turns of 0 and 2")
+    return _mix_and_turn(views, source, partner, lam, turns, mean, std, dtype)
+
+
+def _mix_and_turn(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute the twin without its look at the values of `turns`, so that it can be traced for a CPU."""
+    a = (views[source] - mean) / std  # (N, H, W, 3)
+    b = (views[partner] - mean) / std
+    lam = lam.reshape(-1, 1, 1, 1)
+    upright = lam * a + (1 - lam) * b
+    batch = upright
+    square = views.shape[1] == views.shape[2]
+    for k in (1, 2, 3):
+        turned = upright.rot90(k if square else k & 2, dims=(1, 2))
+        batch = torch.where(turns.reshape(-1, 1, 1, 1) == k, turned, batch)
+    return batch.to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+
+
+@triton.jit
+def _write(a, b, weight, mean, std, to, at, inside):
+    """Mix the grey levels `a` and `b` of an image's elements `at`, normalise them and store them at `to`."""
+    scale_0 = 1.0 / tl.load(std)
+    scale_1 = 1.0 / tl.load(std + 1)
+    scale_2 = 1.0 / tl.load(std + 2)
+    shift_0 = tl.load(mean) * scale_0
+    shift_1 = tl.load(mean + 1) * scale_1
+    shift_2 = tl.load(mean + 2) * scale_2
+    channel = at.to(tl.uint32) % 3
+    scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
+    shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
+    # norm is affine and the weights sum to one: mixing first and normalising once is the same.
+    mixed = weight * a.to(tl.float32) + (1.0 - weight) * b.to(tl.float32)
+    tl.store(to + at, (mixed * scale - shift).to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _assemble_kernel(
+    views,  # (P, H, W, 3)
+    source,  # (N,)
+    partner,  # (N,)
+    lam,  # (N,)
+    turns,  # (N,)
+    mean,  # (3,)
+    std,  # (3,)
+    batch,  # (N, H, W, 3) in memory
+    H: tl.constexpr,
+    W: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program writes one chunk of one image; an image's chunks follow one another, so that what the gather
+    # of a turned image reads again (other bytes of the same sectors) is still in L2.
+    SIZE: tl.constexpr = H * W * 3
+    n = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    start = tl.program_id(0) % CHUNKS * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    inside = at < SIZE
+
+    source_row = tl.load(source + n)
+    partner_row = tl.load(partner + n)
+    weight = tl.load(lam + n)
+    turn = tl.load(turns + n) & 3
+    if H != W:
+        turn = turn & 2  # A quarter turn would leave the image.
+    mixes = (weight != 1.0) & (source_row != partner_row)
+    weight = tl.where(mixes, weight, 1.0)
+    partner_size = tl.where(mixes, SIZE, 0)  # A partner without weight is not read.
+
+    # Row offsets in int64: 2 ** 31 bytes are only 14 266 views of 224 x 224.
+    a_row = views + source_row * SIZE
+    b_row = views + partner_row * SIZE
+    to = batch + n * SIZE
+    if turn == 0:
+        # Contiguous: one 128-bit load a thread from each view.
+        a = tl.load(a_row + at, mask=inside, other=0)
+        b = tl.load(b_row + at, mask=at < partner_size, other=0)
+        _write(a, b, weight, mean, std, to, at, inside)
+    else:
+        # Pixel (i, j) of the turned image is pixel first + i * down + j * right of the stored one.
+        first = tl.where(turn == 1, W - 1, tl.where(turn == 2, H * W - 1, (H - 1) * W))
+        down = tl.where(turn == 1, -1, tl.where(turn == 2, -W, 1))
+        right = tl.where(turn == 1, W, tl.where(turn == 2, -1, -W))
+        # Shaped so that neighbouring lanes, not registers of one lane, gather neighbouring bytes: a pixel's
+        # three channels then come in one request. The exchange between lanes, which the wide store needs, is
+        # cheaper than three requests.
+        lane_at = start + tl.arange(0, BLOCK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        pixel = lane_at // 3
+        stored = (first + pixel // W * down + pixel % W * right) * 3 + lane_at % 3
+        a = tl.reshape(tl.load(a_row + stored, mask=lane_at < SIZE, other=0), [BLOCK])
+        b = tl.reshape(tl.load(b_row + stored, mask=lane_at < partner_size, other=0), [BLOCK])
+        _write(a, b, weight, mean, std, to, at, inside)
+
+
+def assemble_parameters(height: int, width: int) -> dict[str, Any]:
+    """Choose the compile-time sizes and the number of warps for images of `height` x `width`."""
+    size = height * width * 3
+    # 16 elements a thread: one 128-bit load from each of the two views. Small images take small blocks, of
+    # which 3 fill a 32 x 32 image exactly; large ones spend less on looking up the row's numbers.
+    block = 1024 if size <= 4096 else 2048
+    return {
+        "H": height,
+        "W": width,
+        "CHUNKS": triton.cdiv(size, block),
+        "BLOCK": block,
+        "num_warps": block // 512,
+    }
+
+
+def launch_assemble_batch(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launch the Triton kernel; arguments and result as for `assemble_batch`, unchecked."""
+    rows = source.shape[0]
+    height, width = views.shape[1:3]
+    parameters = assemble_parameters(height, width)
+    batch = torch.empty(
+        (rows, 3, height, width), dtype=dtype, device=views.device, memory_format=torch.channels_last
+    )
+    wrap_triton(_assemble_kernel)[(rows * parameters["CHUNKS"],)](
+        views, source, partner, lam, turns, mean, std, batch, **parameters
+    )
+    return batch
+
+
+@triton_op("remixmatch::assemble_batch", mutates_args=())
+def _assemble_batch(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    # torch.compile traces this body for whatever device it compiles for, so the choice has to be made here as
+    # well as by the dispatcher below.
+    if views.device.type == "cpu":
+        return _mix_and_turn(views, source, partner, lam, turns, mean, std, dtype)
+    return launch_assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
+
+
+_assemble_batch.register_kernel("cpu")(assemble_batch_reference)

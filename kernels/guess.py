@@ -1,0 +1,255 @@
+"""Label guessing: softmax, distribution alignment, sharpening and the marginal's ring, in one kernel.
+
+ReMixMatch (arXiv 1911.09785), section 3.1; the sharpening is MixMatch's (arXiv 1905.02249, section 3.2).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+EPSILON = 1e-6  # Keeps the ratio of marginals finite for a class that was never seen, or never guessed.
+
+_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TILE = 8192  # Elements of (rows, classes) that one program holds in registers: 32 a thread with 8 warps.
+
+
+def guess_labels(
+    logits: torch.Tensor,
+    ring: torch.Tensor,
+    slot: torch.Tensor,
+    label_marginal: torch.Tensor,
+    temperature: float,
+    align: bool = True,
+) -> torch.Tensor:
+    """Guess the soft label of every unlabeled image and record the batch's marginal (paper, section 3.1).
+
+    With q = softmax(logits), p = `label_marginal` and p~ = the mean of the rows of `ring`:
+    `q~ = Normalize(q * (p + 1e-6) / (p~ + 1e-6))`, `targets = Normalize(q~ ** (1 / temperature))`.
+    The ring is read first; then its row `slot` becomes the mean of q over the batch, before alignment.
+    The batch is the rows given here: for a global marginal over several ranks, give the rows of all of them.
+    No gradient flows through. Results are bitwise the same from call to call. There is no host
+    synchronisation, and a CUDA graph may capture the call.
+
+    Args:
+        logits: (B, L) float32, bfloat16 or float16, B >= 1, L >= 2; elements of a row adjacent.
+        ring: (R, L) float32 contiguous, the marginals of the last R (128) steps, changed in place.
+        slot: () or (1,) int64 in 0..R-1, on the device. A CPU checks its range (IndexError); a GPU, which
+            could tell the host only by a synchronisation, leaves the ring unchanged if it is out of range.
+        label_marginal: (L,) float32 contiguous, p(y) of the labeled examples.
+        temperature: sharpening temperature T > 0 (0.5 in the paper); 1 leaves the distribution as it is.
+        align: False skips the alignment (q~ = q); the ring is updated all the same.
+
+    Returns:
+        targets: (B, L) float32, each row a distribution.
+
+    Raises:
+        ValueError: a shape, dtype, layout, device or temperature other than the above.
+    """
+    if logits.dim() != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be (B >= 1, L >= 2), got {tuple(logits.shape)}")
+    if logits.dtype not in _LOGIT_DTYPES or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits must be float32, bfloat16 or float16 with stride(1) == 1, "
+            f"got {logits.dtype} with strides {tuple(logits.stride())}"
+        )
+    classes = logits.shape[1]
+    if ring.dim() != 2 or ring.shape[1] != classes or ring.dtype != torch.float32 or not ring.is_contiguous():
+        raise ValueError(
+            f"ring must be (R, {classes}) float32 contiguous, got {tuple(ring.shape)} {ring.dtype}"
+        )
+    if slot.numel() != 1 or slot.dtype != torch.int64:
+        raise ValueError(f"slot must be one int64 in a tensor, got {tuple(slot.shape)} {slot.dtype}")
+    if (
+        label_marginal.shape != (classes,)
+        or label_marginal.dtype != torch.float32
+        or not label_marginal.is_contiguous()
+    ):
+        raise ValueError(
+            f"label_marginal must be ({classes},) float32 contiguous, "
+            f"got {tuple(label_marginal.shape)} {label_marginal.dtype}"
+        )
+    if not (logits.device == ring.device == slot.device == label_marginal.device):
+        raise ValueError(
+            f"logits, ring, slot and label_marginal must be on one device, "
+            f"got {logits.device}, {ring.device}, {slot.device} and {label_marginal.device}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return _guess_labels(logits.detach(), ring, slot, label_marginal, temperature, align)
+
+
+def guess_labels_reference(
+    logits: torch.Tensor,
+    ring: torch.Tensor,
+    slot: torch.Tensor,
+    label_marginal: torch.Tensor,
+    temperature: float,
+    align: bool = True,
+) -> torch.Tensor:
+    """State in plain PyTorch what `guess_labels` computes; same arguments and result, on any device."""
+    # In log space, so that peaked logits do not underflow; both normalisations then are the one softmax.
+    log_q = logits.float().log_softmax(dim=1)  # (B, L)
+    marginal = log_q.exp().mean(dim=0, keepdim=True)  # (1, L)
+    if align:
+        log_q = log_q + ((label_marginal + EPSILON) / (ring.mean(dim=0) + EPSILON)).log()
+    ring.index_copy_(0, slot.reshape(1), marginal)
+    return (log_q / temperature).softmax(dim=1)
+
+
+@triton.jit
+def _guess_kernel(
+    logits,  # (B, L), row_stride apart
+    ring,  # (RING, L)
+    slot,  # (1,)
+    label_marginal,  # (L,)
+    targets,  # (B, L)
+    partial,  # (PROGRAMS, L): sums of q over each program's rows
+    finished,  # (1,): how many programs have stored their sums; 0 at the launch
+    batch,
+    row_stride,
+    inverse_temperature,
+    ALIGN: tl.constexpr,
+    EPSILON: tl.constexpr,
+    CLASSES: tl.constexpr,
+    RING: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    classes = tl.arange(0, BLOCK_L)
+    some_rows = tl.arange(0, BLOCK_R)
+    in_batch = rows < batch
+    is_class = classes < CLASSES
+    inside = in_batch[:, None] & is_class[None, :]
+
+    wide_rows = rows[:, None].to(tl.int64)
+    x = tl.load(logits + wide_rows * row_stride + classes[None, :], mask=inside, other=0.0)
+    x = tl.where(is_class[None, :], x.to(tl.float32), -float("inf"))
+    x = x - tl.max(x, axis=1)[:, None]
+    e = tl.exp(x)
+    total = tl.sum(e, axis=1)
+    q_sum = tl.sum(tl.where(in_batch[:, None], e / total[:, None], 0.0), axis=0)  # (BLOCK_L,)
+
+    # log q = x - log(total): a constant of the row, which the last normalisation removes again. Left out.
+    if ALIGN:
+        ring_sum = tl.full([BLOCK_L], 0.0, tl.float32)
+        for start in range(0, RING, BLOCK_R):
+            r = start + some_rows
+            ring_sum += tl.sum(
+                tl.load(
+                    ring + r[:, None] * CLASSES + classes[None, :],
+                    mask=(r < RING)[:, None] & is_class[None, :],
+                    other=0.0,
+                ),
+                axis=0,
+            )
+        p = tl.load(label_marginal + classes, mask=is_class, other=0.0)
+        x += tl.log((p + EPSILON) / (ring_sum / RING + EPSILON))[None, :]
+    x = x * inverse_temperature
+    e = tl.exp(x - tl.max(x, axis=1)[:, None])
+    target = e / tl.sum(e, axis=1)[:, None]
+    tl.store(targets + wide_rows * CLASSES + classes[None, :], target, mask=inside)
+
+    where = tl.load(slot)
+    ring_row = ring + where * CLASSES + classes
+    writable = classes < tl.where((where >= 0) & (where < RING), CLASSES, 0)
+    if PROGRAMS == 1:
+        tl.debug_barrier()  # Every warp has read the ring before any warp writes it.
+        tl.store(ring_row, q_sum / batch, mask=writable)
+    else:
+        # The last program to finish adds up the sums of all, always in the same order: no float atomics. The
+        # barrier puts this program's loads of the ring and its stores of sums before the count, whose release
+        # and acquire put them before whatever the last program does.
+        tl.store(partial + tl.program_id(0) * CLASSES + classes, q_sum, mask=is_class)
+        tl.debug_barrier()
+        if tl.atomic_add(finished, 1, sem="acq_rel") == PROGRAMS - 1:
+            batch_sum = tl.full([BLOCK_L], 0.0, tl.float32)
+            for start in range(0, PROGRAMS, BLOCK_R):
+                r = start + some_rows
+                batch_sum += tl.sum(
+                    tl.load(
+                        partial + r[:, None] * CLASSES + classes[None, :],
+                        mask=(r < PROGRAMS)[:, None] & is_class[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",  # Written by other multiprocessors: from L2, not from this L1.
+                    ),
+                    axis=0,
+                )
+            tl.store(ring_row, batch_sum / batch, mask=writable)
+
+
+def guess_parameters(batch: int, classes: int, ring_rows: int) -> dict[str, Any]:
+    """Choose the compile-time sizes and the number of warps for `batch` rows of `classes` logits."""
+    block_l = max(triton.next_power_of_2(classes), 16)
+    # All rows in one program if they fit (64 rows of 128 classes do): it needs neither scratch nor counter.
+    block_b = min(triton.next_power_of_2(batch), max(_TILE // block_l, 1))
+    block_r = min(triton.next_power_of_2(ring_rows), max(_TILE // block_l, 1))
+    return {
+        "CLASSES": classes,
+        "RING": ring_rows,
+        "BLOCK_B": block_b,
+        "BLOCK_L": block_l,
+        "BLOCK_R": block_r,
+        "PROGRAMS": triton.cdiv(batch, block_b),
+        "num_warps": 8 if max(block_b, block_r) * block_l > _TILE // 4 else 4,
+    }
+
+
+def launch_guess_labels(
+    logits: torch.Tensor,
+    ring: torch.Tensor,
+    slot: torch.Tensor,
+    label_marginal: torch.Tensor,
+    temperature: float,
+    align: bool = True,
+) -> torch.Tensor:
+    """Launch the Triton kernel; arguments and result as for `guess_labels`, unchecked."""
+    batch, classes = logits.shape
+    parameters = guess_parameters(batch, classes, ring.shape[0])
+    programs = parameters["PROGRAMS"]
+    targets = logits.new_empty((batch, classes), dtype=torch.float32)
+    # A single program touches neither of the two: any tensor stands in, and nothing is allocated or zeroed.
+    partial, finished = targets, slot
+    if programs > 1:
+        partial = logits.new_empty((programs, classes), dtype=torch.float32)
+        finished = logits.new_zeros(1, dtype=torch.int32)
+    wrap_triton(_guess_kernel)[(programs,)](
+        logits,
+        ring,
+        slot,
+        label_marginal,
+        targets,
+        partial,
+        finished,
+        batch,
+        logits.stride(0),
+        1.0 / temperature,
+        ALIGN=align,
+        EPSILON=EPSILON,
+        **parameters,
+    )
+    return targets
+
+
+@triton_op("remixmatch::guess_labels", mutates_args={"ring"})
+def _guess_labels(
+    logits: torch.Tensor,
+    ring: torch.Tensor,
+    slot: torch.Tensor,
+    label_marginal: torch.Tensor,
+    temperature: float,
+    align: bool,
+) -> torch.Tensor:
+    # torch.compile traces this body for whatever device it compiles for, so the choice has to be made here as
+    # well as by the dispatcher below.
+    if logits.device.type == "cpu":
+        return guess_labels_reference(logits, ring, slot, label_marginal, temperature, align)
+    return launch_guess_labels(logits, ring, slot, label_marginal, temperature, align)
+
+
+_guess_labels.register_kernel("cpu")(guess_labels_reference)

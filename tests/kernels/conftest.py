@@ -1,0 +1,57 @@
+"""Running a kernel's launcher without a GPU: in Triton's interpreter, or only as far as its arguments."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from interpreter import Interpreter
+from triton.runtime.jit import JITFunction
+
+from kernels import assemble, guess
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Give a function that calls launchers with their kernels in Triton's interpreter."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
+
+
+@dataclass
+class Launch:
+    """One launch as the launcher asked for it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+
+
+@pytest.fixture
+def recorded_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
+    """Give a function that calls a launcher and returns the launch it asked for, without running it."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def record(*args: Any, num_warps: int, **kwargs: Any) -> None:
+                arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+                launches.append(Launch(self.kernel, grid, arguments, num_warps))
+
+            return record
+
+    for module in (guess, assemble):
+        monkeypatch.setattr(module, "wrap_triton", Recorder)
+
+    def launch(launcher: Callable[..., Any], *args: Any) -> Launch:
+        launches.clear()
+        launcher(*args)
+        (launched,) = launches
+        return launched
+
+    return launch

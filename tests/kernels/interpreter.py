@@ -1,0 +1,81 @@
+"""A process that runs launchers in Triton's interpreter, on CPU tensors.
+
+Triton decides for a whole process, when it is imported, whether kernels are compiled or interpreted. The
+tests need both, so the interpreted ones live here: run as a script, this file serves `Interpreter`'s calls.
+"""
+
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+class Interpreter:
+    """Calls functions of the project in a process of its own, started at the first call."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`; changes it makes to tensors among `args` arrive here too."""
+        if self._process is None:
+            path = os.pathsep.join((str(ROOT), *sys.path))
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump((function.__module__, function.__name__, args), self._process.stdin)
+        self._process.stdin.flush()
+        try:
+            result, args_after, error = pickle.load(self._process.stdout)
+        except EOFError:
+            code = self._process.wait()
+            raise RuntimeError(f"the interpreter died in {function.__name__} ({code})") from None
+        if error:
+            raise RuntimeError(f"in the interpreter: {error}")
+        for before, after in zip(args, args_after, strict=True):
+            if isinstance(before, torch.Tensor):
+                before.copy_(after)
+        return result
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.communicate()  # Closes its input, at which it returns.
+
+
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer requests (module, name, arguments) with (result, arguments, error) until they end."""
+    while True:
+        try:
+            module, name, args = pickle.load(requests)
+        except EOFError:
+            return
+        result, error = None, ""
+        try:
+            result = getattr(importlib.import_module(module), name)(*args)
+        except Exception:
+            error = traceback.format_exc()
+        pickle.dump((result, args, error), replies)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # Whatever is printed must not end up among the replies.
+    for module in ("kernels.guess", "kernels.assemble"):
+        # Torch's wrapper is for tracing; not every version lets an interpreted kernel pass.
+        setattr(importlib.import_module(module), "wrap_triton", lambda kernel: kernel)  # noqa: B010
+    serve(sys.stdin.buffer, replies)

@@ -1,0 +1,221 @@
+"""`assemble_batch`: the specification in float64, the PyTorch twin, the kernel and the operator agree."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.assemble import assemble_batch, assemble_batch_reference, launch_assemble_batch
+
+MEAN = (125.3, 123.0, 113.9)
+STD = (63.0, 62.1, 66.7)
+_T = torch.Tensor
+Problem = tuple[_T, _T, _T, _T, _T, _T, _T]  # All arguments but the dtype.
+# Half a unit in the last place of the result's type: what rounding the exact value to nearest may cost.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Before that rounding, float32 arithmetic on grey levels, divided by 60: a few times 255 / 60 * 2**-24.
+ARITHMETIC = 1.5e-6
+
+
+@pytest.fixture(params=["twin", "triton"])
+def implementation(request, interpreter):
+    """Give the twin, then the Triton kernel in the interpreter."""
+    if request.param == "twin":
+        return assemble_batch_reference
+    return partial(interpreter, launch_assemble_batch)
+
+
+def problem(rows, height, width=None, pool=7, device="cpu") -> Problem:
+    """Draw all but the dtype: views (P, H, W, 3), rows of every turn, some lam 1 or 0.5, some own partner."""
+    width = width or height
+    generator = torch.Generator().manual_seed(1000 * height + rows)
+    views = torch.randint(256, (pool, height, width, 3), dtype=torch.uint8, generator=generator)
+    source, partner = torch.randint(pool, (2, rows), generator=generator)
+    lam = torch.rand(rows, generator=generator)
+    lam[2::5] = 1.0
+    lam[3::5] = 0.5
+    partner[4::7] = source[4::7]
+    turns = torch.arange(rows) % 4 if width == height else torch.arange(rows) % 2 * 2
+    mean, std = torch.tensor((MEAN, STD), device=device)
+    views, lam, turns = views.to(device), lam.to(device), turns.to(device)
+    return views, source.to(device), partner.to(device), lam, turns, mean, std
+
+
+def assemble_in_float64(views, source, partner, lam, turns, mean, std):
+    """Compute (N, H, W, 3) row by row, by the formula as it stands and `numpy.rot90`."""
+    views, mean, std = views.double().numpy(), mean.double().numpy(), std.double().numpy()
+    rows = []
+    for i, j, weight, k in zip(source, partner, lam.double(), turns, strict=True):
+        mixed = float(weight) * (views[i] - mean) / std + (1 - float(weight)) * (views[j] - mean) / std
+        rows.append(np.rot90(mixed, int(k)))
+    return np.stack(rows)
+
+
+def assert_assembled(batch, case, dtype, rounding=1.0):
+    """Compare with float64 to within `rounding` times what rounding to nearest may cost."""
+    views, source = case[:2]
+    assert batch.shape == (len(source), 3, *views.shape[1:3]) and batch.dtype == dtype
+    height, width = views.shape[1:3]
+    assert batch.stride() == (3 * height * width, 1, 3 * width, 3)
+    np.testing.assert_allclose(
+        batch.permute(0, 2, 3, 1).double().numpy(),
+        assemble_in_float64(*case),
+        rtol=1.001 * rounding * ROUNDING[dtype],
+        atol=ARITHMETIC,
+    )
+
+
+SIZES = ((1, 5), (3, 13), (5, 29), (16, 21), (28, 10), (32, 37), (37, 8), (96, 4), (224, 2))  # Side, rows.
+
+
+@pytest.mark.parametrize(
+    ("side", "rows", "dtype"),
+    [(*size, torch.float32) for size in SIZES]
+    + [(*size, dtype) for size in (SIZES[2], SIZES[4]) for dtype in (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_specification(implementation, side, rows, dtype):
+    case = problem(rows, side)
+    # The interpreter casts to bfloat16 by cutting off. (A GPU rounds: see test_compile_ahead.)
+    cuts = dtype is torch.bfloat16 and implementation is not assemble_batch_reference
+    assert_assembled(implementation(*case, dtype), case, dtype, rounding=2.0 if cuts else 1.0)
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_unmixed_row_is_its_source(implementation, turn):
+    """With lam = 1, or with itself as partner, a row is exactly its source, whatever partner or lam say."""
+    views, source, _, lam, _, _, _ = problem(12, 8)
+    turns, mean, std = torch.full((12,), turn), torch.zeros(3), torch.ones(3)
+    for partner, weight in ((source.flip(0).contiguous(), torch.ones(12)), (source, lam)):
+        batch = implementation(views, source, partner, weight, turns, mean, std, torch.float32)
+        expected = torch.rot90(views[source], turn, dims=(1, 2)).permute(0, 3, 1, 2).float()
+        if implementation is not assemble_batch_reference:
+            assert torch.equal(batch, expected)
+        else:
+            torch.testing.assert_close(batch, expected, rtol=2.0**-22, atol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (17, 5)])
+def test_half_turn_of_a_rectangle(implementation, height, width):
+    case = problem(6, height, width)
+    assert case[4].unique().tolist() == [0, 2]
+    assert_assembled(implementation(*case, torch.float32), case, torch.float32)
+
+
+def test_quarter_turn_of_a_rectangle(interpreter):
+    """A CPU refuses it; the kernel, which cannot, stays inside the image: it does the half turns only."""
+    views, source, partner, lam, _, mean, std = problem(4, 4, 6)
+    turns = torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="quarter turns need square images, got 4 x 6"):
+        assemble_batch(views, source, partner, lam, turns, mean, std, torch.float32)
+    batch = interpreter(launch_assemble_batch, views, source, partner, lam, turns, mean, std, torch.float32)
+    done = (views, source, partner, lam, torch.tensor([0, 0, 2, 2]), mean, std)
+    assert_assembled(batch, done, torch.float32)
+
+
+@pytest.mark.parametrize("index", [-8, 7])
+def test_index_out_of_range(index):
+    views, source, partner, lam, turns, mean, std = problem(4, 5, pool=7)
+    wrong = torch.full((4,), index)
+    for i, j in ((wrong, partner), (source, wrong)):
+        with pytest.raises(IndexError):
+            assemble_batch(views, i, j, lam, turns, mean, std, torch.float32)
+
+
+def test_operator_is_the_twin_on_a_cpu():
+    case = problem(9, 16)
+    assert torch.equal(assemble_batch(*case, torch.bfloat16), assemble_batch_reference(*case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_operator_registration(width):
+    case = problem(5, 8, width)
+    torch.library.opcheck(torch.ops.remixmatch.assemble_batch.default, (*case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("width", [8, 6])
+def test_compiled(width):
+    case = problem(9, 8, width)
+    compiled = torch.compile(assemble_batch, fullgraph=True, backend="aot_eager")(*case, torch.float32)
+    eager = assemble_batch(*case, torch.float32)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+    assert compiled.stride() == eager.stride()
+
+
+def test_traced_for_a_gpu():
+    """What torch.compile runs before there are any values: the launcher, on tensors that only claim a GPU."""
+    with FakeTensorMode():
+        views = torch.empty(7, 16, 16, 3, dtype=torch.uint8, device="cuda")
+        rows = torch.empty(9, dtype=torch.int64, device="cuda")
+        lam, mean = torch.empty(9, device="cuda"), torch.empty(3, device="cuda")
+        batch = assemble_batch(views, rows, rows, lam, rows, mean, mean, torch.bfloat16)
+    assert batch.shape == (9, 3, 16, 16) and batch.stride() == (768, 1, 48, 3)
+    assert batch.dtype == torch.bfloat16 and batch.device.type == "cuda"
+
+
+NAMES = ("views", "source", "partner", "lam", "turns", "mean", "std")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"views": torch.zeros(7, 5, 5, 4, dtype=torch.uint8)}, r"views must be .*, got \(7, 5, 5, 4\)"),
+        ({"views": torch.zeros(0, 5, 5, 3, dtype=torch.uint8)}, r"not empty, got \(0, 5, 5, 3\)"),
+        ({"views": torch.zeros(7, 5, 5, 3)}, "views must be uint8 and contiguous, got torch.float32"),
+        ({"views": torch.zeros(7, 3, 5, 5, dtype=torch.uint8).permute(0, 2, 3, 1)}, "with strides"),
+        ({"source": torch.zeros(0, dtype=torch.int64)}, r"source must be \(N >= 1,\), got \(0,\)"),
+        ({"source": torch.zeros(4, dtype=torch.int32)}, "source must be .* torch.int64 .* torch.int32"),
+        ({"partner": torch.zeros(5, dtype=torch.int64)}, r"partner must be \(4,\) .* got \(5,\)"),
+        ({"lam": torch.zeros(4, dtype=torch.float64)}, "lam must be .* torch.float32 .* torch.float64"),
+        ({"lam": torch.zeros(8)[::2]}, r"lam must be .* contiguous, .* with strides \(2,\)"),
+        ({"turns": torch.zeros(4)}, "turns must be .* torch.int64"),
+        ({"mean": torch.zeros(1)}, r"mean must be \(3,\) .* got \(1,\)"),
+        ({"std": torch.zeros(3, device="meta")}, "std must be on cpu, where views is, got meta"),
+        ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
+    ],
+)
+def test_errors(change, message):
+    arguments = dict(zip(NAMES, problem(4, 5), strict=True)) | {"dtype": torch.float32}
+    with pytest.raises(ValueError, match=message):
+        assemble_batch(**(arguments | change))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("side", "rows"), [(1, 5), (5, 2000), (28, 100), (32, 768), (96, 100), (224, 16)])
+def test_gpu(side, rows, dtype):
+    case = problem(rows, side, pool=50)
+    batch = assemble_batch(*problem(rows, side, pool=50, device="cuda"), dtype).cpu()
+    assert_assembled(batch, case, dtype)
+    twin = assemble_batch(*case, dtype)
+    # The twin's float32 may lie on the other side of a tie: the results then differ by two roundings.
+    torch.testing.assert_close(batch, twin, rtol=2.002 * ROUNDING[dtype], atol=ARITHMETIC)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_row_beyond_int32():
+    """The last of 15 000 views of 224 x 224 begins more than 2**31 bytes in; so does its result."""
+    views = torch.zeros(15_000, 224, 224, 3, dtype=torch.uint8, device="cuda")
+    views[-1] = torch.arange(224, device="cuda").reshape(224, 1, 1)
+    source = torch.arange(15_000, device="cuda")
+    lam, turns = torch.ones(15_000, device="cuda"), torch.zeros(15_000, dtype=torch.int64, device="cuda")
+    mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+    batch = assemble_batch(views, source, source, lam, turns, mean, std, torch.bfloat16)
+    assert torch.equal(batch[-1].float(), views[-1].permute(2, 0, 1).float())
+    assert not batch[:-1].any()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_compiled():
+    case = problem(64, 32, device="cuda")
+    compiled = torch.compile(assemble_batch, fullgraph=True)(*case, torch.bfloat16)
+    torch.testing.assert_close(compiled, assemble_batch(*case, torch.bfloat16), rtol=0, atol=0)
+    assert compiled.is_contiguous(memory_format=torch.channels_last)
