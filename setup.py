@@ -20,6 +20,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11",
         "scikit-learn>=1.6",
+        "threadpoolctl>=3.5",
         "tyro>=0.9",
         "rich>=13",
         "tensorboard>=2.18",

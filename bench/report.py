@@ -41,9 +41,7 @@ def main(options: ReportOptions) -> None:
         if BEGIN not in text or END not in text:
             raise UserError(f"{options.readme} has no line '{BEGIN}' with '{END}' after it")
         before, rest = text.split(BEGIN, 1)
-        options.readme.write_text(
-            f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8"
-        )
+        options.readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def digits_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -58,7 +56,9 @@ def digits_table(rows: Sequence[dict[str, Any]]) -> str:
         "| method | labels | seeds | test accuracy, % | lowest seed | median of last 20, % | time of a run, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method, variants in sorted(methods.items(), key=lambda item: (-item[1][next(iter(item[1]))][0]["labels"], item[0])):
+    for method, variants in sorted(
+        methods.items(), key=lambda item: (-item[1][next(iter(item[1]))][0]["labels"], item[0])
+    ):
         neighbours, runs = max(variants.items(), key=lambda item: mean(r["test_accuracy"] for r in item[1]))
         name = method if neighbours is None else f"{method.split(',')[0]} of scikit-learn, {neighbours} neighbours"
         accuracies = [r["test_accuracy"] for r in runs]

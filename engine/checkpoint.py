@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,10 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """
     for path in reversed(list_checkpoints(folder)):
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare the checksums
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} has a wrong checksum")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             warn(f"{path} cannot be read ({_first_line(error)}); trying the one before")

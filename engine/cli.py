@@ -5,8 +5,11 @@ A mistake of the user's is one line on stderr and exit code 2, without a traceba
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,8 +102,17 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
 
 
-def _parse(options: Any, command: str, argv: list[str], default: Any = None) -> Any:
-    return tyro.cli(options, prog=f"remixmatch {command}", args=argv, default=default or tyro.MISSING)
+def _parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
+    """Fills a dataclass from flags; tyro's framed complaint becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, **default)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        words = re.sub(r"[\u2500-\u257f]+", " ", complaint.getvalue()).split()
+        raise UserError(" ".join(words)) from None
 
 
 def _train(argv: list[str]) -> None:
@@ -117,17 +129,21 @@ def _train(argv: list[str]) -> None:
     from engine import distribution, run
 
     defaults = TrainOptions(config=preset)
-    options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], defaults)
-    folder = options.out or run.default_folder(options.config, options.resume)
-    if options.resume and (folder / "config.json").exists():
-        # a run goes on as it was begun: only flags that are given can disagree with it
-        begun = configuration.load_config(folder / "config.json")
-        if begun.preset != preset.preset:
-            raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset.preset}")
-        options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], dataclasses.replace(defaults, config=begun))
+    options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
     configuration.validate(options.config)
     distribution.start(run.pick_device(options.config))
     try:
+        folder = options.out or run.default_folder(options.config, options.resume)
+        folder = Path(distribution.agreed(str(folder)))
+        if options.resume and (folder / "config.json").exists():
+            # a run goes on as it was begun: only flags that are given can disagree with it
+            begun = configuration.load_config(folder / "config.json")
+            if begun.preset != preset.preset:
+                raise UserError(
+                    f"{folder} was begun with another configuration: preset {begun.preset} -> {preset.preset}"
+                )
+            defaults = dataclasses.replace(defaults, config=begun)
+            options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
         summary = run.train(options.config, folder, options.resume, options.quiet)
         if distribution.rank() == 0:
             print(
@@ -160,9 +176,7 @@ def _predict(options: PredictOptions) -> None:
     _, data, network, device = run.load_average(options.dir, _warn)
     height, width = data.test_images.shape[1:3]
     images = [predict.read_image(path, height, width, _warn) for path in options.images]
-    for path, probabilities in zip(
-        options.images, predict.probabilities(network, images, device), strict=True
-    ):
+    for path, probabilities in zip(options.images, predict.probabilities(network, images, device), strict=True):
         named = dict(zip(data.classes, probabilities, strict=True))
         best = max(named, key=named.__getitem__)
         if options.json:

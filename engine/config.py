@@ -130,9 +130,7 @@ _DIGITS = Config(
 PRESETS: dict[str, Config] = {
     "digits-40": dataclasses.replace(_DIGITS, preset="digits-40", labels=40),
     "digits-10": dataclasses.replace(_DIGITS, preset="digits-10", labels=10),
-    "digits-40-supervised": dataclasses.replace(
-        _DIGITS, preset="digits-40-supervised", labels=40, method="supervised"
-    ),
+    "digits-40-supervised": dataclasses.replace(_DIGITS, preset="digits-40-supervised", labels=40, method="supervised"),
 }
 
 
@@ -187,7 +185,8 @@ def validate(config: Config, ranks: int = 1) -> None:
         if config.unlabeled and config.batch // config.bn_groups < config.k + 2:
             raise UserError(
                 f"--bn split needs at least K + 2 = {config.k + 2} rows a group so that each holds labeled and "
-                f"unlabeled rows; {config.batch} rows in {config.bn_groups} groups are {config.batch // config.bn_groups}"
+                f"unlabeled rows; --batch {config.batch} in {config.bn_groups} groups gives "
+                f"{config.batch // config.bn_groups}"
             )
 
 

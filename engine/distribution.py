@@ -61,6 +61,14 @@ def mean_buffers(network: nn.Module) -> None:
             buffer.copy_(averaged.view_as(buffer))
 
 
+def agreed(text: str) -> str:
+    """What rank 0 says, on every rank."""
+    said = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    return said[0]
+
+
 def barrier() -> None:
     """Waits for every rank."""
     if dist.is_initialized():

@@ -42,9 +42,7 @@ def class_logits(network: nn.Module, images: np.ndarray, device: torch.device, r
     return torch.cat(parts)
 
 
-def evaluate(
-    network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device
-) -> tuple[float, float]:
+def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
     """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels."""
     logits = class_logits(network, images, device)
     truth = torch.from_numpy(labels).to(device)

@@ -43,9 +43,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, track: bool) -> Tensor:
         """Normalises (N, C, H, W); in training, `track` says whether running statistics move."""
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS)
         if self.rows_per_group is None or self.rows_per_group == x.shape[0]:
             mean, var = (self.running_mean, self.running_var) if track else (None, None)
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
@@ -131,9 +129,7 @@ class WideResNet(nn.Module):
                 stride = 2 if scale > 0 and block == 0 else 1
                 first = scale == 0 and block == 0
                 outputs = width << scale
-                self.body.append(
-                    ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group)
-                )
+                self.body.append(ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group))
                 channels = outputs
         self.norm = BatchNorm(channels, bn_momentum, rows_per_group)
         self.head = nn.Linear(channels, classes)

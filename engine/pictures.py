@@ -14,7 +14,7 @@ from pipelines.plan import make_plan
 from pipelines.views import ViewPipeline
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
+from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

@@ -1,7 +1,7 @@
 """A run's folder: begun, resumed, finished, and read back.
 
-    config.json  split.json  metrics.jsonl  tensorboard/  checkpoints/  summary.json
-    curves.png  views.png  average.safetensors
+config.json  split.json  metrics.jsonl  tensorboard/  checkpoints/  summary.json
+curves.png  views.png  average.safetensors
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
         raise UserError(f"{folder} is a file; --out takes a folder")
     if begun:
         _check_same_run(load_config(folder / "config.json"), config, folder)
+    distribution.barrier()  # every rank has looked at the folder before one of them writes to it
 
     images_per_step = config.batch * (config.k + 4 if config.unlabeled else 1)
     try:

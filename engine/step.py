@@ -91,6 +91,7 @@ def make_state(config: Config, classes: int, ranks: int, device: torch.device) -
         return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     network, average = build(), build().eval().requires_grad_(False)
+    network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
     kernels, others = decayed_parameters(network)
     groups = [
         {"params": kernels, "weight_decay": config.weight_decay},
@@ -126,9 +127,7 @@ class StepInput:
     @classmethod
     def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device) -> StepInput:
         """Copies a step's plan beside its views."""
-        arrays = {
-            name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in vars(plan).items()
-        }
+        arrays = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in vars(plan).items()}
         return cls(views=views.to(device, non_blocking=True), **arrays)
 
 
@@ -167,7 +166,7 @@ class Step:
         device = state.ring.device
         self.device = device
 
-        def on_device(array) -> Tensor:  # noqa: ANN001
+        def on_device(array) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         self.images = on_device(rows.images)
@@ -183,7 +182,7 @@ class Step:
         if config.compile:
             self.infer = self.train = torch.compile(state.network)  # type: ignore[assignment]
         if distribution.ranks() > 1:
-            # 1.5 M parameters are one bucket; the loss of some configurations leaves a head without a gradient
+            # 1.5 M parameters are one bucket
             self.train = DistributedDataParallel(
                 self.train, broadcast_buffers=False, static_graph=True, bucket_cap_mb=64
             )
@@ -199,9 +198,7 @@ class Step:
         """
         c, state = self.config, self.state
         classes = state.ring.shape[1]
-        autocast = torch.autocast(
-            self.device.type, self.precision, enabled=self.precision is not torch.float32
-        )
+        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
 
         # 1. Views, and 5. mixup of the images: from uint8 to the network's rows in one pass
         views = distribution.gather(data.views)  # (V, H, W, 3) uint8
@@ -278,7 +275,5 @@ class Step:
             state.step += 1
             metrics = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
             confidence = guesses.amax(-1).mean()
-            metrics = torch.cat(
-                [distribution.mean(metrics), torch.stack([confidence, alignment_gap, matches.mean()])]
-            )
+            metrics = torch.cat([distribution.mean(metrics), torch.stack([confidence, alignment_gap, matches.mean()])])
         return StepOutput(metrics, matches)

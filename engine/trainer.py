@@ -83,9 +83,7 @@ class Trainer:
         progress: where words to the user go.
     """
 
-    def __init__(
-        self, config: Config, data: DataSet, split: np.ndarray, folder: Path, progress: ProgressLine
-    ) -> None:
+    def __init__(self, config: Config, data: DataSet, split: np.ndarray, folder: Path, progress: ProgressLine) -> None:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         self.device = pick_device(config)
         self.precision = pick_precision(config, self.device)
@@ -229,9 +227,7 @@ class Trainer:
         c, last = self.config, self.step == self.config.steps
         if last or self.step % c.eval_every == 0:
             self._settle(self.step)
-            accuracy, loss = evaluate(
-                self.state.average, self.data.test_images, self.data.test_labels, self.device
-            )
+            accuracy, loss = evaluate(self.state.average, self.data.test_images, self.data.test_labels, self.device)
             self.accuracies.append(accuracy)
             self._shown = {"test %": accuracy}
             if self._log:

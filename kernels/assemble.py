@@ -50,9 +50,7 @@ def assemble_batch(
     if views.dim() != 4 or views.shape[3] != 3 or views.numel() == 0:
         raise ValueError(f"views must be (P, H, W, 3) and not empty, got {tuple(views.shape)}")
     if views.dtype != torch.uint8 or not views.is_contiguous():
-        raise ValueError(
-            f"views must be uint8 and contiguous, got {views.dtype} with strides {tuple(views.stride())}"
-        )
+        raise ValueError(f"views must be uint8 and contiguous, got {views.dtype} with strides {tuple(views.stride())}")
     if source.dim() != 1 or source.shape[0] < 1:
         raise ValueError(f"source must be (N >= 1,), got {tuple(source.shape)}")
     for name, tensor, shape, expected in (
@@ -219,9 +217,7 @@ def launch_assemble_batch(
     rows = source.shape[0]
     height, width = views.shape[1:3]
     parameters = assemble_parameters(height, width)
-    batch = torch.empty(
-        (rows, 3, height, width), dtype=dtype, device=views.device, memory_format=torch.channels_last
-    )
+    batch = torch.empty((rows, 3, height, width), dtype=dtype, device=views.device, memory_format=torch.channels_last)
     wrap_triton(_assemble_kernel)[(rows * parameters["CHUNKS"],)](
         views, source, partner, lam, turns, mean, std, batch, **parameters
     )

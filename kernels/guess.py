@@ -57,9 +57,7 @@ def guess_labels(
         )
     classes = logits.shape[1]
     if ring.dim() != 2 or ring.shape[1] != classes or ring.dtype != torch.float32 or not ring.is_contiguous():
-        raise ValueError(
-            f"ring must be (R, {classes}) float32 contiguous, got {tuple(ring.shape)} {ring.dtype}"
-        )
+        raise ValueError(f"ring must be (R, {classes}) float32 contiguous, got {tuple(ring.shape)} {ring.dtype}")
     if slot.numel() != 1 or slot.dtype != torch.int64:
         raise ValueError(f"slot must be one int64 in a tensor, got {tuple(slot.shape)} {slot.dtype}")
     if (

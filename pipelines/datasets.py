@@ -55,9 +55,7 @@ def digits() -> DataSet:
 
     rng = stream(0, _SPLIT_STREAM, 0)
     test = np.sort(
-        np.concatenate(
-            [rng.permutation(np.flatnonzero(labels == c))[:_DIGITS_TEST_PER_CLASS] for c in range(10)]
-        )
+        np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:_DIGITS_TEST_PER_CLASS] for c in range(10)])
     )
     train = np.setdiff1d(np.arange(len(labels)), test)
     return DataSet(

@@ -184,15 +184,11 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
     block = np.arange(rows) // batch
     strong = (block != 1) & (block < spec.pool_blocks)
     if spec.augment:
-        drawn = _draw_ops(
-            stream(seed, _STRONG, step), int(strong.sum()), ctaugment.bin_probabilities(weights)
-        )
+        drawn = _draw_ops(stream(seed, _STRONG, step), int(strong.sum()), ctaugment.bin_probabilities(weights))
         ops[strong], _, levels[strong], centre[strong] = drawn
     # probes draw from all bins alike, whatever the weights: that is how a dropped bin can come back
     uniform_bins = ctaugment.bin_probabilities(ctaugment.initial_weights())
-    probe_ops, probe_bins, probe_levels, probe_centre = _draw_ops(
-        stream(seed, _PROBE, step), batch, uniform_bins
-    )
+    probe_ops, probe_bins, probe_levels, probe_centre = _draw_ops(stream(seed, _PROBE, step), batch, uniform_bins)
     ops[pool:], levels[pool:], centre[pool:] = probe_ops, probe_levels, probe_centre
 
     mixup = stream(seed, _MIXUP, step)

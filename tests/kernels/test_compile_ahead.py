@@ -77,8 +77,7 @@ def assert_no_spill(compiled, launch, title, folder, capsys):
 
 @pytest.mark.parametrize(
     ("batch", "classes", "architecture"),
-    [(64, classes, architecture) for classes in (10, 1000) for architecture in ARCHITECTURES]
-    + [(64, 100, 90)],
+    [(64, classes, architecture) for classes in (10, 1000) for architecture in ARCHITECTURES] + [(64, 100, 90)],
 )
 def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
     launch = recorded_launch(
@@ -90,9 +89,7 @@ def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
         0.5,
     )
     compiled = compile_launch(launch, architecture)
-    assert_no_spill(
-        compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", tmp_path, capsys
-    )
+    assert_no_spill(compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", tmp_path, capsys)
     ptx = compiled.asm["ptx"]
     # Rings of 100 and 1000 floats a row are read 128 bits at a time; 10 floats are not a multiple of that.
     assert ("ld.global.v4.b32" in ptx) == (classes > 10)

@@ -100,9 +100,7 @@ def test_temperature_and_alignment(implementation, align, temperature):
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (40, 1000)])
 def test_ring(implementation, batch, classes):
     """Only row `slot` changes, to the batch mean of q; the guess sees the ring as it was before."""
-    assert (guess_parameters(batch, classes, RING)["PROGRAMS"] == 1) == (
-        batch == 64
-    )  # Both ways to write the ring.
+    assert (guess_parameters(batch, classes, RING)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write the ring.
     logits, ring, _, label_marginal = problem(batch, classes)
     ring[:] = 1e-9 + 1.0 / classes  # A stale row would stand out: the updated one is far from it.
     targets, _ = guess_in_float64(logits, ring, torch.tensor(0), label_marginal, 0.5)

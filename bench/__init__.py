@@ -1,0 +1,1 @@
+"""Measurements: throughput, kernels, pipelines, scaling, profiles, ablations and their report."""

@@ -1,0 +1,18 @@
+"""A small run that tests change to their needs."""
+
+import dataclasses
+
+import pytest
+
+from engine.config import preset
+
+
+@pytest.fixture
+def tiny():
+    """Makes small configurations: `tiny(k=3)`; a few hundred kilobytes of network, batches of 8."""
+
+    def make(**changes):
+        small = dict(batch=8, k=2, width=4, steps=4, eval_every=2, log_every=1, checkpoint_every=2, device="cpu")
+        return dataclasses.replace(preset("digits-40"), **(small | changes))
+
+    return make

@@ -1,0 +1,78 @@
+"""Presets, and one clear line for every value that cannot work."""
+
+import dataclasses
+
+import pytest
+
+from engine.config import PRESETS, Config, changed_fields, config_json, load_config, preset, validate
+from engine.errors import UserError
+
+
+def test_every_preset_is_valid_and_carries_its_name():
+    for name, config in PRESETS.items():
+        validate(config)
+        assert config.preset == name
+
+
+def test_defaults_are_the_papers():
+    c = Config()
+    assert (c.batch, c.k, c.temperature, c.mixup_alpha) == (64, 8, 0.5, 0.75)
+    assert (c.w_u, c.w_u1, c.w_rot, c.ramp_kimg) == (1.5, 0.5, 0.5, 1024)
+    assert (c.lr, c.weight_decay, c.ema_decay, c.marginal_decay, c.bn_momentum) == (0.002, 0.02, 0.999, 0.999, 0.001)
+    assert (c.scales, c.blocks, c.width, c.bn) == (3, 4, 32, "joint")
+
+
+def test_supervised_differs_from_its_preset_in_the_method_alone():
+    changed = changed_fields(preset("digits-40"), preset("digits-40-supervised"))
+    assert [line.split()[0] for line in changed] == ["preset", "method"]
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean digits-40"):
+        preset("digit-40")
+    with pytest.raises(UserError, match="there are digits-40, digits-10"):
+        preset("zzz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=0), "--k must be at least 1, got 0"),
+        (dict(batch=0), "--batch must be at least 1"),
+        (dict(steps=-1), "--steps must be at least 1"),
+        (dict(temperature=0.0), "--temperature must be more than 0"),
+        (dict(lr=float("nan")), "--lr must be more than 0"),
+        (dict(w_u=float("nan")), "--w-u must be at least 0"),
+        (dict(ema_decay=1.5), "--ema-decay must lie between 0 and 1"),
+        (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
+        (dict(lag=2, prefetch=2), "--lag must exceed --prefetch"),
+        (dict(bn="split", bn_groups=5), "--bn-groups must be a multiple"),
+        (dict(bn="split", bn_groups=16), "at least K \\+ 2 = 4 rows a group"),
+    ],
+)
+def test_values_that_cannot_work(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(dataclasses.replace(preset("digits-40"), **changes))
+
+
+def test_batch_must_be_shared_evenly():
+    with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
+        validate(preset("digits-40"), ranks=3)
+
+
+def test_configuration_survives_the_file(tmp_path):
+    config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7)
+    path = tmp_path / "config.json"
+    path.write_text(config_json(config))
+    assert load_config(path) == config
+    assert changed_fields(config, dataclasses.replace(config, k=4, align=False)) == ["k 2 -> 4", "align True -> False"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"steps": 3, "colour": 1}', "[1]"])
+def test_foreign_configuration(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not a configuration of this version"):
+        load_config(path)
+    with pytest.raises(UserError, match="holds no run"):
+        load_config(tmp_path / "elsewhere" / "config.json")

@@ -1,0 +1,88 @@
+"""The networks of the specification, and batch norm over groups."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine.network import BatchNorm, WideResNet
+
+
+@pytest.mark.parametrize(
+    ("scales", "width", "millions"), [(3, 32, 1.47), (4, 32, 5.93), (4, 64, 23.69)], ids=["28-2", "37-2", "37-2w64"]
+)
+def test_parameter_counts(scales, width, millions):
+    count = sum(p.numel() for p in WideResNet(10, scales, 4, width).parameters())
+    assert round(count / 1e6, 2) == millions
+
+
+def test_shapes_strides_and_heads():
+    network = WideResNet(7, scales=3, blocks=2, width=8)
+    sizes = []
+    network.norm.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
+    logits, turns = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7) and turns.shape == (2, 4)
+    assert sizes == [(2, 32, 8, 8)]
+    assert network.stem.out_channels == 16
+    assert [block.conv1.stride[0] for block in network.body] == [1, 1, 2, 1, 2, 1]
+    assert [block.activate_first for block in network.body] == [True] + [False] * 5
+
+
+def test_initial_weights():
+    network = WideResNet(10, scales=3, blocks=4, width=32, seed=5)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 9000:
+            k, _ = module.kernel_size
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / (k * k * module.out_channels)), rel=0.05)
+        if isinstance(module, nn.Linear):
+            expected = math.sqrt(2 / (module.in_features + module.out_features))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.15)
+            assert not module.bias.any()
+    same, other = WideResNet(10, seed=5).state_dict(), WideResNet(10, seed=6).state_dict()
+    assert all(torch.equal(same[name], value) for name, value in network.state_dict().items())
+    assert not torch.equal(other["stem.weight"], same["stem.weight"])
+
+
+def test_groups_are_separate_passes_in_one():
+    """Statistics, outputs and gradients of one grouped pass against a pass for each group."""
+    torch.manual_seed(0)
+    grouped, single = BatchNorm(5, 0.1, rows_per_group=4), BatchNorm(5, 0.1, None)
+    with torch.no_grad():
+        for p in grouped.parameters():
+            p.normal_()
+        single.load_state_dict(grouped.state_dict())
+    x = torch.randn(12, 5, 3, 3) * 3 + 1
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.randn_like(x)
+    out = grouped(a, True)
+    parts = [single(part, False) for part in b.split(4)]
+    torch.testing.assert_close(out, torch.cat(parts), atol=1e-5, rtol=1e-5)
+    (out * weights).sum().backward()
+    (torch.cat(parts) * weights).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grouped.weight.grad, single.weight.grad, atol=1e-4, rtol=1e-5)
+
+    groups = x.view(3, 4, 5, 3, 3)
+    mean = groups.mean((1, 3, 4)).mean(0)
+    var = groups.var((1, 3, 4)).mean(0)
+    torch.testing.assert_close(grouped.running_mean, 0.1 * mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grouped.running_var, 0.9 + 0.1 * var, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows_per_group", [None, 4])
+def test_untracked_passes_leave_running_statistics_alone(rows_per_group):
+    network = WideResNet(3, 2, 1, 4, rows_per_group=rows_per_group)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network(torch.randn(8, 3, 8, 8), track=False)
+    assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+    network(torch.randn(8, 3, 8, 8))
+    assert not any(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_evaluation_reads_running_statistics():
+    network = WideResNet(3, 2, 1, 4, rows_per_group=4).eval()
+    images = torch.randn(6, 3, 8, 8)
+    together = network(images)[0]
+    alone = torch.cat([network(image[None])[0] for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,244 @@
+"""Whole runs: what they write, resumption bit for bit after SIGKILL, two ranks against one, and full disks."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint, run
+from engine.errors import UserError
+from engine.progress import read_metrics
+from engine.trainer import CHECKPOINTS, Trainer
+
+ROOT = Path(__file__).parents[2]
+TINY_FLAGS = [
+    *("--batch", "8", "--width", "4", "--device", "cpu", "--quiet"),
+    *("--eval-every", "5", "--log-every", "1", "--checkpoint-every", "3"),
+]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "engine", *map(str, arguments)]
+
+
+def final_state(folder):
+    found = checkpoint.load_newest(folder / CHECKPOINTS, pytest.fail)
+    return found.step, found.content
+
+
+def assert_same(a, b, path=""):
+    """Equal bit for bit, through nested containers; train_seconds alone may differ."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key != "train_seconds":
+                assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of 24 steps in a process of its own, nothing done to it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run(
+        command("train", "digits-40", "--steps", 24, "--out", folder, *TINY_FLAGS), cwd=ROOT, check=True, timeout=300
+    )
+    return folder
+
+
+def test_a_run_writes_all_that_it_promises(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "config.json", "split.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json",
+        "curves.png", "views.png", "average.safetensors",
+    }  # fmt: skip
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["preset"] == "digits-40" and summary["seed"] == 0 and summary["labels"] == 40
+    assert summary["k"] == 2 and summary["steps"] == 24 and 0 <= summary["test_accuracy"] <= 100
+    assert summary["train_seconds"] > 0 and summary["images_per_second"] > 0
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] and summary["device"].startswith("CPU")
+    metrics = read_metrics(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 25))
+    accuracies = [row["test_accuracy"] for row in metrics if "test_accuracy" in row]
+    assert len(accuracies) == 5 and accuracies[-1] == summary["test_accuracy"]
+    assert summary["median_last_20"] == sorted(accuracies)[2]
+    split = json.loads((undisturbed / "split.json").read_text())
+    assert len(split["train_rows"]) == 40 and sorted(split["classes"]) == sorted("0123456789" * 4)
+    assert len(checkpoint.list_checkpoints(undisturbed / CHECKPOINTS)) == 3
+    for picture in ("curves.png", "views.png"):
+        assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
+    assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_killed_at_random_moments_and_resumed_the_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    chance = random.Random(1)
+    kills = 0
+    for _ in range(3):
+        metrics, target = folder / "metrics.jsonl", None
+        process = subprocess.Popen(
+            command("train", "digits-40", "--steps", 24, "--out", folder, "--resume", *TINY_FLAGS), cwd=ROOT
+        )
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            rows = read_metrics(metrics)
+            done = max((row["step"] for row in rows), default=0)
+            if target is None and rows:
+                target = min(done + chance.randint(2, 6), 21)
+            if target is not None and done >= target:
+                time.sleep(chance.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3, "each of the three was killed while it trained"
+    saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
+    assert not saved or 0 < checkpoint.load_newest(folder / CHECKPOINTS, pytest.fail).step < 24
+    subprocess.run(
+        command("train", "digits-40", "--steps", 24, "--out", folder, "--resume", *TINY_FLAGS),
+        cwd=ROOT, check=True, timeout=300,
+    )  # fmt: skip
+    assert_same(final_state(undisturbed), final_state(folder))
+    assert read_metrics(folder / "metrics.jsonl") == read_metrics(undisturbed / "metrics.jsonl")
+
+
+def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
+    config = dataclasses.replace(
+        run.load_config(undisturbed / "config.json"), steps=6, prefetch=1
+    )  # other prefetch: plans made at other moments
+    run.train(config, tmp_path / "run", quiet=True)
+    run.train(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True, quiet=True)
+    run.train(dataclasses.replace(config, steps=12), tmp_path / "straight", quiet=True)
+    one, two = final_state(tmp_path / "run")[1], final_state(tmp_path / "straight")[1]
+    assert_same(one["state"], two["state"])  # evaluations differ: step 6 was a last step once
+    assert_same(one["policy"], two["policy"])
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed):
+    before = final_state(undisturbed)
+    run.train(run.load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)
+    assert_same(before, final_state(undisturbed))
+
+
+def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, capfd):
+    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), steps=9)
+    run.train(config, tmp_path / "run", quiet=True)
+    newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    run.train(dataclasses.replace(config, steps=24), tmp_path / "run", resume=True)
+    assert "step-00000009.pt cannot be read" in capfd.readouterr().err
+    assert_same(final_state(undisturbed)[1]["state"], final_state(tmp_path / "run")[1]["state"])
+
+
+def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
+    config = run.load_config(undisturbed / "config.json")
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    with pytest.raises(UserError, match="holds a run already"):
+        run.train(config, undisturbed, quiet=True)
+    with pytest.raises(UserError, match=r"another configuration: k 2 -> 3; lr 0.002 -> 0.1"):
+        run.train(dataclasses.replace(config, k=3, lr=0.1), undisturbed, resume=True, quiet=True)
+    with pytest.raises(UserError, match="may grow, not shrink to 5"):
+        run.train(dataclasses.replace(config, steps=5), undisturbed, resume=True, quiet=True)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    config = tiny(steps=9, checkpoint_every=2)
+    original = Trainer._send_to_host
+
+    def poisoned(self, plan, output):
+        if plan.step == 5:
+            output.metrics[:2] = float("nan")
+        original(self, plan, output)
+
+    monkeypatch.setattr(Trainer, "_send_to_host", poisoned)
+    with pytest.raises(UserError, match=r"diverged at step 5: the loss is not finite \(loss nan, loss_x nan") as error:
+        run.train(config, tmp_path / "run", quiet=True)
+    assert "step-00000004.pt" in str(error.value)
+    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail).step == 4
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    """A learning rate that overflows the parameters: the real thing, nothing patched."""
+    with pytest.raises(UserError, match="training diverged at step"):
+        run.train(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run", quiet=True)
+    found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail)
+    if found:
+        assert all(p.isfinite().all() for p in found.content["state"]["network"].values())
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_the_last_good_checkpoint(undisturbed, tmp_path):
+    """A real full disk: a tmpfs with room for one checkpoint and a little."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a tmpfs here: " + mounted.stderr.decode().strip())
+    try:
+        arguments = ("train", "digits-40", "--steps", 24, "--out", disk / "run", "--keep", 9, *TINY_FLAGS)
+        done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stderr
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and "No space left on device" in lines[0] and "--resume" in lines[0]
+        kept = checkpoint.load_newest(disk / "run" / CHECKPOINTS, pytest.fail)
+        assert kept is not None and kept.step < 24
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        subprocess.run(command(*arguments, "--resume"), cwd=ROOT, check=True, timeout=300)
+        assert_same(final_state(undisturbed)[1]["state"], final_state(disk / "run")[1]["state"])
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("method", ["remixmatch", "supervised"])
+def test_two_ranks_give_the_losses_of_one(tmp_path, method):
+    """Split batch norm over the same groups: gloo's two ranks against one process, losses and parameters."""
+    flags = f"--steps 8 --method {method} --bn split --bn-groups 2 --seed 3 --batch 16".split()
+    flags += [f for f in TINY_FLAGS if f not in ("--batch", "8")]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            command("train", "digits-40", "--out", tmp_path / "two", *flags),
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    subprocess.run(command("train", "digits-40", "--out", tmp_path / "one", *flags), cwd=ROOT, check=True, timeout=300)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 8 + 2
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (a["step"], name)
+    states = [final_state(tmp_path / name)[1] for name in ("one", "two")]
+    for name, value in states[0]["state"]["network"].items():
+        torch.testing.assert_close(value, states[1]["state"]["network"][name], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(states[0]["policy"]["weights"], states[1]["policy"]["weights"], atol=1e-6, rtol=0)
+    assert states[1]["state"]["step"] == 8

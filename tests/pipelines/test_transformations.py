@@ -1,0 +1,175 @@
+"""Every transformation against PIL, in batches of one DALI run a size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from bench import pil_ctaugment
+from pipelines import ctaugment, transformations
+from pipelines.plan import ViewPlan
+from pipelines.views import ViewPipeline
+
+NAMES = ctaugment.NAMES
+BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+LEVELS = (0.0, 0.03, 0.21, 0.25, 0.4999, 0.5, 0.68, 0.83, 0.97, BELOW_ONE)
+CORNERS = ((0.0, 0.0), (BELOW_ONE, BELOW_ONE), (0.0, BELOW_ONE), (BELOW_ONE, 0.5), (0.5, 0.5))
+SIDES = ((16, 16), (32, 32), (96, 96), (20, 31))
+# where a position falls on the edge between two pixels a warp may take the neighbour of PIL's: share of all
+# pixels
+NEIGHBOURS = 0.001
+
+
+@cache
+def pictures(height: int, width: int) -> np.ndarray:
+    """What images may look like, easy and hard: (8, height, width, 3) uint8."""
+    rng = np.random.default_rng(height + width)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    gradient = np.stack([255 * x, 255 * y, 255 * (1 - x * y)], axis=-1)
+    grain = gradient * 0.6 + 50 + rng.normal(0, 12, gradient.shape)
+    waves = 127 + 110 * np.sin(np.stack([9 * x + 4 * y, 5 * y * x, 3 - 8 * y], axis=-1))
+    text = Image.new("RGB", (width, height), (210, 180, 40))
+    ImageDraw.Draw(text).text((1, 0), "Rx7\ngQ", fill=(20, 40, 160))
+    noise = rng.integers(0, 256, gradient.shape)
+    dull = rng.integers(100, 121, gradient.shape)
+    constant = np.broadcast_to([7, 128, 255], gradient.shape)
+    two_valued = np.where((x + y > 0.8)[..., None], [200, 30, 90], [10, 30, 91])
+    kinds = [gradient, grain, waves, np.asarray(text), noise, dull, constant, two_valued]
+    return np.clip(np.stack([np.asarray(kind, dtype=np.float64) for kind in kinds]), 0, 255).astype(np.uint8)
+
+
+@dataclass
+class Compared:
+    """Rows of every transformation, as DALI and as PIL made them."""
+
+    names: np.ndarray  # (V,) of str
+    level: np.ndarray  # (V, 2) float32
+    source: np.ndarray  # (V, H, W, 3) uint8
+    made: np.ndarray  # (V, H, W, 3) uint8
+    expected: np.ndarray  # (V, H, W, 3) uint8
+
+    def difference(self, name: str) -> np.ndarray:
+        rows = self.names == name
+        return np.abs(self.made[rows].astype(int) - self.expected[rows])
+
+
+@cache
+def compared(height: int, width: int, device: str = "cpu") -> Compared:
+    """Every picture through every transformation at every level, as a plan's first round."""
+    images = pictures(height, width)
+    levels = LEVELS if height < 96 else LEVELS[::3]
+    cases = []
+    for op, transformation in enumerate(ctaugment.TRANSFORMATIONS):
+        seconds: tuple = (0.0,)
+        centres: tuple = CORNERS[-1:]
+        if transformation.name == "rescale":
+            seconds = tuple(index / 6 + 0.01 for index in range(6))
+        if transformation.name == "cutout":
+            centres = CORNERS
+        for image in range(len(images)):
+            for level in levels if transformation.bins else levels[:1]:
+                cases += [(op, image, level, second, centre) for second in seconds for centre in centres]
+    ops, image, level, second, centre = (np.array(column) for column in zip(*cases, strict=True))
+    rows = len(cases)
+    both, centre = np.stack([level, second], axis=-1).astype(np.float32), centre.astype(np.float32)
+    pipeline = ViewPipeline(images, None, rows, 0, device=device)
+    pipeline.submit(
+        ViewPlan(
+            image=image,
+            labeled=np.ones(rows, dtype=bool),
+            shift=np.zeros((rows, 2), dtype=np.int32),
+            flip=np.zeros(rows, dtype=np.int32),
+            ops=np.stack([ops, np.full(rows, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
+            levels=np.stack([both, np.zeros_like(both)], axis=1),
+            centre=np.stack([centre, centre], axis=1).astype(np.float32),
+        )
+    )
+    made = pipeline.collect().cpu().numpy()
+    pipeline.close()
+    expected = np.stack(
+        [
+            np.asarray(pil_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_centre))
+            for op, which, row_levels, row_centre in zip(ops, image, both, centre, strict=True)
+        ]
+    )
+    return Compared(np.array(NAMES)[ops], both, images[image], made, expected)
+
+
+def test_every_transformation_is_there_once():
+    assert sorted([*transformations.WARPS, *transformations.REPAINTS, "identity"]) == sorted(NAMES)
+    assert set(pil_ctaugment.FUNCTIONS) == set(NAMES)
+
+
+@pytest.mark.parametrize("height, width", SIDES)
+@pytest.mark.parametrize("name", ["identity", *transformations.REPAINTS])
+def test_points_filters_and_resampling_are_pil_within_a_level(name, height, width):
+    difference = compared(height, width).difference(name)
+    assert difference.size and difference.max() <= 1
+    # the arithmetic is PIL's own, so a level is an exception; rescale's weights are sums of sines
+    assert (difference > 0).mean() <= (0.001 if name == "rescale" else 0.0)
+
+
+@pytest.mark.parametrize("height, width", SIDES)
+@pytest.mark.parametrize("name", transformations.WARPS)
+def test_warps_are_pil_but_for_pixels_between_two(name, height, width):
+    everything = compared(height, width)
+    difference = everything.difference(name).max(axis=-1)
+    assert (difference > 0).mean() <= NEIGHBOURS
+    rows = everything.names == name
+    at_rest = rows & (everything.level[:, 0] == 0.5)
+    np.testing.assert_array_equal(everything.made[at_rest], everything.source[at_rest])
+
+
+@pytest.mark.parametrize("name", ["autocontrast", "blur", "equalize", "invert", "smooth", "rescale"])
+def test_level_zero_changes_nothing(name):
+    everything = compared(32, 32)
+    rows = (everything.names == name) & (everything.level[:, 0] == 0)
+    np.testing.assert_array_equal(everything.made[rows], everything.source[rows])
+
+
+def test_filters_leave_the_border_alone():
+    everything = compared(32, 32)
+    for name, border in (("blur", 2), ("smooth", 1), ("sharpness", 1)):
+        rows = everything.names == name
+        same = everything.made[rows] == everything.source[rows]
+        for edge in (same[:, :border], same[:, -border:], same[:, :, :border], same[:, :, -border:]):
+            assert edge.all()
+        assert not same.all()
+
+
+def test_all_six_filters_of_rescale_are_used():
+    everything = compared(32, 32)
+    rows = (everything.names == "rescale") & (everything.level[:, 0] == np.float32(0.68))
+    made = [everything.made[rows & ((6 * everything.level[:, 1]).astype(int) == index)] for index in range(6)]
+    assert np.array_equal(made[0], made[1]), "NEAREST and BOX are the same when enlarging"
+    assert all(not np.array_equal(made[first], made[first + 1]) for first in range(1, 5))
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_images_smaller_than_a_filter(side):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8))
+    level, second, centre = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
+    given = transformations.Parameters(level, second, centre)
+    for name in transformations.REPAINTS:
+        op = NAMES.index(name)
+        made = transformations.apply(op, images, given).numpy().astype(int)
+        for row in range(3):
+            image = Image.fromarray(images[row].numpy())
+            expected = pil_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
+            assert np.abs(made[row] - np.asarray(expected)).max() <= 1, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_is_pil_as_well(name):
+    difference = compared(32, 32, "gpu").difference(name).max(axis=-1)
+    if name in transformations.WARPS:
+        assert (difference > 0).mean() <= 2 * NEIGHBOURS
+    else:
+        assert difference.max() <= 1
