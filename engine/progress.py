@@ -66,20 +66,17 @@ class ProgressLine:
 
     Args:
         steps: steps of the whole run.
-        images_per_step: images that the network trains on in a step.
         quiet: say nothing.
     """
 
-    def __init__(self, steps: int, images_per_step: int, quiet: bool = False) -> None:
+    def __init__(self, steps: int, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, soft_wrap=True)
-        self._images_per_step = images_per_step
         self._steps = steps
         self._bar: Progress | None = None
-        self._begin = self._last_line = time.monotonic()
-        self._start = 0
 
-    def start(self, step: int) -> None:
-        """Begins to count time, at `step` steps done."""
+    def start(self, step: int, images_per_step: int) -> None:
+        """Begins to count time, at `step` steps done; a step trains the network on so many images."""
+        self._images_per_step = images_per_step
         self._begin = self._last_line = time.monotonic()
         self._start = step
         if self.console.is_terminal and not self.console.quiet:

@@ -64,6 +64,9 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
         split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
     except ValueError as error:
         raise UserError(f"--labels: {error}") from None
+    sides = data.train_images.shape[1:3]
+    if config.max_shift >= min(sides):
+        raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
     pick_device(config)
     begun = (folder / "config.json").exists()
     if begun and not resume:
@@ -74,21 +77,20 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
         _check_same_run(load_config(folder / "config.json"), config, folder)
     distribution.barrier()  # every rank has looked at the folder before one of them writes to it
 
-    images_per_step = config.batch * (config.k + 4 if config.unlabeled else 1)
     try:
         if distribution.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             _write_text(folder / "split.json", _split_json(config, split, data))
             _write_text(folder / "config.json", config_json(config))
         distribution.barrier()
-        progress = ProgressLine(config.steps, images_per_step, quiet or distribution.rank() > 0)
+        progress = ProgressLine(config.steps, quiet or distribution.rank() > 0)
         trainer = Trainer(config, data, split, folder, progress)
         if begun:
             if trainer.resume():
                 progress.say(f"resuming {folder} from step {trainer.step}")
             else:
                 progress.say(f"{folder} has no good checkpoint; starting from step 0")
-        progress.start(trainer.step)
+        progress.start(trainer.step, trainer.images_per_step)
         try:
             trainer.run()
         finally:

@@ -221,7 +221,8 @@ class Trainer:
             if (number + 1) % self.config.log_every == 0:
                 if self._log:
                     self._log.add(number + 1, **values)
-                self.progress.update(number + 1, self._shown | {"loss": values["loss"]})
+                losses = {name: values[name] for name in METRICS[:5]}
+                self.progress.update(number + 1, self._shown | losses)
 
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.config.steps

@@ -44,6 +44,8 @@ def trained(tmp_path_factory):
         (["train", "digits-40", "--k", "0"], "--k must be at least 1, got 0"),
         (["train", "digits-40", "--labels", "45"], "positive multiple of the 10 classes"),
         (["train", "digits-40", "--labels", "2000"], "2000 labels need 200 images of every class, but class 8 has 138"),
+        (["train", "digits-40", "--max-shift", "16"], "--max-shift must be less than the images' 16 pixels"),
+        (["train", "digits-40", "--max-shift", "two"], "invalid literal"),
         (["bench", "nothing"], "bench takes one of"),
     ],
 )
@@ -172,8 +174,8 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
 
 
 def test_progress_says_speed_losses_and_time_left(capfd):
-    line = ProgressLine(steps=10, images_per_step=100)
-    line.start(4)
+    line = ProgressLine(steps=10)
+    line.start(4, images_per_step=100)
     line.update(10, {"loss": 1.25})
     line.close()
     err = capfd.readouterr().err
