@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from bench import records
@@ -53,8 +53,8 @@ def digits_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         methods[row["method"]][row.get("neighbours")].append(row)
     lines = [
-        "| method | labels | seeds | test accuracy, % | lowest seed | median of last 20, % | time of a run, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | labels | seeds | test accuracy, % | lowest seed | median of last 20, % |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for method, variants in sorted(
         methods.items(), key=lambda item: (-item[1][next(iter(item[1]))][0]["labels"], item[0])
@@ -70,7 +70,6 @@ def digits_table(rows: Sequence[dict[str, Any]]) -> str:
             _spread(accuracies),
             f"{min(accuracies):.1f}",
             _spread(medians) if medians else "",
-            f"{median(r['train_seconds'] for r in runs):.3g}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     newest = rows[-1]

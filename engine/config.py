@@ -61,8 +61,10 @@ class Config:
     """Whether weak views may be mirrored."""
     lag: int = 4
     """Steps between a CTAugment probe and the first plan that its outcome moves."""
+    view_steps: int = 1
+    """Steps whose views are made as one batch: small batches cost DALI as much as larger ones."""
     prefetch: int = 2
-    """Steps whose views are made ahead; less than lag."""
+    """Batches of views made ahead; (prefetch + 1) * view_steps may not exceed lag."""
     view_threads: int = 1
     """Threads of the view pipeline."""
 
@@ -124,6 +126,9 @@ _DIGITS = Config(
     width=16,
     bn_momentum=0.02,
     ema_decay=0.99,
+    lag=16,
+    view_steps=8,
+    prefetch=1,
     eval_every=20,
     log_every=20,
     checkpoint_every=250,
@@ -131,7 +136,7 @@ _DIGITS = Config(
 
 PRESETS: dict[str, Config] = {
     "digits-40": dataclasses.replace(_DIGITS, preset="digits-40", labels=40),
-    "digits-10": dataclasses.replace(_DIGITS, preset="digits-10", labels=10),
+    "digits-10": dataclasses.replace(_DIGITS, preset="digits-10", labels=10, steps=1500),
     "digits-40-supervised": dataclasses.replace(_DIGITS, preset="digits-40-supervised", labels=40, method="supervised"),
 }
 
@@ -156,8 +161,8 @@ def validate(config: Config, ranks: int = 1) -> None:
         UserError: a value that cannot work, with the values that can.
     """
     least = {
-        "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_threads": 1,
-        "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "eval_every": 1, "log_every": 1,
+        "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
+        "view_threads": 1, "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "eval_every": 1, "log_every": 1,
         "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0, "weight_decay": 0,
     }  # fmt: skip
     for name, bound in least.items():
@@ -171,10 +176,11 @@ def validate(config: Config, ranks: int = 1) -> None:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
     if config.dataset not in DATASETS:
         raise UserError(f"unknown data set '{config.dataset}'; there are {', '.join(DATASETS)}")
-    if config.lag <= config.prefetch:
+    ahead = (config.prefetch + 1) * config.view_steps
+    if config.lag < ahead:
         raise UserError(
-            f"--lag must exceed --prefetch, since plans are made {config.prefetch} steps ahead of their probes; "
-            f"got lag {config.lag} and prefetch {config.prefetch}"
+            f"--lag must be at least (prefetch + 1) * view_steps = {ahead}, since plans are made so many steps ahead "
+            f"of their probes; got {config.lag}"
         )
     if config.batch % ranks:
         raise UserError(f"--batch {config.batch} cannot be shared by {ranks} ranks; take a multiple of {ranks}")

@@ -23,7 +23,7 @@ from engine.rows import arrange, step_plan
 from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_state
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
-from pipelines.plan import Plan, PlanSpec, make_plan
+from pipelines.plan import Plan, PlanSpec, make_plan, stack
 from pipelines.views import ViewPipeline
 
 CHECKPOINTS = "checkpoints"
@@ -160,7 +160,7 @@ class Trainer:
         views = ViewPipeline(
             self.data.train_images[self.split],
             self.data.train_images if c.unlabeled else None,
-            rows=len(self.rows.views),
+            rows=len(self.rows.views) * c.view_steps,
             max_shift=c.max_shift,
             device="gpu" if self.device.type == "cuda" else "cpu",
             device_id=self.device.index or 0,
@@ -170,15 +170,18 @@ class Trainer:
         step = Step(c, self.state, self.rows, self.precision)
         begin = time.monotonic() - self.train_seconds
         self._planned = self.step
+        made: deque[Tensor] = deque()
         try:
-            self._plan_up_to(self.step + c.prefetch, views)
+            for _ in range(c.prefetch):
+                self._plan_ahead(views)
             while self.step < c.steps:
+                if not made:
+                    made.extend(views.collect().chunk(c.view_steps))
+                    # later views are begun before this step trains, so that both go on at once
+                    self._plan_ahead(views)
                 plan = self._plans.popleft()
-                made = views.collect()
-                # the views of a later step are begun before this one trains, so that both go on at once
-                self._plan_up_to(self.step + 1 + c.prefetch, views)
                 numbers = step_plan(self.rows, plan, self.labels[plan.labeled])
-                self._send_to_host(plan, step(StepInput.to_device(made, numbers, self.device)))
+                self._send_to_host(plan, step(StepInput.to_device(made.popleft(), numbers, self.device)))
                 self.step += 1
                 self.train_seconds = time.monotonic() - begin
                 self._after_step()
@@ -187,15 +190,20 @@ class Trainer:
             if self._log:
                 self._log.close()
 
-    def _plan_up_to(self, end: int, views: ViewPipeline) -> None:
-        """Plans steps before `end` and has their views made."""
-        while self._planned < min(end, self.config.steps):
-            self._settle(self._planned - self.config.lag + 1)
-            weights = self.policy.weights_for(self._planned)
-            plan = make_plan(self.spec, self.config.seed, self._planned, weights)
-            views.submit(plan.views.rows(self.rows.views))
-            self._plans.append(plan)
-            self._planned += 1
+    def _plan_ahead(self, views: ViewPipeline) -> None:
+        """Plans the next `view_steps` steps and has their views made, unless the run ends before them."""
+        c = self.config
+        if self._planned >= c.steps:
+            return
+        end = self._planned + c.view_steps  # past the run's last step, maybe: those plans are never executed
+        self._settle(end - c.lag)
+        plans = [
+            make_plan(self.spec, c.seed, number, self.policy.weights_for(number))
+            for number in range(self._planned, end)
+        ]
+        views.submit(stack([plan.views.rows(self.rows.views) for plan in plans]))
+        self._plans.extend(plans)
+        self._planned = end
 
     def _send_to_host(self, plan: Plan, output: StepOutput) -> None:
         metrics, matches = output.metrics, output.matches

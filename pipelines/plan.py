@@ -13,6 +13,7 @@ data (`unlabeled_images=0`) the blocks are x_strong and x_probe.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -85,6 +86,11 @@ class ViewPlan:
     def rows(self, rows: np.ndarray) -> ViewPlan:
         """The plan of some of the rows, in the order given."""
         return ViewPlan(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def stack(plans: Sequence[ViewPlan]) -> ViewPlan:
+    """The rows of several view plans, one after another."""
+    return ViewPlan(**{f.name: np.concatenate([getattr(plan, f.name) for plan in plans]) for f in fields(ViewPlan)})
 
 
 @dataclass(frozen=True)

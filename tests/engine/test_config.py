@@ -45,9 +45,9 @@ def test_unknown_preset_names_the_nearest():
         (dict(w_u=float("nan")), "--w-u must be at least 0"),
         (dict(ema_decay=1.5), "--ema-decay must lie between 0 and 1"),
         (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
-        (dict(lag=2, prefetch=2), "--lag must exceed --prefetch"),
+        (dict(lag=23, prefetch=2), "--lag must be at least \\(prefetch \\+ 1\\) \\* view_steps = 24"),
         (dict(bn="split", bn_groups=5), "--bn-groups must be a multiple"),
-        (dict(bn="split", bn_groups=16), "at least K \\+ 2 = 4 rows a group"),
+        (dict(bn="split", bn_groups=8), "at least K \\+ 2 = 4 rows a group"),
     ],
 )
 def test_values_that_cannot_work(changes, message):

@@ -120,9 +120,7 @@ def test_killed_at_random_moments_and_resumed_the_run_is_the_same_bit_for_bit(un
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
-    config = dataclasses.replace(
-        run.load_config(undisturbed / "config.json"), steps=6, prefetch=1
-    )  # other prefetch: plans made at other moments
+    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), steps=6)
     run.train(config, tmp_path / "run", quiet=True)
     run.train(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True, quiet=True)
     run.train(dataclasses.replace(config, steps=12), tmp_path / "straight", quiet=True)
