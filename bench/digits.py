@@ -79,7 +79,8 @@ def _label_spreading(labels: int, seed: int, neighbours: int) -> dict:
     model = LabelSpreading(kernel="knn", n_neighbors=neighbours, max_iter=200)
     with np.errstate(invalid="ignore"):  # few neighbours leave islands that no label reaches
         model.fit(_flat(data.train_images), known)
-    accuracy = 100.0 * float(np.mean(model.predict(_flat(data.test_images)) == data.test_labels))
+        predicted = model.predict(_flat(data.test_images))
+    accuracy = 100.0 * float(np.mean(predicted == data.test_labels))
     return {
         "labels": labels,
         "neighbours": neighbours,

@@ -129,6 +129,13 @@ def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
     assert_same(one["policy"], two["policy"])
 
 
+@pytest.mark.parametrize("changes", [dict(view_steps=1, prefetch=2), dict(view_steps=5, prefetch=1, view_threads=2)])
+def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
+    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), **changes)
+    run.train(config, tmp_path / "run", quiet=True)
+    assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed):
     before = final_state(undisturbed)
     run.train(run.load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines import ctaugment
-from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_rows
+from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_rows, stack
 
 SPEC = PlanSpec(batch=16, k=3, labeled_images=40, unlabeled_images=1000, max_shift=2, flip=True)
 WEIGHTS = ctaugment.initial_weights()
@@ -139,6 +139,15 @@ def test_ranks_share_the_rows_of_one_plan(ranks):
         assert isinstance(part, ViewPlan)
         np.testing.assert_array_equal(part.image, plan.views.image[share])
         np.testing.assert_array_equal(part.levels, plan.views.levels[share])
+
+
+def test_stacked_plans_follow_one_another():
+    first, second = (make_plan(SPEC, 0, step, WEIGHTS).views for step in (0, 1))
+    both = stack([first, second])
+    rows = len(first.image)
+    for name, value in vars(both).items():
+        np.testing.assert_array_equal(value[:rows], getattr(first, name))
+        np.testing.assert_array_equal(value[rows:], getattr(second, name))
 
 
 def test_uneven_ranks_are_refused():
