@@ -16,7 +16,7 @@ run: $(VENV)/installed
 	$(BIN)/remixmatch train $(RUN_ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 # every figure of the README's table: three presets and LabelSpreading, five seeds each
 results: $(VENV)/installed
 	$(BIN)/remixmatch bench digits
-	$(BIN)/remixmatch bench report
+	$(BIN)/remixmatch bench report --readme README.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -42,6 +42,8 @@ class Config:
     """T of the sharpening."""
     align: bool = True
     """Distribution alignment of the guessed labels."""
+    class_distribution: tuple[float, ...] = ()
+    """p(y) where it is known, one probability a class; by default the running marginal of the labeled examples."""
     w_u: float = 1.5
     """Weight of the mixed unlabeled rows' cross-entropy."""
     w_u1: float = 0.5
@@ -176,6 +178,11 @@ def validate(config: Config, ranks: int = 1) -> None:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
     if config.dataset not in DATASETS:
         raise UserError(f"unknown data set '{config.dataset}'; there are {', '.join(DATASETS)}")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed must be less than 2^63, got {config.seed}")
+    given = config.class_distribution
+    if given and not (min(given) >= 0 and abs(sum(given) - 1) < 1e-3):
+        raise UserError(f"--class-distribution must be probabilities that sum to 1, got {' '.join(map(str, given))}")
     ahead = (config.prefetch + 1) * config.view_steps
     if config.lag < ahead:
         raise UserError(
@@ -215,7 +222,8 @@ def load_config(path: Path) -> Config:
     """
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-        return Config(**values)
+        config = Config(**values)
+        return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:

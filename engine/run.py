@@ -64,6 +64,10 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
         split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
     except ValueError as error:
         raise UserError(f"--labels: {error}") from None
+    if len(config.class_distribution) not in (0, len(data.classes)):
+        raise UserError(
+            f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
+        )
     sides = data.train_images.shape[1:3]
     if config.max_shift >= min(sides):
         raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")

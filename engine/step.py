@@ -36,7 +36,7 @@ class TrainState:
         average: f_ema, in evaluation mode.
         optimizer: over the parameters of `network`.
         ring: (128, L) float32, batch means of q of the last 128 steps.
-        label_marginal: (L,) float32, running p(y).
+        label_marginal: (L,) float32, p(y), running or given.
         step: () int64, steps done.
     """
 
@@ -102,7 +102,7 @@ def make_state(config: Config, classes: int, ranks: int, device: torch.device) -
         average=average,
         optimizer=torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True),
         ring=torch.full((RING_ROWS, classes), 1.0 / classes, device=device),
-        label_marginal=torch.full((classes,), 1.0 / classes, device=device),
+        label_marginal=torch.tensor(config.class_distribution or [1.0 / classes] * classes, device=device),
         step=torch.zeros((), dtype=torch.int64, device=device),
     )
 
@@ -271,7 +271,8 @@ class Step:
 
             # 3. The marginals that the next step will read (the ring's row is written with the guess)
             alignment_gap = (state.label_marginal - state.ring.mean(0)).abs().sum() / 2
-            state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
+            if not c.class_distribution:
+                state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
             state.step += 1
             metrics = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
             confidence = guesses.amax(-1).mean()

@@ -43,6 +43,8 @@ def test_unknown_preset_names_the_nearest():
         (dict(temperature=0.0), "--temperature must be more than 0"),
         (dict(lr=float("nan")), "--lr must be more than 0"),
         (dict(w_u=float("nan")), "--w-u must be at least 0"),
+        (dict(seed=2**64), "--seed must be less than"),
+        (dict(class_distribution=(0.5, 0.6)), "must be probabilities that sum to 1, got 0.5 0.6"),
         (dict(ema_decay=1.5), "--ema-decay must lie between 0 and 1"),
         (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
         (dict(lag=23, prefetch=2), "--lag must be at least \\(prefetch \\+ 1\\) \\* view_steps = 24"),
@@ -61,7 +63,7 @@ def test_batch_must_be_shared_evenly():
 
 
 def test_configuration_survives_the_file(tmp_path):
-    config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7)
+    config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7, class_distribution=(0.1,) * 10)
     path = tmp_path / "config.json"
     path.write_text(config_json(config))
     assert load_config(path) == config

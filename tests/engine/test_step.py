@@ -175,6 +175,15 @@ def test_ring_starts_uniform_holds_128_steps_and_forgets_the_oldest(tiny):
         assert changed == [step % 128]
 
 
+def test_a_given_class_distribution_stays_as_it_is(tiny):
+    given = (0.4, 0.3, 0.1, 0.1, 0.1)
+    bench = Bench(tiny(class_distribution=given))
+    assert make_state(bench.config, CLASSES, 1, CPU).label_marginal.tolist() == pytest.approx(given)
+    before = bench.state.label_marginal.clone()
+    bench.run()
+    assert torch.equal(bench.state.label_marginal, before)
+
+
 def test_kernels_decay_and_nothing_else_does(tiny):
     network = make_state(tiny(), CLASSES, 1, CPU).network
     kernels, others = decayed_parameters(network)
