@@ -35,13 +35,13 @@ def main(options: ReportOptions) -> None:
     if not rows:
         raise UserError(f"{options.results} has no rows; measure them with: remixmatch bench digits")
     table = digits_table(rows)
-    print(table)
     if options.readme:
         text = options.readme.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise UserError(f"{options.readme} has no line '{BEGIN}' with '{END}' after it")
         before, rest = text.split(BEGIN, 1)
         options.readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    print(table)
 
 
 def digits_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -106,7 +106,7 @@ def test_killed_at_random_moments_and_resumed_the_run_is_the_same_bit_for_bit(un
                 time.sleep(chance.random() * 0.05)
                 process.send_signal(signal.SIGKILL)
                 break
-            time.sleep(0.005)
+            time.sleep(0.01)
         kills += process.wait() == -signal.SIGKILL
     assert kills == 3, "each of the three was killed while it trained"
     saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
