@@ -22,9 +22,9 @@ def test_defaults_are_the_papers():
     assert (c.scales, c.blocks, c.width, c.bn) == (3, 4, 32, "joint")
 
 
-def test_supervised_differs_from_its_preset_in_the_method_alone():
+def test_supervised_differs_from_its_preset_in_the_method_and_its_length():
     changed = changed_fields(preset("digits-40"), preset("digits-40-supervised"))
-    assert [line.split()[0] for line in changed] == ["preset", "method"]
+    assert [line.split()[0] for line in changed] == ["preset", "method", "steps"]
 
 
 def test_unknown_preset_names_the_nearest():
