@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from bench import digits, report
+from bench import digits, records, report
 from engine.errors import UserError
 
 BENCHES = {
@@ -23,5 +23,6 @@ def main(argv: Sequence[str]) -> None:
     """
     if not argv or argv[0] not in BENCHES:
         raise UserError(f"bench takes one of {', '.join(BENCHES)}")
+    records.commit()  # what runs is what was there at the start, whatever is committed meanwhile
     options, bench = BENCHES[argv[0]]
     bench(tyro.cli(options, prog=f"remixmatch bench {argv[0]}", args=list(argv[1:])))  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from engine.run import device_name, versions
 RESULTS = Path(__file__).parent / "results"
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of the working tree, marked where files differ from it; "unknown" outside a checkout."""
+    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

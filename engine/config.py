@@ -120,7 +120,7 @@ _DIGITS = Config(
     dataset="digits",
     batch=16,
     k=2,
-    steps=3000,
+    steps=2500,
     ramp_kimg=4.0,
     max_shift=2,
     flip=False,
@@ -131,7 +131,7 @@ _DIGITS = Config(
     lag=16,
     view_steps=8,
     prefetch=1,
-    eval_every=20,
+    eval_every=50,
     log_every=20,
     checkpoint_every=250,
 )

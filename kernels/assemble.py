@@ -101,15 +101,16 @@ def _mix_and_turn(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Compute the twin without its look at the values of `turns`, so that it can be traced for a CPU."""
-    a = (views[source] - mean) / std  # (N, H, W, 3)
-    b = (views[partner] - mean) / std
-    lam = lam.reshape(-1, 1, 1, 1)
-    upright = lam * a + (1 - lam) * b
-    batch = upright
-    square = views.shape[1] == views.shape[2]
-    for k in (1, 2, 3):
-        turned = upright.rot90(k if square else k & 2, dims=(1, 2))
-        batch = torch.where(turns.reshape(-1, 1, 1, 1) == k, turned, batch)
+    rows, (height, width) = source.shape[0], views.shape[1:3]
+    grey = views.flatten(1).float()  # (P, H * W * 3)
+    lam = lam[:, None]
+    mixed = lam * grey[source] + (1 - lam) * grey[partner]
+    # a turned image is the stored one read in another order
+    at = torch.arange(mixed.shape[1], device=views.device).reshape(height, width, 3)
+    orders = torch.stack([at.rot90(k if height == width else k & 2).flatten() for k in range(4)])
+    turned = mixed.gather(1, orders[turns]).reshape(rows, height, width, 3)
+    # norm is affine and the weights sum to one: mixing first and normalising once is the same
+    batch = (turned - mean) / std
     return batch.to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -125,7 +126,6 @@ def _write(a, b, weight, mean, std, to, at, inside):
     channel = at.to(tl.uint32) % 3
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
     shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
-    # norm is affine and the weights sum to one: mixing first and normalising once is the same.
     mixed = weight * a.to(tl.float32) + (1.0 - weight) * b.to(tl.float32)
     tl.store(to + at, (mixed * scale - shift).to(to.dtype.element_ty), mask=inside)
 
