@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from bench import pil_ctaugment
+from kernels import repaint
 from pipelines import ctaugment, transformations
 from pipelines.plan import ViewPlan
 from pipelines.views import ViewPipeline
@@ -101,12 +102,12 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
 
 
 def test_every_transformation_is_there_once():
-    assert sorted([*transformations.WARPS, *transformations.REPAINTS, "identity"]) == sorted(NAMES)
+    assert sorted([*transformations.WARPS, *repaint.REPAINTS, "identity"]) == sorted(NAMES)
     assert set(pil_ctaugment.FUNCTIONS) == set(NAMES)
 
 
 @pytest.mark.parametrize("height, width", SIDES)
-@pytest.mark.parametrize("name", ["identity", *transformations.REPAINTS])
+@pytest.mark.parametrize("name", ["identity", *repaint.REPAINTS])
 def test_points_filters_and_resampling_are_pil_within_a_level(name, height, width):
     difference = compared(height, width).difference(name)
     assert difference.size and difference.max() <= 1
@@ -154,10 +155,10 @@ def test_all_six_filters_of_rescale_are_used():
 def test_images_smaller_than_a_filter(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8))
     level, second, centre = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
-    given = transformations.Parameters(level, second, centre)
-    for name in transformations.REPAINTS:
+    given = repaint.Parameters(level, second, centre)
+    for name in repaint.REPAINTS:
         op = NAMES.index(name)
-        made = transformations.apply(op, images, given).numpy().astype(int)
+        made = repaint.apply(name, images, given).numpy().astype(int)
         for row in range(3):
             image = Image.fromarray(images[row].numpy())
             expected = pil_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
