@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
 from engine.run import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,7 +20,12 @@ RESULTS = Path(__file__).parent / "results"
 
 @functools.cache
 def commit() -> str:
-    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout."""
+    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout.
+
+    Where files were copied without their history, the variable REMIXMATCH_COMMIT can name it.
+    """
+    if given := os.environ.get("REMIXMATCH_COMMIT"):
+        return given
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -61,3 +69,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError where a flag names what there is not."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{flag}: there is no '{name}'; there are {', '.join(known)}")
+
+
+def check_least(flag: str, given: int | Collection[int], least: int) -> None:
+    """Raises UserError where a flag's number, or one of its numbers, is too small."""
+    for number in [given] if isinstance(given, int) else given:
+        if number < least:
+            raise UserError(f"{flag} must be at least {least}, got {number}")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_s
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
 from pipelines.plan import Plan, PlanSpec, make_plan, stack
-from pipelines.views import ViewPipeline
+
+if TYPE_CHECKING:
+    from pipelines.views import ViewPipeline
 
 CHECKPOINTS = "checkpoints"
 
@@ -155,6 +157,8 @@ class Trainer:
         Raises:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
         """
+        from pipelines.views import ViewPipeline  # needs DALI, which nothing else in here does
+
         c = self.config
         self._log = MetricsLog(self.folder, self.step) if distribution.rank() == 0 else None
         views = ViewPipeline(
