@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import digits, kernels, records, report
+from bench import digits, kernels, pipelines, records, report
 from engine.cli import parse
 from engine.errors import UserError
 
 BENCHES = {
     "digits": (digits.DigitsOptions, digits.main),
     "kernels": (kernels.KernelsOptions, kernels.main),
+    "pipelines": (pipelines.PipelinesOptions, pipelines.main),
     "report": (report.ReportOptions, report.main),
 }
 
