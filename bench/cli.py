@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import digits, kernels, pipelines, records, report
+from bench import baseline, digits, kernels, pipelines, records, report
 from engine.cli import parse
 from engine.errors import UserError
 
 BENCHES = {
     "digits": (digits.DigitsOptions, digits.main),
+    "baseline": (baseline.BaselineOptions, baseline.main),
     "kernels": (kernels.KernelsOptions, kernels.main),
     "pipelines": (pipelines.PipelinesOptions, pipelines.main),
     "report": (report.ReportOptions, report.main),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,6 @@ class Case:
     moved: int
     formula: str
     shape: str
-
-
-def _bytes(tensors: Sequence[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def guess_case(size: Size, device: torch.device) -> Case:
@@ -162,16 +159,17 @@ def main(options: KernelsOptions) -> None:
         raise UserError("--providers triton: there is no GPU here; add eager or compiled")
     if len(providers) < len(options.providers):
         print("triton: needs a GPU, left out")
-    ceiling = ceilings(device)
-    print(ceiling.text())
+    print(ceilings(device).text())
+    failures = records.Failures()
     for kernel in options.kernels:
         case_of, sizes = KERNELS[kernel]
         for name, size in sizes[device.type].items():
             if options.sizes and name not in options.sizes:
                 continue
-            for row in _rows(case_of(size, device), providers, device, options.repeats):
+            for row in _rows(case_of(size, device), providers, device, options.repeats, failures):
                 records.append(options.out, records.record("kernels", device, kernel=kernel, size=name, **row))
                 print(f"{kernel:15} {name:8} {_line(row)}", flush=True)
+    failures.finish()
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -183,7 +181,9 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _rows(case: Case, providers: Sequence[str], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def _rows(
+    case: Case, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
+) -> list[dict[str, Any]]:
     bandwidth = ceilings(device).copy_bytes_per_second
     forms = {"triton": case.operation, "eager": case.twin, "compiled": case.twin}
     forms = {provider: forms[provider] for provider in providers}
@@ -192,10 +192,11 @@ def _rows(case: Case, providers: Sequence[str], device: torch.device, repeats: i
     functions = {}
     expected = case.twin(*case.arguments())
     for provider, form in forms.items():
-        arguments = case.arguments()
-        # bf16 may round a sum taken in another order to its neighbour; what is wrong is wrong by more
-        torch.testing.assert_close(form(*arguments), expected, rtol=1e-2, atol=1e-2)
-        functions[provider] = lambda form=form, arguments=arguments: form(*arguments)
+        with failures.part(f"{case.operation.__name__} {provider}, {case.shape}"):
+            arguments = case.arguments()
+            # bf16 may round a sum taken in another order to its neighbour; what is wrong is wrong by more
+            torch.testing.assert_close(form(*arguments), expected, rtol=1e-2, atol=1e-2)
+            functions[provider] = partial(form, *arguments)
     del expected
     times = measure(functions, device, repeats, queued=True)
     floor = case.moved / bandwidth

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bench import records
 from bench.images import noise
 from bench.pil_ctaugment import pil_view
 from bench.timing import bench_device, measure
+from engine.errors import UserError
 from pipelines import ctaugment
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
 
@@ -121,7 +121,7 @@ def _dali(task: Task, device: str, threads: int) -> Backend:
 
 def fused(task: Task) -> Backend:
     """All of a view in one kernel, from images that lie on the device; on a CPU its twin."""
-    views = _module("pipelines.fused", "pipelines.fused")
+    views = _module("pipelines.fused")
     device = "gpu" if task.device.type == "cuda" else "cpu"
     pipeline = views.FusedViews(
         task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, 1, prefetch=2
@@ -167,14 +167,8 @@ def torchvision(task: Task) -> Backend:
         for batch in loader:
             batch.to(task.device, non_blocking=True)
 
-    what = f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers"
-    return Backend(run, what, partial(_stop_workers, loader))
-
-
-def _stop_workers(loader: DataLoader) -> None:
-    if loader._iterator is not None:
-        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
-        loader._iterator = None
+    # workers end with the loader, and the loader with this
+    return Backend(run, f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers")
 
 
 def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str) -> Backend:
@@ -191,7 +185,7 @@ def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str)
 
 def kornia(task: Task) -> Backend:
     """Kornia's crop, flip and RandAugment, which draws its two operations for the batch, not for an image."""
-    k = _module("kornia.augmentation", "kornia")
+    k = _module("kornia.augmentation")
     transform = k.AugmentationSequential(
         k.RandomCrop(task.images.shape[1:3], padding=MAX_SHIFT, padding_mode="reflect"),
         k.RandomHorizontalFlip(),
@@ -204,7 +198,7 @@ def triton_augment(task: Task) -> Backend:
     """Its one fused chain, the same operations for every image: no equalize, autocontrast, filters or cutout."""
     if task.device.type != "cuda":
         raise NotHereError("needs a GPU")
-    ta = _module("triton_augment", "triton_augment")
+    ta = _module("triton_augment")
     transform = ta.TritonFusedAugment(
         horizontal_flip_p=0.5, degrees=45, translate=(0.3, 0.3), scale=(0.5, 1.0), shear=17, brightness=(0.1, 2.0),
         contrast=(0.1, 2.0), saturation=(0.1, 2.0),
@@ -212,11 +206,12 @@ def triton_augment(task: Task) -> Backend:
     return _on_tensors(task, transform, "affine, flip and colour jitter of triton-augment in one launch, on the GPU")
 
 
-def _module(name: str, package: str) -> Any:
+def _module(name: str, needs: str | None = None) -> Any:
+    """Imports a module; it, or what it needs, may be missing, and nothing else may."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        if error.name and (package == error.name or package.startswith(error.name + ".")):
+    except ModuleNotFoundError as error:
+        if f"{needs or name}.".startswith(f"{error.name}."):
             raise NotHereError("not installed") from None
         raise
 
@@ -262,6 +257,8 @@ def main(options: PipelinesOptions) -> None:
     records.check_choice("--backends", options.backends, BACKENDS)
     records.check_least("--repeats", options.repeats, 1)
     records.check_least("--rows", options.rows, K)
+    if options.rows % K:
+        raise UserError(f"--rows must be a multiple of {K}, got {options.rows}")
     records.check_least("--side", options.side, MAX_SHIFT + 1)
     records.check_least("--threads", options.threads, 1)
     device = bench_device()
@@ -269,18 +266,22 @@ def main(options: PipelinesOptions) -> None:
     records.check_least("--batches", batches, 1)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     backends: dict[str, Backend] = {}
+    failures = records.Failures()
     try:
         # in the table's order, in which torchvision's workers are forked before other libraries start threads
         for name, make in BACKENDS.items():
             if name != "pil" and name not in options.backends:
                 continue
-            try:
-                backends[name] = make(task)
+            with failures.part(name):
+                try:
+                    backend = make(task)
+                except NotHereError as reason:
+                    print(f"{name}: {reason}", flush=True)
+                    continue
                 begin = time.perf_counter()
-                backends[name].run()
+                backend.run()
                 print(f"{name}: first call {time.perf_counter() - begin:.2f} s", flush=True)
-            except NotHereError as reason:
-                print(f"{name}: {reason}", flush=True)
+                backends[name] = backend
         times = measure({name: backend.run for name, backend in backends.items()}, device, options.repeats, warm_up=1)
     finally:
         for backend in backends.values():
@@ -304,3 +305,4 @@ def main(options: PipelinesOptions) -> None:
             f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
             f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL; {row['what']}"
         )
+    failures.finish()

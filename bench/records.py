@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+import traceback
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,28 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Failures:
+    """Parts of a bench that failed while the others went on; its exit code tells at the end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What fails in here is shown with its traceback, and remembered."""
+        try:
+            yield
+        except Exception:  # of somebody else's library, or of a kernel that is wrong: other figures are none the worse
+            print(f"{name}: failed", file=sys.stderr)
+            traceback.print_exc()
+            self.names.append(name)
+
+    def finish(self) -> None:
+        """Exits with code 1 if anything failed."""
+        if self.names:
+            sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
 
 
 def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
