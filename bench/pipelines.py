@@ -243,7 +243,7 @@ class PipelinesOptions:
     side: int = 32
     """Height and width of the images."""
     batches: int | None = None
-    """Batches a sample; by default 16 with a GPU and 2 without."""
+    """Batches a sample; by default 8 with a GPU and 2 without."""
     threads: int = len(os.sched_getaffinity(0))
     """CPU threads or worker processes of backends that have several; by default all cores."""
 
@@ -262,7 +262,7 @@ def main(options: PipelinesOptions) -> None:
     records.check_least("--side", options.side, MAX_SHIFT + 1)
     records.check_least("--threads", options.threads, 1)
     device = bench_device()
-    batches = options.batches if options.batches is not None else (16 if device.type == "cuda" else 2)
+    batches = options.batches if options.batches is not None else (8 if device.type == "cuda" else 2)
     records.check_least("--batches", batches, 1)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     backends: dict[str, Backend] = {}

@@ -46,6 +46,7 @@ def test_it_goes_on_without_dali(tmp_path):
     done = measure(tmp_path, "--small", dali=1)
     assert "DALI is not here: going on without it" in done.stdout
     assert "--views fused synthetic" in done.stdout and "fused dali" not in done.stdout
+    assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
 
 
 def test_mistakes(tmp_path):

@@ -10,7 +10,6 @@ import torch
 from bench import pipelines, records
 from engine.errors import UserError
 from pipelines import ctaugment
-from pipelines.views import ViewPipeline
 
 TINY = dict(repeats=1, rows=16, side=16, batches=3, threads=1)
 
@@ -23,6 +22,7 @@ def bench(tmp_path, *backends, **changes):
 
 def test_views_a_second_stand_beside_pil(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kornia", None)
+    pytest.importorskip("nvidia.dali")
     rows = bench(tmp_path, "torchvision", "dali-cpu-1", "kornia")
     assert [row["backend"] for row in rows] == ["pil", "torchvision", "dali-cpu-1"]
     assert rows[0]["ratio_to_pil"] == 1
@@ -42,6 +42,8 @@ def test_a_plan_is_of_strong_views_only():
 
 
 def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
+    from pipelines.views import ViewPipeline  # needs DALI, which the bench and its other tests do not
+
     made = []
 
     class Counting(ViewPipeline):
@@ -62,8 +64,8 @@ def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
 def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pipelines.fused", None)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "pipelines.views")
-    monkeypatch.delitem(sys.modules, "pipelines.transformations")
+    monkeypatch.delitem(sys.modules, "pipelines.views", raising=False)
+    monkeypatch.delitem(sys.modules, "pipelines.transformations", raising=False)
     broken = types.SimpleNamespace(FusedViews=None)  # is no class to call
     assert [row["backend"] for row in bench(tmp_path, "fused", "dali-cpu-1")] == ["pil"]
     printed = capsys.readouterr().out
