@@ -1,7 +1,7 @@
 """`remixmatch bench kernels`: each kernel beside its PyTorch twin, eager and compiled, against copy bandwidth.
 
 A kernel that does nothing in vain moves its inputs from memory once and its outputs to it once; at the device's copy
-bandwidth, measured in the same run, that takes its floor. The share is floor / time. At the real size everything lies
+bandwidth, measured in the same run, that takes its floor. The share is floor / time. At a step's size everything lies
 in the L2 cache of a large GPU, where a share may pass 100 % and launch latency counts; the large sizes do not fit.
 """
 
@@ -42,15 +42,15 @@ class Size:
         return f"B={self.batch} K={self.k} {self.side}x{self.side} L={self.classes}"
 
 
-# "real" is a step's; by the device's type
+# by the device's type; "step" is a training step's
 Sizes = dict[str, dict[str, Size]]
 BATCHES: Sizes = {
-    "cuda": {"real": Size(64, 8, 32), "large": Size(1024, 8, 32), "large-96": Size(128, 8, 96)},
-    "cpu": {"real": Size(8, 2, 16), "large": Size(32, 8, 32)},
+    "cuda": {"step": Size(64, 8, 32), "large": Size(1024, 8, 32), "large-96": Size(128, 8, 96)},
+    "cpu": {"step": Size(8, 2, 16), "large": Size(32, 8, 32)},
 }
 GUESSES: Sizes = {
-    "cuda": {"real": Size(64, 8, 32), "large": Size(2**18, 8, 32, 100)},
-    "cpu": {"real": Size(8, 2, 16), "large": Size(2**12, 8, 32)},
+    "cuda": {"step": Size(64, 8, 32), "large": Size(2**18, 8, 32, 100)},
+    "cpu": {"step": Size(8, 2, 16), "large": Size(2**12, 8, 32)},
 }
 
 
@@ -140,7 +140,7 @@ class KernelsOptions:
     providers: tuple[str, ...] = PROVIDERS
     """triton (on a GPU only), eager and compiled: the twin as it is, and under torch.compile."""
     sizes: tuple[str, ...] = ()
-    """Of real, large and large-96; by default all that the device has."""
+    """Of step, large and large-96; by default all that the device has."""
 
 
 def main(options: KernelsOptions) -> None:

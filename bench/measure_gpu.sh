@@ -50,7 +50,7 @@ if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   tests+=(--ignore=tests/pipelines/test_views.py --ignore=tests/pipelines/test_transformations.py)
 fi
 if [[ $small ]]; then
-  bench kernels 60 --repeats 1 --providers eager --sizes real
+  bench kernels 60 --repeats 1 --providers eager --sizes step
   bench pipelines 60 --repeats 1 --rows 16 --batches 1 --threads 1
   bench throughput 60 --k 1 --modes eager --views "${views[@]}" --steps 2
   bench baseline 60 --repeats 1 --k 1 --steps 1 --batch 2 --workers 1

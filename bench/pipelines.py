@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from bench import records
 from bench.images import noise
 from bench.pil_ctaugment import pil_view
-from bench.timing import bench_device, measure
+from bench.timing import bench_device, ceilings, measure
 from engine.errors import UserError
 from pipelines import ctaugment
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
@@ -116,7 +116,7 @@ def _dali(task: Task, device: str, threads: int) -> Backend:
     pipeline = views.ViewPipeline(
         task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, threads, prefetch=2
     )
-    return _queue(pipeline, task, f"CTAugment, DALI on the {device.upper()}, {threads} threads", 2)
+    return _queue(pipeline, task, f"CTAugment, DALI on the {device.upper()}, threads: {threads}", 2)
 
 
 def fused(task: Task) -> Backend:
@@ -287,8 +287,11 @@ def main(options: PipelinesOptions) -> None:
         for backend in backends.values():
             backend.close()
     views = task.rows * batches
+    floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
+    print(ceilings(device).text())
+    print(f"floor: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
-        row = {
+        row: dict[str, Any] = {
             "backend": name,
             "what": backends[name].what,
             "rows": task.rows,
@@ -299,10 +302,13 @@ def main(options: PipelinesOptions) -> None:
             "views_per_second_low": views / t.high,
             "views_per_second_high": views / t.low,
             "ratio_to_pil": times["pil"].seconds / t.seconds,
+            "floor_views_per_second": 1 / floor,
+            "share_of_copy": floor * views / t.seconds,
         }
         records.append(options.out, records.record("pipelines", device, **row))
         print(
             f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
-            f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL; {row['what']}"
+            f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL, "
+            f"{100 * row['share_of_copy']:.3g} % of the floor's; {row['what']}"
         )
     failures.finish()

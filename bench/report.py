@@ -69,6 +69,7 @@ COLUMNS = {
         "views/s": "{views_per_second:,.0f}",
         "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
         "times PIL": "{ratio_to_pil:.2f}",
+        "share of copy": "{share_of_copy:.2%}",
     },
 }
 BENCHES = ("digits", *COLUMNS)

@@ -19,6 +19,6 @@ def one_thread():
 @pytest.fixture
 def known_ceilings(monkeypatch):
     """Ceilings that need no measuring."""
-    for bench in ("kernels", "baseline"):
+    for bench in ("kernels", "pipelines", "baseline"):
         monkeypatch.setattr(f"bench.{bench}.ceilings", lambda device: CEILINGS)
     return CEILINGS

@@ -27,20 +27,20 @@ def test_moved_bytes_are_those_of_arguments_and_result():
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
-def test_every_kernel_has_a_real_and_a_large_size_on_every_device_and_agrees_with_its_twin(kernel):
+def test_every_kernel_has_a_steps_and_a_large_size_on_every_device_and_agrees_with_its_twin(kernel):
     case_of, sizes = kernels.KERNELS[kernel]
     for device in ("cuda", "cpu"):
-        assert {"real", "large"} <= sizes[device].keys() <= kernels.BATCHES[device].keys()
+        assert {"step", "large"} <= sizes[device].keys() <= kernels.BATCHES[device].keys()
     case = case_of(TINY, CPU)
     torch.testing.assert_close(case.operation(*case.arguments()), case.twin(*case.arguments()))
 
 
 def test_rows_hold_time_bytes_and_share(tmp_path, known_ceilings, capsys):
     out = tmp_path / "kernels.jsonl"
-    kernels.main(kernels.KernelsOptions(out=out, repeats=2, providers=("triton", "eager"), sizes=("real",)))
+    kernels.main(kernels.KernelsOptions(out=out, repeats=2, providers=("triton", "eager"), sizes=("step",)))
     rows = records.read(out)
     printed = capsys.readouterr().out
-    assert [(r["kernel"], r["provider"], r["size"]) for r in rows] == [(k, "eager", "real") for k in kernels.KERNELS]
+    assert [(r["kernel"], r["provider"], r["size"]) for r in rows] == [(k, "eager", "step") for k in kernels.KERNELS]
     assert printed.startswith("CPU") and "triton: needs a GPU" in printed and known_ceilings.text() in printed
     for row in rows:
         assert row["share_of_copy"] == pytest.approx(row["gigabytes_per_second"] / 10)
@@ -60,7 +60,7 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed(tmp_path, known
     monkeypatch.setitem(kernels.KERNELS, "broken", (lambda size, device: broken, kernels.GUESSES))
     out = tmp_path / "kernels.jsonl"
     options = kernels.KernelsOptions(
-        out=out, repeats=1, kernels=("broken", "guess_labels"), providers=("eager",), sizes=("real",)
+        out=out, repeats=1, kernels=("broken", "guess_labels"), providers=("eager",), sizes=("step",)
     )
     with pytest.raises(SystemExit, match="failed: guess_labels eager"):
         kernels.main(options)

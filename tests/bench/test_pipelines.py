@@ -11,6 +11,7 @@ from bench import pipelines, records
 from engine.errors import UserError
 from pipelines import ctaugment
 
+pytestmark = pytest.mark.usefixtures("known_ceilings")
 TINY = dict(repeats=1, rows=16, side=16, batches=3, threads=1)
 
 
@@ -28,6 +29,7 @@ def test_views_a_second_stand_beside_pil(tmp_path, monkeypatch, capsys):
     assert rows[0]["ratio_to_pil"] == 1
     for row in rows:
         assert row["ratio_to_pil"] == pytest.approx(row["views_per_second"] / rows[0]["views_per_second"])
+        assert row["share_of_copy"] == pytest.approx(row["views_per_second"] * 2 * 3 * 16 * 16 / 1e10)
         assert row["views_per_second_low"] <= row["views_per_second"] <= row["views_per_second_high"]
     assert "kornia: not installed" in capsys.readouterr().out
 

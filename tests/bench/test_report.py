@@ -48,7 +48,7 @@ def test_report_needs_rows_and_markers(tmp_path, capsys):
 def measured(bench, device="CPU", **values):
     """Rows of a performance bench that hold what tells them apart, and a few figures."""
     known = dict(
-        kernel="guess", size="real", provider="eager", backend="pil", rows=8, side=8, k=1, batch=2, mode="eager"
+        kernel="guess", size="step", provider="eager", backend="pil", rows=8, side=8, k=1, batch=2, mode="eager"
     )
     return dict(
         known, bench=bench, views="dali", data="real", precision="fp32", device=device, commit="abc",
@@ -64,9 +64,9 @@ def test_the_newest_row_of_a_case_stands_a_device_a_table():
         measured("pipelines", "H200", views_per_second=12_000.0, ratio_to_pil=1.0),
     ]
     first, second = report.table("pipelines", rows).split("\n\n| ")
-    assert first.splitlines()[2:4] == ["| pil |  | 11,000 |  | 1.00 |", "| fused |  | 70,000 |  | 7.00 |"]
+    assert first.splitlines()[2:4] == ["| pil |  | 11,000 |  | 1.00 |  |", "| fused |  | 70,000 |  | 7.00 |  |"]
     assert first.endswith("Measured on CPU; torch 2.0, triton 3.0; abc.")
-    assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |" and "Measured on H200" in second
+    assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |  |" and "Measured on H200" in second
 
 
 def test_what_was_not_measured_is_left_empty():
