@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import tyro
-
-from bench import digits, records, report
+from bench import baseline, digits, kernels, pipelines, records, report, throughput
+from engine.cli import parse
 from engine.errors import UserError
 
 BENCHES = {
     "digits": (digits.DigitsOptions, digits.main),
+    "baseline": (baseline.BaselineOptions, baseline.main),
+    "kernels": (kernels.KernelsOptions, kernels.main),
+    "pipelines": (pipelines.PipelinesOptions, pipelines.main),
+    "throughput": (throughput.ThroughputOptions, throughput.main),
     "report": (report.ReportOptions, report.main),
 }
 
@@ -25,4 +28,4 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"bench takes one of {', '.join(BENCHES)}")
     records.commit()  # what runs is what was there at the start, whatever is committed meanwhile
     options, bench = BENCHES[argv[0]]
-    bench(tyro.cli(options, prog=f"remixmatch bench {argv[0]}", args=list(argv[1:])))  # type: ignore[operator]
+    bench(parse(options, f"bench {argv[0]}", list(argv[1:])))  # type: ignore[operator]

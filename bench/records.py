@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
 from engine.run import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,7 +22,12 @@ RESULTS = Path(__file__).parent / "results"
 
 @functools.cache
 def commit() -> str:
-    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout."""
+    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout.
+
+    Where files were copied without their history, the variable REMIXMATCH_COMMIT can name it.
+    """
+    if given := os.environ.get("REMIXMATCH_COMMIT"):
+        return given
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -61,3 +71,39 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Failures:
+    """Parts of a bench that failed while the others went on; its exit code tells at the end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What fails in here is shown with its traceback, and remembered."""
+        try:
+            yield
+        except Exception:  # of somebody else's library, or of a kernel that is wrong: other figures are none the worse
+            print(f"{name}: failed", file=sys.stderr)
+            traceback.print_exc()
+            self.names.append(name)
+
+    def finish(self) -> None:
+        """Exits with code 1 if anything failed."""
+        if self.names:
+            sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
+
+
+def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError where a flag names what there is not."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{flag}: there is no '{name}'; there are {', '.join(known)}")
+
+
+def check_least(flag: str, given: int | Collection[int], least: int) -> None:
+    """Raises UserError where a flag's number, or one of its numbers, is too small."""
+    for number in [given] if isinstance(given, int) else given:
+        if number < least:
+            raise UserError(f"{flag} must be at least {least}, got {number}")

@@ -1,4 +1,4 @@
-"""`remixmatch bench report`: Markdown tables from the files under bench/results/, also put into the README."""
+"""`remixmatch bench report`: tables and charts from the files under bench/results/, tables also in the README."""
 
 from __future__ import annotations
 
@@ -12,44 +12,150 @@ from typing import Any
 from bench import records
 from engine.errors import UserError
 
+Row = dict[str, Any]
+
 BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digits table -->"
+PERFORMANCE = ("<!-- performance table: remixmatch bench report -->", "<!-- end of performance table -->")
+
+# of each bench: what tells its rows apart, where a newer row replaces an older one; and columns, by their titles
+KEYS = {
+    "throughput": ("k", "batch", "mode", "views", "precision"),
+    "baseline": ("k", "batch", "data", "precision"),
+    "kernels": ("kernel", "size", "provider"),
+    "pipelines": ("backend", "rows", "side"),
+}
+COLUMNS = {
+    "throughput": {
+        "K": "{k}",
+        "B": "{batch}",
+        "mode": "{mode}",
+        "views": "{views}",
+        "precision": "{precision}",
+        "step, ms": "{step_ms:.2f}",
+        "steps/s": "{steps_per_second:.1f}",
+        "images/s": "{images_per_second:,.0f}",
+        "host, ms": "{host_ms:.2f}",
+        "floor, ms": "{floor_ms:.2f}",
+        "ratio to floor": "{floor_ratio:.2f}",
+        "memory, MiB": "{peak_memory_mib:.0f}",
+    },
+    "baseline": {
+        "K": "{k}",
+        "B": "{batch}",
+        "views": "{data}",
+        "precision": "{precision}",
+        "plain PyTorch, ms a step": "{step_ms:.2f}",
+        "steps/s": "{steps_per_second:.2f}",
+        "images/s": "{images_per_second:,.0f}",
+        "ratio to floor": "{floor_ratio:.2f}",
+        "engine, steps/s": "{engine_steps_per_second:.2f}",
+        "engine, times": "{engine_ratio:.2f}",
+    },
+    "kernels": {
+        "kernel": "{kernel}",
+        "size": "{size}",
+        "shape": "{shape}",
+        "provider": "{provider}",
+        "time, us": "{microseconds:.2f}",
+        "quartiles": "{microseconds_low:.2f} to {microseconds_high:.2f}",
+        "host, us": "{host_microseconds:.1f}",
+        "bytes": "{bytes:,}",
+        "GB/s": "{gigabytes_per_second:.3g}",
+        "share of copy": "{share_of_copy:.1%}",
+    },
+    "pipelines": {
+        "backend": "{backend}",
+        "what": "{what}",
+        "views/s": "{views_per_second:,.0f}",
+        "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
+        "times PIL": "{ratio_to_pil:.2f}",
+    },
+}
+BENCHES = ("digits", *COLUMNS)
 
 
 @dataclass
 class ReportOptions:
-    """Prints the results as a Markdown table."""
+    """Prints the results as Markdown tables."""
 
-    results: Path = records.RESULTS / "digits.jsonl"
-    """Rows of `remixmatch bench digits`."""
+    results: Path = records.RESULTS
+    """The folder of the benches' rows, in a file a bench: digits.jsonl, throughput.jsonl and so on."""
     readme: Path | None = None
-    """Replace the table in this file, between its two markers."""
+    """Replace the tables in this file, between their markers: digits, and performance where it has such markers."""
+    charts: Path | None = None
+    """Draw PNG charts into this folder."""
 
 
 def main(options: ReportOptions) -> None:
-    """Prints the table, and puts it into a README.
+    """Prints the tables, puts them into a README and draws charts.
 
     Raises:
         UserError: no results yet, or a README without the markers.
     """
-    rows = records.read(options.results)
+    rows = {bench: records.read(options.results / f"{bench}.jsonl") for bench in BENCHES}
+    rows = {bench: found for bench, found in rows.items() if found}
     if not rows:
-        raise UserError(f"{options.results} has no rows; measure them with: remixmatch bench digits")
-    table = digits_table(rows)
+        raise UserError(
+            f"{options.results} has no rows; measure them with: remixmatch bench {' | '.join(BENCHES)}, "
+            f"each with --out {options.results}/NAME.jsonl"
+        )
+    tables = {bench: digits_table(r) if bench == "digits" else table(bench, r) for bench, r in rows.items()}
     if options.readme:
-        text = options.readme.read_text(encoding="utf-8")
-        if BEGIN not in text or END not in text:
-            raise UserError(f"{options.readme} has no line '{BEGIN}' with '{END}' after it")
-        before, rest = text.split(BEGIN, 1)
-        options.readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-    print(table)
+        _write_readme(options.readme, tables)
+    if options.charts:
+        from bench.charts import draw  # matplotlib takes a second that tables need not pay
+
+        draw(rows, options.charts)
+    print("\n\n".join(f"## {bench}\n\n{text}" for bench, text in tables.items()))
 
 
-def digits_table(rows: Sequence[dict[str, Any]]) -> str:
+def _write_readme(path: Path, tables: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    performance = "\n\n".join(f"**{bench}**\n\n{made}" for bench, made in tables.items() if bench != "digits")
+    if "digits" in tables and (BEGIN not in text or END not in text):
+        raise UserError(f"{path} has no line '{BEGIN}' with '{END}' after it")
+    for (begin, end), made in (((BEGIN, END), tables.get("digits")), (PERFORMANCE, performance)):
+        if made and begin in text and end in text:
+            before, rest = text.split(begin, 1)
+            text = f"{before}{begin}\n{made}\n{end}{rest.split(end, 1)[1]}"
+    path.write_text(text, encoding="utf-8")
+
+
+def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The newest row of each case, by device, in the order in which cases were first measured."""
+    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
+    for row in rows:
+        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
+    return {device: list(found.values()) for device, found in cases.items()}
+
+
+def table(bench: str, rows: Sequence[Row]) -> str:
+    """A table a device, one line a case, with a line below that says on what it was measured."""
+    columns = COLUMNS[bench]
+    parts = []
+    for device, cases in newest(bench, rows).items():
+        lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+        lines += ["| " + " | ".join(_cell(form, row) for form in columns.values()) + " |" for row in cases]
+        versions = cases[-1]["versions"]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in cases))
+        lines += ["", f"Measured on {device}; torch {versions['torch']}, triton {versions['triton']}; {commits}."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(form: str, row: Row) -> str:
+    try:
+        return form.format(**row)
+    except (KeyError, TypeError):  # not measured here: a floor needs a GPU, a ratio the engine
+        return ""
+
+
+def digits_table(rows: Sequence[Row]) -> str:
     """One line a method: mean and sample standard deviation over seeds, in percent.
 
     LabelSpreading stands with the neighbour count of the best mean, chosen on the test images in its favour.
     """
-    methods: dict[str, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    methods: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         methods[row["method"]][row.get("neighbours")].append(row)
     lines = [
@@ -72,8 +178,7 @@ def digits_table(rows: Sequence[dict[str, Any]]) -> str:
             _spread(medians) if medians else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    newest = rows[-1]
-    lines += ["", f"Measured on {newest['device']}; torch {newest['versions']['torch']}."]
+    lines += ["", f"Measured on {rows[-1]['device']}; torch {rows[-1]['versions']['torch']}."]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ COMMANDS = {
     "eval": "test accuracy of a run: remixmatch eval DIR [--json]",
     "predict": "classify images with a run: remixmatch predict DIR IMAGE...",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
-    "bench": "measurements: remixmatch bench digits | report",
+    "bench": "measurements: remixmatch bench digits | kernels | pipelines | baseline | report",
 }
 
 
@@ -89,9 +89,9 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "train":
         _train(argv[1:])
     elif command == "eval":
-        _evaluate(_parse(EvalOptions, "eval", argv[1:]))
+        _evaluate(parse(EvalOptions, "eval", argv[1:]))
     elif command == "predict":
-        _predict(_parse(PredictOptions, "predict", argv[1:]))
+        _predict(parse(PredictOptions, "predict", argv[1:]))
     elif command == "doctor":
         from engine.doctor import report
 
@@ -102,7 +102,7 @@ def _dispatch(argv: list[str]) -> None:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
 
 
-def _parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
+def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
     """Fills a dataclass from flags; tyro's framed complaint becomes one line."""
     complaint = io.StringIO()
     try:
@@ -129,7 +129,7 @@ def _train(argv: list[str]) -> None:
     from engine import distribution, run
 
     defaults = TrainOptions(config=preset)
-    options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
+    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
     configuration.validate(options.config)
     distribution.start(run.pick_device(options.config))
     try:
@@ -143,7 +143,7 @@ def _train(argv: list[str]) -> None:
                     f"{folder} was begun with another configuration: preset {begun.preset} -> {preset.preset}"
                 )
             defaults = dataclasses.replace(defaults, config=begun)
-            options = _parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
+            options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
         summary = run.train(options.config, folder, options.resume, options.quiet)
         if distribution.rank() == 0:
             print(

@@ -29,7 +29,6 @@ from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_s
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
 from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
-from pipelines.views import ViewPipeline
 
 CHECKPOINTS = "checkpoints"
 FUSED_LARGEST = 96
@@ -282,6 +281,8 @@ class Trainer:
             from pipelines.fused import FusedViews
 
             return FusedViews(*sets, rows, c.max_shift, device, device_id, prefetch=c.prefetch)
+        from pipelines.views import ViewPipeline  # needs DALI, which nothing else in here does
+
         return ViewPipeline(*sets, rows, c.max_shift, device, device_id, c.view_threads, c.prefetch)
 
     def _numbers(self, plan: Plan) -> StepPlan:

@@ -32,17 +32,76 @@ def test_label_spreading_stands_with_its_best_neighbour_count():
 
 def test_report_needs_rows_and_markers(tmp_path, capsys):
     with pytest.raises(UserError, match="has no rows; measure them with"):
-        report.main(report.ReportOptions(results=tmp_path / "none.jsonl"))
-    records.append(tmp_path / "rows.jsonl", row("digits-40", 0, 96.0, median_last_20=95.0))
+        report.main(report.ReportOptions(results=tmp_path))
+    records.append(tmp_path / "digits.jsonl", row("digits-40", 0, 96.0, median_last_20=95.0))
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(UserError, match="has no line"):
-        report.main(report.ReportOptions(results=tmp_path / "rows.jsonl", readme=readme))
+        report.main(report.ReportOptions(results=tmp_path, readme=readme))
     readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
-    report.main(report.ReportOptions(results=tmp_path / "rows.jsonl", readme=readme))
+    report.main(report.ReportOptions(results=tmp_path, readme=readme))
     text = readme.read_text()
     assert text.startswith(f"a\n{report.BEGIN}\n| method") and text.endswith(f"{report.END}\nb\n") and "old" not in text
-    assert capsys.readouterr().out.strip() in text
+    assert capsys.readouterr().out == "## digits\n\n" + text[2:].split("\n", 1)[1].split(f"\n{report.END}")[0] + "\n"
+
+
+def measured(bench, device="CPU", **values):
+    """Rows of a performance bench that hold what tells them apart, and a few figures."""
+    known = dict(
+        kernel="guess", size="real", provider="eager", backend="pil", rows=8, side=8, k=1, batch=2, mode="eager"
+    )
+    return dict(
+        known, bench=bench, views="dali", data="real", precision="fp32", device=device, commit="abc",
+        versions={"torch": "2.0", "triton": "3.0"},
+    ) | values  # fmt: skip
+
+
+def test_the_newest_row_of_a_case_stands_a_device_a_table():
+    rows = [
+        measured("pipelines", views_per_second=10_000.0, ratio_to_pil=1.0),
+        measured("pipelines", backend="fused", views_per_second=70_000.0, ratio_to_pil=7.0),
+        measured("pipelines", views_per_second=11_000.0, ratio_to_pil=1.0),
+        measured("pipelines", "H200", views_per_second=12_000.0, ratio_to_pil=1.0),
+    ]
+    first, second = report.table("pipelines", rows).split("\n\n| ")
+    assert first.splitlines()[2:4] == ["| pil |  | 11,000 |  | 1.00 |", "| fused |  | 70,000 |  | 7.00 |"]
+    assert first.endswith("Measured on CPU; torch 2.0, triton 3.0; abc.")
+    assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |" and "Measured on H200" in second
+
+
+def test_what_was_not_measured_is_left_empty():
+    row = measured("throughput", step_ms=2.0, floor_ms=None, images_per_second=1234.5)
+    assert report.table("throughput", [row]).splitlines()[2] == (
+        "| 1 | 2 | eager | dali | fp32 | 2.00 |  | 1,234 |  |  |  |  |"
+    )
+
+
+def test_readme_has_a_performance_table_where_it_has_markers(tmp_path):
+    begin, end = report.PERFORMANCE
+    records.append(tmp_path / "pipelines.jsonl", measured("pipelines", views_per_second=1.0))
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    report.main(report.ReportOptions(results=tmp_path, readme=readme))
+    assert readme.read_text() == "no markers"
+    readme.write_text(f"a\n{begin}\nold\n{end}\nb\n")
+    report.main(report.ReportOptions(results=tmp_path, readme=readme))
+    text = readme.read_text()
+    assert "| pil |" in text and "old" not in text and text.startswith(f"a\n{begin}\n**pipelines**\n\n|")
+    assert text.endswith(f"abc.\n{end}\nb\n")
+
+
+def test_charts_are_drawn_of_what_has_rows(tmp_path):
+    folder = tmp_path / "charts"
+    for k in (1, 2):
+        records.append(tmp_path / "throughput.jsonl", measured("throughput", k=k, images_per_second=100.0 * k))
+        records.append(tmp_path / "baseline.jsonl", measured("baseline", k=k, images_per_second=10.0 * k))
+    records.append(tmp_path / "kernels.jsonl", measured("kernels", share_of_copy=0.5))
+    report.main(report.ReportOptions(results=tmp_path, charts=folder))
+    assert {path.name for path in folder.iterdir()} == {"throughput.png", "kernels.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+    records.append(tmp_path / "pipelines.jsonl", measured("pipelines", views_per_second=1.0))
+    report.main(report.ReportOptions(results=tmp_path, charts=folder))
+    assert (folder / "pipelines.png").exists()
 
 
 def test_readme_shows_the_table_of_the_committed_results():

@@ -1,0 +1,62 @@
+"""The script that measures everything: parts go on after one that fails, and the table comes last."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import cli
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "bench" / "measure_gpu.sh"
+STUB = """#!/bin/sh
+case "$*" in
+    *nvidia.dali*) exit {dali} ;;
+    *"bench kernels"*) echo broken >&2; exit 7 ;;
+    *"bench throughput"*) kill -9 $$ ;;
+esac
+echo "ran $*"
+"""
+
+
+def measure(tmp_path, *arguments, dali=0):
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(dali=dali))
+    stub.chmod(0o755)
+    command = [SCRIPT, tmp_path / "out", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHON": str(stub)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
+    done = measure(tmp_path, *["--small"] * small)
+    assert done.returncode == 1, done.stderr
+    ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench")]
+    assert ran == ["pipelines", "baseline", "report"]
+    assert ("ran -m pytest" in done.stdout) is not small
+    assert done.stdout.splitlines()[-1] == "failed: kernels (exit code 7);throughput (out of time)"
+    assert (tmp_path / "out" / "kernels.log").read_text() == "broken\n"
+    assert f"--out {tmp_path}/out/pipelines.jsonl" in done.stdout
+
+
+def test_it_goes_on_without_dali(tmp_path):
+    done = measure(tmp_path, "--small", dali=1)
+    assert "DALI is not here: going on without it" in done.stdout
+    assert "--views fused synthetic" in done.stdout and "fused dali" not in done.stdout
+    assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
+
+
+def test_mistakes(tmp_path):
+    done = measure(tmp_path, "--cpu")
+    assert done.returncode == 2 and "unknown option '--cpu'" in done.stderr
+
+
+def test_python_m_bench_reports_a_mistake_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "kernel"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [f"remixmatch: bench takes one of {', '.join(cli.BENCHES)}"]

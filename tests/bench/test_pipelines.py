@@ -1,0 +1,94 @@
+"""The pipelines bench: what is here is timed beside PIL, what is not is said."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from bench import pipelines, records
+from engine.errors import UserError
+from pipelines import ctaugment
+
+TINY = dict(repeats=1, rows=16, side=16, batches=3, threads=1)
+
+
+def bench(tmp_path, *backends, **changes):
+    out = tmp_path / "pipelines.jsonl"
+    pipelines.main(pipelines.PipelinesOptions(out=out, backends=backends, **(TINY | changes)))
+    return records.read(out)
+
+
+def test_views_a_second_stand_beside_pil(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    pytest.importorskip("nvidia.dali")
+    rows = bench(tmp_path, "torchvision", "dali-cpu-1", "kornia")
+    assert [row["backend"] for row in rows] == ["pil", "torchvision", "dali-cpu-1"]
+    assert rows[0]["ratio_to_pil"] == 1
+    for row in rows:
+        assert row["ratio_to_pil"] == pytest.approx(row["views_per_second"] / rows[0]["views_per_second"])
+        assert row["views_per_second_low"] <= row["views_per_second"] <= row["views_per_second_high"]
+    assert "kornia: not installed" in capsys.readouterr().out
+
+
+def test_a_plan_is_of_strong_views_only():
+    task = pipelines.make_task(64, 16, 2, torch.device("cpu"), 1)
+    assert task.rows == 64 and len(task.plans) == 2
+    for plan in task.plans:
+        assert not plan.labeled.any()
+        # identity is one of 19 transformations: hardly a row has it twice
+        assert ((plan.ops != ctaugment.IDENTITY).any(axis=1)).mean() > 0.9
+
+
+def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
+    from pipelines.views import ViewPipeline  # needs DALI, which the bench and its other tests do not
+
+    made = []
+
+    class Counting(ViewPipeline):
+        def collect(self):
+            views = super().collect()
+            made.append(np.asarray(views.cpu()))
+            return views
+
+    monkeypatch.setitem(sys.modules, "pipelines.fused", types.SimpleNamespace(FusedViews=Counting))
+    rows = bench(tmp_path, "fused")
+    assert [row["backend"] for row in rows] == ["pil", "fused"]
+    calls = len(made) // TINY["batches"]
+    assert len(made) == calls * TINY["batches"] and calls >= 3  # the first look, warm-up, one sample
+    for first, again in zip(made, made[TINY["batches"] :], strict=False):
+        assert np.array_equal(first, again)
+
+
+def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pipelines.fused", None)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "pipelines.views", raising=False)
+    monkeypatch.delitem(sys.modules, "pipelines.transformations", raising=False)
+    broken = types.SimpleNamespace(FusedViews=None)  # is no class to call
+    assert [row["backend"] for row in bench(tmp_path, "fused", "dali-cpu-1")] == ["pil"]
+    printed = capsys.readouterr().out
+    assert "fused: not installed" in printed and "dali-cpu-1: not installed" in printed
+    monkeypatch.setitem(sys.modules, "pipelines.fused", broken)
+    with pytest.raises(SystemExit, match="failed: fused"):
+        bench(tmp_path, "fused")
+    assert [row["backend"] for row in records.read(tmp_path / "pipelines.jsonl")] == ["pil", "pil"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 4}, "--rows must be at least 8, got 4"),
+        ({"rows": 20}, "--rows must be a multiple of 8, got 20"),
+        ({"side": 4}, "--side must be at least 5"),
+        ({"batches": 0}, "--batches must be at least 1"),
+        ({"threads": 0}, "--threads must be at least 1"),
+        ({"repeats": 0}, "--repeats must be at least 1"),
+    ],
+)
+def test_mistakes(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        bench(tmp_path, "pil", **options)
+    with pytest.raises(UserError, match="--backends: there is no 'dali'"):
+        bench(tmp_path, "dali")
