@@ -26,7 +26,7 @@ from bench.timing import Timing, bench_device, ceilings
 from bench.timing import measure as measure_times
 from engine.config import Config, preset, validate
 from engine.errors import UserError
-from engine.network import WideResNet
+from engine.network import BatchNorm, ResidualBlock, WideResNet
 from engine.progress import ProgressLine
 from engine.trainer import Trainer
 from pipelines.datasets import DATASETS, label_split
@@ -34,8 +34,8 @@ from pipelines.plan import ViewPlan
 
 MODES = ("eager", "compile", "graph")
 VIEWS = ("fused", "dali", "synthetic")
-# how often an activation is written or read, where batch norm is a pass of its own: forward the convolution's output,
-# its normalisation, and the next convolution's input; as much again backward
+# how often an activation is moved where batch norm is a pass of its own. Forward it is written, and read by its
+# successor and for statistics or the shortcut; backward it is read again, and its gradient written and read
 _PASSES_FORWARD, _PASSES_TRAINED = 3, 6
 
 
@@ -127,18 +127,21 @@ def _floor(trainer: Trainer, step: float) -> dict[str, float]:
 
 
 def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
-    """Multiplications and activation elements of one image's way through the convolutions, forward."""
+    """Multiplications and activation elements of one image's way through the network, forward.
+
+    Activations are outputs of convolutions, of batch norm with its leaky ReLU, and of residual sums.
+    """
     network = WideResNet(2, config.scales, config.blocks, config.width).eval()
     macs = elements = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal macs, elements
-        assert isinstance(module, nn.Conv2d)
-        macs += output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
         elements += output.numel()
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
 
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, BatchNorm, ResidualBlock)):
             module.register_forward_hook(count)
     with torch.no_grad():
         network(torch.zeros(1, 3, *sides))
