@@ -81,23 +81,19 @@ def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
     return kernels, [p for p in network.parameters() if p.ndim <= 1]
 
 
-def make_state(config: Config, classes: int, ranks: int, device: torch.device) -> TrainState:
+def make_network(config: Config, classes: int, device: torch.device) -> WideResNet:
+    """The network of a configuration, at its initial weights, in training mode and channels-last."""
+    rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+    network = WideResNet(
+        classes, config.scales, config.blocks, config.width, config.seed, config.bn_momentum, rows_per_group
+    )
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_state(config: Config, classes: int, device: torch.device) -> TrainState:
     """The state before the first step: equal networks, a uniform ring and a uniform label marginal."""
-
-    def build() -> WideResNet:
-        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
-        network = WideResNet(
-            classes,
-            config.scales,
-            config.blocks,
-            config.width,
-            config.seed,
-            config.bn_momentum,
-            rows_per_group,
-        )
-        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    network, average = build(), build().eval().requires_grad_(False)
+    network = make_network(config, classes, device)
+    average = make_network(config, classes, device).eval().requires_grad_(False)
     network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
     kernels, others = decayed_parameters(network)
     groups = [

@@ -151,7 +151,7 @@ class Trainer:
         ranks = distribution.ranks()
         groups = config.bn_groups if config.bn == "split" else ranks
         self.rows = arrange(self.spec, groups, distribution.rank(), ranks)
-        self.state: TrainState = make_state(config, len(data.classes), ranks, self.device)
+        self.state: TrainState = make_state(config, len(data.classes), self.device)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.accuracies: list[float] = []
         self.train_seconds = 0.0

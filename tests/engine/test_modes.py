@@ -29,7 +29,7 @@ def trained(config, mode, steps, device=CPU, precision=torch.float32):
     """Trains on made-up classes of images; returns (steps, 8) metrics and the final state."""
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
     rows = arrange(spec, 1, 0, 1)
-    state = make_state(config, CLASSES, 1, device)
+    state = make_state(config, CLASSES, device)
     step = Step(config, state, rows, precision, compiled=mode != "eager")
     chance = np.random.default_rng(0)
     classes = chance.integers(CLASSES, size=120)
@@ -76,7 +76,7 @@ def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
     config = tiny(scales=1, width=2, precision="fp16")
     _, state = trained(config, "eager", 1, precision=torch.float16)
     state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**126})
-    restored = make_state(config, CLASSES, 1, CPU)
+    restored = make_state(config, CLASSES, CPU)
     restored.load_state_dict(state.state_dict())
     before = [p.detach().clone() for p in state.network.parameters()]
     loss = state.network(torch.randn(8, 3, 8, 8))[0].square().sum()
@@ -91,10 +91,10 @@ def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
 def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
     config = tiny(scales=1, width=2, precision="fp16")
     for steps_before in (0, 1):
-        state = make_state(config, CLASSES, 1, CPU)
+        state = make_state(config, CLASSES, CPU)
         if steps_before:
             _, state = trained(config, "eager", steps_before, precision=torch.float16)
-        fresh = make_state(config, CLASSES, 1, CPU)
+        fresh = make_state(config, CLASSES, CPU)
         fresh.load_state_dict(state.state_dict())
         addresses = [p.data_ptr() for p in state.network.parameters()]
         snapshot = Snapshot(state)
@@ -179,7 +179,7 @@ def test_apex_is_asked_for_by_its_right_name(tiny, apex):
     ]:
         apex(*names, distribution=distribution)
         with pytest.raises(UserError, match=words):
-            make_state(config, CLASSES, 1, CPU)
+            make_state(config, CLASSES, CPU)
 
 
 @pytest.mark.gpu
@@ -203,7 +203,7 @@ def test_a_step_never_waits_for_the_device(tiny):
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
     rows = arrange(spec, 1, 0, 1)
     device = torch.device("cuda", 0)
-    step = Step(config, make_state(config, CLASSES, 1, device), rows, torch.bfloat16)
+    step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
     plan = make_plan(spec, 0, 0, initial_weights())
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8, device=device)
     data = StepInput.to_device(views, step_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
