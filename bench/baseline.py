@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
 
-from bench import records
+from bench import records, throughput
 from bench.images import NOISE_32
 from bench.pipelines import randaugment
 from bench.timing import Timing, bench_device, ceilings, measure
@@ -146,7 +146,7 @@ def loader(config: Config, data: DataSet, split: np.ndarray, device: torch.devic
 def step_config(k: int, device: torch.device) -> Config:
     """The paper's training step for CIFAR-10's shape on a GPU; a small one on a CPU."""
     small = {} if device.type == "cuda" else {"batch": 8, "blocks": 1, "width": 8}
-    return Config(preset="bench", dataset=NOISE_32, labels=250, k=k, compile=device.type == "cuda", **small)  # type: ignore[arg-type]
+    return Config(preset="bench", dataset=NOISE_32, labels=250, k=k, **small)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -204,17 +204,15 @@ def main(options: BaselineOptions) -> None:
                 "step_ms_high": 1e3 * t.high / steps,
                 "peak_memory_mib": memory,
             }
-            engine = _engine(config, steps * options.repeats, data)
-            if engine:
-                row |= {f"engine_{key}": engine[key] for key in ("steps_per_second", "images_per_second")}
-                row["engine_ratio"] = engine["steps_per_second"] / rate
-                if engine.get("floor_ms"):
-                    row |= {"floor_ms": engine["floor_ms"], "floor_ratio": row["step_ms"] / engine["floor_ms"]}
+            engine = throughput.measure(config, steps * options.repeats, data)
+            row |= {f"engine_{key}": engine[key] for key in ("steps_per_second", "images_per_second")}
+            row["engine_ratio"] = engine["steps_per_second"] / rate
+            row |= {"floor_ms": engine["floor_ms"], "floor_ratio": row["step_ms"] / engine["floor_ms"]}
             records.append(options.out, records.record("baseline", device, **row))
-            beside = f"; engine {engine['steps_per_second']:.4g}, {row['engine_ratio']:.2f} times" if engine else ""
+            beside = f"engine {engine['steps_per_second']:.4g} steps/s, {row['engine_ratio']:.2f} times"
             print(
                 f"K={k} {data:9} {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, {row['step_ms_high']:.2f}], "
-                f"{rate:.4g} steps/s, {row['images_per_second']:.0f} images/s{beside}",
+                f"{rate:.4g} steps/s, {row['images_per_second']:.0f} images/s; {beside}",
                 flush=True,
             )
 
@@ -242,15 +240,3 @@ def _time(
     # samples follow one another without a pause in which workers would get ahead; they end with the loader, here
     t = measure({"baseline": run}, device, repeats, warm_up=3)["baseline"]
     return t, torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-
-
-def _engine(config: Config, steps: int, data: str) -> dict[str, Any] | None:
-    """The engine's throughput at the same configuration, where the bench that measures it is here."""
-    try:
-        from bench.throughput import measure as measure_engine  # type: ignore[import-not-found]
-    except ModuleNotFoundError as error:
-        if error.name != "bench.throughput":
-            raise
-        print("bench.throughput is not here: no ratio to the engine")
-        return None
-    return measure_engine(config, steps, data=data)

@@ -61,7 +61,7 @@ class Config:
     """Largest translation of a weak view, in pixels."""
     flip: bool = True
     """Whether weak views may be mirrored."""
-    lag: int = 4
+    lag: int = 8
     """Steps between a CTAugment probe and the first plan that its outcome moves."""
     view_steps: int = 1
     """Steps whose views are made as one batch: small batches cost DALI as much as larger ones."""
@@ -69,6 +69,9 @@ class Config:
     """Batches of views made ahead; (prefetch + 1) * view_steps may not exceed lag."""
     view_threads: int = 1
     """Threads of the view pipeline."""
+    views: Literal["auto", "dali", "fused"] = "auto"
+    """Who makes views: DALI, or one fused kernel over images that stay on the device, up to 96x96 pixels; auto is
+    fused on a GPU where the images are small enough, DALI otherwise."""
 
     scales: int = 3
     """Groups of residual blocks; each after the first halves the resolution and doubles the width."""
@@ -94,10 +97,13 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast precision of the network; auto is bf16 on a GPU and fp32 on a CPU."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision of the network, fp16 with a loss scaler; auto is bf16 on a GPU and fp32 on a CPU."""
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
+    whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam, which has to be built from source."""
 
     eval_every: int = 1024
     """Steps between evaluations of the averaged network on the test images."""

@@ -6,17 +6,14 @@ import ctypes
 import importlib
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from rich.console import Console
 from rich.table import Table
 
-Finding = tuple[bool | None, str, str]  # found (None: optional and absent), what, what to do
+from engine.optimizers import APEX_ABSENT, APEX_BUILD, apex_problem
 
-APEX_BUILD = (
-    "build NVIDIA/apex from source: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
-    " (the package 'apex' on PyPI is another project)"
-)
+Finding = tuple[bool | None, str, str]  # found (None: optional and absent), what, what to do
 
 
 def _gpu() -> Finding:
@@ -66,19 +63,15 @@ def _dali() -> Finding:
 
 def _compiler() -> Finding:
     found = shutil.which("gcc") or shutil.which("cc")
-    return (True, found, "") if found else (None, "no C compiler", "needed by --compile: install gcc")
+    return (True, found, "") if found else (None, "no C compiler", "needed by --mode compile and graph: install gcc")
 
 
 def _apex() -> Finding:
-    try:
-        importlib.import_module("apex.optimizers")
-    except ImportError:
-        try:
-            version("apex")
-        except PackageNotFoundError:
-            return None, "absent; optional", APEX_BUILD
-        return False, "a package named apex that is not NVIDIA's", "pip uninstall apex; then " + APEX_BUILD
-    return True, "apex.optimizers", ""
+    problem = apex_problem()
+    if problem is None:
+        return True, "apex.optimizers.FusedAdam", ""
+    absent = problem == APEX_ABSENT
+    return (None, "absent; optional", APEX_BUILD) if absent else (False, problem, APEX_BUILD)
 
 
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {

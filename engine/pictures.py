@@ -86,8 +86,12 @@ def draw_views(trainer: Trainer, path: Path) -> None:
         pipeline.close()
 
     columns = 1 + len(blocks)
-    figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), layout="constrained")
+    # places are given: to have them found takes seconds for so many pictures
+    places = dict(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (2.15 * shown), wspace=0.1, hspace=0.3)
+    figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), gridspec_kw=places)
     axes = np.asarray(axes).reshape(shown, columns)
+    for axis in axes.flat:
+        axis.set_axis_off()
     for row in range(shown):
         axes[row, 0].imshow(images[chosen.image[row]])
         axes[row, 0].set_title("image" if row == 0 else "", fontsize=8)
@@ -97,7 +101,5 @@ def draw_views(trainer: Trainer, path: Path) -> None:
             number = column * shown + row
             caption = "weak" if block == weak else describe(chosen.ops[number], chosen.levels[number])
             axis.set_title(caption.replace(", ", "\n"), fontsize=7)
-    for axis in axes.flat:
-        axis.set_axis_off()
     figure.savefig(path, dpi=100)
     plt.close(figure)

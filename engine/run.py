@@ -23,7 +23,7 @@ from engine import checkpoint, distribution
 from engine.config import Config, changed_fields, config_json, load_config, validate
 from engine.errors import UserError
 from engine.progress import ProgressLine, read_metrics
-from engine.step import make_state
+from engine.step import make_network
 from engine.trainer import CHECKPOINTS, Trainer, pick_device
 from pipelines.datasets import DATASETS, DataSet, label_split
 
@@ -201,6 +201,6 @@ def load_average(folder: Path, warn: Any = lambda text: None) -> tuple[Config, D
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
     data = DATASETS[config.dataset]()
     device = pick_device(dataclasses.replace(config, device="auto"))
-    network = make_state(config, len(data.classes), 1, device).average
+    network = make_network(config, len(data.classes), device).eval()
     network.load_state_dict(found.content["state"]["average"])
     return config, data, network, device

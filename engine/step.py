@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,11 +19,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from engine import distribution
 from engine.config import Config
 from engine.network import WideResNet
+from engine.optimizers import OPTIMIZERS
 from engine.rows import Rows, StepPlan
 from kernels.assemble import assemble_batch
 from kernels.guess import guess_labels
 
 RING_ROWS = 128
+_ALIGNMENT = 16  # bytes, so that every array of a packed plan may be read wide
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
 METRICS = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "confidence", "alignment_gap", "probe_match")
 
@@ -35,6 +38,7 @@ class TrainState:
         network: f, in training mode.
         average: f_ema, in evaluation mode.
         optimizer: over the parameters of `network`.
+        scaler: of the loss, enabled under fp16 alone.
         ring: (128, L) float32, batch means of q of the last 128 steps.
         label_marginal: (L,) float32, p(y), running or given.
         step: () int64, steps done.
@@ -43,6 +47,7 @@ class TrainState:
     network: WideResNet
     average: WideResNet
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     ring: Tensor
     label_marginal: Tensor
     step: Tensor
@@ -53,6 +58,7 @@ class TrainState:
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "ring": self.ring,
             "label_marginal": self.label_marginal,
             "step": self.step,
@@ -63,6 +69,7 @@ class TrainState:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.ring.copy_(state["ring"])
         self.label_marginal.copy_(state["label_marginal"])
         self.step.copy_(state["step"])
@@ -74,23 +81,19 @@ def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
     return kernels, [p for p in network.parameters() if p.ndim <= 1]
 
 
-def make_state(config: Config, classes: int, ranks: int, device: torch.device) -> TrainState:
+def make_network(config: Config, classes: int, device: torch.device) -> WideResNet:
+    """The network of a configuration, at its initial weights, in training mode and channels-last."""
+    rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+    network = WideResNet(
+        classes, config.scales, config.blocks, config.width, config.seed, config.bn_momentum, rows_per_group
+    )
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_state(config: Config, classes: int, device: torch.device) -> TrainState:
     """The state before the first step: equal networks, a uniform ring and a uniform label marginal."""
-
-    def build() -> WideResNet:
-        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
-        network = WideResNet(
-            classes,
-            config.scales,
-            config.blocks,
-            config.width,
-            config.seed,
-            config.bn_momentum,
-            rows_per_group,
-        )
-        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    network, average = build(), build().eval().requires_grad_(False)
+    network = make_network(config, classes, device)
+    average = make_network(config, classes, device).eval().requires_grad_(False)
     network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
     kernels, others = decayed_parameters(network)
     groups = [
@@ -100,7 +103,8 @@ def make_state(config: Config, classes: int, ranks: int, device: torch.device) -
     return TrainState(
         network=network,
         average=average,
-        optimizer=torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True),
+        optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         ring=torch.full((RING_ROWS, classes), 1.0 / classes, device=device),
         label_marginal=torch.tensor(config.class_distribution or [1.0 / classes] * classes, device=device),
         step=torch.zeros((), dtype=torch.int64, device=device),
@@ -109,13 +113,15 @@ def make_state(config: Config, classes: int, ranks: int, device: torch.device) -
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's data on the device: one rank's views, and `StepPlan`'s arrays as tensors.
+    """A step's data on the device: one rank's views, and `StepPlan`'s arrays, which are parts of one buffer.
 
     Attributes:
         views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
+        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all.
     """
 
     views: Tensor
+    packed: Tensor
     source: Tensor
     partner: Tensor
     lam: Tensor
@@ -127,8 +133,23 @@ class StepInput:
     @classmethod
     def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device) -> StepInput:
         """Copies a step's plan beside its views."""
-        arrays = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in vars(plan).items()}
-        return cls(views=views.to(device, non_blocking=True), **arrays)
+        arrays = vars(plan)
+        padding = [-array.nbytes % _ALIGNMENT for array in arrays.values()]
+        pieces = [
+            piece
+            for array, pad in zip(arrays.values(), padding, strict=True)
+            for piece in (array.view(np.uint8), np.zeros(pad, np.uint8))
+        ]
+        packed = torch.from_numpy(np.concatenate(pieces))
+        if device.type == "cuda":
+            packed = packed.pin_memory()  # torch keeps the block until the copy is over
+        packed = packed.to(device, non_blocking=True)
+        parts, start = {}, 0
+        for (name, array), pad in zip(arrays.items(), padding, strict=True):
+            part = packed[start : start + array.nbytes]
+            parts[name] = part.view(torch.from_numpy(array).dtype)
+            start += array.nbytes + pad
+        return cls(views=views.to(device, non_blocking=True), packed=packed, **parts)
 
 
 @dataclass(frozen=True)
@@ -157,9 +178,12 @@ class Step:
         state: changed in place by every call.
         rows: this rank's rows.
         precision: dtype of the network's input and of autocast; float32 switches autocast off.
+        compiled: whether the networks go through torch.compile.
     """
 
-    def __init__(self, config: Config, state: TrainState, rows: Rows, precision: torch.dtype) -> None:
+    def __init__(
+        self, config: Config, state: TrainState, rows: Rows, precision: torch.dtype, compiled: bool = False
+    ) -> None:
         self.config = config
         self.state = state
         self.precision = precision
@@ -179,8 +203,11 @@ class Step:
         self.update_average = get_ema_multi_avg_fn(config.ema_decay)
         self.infer: nn.Module = state.network
         self.train: nn.Module = state.network
-        if config.compile:
-            self.infer = self.train = torch.compile(state.network)  # type: ignore[assignment]
+        self.probe: nn.Module = state.average
+        if compiled:
+            # each is called with one shape a pass: a graph for each is faster than one for any number of rows
+            self.infer = self.train = torch.compile(state.network, dynamic=False)  # type: ignore[assignment]
+            self.probe = torch.compile(state.average, dynamic=False)  # type: ignore[assignment]
         if distribution.ranks() > 1:
             # 1.5 M parameters are one bucket
             self.train = DistributedDataParallel(
@@ -239,7 +266,7 @@ class Step:
 
         # 9. CTAugment's probes, on the averaged network
         with torch.no_grad(), autocast:
-            probe_logits, _ = state.average(probes)
+            probe_logits, _ = self.probe(probes)
         misses = probe_logits.float().softmax(-1) - one_hot[self.images]
         matches = distribution.gather(1 - misses.abs().sum(-1) / 2)[self.guess_order]  # (B,)
 
@@ -259,9 +286,10 @@ class Step:
             loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
 
         # 7. Update
-        loss.backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=False)
+        state.scaler.scale(loss).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
 
         # 8. Average; running statistics come from the live network
         with torch.no_grad():

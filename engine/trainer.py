@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine import checkpoint, distribution
+from engine.capture import CapturedStep
 from engine.config import Config
 from engine.errors import UserError
 from engine.evaluation import evaluate, median_of_last
 from engine.progress import MetricsLog, ProgressLine
-from engine.rows import arrange, step_plan
+from engine.rows import StepPlan, arrange, step_plan
 from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_state
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
-from pipelines.plan import Plan, PlanSpec, make_plan, stack
-
-if TYPE_CHECKING:
-    from pipelines.views import ViewPipeline
+from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
 
 CHECKPOINTS = "checkpoints"
+FUSED_LARGEST = 96
 
 
 def pick_device(config: Config) -> torch.device:
@@ -46,8 +49,51 @@ def pick_device(config: Config) -> torch.device:
 
 def pick_precision(config: Config, device: torch.device) -> torch.dtype:
     """Autocast's dtype; float32 means none."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    name = config.precision
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def pick_mode(config: Config, device: torch.device) -> str:
+    """How steps are executed: "eager", "compile" or "graph".
+
+    Raises:
+        UserError: the device or the machine cannot do what was asked for.
+    """
+    if config.mode == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if config.mode == "graph" and device.type != "cuda":
+        raise UserError("--mode graph captures a CUDA graph and needs a GPU; take --mode eager or compile")
+    if config.mode == "compile" and device.type == "cpu":
+        names = [os.environ.get("CXX", "g++"), "c++", "clang++"]
+        if not any(map(shutil.which, names)):
+            raise UserError("--mode compile needs a C++ compiler on a CPU; install g++, or take --mode eager")
+    return config.mode
+
+
+def pick_views(config: Config, device: torch.device, sides: tuple[int, int]) -> str:
+    """Who makes views of images of those sides: "dali" or "fused".
+
+    Raises:
+        UserError: the fused kernel was asked for and the images are too large for it.
+    """
+    if config.views == "auto":
+        return "fused" if device.type == "cuda" and max(sides) <= FUSED_LARGEST else "dali"
+    if config.views == "fused" and max(sides) > FUSED_LARGEST:
+        raise UserError(
+            f"--views fused takes images of up to {FUSED_LARGEST}x{FUSED_LARGEST} pixels, these have "
+            f"{sides[0]}x{sides[1]}; take --views dali"
+        )
+    return config.views
+
+
+class Views(Protocol):
+    """What makes views from plans, ahead of their step: `pipelines.views.ViewPipeline` says what each does."""
+
+    def submit(self, views: ViewPlan) -> None: ...
+    def collect(self) -> Tensor: ...
+    def close(self) -> None: ...
 
 
 def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
@@ -74,6 +120,15 @@ class _InFlight:
     arrived: torch.cuda.Event | None
 
 
+@dataclass
+class _Planned:
+    """Plans of `view_steps` steps, whose views are one batch."""
+
+    plans: list[Plan]
+    numbers: list[StepPlan]
+    views: ViewPlan
+
+
 class Trainer:
     """One run, from its first or its resumed step to its last.
 
@@ -89,20 +144,26 @@ class Trainer:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         self.device = pick_device(config)
         self.precision = pick_precision(config, self.device)
+        self.mode = pick_mode(config, self.device)
+        self.backend = pick_views(config, self.device, data.train_images.shape[1:3])
         self.labels = data.train_labels[split]
         self.spec = plan_spec(config, data, split)
         ranks = distribution.ranks()
         groups = config.bn_groups if config.bn == "split" else ranks
         self.rows = arrange(self.spec, groups, distribution.rank(), ranks)
-        self.state: TrainState = make_state(config, len(data.classes), ranks, self.device)
+        self.state: TrainState = make_state(config, len(data.classes), self.device)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.accuracies: list[float] = []
         self.train_seconds = 0.0
+        self.waited_seconds = 0.0  # of the host, for steps to end
         self.step = 0
         self.split = split
         self._in_flight: deque[_InFlight] = deque()
-        self._plans: deque[Plan] = deque()
+        self._planning: deque[Future[_Planned]] = deque()  # batches of plans whose views have not been asked for
+        self._ready: deque[_Planned] = deque()  # batches of plans whose views are being made
         self._planned = 0  # the first step without a plan
+        self._made: deque[tuple[Plan, StepPlan, Tensor]] = deque()  # steps whose views are there
+        self._closing = ExitStack()
         self._log: MetricsLog | None = None
         self._shown: dict[str, float] = {}
 
@@ -157,57 +218,97 @@ class Trainer:
         Raises:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
         """
-        from pipelines.views import ViewPipeline  # needs DALI, which nothing else in here does
-
-        c = self.config
         self._log = MetricsLog(self.folder, self.step) if distribution.rank() == 0 else None
-        views = ViewPipeline(
-            self.data.train_images[self.split],
-            self.data.train_images if c.unlabeled else None,
-            rows=len(self.rows.views) * c.view_steps,
-            max_shift=c.max_shift,
-            device="gpu" if self.device.type == "cuda" else "cpu",
-            device_id=self.device.index or 0,
-            threads=c.view_threads,
-            prefetch=c.prefetch,
-        )
-        step = Step(c, self.state, self.rows, self.precision)
         begin = time.monotonic() - self.train_seconds
-        self._planned = self.step
-        made: deque[Tensor] = deque()
         try:
-            for _ in range(c.prefetch):
-                self._plan_ahead(views)
-            while self.step < c.steps:
-                if not made:
-                    made.extend(views.collect().chunk(c.view_steps))
-                    # later views are begun before this step trains, so that both go on at once
-                    self._plan_ahead(views)
-                plan = self._plans.popleft()
-                numbers = step_plan(self.rows, plan, self.labels[plan.labeled])
-                self._send_to_host(plan, step(StepInput.to_device(made.popleft(), numbers, self.device)))
-                self.step += 1
+            self.begin()
+            while self.step < self.config.steps:
+                self.advance()
                 self.train_seconds = time.monotonic() - begin
                 self._after_step()
         finally:
-            views.close()
+            self.end()
             if self._log:
                 self._log.close()
 
-    def _plan_ahead(self, views: ViewPipeline) -> None:
-        """Plans the next `view_steps` steps and has their views made, unless the run ends before them."""
+    def begin(self, views: Views | None = None) -> None:
+        """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views.
+
+        Args:
+            views: makes views instead of what the configuration names.
+        """
         c = self.config
-        if self._planned >= c.steps:
-            return
-        end = self._planned + c.view_steps  # past the run's last step, maybe: those plans are never executed
-        self._settle(end - c.lag)
-        plans = [
-            make_plan(self.spec, c.seed, number, self.policy.weights_for(number))
-            for number in range(self._planned, end)
-        ]
-        views.submit(stack([plan.views.rows(self.rows.views) for plan in plans]))
-        self._plans.extend(plans)
+        self._planned = self.step
+        execute = Step(c, self.state, self.rows, self.precision, compiled=self.mode != "eager")
+        self._execute: Callable[[StepInput], StepOutput] = execute
+        if self.mode == "graph":
+            plan = make_plan(self.spec, c.seed, self.step, self.policy.weights_for(self.step))
+            shape = (len(self.rows.views), *self.data.train_images.shape[1:])
+            blank = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            self._execute = CapturedStep(execute, StepInput.to_device(blank, self._numbers(plan), self.device))
+        self._views = views or self._make_views()
+        self._closing.callback(self._views.close)
+        self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner"))
+        # one batch of plans more than of views is under way, in the background, where the lag allows that
+        for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
+            self._plan_ahead()
+        for _ in range(c.prefetch):
+            self._submit_views()
+
+    def advance(self) -> None:
+        """Trains one step. Returns when it is on its way; later views and plans are on theirs."""
+        if not self._made:
+            batch = self._ready.popleft()
+            views = self._views.collect().chunk(self.config.view_steps)
+            self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
+            # later views are begun before this step trains, so that both go on at once
+            self._plan_ahead()
+            self._submit_views()
+        plan, numbers, made = self._made.popleft()
+        self._send_to_host(plan, self._execute(StepInput.to_device(made, numbers, self.device)))
+        self.step += 1
+
+    def end(self) -> None:
+        """Waits for what is under way and lets go of it."""
+        self._closing.close()
+
+    def _make_views(self) -> Views:
+        c = self.config
+        sets = (self.data.train_images[self.split], self.data.train_images if c.unlabeled else None)
+        rows = len(self.rows.views) * c.view_steps
+        device, device_id = "gpu" if self.device.type == "cuda" else "cpu", self.device.index or 0
+        if self.backend == "fused":
+            from pipelines.fused import FusedViews
+
+            return FusedViews(*sets, rows, c.max_shift, device, device_id, prefetch=c.prefetch)
+        from pipelines.views import ViewPipeline  # needs DALI, which nothing else in here does
+
+        return ViewPipeline(*sets, rows, c.max_shift, device, device_id, c.view_threads, c.prefetch)
+
+    def _numbers(self, plan: Plan) -> StepPlan:
+        return step_plan(self.rows, plan, self.labels[plan.labeled])
+
+    def _plan_ahead(self) -> None:
+        """Has the next `view_steps` steps planned, once every probe that they may know is in."""
+        first, end = self._planned, self._planned + self.config.view_steps
+        if first >= self.config.steps:
+            return  # the last batch may reach past the run's end: those plans are never executed
+        self._settle(end - self.config.lag)
+        weights = [self.policy.weights_for(step) for step in range(first, end)]
+        self._planning.append(self._planner.submit(self._plan, first, weights))
         self._planned = end
+
+    def _plan(self, first: int, weights: list[np.ndarray]) -> _Planned:
+        steps = range(first, first + len(weights))
+        plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
+        views = stack([plan.views.rows(self.rows.views) for plan in plans])
+        return _Planned(plans, [self._numbers(plan) for plan in plans], views)
+
+    def _submit_views(self) -> None:
+        if self._planning:
+            batch = self._planning.popleft().result()
+            self._views.submit(batch.views)
+            self._ready.append(batch)
 
     def _send_to_host(self, plan: Plan, output: StepOutput) -> None:
         metrics, matches = output.metrics, output.matches
@@ -223,7 +324,9 @@ class Trainer:
         while self._in_flight and self._in_flight[0].plan.step < end:
             done = self._in_flight.popleft()
             if done.arrived is not None:
+                begin = time.perf_counter()
                 done.arrived.synchronize()
+                self.waited_seconds += time.perf_counter() - begin
             values = dict(zip(METRICS, done.metrics.tolist(), strict=True))
             number = done.plan.step
             if not all(map(math.isfinite, values.values())):

@@ -118,15 +118,16 @@ def update_weights(
     Returns:
         (T, 2, 17) float64, a new array.
     """
-    updated = weights.copy()
-    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order
+    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order, and lists,
+    # whose elements cost a tenth of an array's
+    updated = weights.tolist()
     for op_pair, bin_pair, match in zip(ops.tolist(), bins.tolist(), matches.tolist(), strict=True):
         for op, op_bins in zip(op_pair, bin_pair, strict=True):
             for parameter, chosen in enumerate(op_bins):
                 if chosen >= 0:
-                    cell = updated[op, parameter]
+                    cell = updated[op][parameter]
                     cell[chosen] = decay * cell[chosen] + (1.0 - decay) * match
-    return updated
+    return np.array(updated)
 
 
 @dataclass

@@ -1,0 +1,315 @@
+"""`remixmatch bench throughput`: steps and images a second of the engine, beside the least that the device could need.
+
+Rows are by K, by how a step is executed and by where its views come from. "synthetic" views lie ready on the device:
+what a run loses by making real ones is the difference. Cases take turns, sample by sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench import records
+from bench.images import NOISE_32
+from bench.timing import Timing, bench_device, ceilings
+from bench.timing import measure as measure_times
+from engine.config import Config, preset, validate
+from engine.errors import UserError
+from engine.network import BatchNorm, ResidualBlock, WideResNet
+from engine.progress import ProgressLine
+from engine.trainer import Trainer
+from pipelines.datasets import DATASETS, label_split
+from pipelines.plan import ViewPlan
+
+MODES = ("eager", "compile", "graph")
+VIEWS = ("fused", "dali", "synthetic")
+# how often an activation is moved where batch norm is a pass of its own. Forward it is written, and read by its
+# successor and for statistics or the shortcut; backward it is read again, and its gradient written and read
+_PASSES_FORWARD, _PASSES_TRAINED = 3, 6
+
+
+class SyntheticViews:
+    """Views that cost nothing: the same rows for every plan, on the device."""
+
+    def __init__(self, rows: int, sides: Sequence[int], device: torch.device) -> None:
+        chance = torch.Generator().manual_seed(0)
+        self._views = torch.randint(0, 256, (rows, *sides, 3), dtype=torch.uint8, generator=chance).to(device)
+
+    def submit(self, views: ViewPlan) -> None:
+        """Takes a plan and does nothing."""
+
+    def collect(self) -> Tensor:
+        """(V, H, W, 3) uint8."""
+        return self._views
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+@dataclass
+class Case:
+    """One configuration, ready to train."""
+
+    trainer: Trainer
+    host_seconds: float = 0.0
+    steps: int = 0
+
+    @classmethod
+    def begin(cls, config: Config, views: str) -> Case:
+        """Sets up a run that is never written.
+
+        Args:
+            config: its `views` is replaced by what `views` names.
+            views: one of VIEWS.
+        """
+        config = dataclasses.replace(config, steps=2**40, views="auto" if views == "synthetic" else views)  # type: ignore[arg-type]
+        validate(config)
+        data = DATASETS[config.dataset]()
+        split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
+        progress = ProgressLine(config.steps, quiet=True)
+        trainer = Trainer(config, data, split, Path(gettempdir()), progress)
+        progress.start(0, trainer.images_per_step)
+        rows = len(trainer.rows.views) * config.view_steps
+        source = SyntheticViews(rows, data.train_images.shape[1:3], trainer.device) if views == "synthetic" else None
+        trainer.begin(source)
+        return cls(trainer)
+
+    def advance(self, steps: int) -> None:
+        """Trains, and adds up the host's time without what it waited for the device."""
+        begin, waited = time.perf_counter(), self.trainer.waited_seconds
+        for _ in range(steps):
+            self.trainer.advance()
+        self.host_seconds += time.perf_counter() - begin - (self.trainer.waited_seconds - waited)
+        self.steps += steps
+
+    def row(self, timing: Timing, steps: int) -> dict[str, Any]:
+        """Figures of samples of `steps` steps."""
+        step = timing.seconds / steps
+        row = {
+            "steps_per_second": 1 / step,
+            "images_per_second": self.trainer.images_per_step / step,
+            "step_ms": 1e3 * step,
+            "step_ms_low": 1e3 * timing.low / steps,
+            "step_ms_high": 1e3 * timing.high / steps,
+        }
+        if self.trainer.device.type == "cuda":  # on a CPU, host and device are one
+            row["host_ms"] = 1e3 * self.host_seconds / self.steps
+        return row | _floor(self.trainer, step)
+
+
+def _floor(trainer: Trainer, step: float) -> dict[str, float]:
+    """The least time of a step by arithmetic and by memory traffic, at the rates measured in this process."""
+    config, limit = trainer.config, ceilings(trainer.device)
+    macs, activations = network_cost(config, trainer.data.train_images.shape[1:3])
+    trained = trainer.images_per_step
+    forward = 2 * config.batch if config.unlabeled else config.batch  # guesses and probes
+    width = torch.empty(0, dtype=trainer.precision).element_size()
+    arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
+    traffic = width * activations * (_PASSES_TRAINED * trained + _PASSES_FORWARD * forward)
+    floor = max(arithmetic, traffic / limit.copy_bytes_per_second)
+    return {
+        "floor_arithmetic_ms": 1e3 * arithmetic,
+        "floor_memory_ms": 1e3 * traffic / limit.copy_bytes_per_second,
+        "floor_ms": 1e3 * floor,
+        "floor_ratio": step / floor,
+    }
+
+
+def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
+    """Multiplications and activation elements of one image's way through the network, forward.
+
+    Activations are outputs of convolutions, of batch norm with its leaky ReLU, and of residual sums.
+    """
+    network = WideResNet(2, config.scales, config.blocks, config.width).eval()
+    macs = elements = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs, elements
+        elements += output.numel()
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, BatchNorm, ResidualBlock)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, *sides))
+    return macs, elements
+
+
+def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) -> dict[str, Any]:
+    """Throughput of one configuration: see `Case.row` for the figures.
+
+    Args:
+        config: what to train; its `views` says how real data are made.
+        steps: at least so many are timed.
+        data: "real", or "synthetic" for views that cost nothing.
+        repeats: samples.
+    """
+    case = Case.begin(config, "synthetic" if data == "synthetic" else config.views)
+    each = _whole_batches(-(-steps // repeats), config)
+    try:
+        timing = measure_times({"": lambda: case.advance(each)}, case.trainer.device, repeats, warm_up=2)[""]
+        return case.row(timing, each)
+    finally:
+        case.trainer.end()
+
+
+def _whole_batches(steps: int, config: Config) -> int:
+    """Steps rounded up to whole batches of views, so that every sample makes as many."""
+    return -(-steps // config.view_steps) * config.view_steps
+
+
+@dataclass
+class ThroughputOptions:
+    """Times training steps by K, mode and source of views."""
+
+    out: Path = records.RESULTS / "throughput.jsonl"
+    """Rows are added to this file."""
+    repeats: int = 7
+    """Samples; the median counts."""
+    preset: str = ""
+    """What is trained; by default the paper's step (WRN-28-2, 32x32, B = 64) with a GPU and digits-40 without."""
+    k: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Strong views of an unlabeled image."""
+    modes: tuple[str, ...] = ()
+    """eager, compile, graph; by default all that the device can."""
+    views: tuple[str, ...] = ()
+    """fused, dali, synthetic; by default all with a GPU, and DALI's without."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As in a run."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """As in a run."""
+    steps: int | None = None
+    """Steps a sample; by default 20 with a GPU and 8 without."""
+    soak: int = 0
+    """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
+
+
+def main(options: ThroughputOptions) -> None:
+    """Times every case; on a CPU all of them in turn, on a GPU those of one K.
+
+    Raises:
+        UserError: a flag that cannot work.
+    """
+    device = bench_device()
+    cuda = device.type == "cuda"
+    modes = options.modes or (MODES if cuda else MODES[:2])
+    views = options.views or (VIEWS if cuda else ("dali",))
+    records.check_choice("--modes", modes, MODES)
+    records.check_choice("--views", views, VIEWS)
+    records.check_least("--k", options.k, 1)
+    records.check_least("--repeats", options.repeats, 1)
+    steps = options.steps if options.steps is not None else (20 if cuda else 8)
+    records.check_least("--steps", steps, 1)
+    if "graph" in modes and not cuda:
+        raise UserError("--modes graph needs a GPU; without one there are eager and compile")
+    print(ceilings(device).text())
+    # one function compiled for every case: more often than torch expects of a healthy program, but never silently not
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    base = base_config(options.preset, cuda)
+    base = dataclasses.replace(base, precision=options.precision, optimizer=options.optimizer)
+    for ks in [(k,) for k in options.k] if cuda else [options.k]:
+        _measure_together(options, base, steps, list(itertools.product(ks, modes, views)), device)
+
+
+def base_config(name: str, cuda: bool) -> Config:
+    """The configuration that a bench of that preset varies."""
+    if name or not cuda:
+        return preset(name or "digits-40")
+    return Config(preset="bench", dataset=NOISE_32, labels=250)
+
+
+def _measure_together(
+    options: ThroughputOptions, base: Config, steps: int, names: list[tuple[int, str, str]], device: torch.device
+) -> None:
+    cases: dict[tuple[int, str, str], Case] = {}
+    memory: dict[tuple[int, str, str], float] = {}
+    failures = records.Failures()
+    steps = _whole_batches(steps, base)
+    for name in names:
+        k, mode, views = name
+        with failures.part(f"K={k} {mode} {views}"):
+            before = _memory(device, fresh=True)
+            cases[name] = Case.begin(dataclasses.replace(base, k=k, mode=mode), views)  # type: ignore[arg-type]
+            cases[name].advance(_whole_batches(2, base))
+            memory[name] = _memory(device) - before
+            cases[name].host_seconds, cases[name].steps = 0.0, 0
+    functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
+    timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
+    rows = []
+    for name, case in cases.items():
+        k, mode, views = name
+        row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
+        row |= {"precision": str(case.trainer.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row |= case.row(timings[str(name)], steps) | {"peak_memory_mib": memory[name]}
+        if options.soak:
+            row |= _soak(case, options.soak)
+        rows.append(row)
+        records.append(options.out, records.record("throughput", device, **row))
+        print(
+            f"K={k} {mode} {views}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
+            f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
+            f"floor {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
+            + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
+            + (f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps" if options.soak else ""),
+            flush=True,
+        )
+    for case in cases.values():
+        case.trainer.end()
+    _print_ratios(rows)
+    failures.finish()
+
+
+def _memory(device: torch.device, fresh: bool = False) -> float:
+    """MiB: the most that the GPU held, from now on if `fresh`; the most that this process ever held on a CPU."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if fresh:
+        torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _resident(device: torch.device) -> float:
+    """MiB in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def _soak(case: Case, steps: int) -> dict[str, Any]:
+    """Memory's growth over so many steps, after a tenth of them for whatever is lazily made."""
+    case.advance(max(steps // 10, 1))
+    before = _resident(case.trainer.device)
+    case.advance(steps)
+    return {"soak_steps": steps, "memory_growth_mib": _resident(case.trainer.device) - before}
+
+
+def _print_ratios(rows: list[dict[str, Any]]) -> None:
+    """What the rows are measured for: modes against eager, views against synthetic ones, and the cost of K."""
+    by = {(row["k"], row["mode"], row["views"]): row["step_ms"] for row in rows}
+    for (k, mode, views), ms in by.items():
+        if mode != "eager" and (k, "eager", views) in by:
+            print(f"K={k} {views}: {mode} is {by[k, 'eager', views] / ms:.2f} times as fast as eager")
+        if views != "synthetic" and (k, mode, "synthetic") in by:
+            print(f"K={k} {mode}: {views} views cost {100 * (ms / by[k, mode, 'synthetic'] - 1):+.1f} %")
+    for mode, views in dict.fromkeys((row["mode"], row["views"]) for row in rows):
+        points = [(k, ms) for (k, m, v), ms in by.items() if (m, v) == (mode, views)]
+        if len(points) > 2:
+            ks, ms = np.array(points).T
+            slope, start = np.polyfit(ks, ms, 1)
+            off = np.abs(slope * ks + start - ms) / ms
+            print(f"{mode} {views}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")

@@ -1,0 +1,113 @@
+"""A step captured once as a CUDA graph and replayed.
+
+Eagerly, a step is a thousand launches of a few microseconds each, which a host cannot issue as fast as the device
+executes them. Captured, it is one. That needs fixed shapes, fixed addresses and no look at the device by the host in
+between: `engine.step.Step` is written so, and every address here is of a tensor that lives as long as the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import distribution
+from engine.step import Step, StepInput, StepOutput, TrainState
+
+# lazily made things have to be there before the capture: compiled code, cuDNN's choices, the optimiser's moments.
+# DistributedDataParallel logs its times up to its tenth pass, by events that a capture may not have
+_WARM_UP, _WARM_UP_RANKS = 3, 11
+
+
+class CapturedStep:
+    """`Step`, as one graph: same call, same result.
+
+    The state keeps its addresses from here on: whoever loads a checkpoint does so before.
+
+    Args:
+        step: on a GPU; its state is as before when this returns.
+        example: of the shapes of all steps to come.
+    """
+
+    def __init__(self, step: Step, example: StepInput) -> None:
+        self._static = _own(example)
+        before = Snapshot(step.state)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP if distribution.ranks() == 1 else _WARM_UP_RANKS):
+                step(self._static)
+            before.restore()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # other threads may go on with what they do, such as making views
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._output = step(self._static)
+
+    def __call__(self, data: StepInput) -> StepOutput:
+        """Trains one step: see `Step.__call__`.
+
+        Returns:
+            Tensors that the next call overwrites, in the order of the current stream.
+        """
+        self._static.views.copy_(data.views, non_blocking=True)
+        self._static.packed.copy_(data.packed, non_blocking=True)
+        self._graph.replay()
+        return self._output
+
+
+def _own(example: StepInput) -> StepInput:
+    """The same, in memory of its own; the parts of `packed` stay parts of it."""
+    packed = example.packed.clone()
+    parts = {}
+    for field in dataclasses.fields(StepInput):
+        part = getattr(example, field.name)
+        if field.name not in ("views", "packed"):
+            start = part.data_ptr() - example.packed.data_ptr()
+            parts[field.name] = packed[start : start + part.nbytes].view(part.dtype)
+    return StepInput(views=example.views.clone(), packed=packed, **parts)
+
+
+class Snapshot:
+    """The state's tensors as they were, put back in place: addresses stay, and what has come since is zeroed.
+
+    What comes with the first step are the optimiser's moments and counts, which begin at zero.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._scale = state.scaler.state_dict()
+        self._values = [(tensor, tensor.clone()) for tensor in _tensors(state)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts everything back."""
+        known = {id(tensor) for tensor, _ in self._values}
+        for tensor, value in self._values:
+            tensor.copy_(value)
+        for tensor in _tensors(self._state):
+            if id(tensor) not in known:
+                tensor.zero_()
+        self._state.scaler.load_state_dict(self._scale)
+
+
+def _tensors(state: TrainState) -> list[Tensor]:
+    optimizer = [state.optimizer.state, *state.optimizer.param_groups]
+    networks = [*state.network.state_dict(keep_vars=True).values(), *state.average.state_dict(keep_vars=True).values()]
+    own = [state.ring, state.label_marginal, state.step]
+    parameters = {id(tensor) for tensor in networks}
+    return own + networks + [tensor for tensor in _leaves(optimizer) if id(tensor) not in parameters]
+
+
+def _leaves(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _leaves(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _leaves(value)

@@ -1,0 +1,60 @@
+"""The two Adams: torch's own fused one, and NVIDIA apex's.
+
+Both do the paper's update, Adam with decoupled weight decay, in one launch over all parameters and without the host:
+step counts and found infinities stay on the device, so both can be captured.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from engine.errors import UserError
+
+BETAS = (0.9, 0.999)
+APEX_BUILD = (
+    "build NVIDIA/apex from source: in a checkout of it run "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
+    "(the package 'apex' on PyPI is another project)"
+)
+APEX_ABSENT = "apex is not installed"
+
+
+def _adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=device.type == "cuda")
+
+
+def apex_problem() -> str | None:
+    """Why apex cannot be used here, or None where it can."""
+    try:
+        importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
+    except (ImportError, AttributeError):
+        try:
+            version("apex")
+        except PackageNotFoundError:
+            return APEX_ABSENT
+        return "the installed package 'apex' is not NVIDIA's: pip uninstall apex"
+    try:
+        importlib.import_module("amp_C")
+    except ImportError:
+        return "apex is installed without its CUDA extensions"
+    return None
+
+
+def _fused_adam(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:
+    if problem := apex_problem():
+        raise UserError(f"--optimizer apex: {problem}; {APEX_BUILD}, or take --optimizer torch")
+    if device.type != "cuda":
+        raise UserError("--optimizer apex needs a GPU; take --optimizer torch")
+    fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+    return fused_adam(groups, lr=lr, betas=BETAS, adam_w_mode=True, capturable=True)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, torch.device], torch.optim.Optimizer]] = {
+    "torch": _adamw,
+    "apex": _fused_adam,
+}

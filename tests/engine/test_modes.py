@@ -1,0 +1,237 @@
+"""Ways to execute a step: eager, compiled, captured; precisions; optimisers. One trajectory, to rounding."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from engine import optimizers
+from engine.capture import CapturedStep, Snapshot
+from engine.errors import UserError
+from engine.rows import arrange, step_plan
+from engine.step import METRICS, Step, StepInput, make_state
+from engine.trainer import pick_mode, pick_precision, pick_views
+from pipelines.ctaugment import initial_weights
+from pipelines.plan import PlanSpec, make_plan
+
+CLASSES = 4
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Adam turns rounding into steps of full size where a gradient is near 0, so trajectories part in time: what must
+# agree is each of the first losses closely, and the mean of every later stretch
+FIRST, STRETCH = 5, 50
+TOLERANCE = {torch.float32: (1e-3, 0.03), torch.bfloat16: (0.03, 0.1), torch.float16: (0.01, 0.1)}
+
+
+def trained(config, mode, steps, device=CPU, precision=torch.float32):
+    """Trains on made-up classes of images; returns (steps, 8) metrics and the final state."""
+    spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
+    rows = arrange(spec, 1, 0, 1)
+    state = make_state(config, CLASSES, device)
+    step = Step(config, state, rows, precision, compiled=mode != "eager")
+    chance = np.random.default_rng(0)
+    classes = chance.integers(CLASSES, size=120)
+    shades = chance.integers(40, 216, size=(CLASSES, 1, 8, 8, 3))[classes, 0]
+    images = np.clip(shades + chance.normal(0, 30, shades.shape), 0, 255).astype(np.uint8)
+    seen = []
+    for number in range(steps):
+        plan = make_plan(spec, 0, number, initial_weights())
+        views = torch.from_numpy(images[plan.views.image + np.where(plan.views.labeled, 0, 40)]).to(device)
+        data = StepInput.to_device(views, step_plan(rows, plan, classes[plan.labeled]), device)
+        if mode == "graph" and number == 0:
+            step = CapturedStep(step, data)
+        seen.append(step(data).metrics.clone())
+    return torch.stack(seen).cpu(), state
+
+
+def assert_same_trajectory(a, b, precision):
+    close, loose = TOLERANCE[precision]
+    losses = slice(0, 5)
+    torch.testing.assert_close(a[:FIRST, losses], b[:FIRST, losses], rtol=close, atol=close)
+    means = [run.unflatten(0, (-1, STRETCH)).mean(1) for run in (a, b)]
+    torch.testing.assert_close(*means, rtol=loose, atol=loose)
+    assert a[-STRETCH:, METRICS.index("loss_x")].mean() < 0.8 * a[:FIRST, METRICS.index("loss_x")].mean(), "it learned"
+
+
+def test_compiled_and_eager_agree_over_200_steps(tiny):
+    # the smallest network there is: generating and building its code is what takes the time
+    config = tiny(scales=1, width=2, batch=8)
+    eager, _ = trained(config, "eager", 200)
+    compiled, _ = trained(config, "compile", 200)
+    assert_same_trajectory(eager, compiled, torch.float32)
+
+
+def test_fp16_with_its_scaler_agrees_with_fp32(tiny):
+    # a few steps of the smallest network: CPUs have no fp16 arithmetic, and make it up slowly
+    config = tiny(scales=1, width=2)
+    fp32, _ = trained(config, "eager", FIRST)
+    fp16, state = trained(tiny(scales=1, width=2, precision="fp16"), "eager", FIRST, precision=torch.float16)
+    torch.testing.assert_close(fp32[:, :5], fp16[:, :5], rtol=0.01, atol=0.01)
+    assert state.scaler.is_enabled() and not torch.equal(fp32, fp16)
+
+
+def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
+    config = tiny(scales=1, width=2, precision="fp16")
+    _, state = trained(config, "eager", 1, precision=torch.float16)
+    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**126})
+    restored = make_state(config, CLASSES, CPU)
+    restored.load_state_dict(state.state_dict())
+    before = [p.detach().clone() for p in state.network.parameters()]
+    loss = state.network(torch.randn(8, 3, 8, 8))[0].square().sum()
+    state.scaler.scale(loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    assert state.scaler.get_scale() == 2.0**125
+    assert all(torch.equal(p, b) for p, b in zip(state.network.parameters(), before, strict=True))
+    assert restored.scaler.get_scale() == 2.0**126, "the scale is part of a checkpoint"
+
+
+def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
+    config = tiny(scales=1, width=2, precision="fp16")
+    for steps_before in (0, 1):
+        state = make_state(config, CLASSES, CPU)
+        if steps_before:
+            _, state = trained(config, "eager", steps_before, precision=torch.float16)
+        fresh = make_state(config, CLASSES, CPU)
+        fresh.load_state_dict(state.state_dict())
+        addresses = [p.data_ptr() for p in state.network.parameters()]
+        snapshot = Snapshot(state)
+        chance = torch.Generator().manual_seed(0)
+        for p in state.network.parameters():
+            p.grad = torch.randn(p.shape, generator=chance)
+        state.scaler.scale(torch.zeros(()))  # which makes the scale's tensor
+        state.scaler.step(state.optimizer)
+        state.ring.fill_(3.0)
+        state.step += 1
+        state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 8.0})
+        snapshot.restore()
+        assert [p.data_ptr() for p in state.network.parameters()] == addresses
+        assert torch.equal(state.ring, fresh.ring) and state.scaler.get_scale() == fresh.scaler.get_scale()
+        for a, b in zip(state.network.state_dict().values(), fresh.network.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        moments = state.optimizer.state_dict()["state"].values()
+        if steps_before:
+            for a, b in zip(moments, fresh.optimizer.state_dict()["state"].values(), strict=True):
+                assert all(torch.equal(a[name], b[name]) for name in b)
+        else:
+            assert moments and all(not tensor.any() for moment in moments for tensor in moment.values())
+
+
+def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
+    config = tiny(batch=5, k=2)
+    spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
+    rows = arrange(spec, 1, 0, 1)
+    plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
+    data = StepInput.to_device(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
+    for name, array in vars(plan).items():
+        part = getattr(data, name)
+        np.testing.assert_array_equal(part.numpy(), array)
+        offset = part.data_ptr() - data.packed.data_ptr()
+        assert offset % 16 == 0 and 0 <= offset < data.packed.numel()
+
+
+def test_what_auto_means(tiny):
+    config, gpu = tiny(), torch.device("cuda", 0)
+    assert (pick_mode(config, CPU), pick_mode(config, gpu)) == ("eager", "graph")
+    assert (pick_precision(config, CPU), pick_precision(config, gpu)) == (torch.float32, torch.bfloat16)
+    assert pick_precision(tiny(precision="fp16"), CPU) is torch.float16
+    assert [pick_views(config, device, (32, 32)) for device in (CPU, gpu)] == ["dali", "fused"]
+    assert pick_views(config, gpu, (224, 224)) == "dali"
+
+
+def test_what_cannot_be_done_is_said(tiny, monkeypatch):
+    with pytest.raises(UserError, match=r"--mode graph .* needs a GPU"):
+        pick_mode(tiny(mode="graph"), CPU)
+    with pytest.raises(UserError, match="up to 96x96 pixels, these have 224x200"):
+        pick_views(tiny(views="fused"), CPU, (224, 200))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        pick_mode(tiny(mode="compile"), CPU)
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """Installs made-up modules and a made-up distribution named apex, none of them by default."""
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def install(*names, distribution=True):
+        for name in names:
+            module = types.ModuleType(name)
+            if name == "apex.optimizers":
+                module.FusedAdam = torch.optim.Adam
+            monkeypatch.setitem(sys.modules, name, module)
+        if distribution:
+            monkeypatch.setattr(optimizers, "version", lambda name: "0.1")
+
+    return install
+
+
+def test_apex_is_asked_for_by_its_right_name(tiny, apex):
+    config = tiny(optimizer="apex")
+    for names, distribution, words in [
+        ((), False, "apex is not installed; build NVIDIA/apex from source"),
+        (("apex",), True, "is not NVIDIA's: pip uninstall apex; build NVIDIA/apex"),
+        (("apex", "apex.optimizers"), True, "without its CUDA extensions; build NVIDIA/apex"),
+        (("apex", "apex.optimizers", "amp_C"), True, "needs a GPU"),
+    ]:
+        apex(*names, distribution=distribution)
+        with pytest.raises(UserError, match=words):
+            make_state(config, CLASSES, CPU)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_modes_agree_over_200_steps_on_a_gpu(tiny, mode, precision):
+    config = tiny(width=16, batch=16, precision=precision, device="cuda")
+    device = torch.device("cuda", 0)
+    dtype = pick_precision(config, device)
+    eager, _ = trained(config, "eager", 200, device, dtype)
+    other, _ = trained(config, mode, 200, device, dtype)
+    assert_same_trajectory(eager, other, dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_never_waits_for_the_device(tiny):
+    config = tiny(device="cuda")
+    trained(config, "eager", 2, torch.device("cuda", 0))  # whatever is lazily made
+    spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
+    rows = arrange(spec, 1, 0, 1)
+    device = torch.device("cuda", 0)
+    step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
+    plan = make_plan(spec, 0, 0, initial_weights())
+    views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8, device=device)
+    data = StepInput.to_device(views, step_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
+    step(data)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_captured_and_eager_states_begin_alike(tiny):
+    """Capturing leaves the state as it was: the first captured step gives the first eager one's losses."""
+    config, device = tiny(device="cuda"), torch.device("cuda", 0)
+    eager, _ = trained(config, "eager", 2, device)
+    captured, state = trained(config, "graph", 2, device)
+    torch.testing.assert_close(eager, captured, rtol=1e-3, atol=1e-3)
+    assert int(state.step) == 2
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(optimizers.apex_problem() is not None, reason="needs NVIDIA apex, built from source")
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_apex_and_torch_agree_over_200_steps(tiny, mode):
+    device = torch.device("cuda", 0)
+    ours, _ = trained(tiny(device="cuda"), mode, 200, device)
+    apexs, _ = trained(tiny(device="cuda", optimizer="apex"), mode, 200, device)
+    assert_same_trajectory(ours, apexs, torch.float32)
