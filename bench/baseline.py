@@ -195,7 +195,7 @@ def main(options: BaselineOptions) -> None:
                 "k": k,
                 "batch": config.batch,
                 "data": data,
-                "precision": "bf16" if device.type == "cuda" else "fp32",
+                "precision": "bfloat16" if device.type == "cuda" else "float32",
                 "workers": options.workers if data == "real" else 0,
                 "steps_per_second": rate,
                 "images_per_second": rate * rows,

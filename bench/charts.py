@@ -36,11 +36,16 @@ def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
 
 def _throughput(axes: Axes, rows: Mapping[str, list[Row]]) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
+    preset = rows["throughput"][-1]["preset"]  # rates of several networks on one axis would say nothing
     for row in rows["throughput"]:
-        name = f"{row['mode']}, {row['views']} views"
+        if row["preset"] != preset:
+            continue
+        name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
         lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
-    for row in rows.get("baseline", []):
-        lines.setdefault(f"plain PyTorch, {row['data']} views", []).append((row["k"], row["images_per_second"]))
+    for row in rows.get("baseline", []) if preset == "bench" else []:
+        lines.setdefault(f"plain PyTorch, {row['data']} views, {row['precision']}", []).append(
+            (row["k"], row["images_per_second"])
+        )
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), "--s" if name.startswith("plain") else "-o", label=name)
     ks = sorted({k for points in lines.values() for k, _ in points})

@@ -52,7 +52,7 @@ fi
 if [[ $small ]]; then
   bench kernels 60 --repeats 1 --providers eager --sizes step
   bench pipelines 60 --repeats 1 --rows 16 --batches 1 --threads 1
-  bench throughput 60 --k 1 --modes eager --views "${views[@]}" --steps 2
+  bench throughput 60 --repeats 1 --k 1 --modes eager --views "${views[@]}" --steps 2
   bench baseline 60 --repeats 1 --k 1 --steps 1 --batch 2 --workers 1
 else
   part tests 70 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors "${tests[@]}"

@@ -19,18 +19,20 @@ PERFORMANCE = ("<!-- performance table: remixmatch bench report -->", "<!-- end 
 
 # of each bench: what tells its rows apart, where a newer row replaces an older one; and columns, by their titles
 KEYS = {
-    "throughput": ("k", "batch", "mode", "views", "precision"),
+    "throughput": ("preset", "k", "batch", "mode", "views", "precision", "optimizer"),
     "baseline": ("k", "batch", "data", "precision"),
     "kernels": ("kernel", "size", "provider"),
     "pipelines": ("backend", "rows", "side"),
 }
 COLUMNS = {
     "throughput": {
+        "preset": "{preset}",
         "K": "{k}",
         "B": "{batch}",
         "mode": "{mode}",
         "views": "{views}",
         "precision": "{precision}",
+        "optimizer": "{optimizer}",
         "step, ms": "{step_ms:.2f}",
         "steps/s": "{steps_per_second:.1f}",
         "images/s": "{images_per_second:,.0f}",

@@ -51,8 +51,8 @@ def measured(bench, device="CPU", **values):
         kernel="guess", size="step", provider="eager", backend="pil", rows=8, side=8, k=1, batch=2, mode="eager"
     )
     return dict(
-        known, bench=bench, views="dali", data="real", precision="fp32", device=device, commit="abc",
-        versions={"torch": "2.0", "triton": "3.0"},
+        known, bench=bench, preset="bench", optimizer="torch", views="dali", data="real", precision="fp32",
+        device=device, commit="abc", versions={"torch": "2.0", "triton": "3.0"},
     ) | values  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_the_newest_row_of_a_case_stands_a_device_a_table():
 def test_what_was_not_measured_is_left_empty():
     row = measured("throughput", step_ms=2.0, floor_ms=None, images_per_second=1234.5)
     assert report.table("throughput", [row]).splitlines()[2] == (
-        "| 1 | 2 | eager | dali | fp32 | 2.00 |  | 1,234 |  |  |  |  |"
+        "| bench | 1 | 2 | eager | dali | fp32 | torch | 2.00 |  | 1,234 |  |  |  |  |"
     )
 
 
