@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -65,12 +64,16 @@ def grey(images: torch.Tensor) -> torch.Tensor:
     return red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).bitwise_right_shift_(16)
 
 
-def looked_up(curves: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Each value's place on its image's and channel's curve: curves (n, 3, 256), to (n, H, W, 3) uint8."""
-    n, row = len(images), images.shape[2] * 3
-    cell = images.view(n, -1, row).long()
-    cell += 256 * (torch.arange(row, device=images.device) % 3)
-    return curves.to(torch.uint8).view(n, -1).gather(1, cell.view(n, -1)).view(images.shape)
+def cells(images: torch.Tensor) -> torch.Tensor:
+    """Where each value is in a table (n, 3, 256) laid end to end: (n, H, W * 3) int64."""
+    n, height, width, _ = images.shape
+    table = torch.arange(n, device=images.device)[:, None] * 3 + torch.arange(3, device=images.device).repeat(width)
+    return images.view(n, height, -1).long().add_(256 * table[:, None])
+
+
+def looked_up(curves: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """The curve's value at each of `cells`: curves (n, 3, 256), to uint8 of the shape of `cell`."""
+    return curves.to(torch.int32).to(torch.uint8).view(-1).gather(0, cell.view(-1)).view(cell.shape)
 
 
 def planes(images: torch.Tensor) -> torch.Tensor:
@@ -86,7 +89,7 @@ def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     scale = torch.where(high > low, torch.full_like(low, 255) / (high - low), 1.0)
     offset = torch.where(high > low, -low * scale, 0.0)
     ramp = torch.arange(256, dtype=torch.float64, device=images.device)
-    return looked_up((ramp * scale).add_(offset).clamp_(0, 255), images)
+    return looked_up((ramp * scale).add_(offset).clamp_(0, 255), cells(images)).view(images.shape)
 
 
 @repaint(BLENDED)
@@ -139,9 +142,10 @@ def brightness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 
 @repaint(ENHANCED)
 def color(images: torch.Tensor, given: Parameters) -> torch.Tensor:
-    out = torch.empty_like(images)
     # a last dimension of 1 that broadcasts to 3 would be slow, in each pass of the blend
-    out[...] = grey(images)[..., None]
+    out, level = torch.empty_like(images), grey(images)
+    for channel in range(3):
+        out[..., channel] = level
     return out
 
 
@@ -170,17 +174,16 @@ def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     n, pixels = len(images), images.shape[1] * images.shape[2]
     # one histogram of 256 cells for each channel of each image, end to end
-    cell = planes(images).view(3 * n, -1).long()
-    cell += 256 * torch.arange(3 * n, device=images.device)[:, None]
+    cell = cells(images)
     # integers in double precision: exact, and torch divides them faster than int64
     count = torch.bincount(cell.view(-1), minlength=768 * n).view(n, 3, 256).double()
-    value = torch.arange(256, dtype=torch.float64, device=images.device)
-    brightest = (count > 0).mul(value).amax(dim=-1, keepdim=True).long()
-    step = ((pixels - count.gather(2, brightest)) / 255).floor_()
     below = count.cumsum(dim=-1).sub_(count)
+    # below the brightest value there is: above it, all pixels are below
+    step = (below.lt(pixels).double().mul_(below).amax(dim=-1, keepdim=True) / 255).floor_()
     curves = below.add_((step / 2).floor_()).div_(step.clamp(min=1)).floor_().clamp_(max=255)
     # with fewer than 255 pixels below the brightest value PIL leaves the channel alone
-    return looked_up(torch.where(step > 0, curves, value), images)
+    value = torch.arange(256, dtype=torch.float64, device=images.device)
+    return looked_up(torch.where(step > 0, curves, value), cell).view(images.shape)
 
 
 @repaint(BLENDED)
@@ -213,25 +216,26 @@ def solarize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 # ---------------------------------------------------------------- rescale
 
 
-def _hamming(x: torch.Tensor) -> torch.Tensor:
-    return torch.sinc(x) * (0.54 + 0.46 * torch.cos(np.pi * x))
+def _hamming(x: np.ndarray) -> np.ndarray:
+    return np.sinc(x) * (0.54 + 0.46 * np.cos(np.pi * x))
 
 
-def _bicubic(x: torch.Tensor) -> torch.Tensor:
-    x = x.abs()
-    return torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
 
 
-def _lanczos(x: torch.Tensor) -> torch.Tensor:
-    return torch.sinc(x) * torch.sinc(x / 3)
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    return np.sinc(x) * np.sinc(x / 3)
 
 
 # PIL's filters in the order of rescale's second level: NEAREST, BOX, BILINEAR, HAMMING, BICUBIC, LANCZOS;
 # half widths, and weights by distance. Enlarging, NEAREST and BOX are both the one pixel that a position
 # falls into
-_SUPPORT = (0.5, 0.5, 1.0, 1.0, 2.0, 3.0)
-_WEIGHT: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
-    2: lambda x: 1 - x.abs(),
+_SUPPORT = np.array([0.5, 0.5, 1.0, 1.0, 2.0, 3.0])
+_REACH = 6
+_WEIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda x: 1 - np.abs(x),
     3: _hamming,
     4: _bicubic,
     5: _lanczos,
@@ -239,49 +243,51 @@ _WEIGHT: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
 _PRECISION = 1 << 22
 
 
-def _kernels(level: torch.Tensor, chosen: list[int], length: int) -> torch.Tensor:
-    """PIL's resampling coefficients along one side: (n, out, in) float64 of integers, in units of 2^-22.
+def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
+    """PIL's resampling coefficients along one side: (n, out, in) float64, multiples of 2^-22.
 
     Args:
         level: (n, 1) float64.
-        chosen: n filters.
+        chosen: (n,) filters.
         length: pixels of the side.
     """
-    support = level.new_tensor([_SUPPORT[index] for index in chosen])[:, None]
+    support = _SUPPORT[chosen][:, None]
     # PIL takes the box, and its size, in single precision
-    start, end = (0.25 * level * length).float(), (length - 0.25 * level * length).float()
-    place = torch.arange(length, dtype=torch.float64, device=level.device)
-    centre = start + (place + 0.5) * ((end - start).double() / length)  # (n, out)
-    first, last = (centre - support + 0.5).floor_()[..., None], (centre + support + 0.5).floor_()[..., None]
+    start, end = np.float32(0.25 * level * length), np.float32(length - 0.25 * level * length)
+    centre = start + (np.arange(length) + 0.5) * (np.float64(end - start) / length)  # (n, out)
+    first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
+    reached = first + np.arange(_REACH)  # (n, out, reach)
+    distance = reached + 0.5 - centre[..., None]
     # the kernel is cut off at the image's border, and what is left of it sums to 1
-    kernels = ((place >= first) & (place < last)).double()
-    distance = place + 0.5 - centre[..., None]
-    first_row = 0
-    for index, run in groupby(chosen):
-        last_row = first_row + len(list(run))
-        if index in _WEIGHT:
-            kernels[first_row:last_row] *= _WEIGHT[index](distance[first_row:last_row])
-        first_row = last_row
-    kernels /= kernels.sum(dim=-1, keepdim=True)
-    return kernels.mul_(_PRECISION).round_()
+    weights = np.float64((reached >= 0) & (reached < last) & (reached < length))
+    for index, weight in _WEIGHT.items():
+        (rows,) = np.nonzero(chosen == index)
+        weights[rows] *= weight(distance[rows])
+    weights /= weights.sum(axis=-1, keepdims=True)
+    weights = np.rint(weights * _PRECISION) / _PRECISION
+    kernels = np.zeros((len(level), length, length + 2 * _REACH))
+    np.put_along_axis(kernels, reached.astype(np.int64) + _REACH, weights, axis=2)
+    return kernels[:, :, _REACH:-_REACH]
 
 
 @repaint(REPLACED)
 def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     """The centre crop of side (1 - 0.5 v) of the image, resized back: across, to 8 bits, then down."""
     n, height, width, _ = images.shape
-    level = given.level.view(n, 1).double()
-    chosen = [int(len(_SUPPORT) * second) for second in given.second.tolist()]
+    # kernels are small and many steps away from levels: the host is quickest
+    level = given.level.view(n, 1).cpu().numpy().astype(np.float64)
+    chosen = (len(_SUPPORT) * given.second.cpu().numpy().astype(np.float64)).astype(np.int64)
+    across = torch.from_numpy(_kernels(level, chosen, width)).to(images.device)
+    down = across if height == width else torch.from_numpy(_kernels(level, chosen, height)).to(images.device)
 
-    # integers below 2^53, so sums are exact in whatever order
-    def along_rows(kernels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        out = kernels @ values.reshape(n, values.shape[1], -1)
-        return out.mul_(1 / _PRECISION).add_(0.5).floor_().clamp_(0, 255).view(values.shape)
-
-    across = _kernels(level, chosen, width)
-    down = across if height == width else _kernels(level, chosen, height)
-    middle = along_rows(across, images.double().transpose(1, 2))
-    return along_rows(down, middle.transpose(1, 2)).to(torch.uint8)
+    # every product is a multiple of 2^-22 below 2^10, so sums are exact in whatever order
+    lines = images.transpose(2, 3).to(torch.float64, memory_format=torch.contiguous_format)
+    middle = (lines.view(n, -1, width) @ across.transpose(1, 2)).add_(0.5).floor_().clamp_(0, 255)
+    planes = (down @ middle.view(n, height, -1)).add_(0.5).clamp_(0, 255).to(torch.int32).view(lines.shape)
+    out = torch.empty_like(images)
+    for channel in range(3):
+        out[..., channel] = planes[:, :, channel]
+    return out
 
 
 # ---------------------------------------------------------------- a transformation as it is used

@@ -27,10 +27,8 @@ def _graph(device: str) -> Any:
     view = fn.external_source(name="weak", layout="HWC")
     if device == "gpu":
         view = view.gpu()
-    for turn in range(OPS_PER_VIEW):
-        inputs = {name: fn.external_source(name=f"{name}{turn}") for name in transformations.INPUTS}
-        view = transformations.transform(view, inputs, device)
-    return view
+    inputs = {name: fn.external_source(name=name) for name in transformations.INPUTS}
+    return transformations.transform(view, inputs, device)
 
 
 def _checked(images: np.ndarray, name: str) -> np.ndarray:
@@ -143,12 +141,9 @@ class ViewPipeline:
     def _feed(self, views: ViewPlan) -> None:
         feed = self._pipeline.feed_input
         feed("weak", self._weak(views))
-        for turn in range(OPS_PER_VIEW):
-            inputs = transformations.round_inputs(
-                views.ops[:, turn], views.levels[:, turn], views.centre[:, turn], self.height, self.width
-            )
-            for name, value in inputs.items():
-                feed(f"{name}{turn}", value)
+        inputs = transformations.inputs(views.ops, views.levels, views.centre, self.height, self.width)
+        for name, value in inputs.items():
+            feed(name, value)
 
     def submit(self, views: ViewPlan) -> None:
         """Hands over one step's plan and returns at once: DALI's threads make the views.
