@@ -67,13 +67,16 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 def cells(images: torch.Tensor) -> torch.Tensor:
     """Where each value is in a table (n, 3, 256) laid end to end: (n, H, W * 3) int64."""
     n, height, width, _ = images.shape
-    table = torch.arange(n, device=images.device)[:, None] * 3 + torch.arange(3, device=images.device).repeat(width)
-    return images.view(n, height, -1).long().add_(256 * table[:, None])
+    table = torch.arange(0, 768 * n, 256, device=images.device).view(n, 1, 3).repeat(1, 1, width)
+    return images.view(n, height, -1).long().add_(table)
 
 
 def looked_up(curves: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-    """The curve's value at each of `cells`: curves (n, 3, 256), to uint8 of the shape of `cell`."""
-    return curves.to(torch.int32).to(torch.uint8).view(-1).gather(0, cell.view(-1)).view(cell.shape)
+    """The curve's value at each of `cells`: of a channel's values (n, 3, 256), in the shape of `cell`.
+
+    A curve is blended before: 256 values instead of all the pixels.
+    """
+    return curves.view(-1).gather(0, cell.view(-1)).view(cell.shape)
 
 
 def planes(images: torch.Tensor) -> torch.Tensor:
@@ -81,15 +84,16 @@ def planes(images: torch.Tensor) -> torch.Tensor:
     return images.view(len(images), -1, 3).transpose(1, 2).contiguous()
 
 
-@repaint(BLENDED)
+@repaint(REPLACED)
 def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     values = planes(images)
     low, high = values.amin(dim=2, keepdim=True).double(), values.amax(dim=2, keepdim=True).double()
     # PIL's very operations in double precision: it truncates, and a product may be just short of an integer
     scale = torch.where(high > low, torch.full_like(low, 255) / (high - low), 1.0)
     offset = torch.where(high > low, -low * scale, 0.0)
-    ramp = torch.arange(256, dtype=torch.float64, device=images.device)
-    return looked_up((ramp * scale).add_(offset).clamp_(0, 255), cells(images)).view(images.shape)
+    value = torch.arange(256, dtype=torch.float64, device=images.device)
+    curves = (value * scale).add_(offset).clamp_(0, 255).floor_()
+    return looked_up(blend(value, curves, given.level[..., 0]), cells(images)).view(images.shape)
 
 
 @repaint(BLENDED)
@@ -137,7 +141,7 @@ def _framed(images: torch.Tensor, inside: torch.Tensor, border: int) -> torch.Te
 
 @repaint(ENHANCED)
 def brightness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
-    return torch.zeros_like(images)
+    return images.new_zeros(1)
 
 
 @repaint(ENHANCED)
@@ -170,7 +174,7 @@ def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return ((images.view(n, height, -1) & ~square) | (square & 127)).view(images.shape)
 
 
-@repaint(BLENDED)
+@repaint(REPLACED)
 def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     n, pixels = len(images), images.shape[1] * images.shape[2]
     # one histogram of 256 cells for each channel of each image, end to end
@@ -183,7 +187,8 @@ def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     curves = below.add_((step / 2).floor_()).div_(step.clamp(min=1)).floor_().clamp_(max=255)
     # with fewer than 255 pixels below the brightest value PIL leaves the channel alone
     value = torch.arange(256, dtype=torch.float64, device=images.device)
-    return looked_up(torch.where(step > 0, curves, value), cell).view(images.shape)
+    curves = torch.where(step > 0, curves, value)
+    return looked_up(blend(value, curves, given.level[..., 0]), cell).view(images.shape)
 
 
 @repaint(BLENDED)

@@ -23,6 +23,7 @@ edge between two.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -103,8 +104,6 @@ def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
 NAMES = ctaugment.NAMES
 assert sorted([*WARPS, *REPAINTS, "identity"]) == sorted(NAMES)
 _IS_WARP = np.array([name in WARPS for name in NAMES])
-# of a repainting's parameters: operation, level, second level, centre (y, x)
-_COLUMNS = 5
 
 
 class _Here(threading.local):
@@ -131,22 +130,21 @@ def _one_thread() -> None:
         _here.limited = True
 
 
-def _repainted(images: list[Any], parameters: list[Any]) -> list[Any]:
+def _repainted(images: list[Any], parameters: np.ndarray) -> list[Any]:
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
     batch = torch.cat([torch.from_dlpack(image) for image in images])
     batch = batch.view(len(images), -1, *batch.shape[1:])
-    given = torch.cat([torch.from_dlpack(row) for row in parameters]).view(len(images), OPS_PER_VIEW, _COLUMNS)
-    ops = given[:, :, 0].cpu().numpy()
+    ops, given = parameters[:, :, 0].astype(np.int64), torch.from_numpy(parameters).to(batch.device)
     order = np.arange(len(ops))  # row of the plan that each row of the batch is
     for turn in range(OPS_PER_VIEW):
         # one transformation's rows side by side, and at a time, which a core's cache holds
         by_op = np.argsort(ops[order, turn], kind="stable")
         order = order[by_op]
         batch = batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
-        level, second, centre = given[torch.from_numpy(order), turn, 1:].split((1, 1, 2), dim=1)
+        level, second, centre = given[torch.from_numpy(order).to(batch.device), turn, 1:].split((1, 1, 2), dim=1)
         rows = Parameters(level[..., None, None], second[:, 0], centre)
         first = 0
-        for op, count in enumerate(np.bincount(ops[:, turn].astype(np.int64)).tolist()):
+        for op, count in enumerate(np.bincount(ops[:, turn]).tolist()):
             last = first + count
             if count and NAMES[op] in REPAINTS:
                 batch[first:last] = apply(NAMES[op], batch[first:last], rows.rows(first, last))
@@ -157,55 +155,59 @@ def _repainted(images: list[Any], parameters: list[Any]) -> list[Any]:
     return capsules
 
 
-@do_not_convert
-@torch.inference_mode()
-def repainted(images: list[Any], parameters: list[Any]) -> list[Any]:
+def repainter(waiting: deque[np.ndarray], device: str) -> Callable[[list[Any]], list[Any]]:
     """The batch function of the repaint node, for DALI's threads.
 
+    It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
+
     Args:
-        images: n DLPack capsules of (H, W, 3) uint8, on the CPU.
-        parameters: n of (2, 5) float32, on the CPU, a row for each turn: operation, level, second level, centre
-            (y, x). What is no repainting is passed over.
-
-    Returns:
-        n DLPack capsules of (H, W, 3) uint8, in the same order.
+        waiting: parameters of the batches to come, oldest first: (n, 2, 5) float32, for each turn operation, level,
+            second level, centre (y, x). What is no repainting is passed over. They do not come by way of DALI,
+            which would make a tensor of each row.
+        device: "cpu" or "gpu". DALI has waited for inputs on the GPU, and takes outputs as ready.
     """
-    _one_thread()
-    return _repainted(images, parameters)
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted(images: list[Any]) -> list[Any]:
+        _one_thread()
+        return _repainted(images, waiting.popleft())
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted_on_gpu(images: list[Any]) -> list[Any]:
+        # a stream of this thread's own: the default one belongs to the training step, and may be under capture
+        device = torch.cuda.current_device()
+        if device not in _here.streams:
+            _here.streams[device] = torch.cuda.Stream(device)
+        stream = _here.streams[device]
+        with torch.cuda.stream(stream):
+            capsules = _repainted(images, waiting.popleft())
+        stream.synchronize()
+        return capsules
+
+    return repainted if device == "cpu" else repainted_on_gpu
 
 
-@do_not_convert
-@torch.inference_mode()
-def repainted_on_gpu(images: list[Any], parameters: list[Any]) -> list[Any]:
-    """`repainted` on the GPU; DALI has waited for the inputs and takes the outputs as ready."""
-    # a stream of this thread's own: the default one belongs to the training step, and may be under capture
-    device = torch.cuda.current_device()
-    if device not in _here.streams:
-        _here.streams[device] = torch.cuda.Stream(device)
-    stream = _here.streams[device]
-    with torch.cuda.stream(stream):
-        capsules = _repainted(images, parameters)
-    stream.synchronize()
-    return capsules
+def repaints(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """What `repainter` waits for: ops (V, 2), levels (V, 2, 2) and centre (V, 2, 2) in one, (V, 2, 5) float32."""
+    return np.concatenate([ops[..., None].astype(np.float32), levels, centre], axis=2)
 
 
-def inputs(
-    ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int
-) -> dict[str, np.ndarray]:
+def warps(ops: np.ndarray, levels: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
     """What the graph is fed, by name; V views, two turns each.
 
     Args:
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
         levels: (V, 2, 2) float32 in [0, 1).
-        centre: (V, 2, 2) float32 in [0, 1).
         height: H, of the images.
         width: W.
 
     Returns:
         is_warp0, is_warp1: (V,) bool; matrix0, matrix1: (V, 2, 3) float32, PIL's AFFINE coefficients where the turn
-        is a warp; repaints: (V, 2, 5) float32, as `repainted` has them.
+        is a warp.
     """
-    fed = {"repaints": np.concatenate([ops[..., None].astype(np.float32), levels, centre], axis=2)}
+    fed: dict[str, np.ndarray] = {}
     for turn in range(OPS_PER_VIEW):
         matrix = np.zeros((len(ops), 6), dtype=np.float32)
         for name, function in WARPS.items():
@@ -216,15 +218,16 @@ def inputs(
     return fed
 
 
-INPUTS = ("is_warp0", "matrix0", "repaints", "is_warp1", "matrix1")
+INPUTS = ("is_warp0", "matrix0", "is_warp1", "matrix1")
 
 
-def transform(image: Any, inputs: dict[str, Any], device: str) -> Any:
+def transform(image: Any, inputs: dict[str, Any], repainted: Callable[[list[Any]], list[Any]], device: str) -> Any:
     """The strong augmentation's part of the graph.
 
     Args:
         image: node of (H, W, 3) uint8, on the device.
-        inputs: nodes of what `inputs` returns, on the CPU.
+        inputs: nodes of what `warps` returns, on the CPU.
+        repainted: a `repainter` for the device.
         device: "cpu" or "gpu".
 
     Returns:
@@ -233,12 +236,7 @@ def transform(image: Any, inputs: dict[str, Any], device: str) -> Any:
     if inputs["is_warp0"]:
         image = fn.warp_affine(image, matrix=inputs["matrix0"], fill_value=0, interp_type=types.INTERP_NN)
     image = fn.dl_tensor_python_function(
-        image,
-        inputs["repaints"] if device == "cpu" else inputs["repaints"].gpu(),
-        device=device,
-        function=repainted if device == "cpu" else repainted_on_gpu,
-        batch_processing=True,
-        output_layouts="HWC",
+        image, device=device, function=repainted, batch_processing=True, output_layouts="HWC"
     )
     if inputs["is_warp1"]:
         image = fn.warp_affine(image, matrix=inputs["matrix1"], fill_value=0, interp_type=types.INTERP_NN)

@@ -8,6 +8,8 @@ images and plan rows, so the same plan gives the same bytes whatever the number 
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,12 @@ _PIXEL = np.dtype("V3")
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(device: str) -> Any:
+def _graph(device: str, repainted: Callable[[list[Any]], list[Any]]) -> Any:
     view = fn.external_source(name="weak", layout="HWC")
     if device == "gpu":
         view = view.gpu()
     inputs = {name: fn.external_source(name=name) for name in transformations.INPUTS}
-    return transformations.transform(view, inputs, device)
+    return transformations.transform(view, inputs, repainted, device)
 
 
 def _checked(images: np.ndarray, name: str) -> np.ndarray:
@@ -101,8 +103,10 @@ class ViewPipeline:
         # (N, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
         self._windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
         self._in_flight = 0
+        self._repaints: deque[np.ndarray] = deque()
         self._pipeline: Any = _graph(
             device,
+            transformations.repainter(self._repaints, device),
             batch_size=rows,
             num_threads=threads,
             device_id=device_id if device == "gpu" else None,
@@ -141,9 +145,9 @@ class ViewPipeline:
     def _feed(self, views: ViewPlan) -> None:
         feed = self._pipeline.feed_input
         feed("weak", self._weak(views))
-        inputs = transformations.inputs(views.ops, views.levels, views.centre, self.height, self.width)
-        for name, value in inputs.items():
+        for name, value in transformations.warps(views.ops, views.levels, self.height, self.width).items():
             feed(name, value)
+        self._repaints.append(transformations.repaints(views.ops, views.levels, views.centre))
 
     def submit(self, views: ViewPlan) -> None:
         """Hands over one step's plan and returns at once: DALI's threads make the views.
