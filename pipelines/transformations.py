@@ -23,6 +23,7 @@ edge between two.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from threadpoolctl import threadpool_limits
 
 from kernels.repaint import REPAINTS, Parameters, apply
 from pipelines import ctaugment
+from pipelines.plan import OPS_PER_VIEW
 
 # ---------------------------------------------------------------- warp: from level to matrix, on the host
 
@@ -97,11 +99,11 @@ def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _rows(level, 1.0, 0.0, 0.0, 0.0, 1.0, 0.3 * level * height)
 
 
-# ---------------------------------------------------------------- a round of the graph
+# ---------------------------------------------------------------- the graph
 
 NAMES = ctaugment.NAMES
 assert sorted([*WARPS, *REPAINTS, "identity"]) == sorted(NAMES)
-_IS_REPAINT = np.array([name in REPAINTS for name in NAMES])
+_IS_WARP = np.array([name in WARPS for name in NAMES])
 
 
 class _Here(threading.local):
@@ -128,120 +130,114 @@ def _one_thread() -> None:
         _here.limited = True
 
 
-def _repainted(images: list[Any], parameters: list[Any]) -> list[Any]:
+def _repainted(images: list[Any], parameters: np.ndarray) -> list[Any]:
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
-    given = torch.cat([torch.from_dlpack(row) for row in parameters]).view(len(parameters), 6)
-    ops = [int(op) for op in given[:, 0].tolist()]
-    # by transformation, and by second level, as rescale goes by runs of rows with one filter
-    order = sorted(range(len(ops)), key=list(zip(ops, given[:, 2].tolist(), strict=True)).__getitem__)
-    batch = torch.cat([torch.from_dlpack(images[row]) for row in order])
+    batch = torch.cat([torch.from_dlpack(image) for image in images])
     batch = batch.view(len(images), -1, *batch.shape[1:])
-    given = given[torch.tensor(order, device=given.device)]
-    rows = Parameters(given[:, 1].view(-1, 1, 1, 1), given[:, 2], given[:, 3:5])
-
-    out = torch.empty_like(batch)
-    first = 0
-    for op in sorted(set(ops)):
-        last = first + ops.count(op)
-        # one transformation's rows at a time, which a core's cache holds
-        out[first:last] = apply(NAMES[op], batch[first:last], rows.rows(first, last))
-        first = last
-
-    capsules: list[Any] = [None] * len(ops)
-    for row, image in zip(order, out.unbind(), strict=True):
+    ops, given = parameters[:, :, 0].astype(np.int64), torch.from_numpy(parameters).to(batch.device)
+    order = np.arange(len(ops))  # row of the plan that each row of the batch is
+    for turn in range(OPS_PER_VIEW):
+        # one transformation's rows side by side, and at a time, which a core's cache holds
+        by_op = np.argsort(ops[order, turn], kind="stable")
+        order = order[by_op]
+        batch = batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
+        level, second, centre = given[torch.from_numpy(order).to(batch.device), turn, 1:].split((1, 1, 2), dim=1)
+        rows = Parameters(level[..., None, None], second[:, 0], centre)
+        first = 0
+        for op, count in enumerate(np.bincount(ops[:, turn]).tolist()):
+            last = first + count
+            if count and NAMES[op] in REPAINTS:
+                batch[first:last] = apply(NAMES[op], batch[first:last], rows.rows(first, last))
+            first = last
+    capsules: list[Any] = [None] * len(order)
+    for row, image in zip(order.tolist(), batch.unbind(), strict=True):
         capsules[row] = torch.utils.dlpack.to_dlpack(image)
     return capsules
 
 
-@do_not_convert
-@torch.inference_mode()
-def repainted(images: list[Any], parameters: list[Any]) -> list[Any]:
-    """The batch function of the repaint branch, for DALI's threads.
+def repainter(waiting: deque[np.ndarray], device: str) -> Callable[[list[Any]], list[Any]]:
+    """The batch function of the repaint node, for DALI's threads.
+
+    It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
 
     Args:
-        images: n DLPack capsules of (H, W, 3) uint8, on the CPU.
-        parameters: n of (2, 3) float32, on the CPU: operation, level, second level, centre (y, x), nothing.
-
-    Returns:
-        n DLPack capsules of (H, W, 3) uint8, in the same order.
+        waiting: parameters of the batches to come, oldest first: (n, 2, 5) float32, for each turn operation, level,
+            second level, centre (y, x). What is no repainting is passed over. They do not come by way of DALI,
+            which would make a tensor of each row.
+        device: "cpu" or "gpu". DALI has waited for inputs on the GPU, and takes outputs as ready.
     """
-    _one_thread()
-    return _repainted(images, parameters) if images else []
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted(images: list[Any]) -> list[Any]:
+        _one_thread()
+        return _repainted(images, waiting.popleft())
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted_on_gpu(images: list[Any]) -> list[Any]:
+        # a stream of this thread's own: the default one belongs to the training step, and may be under capture
+        device = torch.cuda.current_device()
+        if device not in _here.streams:
+            _here.streams[device] = torch.cuda.Stream(device)
+        stream = _here.streams[device]
+        with torch.cuda.stream(stream):
+            capsules = _repainted(images, waiting.popleft())
+        stream.synchronize()
+        return capsules
+
+    return repainted if device == "cpu" else repainted_on_gpu
 
 
-@do_not_convert
-@torch.inference_mode()
-def repainted_on_gpu(images: list[Any], parameters: list[Any]) -> list[Any]:
-    """`repainted` on the GPU; DALI has waited for the inputs and takes the outputs as ready."""
-    if not images:
-        return []
-    # a stream of this thread's own: the default one belongs to the training step, and may be under capture
-    device = torch.cuda.current_device()
-    if device not in _here.streams:
-        _here.streams[device] = torch.cuda.Stream(device)
-    stream = _here.streams[device]
-    with torch.cuda.stream(stream):
-        capsules = _repainted(images, parameters)
-    stream.synchronize()
-    return capsules
+def repaints(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """What `repainter` waits for: ops (V, 2), levels (V, 2, 2) and centre (V, 2, 2) in one, (V, 2, 5) float32."""
+    return np.concatenate([ops[..., None].astype(np.float32), levels, centre], axis=2)
 
 
-def round_inputs(
-    ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int
-) -> dict[str, np.ndarray]:
-    """What one round of the graph is fed, by name.
+def warps(ops: np.ndarray, levels: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
+    """What the graph is fed, by name; V views, two turns each.
 
     Args:
-        ops: (V,) int, indices into `ctaugment.TRANSFORMATIONS`.
-        levels: (V, 2) float32 in [0, 1).
-        centre: (V, 2) float32 in [0, 1).
+        ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
+        levels: (V, 2, 2) float32 in [0, 1).
         height: H, of the images.
         width: W.
 
     Returns:
-        is_repaint: (V,) bool; parameters: (V, 2, 3) float32, for rows of the repaint branch as `repainted`
-        has them, for others PIL's AFFINE coefficients. One input for both: each costs a split of the batch.
+        is_warp0, is_warp1: (V,) bool; matrix0, matrix1: (V, 2, 3) float32, PIL's AFFINE coefficients where the turn
+        is a warp.
     """
-    is_repaint = _IS_REPAINT[ops]
-    parameters = np.zeros((len(ops), 6), dtype=np.float32)
-    parameters[:, 0], parameters[:, 1:3], parameters[:, 3:5] = ops, levels, centre
-    parameters[~is_repaint] = (1, 0, 0, 0, 1, 0)
-    for name, function in WARPS.items():
-        (rows,) = np.nonzero(ops == NAMES.index(name))
-        if len(rows):
-            parameters[rows] = function(2.0 * levels[rows, 0].astype(np.float64) - 1.0, height, width)
-    return {"is_repaint": is_repaint, "parameters": parameters.reshape(-1, 2, 3)}
+    fed: dict[str, np.ndarray] = {}
+    for turn in range(OPS_PER_VIEW):
+        matrix = np.zeros((len(ops), 6), dtype=np.float32)
+        for name, function in WARPS.items():
+            (rows,) = np.nonzero(ops[:, turn] == NAMES.index(name))
+            if len(rows):
+                matrix[rows] = function(2.0 * levels[rows, turn, 0].astype(np.float64) - 1.0, height, width)
+        fed |= {f"is_warp{turn}": _IS_WARP[ops[:, turn]], f"matrix{turn}": matrix.reshape(-1, 2, 3)}
+    return fed
 
 
-INPUTS = ("is_repaint", "parameters")
+INPUTS = ("is_warp0", "matrix0", "is_warp1", "matrix1")
 
 
-def transform(image: Any, inputs: dict[str, Any], device: str) -> Any:
-    """One round of the graph.
+def transform(image: Any, inputs: dict[str, Any], repainted: Callable[[list[Any]], list[Any]], device: str) -> Any:
+    """The strong augmentation's part of the graph.
 
     Args:
         image: node of (H, W, 3) uint8, on the device.
-        inputs: nodes of what `round_inputs` returns, on the CPU.
+        inputs: nodes of what `warps` returns, on the CPU.
+        repainted: a `repainter` for the device.
         device: "cpu" or "gpu".
 
     Returns:
         Node of (H, W, 3) uint8, on the device.
     """
-    parameters = inputs["parameters"]
-    if inputs["is_repaint"]:
-        if device == "gpu":
-            image = fn.dl_tensor_python_function(
-                image,
-                parameters.gpu(),
-                device="gpu",
-                function=repainted_on_gpu,
-                batch_processing=True,
-                output_layouts="HWC",
-            )
-        else:
-            image = fn.dl_tensor_python_function(
-                image, parameters, function=repainted, batch_processing=True, output_layouts="HWC"
-            )
-    else:
-        image = fn.warp_affine(image, matrix=parameters, fill_value=0, interp_type=types.INTERP_NN)
+    if inputs["is_warp0"]:
+        image = fn.warp_affine(image, matrix=inputs["matrix0"], fill_value=0, interp_type=types.INTERP_NN)
+    image = fn.dl_tensor_python_function(
+        image, device=device, function=repainted, batch_processing=True, output_layouts="HWC"
+    )
+    if inputs["is_warp1"]:
+        image = fn.warp_affine(image, matrix=inputs["matrix1"], fill_value=0, interp_type=types.INTERP_NN)
     return image

@@ -1,36 +1,36 @@
 """Views: the rows of a plan, made from images by one DALI pipeline in the background.
 
-The graph is the same on CPU and GPU: a weak augmentation, then `OPS_PER_VIEW` rounds of transformations. It
-is a pure function of images and plan rows, so the same plan gives the same bytes whatever the number of
-threads and of batches in flight.
+A weakly augmented image is a window of the image with its margin, so it is cut out where rows are looked up, as cheap
+as the look-up itself; in DALI a slice and a flip of small images would cost more than both strong rounds. The graph,
+the same on CPU and GPU, is the strong augmentation: `OPS_PER_VIEW` rounds of transformations. It is a pure function of
+images and plan rows, so the same plan gives the same bytes whatever the number of threads and of batches in flight.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from numpy.lib.stride_tricks import sliding_window_view
 
 from pipelines import transformations
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 
-_INPUTS = (("padded", "HWC"), ("start", ""), ("flip", ""))
+# three bytes that numpy moves as one
+_PIXEL = np.dtype("V3")
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(height: int, width: int, device: str) -> Any:
-    padded, start, flip = (fn.external_source(name=name, layout=layout) for name, layout in _INPUTS)
+def _graph(device: str, repainted: Callable[[list[Any]], list[Any]]) -> Any:
+    view = fn.external_source(name="weak", layout="HWC")
     if device == "gpu":
-        padded = padded.gpu()
-    # the weak augmentation: images come with a reflected margin, so a shifted image is a window of that
-    view = fn.slice(padded, start=start, shape=(height, width), axes=(0, 1))
-    view = fn.flip(view, horizontal=flip)
-    for turn in range(OPS_PER_VIEW):
-        inputs = {name: fn.external_source(name=f"{name}{turn}") for name in transformations.INPUTS}
-        view = transformations.transform(view, inputs, device)
-    return view
+        view = view.gpu()
+    inputs = {name: fn.external_source(name=name) for name in transformations.INPUTS}
+    return transformations.transform(view, inputs, repainted, device)
 
 
 def _checked(images: np.ndarray, name: str) -> np.ndarray:
@@ -99,12 +99,14 @@ class ViewPipeline:
         self.prefetch = prefetch
         self._first_unlabeled = len(labeled)
         edges = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
-        self._padded = np.concatenate([np.pad(images, edges, mode="reflect") for images in sets])
+        padded = np.concatenate([np.pad(images, edges, mode="reflect") for images in sets])
+        # (N, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
+        self._windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
         self._in_flight = 0
+        self._repaints: deque[np.ndarray] = deque()
         self._pipeline: Any = _graph(
-            self.height,
-            self.width,
             device,
+            transformations.repainter(self._repaints, device),
             batch_size=rows,
             num_threads=threads,
             device_id=device_id if device == "gpu" else None,
@@ -131,17 +133,21 @@ class ViewPipeline:
         for _ in range(self.prefetch):
             self._pipeline.outputs()
 
+    def _weak(self, views: ViewPlan) -> np.ndarray:
+        """Shifted and flipped images: (V, H, W, 3) uint8."""
+        image = views.image + np.where(views.labeled, 0, self._first_unlabeled)
+        top, left = (self.max_shift - views.shift).T
+        rows = self._windows[image, top, left]
+        flipped = np.flatnonzero(views.flip)
+        rows[flipped] = rows[flipped, :, ::-1]
+        return rows[..., None].view(np.uint8)
+
     def _feed(self, views: ViewPlan) -> None:
         feed = self._pipeline.feed_input
-        feed("padded", self._padded[views.image + np.where(views.labeled, 0, self._first_unlabeled)])
-        feed("start", np.ascontiguousarray(self.max_shift - views.shift, dtype=np.int32))
-        feed("flip", np.ascontiguousarray(views.flip, dtype=np.int32))
-        for turn in range(OPS_PER_VIEW):
-            inputs = transformations.round_inputs(
-                views.ops[:, turn], views.levels[:, turn], views.centre[:, turn], self.height, self.width
-            )
-            for name, value in inputs.items():
-                feed(f"{name}{turn}", value)
+        feed("weak", self._weak(views))
+        for name, value in transformations.warps(views.ops, views.levels, self.height, self.width).items():
+            feed(name, value)
+        self._repaints.append(transformations.repaints(views.ops, views.levels, views.centre))
 
     def submit(self, views: ViewPlan) -> None:
         """Hands over one step's plan and returns at once: DALI's threads make the views.
