@@ -224,24 +224,22 @@ def _sine(x):
 
 
 @triton.jit
-def _sinc(x):
-    return tl.where(x == 0.0, 1.0, _sine(x) / (3.141592653589793 * tl.where(x == 0.0, 1.0, x)))
-
-
-@triton.jit
 def _filter(distance, chosen):
     """Give the weight at `distance`, inside the support, by the filter's number as in `kernels/repaint.py`."""
     x = tl.abs(distance)
     weight = tl.full(x.shape, 1.0, tl.float64)
+    divisor = tl.full(x.shape, 1.0, tl.float64)
     if chosen == 2:
         weight = 1.0 - x
     elif chosen == 3:
-        weight = _sinc(x) * (0.54 + 0.46 * _sine(x + 0.5))
+        weight = _sine(x) * (0.54 + 0.46 * _sine(x + 0.5))
+        divisor = 3.141592653589793 * x
     elif chosen == 4:
         weight = tl.where(x < 1.0, (1.5 * x - 2.5) * x * x + 1.0, ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0)
     elif chosen == 5:
-        weight = _sinc(x) * _sinc(x / 3.0)
-    return weight
+        weight = _sine(x) * _sine(x * 0.3333333333333333)
+        divisor = 3.289868133696453 * x * x
+    return tl.where(x == 0.0, 1.0, weight / tl.where(x == 0.0, 1.0, divisor))
 
 
 @triton.jit
@@ -259,8 +257,8 @@ def _resampling(table, level, chosen, taps, LENGTH: tl.constexpr, LINES: tl.cons
     # the kernel is cut off at the image's border, and what is left of it sums to 1
     inside = (tap < taps) & (place >= 0) & (place < LENGTH)
     weight = tl.where(inside, _filter(place.to(tl.float64) + 0.5 - centre, chosen), 0.0)
-    weight /= tl.sum(weight, axis=0)[None, :]
-    units = tl.floor(weight * 4194304.0 + 0.5).to(tl.int32)
+    scale = 4194304.0 / tl.where(line < LENGTH, tl.sum(weight, axis=0)[None, :], 1.0)
+    units = tl.floor(weight * scale + 0.5).to(tl.int32)
     tl.store(table + tap * LENGTH + line, tl.where(tap == 6, first, units), mask=(tap < 7) & (line < LENGTH))
 
 
@@ -273,14 +271,16 @@ def _resampled(
         at = start + tl.arange(0, BLOCK)
         inside = at < H * W * 3
         line = at // STRIDE % LENGTH
-        first = tl.load(table + 6 * LENGTH + line, mask=inside, other=0)
+        first = tl.load(table + 6 * LENGTH + line)
         # as in PIL, 32 bits hold the sum: the weights' sizes sum to less than 2
         total = tl.full([BLOCK], 1 << 21, tl.int32)
-        for k in range(taps):
+        k = 0
+        while k < taps:
             # a place outside has weight 0
             place = tl.minimum(tl.maximum(first + k, 0), LENGTH - 1)
-            weight = tl.load(table + k * LENGTH + line, mask=inside, other=0)
+            weight = tl.load(table + k * LENGTH + line)
             total += weight * tl.load(source + at + (place - line) * STRIDE, mask=inside, other=0).to(tl.int32)
+            k += 1
         tl.store(to + at, tl.minimum(tl.maximum(total >> 22, 0), 255).to(tl.uint8), mask=inside)
 
 
@@ -298,9 +298,9 @@ def _rescale(
         down = table + 7 * W
         _resampling(down, level, chosen, taps, H, LINES)
     tl.debug_barrier()
-    _resampled(source, middle, table, taps, H, W, BLOCK, W, 3)
+    _resampled(source, middle, table, taps, H, W, BLOCK // 2, W, 3)
     tl.debug_barrier()
-    _resampled(middle, to, down, taps, H, W, BLOCK, H, 3 * W)
+    _resampled(middle, to, down, taps, H, W, BLOCK // 2, H, 3 * W)
 
 
 @triton.jit
@@ -351,14 +351,48 @@ def _mean_grey(source, PIXELS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _framed(y, x, H: tl.constexpr, W: tl.constexpr, BORDER: tl.constexpr):
-    return (y >= BORDER) & (y < H - BORDER) & (x >= BORDER) & (x < W - BORDER)
+def _neighbours(source, at, inside, total, BORDER: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+    """Add the pixels of a square of sides 1 + 2 BORDER to `total`: all of 3x3, the outer ring of 5x5.
+
+    Returns:
+        the sum, and whether the square is inside the image; the sum is meaningless where it is not.
+    """
+    y, x, _ = _place(at, W)
+    framed = inside & (y >= BORDER) & (y < H - BORDER) & (x >= BORDER) & (x < W - BORDER)
+    SIDE: tl.constexpr = 1 + 2 * BORDER
+    for k in tl.static_range(SIDE * SIDE):
+        if k // SIDE % (SIDE - 1) == 0 or k % SIDE % (SIDE - 1) == 0 or BORDER == 1:
+            near = source + at + (k // SIDE - BORDER) * (3 * W) + (k % SIDE - BORDER) * 3
+            total += tl.load(near, mask=framed, other=0).to(tl.int32)
+    return total, framed
+
+
+@triton.jit
+def _blurred(source, at, inside, value, H: tl.constexpr, W: tl.constexpr):
+    total, framed = _neighbours(source, at, inside, tl.zeros_like(value), 2, H, W)
+    return tl.where(framed, (total + 8) >> 4, value)
+
+
+@triton.jit
+def _smoothed(source, at, inside, value, H: tl.constexpr, W: tl.constexpr):
+    total, framed = _neighbours(source, at, inside, 4 * value, 1, H, W)
+    # thirteenths, rounded to nearest; there is no tie
+    return tl.where(framed, (2 * total + 13) // 26, value)
+
+
+@triton.jit
+def _cut_out(at, value, level, numbers, H: tl.constexpr, W: tl.constexpr):
+    SHORT: tl.constexpr = H if H < W else W
+    side = 1 + ((0.499 * SHORT) * level).to(tl.int32)
+    top = (tl.load(numbers + 3).to(tl.float64) * H).to(tl.int32) - side // 2
+    left = (tl.load(numbers + 4).to(tl.float64) * W).to(tl.int32) - side // 2
+    y, x, _ = _place(at, W)
+    return tl.where((y >= top) & (y < top + side) & (x >= left) & (x < left + side), 127, value)
 
 
 @triton.jit
 def _repaint(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """Do one repainting but rescale; every one is a blend of the image with another one."""
-    SHORT: tl.constexpr = H if H < W else W
     if (op == _AUTOCONTRAST) | (op == _EQUALIZE):
         _curves(source, table, op, H * W, BLOCK)
         tl.debug_barrier()
@@ -368,11 +402,6 @@ def _repaint(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, B
 
     level = tl.load(numbers + 1)
     exact = level.to(tl.float64)
-    kept = 255 << (7 - (7.999 * exact).to(tl.int32))
-    threshold = (255.999 * exact).to(tl.int32)
-    side = 1 + ((0.499 * SHORT) * exact).to(tl.int32)
-    top = (tl.load(numbers + 3).to(tl.float64) * H).to(tl.int32) - side // 2
-    left = (tl.load(numbers + 4).to(tl.float64) * W).to(tl.int32) - side // 2
     enhanced = ((_ENHANCED_OPS >> op) & 1) != 0
     blended = ((_BLENDED_OPS >> op) & 1) != 0
     # what replaces the image is blended with it at level 1: in single precision that is the other itself
@@ -381,42 +410,28 @@ def _repaint(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, B
     for start in range(0, H * W * 3, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < H * W * 3
-        y, x, channel = _place(at, W)
         value = tl.load(source + at, mask=inside, other=0).to(tl.int32)
         other = value
         if (op == _AUTOCONTRAST) | (op == _EQUALIZE):
-            other = tl.load(table + 256 * channel + value, mask=inside, other=0)
+            other = tl.load(table + 256 * (at % 3) + value, mask=inside, other=0)
         elif op == _BLUR:
-            framed = inside & _framed(y, x, H, W, 2)
-            total = tl.full([BLOCK], 8, tl.int32)
-            for k in tl.static_range(25):
-                if k // 5 % 4 == 0 or k % 5 % 4 == 0:
-                    near = source + at + (k // 5 - 2) * (3 * W) + (k % 5 - 2) * 3
-                    total += tl.load(near, mask=framed, other=0).to(tl.int32)
-            other = tl.where(framed, total >> 4, value)
+            other = _blurred(source, at, inside, value, H, W)
         elif (op == _SMOOTH) | (op == _SHARPNESS):
-            framed = inside & _framed(y, x, H, W, 1)
-            total = 4 * value
-            for k in tl.static_range(9):
-                near = source + at + (k // 3 - 1) * (3 * W) + (k % 3 - 1) * 3
-                total += tl.load(near, mask=framed, other=0).to(tl.int32)
-            # thirteenths, rounded to nearest; there is no tie
-            other = tl.where(framed, (2 * total + 13) // 26, value)
+            other = _smoothed(source, at, inside, value, H, W)
         elif op == _BRIGHTNESS:
-            other = tl.zeros([BLOCK], tl.int32)
+            other = tl.zeros_like(value)
         elif op == _COLOR:
-            other = _grey(source + at - channel, inside)
+            other = _grey(source + at // 3 * 3, inside)
         elif op == _CONTRAST:
-            other = tl.zeros([BLOCK], tl.int32) + mean
+            other = tl.zeros_like(value) + mean
         elif op == _CUTOUT:
-            square = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
-            other = tl.where(square, 127, value)
+            other = _cut_out(at, value, exact, numbers, H, W)
         elif op == _INVERT:
             other = 255 - value
         elif op == _POSTERIZE:
-            other = value & kept
+            other = value & (255 << (7 - (7.999 * exact).to(tl.int32)))
         elif op == _SOLARIZE:
-            other = tl.where(value >= threshold, 255 - value, value)
+            other = tl.where(value >= (255.999 * exact).to(tl.int32), 255 - value, value)
         a = tl.where(enhanced, other, value).to(tl.float32)
         b = tl.where(enhanced, value, other).to(tl.float32)
         mixed = tl.minimum(tl.maximum(a + weight * (b - a), 0.0), 255.0)
@@ -484,10 +499,11 @@ def augment_parameters(height: int, width: int) -> dict[str, Any]:
         # Three curves, or two sets of resampling coefficients.
         "TABLE": max(3 * 256, 7 * (height + width)),
         "LINES": max(triton.next_power_of_2(max(height, width)), 16),
-        # 8 elements a thread. A step's 704 views of 32 x 32 are then all on a GPU's 132 multiprocessors at once,
-        # and the waits of one are the work of others.
         "BLOCK": 1024 if small else 2048,
         "num_warps": 4 if small else 8,
+        # The time goes into waiting for loads, so programs had better be there all at once: with 80 registers six of
+        # 32 x 32 share a multiprocessor, 792 an H200, and a step has 704. Fewer would spill.
+        "maxnreg": 80,
     }
 
 
