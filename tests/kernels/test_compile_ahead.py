@@ -145,5 +145,7 @@ def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys)
     compiled = compile_launch(launch, architecture)
     title = f"augment {height} x {width}, sm_{architecture}"
     registers, _ = assert_no_spill(compiled, launch, title, tmp_path, capsys)
-    print(registers)
-    assert "fma" not in compiled.asm["ptx"]
+    # 704 views of 32 x 32 are then on an H200's 132 multiprocessors at once, six on each.
+    assert registers * 32 * launch.options["num_warps"] * (6 if height == 32 else 3) <= 65_536
+    # Where PIL rounds twice, so does the kernel.
+    assert "fma.rn" not in compiled.asm["ptx"]
