@@ -95,14 +95,14 @@ def pil(task: Task) -> Backend:
 
 
 def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
-    """A pipeline with submit, collect and close, kept as full as it lets itself be."""
+    """A pipeline with prepare, submit, collect and close, kept as full as it lets itself be."""
 
     def run() -> None:
         for plan in task.plans[:prefetch]:
-            pipeline.submit(plan)
+            pipeline.submit(pipeline.prepare(plan))
         for plan in task.plans[prefetch:]:
             pipeline.collect()
-            pipeline.submit(plan)
+            pipeline.submit(pipeline.prepare(plan))
         for _ in task.plans[:prefetch]:
             pipeline.collect()
 
@@ -112,8 +112,8 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
 def _dali(task: Task, device: str, threads: int) -> Backend:
     if device == "gpu" and task.device.type != "cuda":
         raise NotHereError("needs a GPU")
-    views = _module("pipelines.views", "nvidia.dali")
-    pipeline = views.ViewPipeline(
+    views = _module("pipelines.dali", "nvidia.dali")
+    pipeline = views.DaliViews(
         task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, threads, prefetch=2
     )
     return _queue(pipeline, task, f"CTAugment, DALI on the {device.upper()}, threads: {threads}", 2)
@@ -124,7 +124,7 @@ def fused(task: Task) -> Backend:
     views = _module("pipelines.fused")
     device = "gpu" if task.device.type == "cuda" else "cpu"
     pipeline = views.FusedViews(
-        task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, 1, prefetch=2
+        task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
     )
     return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
 

@@ -46,8 +46,11 @@ class SyntheticViews:
         chance = torch.Generator().manual_seed(0)
         self._views = torch.randint(0, 256, (rows, *sides, 3), dtype=torch.uint8, generator=chance).to(device)
 
-    def submit(self, views: ViewPlan) -> None:
-        """Takes a plan and does nothing."""
+    def prepare(self, views: ViewPlan) -> None:
+        """Looks at nothing."""
+
+    def submit(self, prepared: None) -> None:
+        """Makes nothing."""
 
     def collect(self) -> Tensor:
         """(V, H, W, 3) uint8."""

@@ -54,9 +54,9 @@ def _package(name: str, module: str) -> Callable[[], Finding]:
 def _dali() -> Finding:
     import numpy as np
 
-    from pipelines.views import ViewPipeline
+    from pipelines.dali import DaliViews
 
-    pipeline = ViewPipeline(np.zeros((1, 8, 8, 3), np.uint8), None, rows=1, max_shift=0)
+    pipeline = DaliViews(np.zeros((1, 8, 8, 3), np.uint8), None, rows=1, max_shift=0)
     pipeline.close()
     return True, f"{version('nvidia-dali-cuda130')}, builds the view pipeline", ""
 

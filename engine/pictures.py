@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 
 from pipelines.ctaugment import describe
+from pipelines.dali import DaliViews
 from pipelines.plan import make_plan
-from pipelines.views import ViewPipeline
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -73,14 +73,14 @@ def draw_views(trainer: Trainer, path: Path) -> None:
     blocks = ([weak] if weak else []) + list(range(first, first + strong))
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
     chosen = plan.views.rows(rows)
-    pipeline = ViewPipeline(
+    pipeline = DaliViews(
         trainer.data.train_images[trainer.split],
         trainer.data.train_images if spec.unlabeled_images else None,
         rows=len(rows),
         max_shift=spec.max_shift,
     )
     try:
-        pipeline.submit(chosen)
+        pipeline.submit(pipeline.prepare(chosen))
         views = pipeline.collect().numpy().reshape(len(blocks), shown, *images.shape[1:])
     finally:
         pipeline.close()

@@ -26,12 +26,13 @@ from engine.evaluation import evaluate, median_of_last
 from engine.progress import MetricsLog, ProgressLine
 from engine.rows import StepPlan, arrange, step_plan
 from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_state
+from kernels.augment import MAX_SIDE
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
+from pipelines.fused import FusedViews
 from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
 
 CHECKPOINTS = "checkpoints"
-FUSED_LARGEST = 96
 
 
 def pick_device(config: Config) -> torch.device:
@@ -79,19 +80,20 @@ def pick_views(config: Config, device: torch.device, sides: tuple[int, int]) -> 
         UserError: the fused kernel was asked for and the images are too large for it.
     """
     if config.views == "auto":
-        return "fused" if device.type == "cuda" and max(sides) <= FUSED_LARGEST else "dali"
-    if config.views == "fused" and max(sides) > FUSED_LARGEST:
+        return "fused" if device.type == "cuda" and max(sides) <= MAX_SIDE else "dali"
+    if config.views == "fused" and max(sides) > MAX_SIDE:
         raise UserError(
-            f"--views fused takes images of up to {FUSED_LARGEST}x{FUSED_LARGEST} pixels, these have "
+            f"--views fused takes images of up to {MAX_SIDE}x{MAX_SIDE} pixels, these have "
             f"{sides[0]}x{sides[1]}; take --views dali"
         )
     return config.views
 
 
-class Views(Protocol):
-    """What makes views from plans, ahead of their step: `pipelines.views.ViewPipeline` says what each does."""
+class ViewSource(Protocol):
+    """What makes views from plans, ahead of their step: see `pipelines.views.Views`."""
 
-    def submit(self, views: ViewPlan) -> None: ...
+    def prepare(self, views: ViewPlan) -> Any: ...
+    def submit(self, prepared: Any) -> None: ...
     def collect(self) -> Tensor: ...
     def close(self) -> None: ...
 
@@ -126,7 +128,7 @@ class _Planned:
 
     plans: list[Plan]
     numbers: list[StepPlan]
-    views: ViewPlan
+    views: Any  # what their source of views has prepared
 
 
 class Trainer:
@@ -231,7 +233,7 @@ class Trainer:
             if self._log:
                 self._log.close()
 
-    def begin(self, views: Views | None = None) -> None:
+    def begin(self, views: ViewSource | None = None) -> None:
         """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views.
 
         Args:
@@ -272,18 +274,16 @@ class Trainer:
         """Waits for what is under way and lets go of it."""
         self._closing.close()
 
-    def _make_views(self) -> Views:
+    def _make_views(self) -> ViewSource:
         c = self.config
         sets = (self.data.train_images[self.split], self.data.train_images if c.unlabeled else None)
         rows = len(self.rows.views) * c.view_steps
         device, device_id = "gpu" if self.device.type == "cuda" else "cpu", self.device.index or 0
         if self.backend == "fused":
-            from pipelines.fused import FusedViews
-
             return FusedViews(*sets, rows, c.max_shift, device, device_id, prefetch=c.prefetch)
-        from pipelines.views import ViewPipeline  # needs DALI, which nothing else in here does
+        from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
 
-        return ViewPipeline(*sets, rows, c.max_shift, device, device_id, c.view_threads, c.prefetch)
+        return DaliViews(*sets, rows, c.max_shift, device, device_id, c.view_threads, c.prefetch)
 
     def _numbers(self, plan: Plan) -> StepPlan:
         return step_plan(self.rows, plan, self.labels[plan.labeled])
@@ -302,7 +302,7 @@ class Trainer:
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
         views = stack([plan.views.rows(self.rows.views) for plan in plans])
-        return _Planned(plans, [self._numbers(plan) for plan in plans], views)
+        return _Planned(plans, [self._numbers(plan) for plan in plans], self._views.prepare(views))
 
     def _submit_views(self) -> None:
         if self._planning:

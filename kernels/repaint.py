@@ -258,13 +258,13 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     """
     support = _SUPPORT[chosen][:, None]
     # PIL takes the box, and its size, in single precision
-    start, end = np.float32(0.25 * level * length), np.float32(length - 0.25 * level * length)
-    centre = start + (np.arange(length) + 0.5) * (np.float64(end - start) / length)  # (n, out)
+    start, end = ((edge * length).astype(np.float32) for edge in (0.25 * level, 1 - 0.25 * level))
+    centre = start + (np.arange(length) + 0.5) * ((end - start).astype(np.float64) / length)  # (n, out)
     first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
     reached = first + np.arange(_REACH)  # (n, out, reach)
     distance = reached + 0.5 - centre[..., None]
     # the kernel is cut off at the image's border, and what is left of it sums to 1
-    weights = np.float64((reached >= 0) & (reached < last) & (reached < length))
+    weights = ((reached >= 0) & (reached < last) & (reached < length)).astype(np.float64)
     for index, weight in _WEIGHT.items():
         (rows,) = np.nonzero(chosen == index)
         weights[rows] *= weight(distance[rows])

@@ -8,7 +8,7 @@ import pytest
 from interpreter import Interpreter
 from triton.runtime.jit import JITFunction
 
-from kernels import assemble, guess
+from kernels import assemble, augment, guess
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ class Launch:
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    num_warps: int
+    options: dict[str, Any]  # The compiler's: num_warps and the like.
 
 
 @pytest.fixture
@@ -39,14 +39,16 @@ def recorded_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def record(*args: Any, num_warps: int, **kwargs: Any) -> None:
+            def record(*args: Any, **kwargs: Any) -> None:
                 arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-                launches.append(Launch(self.kernel, grid, arguments, num_warps))
+                options = {name: arguments.pop(name) for name in kwargs if name not in self.kernel.arg_names}
+                launches.append(Launch(self.kernel, grid, arguments, options))
 
             return record
 
     for module in (guess, assemble):
         monkeypatch.setattr(module, "wrap_triton", Recorder)
+    monkeypatch.setattr(augment, "_augment_kernel", Recorder(augment._augment_kernel))
 
     def launch(launcher: Callable[..., Any], *args: Any) -> Launch:
         launches.clear()

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.assemble import launch_assemble_batch
+from kernels.augment import launch_augment_views
 from kernels.guess import launch_guess_labels
 
 ARCHITECTURES = (80, 90, 100)
@@ -47,7 +48,7 @@ def compile_launch(launch, architecture):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def disassemble(compiled, folder):
@@ -67,7 +68,7 @@ def assert_no_spill(compiled, launch, title, folder, capsys):
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     with capsys.disabled():
         print(
-            f"\n{title}: {usage['REG']} registers x {launch.num_warps} warps, {spills} spills, "
+            f"\n{title}: {usage['REG']} registers x {launch.options['num_warps']} warps, {spills} spills, "
             f"{compiled.metadata.shared} bytes shared",
             end="",
         )
@@ -125,3 +126,26 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
     assert "STG.E.128" in code and not re.search(r"STG\.E(?!\.128)", code)  # All rows are stored wide.
     if dtype is torch.bfloat16:
         assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # To nearest.
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "architecture"),
+    [(side, side, architecture) for side in (32, 96) for architecture in ARCHITECTURES] + [(20, 31, 90)],
+)
+def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys):
+    launch = recorded_launch(
+        launch_augment_views,
+        torch.zeros(2, height, width, 3, dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, 2, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 2, dtype=torch.int32),
+        torch.zeros(2, 2, 6),
+    )
+    compiled = compile_launch(launch, architecture)
+    title = f"augment {height} x {width}, sm_{architecture}"
+    registers, _ = assert_no_spill(compiled, launch, title, tmp_path, capsys)
+    # 704 views of 32 x 32 are then on an H200's 132 multiprocessors at once, six on each.
+    assert registers * 32 * launch.options["num_warps"] * (6 if height == 32 else 3) <= 65_536
+    # Where PIL rounds twice, so does the kernel.
+    assert "fma.rn" not in compiled.asm["ptx"]

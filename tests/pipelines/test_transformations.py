@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from bench import pil_ctaugment
 from kernels import repaint
-from pipelines import ctaugment, transformations
+from pipelines import ctaugment, warps
+from pipelines.dali import DaliViews
 from pipelines.plan import ViewPlan
-from pipelines.views import ViewPipeline
 
 NAMES = ctaugment.NAMES
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
@@ -78,16 +78,18 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     ops, image, level, second, centre = (np.array(column) for column in zip(*cases, strict=True))
     rows = len(cases)
     both, centre = np.stack([level, second], axis=-1).astype(np.float32), centre.astype(np.float32)
-    pipeline = ViewPipeline(images, None, rows, 0, device=device)
+    pipeline = DaliViews(images, None, rows, 0, device=device)
     pipeline.submit(
-        ViewPlan(
-            image=image,
-            labeled=np.ones(rows, dtype=bool),
-            shift=np.zeros((rows, 2), dtype=np.int32),
-            flip=np.zeros(rows, dtype=np.int32),
-            ops=np.stack([ops, np.full(rows, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
-            levels=np.stack([both, np.zeros_like(both)], axis=1),
-            centre=np.stack([centre, centre], axis=1).astype(np.float32),
+        pipeline.prepare(
+            ViewPlan(
+                image=image,
+                labeled=np.ones(rows, dtype=bool),
+                shift=np.zeros((rows, 2), dtype=np.int32),
+                flip=np.zeros(rows, dtype=np.int32),
+                ops=np.stack([ops, np.full(rows, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
+                levels=np.stack([both, np.zeros_like(both)], axis=1),
+                centre=np.stack([centre, centre], axis=1).astype(np.float32),
+            )
         )
     )
     made = pipeline.collect().cpu().numpy()
@@ -102,7 +104,7 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
 
 
 def test_every_transformation_is_there_once():
-    assert sorted([*transformations.WARPS, *repaint.REPAINTS, "identity"]) == sorted(NAMES)
+    assert sorted([*warps.WARPS, *repaint.REPAINTS, "identity"]) == sorted(NAMES)
     assert set(pil_ctaugment.FUNCTIONS) == set(NAMES)
 
 
@@ -116,7 +118,7 @@ def test_points_filters_and_resampling_are_pil_within_a_level(name, height, widt
 
 
 @pytest.mark.parametrize("height, width", SIDES)
-@pytest.mark.parametrize("name", transformations.WARPS)
+@pytest.mark.parametrize("name", warps.WARPS)
 def test_warps_are_pil_but_for_pixels_between_two(name, height, width):
     everything = compared(height, width)
     difference = everything.difference(name).max(axis=-1)
@@ -170,7 +172,7 @@ def test_images_smaller_than_a_filter(side):
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu_is_pil_as_well(name):
     difference = compared(32, 32, "gpu").difference(name).max(axis=-1)
-    if name in transformations.WARPS:
+    if name in warps.WARPS:
         assert (difference > 0).mean() <= 2 * NEIGHBOURS
     else:
         assert difference.max() <= 1

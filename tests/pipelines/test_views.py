@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bench.pil_ctaugment import pil_view, weak
-from pipelines import ctaugment, transformations
+from pipelines import ctaugment, dali, warps
+from pipelines.dali import DaliViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
-from pipelines.views import ViewPipeline
 
 SIDE, SHIFT, IMAGES = 32, 4, 24
-WARPS = [ctaugment.NAMES.index(name) for name in transformations.WARPS]
+WARPS = [ctaugment.NAMES.index(name) for name in warps.WARPS]
 
 
 @cache
@@ -52,13 +52,13 @@ def sources(views: ViewPlan) -> np.ndarray:
     return images
 
 
-def make(rows: int, **options) -> ViewPipeline:
-    return ViewPipeline(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+def make(rows: int, **options) -> DaliViews:
+    return DaliViews(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
 
 
 def run(views: ViewPlan, **options) -> np.ndarray:
     pipeline = make(len(views.image), **options)
-    pipeline.submit(views)
+    pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect().numpy()
     pipeline.close()
     return made
@@ -87,8 +87,8 @@ def test_shift_moves_the_image_down_and_right_before_the_flip():
         shift=np.array([[1, 3], [1, 3]], np.int32),
         flip=np.array([0, 1], np.int32),
     )
-    pipeline = ViewPipeline(image, None, 2, 3)
-    pipeline.submit(views)
+    pipeline = DaliViews(image, None, 2, 3)
+    pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect()
     assert made[0, 4, 5].tolist() == [255] * 3
     assert made[1, 4, 7 - 5].tolist() == [255] * 3
@@ -108,8 +108,8 @@ def test_any_sides_and_the_largest_shift(height, width):
         shift=rng.integers(-largest, largest + 1, (rows, 2)).astype(np.int32),
         ops=np.zeros_like(views.ops),
     )
-    pipeline = ViewPipeline(images, None, rows, largest)
-    pipeline.submit(views)
+    pipeline = DaliViews(images, None, rows, largest)
+    pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect().numpy()
     for row in range(rows):
         np.testing.assert_array_equal(made[row], weak(images[row % 4], views.shift[row], views.flip[row]))
@@ -157,7 +157,7 @@ def test_same_bytes_whatever_the_threads_and_the_depth():
         pipeline = make(len(plans[0].image), threads=threads, prefetch=prefetch)
         batches = []
         for step, views in enumerate(plans):
-            pipeline.submit(views)
+            pipeline.submit(pipeline.prepare(views))
             if step >= prefetch - 1:
                 batches.append(pipeline.collect())
         batches += [pipeline.collect() for _ in range(prefetch - 1)]
@@ -172,9 +172,9 @@ def test_batches_come_in_order_and_own_their_memory():
     alone = [run(views) for views in plans]
     pipeline = make(len(plans[0].image))
     kept = []
-    pipeline.submit(plans[0])
+    pipeline.submit(pipeline.prepare(plans[0]))
     for views in plans[1:]:
-        pipeline.submit(views)
+        pipeline.submit(pipeline.prepare(views))
         kept.append(pipeline.collect())
     kept.append(pipeline.collect())
     pipeline.close()
@@ -189,15 +189,15 @@ def test_views_are_made_while_the_caller_goes_on(monkeypatch):
     expected = run(views)
     pipeline = make(len(views.image))
     begun, returned = threading.Event(), threading.Event()
-    repaint = transformations._repainted
+    repaint = dali._repainted
 
     def held(images, parameters):
         begun.set()
         assert returned.wait(120), "submit has not returned"
         return repaint(images, parameters)
 
-    monkeypatch.setattr(transformations, "_repainted", held)
-    pipeline.submit(views)
+    monkeypatch.setattr(dali, "_repainted", held)
+    pipeline.submit(pipeline.prepare(views))
     assert begun.wait(120), "views are begun before anybody asks for them"
     returned.set()
     np.testing.assert_array_equal(pipeline.collect().numpy(), expected)
@@ -209,16 +209,16 @@ def test_a_full_queue_refuses_and_an_empty_one_too():
     pipeline = make(len(views.image), prefetch=2)
     with pytest.raises(RuntimeError, match="submit a plan first"):
         pipeline.collect()
-    pipeline.submit(views)
-    pipeline.submit(views)
+    pipeline.submit(pipeline.prepare(views))
+    pipeline.submit(pipeline.prepare(views))
     with pytest.raises(RuntimeError, match="2 batches are in flight"):
-        pipeline.submit(views)
+        pipeline.submit(pipeline.prepare(views))
     assert torch.equal(pipeline.collect(), pipeline.collect())
-    pipeline.submit(views)
+    pipeline.submit(pipeline.prepare(views))
     pipeline.close()
     pipeline.close()
     with pytest.raises(RuntimeError, match="closed"):
-        pipeline.submit(views)
+        pipeline.submit(pipeline.prepare(views))
 
 
 def test_wrong_plans_are_refused_and_do_no_harm():
@@ -226,10 +226,10 @@ def test_wrong_plans_are_refused_and_do_no_harm():
     rows = len(views.image)
     pipeline = make(rows)
     with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
-        pipeline.submit(views.rows(np.arange(3)))
+        pipeline.submit(pipeline.prepare(views.rows(np.arange(3))))
     with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
-        pipeline.submit(replace(views, shift=np.full((rows, 2), -5, np.int32)))
-    pipeline.submit(views)
+        pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
+    pipeline.submit(pipeline.prepare(views))
     np.testing.assert_array_equal(pipeline.collect().numpy(), run(views))
 
 
@@ -252,7 +252,7 @@ def test_wrong_arguments_are_refused_in_one_line(change, message):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     arguments = {"labeled": images, "unlabeled": images, "rows": 4, "max_shift": 2} | change
     with pytest.raises(ValueError, match=message) as error:
-        ViewPipeline(**arguments)
+        DaliViews(**arguments)
     assert "\n" not in str(error.value)
 
 
@@ -261,7 +261,7 @@ def test_wrong_arguments_are_refused_in_one_line(change, message):
 def test_gpu_views_match_the_cpu_ones():
     views = plan()
     pipeline = make(len(views.image), device="gpu")
-    pipeline.submit(views)
+    pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect()
     assert made.is_cuda
     difference = np.abs(made.cpu().numpy().astype(int) - run(views)).max(axis=-1)

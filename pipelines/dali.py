@@ -1,0 +1,255 @@
+"""Views by DALI: CTAugment's eighteen transformations as one graph, the same for CPU and GPU; PIL is the oracle.
+
+ReMixMatch (ICLR 2020), section 3.2.2; every kernel, border and rounding is PIL's. For small images DALI's cost is per
+row and node, not per pixel: so rows do not travel down nineteen branches, once a turn. The graph of both turns is
+
+    warp      where the first transformation is a rotation, a shear or a translation: conditional execution sends these
+              rows to one nearest-neighbour `fn.warp_affine`, with a matrix for each row
+    repaint   one torch function over all rows, by the functions of kernels/repaint.py: for rows whose first, second or
+              both transformations are point operations, filters, cutout or rescale
+    warp      as before, where the second transformation is one
+
+which is every order of the two kinds. Repaint is torch because PIL's results do not follow from DALI's operators: DALI
+has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding,
+`fn.resize` has no HAMMING and repeats the border where PIL renormalises the kernel.
+
+A weakly augmented image is a window of the image with its margin, so it is cut out where rows are looked up, as cheap
+as the look-up itself; in DALI a slice and a flip of small images would cost more than both transformations.
+
+On the CPU the result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels of rescale
+may differ, whose weights are sums of sines, and on a GPU pixels of a warp whose position is on the edge between two.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
+from threadpoolctl import threadpool_limits
+
+from kernels.augment import weak_views
+from kernels.repaint import REPAINTS, Parameters, apply
+from pipelines import ctaugment, warps
+from pipelines.plan import OPS_PER_VIEW, ViewPlan
+from pipelines.views import Views, plain_views
+
+# three bytes that numpy moves as one
+_PIXEL = np.dtype("V3")
+
+
+class _Here(threading.local):
+    """What each of DALI's threads keeps to itself."""
+
+    def __init__(self) -> None:
+        self.limited = False
+        self.streams: dict[int, torch.cuda.Stream] = {}
+
+
+_here = _Here()
+
+
+def _one_thread() -> None:
+    """Keeps torch's operators in the thread that calls them, for DALI's threads only.
+
+    These tensors are small, and a team of threads of its own for every DALI thread would fight the training
+    step for its cores. `torch.set_num_threads` would take the training step's threads away with them.
+    """
+    if not _here.limited:
+        # torch sets a new thread's team when first asked, and would undo what came before
+        torch.get_num_threads()
+        threadpool_limits(1, user_api="openmp")
+        _here.limited = True
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the graph is given for V rows, but for the pixels.
+
+    Attributes:
+        weak: (V, H, W, 3) uint8 on the CPU; on a GPU what `weak_views` takes, of which pixels are made there.
+        ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
+        parameters: (V, 2, 6) float32, see `warps.parameters`.
+    """
+
+    weak: Any
+    ops: np.ndarray
+    parameters: np.ndarray
+
+
+def _repainted(images: list[Any], given: _Batch) -> list[Any]:
+    # tensors are joined along a dimension they have: to give each a new one first would double the cost
+    batch = torch.cat([torch.from_dlpack(image) for image in images])
+    batch = batch.view(len(images), -1, *batch.shape[1:])
+    numbers = torch.from_numpy(given.parameters).to(batch.device)
+    order = np.arange(len(images))  # row of the plan that each row of the batch is
+    for turn in range(OPS_PER_VIEW):
+        # one transformation's rows side by side, and at a time, which a core's cache holds
+        by_op = np.argsort(given.ops[order, turn], kind="stable")
+        order = order[by_op]
+        batch = batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
+        of_rows = numbers[torch.from_numpy(order).to(batch.device), turn, 1:5]
+        level, second, centre = of_rows.split((1, 1, 2), dim=1)
+        rows = Parameters(level[..., None, None], second[:, 0], centre)
+        first = 0
+        for op, count in enumerate(np.bincount(given.ops[:, turn]).tolist()):
+            last = first + count
+            if count and ctaugment.NAMES[op] in REPAINTS:
+                batch[first:last] = apply(ctaugment.NAMES[op], batch[first:last], rows.rows(first, last))
+            first = last
+    capsules: list[Any] = [None] * len(order)
+    for row, image in zip(order.tolist(), batch.unbind(), strict=True):
+        capsules[row] = torch.utils.dlpack.to_dlpack(image)
+    return capsules
+
+
+def _repainter(waiting: deque[_Batch], device: str) -> Callable[[list[Any]], list[Any]]:
+    """The function of the repaint node, for DALI's threads.
+
+    It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
+
+    Args:
+        waiting: the batches to come, oldest first. Parameters do not come by way of DALI, which would make a tensor
+            of each row.
+        device: "cpu" or "gpu". DALI has waited for inputs on the GPU, and takes outputs as ready.
+    """
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted(images: list[Any]) -> list[Any]:
+        _one_thread()
+        return _repainted(images, waiting.popleft())
+
+    @do_not_convert
+    @torch.inference_mode()
+    def repainted_on_gpu(images: list[Any]) -> list[Any]:
+        # a stream of this thread's own: the default one belongs to the training step, and may be under capture
+        device = torch.cuda.current_device()
+        if device not in _here.streams:
+            _here.streams[device] = torch.cuda.Stream(device)
+        stream = _here.streams[device]
+        with torch.cuda.stream(stream):
+            capsules = _repainted(images, waiting.popleft())
+        stream.synchronize()
+        return capsules
+
+    return repainted if device == "cpu" else repainted_on_gpu
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(device: str, repainted: Callable[[list[Any]], list[Any]]) -> Any:
+    view = fn.external_source(name="weak", layout="HWC", device=device)
+    is_warp = [fn.external_source(name=f"is_warp{turn}") for turn in range(OPS_PER_VIEW)]
+    matrix = [fn.external_source(name=f"matrix{turn}") for turn in range(OPS_PER_VIEW)]
+    if is_warp[0]:
+        view = fn.warp_affine(view, matrix=matrix[0], fill_value=0, interp_type=types.INTERP_NN)
+    view = fn.dl_tensor_python_function(
+        view, device=device, function=repainted, batch_processing=True, output_layouts="HWC"
+    )
+    if is_warp[1]:
+        view = fn.warp_affine(view, matrix=matrix[1], fill_value=0, interp_type=types.INTERP_NN)
+    return view
+
+
+class DaliViews(Views):
+    """`Views` by DALI: `submit` returns at once, and DALI's threads make the views.
+
+    On the CPU both sets are held with a margin of `max_shift` pixels all around; on a GPU they are held there as they
+    are, and a plan's numbers are all that travels to it.
+
+    Args:
+        device_id: which GPU.
+        threads: DALI's CPU threads.
+    """
+
+    def __init__(
+        self,
+        labeled: np.ndarray,
+        unlabeled: np.ndarray | None,
+        rows: int,
+        max_shift: int,
+        device: str = "cpu",
+        device_id: int = 0,
+        threads: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        super().__init__(labeled, unlabeled, rows, max_shift, device, prefetch)
+        if device == "cpu":
+            edges = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
+            padded = np.concatenate([np.pad(images, edges, mode="reflect") for images in self._sets])
+            # (N, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
+            self._windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
+        else:
+            self._gpu = torch.device("cuda", device_id)
+            self._stream = torch.cuda.Stream(self._gpu)
+            with torch.cuda.stream(self._stream):
+                self._images = torch.from_numpy(np.concatenate(self._sets)).to(self._gpu)
+        self._waiting: deque[_Batch] = deque()
+        self._pipeline: Any = _graph(
+            device,
+            _repainter(self._waiting, device),
+            batch_size=rows,
+            num_threads=threads,
+            device_id=device_id if device == "gpu" else None,
+            prefetch_queue_depth=prefetch,
+            # its outputs live as long as somebody holds them, and its GPU nodes may follow CPU parameters
+            exec_dynamic=True,
+        )
+        self._fill_queue()
+
+    def _fill_queue(self) -> None:
+        """Runs a whole queue of rows that nobody sees, as DALI's first call would; also a warm-up."""
+        for _ in range(self.prefetch):
+            self._feed(self._prepare(plain_views(self.rows)))
+        self._pipeline.schedule_run()
+        for _ in range(self.prefetch):
+            self._pipeline.outputs()
+
+    def _prepare(self, views: ViewPlan) -> _Batch:
+        numbers = warps.parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        return _Batch(self._cut_out(views) if self.device == "cpu" else self._packed(views), views.ops, numbers)
+
+    def _cut_out(self, views: ViewPlan) -> np.ndarray:
+        """Shifted and flipped images: (V, H, W, 3) uint8."""
+        top, left = (self.max_shift - views.shift).T
+        rows = self._windows[self._places(views), top, left]
+        flipped = np.flatnonzero(views.flip)
+        rows[flipped] = rows[flipped, :, ::-1]
+        return rows[..., None].view(np.uint8)
+
+    def _packed(self, views: ViewPlan) -> torch.Tensor:
+        """Place, shift and flip of every row: (4, V) int64 in pinned memory."""
+        return torch.from_numpy(np.stack([self._places(views), *views.shift.T, views.flip])).pin_memory()
+
+    def _feed(self, batch: _Batch) -> None:
+        feed = self._pipeline.feed_input
+        if self.device == "cpu":
+            feed("weak", batch.weak)
+        else:
+            with torch.cuda.stream(self._stream):
+                image, dy, dx, flip = batch.weak.to(self._gpu, non_blocking=True)
+                weak = weak_views(self._images, image, torch.stack([dy, dx], dim=1), flip)
+                feed("weak", weak, cuda_stream=self._stream)
+        for turn in range(OPS_PER_VIEW):
+            feed(f"is_warp{turn}", warps.IS_WARP[batch.ops[:, turn]])
+            feed(f"matrix{turn}", np.ascontiguousarray(batch.parameters[:, turn]).reshape(-1, 2, 3))
+        self._waiting.append(batch)
+
+    def _begin(self, prepared: _Batch) -> None:
+        self._feed(prepared)
+        self._pipeline.schedule_run()
+
+    def _finish(self) -> torch.Tensor:
+        stream = torch.cuda.current_stream(self._gpu) if self.device == "gpu" else None
+        (views,) = self._pipeline.outputs(cuda_stream=stream)
+        return torch.from_dlpack(views.as_tensor())
+
+    def _release(self) -> None:
+        self._pipeline = None

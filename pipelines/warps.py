@@ -1,0 +1,103 @@
+"""From a plan's levels to the numbers that a transformation is executed with; on the host, the same for every backend.
+
+ReMixMatch (ICLR 2020), section 3.2.2; what each transformation does at level v in [0, 1) is in the table of the
+specification. Rotation, shears and translations are affine maps of the nearest pixel, and differ in their matrix alone;
+the rest are `kernels/repaint.py`'s, and take levels as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kernels.repaint import REPAINTS
+from pipelines import ctaugment
+
+Warp = Callable[[np.ndarray, int, int], np.ndarray]
+WARPS: dict[str, Warp] = {}
+
+
+def warp(matrix: Warp) -> Warp:
+    """Registers a function of (level (n,) float64 in [-1, 1), H, W) to PIL's AFFINE coefficients, (n, 6).
+
+    Output (x, y) comes from input (a x + b y + c, d x + e y + f); outside is black.
+    """
+    WARPS[matrix.__name__] = matrix
+    return matrix
+
+
+def _rows(level: np.ndarray, *coefficients: float | np.ndarray) -> np.ndarray:
+    rows = np.empty((len(level), 6))
+    for column, coefficient in enumerate(coefficients):
+        rows[:, column] = coefficient
+    return rows
+
+
+def _fixed(rows: np.ndarray) -> np.ndarray:
+    """Coefficients as PIL rounds them for maps that turn or shear: steps and the first centre to 2^-16.
+
+    Positions in images of up to 128 pixels are then exact in DALI's single precision too.
+    """
+    rows = rows.reshape(-1, 2, 3)
+    first = rows[:, :, 2] + 0.5 * (rows[:, :, 0] + rows[:, :, 1])
+    rows = np.floor(65536 * rows + 0.5) / 65536
+    rows[:, :, 2] = np.floor(65536 * first + 0.5) / 65536 - 0.5 * (rows[:, :, 0] + rows[:, :, 1])
+    return rows.reshape(-1, 6)
+
+
+@warp
+def rotate(level: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Up to 45 degrees about the centre, counterclockwise for positive angles."""
+    cos, sin = np.cos(np.deg2rad(45.0 * level)), np.sin(np.deg2rad(45.0 * level))
+    x, y = width / 2.0, height / 2.0
+    return _fixed(_rows(level, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
+
+
+@warp
+def shear_x(level: np.ndarray, height: int, width: int) -> np.ndarray:
+    return _fixed(_rows(level, 1.0, 0.3 * level, 0.0, 0.0, 1.0, 0.0))
+
+
+@warp
+def shear_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
+    return _fixed(_rows(level, 1.0, 0.0, 0.0, 0.3 * level, 1.0, 0.0))
+
+
+@warp
+def translate_x(level: np.ndarray, height: int, width: int) -> np.ndarray:
+    return _rows(level, 1.0, 0.0, 0.3 * level * width, 0.0, 1.0, 0.0)
+
+
+@warp
+def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
+    return _rows(level, 1.0, 0.0, 0.0, 0.0, 1.0, 0.3 * level * height)
+
+
+NAMES = ctaugment.NAMES
+assert sorted([*WARPS, *REPAINTS, "identity"]) == sorted(NAMES)
+IS_WARP = np.array([name in WARPS for name in NAMES])
+
+
+def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Numbers of both transformations of V views of H x W images.
+
+    Args:
+        ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
+        levels: (V, 2, 2) float32 in [0, 1).
+        centre: (V, 2, 2) float32 in [0, 1).
+        height: H.
+        width: W.
+
+    Returns:
+        (V, 2, 6) float32. Of a repainting: operation, level, second level, cutout's centre (y, x), nothing. Of a warp,
+        and of the identity, PIL's AFFINE coefficients.
+    """
+    numbers = np.zeros((*ops.shape, 6), dtype=np.float32)
+    numbers[..., 0], numbers[..., 1:3], numbers[..., 3:5] = ops, levels, centre
+    numbers[ops == ctaugment.IDENTITY] = (1, 0, 0, 0, 1, 0)
+    for name, function in WARPS.items():
+        chosen = ops == NAMES.index(name)
+        if chosen.any():
+            numbers[chosen] = function(2.0 * levels[chosen][:, 0].astype(np.float64) - 1.0, height, width)
+    return numbers

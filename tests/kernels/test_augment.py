@@ -1,0 +1,246 @@
+"""`augment_views`: PIL, the PyTorch twin, the kernel and the operator agree, view by view."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.pil_ctaugment import pil_view
+from kernels.augment import CODES, OPS, augment_views, augment_views_reference, launch_augment_views
+from kernels.repaint import REPAINTS
+from pipelines import ctaugment, warps
+from pipelines.plan import ViewPlan
+
+NAMES = ctaugment.NAMES
+CODE = np.array([CODES.get(name, CODES["warp"]) for name in NAMES], dtype=np.int32)
+RESCALE = NAMES.index("rescale")
+WARPS = [NAMES.index(name) for name in warps.WARPS]
+BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+SIZES = ((16, 16), (32, 32), (20, 31), (96, 96))
+
+
+@cache
+def pictures(height: int, width: int) -> np.ndarray:
+    """What images may look like, easy and hard: (6, height, width, 3) uint8."""
+    rng = np.random.default_rng(height + width)
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = 127 + 110 * np.sin(np.stack([9 * x + 4 * y, 5 * y * x, 3 - 8 * y], axis=-1))
+    grain = 0.6 * waves + rng.normal(0, 12, waves.shape)
+    noise = rng.integers(0, 256, waves.shape)
+    dull = rng.integers(100, 121, waves.shape)
+    constant = np.broadcast_to([7, 128, 255], waves.shape)
+    two_valued = np.where((x + y > 0.8)[..., None], [200, 30, 90], [10, 30, 91])
+    return np.clip(np.stack([waves, grain, noise, dull, constant, two_valued]), 0, 255).astype(np.uint8)
+
+
+def plan(height: int, width: int, levels: tuple[float, ...], seed: int = 0) -> ViewPlan:
+    """Every transformation at every level, rescale with every filter; each comes first once, and second once."""
+    rng = np.random.default_rng(seed)
+    cases = [
+        (op, level, second)
+        for op, transformation in enumerate(ctaugment.TRANSFORMATIONS)
+        for level in (levels if transformation.bins else levels[:1])
+        for second in ([(index + 0.5) / 6 for index in range(6)] if op == RESCALE else [0.0])
+    ]
+    ops, *both = (np.array(column) for column in zip(*cases, strict=True))
+    both, rows = np.stack(both, axis=-1).astype(np.float32), len(ops)
+    other = rng.permutation(rows)
+    largest = min(height, width, 5) - 1
+    return ViewPlan(
+        image=rng.integers(6, size=rows),
+        labeled=np.ones(rows, dtype=bool),
+        shift=rng.integers(-largest, largest + 1, (rows, 2)).astype(np.int32),
+        flip=rng.integers(2, size=rows).astype(np.int32),
+        ops=np.stack([ops, ops[other]], axis=-1).astype(np.int32),
+        levels=np.stack([both, both[other]], axis=1),
+        centre=np.minimum(rng.random((rows, 2, 2), dtype=np.float32), np.float32(BELOW_ONE)),
+    )
+
+
+def alone(views: ViewPlan, turn: int) -> ViewPlan:
+    """The plan with the operations of one turn only."""
+    ops = np.full_like(views.ops, ctaugment.IDENTITY)
+    ops[:, turn] = views.ops[:, turn]
+    return ViewPlan(**(vars(views) | {"ops": ops}))
+
+
+def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """All arguments of `augment_views`."""
+    arrays = (
+        pictures(height, width),
+        views.image,
+        views.shift,
+        views.flip,
+        CODE[views.ops],
+        warps.parameters(views.ops, views.levels, views.centre, height, width),
+    )
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def by_pil(height: int, width: int, views: ViewPlan) -> np.ndarray:
+    images = pictures(height, width)[views.image]
+    columns = (images, views.shift, views.flip, views.ops, views.levels, views.centre)
+    return np.stack([pil_view(*row) for row in zip(*columns, strict=True)])
+
+
+def assert_is_the_twin(made: torch.Tensor, case: tuple[torch.Tensor, ...]) -> None:
+    """Byte for byte but for rescale, whose weights are sums of sines: single levels, in few pixels."""
+    twin = augment_views_reference(*(tensor.cpu() for tensor in case))
+    assert made.shape == twin.shape and made.dtype == torch.uint8
+    exact = (case[4].cpu() != CODES["rescale"]).all(dim=1)
+    assert torch.equal(made[exact], twin[exact])
+    difference = (made[~exact].int() - twin[~exact].int()).abs()
+    assert (difference > 0).float().mean() <= 0.005
+    # what follows a rescale may make more of a level
+    last = (case[4].cpu()[~exact, 1] == CODES["rescale"]) & (case[4].cpu()[~exact, 0] != CODES["rescale"])
+    assert (difference[last] <= 1).all()
+
+
+def test_every_transformation_has_a_code():
+    assert set(OPS) == {*REPAINTS, "warp"}
+    assert set(NAMES) == {*REPAINTS, *warps.WARPS, "identity"}
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_twin_is_pil(height, width, turn):
+    levels = (0.0, 0.21, 0.5, 0.83, BELOW_ONE) if height < 96 else (0.3, 0.97)
+    views = alone(plan(height, width, levels), turn)
+    made = augment_views_reference(*problem(height, width, views)).numpy()
+    difference = np.abs(made.astype(int) - by_pil(height, width, views))
+    ops = views.ops[:, turn]
+    warped, rescaled = np.isin(ops, WARPS), ops == RESCALE
+    assert not difference[~warped & ~rescaled].any()
+    assert difference[rescaled].max() <= 1 and (difference[rescaled] > 0).mean() <= 0.005
+    assert (difference[warped] > 0).mean() <= 0.001
+
+
+def test_twin_of_two_transformations_is_pil():
+    views = plan(32, 32, (0.1, 0.37, 0.5, 0.9))
+    made = augment_views_reference(*problem(32, 32, views)).numpy()
+    assert (made != by_pil(32, 32, views)).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "levels"),
+    [(16, 16, (0.4, BELOW_ONE)), (32, 32, (0.77,)), (20, 31, (0.6,)), (5, 7, (0.0, 0.3)), (2, 1, (0.9,))],
+)
+def test_kernel_is_the_twin(interpreter, height, width, levels):
+    case = problem(height, width, plan(height, width, levels))
+    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+
+
+def test_kernel_is_the_twin_at_the_largest_size(interpreter):
+    """Of every way through the kernel one: filters, curves, a mean, resampling and warps."""
+    views = plan(96, 96, (0.7,))
+    pairs = [("blur", "equalize"), ("rotate", "sharpness"), ("contrast", "rescale"), ("identity", "cutout")]
+    views = views.rows(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
+    views.ops[:, 1] = [NAMES.index(second) for _, second in pairs]
+    views.levels[:, 1] = 0.9
+    case = problem(96, 96, views)
+    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_kernel_goes_on_from_any_round(interpreter, turn):
+    """One operation alone, in either round, and none: the image passes through as many buffers as it must."""
+    views = alone(plan(6, 5, (0.8,)), turn)
+    case = problem(6, 5, views)
+    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+
+
+def test_kernel_takes_a_number_without_an_operation_for_none(interpreter):
+    images, image, shift, flip, ops, parameters = problem(6, 5, plan(6, 5, (0.8,)).rows(np.arange(4)))
+    ops[:, 0] = torch.tensor([-1, len(OPS), 2**30, -(2**30)])
+    with pytest.raises(ValueError, match="ops must be from 0 to 13, got -1073741824 to 1073741824"):
+        augment_views(images, image, shift, flip, ops, parameters)
+    made = interpreter(launch_augment_views, images, image, shift, flip, ops, parameters)
+    ops[:, 0], parameters[:, 0] = CODES["warp"], torch.tensor([1.0, 0, 0, 0, 1, 0])
+    assert_is_the_twin(made, (images, image, shift, flip, ops, parameters))
+
+
+@pytest.mark.parametrize("index", [-7, 6])
+def test_index_out_of_range(index):
+    images, image, *rest = problem(6, 5, plan(6, 5, (0.8,)))
+    with pytest.raises(IndexError):
+        augment_views(images, torch.full_like(image, index), *rest)
+
+
+def test_operator_is_the_twin_on_a_cpu():
+    case = problem(16, 16, plan(16, 16, (0.6,)))
+    assert torch.equal(augment_views(*case), augment_views_reference(*case))
+
+
+def test_operator_registration():
+    case = problem(16, 16, plan(16, 16, (0.6,)))
+    torch.library.opcheck(torch.ops.remixmatch.augment_views.default, case)
+
+
+def test_traced_for_a_gpu():
+    with FakeTensorMode():
+        images = torch.empty(7, 16, 12, 3, dtype=torch.uint8, device="cuda")
+        image = torch.empty(9, dtype=torch.int64, device="cuda")
+        pairs, flip = torch.empty(2, 9, 2, dtype=torch.int32, device="cuda"), image.int()
+        parameters = torch.empty(9, 2, 6, device="cuda")
+        views = augment_views(images, image, pairs[0], flip, pairs[1], parameters)
+    assert views.shape == (9, 16, 12, 3) and views.dtype == torch.uint8 and views.device.type == "cuda"
+
+
+ARGUMENTS = ("images", "image", "shift", "flip", "ops", "parameters")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(7, 5, 5, 4, dtype=torch.uint8)}, r"images must be .*, got \(7, 5, 5, 4\)"),
+        ({"images": torch.zeros(0, 5, 5, 3, dtype=torch.uint8)}, r"not empty, got \(0, 5, 5, 3\)"),
+        ({"images": torch.zeros(2, 8, 97, 3, dtype=torch.uint8)}, r"at most 96 x 96 pixels, got \(8, 97\)"),
+        ({"images": torch.zeros(7, 6, 5, 3)}, "images must be uint8 and contiguous, got torch.float32"),
+        ({"image": torch.zeros(0, dtype=torch.int64)}, r"image must be \(V >= 1,\), got \(0,\)"),
+        ({"image": torch.zeros(4, dtype=torch.int32)}, "image must be .* torch.int64 .* torch.int32"),
+        ({"shift": torch.zeros(4, 2, dtype=torch.int64)}, "shift must be .* torch.int32 .* torch.int64"),
+        ({"shift": torch.full((4, 2), 5, dtype=torch.int32)}, r"less than the sides of \(6, 5\), got up to 5"),
+        ({"flip": torch.zeros(4, dtype=torch.bool)}, "flip must be .* torch.int32 .* torch.bool"),
+        ({"ops": torch.zeros(4, 3, dtype=torch.int32)}, r"ops must be \(4, 2\) .* got \(4, 3\)"),
+        ({"parameters": torch.zeros(4, 2, 6, dtype=torch.float64)}, "parameters must be .* torch.float64"),
+        ({"parameters": torch.zeros(4, 6, 2).mT}, "parameters must be .* contiguous, .* with strides"),
+        ({"parameters": torch.zeros(4, 2, 6, device="meta")}, "parameters must be on cpu, where images is"),
+    ],
+)
+def test_errors(change, message):
+    arguments = dict(zip(ARGUMENTS, problem(6, 5, plan(6, 5, (0.8,)).rows(np.arange(4))), strict=True))
+    with pytest.raises(ValueError, match=message):
+        augment_views(**(arguments | change))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (5, 7), (2, 1), (96, 17)])
+def test_gpu(height, width, seed):
+    levels = (0.0, 0.03, 0.21, 0.25, 0.4999, 0.5, 0.68, 0.83, 0.97, BELOW_ONE)
+    views = plan(height, width, levels, seed)
+    case = problem(height, width, views, "cuda")
+    made = augment_views(*case)
+    assert_is_the_twin(made.cpu(), case)
+    for _ in range(20):
+        # threads hand the image to one another: a race would show now and then
+        assert torch.equal(augment_views(*case), made)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_row_beyond_int32():
+    """The last of 80 000 images of 96 x 96 begins more than 2**31 bytes in."""
+    images = torch.zeros(80_000, 96, 96, 3, dtype=torch.uint8, device="cuda")
+    images[-1] = torch.arange(96, device="cuda").reshape(96, 1, 1)
+    _, _, shift, flip, ops, parameters = problem(96, 96, plan(96, 96, (0.5,)).rows(np.zeros(2, int)), "cuda")
+    ops[:], parameters[:] = CODES["warp"], torch.tensor([1.0, 0, 0, 0, 1, 0], device="cuda")
+    image = torch.tensor([79_999, 0], device="cuda")
+    views = augment_views(images, image, torch.zeros_like(shift), flip, ops, parameters)
+    assert torch.equal(views[0], images[-1]) and not views[1].any()

@@ -1,0 +1,181 @@
+"""The fused views row by row against DALI's, and their behaviour as the same queue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_views import SHIFT, WARPS, labeled_set, photos, plan, unlabeled_set
+
+from pipelines.dali import DaliViews
+from pipelines.fused import FusedViews
+from pipelines.plan import ViewPlan
+
+
+def make(rows: int, kind=FusedViews, **options):
+    return kind(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+
+
+def run(views: ViewPlan, kind=FusedViews, **options) -> np.ndarray:
+    pipeline = make(len(views.image), kind, **options)
+    pipeline.submit(pipeline.prepare(views))
+    made = pipeline.collect().cpu().numpy()
+    pipeline.close()
+    return made
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_views_are_those_of_the_dali_pipeline(augment):
+    views = plan(batch=32, augment=augment)
+    made, expected = run(views), run(views, DaliViews)
+    assert made.shape == expected.shape and made.dtype == np.uint8
+    difference = np.abs(made.astype(int) - expected).max(axis=-1)
+    warped = np.isin(views.ops, WARPS).any(axis=1)
+    np.testing.assert_array_equal(made[~warped], expected[~warped])
+    # DALI may take a neighbouring pixel where a position falls between two, and what follows may then see another
+    # histogram
+    assert (difference[warped] > 2).mean() < 0.01
+
+
+def test_one_set_of_rectangles_and_the_largest_shift():
+    images, views = photos(4, 9, 7, 3), plan(batch=8, k=1)
+    rows = len(views.image)
+    shift = np.random.default_rng(0).integers(-6, 7, (rows, 2)).astype(np.int32)
+    views = replace(views, image=np.arange(rows) % 4, labeled=np.ones(rows, bool), shift=shift)
+    made = []
+    for kind in (FusedViews, DaliViews):
+        pipeline = kind(images, None, rows, 6)
+        pipeline.submit(pipeline.prepare(views))
+        made.append(pipeline.collect().numpy())
+        pipeline.close()
+    rest = ~np.isin(views.ops, WARPS).any(axis=1)
+    assert rest.sum() > 5
+    np.testing.assert_array_equal(made[0][rest], made[1][rest])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_rows_do_not_depend_on_their_company(rows):
+    views = plan(batch=16)
+    some = np.random.default_rng(rows).permutation(len(views.image))[:rows]
+    np.testing.assert_array_equal(run(views.rows(some)), run(views)[some])
+
+
+def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str) -> None:
+    """Several batches in flight, kept and used long after: each is what its plan makes alone."""
+    pipeline = make(len(plans[0].image), prefetch=prefetch, device=device)
+    kept = []
+    for step, views in enumerate(plans):
+        pipeline.submit(pipeline.prepare(views))
+        if step >= prefetch - 1:
+            kept.append(pipeline.collect())
+    kept += [pipeline.collect() for _ in range(prefetch - 1)]
+    pipeline.close()
+    del pipeline
+    for batch, views in zip(kept, plans, strict=True):
+        assert batch.device.type == ("cuda" if device == "gpu" else "cpu") and batch.is_contiguous()
+        assert_near(batch.cpu().numpy(), run(views))
+
+
+def assert_near(made: np.ndarray, expected: np.ndarray) -> None:
+    """One level in a few pixels, as rescale's weights are sums of sines."""
+    assert (made != expected).mean() < 1e-4
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_batches_come_in_order_and_own_their_memory(prefetch):
+    assert_in_order([plan(step, batch=2, k=2) for step in range(6)], prefetch, "cpu")
+
+
+def test_a_full_queue_refuses_and_an_empty_one_too():
+    views = plan(batch=2, k=1)
+    pipeline = make(len(views.image), prefetch=2)
+    with pytest.raises(RuntimeError, match="submit a plan first"):
+        pipeline.collect()
+    pipeline.submit(pipeline.prepare(views))
+    pipeline.submit(pipeline.prepare(views))
+    with pytest.raises(RuntimeError, match="2 batches are in flight"):
+        pipeline.submit(pipeline.prepare(views))
+    assert torch.equal(pipeline.collect(), pipeline.collect())
+    pipeline.submit(pipeline.prepare(views))
+    pipeline.close()
+    pipeline.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pipeline.submit(pipeline.prepare(views))
+
+
+def test_wrong_plans_are_refused_and_do_no_harm():
+    views = plan(batch=2, k=1)
+    rows = len(views.image)
+    pipeline = make(rows)
+    with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
+        pipeline.submit(pipeline.prepare(views.rows(np.arange(3))))
+    with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
+        pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
+    pipeline.submit(pipeline.prepare(views))
+    np.testing.assert_array_equal(pipeline.collect().numpy(), run(views))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labeled": np.zeros((2, 8, 8, 1), np.uint8)}, "grey"),
+        ({"unlabeled": np.zeros((2, 8, 9, 3), np.uint8)}, "same sides"),
+        ({"labeled": np.zeros((2, 97, 8, 3), np.uint8), "unlabeled": None}, "up to 96x96 pixels, got 97x8"),
+        ({"max_shift": 8}, "from 0 to 7"),
+        ({"device": "cuda"}, '"cpu" or "gpu"'),
+        ({"prefetch": 0}, "prefetch"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(change, message):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    arguments = {"labeled": images, "unlabeled": images, "rows": 4, "max_shift": 2} | change
+    with pytest.raises(ValueError, match=message) as error:
+        FusedViews(**arguments)
+    assert "\n" not in str(error.value)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_gpu_batches_are_those_of_the_cpu(prefetch):
+    assert_in_order([plan(step, batch=16) for step in range(3 * prefetch + 2)], prefetch, "gpu")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
+    """Used late, on a busy stream, while later batches are made: a batch must be whole, and left alone until then."""
+    plans = [plan(step, batch=64) for step in range(6)]
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    pipeline = make(len(plans[0].image), prefetch=2, device="gpu")
+    copies = []
+    with torch.cuda.stream(stream):
+        for views in plans:
+            pipeline.submit(pipeline.prepare(views))
+            torch.cuda._sleep(20_000_000)  # cycles: about 10 ms, in which the host goes on
+            copies.append(pipeline.collect().clone())  # and lets go of the batch itself
+    pipeline.close()
+    stream.synchronize()
+    for copy, views in zip(copies, plans, strict=True):
+        assert_near(copy.cpu().numpy(), run(views))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_does_not_make_the_host_wait():
+    views = plan(batch=64)
+    pipeline = make(len(views.image), prefetch=2, device="gpu")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            pipeline.submit(pipeline.prepare(views))
+            pipeline.collect()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    pipeline.close()
