@@ -131,16 +131,17 @@ def _one_thread() -> None:
 
 
 def _repainted(images: list[Any], parameters: np.ndarray) -> list[Any]:
+    ops = parameters[:, :, 0].astype(np.int64)
+    order = np.argsort(ops[:, 0], kind="stable")  # which row of the plan each row of the batch is
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
-    batch = torch.cat([torch.from_dlpack(image) for image in images])
+    batch = torch.cat([torch.from_dlpack(images[row]) for row in order.tolist()])
     batch = batch.view(len(images), -1, *batch.shape[1:])
-    ops, given = parameters[:, :, 0].astype(np.int64), torch.from_numpy(parameters).to(batch.device)
-    order = np.arange(len(ops))  # row of the plan that each row of the batch is
+    given = torch.from_numpy(parameters).to(batch.device)
     for turn in range(OPS_PER_VIEW):
         # one transformation's rows side by side, and at a time, which a core's cache holds
-        by_op = np.argsort(ops[order, turn], kind="stable")
-        order = order[by_op]
-        batch = batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
+        if turn:
+            by_op = np.argsort(ops[order, turn], kind="stable")
+            order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
         level, second, centre = given[torch.from_numpy(order).to(batch.device), turn, 1:].split((1, 1, 2), dim=1)
         rows = Parameters(level[..., None, None], second[:, 0], centre)
         first = 0
