@@ -60,7 +60,7 @@ def blend(a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def grey(images: torch.Tensor) -> torch.Tensor:
     """PIL's mode L, weights in units of 2^-16: (n, H, W, 3) uint8 to (n, H, W) int32."""
-    red, green, blue = (images[..., channel].to(torch.int32) for channel in range(3))
+    red, green, blue = images.permute(3, 0, 1, 2).to(torch.int32, memory_format=torch.contiguous_format)
     return red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).bitwise_right_shift_(16)
 
 
@@ -147,10 +147,7 @@ def brightness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 @repaint(ENHANCED)
 def color(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     # a last dimension of 1 that broadcasts to 3 would be slow, in each pass of the blend
-    out, level = torch.empty_like(images), grey(images)
-    for channel in range(3):
-        out[..., channel] = level
-    return out
+    return torch.stack((grey(images).to(torch.uint8),) * 3, dim=3)
 
 
 @repaint(ENHANCED)
@@ -258,7 +255,8 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     """
     support = _SUPPORT[chosen][:, None]
     # PIL takes the box, and its size, in single precision
-    start, end = ((edge * length).astype(np.float32) for edge in (0.25 * level, 1 - 0.25 * level))
+    margin = 0.25 * level * length
+    start, end = margin.astype(np.float32), (length - margin).astype(np.float32)
     centre = start + (np.arange(length) + 0.5) * ((end - start).astype(np.float64) / length)  # (n, out)
     first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
     reached = first + np.arange(_REACH)  # (n, out, reach)
@@ -271,8 +269,10 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     weights /= weights.sum(axis=-1, keepdims=True)
     weights = np.rint(weights * _PRECISION) / _PRECISION
     kernels = np.zeros((len(level), length, length + 2 * _REACH))
-    np.put_along_axis(kernels, reached.astype(np.int64) + _REACH, weights, axis=2)
-    return kernels[:, :, _REACH:-_REACH]
+    kernels[np.arange(len(level))[:, None, None], np.arange(length)[:, None], reached.astype(np.int64) + _REACH] = (
+        weights
+    )
+    return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
 
 
 @repaint(REPLACED)
@@ -288,11 +288,8 @@ def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     # every product is a multiple of 2^-22 below 2^10, so sums are exact in whatever order
     lines = images.transpose(2, 3).to(torch.float64, memory_format=torch.contiguous_format)
     middle = (lines.view(n, -1, width) @ across.transpose(1, 2)).add_(0.5).floor_().clamp_(0, 255)
-    planes = (down @ middle.view(n, height, -1)).add_(0.5).clamp_(0, 255).to(torch.int32).view(lines.shape)
-    out = torch.empty_like(images)
-    for channel in range(3):
-        out[..., channel] = planes[:, :, channel]
-    return out
+    out = (down @ middle.view(n, height, -1)).add_(0.5).clamp_(0, 255).to(torch.int32).to(torch.uint8)
+    return torch.stack(out.view(lines.shape).unbind(2), dim=3)
 
 
 # ---------------------------------------------------------------- a transformation as it is used

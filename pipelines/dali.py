@@ -85,16 +85,16 @@ class _Batch:
 
 
 def _repainted(images: list[Any], given: _Batch) -> list[Any]:
+    order = np.argsort(given.ops[:, 0], kind="stable")  # row of the plan that each row of the batch is
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
-    batch = torch.cat([torch.from_dlpack(image) for image in images])
+    batch = torch.cat([torch.from_dlpack(images[row]) for row in order.tolist()])
     batch = batch.view(len(images), -1, *batch.shape[1:])
     numbers = torch.from_numpy(given.parameters).to(batch.device)
-    order = np.arange(len(images))  # row of the plan that each row of the batch is
     for turn in range(OPS_PER_VIEW):
         # one transformation's rows side by side, and at a time, which a core's cache holds
-        by_op = np.argsort(given.ops[order, turn], kind="stable")
-        order = order[by_op]
-        batch = batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
+        if turn:
+            by_op = np.argsort(given.ops[order, turn], kind="stable")
+            order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
         of_rows = numbers[torch.from_numpy(order).to(batch.device), turn, 1:5]
         level, second, centre = of_rows.split((1, 1, 2), dim=1)
         rows = Parameters(level[..., None, None], second[:, 0], centre)
