@@ -404,12 +404,13 @@ def _cut_out(at, value, level, numbers, H: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def _repaint(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     """Do one repainting but rescale; every one is a blend of the image with another one."""
+    # passes with many numbers at once take half a block, and so no more registers than the others
     if (op == _AUTOCONTRAST) | (op == _EQUALIZE):
-        _curves(source, table, op, H * W, BLOCK)
+        _curves(source, table, op, H * W, BLOCK // 2)
         tl.debug_barrier()
     mean = 0
     if op == _CONTRAST:
-        mean = _mean_grey(source, H * W, BLOCK)
+        mean = _mean_grey(source, H * W, BLOCK // 2)
 
     level = tl.load(numbers + 1)
     exact = level.to(tl.float64)
