@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.repaint import BLENDED, ENHANCED, REPAINTS, Parameters, apply
+from kernels.repaint import REPAINTS, Parameters, apply
 
 # what the numbers in `ops` stand for: a repainting, or an affine map. No change is the affine map that stays put
 OPS = (*REPAINTS, "warp")
@@ -32,9 +32,9 @@ _SHARPNESS = tl.constexpr(CODES["sharpness"])
 _SMOOTH = tl.constexpr(CODES["smooth"])
 _SOLARIZE = tl.constexpr(CODES["solarize"])
 _WARP = tl.constexpr(CODES["warp"])
-# sets of operations, a bit each
-_BLENDED_OPS = tl.constexpr(sum(1 << CODES[name] for name, (use, _) in REPAINTS.items() if use == BLENDED))
-_ENHANCED_OPS = tl.constexpr(sum(1 << CODES[name] for name, (use, _) in REPAINTS.items() if use == ENHANCED))
+# sets of operations, a bit each: blend(image, result, v), and ImageEnhance's blend(result, image, 0.1 + 1.9 v)
+_BLENDED_OPS = tl.constexpr(sum(1 << CODES[name] for name in ("autocontrast", "blur", "equalize", "invert", "smooth")))
+_ENHANCED_OPS = tl.constexpr(sum(1 << CODES[name] for name in ("brightness", "color", "contrast", "sharpness")))
 
 
 def augment_views(
