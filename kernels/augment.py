@@ -204,8 +204,8 @@ def _units(coefficient):
 @triton.jit
 def _warp(source, to, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     # integers: the same positions as PIL's fixed-point ones, however the compiler orders the sum
-    a, b, c = _units(numbers) // 2, _units(numbers + 1) // 2, _units(numbers + 2)
-    d, e, f = _units(numbers + 3) // 2, _units(numbers + 4) // 2, _units(numbers + 5)
+    a, b, c = _units(numbers) >> 1, _units(numbers + 1) >> 1, _units(numbers + 2)
+    d, e, f = _units(numbers + 3) >> 1, _units(numbers + 4) >> 1, _units(numbers + 5)
     for start in range(0, H * W * 3, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < H * W * 3
@@ -275,7 +275,15 @@ def _resampling(table, level, chosen, taps, LENGTH: tl.constexpr, LINES: tl.cons
 
 @triton.jit
 def _resampled(
-    source, to, table, taps, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr, STRIDE
+    source,
+    to,
+    table,
+    taps,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
     """Resample along the side of LENGTH pixels that lie STRIDE elements apart."""
     for start in range(0, H * W * 3, BLOCK):
