@@ -22,8 +22,10 @@ from engine.errors import UserError
 from engine.rows import arrange, step_plan
 from engine.step import GREY_MEAN, RING_ROWS
 from kernels.assemble import assemble_batch, assemble_batch_reference
+from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference
-from pipelines import ctaugment
+from pipelines import ctaugment, warps
+from pipelines.fused import KERNEL_CODES
 from pipelines.plan import PlanSpec, make_plan
 
 PROVIDERS = ("triton", "eager", "compiled")
@@ -65,6 +67,7 @@ class Case:
         moved: bytes that have to be read or written.
         formula: how `moved` is counted.
         shape: the size in words.
+        compiles: whether the twin's way through its code does not depend on values, so that it can be compiled whole.
     """
 
     operation: Callable[..., torch.Tensor]
@@ -73,6 +76,7 @@ class Case:
     moved: int
     formula: str
     shape: str
+    compiles: bool = True
 
 
 def guess_case(size: Size, device: torch.device) -> Case:
@@ -120,10 +124,34 @@ def assemble_case(size: Size, device: torch.device) -> Case:
     )
 
 
+def augment_case(size: Size, device: torch.device) -> Case:
+    """All views of one step, from images that lie on the device, by the numbers of a real plan."""
+    images = 10 * size.batch
+    spec = PlanSpec(size.batch, size.k, images, images, max_shift=4, flip=True)
+    views = make_plan(spec, 0, 0, ctaugment.initial_weights()).views
+    rows, image = len(views.image), 3 * size.side**2
+
+    def arguments() -> Sequence[Any]:
+        numbers = warps.parameters(views.ops, views.levels, views.centre, size.side, size.side)
+        arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
+        return [torch.from_numpy(array).to(device) for array in arrays]
+
+    return Case(
+        augment_views,
+        augment_views_reference,
+        arguments,
+        2 * rows * image + rows * 76,
+        "3 H W V (an image read) + 3 H W V (a view written) + 76 V (places, shifts, flips, operations, parameters)",
+        f"{size}: V={rows}",
+        compiles=False,
+    )
+
+
 # to add a kernel: a function like those above, and its entry here
 KERNELS: dict[str, tuple[Callable[[Size, torch.device], Case], Sizes]] = {
     "guess_labels": (guess_case, GUESSES),
     "assemble_batch": (assemble_case, BATCHES),
+    "augment_views": (augment_case, BATCHES),
 }
 
 
@@ -186,7 +214,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     bandwidth = ceilings(device).copy_bytes_per_second
     forms = {"triton": case.operation, "eager": case.twin, "compiled": case.twin}
-    forms = {provider: forms[provider] for provider in providers}
+    forms = {provider: forms[provider] for provider in providers if case.compiles or provider != "compiled"}
     if "compiled" in forms:
         forms["compiled"] = torch.compile(case.twin, dynamic=False)
     functions = {}

@@ -18,7 +18,7 @@ from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
 # the kernel's number of each transformation; those that are no repainting are affine maps
-_CODE = np.array([CODES.get(name, CODES["warp"]) for name in ctaugment.NAMES], dtype=np.int32)
+KERNEL_CODES = np.array([CODES.get(name, CODES["warp"]) for name in ctaugment.NAMES], dtype=np.int32)
 
 
 # the kernel's arguments after the images: dtype, and shape of a row
@@ -90,7 +90,7 @@ class FusedViews(Views):
         into["image"][:] = self._places(views)
         into["shift"][:] = views.shift
         into["flip"][:] = views.flip
-        into["ops"][:] = _CODE[views.ops]
+        into["ops"][:] = KERNEL_CODES[views.ops]
         into["parameters"][:] = warps.parameters(views.ops, views.levels, views.centre, self.height, self.width)
         return buffer
 
