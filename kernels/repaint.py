@@ -235,7 +235,7 @@ def _lanczos(x: np.ndarray) -> np.ndarray:
 # half widths, and weights by distance. Enlarging, NEAREST and BOX are both the one pixel that a position
 # falls into
 _SUPPORT = np.array([0.5, 0.5, 1.0, 1.0, 2.0, 3.0])
-_REACH = 6
+_REACH = 6  # pixels that the widest one covers
 _WEIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: 1 - np.abs(x),
     3: _hamming,
@@ -255,20 +255,21 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     """
     support = _SUPPORT[chosen][:, None]
     # PIL takes the box, and its size, in single precision
-    start, end = np.float32(0.25 * level * length), np.float32(length - 0.25 * level * length)
-    centre = start + (np.arange(length) + 0.5) * (np.float64(end - start) / length)  # (n, out)
+    start, end = (0.25 * level * length).astype(np.float32), (length - 0.25 * level * length).astype(np.float32)
+    centre = start + (np.arange(length) + 0.5) * ((end - start).astype(np.float64) / length)  # (n, out)
     first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
     reached = first + np.arange(_REACH)  # (n, out, reach)
     distance = reached + 0.5 - centre[..., None]
     # the kernel is cut off at the image's border, and what is left of it sums to 1
-    weights = np.float64((reached >= 0) & (reached < last) & (reached < length))
+    weights = ((reached >= 0) & (reached < last) & (reached < length)).astype(np.float64)
     for index, weight in _WEIGHT.items():
         (rows,) = np.nonzero(chosen == index)
         weights[rows] *= weight(distance[rows])
     weights /= weights.sum(axis=-1, keepdims=True)
     weights = np.rint(weights * _PRECISION) / _PRECISION
     kernels = np.zeros((len(level), length, length + 2 * _REACH))
-    kernels[np.arange(len(level))[:, None, None], np.arange(length)[:, None], reached.astype(np.int64) + _REACH] = weights
+    row, out = np.ogrid[: len(level), :length]
+    kernels[row[..., None], out[..., None], reached.astype(np.int64) + _REACH] = weights
     return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
 
 

@@ -1,19 +1,20 @@
 """CTAugment's eighteen transformations as one DALI graph, the same for CPU and GPU; PIL is the oracle.
 
 ReMixMatch (ICLR 2020), section 3.2.2; what each transformation does at level v in [0, 1) is in the table of
-the specification, and every kernel, border and rounding is PIL's. One round of the graph gives every image of
-a batch one transformation. For small images DALI's cost is per row and node, not per pixel, so rows do not
-travel down nineteen branches; conditional execution sends each to one of two:
+the specification, and every kernel, border and rounding is PIL's. For small images DALI's cost is per row and
+node, not per pixel, so rows do not travel down nineteen branches, twice. They pass three nodes, in this order:
 
-    repaint   point operations, filters, cutout and rescale: one torch function over all rows of the branch, by the
-              functions of kernels/repaint.py.
-    warp      rotate, shear_x, shear_y, translate_x, translate_y and identity: one nearest-neighbour
-              `fn.warp_affine`, with a matrix for each row.
+    warp      rotate, shear_x, shear_y, translate_x or translate_y, where that is the first transformation: one
+              nearest-neighbour `fn.warp_affine`, with a matrix for each row, under conditional execution.
+    repaint   point operations, filters, cutout and rescale, whether first, second or both: one torch function over
+              all rows, by the functions of kernels/repaint.py.
+    warp      the same, where it is the second transformation.
 
 Repaint is torch because PIL's results do not follow from DALI's operators: DALI has no histogram,
 `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding, `fn.resize` has
-no HAMMING and repeats the border where PIL renormalises the kernel. And each operator would need a branch,
-with a split and a merge, of its own.
+no HAMMING and repeats the border where PIL renormalises the kernel. And each operator would need branches,
+each with a split and a merge, of its own. Rows with nothing to repaint pass the node as they are: that is cheaper
+than to part them from the others.
 
 On the CPU the result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels
 of rescale may differ, whose weights are sums of sines, and on a GPU pixels of a warp whose position is on the

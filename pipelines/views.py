@@ -2,8 +2,8 @@
 
 A weakly augmented image is a window of the image with its margin, so it is cut out where rows are looked up, as cheap
 as the look-up itself; in DALI a slice and a flip of small images would cost more than both strong rounds. The graph,
-the same on CPU and GPU, is the strong augmentation: `OPS_PER_VIEW` rounds of transformations. It is a pure function of
-images and plan rows, so the same plan gives the same bytes whatever the number of threads and of batches in flight.
+the same on CPU and GPU, is the strong augmentation, `pipelines/transformations.py`. It is a pure function of images and
+plan rows, so the same plan gives the same bytes whatever the number of threads and of batches in flight.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def
 from numpy.lib.stride_tricks import sliding_window_view
+from nvidia.dali import fn, pipeline_def
 
 from pipelines import transformations
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
