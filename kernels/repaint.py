@@ -264,12 +264,13 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     weights = ((reached >= 0) & (reached < last) & (reached < length)).astype(np.float64)
     for index, weight in _WEIGHT.items():
         (rows,) = np.nonzero(chosen == index)
-        weights[rows] *= weight(distance[rows])
+        taps = int(2 * _SUPPORT[index])
+        weights[rows, :, :taps] *= weight(distance[rows, :, :taps])
     weights /= weights.sum(axis=-1, keepdims=True)
     weights = np.rint(weights * _PRECISION) / _PRECISION
     kernels = np.zeros((len(level), length, length + 2 * _REACH))
-    row, out = np.ogrid[: len(level), :length]
-    kernels[row[..., None], out[..., None], reached.astype(np.int64) + _REACH] = weights
+    row, out = np.arange(len(level))[:, None, None], np.arange(length)[:, None]
+    kernels[row, out, reached.astype(np.int64) + _REACH] = weights
     return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
 
 
