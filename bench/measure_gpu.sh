@@ -47,7 +47,7 @@ tests=(tests)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   echo "DALI is not here: going on without it, and without the tests of its views"
   views=(fused synthetic)
-  tests+=(--ignore=tests/pipelines/test_views.py --ignore=tests/pipelines/test_transformations.py)
+  tests+=(--ignore=tests/pipelines/test_{views,transformations,fused}.py)
 fi
 if [[ $small ]]; then
   bench kernels 60 --repeats 1 --providers eager --sizes step

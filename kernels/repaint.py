@@ -235,7 +235,7 @@ def _lanczos(x: np.ndarray) -> np.ndarray:
 # half widths, and weights by distance. Enlarging, NEAREST and BOX are both the one pixel that a position
 # falls into
 _SUPPORT = np.array([0.5, 0.5, 1.0, 1.0, 2.0, 3.0])
-_REACH = 6
+_REACH = 6  # pixels that the widest one covers
 _WEIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda x: 1 - np.abs(x),
     3: _hamming,
@@ -255,8 +255,7 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     """
     support = _SUPPORT[chosen][:, None]
     # PIL takes the box, and its size, in single precision
-    margin = 0.25 * level * length
-    start, end = margin.astype(np.float32), (length - margin).astype(np.float32)
+    start, end = (0.25 * level * length).astype(np.float32), (length - 0.25 * level * length).astype(np.float32)
     centre = start + (np.arange(length) + 0.5) * ((end - start).astype(np.float64) / length)  # (n, out)
     first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
     reached = first + np.arange(_REACH)  # (n, out, reach)
@@ -265,13 +264,13 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     weights = ((reached >= 0) & (reached < last) & (reached < length)).astype(np.float64)
     for index, weight in _WEIGHT.items():
         (rows,) = np.nonzero(chosen == index)
-        weights[rows] *= weight(distance[rows])
+        taps = int(2 * _SUPPORT[index])
+        weights[rows, :, :taps] *= weight(distance[rows, :, :taps])
     weights /= weights.sum(axis=-1, keepdims=True)
     weights = np.rint(weights * _PRECISION) / _PRECISION
     kernels = np.zeros((len(level), length, length + 2 * _REACH))
-    kernels[np.arange(len(level))[:, None, None], np.arange(length)[:, None], reached.astype(np.int64) + _REACH] = (
-        weights
-    )
+    row, out = np.arange(len(level))[:, None, None], np.arange(length)[:, None]
+    kernels[row, out, reached.astype(np.int64) + _REACH] = weights
     return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
 
 

@@ -66,8 +66,7 @@ def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
 def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pipelines.fused", None)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "pipelines.views", raising=False)
-    monkeypatch.delitem(sys.modules, "pipelines.transformations", raising=False)
+    monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
     broken = types.SimpleNamespace(FusedViews=None)  # is no class to call
     assert [row["backend"] for row in bench(tmp_path, "fused", "dali-cpu-1")] == ["pil"]
     printed = capsys.readouterr().out
