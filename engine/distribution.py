@@ -15,6 +15,8 @@ from torch import Tensor, nn
 def start(device: torch.device) -> None:
     """Joins the process group that torchrun's environment describes; does nothing without one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

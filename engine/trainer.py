@@ -250,7 +250,9 @@ class Trainer:
             self._execute = CapturedStep(execute, StepInput.to_device(blank, self._numbers(plan), self.device))
         self._views = views or self._make_views()
         self._closing.callback(self._views.close)
-        self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner"))
+        # pinned memory belongs to a thread's present device
+        own_device = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
+        self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner", *own_device))
         # one batch of plans more than of views is under way, in the background, where the lag allows that
         for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
             self._plan_ahead()
