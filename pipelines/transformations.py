@@ -209,14 +209,14 @@ def warps(ops: np.ndarray, levels: np.ndarray, height: int, width: int) -> dict[
         is_warp0, is_warp1: (V,) bool; matrix0, matrix1: (V, 2, 3) float32, PIL's AFFINE coefficients where the turn
         is a warp.
     """
+    matrix = np.zeros((*ops.shape, 6), dtype=np.float32)
+    for name, function in WARPS.items():
+        rows = ops == NAMES.index(name)
+        matrix[rows] = function(2.0 * levels[rows, 0].astype(np.float64) - 1.0, height, width)
     fed: dict[str, np.ndarray] = {}
     for turn in range(OPS_PER_VIEW):
-        matrix = np.zeros((len(ops), 6), dtype=np.float32)
-        for name, function in WARPS.items():
-            (rows,) = np.nonzero(ops[:, turn] == NAMES.index(name))
-            if len(rows):
-                matrix[rows] = function(2.0 * levels[rows, turn, 0].astype(np.float64) - 1.0, height, width)
-        fed |= {f"is_warp{turn}": _IS_WARP[ops[:, turn]], f"matrix{turn}": matrix.reshape(-1, 2, 3)}
+        fed[f"is_warp{turn}"] = _IS_WARP[ops[:, turn]]
+        fed[f"matrix{turn}"] = np.ascontiguousarray(matrix[:, turn]).reshape(-1, 2, 3)
     return fed
 
 

@@ -139,7 +139,7 @@ class ViewPipeline:
         top, left = (self.max_shift - views.shift).T
         rows = self._windows[image, top, left]
         flipped = np.flatnonzero(views.flip)
-        rows[flipped] = rows[flipped, :, ::-1]
+        rows[flipped] = self._windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
         return rows[..., None].view(np.uint8)
 
     def _feed(self, views: ViewPlan) -> None:
