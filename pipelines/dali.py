@@ -218,10 +218,10 @@ class DaliViews(Views):
 
     def _cut_out(self, views: ViewPlan) -> np.ndarray:
         """Shifted and flipped images: (V, H, W, 3) uint8."""
-        top, left = (self.max_shift - views.shift).T
-        rows = self._windows[self._places(views), top, left]
+        image, (top, left) = self._places(views), (self.max_shift - views.shift).T
+        rows = self._windows[image, top, left]
         flipped = np.flatnonzero(views.flip)
-        rows[flipped] = rows[flipped, :, ::-1]
+        rows[flipped] = self._windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
         return rows[..., None].view(np.uint8)
 
     def _packed(self, views: ViewPlan) -> torch.Tensor:
