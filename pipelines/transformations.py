@@ -25,7 +25,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -131,7 +134,13 @@ def _one_thread() -> None:
         _here.limited = True
 
 
-def _repainted(images: list[Any], parameters: np.ndarray) -> list[Any]:
+@torch.inference_mode()
+def _repaint(batch: torch.Tensor, given: Parameters, run: tuple[int, int, int]) -> None:
+    op, first, last = run
+    batch[first:last] = apply(NAMES[op], batch[first:last], given.rows(first, last))
+
+
+def _repainted(images: list[Any], parameters: np.ndarray, each: Callable[..., Iterable[None]]) -> list[Any]:
     ops = parameters[:, :, 0].astype(np.int64)
     order = np.argsort(ops[:, 0], kind="stable")  # which row of the plan each row of the batch is
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
@@ -144,20 +153,18 @@ def _repainted(images: list[Any], parameters: np.ndarray) -> list[Any]:
             by_op = np.argsort(ops[order, turn], kind="stable")
             order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
         level, second, centre = given[torch.from_numpy(order).to(batch.device), turn, 1:].split((1, 1, 2), dim=1)
-        rows = Parameters(level[..., None, None], second[:, 0], centre)
-        first = 0
-        for op, count in enumerate(np.bincount(ops[:, turn]).tolist()):
-            last = first + count
-            if count and NAMES[op] in REPAINTS:
-                batch[first:last] = apply(NAMES[op], batch[first:last], rows.rows(first, last))
-            first = last
+        last = np.cumsum(np.bincount(ops[:, turn], minlength=len(NAMES))).tolist()
+        runs = [(op, first, end) for op, (first, end) in enumerate(pairwise([0, *last])) if end > first]
+        repaint = partial(_repaint, batch, Parameters(level[..., None, None], second[:, 0], centre))
+        for _ in each(repaint, [run for run in runs if NAMES[run[0]] in REPAINTS]):
+            pass
     capsules: list[Any] = [None] * len(order)
     for row, image in zip(order.tolist(), batch.unbind(), strict=True):
         capsules[row] = torch.utils.dlpack.to_dlpack(image)
     return capsules
 
 
-def repainter(waiting: deque[np.ndarray], device: str) -> Callable[[list[Any]], list[Any]]:
+def repainter(waiting: deque[np.ndarray], device: str, threads: int) -> Callable[[list[Any]], list[Any]]:
     """The batch function of the repaint node, for DALI's threads.
 
     It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
@@ -167,13 +174,17 @@ def repainter(waiting: deque[np.ndarray], device: str) -> Callable[[list[Any]], 
             second level, centre (y, x). What is no repainting is passed over. They do not come by way of DALI,
             which would make a tensor of each row.
         device: "cpu" or "gpu". DALI has waited for inputs on the GPU, and takes outputs as ready.
+        threads: how many share a batch's transformations on the CPU; DALI calls from one.
     """
+    each: Callable[..., Iterable[None]] = map
+    if device == "cpu" and threads > 1:
+        each = ThreadPoolExecutor(threads, "repaint", initializer=_one_thread).map
 
     @do_not_convert
     @torch.inference_mode()
     def repainted(images: list[Any]) -> list[Any]:
         _one_thread()
-        return _repainted(images, waiting.popleft())
+        return _repainted(images, waiting.popleft(), each)
 
     @do_not_convert
     @torch.inference_mode()
@@ -184,7 +195,7 @@ def repainter(waiting: deque[np.ndarray], device: str) -> Callable[[list[Any]], 
             _here.streams[device] = torch.cuda.Stream(device)
         stream = _here.streams[device]
         with torch.cuda.stream(stream):
-            capsules = _repainted(images, waiting.popleft())
+            capsules = _repainted(images, waiting.popleft(), each)
         stream.synchronize()
         return capsules
 

@@ -59,7 +59,7 @@ class ViewPipeline:
         max_shift: the largest shift that a plan may hold, in pixels; less than either side.
         device: "cpu" or "gpu", where views are made and left.
         device_id: which GPU.
-        threads: DALI's CPU threads.
+        threads: CPU threads, of DALI's operators and of the repaintings each.
         prefetch: how many batches may be in flight, at least 1.
 
     Raises:
@@ -106,7 +106,7 @@ class ViewPipeline:
         self._repaints: deque[np.ndarray] = deque()
         self._pipeline: Any = _graph(
             device,
-            transformations.repainter(self._repaints, device),
+            transformations.repainter(self._repaints, device, threads),
             batch_size=rows,
             num_threads=threads,
             device_id=device_id if device == "gpu" else None,

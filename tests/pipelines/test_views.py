@@ -191,10 +191,10 @@ def test_views_are_made_while_the_caller_goes_on(monkeypatch):
     begun, returned = threading.Event(), threading.Event()
     repaint = transformations._repainted
 
-    def held(images, parameters):
+    def held(*arguments):
         begun.set()
         assert returned.wait(120), "submit has not returned"
-        return repaint(images, parameters)
+        return repaint(*arguments)
 
     monkeypatch.setattr(transformations, "_repainted", held)
     pipeline.submit(views)
