@@ -111,7 +111,7 @@ _IS_WARP = np.array([name in WARPS for name in NAMES])
 
 
 class _Here(threading.local):
-    """What each of DALI's threads keeps to itself."""
+    """What each thread that makes views keeps to itself."""
 
     def __init__(self) -> None:
         self.limited = False
@@ -122,9 +122,9 @@ _here = _Here()
 
 
 def _one_thread() -> None:
-    """Keeps torch's operators in the thread that calls them, for DALI's threads only.
+    """Keeps torch's operators in the thread that calls them, for the threads that make views only.
 
-    These tensors are small, and a team of threads of its own for every DALI thread would fight the training
+    These tensors are small, and a team of threads of its own for every one of them would fight the training
     step for its cores. `torch.set_num_threads` would take the training step's threads away with them.
     """
     if not _here.limited:
