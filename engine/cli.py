@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ import tyro
 
 from engine import config as configuration
 from engine.errors import UserError
+
+# Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
+# process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 COMMANDS = {
     "train": "train a preset: remixmatch train PRESET [--seed N] [--out DIR] [--resume] ...",
