@@ -6,24 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_views
 import torch
-from test_views import SHIFT, WARPS, labeled_set, photos, plan, unlabeled_set
+from test_views import WARPS, photos, plan
 
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import ViewPlan
 
 
-def make(rows: int, kind=FusedViews, **options):
-    return kind(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+def make(rows: int, **options):
+    return test_views.make(rows, FusedViews, **options)
 
 
-def run(views: ViewPlan, kind=FusedViews, **options) -> np.ndarray:
-    pipeline = make(len(views.image), kind, **options)
-    pipeline.submit(pipeline.prepare(views))
-    made = pipeline.collect().cpu().numpy()
-    pipeline.close()
-    return made
+def run(views: ViewPlan, kind=FusedViews) -> np.ndarray:
+    return test_views.run(views, kind)
 
 
 @pytest.mark.parametrize("augment", [False, True])
@@ -88,51 +85,9 @@ def test_batches_come_in_order_and_own_their_memory(prefetch):
     assert_in_order([plan(step, batch=2, k=2) for step in range(6)], prefetch, "cpu")
 
 
-def test_a_full_queue_refuses_and_an_empty_one_too():
-    views = plan(batch=2, k=1)
-    pipeline = make(len(views.image), prefetch=2)
-    with pytest.raises(RuntimeError, match="submit a plan first"):
-        pipeline.collect()
-    pipeline.submit(pipeline.prepare(views))
-    pipeline.submit(pipeline.prepare(views))
-    with pytest.raises(RuntimeError, match="2 batches are in flight"):
-        pipeline.submit(pipeline.prepare(views))
-    assert torch.equal(pipeline.collect(), pipeline.collect())
-    pipeline.submit(pipeline.prepare(views))
-    pipeline.close()
-    pipeline.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        pipeline.submit(pipeline.prepare(views))
-
-
-def test_wrong_plans_are_refused_and_do_no_harm():
-    views = plan(batch=2, k=1)
-    rows = len(views.image)
-    pipeline = make(rows)
-    with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
-        pipeline.submit(pipeline.prepare(views.rows(np.arange(3))))
-    with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
-        pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
-    pipeline.submit(pipeline.prepare(views))
-    np.testing.assert_array_equal(pipeline.collect().numpy(), run(views))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"labeled": np.zeros((2, 8, 8, 1), np.uint8)}, "grey"),
-        ({"unlabeled": np.zeros((2, 8, 9, 3), np.uint8)}, "same sides"),
-        ({"labeled": np.zeros((2, 97, 8, 3), np.uint8), "unlabeled": None}, "up to 96x96 pixels, got 97x8"),
-        ({"max_shift": 8}, "from 0 to 7"),
-        ({"device": "cuda"}, '"cpu" or "gpu"'),
-        ({"prefetch": 0}, "prefetch"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(change, message):
-    images = np.zeros((2, 8, 8, 3), np.uint8)
-    arguments = {"labeled": images, "unlabeled": images, "rows": 4, "max_shift": 2} | change
-    with pytest.raises(ValueError, match=message) as error:
-        FusedViews(**arguments)
+def test_larger_images_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="up to 96x96 pixels, got 97x8") as error:
+        FusedViews(np.zeros((2, 97, 8, 3), np.uint8), None, 4, 2)
     assert "\n" not in str(error.value)
 
 

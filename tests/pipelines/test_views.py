@@ -13,7 +13,9 @@ import torch
 from bench.pil_ctaugment import pil_view, weak
 from pipelines import ctaugment, dali, warps
 from pipelines.dali import DaliViews
+from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
+from pipelines.views import Views
 
 SIDE, SHIFT, IMAGES = 32, 4, 24
 WARPS = [ctaugment.NAMES.index(name) for name in warps.WARPS]
@@ -52,14 +54,17 @@ def sources(views: ViewPlan) -> np.ndarray:
     return images
 
 
-def make(rows: int, **options) -> DaliViews:
-    return DaliViews(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+both = pytest.mark.parametrize("kind", [DaliViews, FusedViews])
 
 
-def run(views: ViewPlan, **options) -> np.ndarray:
-    pipeline = make(len(views.image), **options)
+def make(rows: int, kind=DaliViews, **options) -> Views:
+    return kind(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+
+
+def run(views: ViewPlan, kind=DaliViews, **options) -> np.ndarray:
+    pipeline = make(len(views.image), kind, **options)
     pipeline.submit(pipeline.prepare(views))
-    made = pipeline.collect().numpy()
+    made = pipeline.collect().cpu().numpy()
     pipeline.close()
     return made
 
@@ -204,9 +209,10 @@ def test_views_are_made_while_the_caller_goes_on(monkeypatch):
     pipeline.close()
 
 
-def test_a_full_queue_refuses_and_an_empty_one_too():
+@both
+def test_a_full_queue_refuses_and_an_empty_one_too(kind):
     views = plan(batch=2, k=1)
-    pipeline = make(len(views.image), prefetch=2)
+    pipeline = make(len(views.image), kind, prefetch=2)
     with pytest.raises(RuntimeError, match="submit a plan first"):
         pipeline.collect()
     pipeline.submit(pipeline.prepare(views))
@@ -221,18 +227,20 @@ def test_a_full_queue_refuses_and_an_empty_one_too():
         pipeline.submit(pipeline.prepare(views))
 
 
-def test_wrong_plans_are_refused_and_do_no_harm():
+@both
+def test_wrong_plans_are_refused_and_do_no_harm(kind):
     views = plan(batch=2, k=1)
     rows = len(views.image)
-    pipeline = make(rows)
+    pipeline = make(rows, kind)
     with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
         pipeline.submit(pipeline.prepare(views.rows(np.arange(3))))
     with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
         pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
     pipeline.submit(pipeline.prepare(views))
-    np.testing.assert_array_equal(pipeline.collect().numpy(), run(views))
+    np.testing.assert_array_equal(pipeline.collect().numpy(), run(views, kind))
 
 
+@both
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -248,11 +256,11 @@ def test_wrong_plans_are_refused_and_do_no_harm():
         ({"prefetch": 0}, "prefetch"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(change, message):
+def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     arguments = {"labeled": images, "unlabeled": images, "rows": 4, "max_shift": 2} | change
     with pytest.raises(ValueError, match=message) as error:
-        DaliViews(**arguments)
+        kind(**arguments)
     assert "\n" not in str(error.value)
 
 
