@@ -239,16 +239,20 @@ def _measure_together(
     options: ThroughputOptions, base: Config, steps: int, names: list[tuple[int, str, str]], device: torch.device
 ) -> None:
     cases: dict[tuple[int, str, str], Case] = {}
-    memory: dict[tuple[int, str, str], float] = {}
+    memory: dict[tuple[int, str, str], dict[str, float]] = {}
+    cuda = device.type == "cuda"
     failures = records.Failures()
     steps = _whole_batches(steps, base)
     for name in names:
         k, mode, views = name
         with failures.part(f"K={k} {mode} {views}"):
-            before = _memory(device, fresh=True)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
             cases[name] = Case.begin(dataclasses.replace(base, k=k, mode=mode), views)  # type: ignore[arg-type]
             cases[name].advance(_whole_batches(2, base))
-            memory[name] = _memory(device) - before
+            if cuda:  # a process has one peak, which says nothing about one of several cases
+                memory[name] = {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
             cases[name].host_seconds, cases[name].steps = 0.0, 0
     functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
@@ -257,7 +261,7 @@ def _measure_together(
         k, mode, views = name
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
         row |= {"precision": str(case.trainer.precision).removeprefix("torch."), "optimizer": base.optimizer}
-        row |= case.row(timings[str(name)], steps) | {"peak_memory_mib": memory[name]}
+        row |= case.row(timings[str(name)], steps) | memory.get(name, {})
         if options.soak:
             row |= _soak(case, options.soak)
         rows.append(row)
@@ -274,15 +278,6 @@ def _measure_together(
         case.trainer.end()
     _print_ratios(rows)
     failures.finish()
-
-
-def _memory(device: torch.device, fresh: bool = False) -> float:
-    """MiB: the most that the GPU held, from now on if `fresh`; the most that this process ever held on a CPU."""
-    if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if fresh:
-        torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
 
 
 def _resident(device: torch.device) -> float:
