@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import optimizers
-from engine.capture import CapturedStep, Snapshot
+from engine.capture import CapturedStep, Snapshot, _own
 from engine.errors import UserError
 from engine.rows import arrange, step_plan
 from engine.step import METRICS, Step, StepInput, make_state
@@ -130,6 +130,22 @@ def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
         np.testing.assert_array_equal(part.numpy(), array)
         offset = part.data_ptr() - data.packed.data_ptr()
         assert offset % 16 == 0 and 0 <= offset < data.packed.numel()
+
+
+def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
+    config = tiny()
+    spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
+    rows = arrange(spec, 1, 0, 1)
+    views = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    first, second = (
+        StepInput.to_device(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
+        for step, labels in enumerate((np.arange(8), np.arange(8)[::-1].copy()))
+    )
+    own = _own(first)
+    own.packed.copy_(second.packed)
+    for name in ("source", "partner", "lam", "turns", "target", "partner_target", "labels"):
+        assert torch.equal(getattr(own, name), getattr(second, name)), name
+    assert not torch.equal(first.labels, second.labels), "the example is left alone"
 
 
 def test_what_auto_means(tiny):
