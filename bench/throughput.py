@@ -76,6 +76,9 @@ class Case:
             config: its `views` is replaced by what `views` names.
             views: one of VIEWS.
         """
+        # every case compiles the one forward function: more often than torch expects, which would then silently stop
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         config = dataclasses.replace(config, steps=2**40, views="auto" if views == "synthetic" else views)  # type: ignore[arg-type]
         validate(config)
         data = DATASETS[config.dataset]()
@@ -219,9 +222,6 @@ def main(options: ThroughputOptions) -> None:
     if "graph" in modes and not cuda:
         raise UserError("--modes graph needs a GPU; without one there are eager and compile")
     print(ceilings(device).text())
-    # one function compiled for every case: more often than torch expects of a healthy program, but never silently not
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     base = base_config(options.preset, cuda)
     base = dataclasses.replace(base, precision=options.precision, optimizer=options.optimizer)
     for ks in [(k,) for k in options.k] if cuda else [options.k]:

@@ -1,7 +1,7 @@
 """CTAugment's point operations, filters, cutout and rescale on batches of images, in plain PyTorch; PIL is the oracle.
 
 ReMixMatch (arXiv 1911.09785), section 3.2.2. One transformation at a time over rows of a batch. These are the twins
-of what `kernels/augment.py` does in one launch, and what the view pipeline executes on CPUs. PIL's results do not
+of what `kernels/augment.py` does in one launch, and what the DALI graph executes. PIL's results do not
 follow from a library's operators: each has its own border, rounding and order of passes, which are kept here.
 """
 
@@ -34,8 +34,8 @@ class Parameters:
 
 
 Repaint = Callable[[torch.Tensor, Parameters], torch.Tensor]
-# how a function's result is used, and in this order rows are sorted: as it is; blend(image, result, v);
-# blend(result, image, 0.1 + 1.9 v), which is ImageEnhance
+# how a function's result is used: as it is; as blend(image, result, v); as blend(result, image, 0.1 + 1.9 v), which is
+# ImageEnhance
 REPLACED, BLENDED, ENHANCED = range(3)
 REPAINTS: dict[str, tuple[int, Repaint]] = {}
 

@@ -2,8 +2,8 @@
 
 ReMixMatch (ICLR 2020), section 3.2.2. The policy's whole state is one array of bin weights,
 `weights: (T, 2, 17) float64`, for T transformations of at most two parameters of at most 17 bins each.
-Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are in
-`transformations.py`; both files follow the one table below.
+Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are
+`kernels/repaint.py`'s and the matrices of `warps.py`; all follow the one table below.
 """
 
 from __future__ import annotations
