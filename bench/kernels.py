@@ -209,6 +209,15 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises AssertionError where a result is wrong by more than the order of its sums can explain."""
+    if expected.dtype is torch.uint8:  # a resampled pixel may come out as the next grey level
+        differing = (got != expected).float().mean().item()
+        assert differing <= 0.005, f"{100 * differing:.2f} % of the pixels differ"
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
 def _rows(
     case: Case, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
 ) -> list[dict[str, Any]]:
@@ -222,8 +231,7 @@ def _rows(
     for provider, form in forms.items():
         with failures.part(f"{case.operation.__name__} {provider}, {case.shape}"):
             arguments = case.arguments()
-            # bf16 may round a sum taken in another order to its neighbour; what is wrong is wrong by more
-            torch.testing.assert_close(form(*arguments), expected, rtol=1e-2, atol=1e-2)
+            _check(form(*arguments), expected)
             functions[provider] = partial(form, *arguments)
     del expected
     times = measure(functions, device, repeats, queued=True)

@@ -8,7 +8,7 @@ between: `engine.step.Step` is written so, and every address here is of a tensor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,24 +28,27 @@ class CapturedStep:
     The state keeps its addresses from here on: whoever loads a checkpoint does so before.
 
     Args:
-        step: on a GPU; its state is as before when this returns.
+        make: makes the step, on a GPU; its state is as before when this returns.
         example: of the shapes of all steps to come.
     """
 
-    def __init__(self, step: Step, example: StepInput) -> None:
+    def __init__(self, make: Callable[[], Step], example: StepInput) -> None:
         self._static = _own(example)
-        before = Snapshot(step.state)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP if distribution.ranks() == 1 else _WARM_UP_RANKS):
-                step(self._static)
+            # made here, since DistributedDataParallel's hooks run on the stream on which they were made; and kept,
+            # since the graph knows the step's own tensors by their addresses alone
+            self._step = make()
+            before = Snapshot(self._step.state)
+            for _ in range(_WARM_UP_RANKS if distribution.grouped() else _WARM_UP):
+                self._step(self._static)
             before.restore()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # other threads may go on with what they do, such as making views
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._output = step(self._static)
+            self._output = self._step(self._static)
 
     def __call__(self, data: StepInput) -> StepOutput:
         """Trains one step: see `Step.__call__`.
@@ -95,7 +98,9 @@ class Snapshot:
 
 
 def _tensors(state: TrainState) -> list[Tensor]:
-    optimizer = [state.optimizer.state, *state.optimizer.param_groups]
+    # the last is of apex, and decides whether the next step counts
+    overflow = getattr(state.optimizer, "_dummy_overflow_buf", None)
+    optimizer = [state.optimizer.state, *state.optimizer.param_groups, overflow]
     networks = [*state.network.state_dict(keep_vars=True).values(), *state.average.state_dict(keep_vars=True).values()]
     own = [state.ring, state.label_marginal, state.step]
     parameters = {id(tensor) for tensor in networks}

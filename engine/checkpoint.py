@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from typing import Any
 
 import torch
 
+from engine.errors import UserError
+
 FORMAT = "remixmatch-checkpoint-1"
+RETRY_SECONDS = 10.0  # between attempts to write a checkpoint while training goes on
+PATIENCE_SECONDS = 10.0  # in which the last one of a run, after which nothing goes on, is tried again
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -78,6 +83,66 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+class Saver:
+    """Checkpoints of one run, for as long as it trains: trouble with the folder is told, and the attempt repeated.
+
+    Args:
+        folder: of the checkpoints.
+        keep: see `save`.
+        warn: called with one line when writing fails, and when it works again.
+        prepare: called before each attempt, to make anew what else of the run's folder has gone.
+    """
+
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None], prepare: Callable[[], None]) -> None:
+        self._folder, self._keep, self._warn, self._prepare = folder, keep, warn, prepare
+        self._trouble = ""
+        self._again = 0.0  # time.monotonic() of the next attempt
+
+    @property
+    def due(self) -> bool:
+        """Whether an attempt failed and the next one's time has come."""
+        return bool(self._trouble) and time.monotonic() >= self._again
+
+    def save(self, step: int, content: dict[str, Any]) -> bool:
+        """Tries to write the checkpoint of a step, and says whether it is there: see the function `save`."""
+        try:
+            self._prepare()
+            save(self._folder, step, content, self._keep)
+        except OSError as error:
+            trouble = error.strerror or str(error)
+            if trouble != self._trouble:
+                self._warn(
+                    f"the checkpoint of step {step} could not be written ({trouble}); {self.last_good()}; "
+                    f"training goes on and tries again every {RETRY_SECONDS:g} s"
+                )
+            self._trouble, self._again = trouble, time.monotonic() + RETRY_SECONDS
+            return False
+        if self._trouble:
+            self._warn(f"checkpoints can be written again: step {step} is saved")
+            self._trouble = ""
+        return True
+
+    def save_last(self, step: int, content: dict[str, Any]) -> None:
+        """Writes the checkpoint after which training ends, with some patience.
+
+        Raises:
+            UserError: it could not be written; earlier checkpoints are untouched.
+        """
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not self.save(step, content):
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"the checkpoint of step {step} could not be written ({self._trouble}); {self.last_good()}; "
+                    "mend that and go on with --resume"
+                )
+            time.sleep(1.0)
+
+    def last_good(self) -> str:
+        """The newest checkpoint in words."""
+        kept = list_checkpoints(self._folder)
+        return f"the last good one is {kept[-1]}" if kept else "there is none before it"
 
 
 class _Guarded:

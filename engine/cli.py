@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 import tyro
 
 from engine import config as configuration
-from engine.errors import UserError
+from engine.errors import RankError, Stopped, UserError
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
 # process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
@@ -46,7 +47,15 @@ class TrainOptions:
     resume: bool = False
     """Go on with the run in --out, by default the newest of this preset and seed."""
     quiet: bool = False
-    """Print nothing but the summary."""
+    """Print nothing but the summary and warnings."""
+    gpus: int = 1
+    """Ranks on this machine, a GPU each, or a process each on a CPU: more than one are started by torchrun."""
+    max_restarts: int = 0
+    """How often torchrun starts the ranks again, from the last good checkpoint, after one of them has died."""
+    timeout: float = 600.0
+    """Seconds that a rank waits for another one before it ends with a message."""
+    check_ranks: int = 0
+    """For debugging: steps between comparisons of the ranks' states, bit for bit; 0 for none."""
 
 
 @dataclass
@@ -72,16 +81,20 @@ class PredictOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `remixmatch`; exits with 0, 2 for a user's mistake, or 130 after an interrupt."""
+    """Entry point of `remixmatch`.
+
+    Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _dispatch(argv)
-    except UserError as error:
-        print(f"remixmatch: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("remixmatch: interrupted; go on from the last checkpoint with --resume", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":  # each of several ranks meets the same
+            _warn(str(error) or "interrupted; go on from the last checkpoint with --resume")
+        sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
+    except RankError as error:
+        _warn(f"rank {os.environ.get('RANK', '0')}: {error}")
+        sys.exit(1)
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -131,33 +144,77 @@ def _train(argv: list[str]) -> None:
         return
     preset = configuration.preset(argv[0])
 
-    from engine import distribution, run
+    from engine import distribution, launch, run
 
-    defaults = TrainOptions(config=preset)
-    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
+    launch.end_with_parent()
+    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions(config=preset))
+    _check_ranks(options)
     configuration.validate(options.config)
-    distribution.start(run.pick_device(options.config))
+    launching = not launch.under_torchrun() and (options.gpus > 1 or options.max_restarts > 0)
+    if not launching:
+        distribution.start(run.pick_device(options.config), options.timeout)
     try:
-        folder = options.out or run.default_folder(options.config, options.resume)
-        folder = Path(distribution.agreed(str(folder)))
-        if options.resume and (folder / "config.json").exists():
-            # a run goes on as it was begun: only flags that are given can disagree with it
-            begun = configuration.load_config(folder / "config.json")
-            if begun.preset != preset.preset:
-                raise UserError(
-                    f"{folder} was begun with another configuration: preset {begun.preset} -> {preset.preset}"
-                )
-            defaults = dataclasses.replace(defaults, config=begun)
-            options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
-        summary = run.train(options.config, folder, options.resume, options.quiet)
-        if distribution.rank() == 0:
-            print(
-                f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
-                f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
-                f"{summary['train_seconds']:.0f} s; see {folder}/summary.json, curves.png, views.png"
-            )
-    finally:
-        distribution.stop()
+        # of ranks that torchrun starts again, those of another machine than the failed one do not know that they are
+        resume = options.resume or any(distribution.everyones(launch.restarted()))
+        options = distribution.on_first(lambda: _settled(options, argv, resume))
+        assert options.out is not None
+        if launching:
+            configuration.validate(options.config, options.gpus)
+            run.checked_data(options.config)
+            run.check_folder(options.config, options.out, options.resume)
+            # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
+            launch.launch(["train", *argv, "--out", str(options.out)], options.gpus, options.max_restarts)
+            return
+        summary = run.train(
+            options.config, options.out, options.resume, options.quiet, options.timeout, options.check_ranks
+        )
+    except RuntimeError as error:
+        if lost := distribution.lost(error):
+            raise lost from error
+        raise
+    if distribution.rank() == 0:
+        print(
+            f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
+            f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
+            f"{summary['train_seconds']:.0f} s; see {options.out}/summary.json, curves.png, views.png"
+        )
+    distribution.stop()
+
+
+def _check_ranks(options: TrainOptions) -> None:
+    from engine import launch
+
+    for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
+        if getattr(options, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {getattr(options, flag)}")
+    if not options.timeout > 0:
+        raise UserError(f"--timeout must be more than 0 seconds, got {options.timeout}")
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if launch.under_torchrun() and options.gpus not in (1, int(local)):
+        raise UserError(f"--gpus {options.gpus} under a torchrun of {local}: leave out one of the two")
+    if not launch.under_torchrun() and options.gpus > 1:
+        import torch
+
+        if options.config.device == "cuda" and options.gpus > torch.cuda.device_count():
+            raise UserError(f"--gpus {options.gpus}: torch sees {torch.cuda.device_count()} GPUs here")
+
+
+def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptions:
+    """The options with the run's folder, and with the configuration that the run in it was begun with.
+
+    A run goes on as it was begun: only flags that are given can disagree with it.
+    """
+    from engine import run
+
+    folder = options.out or run.default_folder(options.config, resume)
+    if resume and (folder / "config.json").exists():
+        begun = configuration.load_config(folder / "config.json")
+        preset = options.config.preset
+        if begun.preset != preset:
+            raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
+        defaults = dataclasses.replace(options, config=begun)
+        options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
+    return dataclasses.replace(options, out=folder, resume=resume)
 
 
 def _evaluate(options: EvalOptions) -> None:

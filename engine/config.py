@@ -79,8 +79,9 @@ class Config:
     """Residual blocks a group."""
     width: int = 32
     """Channels of the first group."""
-    bn: Literal["joint", "split"] = "joint"
-    """Batch norm over all training rows at once, or over interleaved groups as the paper's separate passes."""
+    bn: Literal["joint", "split", "sync"] = "joint"
+    """Batch norm over all training rows of a rank, over interleaved groups as the paper's separate passes, or over the
+    rows of all ranks."""
     bn_groups: int = 1
     """With bn=split: parts into which each pass of B rows is cut; a multiple of the number of ranks."""
     bn_momentum: float = 0.001
@@ -97,13 +98,16 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision of the network, fp16 with a loss scaler; auto is bf16 on a GPU and fp32 on a CPU."""
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision of the network, fp16 with a loss scaler; auto is bf16 on a GPU and fp32 on a CPU. fp64, for
+    CPUs, has the whole network in double precision, which tells rounding from mistakes."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
     whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""
     optimizer: Literal["torch", "apex"] = "torch"
     """torch's fused AdamW, or NVIDIA apex's FusedAdam, which has to be built from source."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What ranks exchange gradients in: as they are, or in half of the bytes."""
 
     eval_every: int = 1024
     """Steps between evaluations of the averaged network on the test images."""

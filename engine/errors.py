@@ -1,5 +1,20 @@
-"""The error that a user can cause and mend."""
+"""Errors that end a run with one line and without a traceback."""
 
 
 class UserError(ValueError):
-    """Says in one line what was given, what is allowed and what to do; the command line exits with code 2."""
+    """Says in one line what was given, what is allowed and what to do; the command line exits with code 2.
+
+    With several ranks every rank meets it, and rank 0 says it.
+    """
+
+
+class RankError(RuntimeError):
+    """What one rank met by itself, such as the loss of another; it says so, and the command line exits with code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and everything is saved; the command line exits with 128 + the signal's number."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number

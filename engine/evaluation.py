@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import distribution
 from engine.step import GREY_MEAN, GREY_STD
 from kernels.assemble import assemble_batch
 
@@ -31,23 +32,32 @@ def class_logits(network: nn.Module, images: np.ndarray, device: torch.device, r
     assert not network.training
     mean = torch.full((3,), GREY_MEAN, device=device)
     std = torch.full((3,), GREY_STD, device=device)
+    dtype = next(network.parameters()).dtype
     parts = []
     for start in range(0, len(images), rows):
-        views = torch.from_numpy(images[start : start + rows]).to(device)
+        views = torch.from_numpy(images[start : start + rows]).contiguous().to(device)
         own = torch.arange(len(views), device=device)
         batch = assemble_batch(
             views, own, own, torch.ones(len(views), device=device), torch.zeros_like(own), mean, std, torch.float32
         )
-        parts.append(network(batch)[0])
+        parts.append(network(batch.to(dtype))[0].float())
     return torch.cat(parts)
 
 
 def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels."""
-    logits = class_logits(network, images, device)
-    truth = torch.from_numpy(labels).to(device)
-    accuracy = 100.0 * (logits.argmax(-1) == truth).double().mean()
-    return accuracy.item(), F.cross_entropy(logits, truth).item()
+    """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
+
+    Every rank classifies its share, the images r, r + R, ...
+    """
+    own = slice(distribution.rank(), None, distribution.ranks())
+    right, loss = torch.zeros(2, dtype=torch.float64, device=device)
+    if len(labels[own]):
+        logits = class_logits(network, images[own], device)
+        truth = torch.from_numpy(labels[own]).to(device)
+        right = (logits.argmax(-1) == truth).double().sum()
+        loss = F.cross_entropy(logits, truth, reduction="sum").double()
+    right, loss = distribution.total(torch.stack([right, loss])) / len(labels)
+    return 100.0 * right.item(), loss.item()
 
 
 def median_of_last(accuracies: list[float]) -> float:

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import distribution
+
 _SLOPE = 0.1
 _BN_EPS = 1e-3
 
 
 class BatchNorm(nn.Module):
-    """Batch norm whose training statistics are over all rows, or over equal groups of consecutive rows.
+    """Batch norm whose training statistics are over all rows, over equal groups of consecutive rows, or over all ranks.
 
     The paper's code runs the training batch in several passes, each with statistics of its own; one pass over groups
     computes the same. Running statistics move once a pass, by the mean over the groups.
@@ -26,15 +28,18 @@ class BatchNorm(nn.Module):
         channels: C.
         momentum: of the running statistics, in PyTorch's convention.
         rows_per_group: rows that share statistics; None for all.
+        over_ranks: statistics over the rows of all ranks, which have equally many. torch's own SyncBatchNorm does
+            that on GPUs alone, and always moves the running statistics.
     """
 
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, momentum: float, rows_per_group: int | None) -> None:
+    def __init__(self, channels: int, momentum: float, rows_per_group: int | None, over_ranks: bool = False) -> None:
         super().__init__()
         self.momentum = momentum
         self.rows_per_group = rows_per_group
+        self.over_ranks = over_ranks
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -44,18 +49,21 @@ class BatchNorm(nn.Module):
         """Normalises (N, C, H, W); in training, `track` says whether running statistics move."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS)
-        if self.rows_per_group is None or self.rows_per_group == x.shape[0]:
+        over_ranks = self.over_ranks and distribution.ranks() > 1
+        if not over_ranks and self.rows_per_group in (None, x.shape[0]):
             mean, var = (self.running_mean, self.running_var) if track else (None, None)
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
-        return self._over_groups(x, track)
-
-    def _over_groups(self, x: Tensor, track: bool) -> Tensor:
-        assert self.rows_per_group is not None
-        grouped = x.float().unflatten(0, (-1, self.rows_per_group))  # (G, n, C, H, W)
+        at_least_single = x.to(torch.promote_types(x.dtype, torch.float32))
+        grouped = at_least_single.unflatten(0, (-1, self.rows_per_group or x.shape[0]))  # (G, n, C, H, W)
         var, mean = torch.var_mean(grouped, dim=(1, 3, 4), correction=0, keepdim=True)
+        count = grouped[0].numel() // grouped.shape[2]
+        if over_ranks:
+            means, variances = distribution.stack(torch.stack([mean, var])).unbind(1)  # each (R, 1, 1, C, 1, 1)
+            mean = means.mean(0)
+            var = variances.mean(0) + (means - mean).square().mean(0)
+            count *= distribution.ranks()
         if track:
             with torch.no_grad():
-                count = grouped[0].numel() // grouped.shape[2]
                 unbiased = var.mean(0).flatten() * (count / (count - 1))
                 self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
                 self.running_var.lerp_(unbiased, self.momentum)
@@ -75,12 +83,13 @@ class ResidualBlock(nn.Module):
         activate_first: bool,
         momentum: float,
         rows_per_group: int | None,
+        over_ranks: bool,
     ) -> None:
         super().__init__()
         self.activate_first = activate_first
-        self.norm1 = BatchNorm(inputs, momentum, rows_per_group)
+        self.norm1 = BatchNorm(inputs, momentum, rows_per_group, over_ranks)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm2 = BatchNorm(outputs, momentum, rows_per_group)
+        self.norm2 = BatchNorm(outputs, momentum, rows_per_group, over_ranks)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
@@ -108,6 +117,7 @@ class WideResNet(nn.Module):
         seed: of the initial weights.
         bn_momentum: see `BatchNorm`.
         rows_per_group: see `BatchNorm`.
+        over_ranks: see `BatchNorm`.
     """
 
     def __init__(
@@ -119,6 +129,7 @@ class WideResNet(nn.Module):
         seed: int = 0,
         bn_momentum: float = 0.001,
         rows_per_group: int | None = None,
+        over_ranks: bool = False,
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
@@ -129,9 +140,11 @@ class WideResNet(nn.Module):
                 stride = 2 if scale > 0 and block == 0 else 1
                 first = scale == 0 and block == 0
                 outputs = width << scale
-                self.body.append(ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group))
+                self.body.append(
+                    ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group, over_ranks)
+                )
                 channels = outputs
-        self.norm = BatchNorm(channels, bn_momentum, rows_per_group)
+        self.norm = BatchNorm(channels, bn_momentum, rows_per_group, over_ranks)
         self.head = nn.Linear(channels, classes)
         self.rotation_head = nn.Linear(channels, 4)
         self._initialise(torch.Generator().manual_seed(seed))

@@ -58,3 +58,20 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, torch.device], torc
     "torch": _adamw,
     "apex": _fused_adam,
 }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], device: torch.device) -> None:
+    """Gives an optimiser the state that one on this or another kind of device had.
+
+    torch takes the options of the parameter groups from the file too, and leaves tensors among them where they are.
+
+    Args:
+        optimizer: changed in place.
+        saved: of `Optimizer.state_dict`.
+        device: of the parameters.
+    """
+    own = [{name: group[name] for name in ("fused", "capturable") if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        moved = {name: value.to(device) for name, value in group.items() if isinstance(value, torch.Tensor)}
+        group.update(moved | options)

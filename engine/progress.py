@@ -2,50 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
+BOARD_SECONDS = 30.0  # between flushes of TensorBoard's file
 
 
 class MetricsLog:
     """Rows of metrics in a JSON-lines file and in TensorBoard; each row has its `step`.
 
-    Resuming drops the rows of steps that will be trained again, so that a file reads like one undisturbed run.
+    Resuming drops the rows of steps that will be trained again, so that a file reads like one undisturbed run. What
+    cannot be written while training goes on is kept, and written once that can be done.
 
     Args:
         folder: the run's.
         step: steps done when the run starts or resumes.
+        warn: called with one line when writing fails.
+
+    Raises:
+        OSError: it cannot be written to begin with.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._warn = warn
+        self._lines = [json.dumps(row) + "\n" for row in read_metrics(self._path) if row["step"] <= step]
+        self._file: IO[str] | None = None
+        self._board: SummaryWriter | None = None
+        self._flushed = step + 1  # the first step that TensorBoard's file does not surely have
+        self._unflushed: list[dict[str, float]] = []
+        self._trouble = False
+        self._open()
+
+    def _open(self) -> None:
+        """Writes everything so far, as a whole."""
         # tensorboard takes a second to import, which only training should pay
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(self._lines), encoding="utf-8")
+        partial.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        # a flush that fails in TensorBoard's own thread ends that thread with a traceback: it is left to `add`
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._flushed, flush_secs=10**9)
+        self._next_flush = time.monotonic() + BOARD_SECONDS
+        for row in self._unflushed:
+            self._show(row)
+
+    def _show(self, row: dict[str, float]) -> None:
+        assert self._board is not None
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
 
     def add(self, step: int, **values: float) -> None:
         """Adds one row."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        row: dict[str, float] = {"step": step, **values}
+        self._lines.append(json.dumps(row) + "\n")
+        self._unflushed.append(row)
+        try:
+            if self._file is None or not self._path.exists():
+                self._let_go()
+                self._open()
+            else:
+                self._file.write(self._lines[-1])
+                self._show(row)
+            if time.monotonic() >= self._next_flush:
+                self._flush()
+        except OSError as error:
+            self._let_go()
+            if not self._trouble:
+                self._warn(f"metrics cannot be written ({error.strerror or error}); they are kept and tried again")
+            self._trouble = True
+        else:
+            self._trouble = False
+
+    def _flush(self) -> None:
+        assert self._board is not None
+        self._board.flush()
+        if self._unflushed:
+            self._flushed = int(self._unflushed[-1]["step"]) + 1
+        self._unflushed.clear()
+        self._next_flush = time.monotonic() + BOARD_SECONDS
+
+    def _let_go(self) -> None:
+        for held in (self._file, self._board):
+            with contextlib.suppress(OSError):
+                if held is not None:
+                    held.close()
+        self._file = self._board = None
 
     def close(self) -> None:
-        """Writes what is left and closes both."""
-        self._file.close()
-        self._board.close()
+        """Writes what is left.
+
+        Raises:
+            OSError: that cannot be done.
+        """
+        try:
+            if self._file is None:
+                self._open()
+            self._flush()
+        finally:
+            self._let_go()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -107,6 +178,13 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Prints one line without disturbing the bar."""
         self.console.print(text, highlight=False, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Says one line even where nothing else is said."""
+        if self.console.quiet:
+            print(f"remixmatch: {text}", file=sys.stderr, flush=True)
+        else:
+            self.say(text)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -42,23 +43,69 @@ def default_folder(config: Config, resume: bool) -> Path:
     return folders[-2] if resume and len(folders) > 1 else folders[-1]
 
 
-def train(config: Config, folder: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    timeout: float = math.inf,
+    check_ranks: int = 0,
+) -> dict[str, Any]:
     """Trains one run to its end and writes everything that its folder holds.
 
     Args:
         config: what to train.
         folder: must hold no other run, unless `resume`.
         resume: go on from the newest good checkpoint, or from the start where there is none.
-        quiet: print nothing.
+        quiet: print nothing but warnings.
+        timeout: see `Trainer`.
+        check_ranks: see `Trainer`.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        UserError: see `validate` and `label_split`; the folder holds another run, or a run of another configuration;
-            training diverged; something could not be written.
+        UserError: see `validate`, `checked_data` and `check_folder`; training diverged; something could not be written.
+        Stopped: see `Trainer.run`.
     """
     validate(config, distribution.ranks())
+    data, split = checked_data(config)
+    try:
+        begun = distribution.on_first(lambda: _begin(config, folder, resume, data, split))
+        progress = ProgressLine(config.steps, quiet or distribution.rank() > 0)
+
+        def prepare_folder() -> None:
+            if not (folder / "config.json").exists():
+                _describe(config, folder, data, split)
+
+        trainer = Trainer(config, data, split, folder, progress, prepare_folder, timeout, check_ranks)
+        if begun:
+            if trainer.resume():
+                progress.say(f"resuming {folder} from step {trainer.step}")
+            else:
+                progress.say(f"{folder} has no good checkpoint; starting from step 0")
+        progress.start(trainer.step, trainer.images_per_step)
+        try:
+            trainer.run()
+        finally:
+            progress.close()
+        summary = _summary(config, trainer)
+        distribution.on_first(lambda: _finish(folder, summary, trainer))
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(
+            f"cannot write{where or ' ' + str(folder)} ({error.strerror or error}); what was saved stays: "
+            "mend that and go on with --resume"
+        ) from error
+    return summary
+
+
+def checked_data(config: Config) -> tuple[DataSet, np.ndarray]:
+    """A configuration's data set, and the training images that keep their label: see `label_split`.
+
+    Raises:
+        UserError: the configuration asks for what the data set does not have, or for a device that is not there.
+    """
     data = DATASETS[config.dataset]()
     try:
         split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
@@ -72,6 +119,15 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
     if config.max_shift >= min(sides):
         raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
     pick_device(config)
+    return data, split
+
+
+def check_folder(config: Config, folder: Path, resume: bool) -> bool:
+    """Whether the folder holds this very run.
+
+    Raises:
+        UserError: it holds another one, or this one and nobody asked to resume it; it is a file.
+    """
     begun = (folder / "config.json").exists()
     if begun and not resume:
         raise UserError(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
@@ -79,36 +135,20 @@ def train(config: Config, folder: Path, resume: bool = False, quiet: bool = Fals
         raise UserError(f"{folder} is a file; --out takes a folder")
     if begun:
         _check_same_run(load_config(folder / "config.json"), config, folder)
-    distribution.barrier()  # every rank has looked at the folder before one of them writes to it
+    return begun
 
-    try:
-        if distribution.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_text(folder / "split.json", _split_json(config, split, data))
-            _write_text(folder / "config.json", config_json(config))
-        distribution.barrier()
-        progress = ProgressLine(config.steps, quiet or distribution.rank() > 0)
-        trainer = Trainer(config, data, split, folder, progress)
-        if begun:
-            if trainer.resume():
-                progress.say(f"resuming {folder} from step {trainer.step}")
-            else:
-                progress.say(f"{folder} has no good checkpoint; starting from step 0")
-        progress.start(trainer.step, trainer.images_per_step)
-        try:
-            trainer.run()
-        finally:
-            progress.close()
-        summary = _summary(config, trainer)
-        if distribution.rank() == 0:
-            _finish(folder, summary, trainer)
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise UserError(
-            f"cannot write{where or ' ' + str(folder)} ({error.strerror or error}); what was saved stays: "
-            "mend that and go on with --resume"
-        ) from error
-    return summary
+
+def _begin(config: Config, folder: Path, resume: bool, data: DataSet, split: np.ndarray) -> bool:
+    begun = check_folder(config, folder, resume)
+    _describe(config, folder, data, split)
+    return begun
+
+
+def _describe(config: Config, folder: Path, data: DataSet, split: np.ndarray) -> None:
+    """Writes what makes a folder this run's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(folder / "split.json", _split_json(config, split, data))
+    _write_text(folder / "config.json", config_json(config))
 
 
 def _check_same_run(old: Config, new: Config, folder: Path) -> None:

@@ -7,19 +7,21 @@ waits for the host.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine import distribution
 from engine.config import Config
 from engine.network import WideResNet
-from engine.optimizers import OPTIMIZERS
+from engine.optimizers import OPTIMIZERS, load_optimizer
 from engine.rows import Rows, StepPlan
 from kernels.assemble import assemble_batch
 from kernels.guess import guess_labels
@@ -27,7 +29,12 @@ from kernels.guess import guess_labels
 RING_ROWS = 128
 _ALIGNMENT = 16  # bytes, so that every array of a packed plan may be read wide
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
-METRICS = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "confidence", "alignment_gap", "probe_match")
+_BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
+_LARGEST_BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's own measure for large networks
+# rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+METRICS = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "confidence", "alignment_gap", "probe_match", "stop")
 
 
 @dataclass
@@ -68,7 +75,7 @@ class TrainState:
         """Takes back what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], self.ring.device)
         self.scaler.load_state_dict(state["scaler"])
         self.ring.copy_(state["ring"])
         self.label_marginal.copy_(state["label_marginal"])
@@ -85,9 +92,17 @@ def make_network(config: Config, classes: int, device: torch.device) -> WideResN
     """The network of a configuration, at its initial weights, in training mode and channels-last."""
     rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
     network = WideResNet(
-        classes, config.scales, config.blocks, config.width, config.seed, config.bn_momentum, rows_per_group
+        classes,
+        config.scales,
+        config.blocks,
+        config.width,
+        config.seed,
+        config.bn_momentum,
+        rows_per_group,
+        over_ranks=config.bn == "sync",
     )
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def make_state(config: Config, classes: int, device: torch.device) -> TrainState:
@@ -113,11 +128,13 @@ def make_state(config: Config, classes: int, device: torch.device) -> TrainState
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's data on the device: one rank's views, and `StepPlan`'s arrays, which are parts of one buffer.
+    """A step's data on the device: one rank's views, and `StepPlan`'s arrays and `stop`, parts of one buffer.
 
     Attributes:
         views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
         packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all.
+        stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
+            the same one.
     """
 
     views: Tensor
@@ -129,11 +146,12 @@ class StepInput:
     target: Tensor
     partner_target: Tensor
     labels: Tensor
+    stop: Tensor
 
     @classmethod
-    def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device) -> StepInput:
-        """Copies a step's plan beside its views."""
-        arrays = vars(plan)
+    def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
+        """Copies a step's plan beside its views, and whether this rank has been asked to stop."""
+        arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
         padding = [-array.nbytes % _ALIGNMENT for array in arrays.values()]
         pieces = [
             piece
@@ -157,7 +175,7 @@ class StepOutput:
     """What a step tells the host.
 
     Attributes:
-        metrics: (8,) float32, the means over the global batch that `METRICS` names.
+        metrics: (9,) float32, means over the global batch, or over the ranks for "stop", in the order of `METRICS`.
         matches: (B,) float32, CTAugment's w of every labeled image, in the order of the batch.
     """
 
@@ -177,7 +195,7 @@ class Step:
         config: the run's configuration.
         state: changed in place by every call.
         rows: this rank's rows.
-        precision: dtype of the network's input and of autocast; float32 switches autocast off.
+        precision: dtype of the network's input and of autocast, which float32 and float64 switch off.
         compiled: whether the networks go through torch.compile.
     """
 
@@ -208,11 +226,17 @@ class Step:
             # each is called with one shape a pass: a graph for each is faster than one for any number of rows
             self.infer = self.train = torch.compile(state.network, dynamic=False)  # type: ignore[assignment]
             self.probe = torch.compile(state.average, dynamic=False)  # type: ignore[assignment]
-        if distribution.ranks() > 1:
-            # 1.5 M parameters are one bucket
+        if distribution.grouped():
+            gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
             self.train = DistributedDataParallel(
-                self.train, broadcast_buffers=False, static_graph=True, bucket_cap_mb=64
+                self.train,
+                static_graph=True,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=min(gradient_bytes / _BUCKETS, _LARGEST_BUCKET) / 2**20,  # type: ignore[arg-type]
+                **{_KEEP_BUFFERS: False},  # type: ignore[arg-type]
             )
+            if config.gradients == "bf16":
+                self.train.register_comm_hook(None, bf16_compress_hook)
 
     def __call__(self, data: StepInput) -> StepOutput:
         """Trains one step and changes the state in place.
@@ -225,7 +249,8 @@ class Step:
         """
         c, state = self.config, self.state
         classes = state.ring.shape[1]
-        autocast = torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32)
+        full = self.precision in (torch.float32, torch.float64)
+        autocast = torch.autocast(self.device.type, torch.bfloat16 if full else self.precision, enabled=not full)
 
         # 1. Views, and 5. mixup of the images: from uint8 to the network's rows in one pass
         views = distribution.gather(data.views)  # (V, H, W, 3) uint8
@@ -237,8 +262,10 @@ class Step:
             data.turns,
             self.mean,
             self.std,
-            self.precision,
+            torch.float32 if full else self.precision,
         )  # (N, 3, H, W)
+        if full:
+            rows = rows.to(self.precision)
         trained, probes = rows[: -self.share], rows[-self.share :]
         one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
@@ -289,7 +316,7 @@ class Step:
         state.scaler.scale(loss).backward()
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
 
         # 8. Average; running statistics come from the live network
         with torch.no_grad():
@@ -302,7 +329,7 @@ class Step:
             if not c.class_distribution:
                 state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
             state.step += 1
-            metrics = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
-            confidence = guesses.amax(-1).mean()
-            metrics = torch.cat([distribution.mean(metrics), torch.stack([confidence, alignment_gap, matches.mean()])])
-        return StepOutput(metrics, matches)
+            losses = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
+            losses, stop = distribution.mean(torch.cat([losses, data.stop])).split([5, 1])
+            others = torch.stack([guesses.amax(-1).mean(), alignment_gap, matches.mean()])
+        return StepOutput(torch.cat([losses, others, stop]), matches)

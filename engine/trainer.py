@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +24,9 @@ from torch import Tensor
 from engine import checkpoint, distribution
 from engine.capture import CapturedStep
 from engine.config import Config
-from engine.errors import UserError
+from engine.errors import Stopped, UserError
 from engine.evaluation import evaluate, median_of_last
+from engine.guard import StopRequest, Watchdog
 from engine.progress import MetricsLog, ProgressLine
 from engine.rows import StepPlan, arrange, step_plan
 from engine.step import METRICS, Step, StepInput, StepOutput, TrainState, make_state
@@ -49,11 +53,17 @@ def pick_device(config: Config) -> torch.device:
 
 
 def pick_precision(config: Config, device: torch.device) -> torch.dtype:
-    """Autocast's dtype; float32 means none."""
+    """The dtype of the network's input: autocast's, or without autocast the parameters' own, float32 or float64.
+
+    Raises:
+        UserError: fp64 on a GPU.
+    """
     name = config.precision
+    if name == "fp64" and device.type == "cuda":
+        raise UserError("--precision fp64 is for CPUs; take --device cpu, or fp32, bf16 or fp16")
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def pick_mode(config: Config, device: torch.device) -> str:
@@ -140,9 +150,22 @@ class Trainer:
         split: (labels,) int64, the training images that keep their label.
         folder: the run's; `checkpoints/` in it is read and written.
         progress: where words to the user go.
+        prepare_folder: makes anew what the folder should hold beside checkpoints and metrics, if it has gone.
+        timeout: seconds after which a rank that waits for another one ends.
+        check_ranks: steps between comparisons of all ranks' states, bit for bit; 0 for none.
     """
 
-    def __init__(self, config: Config, data: DataSet, split: np.ndarray, folder: Path, progress: ProgressLine) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        split: np.ndarray,
+        folder: Path,
+        progress: ProgressLine,
+        prepare_folder: Callable[[], None] = lambda: None,
+        timeout: float = math.inf,
+        check_ranks: int = 0,
+    ) -> None:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         self.device = pick_device(config)
         self.precision = pick_precision(config, self.device)
@@ -155,6 +178,8 @@ class Trainer:
         self.rows = arrange(self.spec, groups, distribution.rank(), ranks)
         self.state: TrainState = make_state(config, len(data.classes), self.device)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
+        self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder)
+        self.timeout, self.check_ranks = timeout, check_ranks
         self.accuracies: list[float] = []
         self.train_seconds = 0.0
         self.waited_seconds = 0.0  # of the host, for steps to end
@@ -168,13 +193,20 @@ class Trainer:
         self._closing = ExitStack()
         self._log: MetricsLog | None = None
         self._shown: dict[str, float] = {}
+        self._stop = StopRequest()
+        self._stop_at: int | None = None  # the step before which all ranks stop
 
     def resume(self) -> bool:
-        """Takes up the newest good checkpoint; says whether there was one."""
-        found = checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.say)
+        """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
+        found = distribution.on_first(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn))
         if found is None:
             return False
         content = found.content
+        if self.config.bn == "joint" and content.get("ranks") != distribution.ranks():
+            self.progress.warn(
+                f"ranks were {content.get('ranks')} and are {distribution.ranks()} now: with --bn joint each "
+                "normalises its own rows, so the run goes on with other statistics (--bn split and --bn sync do not)"
+            )
         self.state.load_state_dict(content["state"])
         self.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
         self.accuracies = list(content["accuracies"])
@@ -182,15 +214,16 @@ class Trainer:
         self.step = found.step
         return True
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present step, on rank 0.
+    def save(self, last: bool = False) -> None:
+        """Writes a checkpoint of the present step, on rank 0; what cannot be written is told, and tried again later.
+
+        Args:
+            last: nothing goes on after this one.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+            UserError: the parameters are not finite; the last one cannot be written. Earlier ones are untouched.
         """
         self._settle(self.step)
-        if distribution.rank():
-            return
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
             raise self._diverged(self.step - 1, "the update left parameters that are not finite")
         content = {
@@ -198,40 +231,54 @@ class Trainer:
             "policy": _map_leaves(self.policy.state_dict(), np.ndarray, torch.from_numpy),
             "accuracies": self.accuracies,
             "train_seconds": self.train_seconds,
+            "ranks": distribution.ranks(),
         }
-        try:
-            checkpoint.save(self.folder / CHECKPOINTS, self.step, content, self.config.keep)
-        except OSError as error:
-            raise UserError(
-                f"the checkpoint of step {self.step} could not be written ({error.strerror or error}); "
-                f"{self._last_good()}; make room and go on with --resume"
-            ) from error
-
-    def _last_good(self) -> str:
-        kept = checkpoint.list_checkpoints(self.folder / CHECKPOINTS)
-        return f"the last good one is {kept[-1]}" if kept else "there is none before it"
+        if last:
+            distribution.on_first(lambda: self.saver.save_last(self.step, content))
+        elif distribution.rank() == 0:
+            self.saver.save(self.step, content)
 
     def _diverged(self, step: int, what: str) -> UserError:
-        return UserError(f"training diverged at step {step}: {what}; {self._last_good()}")
+        return UserError(f"training diverged at step {step}: {what}; {self.saver.last_good()}")
 
     def run(self) -> None:
         """Trains up to the configuration's last step, with evaluations, metrics and checkpoints on the way.
 
         Raises:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
+            Stopped: SIGTERM or SIGINT came, on some rank; the step reached is saved.
         """
-        self._log = MetricsLog(self.folder, self.step) if distribution.rank() == 0 else None
+        self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distribution.rank() == 0 else None
         begin = time.monotonic() - self.train_seconds
+        guard = Watchdog(self.timeout, distribution.rank()) if distribution.ranks() > 1 else nullcontext()
         try:
-            self.begin()
-            while self.step < self.config.steps:
-                self.advance()
-                self.train_seconds = time.monotonic() - begin
-                self._after_step()
+            with self._stop.listening(), guard as watchdog:
+                self.begin()
+                while self.step < self.config.steps and not self._stopping():
+                    if watchdog:
+                        watchdog.alive(f"step {self.step}")
+                    self.advance()
+                    self.train_seconds = time.monotonic() - begin
+                    self._after_step()
+                if self.step < self.config.steps:
+                    self.save(last=True)
+                    number = self._stop.number or signal.SIGTERM  # of another rank's signal one knows no more than that
+                    name = signal.Signals(number).name
+                    raise Stopped(f"{name}: step {self.step} is saved in {self.folder}; go on with --resume", number)
         finally:
             self.end()
             if self._log:
                 self._log.close()
+
+    def _stopping(self) -> bool:
+        """Whether this step is the one before which all ranks stop.
+
+        A wish travels with the metrics of a step and is known everywhere once that step has been settled, which is
+        certain `lag` steps later.
+        """
+        if distribution.ranks() == 1:
+            return self._stop.number != 0
+        return self._stop_at is not None and self.step >= self._stop_at
 
     def begin(self, views: ViewSource | None = None) -> None:
         """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views.
@@ -241,13 +288,17 @@ class Trainer:
         """
         c = self.config
         self._planned = self.step
-        execute = Step(c, self.state, self.rows, self.precision, compiled=self.mode != "eager")
-        self._execute: Callable[[StepInput], StepOutput] = execute
+        make = partial(Step, c, self.state, self.rows, self.precision, compiled=self.mode != "eager")
+        self._execute: Callable[[StepInput], StepOutput]
         if self.mode == "graph":
             plan = make_plan(self.spec, c.seed, self.step, self.policy.weights_for(self.step))
             shape = (len(self.rows.views), *self.data.train_images.shape[1:])
             blank = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-            self._execute = CapturedStep(execute, StepInput.to_device(blank, self._numbers(plan), self.device))
+            self._execute = CapturedStep(make, StepInput.to_device(blank, self._numbers(plan), self.device))
+        else:
+            self._execute = make()
+        # NCCL does not let go of a group whose collectives a graph still holds
+        self._closing.callback(delattr, self, "_execute")
         self._views = views or self._make_views()
         self._closing.callback(self._views.close)
         # pinned memory belongs to a thread's present device
@@ -269,7 +320,8 @@ class Trainer:
             self._plan_ahead()
             self._submit_views()
         plan, numbers, made = self._made.popleft()
-        self._send_to_host(plan, self._execute(StepInput.to_device(made, numbers, self.device)))
+        data = StepInput.to_device(made, numbers, self.device, stop=self._stop.number != 0)
+        self._send_to_host(plan, self._execute(data))
         self.step += 1
 
     def end(self) -> None:
@@ -331,6 +383,8 @@ class Trainer:
                 self.waited_seconds += time.perf_counter() - begin
             values = dict(zip(METRICS, done.metrics.tolist(), strict=True))
             number = done.plan.step
+            if values.pop("stop") and self._stop_at is None:
+                self._stop_at = number + self.config.lag
             if not all(map(math.isfinite, values.values())):
                 terms = ", ".join(f"{name} {values[name]:.4g}" for name in METRICS[:5])
                 raise self._diverged(number, f"the loss is not finite ({terms})")
@@ -350,8 +404,22 @@ class Trainer:
             self._shown = {"test %": accuracy}
             if self._log:
                 self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
-        if last or self.step % c.checkpoint_every == 0:
-            self.save()
+        if self.check_ranks and self.step % self.check_ranks == 0:
+            self._compare_ranks()
+        if last or self.step % c.checkpoint_every == 0 or self.saver.due:
+            self.save(last)
+
+    def _compare_ranks(self) -> None:
+        """Raises UserError where a bit of a rank's state is not as on rank 0."""
+        self._settle(self.step)
+        first, *others = distribution.everyones(digests(self.state.state_dict() | {"policy": self.policy.state_dict()}))
+        for rank, other in enumerate(others, 1):
+            differing = [name for name in first if first[name] != other.get(name)]
+            if differing:
+                more = f" and {len(differing) - 1} more" if differing[1:] else ""
+                raise UserError(
+                    f"ranks differ after step {self.step - 1}: rank {rank} has another {differing[0]}{more} than rank 0"
+                )
 
     @property
     def images_per_step(self) -> int:
@@ -367,6 +435,18 @@ class Trainer:
             "train_seconds": self.train_seconds,
             "images_per_second": self.step * self.images_per_step / self.train_seconds,
         }
+
+
+def digests(tree: Any, name: str = "") -> dict[str, str]:
+    """Hashes of the leaves of nested dictionaries and lists, under names like `network.stem.weight`."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {path: digest for key, value in items for path, digest in digests(value, f"{name}.{key}").items()}
+    if isinstance(tree, (Tensor, np.ndarray)):
+        content = np.ascontiguousarray(torch.as_tensor(tree).cpu().numpy()).tobytes()
+    else:
+        content = repr(tree).encode()
+    return {name.removeprefix("."): hashlib.blake2b(content, digest_size=16).hexdigest()}
 
 
 def _map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:

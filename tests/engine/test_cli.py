@@ -162,13 +162,13 @@ def test_doctor_reports_this_machine(capfd):
 
 
 def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, step=0)
+    log = MetricsLog(tmp_path, 0, pytest.fail)
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut short by a kill
-    log = MetricsLog(tmp_path, step=2)
+    log = MetricsLog(tmp_path, 2, pytest.fail)
     log.add(3, loss=30.0)
     log.close()
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0]

@@ -1,0 +1,62 @@
+"""Several ranks on one machine: `remixmatch train ... --gpus N` starts what `torchrun -m engine train ...` starts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from engine.errors import Stopped
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
+    """Runs `python -m engine` as a group of ranks on this machine, by torchrun, and waits for its end.
+
+    Args:
+        arguments: of each rank's command line.
+        ranks: processes.
+        max_restarts: how often a group that lost a rank is started again.
+
+    Raises:
+        SystemExit: the group failed, with the exit code of the rank that failed first.
+        Stopped: a signal came, which the ranks have been told of.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torchrun's own store would still have the addresses of the ranks from before a restart
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # one rank would otherwise have as many threads as there are cores, several would have one
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
+    flags = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--module", "engine"]
+    try:
+        run.run(run.get_args_parser().parse_args([*flags, *arguments]))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)]
+        # a killed rank has the negative of its signal
+        sys.exit(next((128 - code if code < 0 else code for code in codes), 1))
+    except SignalException as error:
+        raise Stopped(
+            f"{error.sigval.name}: the ranks have saved what they could; go on with --resume", error.sigval
+        ) from None
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def end_with_parent() -> None:
+    """Has the system send SIGINT to this process when torchrun is killed, so that no rank trains on by itself."""
+    if under_torchrun() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT))
