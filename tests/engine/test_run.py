@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
-from processes import ROOT, assert_close, command, final_state, free_port
 
 from engine import checkpoint, run
 from engine.errors import UserError
 from engine.progress import read_metrics
 from engine.trainer import CHECKPOINTS, Trainer
+from tests.processes import ROOT, assert_close, command, final_state, free_port
 
 TINY_FLAGS = [
     *("--batch", "8", "--width", "4", "--device", "cpu", "--quiet"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import ROOT, assert_close
 
 from engine import checkpoint, cli
 from engine.trainer import CHECKPOINTS
+from tests.processes import ROOT, assert_close
 
 FLAGS = [
     *("--steps", "12", "--batch", "16", "--width", "4", "--bn", "split", "--bn-groups", "2", "--device", "cpu"),
@@ -113,7 +113,7 @@ def one_process(tmp_path_factory):
 def test_two_hosts_train_the_run_of_one_process(one_process, hosts, tmp_path, killed):
     """Also when the second host's worker is killed on the way: both hosts come back and go on from a checkpoint."""
     folder, logs = tmp_path / "run", [tmp_path / "first.log", tmp_path / "second.log"]
-    started = start(hosts, logs, "train", "digits-40", "--out", folder, "--resume", *FLAGS)
+    started = start(hosts, logs, "train", "digits-40", "--out", folder, *FLAGS)
     if killed:
         deadline = time.monotonic() + 240
         while not checkpoint.list_checkpoints(folder / CHECKPOINTS) and time.monotonic() < deadline:
