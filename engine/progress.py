@@ -137,11 +137,13 @@ class ProgressLine:
 
     Args:
         steps: steps of the whole run.
-        quiet: say nothing.
+        quiet: say nothing but warnings.
+        silent: nor those.
     """
 
-    def __init__(self, steps: int, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True)
+    def __init__(self, steps: int, quiet: bool = False, silent: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet or silent, soft_wrap=True)
+        self._silent = silent
         self._steps = steps
         self._bar: Progress | None = None
 
@@ -181,6 +183,8 @@ class ProgressLine:
 
     def warn(self, text: str) -> None:
         """Says one line even where nothing else is said."""
+        if self._silent:
+            return
         if self.console.quiet:
             print(f"remixmatch: {text}", file=sys.stderr, flush=True)
         else:

@@ -72,7 +72,7 @@ def train(
     data, split = checked_data(config)
     try:
         begun = distribution.on_first(lambda: _begin(config, folder, resume, data, split))
-        progress = ProgressLine(config.steps, quiet or distribution.rank() > 0)
+        progress = ProgressLine(config.steps, quiet, silent=distribution.rank() > 0)
 
         def prepare_folder() -> None:
             if not (folder / "config.json").exists():

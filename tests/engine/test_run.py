@@ -1,8 +1,7 @@
-"""Whole runs: what they write, resumption bit for bit after SIGKILL, two ranks against one, and full disks."""
+"""Whole runs: what they write, resumption bit for bit after SIGKILL, and full disks."""
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from engine import checkpoint, run
 from engine.errors import UserError
 from engine.progress import read_metrics
 from engine.trainer import CHECKPOINTS, Trainer
-from tests.processes import ROOT, assert_close, command, final_state, free_port
+from tests.processes import ROOT, command, final_state
 
 TINY_FLAGS = [
     *("--batch", "8", "--width", "4", "--device", "cpu", "--quiet"),
@@ -199,26 +198,3 @@ def test_a_full_disk_is_told_and_at_the_end_costs_no_more_than_the_last_good_che
         assert_same(final_state(undisturbed)[1]["state"], final_state(disk / "run")[1]["state"])
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.parametrize("method", ["remixmatch", "supervised"])
-def test_two_ranks_give_the_losses_of_one(tmp_path, method):
-    """Split batch norm over the same groups: gloo's two ranks against one process, losses and parameters."""
-    flags = f"--steps 8 --method {method} --bn split --bn-groups 2 --seed 3 --batch 16".split()
-    flags += [f for f in TINY_FLAGS if f not in ("--batch", "8")]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            command("train", "digits-40", "--out", tmp_path / "two", *flags),
-            cwd=ROOT,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
-    subprocess.run(command("train", "digits-40", "--out", tmp_path / "one", *flags), cwd=ROOT, check=True, timeout=300)
-    assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == 8 + 2
-    assert final_state(tmp_path / "two")[0] == 8
-    assert_close(tmp_path / "one", tmp_path / "two")

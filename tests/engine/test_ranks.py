@@ -1,0 +1,139 @@
+"""Several ranks: the run of one, on any number of them; settings that they have; what they do with a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from engine import cli, distribution
+from engine.errors import UserError
+from engine.progress import ProgressLine, read_metrics
+from engine.trainer import Trainer, digests
+from pipelines.datasets import digits, label_split
+from tests.processes import ROOT, assert_close, finish, start_ranks
+
+# double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
+FLAGS = [
+    *("--precision", "fp64", "--bn", "split", "--bn-groups", "2", "--device", "cpu", "--quiet"),
+    *("--eval-every", "10", "--log-every", "1"),
+]
+
+
+def train(folder, ranks, *flags):
+    """Trains digits-40 on so many ranks, which have to succeed."""
+    log = folder.with_name(folder.name + ".log")
+    processes = start_ranks(log, ranks, "train", "digits-40", "--out", folder, *FLAGS, *flags)
+    assert finish(processes) == [0] * ranks, log.read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """50 steps on one rank."""
+    return train(tmp_path_factory.mktemp("ranks") / "one", 1, "--steps", 50)
+
+
+def test_two_ranks_give_the_losses_of_one_over_50_steps(one, tmp_path):
+    two = train(tmp_path / "two", 2, "--steps", 50, "--check-ranks", 10)
+    assert_close(one, two)
+    assert [row["step"] for row in read_metrics(two / "metrics.jsonl") if "loss" in row] == list(range(1, 51))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_ranks(one, tmp_path, before, after):
+    folder = tmp_path / "run"
+    train(folder, before, "--steps", 20)
+    train(folder, after, "--steps", 50, "--resume")
+    assert_close(one, folder)
+
+
+def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):
+    flags = ("--method", "supervised", "--steps", 10)
+    assert_close(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
+
+
+def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
+    joint = train(tmp_path / "joint", 1, "--bn", "joint", "--steps", 10)
+    assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", "--steps", 10))
+
+
+def test_gradients_in_half_of_the_bytes_train_alike(tmp_path):
+    flags = ("--precision", "fp32", "--steps", 6)
+    whole, half = (train(tmp_path / g, 2, *flags, "--gradients", g, "--check-ranks", 1) for g in ("fp32", "bf16"))
+    whole, half = ([row["loss"] for row in read_metrics(f / "metrics.jsonl") if "loss" in row] for f in (whole, half))
+    assert whole[0] == half[0] and whole[1:] != half[1:]
+    assert half == pytest.approx(whole, rel=0.05)
+
+
+def test_other_statistics_after_a_change_of_ranks_are_told(tmp_path):
+    folder = tmp_path / "run"
+    train(folder, 1, "--bn", "joint", "--steps", 3)
+    train(folder, 2, "--bn", "joint", "--steps", 6, "--resume")
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line[:38] for line in lines if "ranks were" in line] == ["remixmatch: ranks were 1 and are 2 now"]
+
+
+def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
+    log = tmp_path / "log"
+    processes = start_ranks(log, 2, "train", "digits-40", "--out", one, *FLAGS, "--steps", 50)
+    assert finish(processes) == [2, 2]
+    (line,) = log.read_text().splitlines()
+    assert line.startswith("remixmatch: ") and "holds a run already" in line
+
+
+def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypatch):
+    data, config = digits(), tiny()
+    split = label_split(data.train_labels, 10, config.labels, config.seed)
+    progress = ProgressLine(4, quiet=True)
+    trainer = Trainer(config, data, split, tmp_path, progress, check_ranks=2)
+    progress.start(0, trainer.images_per_step)
+    trainer.begin()
+    try:
+        trainer.advance()
+        own = digests(trainer.state.state_dict() | {"policy": trainer.policy.state_dict()})
+        assert {"network.stem.weight", "ring", "step", "policy.weights", "optimizer.state.0.exp_avg"} <= own.keys()
+        with torch.no_grad():  # a bit of one element
+            trainer.state.network.stem.weight[0, 0, 0, 0] *= 1 + 2**-20
+        changed = digests(trainer.state.state_dict() | {"policy": trainer.policy.state_dict()})
+        assert [name for name in own if own[name] != changed[name]] == ["network.stem.weight"]
+        monkeypatch.setattr(distribution, "everyones", lambda mine: [own, own, mine])
+        with pytest.raises(UserError, match=r"differ after step 0: rank 2 has another network.stem.weight than rank 0"):
+            trainer._compare_ranks()
+        monkeypatch.setattr(distribution, "everyones", lambda mine: [mine, mine])
+        trainer._compare_ranks()
+    finally:
+        trainer.end()
+
+
+def test_a_rank_that_waits_too_long_ends_with_a_message():
+    """Without a sign of life; with one now and then it goes on."""
+    script = (
+        "import time\nfrom engine.guard import Watchdog\n"
+        "with Watchdog(1.0, rank=3) as watchdog:\n"
+        "    for step in range(6):\n        time.sleep(0.4)\n        watchdog.alive(f'step {step}')\n"
+        "    print('alive', flush=True)\n    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75 and done.stdout == "alive\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("remixmatch: rank 3: nothing came of step 5 for 1 s (--timeout)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gpus", "0"), "--gpus must be at least 1, got 0"),
+        (("--gpus", "3"), "--batch 16 cannot be shared by 3 ranks"),
+        (("--gpus", "2", "--bn", "split"), "--bn-groups must be a multiple of the 2 ranks"),
+        (("--gpus", "2", "--labels", "45"), "positive multiple of the 10 classes"),
+        (("--max-restarts", "-1"), "--max-restarts must be at least 0, got -1"),
+        (("--timeout", "0"), "--timeout must be more than 0 seconds, got 0.0"),
+    ],
+)
+def test_mistakes_are_told_before_a_rank_is_started(capfd, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "digits-40", "--out", str(tmp_path / "run"), *flags])
+    assert ended.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line and not list(tmp_path.iterdir())
