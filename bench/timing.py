@@ -71,7 +71,7 @@ def measure(
     for _ in range(repeats):
         for name, function in functions.items():
             blocker = 1.5 * host[name] * calls[name] + 1e-4 if queued else 0.0
-            samples[name].append(_sample(function, device, calls[name], blocker))
+            samples[name].append(sample(function, device, calls[name], blocker))
     timings = {}
     for name, times in samples.items():
         median, low, high = np.percentile(times, (50, 25, 75)).tolist()
@@ -84,8 +84,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _sample(function: Callable[[], Any], device: torch.device, calls: int, blocker: float) -> float:
-    """Seconds a call, over `calls` of them one after another."""
+def sample(function: Callable[[], Any], device: torch.device, calls: int, blocker: float = 0.0) -> float:
+    """Seconds a call, over `calls` of them one after another.
+
+    Args:
+        function: what to call.
+        device: where it works.
+        calls: at least 1.
+        blocker: seconds for which a GPU is held first, so that it does not wait for the host.
+    """
     if device.type != "cuda":
         begin = time.perf_counter()
         for _ in range(calls):
