@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import baseline, digits, kernels, pipelines, records, report, throughput
+from bench import baseline, digits, kernels, pipelines, records, report, scaling, throughput
 from engine.cli import parse
 from engine.errors import UserError
 
@@ -14,6 +14,7 @@ BENCHES = {
     "kernels": (kernels.KernelsOptions, kernels.main),
     "pipelines": (pipelines.PipelinesOptions, pipelines.main),
     "throughput": (throughput.ThroughputOptions, throughput.main),
+    "scaling": (scaling.ScalingOptions, scaling.main),
     "report": (report.ReportOptions, report.main),
 }
 

@@ -191,6 +191,22 @@ def predict(work: Work, cluster: Cluster, ranks: int, batch: int, base: int) -> 
     return Prediction(ranks, batch, compute, gradients, others, seconds, (batch / seconds) / (ranks * base / one))
 
 
+# GPUs that nobody has measured here. Effective rates: no collective reaches a nominal one
+_NVLINK = Link(0.8 * 450e9, 2e-6)
+ASSUMED_CLUSTERS = {
+    "8 GPUs, NVLink": (8, Cluster(_NVLINK)),
+    "64 GPUs, NVLink and 400 Gb/s a GPU": (64, Cluster(_NVLINK, Link(0.9 * 50e9, 5e-6), 8)),
+    "64 GPUs, NVLink and 100 Gb/s a node": (64, Cluster(_NVLINK, Link(0.9 * 12.5e9 / 8, 2e-5), 8)),
+}
+ASSUMPTIONS = """\
+  NVLink 4: 450 GB/s nominal a direction, 80 % of it; 2 us a hop
+  400 Gb/s InfiniBand a GPU: 50 GB/s nominal, 90 % of it; 5 us a hop
+  100 Gb/s a node: 12.5 GB/s nominal for 8 GPUs together, 90 % of it; 20 us a hop
+  rings within nodes and between them; NCCL may take trees or the switch's own sums, which have fewer hops
+  nothing overlaps: all gradients are one bucket, ready when backward ends; no rank waits for a slower one
+  real views keep up, as they do on one GPU"""
+
+
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Start and slope, neither below zero, of a line that is off by as little as possible relative to each y > 0.
 

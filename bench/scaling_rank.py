@@ -1,0 +1,154 @@
+"""A rank of a group that `remixmatch bench scaling` has launched: `python -m bench.scaling_rank FOLDER` under torchrun.
+
+FOLDER/job.json says what to time; rank 0 writes FOLDER/result.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import engine.step
+from bench.throughput import Case
+from bench.timing import sample
+from engine import distribution
+from engine.config import Config
+from engine.trainer import pick_device
+
+_REDUCES = 20  # all-reduces a sample: short ones need many, and every rank has to run as many as the others
+
+
+@dataclass(frozen=True)
+class CaseSpec:
+    """A step to be timed.
+
+    Attributes:
+        batch: B over all ranks.
+        grouped: with DistributedDataParallel; one rank can do without.
+        reduced: whether gradients are averaged. Without, ranks train apart: that tells what averaging costs.
+    """
+
+    batch: int
+    grouped: bool = True
+    reduced: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a group of ranks has to time.
+
+    Attributes:
+        config: what is trained, but for its batch.
+        views: one of bench.throughput.VIEWS.
+        cases: in turn, sample by sample.
+        sizes: bytes of bare all-reduces, which take turns with the cases.
+        steps: a sample, whole batches of views.
+        repeats: samples.
+    """
+
+    config: Config
+    views: str
+    cases: tuple[CaseSpec, ...]
+    sizes: tuple[int, ...]
+    steps: int
+    repeats: int
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """What `to_json` was called on."""
+        given = json.loads(text)
+        config = given["config"] | {"class_distribution": tuple(given["config"]["class_distribution"])}
+        cases = tuple(CaseSpec(**case) for case in given["cases"])
+        return cls(**given | {"config": Config(**config), "cases": cases, "sizes": tuple(given["sizes"])})
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Times a job on this rank, in step with the others.
+
+    Returns:
+        steps: seconds a step, a list a case; reduces: seconds of an all-reduce, a list a size; facts: see
+        `bench.scaling.Group`.
+    """
+    device = pick_device(job.config)
+    cases: dict[CaseSpec, Case] = {}
+    wrapped: list[DistributedDataParallel] = []
+    try:
+        # a network is wrapped where there is a group: what goes without is made before there is one
+        for spec in sorted(job.cases, key=lambda spec: spec.grouped):
+            if spec.grouped and not distribution.grouped():
+                distribution.start(device, alone=True)
+                device = pick_device(job.config)  # this rank's own by now
+            with _wrapping(wrapped, spec.reduced):
+                cases[spec] = Case.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
+            cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
+        turns: list[tuple[Callable[[], Any], int]] = []
+        turns += [(lambda case=cases[spec]: case.advance(job.steps), 1) for spec in job.cases]  # type: ignore[misc]
+        for size in job.sizes:
+            numbers = torch.zeros(size // 4, device=device)
+            turns.append((lambda numbers=numbers: dist.all_reduce(numbers), _REDUCES))  # type: ignore[misc]
+            dist.all_reduce(numbers)
+        samples: list[list[float]] = [[] for _ in turns]
+        for _ in range(job.repeats):
+            for (function, calls), taken in zip(turns, samples, strict=True):
+                distribution.barrier()
+                taken.append(sample(function, device, calls))
+        trainer = cases[job.cases[0]].trainer
+        return {
+            "steps": [[seconds / job.steps for seconds in taken] for taken in samples[: len(job.cases)]],
+            "reduces": samples[len(job.cases) :],
+            "facts": {
+                "mode": trainer.mode,
+                "precision": str(trainer.precision).removeprefix("torch."),
+                "rows_per_image": trainer.images_per_step // job.cases[0].batch,
+                "backend": dist.get_backend(),
+                "gradient_buckets": wrapped[0]._get_ddp_logging_data().get("num_buckets_reduced"),
+            },
+        }
+    finally:
+        for case in cases.values():
+            case.trainer.end()
+
+
+@contextlib.contextmanager
+def _wrapping(wrapped: list[DistributedDataParallel], reduced: bool) -> Iterator[None]:
+    """Remembers the networks that steps wrap in here; if not `reduced`, each rank keeps its own gradients."""
+
+    def wrap(*args: Any, **kwargs: Any) -> DistributedDataParallel:
+        wrapped.append(DistributedDataParallel(*args, **kwargs))
+        if not reduced:
+            wrapped[-1].register_comm_hook(None, noop_hook)
+        return wrapped[-1]
+
+    # a captured step runs as soon as it is made, before anybody could reach its network
+    with patch.object(engine.step, "DistributedDataParallel", wrap):
+        yield
+
+
+def main(folder: Path) -> None:
+    """Reads the job, works, and writes what rank 0 has measured."""
+    try:
+        result = work(Job.from_json((folder / "job.json").read_text(encoding="utf-8")))
+        if distribution.rank() == 0:
+            (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    finally:
+        distribution.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,257 @@
+"""Scaling: groups of ranks are launched and measured, bytes are those that a step moves, rows agree with themselves."""
+
+import dataclasses
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from bench import records, report, scaling
+from bench.scaling import Group
+from bench.scaling_rank import CaseSpec, Job
+from bench.throughput import Case, base_config
+from engine import distribution
+from engine.config import preset
+from engine.errors import UserError
+
+CPU = torch.device("cpu")
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+
+
+def tiny(name="", cuda=False):
+    return dataclasses.replace(preset("digits-40"), batch=4, k=1, width=2, view_steps=1, lag=4)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """What is trained costs next to nothing."""
+    monkeypatch.setattr("bench.scaling.base_config", lambda name, cuda: base_config("", True) if cuda else tiny())
+
+
+def run(tmp_path, **options):
+    out = tmp_path / "scaling.jsonl"
+    small = dict(out=out, ranks=(1, 2), rounds=1, repeats=2, steps=1, views="synthetic")
+    scaling.main(scaling.ScalingOptions(**(small | options)))
+    return records.read(out)
+
+
+@ON_A_CPU
+def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, capsys):
+    rows = run(tmp_path)
+    names = [(row["ranks"], row["scaling"], row["ddp"], row["batch"]) for row in rows]
+    assert names == [
+        (1, "one rank", False, 4), (1, "one rank", True, 4), (1, "one rank, its share", True, 2),
+        (2, "weak", True, 8), (2, "strong", True, 4),
+    ]  # fmt: skip
+    moved = scaling.step_bytes(tiny())
+    one = rows[0]["images_per_second"]
+    for row in rows:
+        assert row["bench"] == "scaling" and row["mode"] == "eager" and row["precision"] == "float32"
+        assert row["samples"] == 2 and row["step_ms_low"] <= row["step_ms"] <= row["step_ms_high"]
+        assert row["images_per_second"] == pytest.approx(5 * row["batch"] / row["step_ms"] * 1e3)
+        assert row["commit"] and row["versions"]["torch"] and f", {row['threads']} threads of" in row["device"]
+        assert "predicted" not in json.dumps(row)
+        if row["batch"] == 2:
+            assert "efficiency" not in row
+            continue
+        assert row["one_rank_images_per_second"] == pytest.approx(one)
+        assert row["efficiency"] == pytest.approx(row["images_per_second"] / (row["ranks"] * one))
+        assert row["efficiency_by_round"] == pytest.approx([row["efficiency"]])
+    assert rows[1]["ddp_overhead_percent"] == pytest.approx(100 * (rows[1]["step_ms"] / rows[0]["step_ms"] - 1))
+    for row in rows[3:]:
+        assert row["all_reduce_bytes"] == moved.gradients.fixed_bytes and row["gradient_buckets"] == 1
+        assert 0 < row["all_reduce_ms_low"] <= row["all_reduce_ms"] <= row["all_reduce_ms_high"]
+        assert row["unreduced_step_ms"] > 0 and 0 <= row["overlap"] <= 1 and row["backend"] == "gloo"
+        assert row["other_bytes"]["views"] == row["batch"] * 4 * 16 * 16 * 3
+        assert row["other_collectives"] == 5 and row["other_total_bytes"] == sum(row["other_bytes"].values())
+    said = capsys.readouterr().out
+    assert "CPU: torch sees no GPU here" in said and "DistributedDataParallel costs" in said
+    assert "model, calibrated in this run" in said and "2 ranks, weak: predicted" in said
+    assert "predicted, not measured: WRN-28-2 on 32x32, K = 8, B = 64, 5.87 MB of gradients" in said
+    table = report.table("scaling", rows).splitlines()
+    assert len([line for line in table if line.startswith("| digits-40 | 1 |")]) == 5
+
+
+@pytest.mark.parametrize("method", ["remixmatch", "supervised"])
+def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
+    """One process plays the first of two ranks: its collectives are recorded, and give what it gave."""
+    recorded = []
+
+    def all_gather(gathered, rows):
+        recorded.append(("all-gather", gathered.nbytes))
+        gathered.copy_(torch.cat([rows, rows]))
+
+    monkeypatch.setattr(distribution, "ranks", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", all_gather)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda t: recorded.append(("all-reduce", t.nbytes)))
+    config = dataclasses.replace(tiny(), method=method)
+    case = Case.begin(config, "synthetic")
+    try:
+        case.advance(2)
+        trained = [p for p in case.trainer.state.network.parameters() if p.requires_grad]
+    finally:
+        case.trainer.end()
+    moved = scaling.step_bytes(config)
+    assert sorted(recorded) == sorted(2 * [(each.kind, each.bytes(config.batch)) for each in moved.others])
+    assert moved.gradients.bytes(config.batch) == 4 * sum(p.numel() for p in trained)
+
+
+def test_cases_of_a_group():
+    both = ("weak", "strong")
+    assert scaling.case_specs(64, 1, 1, both) == [CaseSpec(64, grouped=False), CaseSpec(64)]
+    assert scaling.case_specs(64, 1, 8, both)[2:] == [CaseSpec(8)]
+    assert scaling.case_specs(64, 1, 8, ("weak",))[2:] == []
+    assert [(spec.batch, spec.reduced) for spec in scaling.case_specs(64, 4, 8, both)] == [
+        (256, True), (256, False), (64, True), (64, False),
+    ]  # fmt: skip
+
+
+def test_a_job_survives_its_file():
+    config = dataclasses.replace(tiny(), class_distribution=(0.5, 0.5))
+    job = Job(config, "dali", (CaseSpec(4, grouped=False), CaseSpec(8, reduced=False)), (4096, 8), 2, 3)
+    assert Job.from_json(job.to_json()) == job
+
+
+def group(ranks, **steps):
+    facts = {"mode": "eager", "precision": "float32", "rows_per_image": 5, "backend": "gloo", "gradient_buckets": 1}
+    return Group(ranks, {}, {}, facts)
+
+
+def test_rows_by_hand():
+    moved = scaling.step_bytes(tiny())
+    one, two = group(1), group(2)
+    one.steps = {CaseSpec(4, grouped=False): [0.010, 0.020], CaseSpec(4): [0.011, 0.022]}
+    two.steps = {CaseSpec(8): [0.020, 0.040], CaseSpec(8, reduced=False): [0.0195, 0.0395]}
+    two.reduces = {moved.gradients.fixed_bytes: [0.001, 0.001]}
+    alone, grouped, weak = scaling.make_rows([one, two], 4, moved, {"rounds": 2})
+    assert alone["efficiency"] == 1 and alone["images_per_second"] == pytest.approx(20 / 0.015)
+    assert grouped["ddp_overhead_percent"] == pytest.approx(10) == grouped["ddp_overhead_low"]
+    assert grouped["efficiency"] == pytest.approx(1 / 1.1)
+    assert weak["efficiency"] == pytest.approx(0.5) and weak["efficiency_by_round"] == pytest.approx([0.5, 0.5])
+    # half of the 1 ms is saved by not reducing, but steps differ by 10 ms between quartiles
+    assert weak["overlap"] == pytest.approx(0.5) and weak["overlap_noise"] == "noise"
+    two.steps = {CaseSpec(8): [0.0201, 0.0201], CaseSpec(8, reduced=False): [0.0191, 0.0193]}
+    assert scaling.make_rows([two], 4, moved, {"rounds": 1})[0]["overlap"] == pytest.approx(0.1)
+    two.steps[CaseSpec(8, reduced=False)] = [0.0150, 0.0150]
+    (row,) = scaling.make_rows([two], 4, moved, {"rounds": 1})
+    assert row["overlap"] == 0 and row["overlap_noise"] == "" and "efficiency" not in row
+
+
+def test_a_group_that_fails_is_named_and_not_launched_again(tmp_path, cheap, monkeypatch, capsys):
+    launched = []
+
+    def launch(ranks, threads, job):
+        launched.append(ranks)
+        if ranks == 2:
+            raise RuntimeError("no route to itself")
+        return {"steps": [[0.01]] * len(job.cases), "reduces": [], "facts": group(1).facts}
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="failed: 2 ranks"):
+        run(tmp_path, rounds=3)
+    assert launched == [1, 2, 1, 1]
+    assert [row["samples"] for row in records.read(tmp_path / "scaling.jsonl")] == [3, 3, 3]
+    assert "no route to itself" in capsys.readouterr().err
+
+
+def test_what_a_rank_said_last_is_shown(monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(RuntimeError, match=r"false -m torch.distributed.run .* ended with exit code 1"):
+        scaling.launch(2, 1, Job(tiny(), "dali", (), (), 1, 1))
+
+
+def test_an_interrupt_ends_the_launcher(monkeypatch):
+    started = []
+    real = subprocess.Popen
+
+    class Interrupted(real):
+        def __init__(self, command, **kwargs):
+            super().__init__(["sleep", "60"], **kwargs)
+            started.append(self)
+
+        def communicate(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.scaling.subprocess.Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scaling.launch(2, 1, Job(tiny(), "dali", (), (), 1, 1))
+    assert started[0].returncode == -15
+
+
+def throughput_row(k, step_ms, device="NVIDIA H200", **more):
+    paper = base_config("", True)
+    row = {"preset": paper.preset, "k": k, "batch": paper.batch, "mode": "graph", "views": "fused"}
+    return row | {"precision": "bfloat16", "optimizer": "torch", "step_ms": step_ms, "device": device} | more
+
+
+def test_the_step_of_one_gpu_is_assumed_until_one_has_been_measured():
+    paper = base_config("", True)
+    moved = scaling.step_bytes(paper)
+    assert moved.gradients.fixed_bytes == pytest.approx(4 * 1.47e6, rel=0.01)
+
+    def cost(*rows):
+        work, source = scaling.assumed_work(moved, rows, paper)
+        return 1e3 * work.fixed, 1e3 * (work.fixed + 64 * work.per_image), source
+
+    others = [throughput_row(8, 50.0, "CPU, slow"), throughput_row(8, 20.0, mode="eager"), throughput_row(1, 2.0)]
+    fixed, step, source = cost(*others)
+    assert (fixed, step) == pytest.approx((1.5, 6.0)) and "the design's target of 6 ms, an assumption" in source
+    fixed, step, source = cost(throughput_row(8, 4.0))
+    assert (fixed, step) == pytest.approx((1.0, 4.0)) and "NVIDIA H200, 25% of it assumed" in source
+    line = [throughput_row(k, 1.0 + 0.3 * (k + 4 + 2 / 3)) for k in (1, 8, 16)]
+    fixed, step, source = cost(*others[:2], *line)
+    assert (fixed, step) == pytest.approx((1.0, 4.8)) and source.endswith("H200, over K = 1, 8, 16")
+
+
+@ON_A_CPU
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": (0, 1)}, "--ranks must be at least 1, got 0"),
+        ({"scaling": ("wide",)}, "--scaling: there is no 'wide'; there are weak, strong"),
+        ({"scaling": ()}, "--scaling takes one or more of weak, strong"),
+        ({"rounds": 0}, "--rounds must be at least 1, got 0"),
+        ({"repeats": 0}, "--repeats must be at least 1, got 0"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"views": "pil"}, "--views: there is no 'pil'; there are fused, dali, synthetic"),
+        ({"batch": 0}, "--batch must be at least 1, got 0"),
+        ({"batch": 3}, "--batch 3 cannot be shared by 2 ranks"),
+        ({"k": 0}, "--k must be at least 1, got 0"),
+        ({"mode": "graph"}, "--mode graph captures a CUDA graph and needs a GPU"),
+    ],
+)
+def test_mistakes(options, message, tmp_path, cheap):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, **options)
+
+
+def test_more_ranks_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.scaling.bench_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="--ranks: 2 ranks need as many GPUs, and torch sees 1"):
+        run(tmp_path)
+
+
+@ON_A_CPU
+def test_default_ranks_are_powers_of_two_up_to_the_cores(tmp_path, cheap, monkeypatch, capsys):
+    launched = []
+
+    def launch(ranks, threads, job):
+        launched.append((ranks, threads))
+        samples = [[0.01 + 0.001 * n for n in range(job.repeats)]]
+        return {"steps": samples * len(job.cases), "reduces": samples * len(job.sizes), "facts": group(1).facts}
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    rows = run(tmp_path, ranks=(), rounds=2)
+    assert launched == [(1, 1), (2, 1), (4, 1)] * 2
+    assert [row["samples"] for row in rows] == [4] * 7
+    assert np.allclose([row["efficiency"] for row in rows if row["scaling"] == "weak"], 1)
+    assert "groups of 1, 2, 4 ranks, 1 threads a rank" in capsys.readouterr().out
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run(tmp_path, ranks=(2,))
+    assert launched[-1] == (2, 3)
