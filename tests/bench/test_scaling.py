@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import socket
 import subprocess
 
 import numpy as np
 import pytest
 import torch
 
-from bench import records, report, scaling
+from bench import records, report, scaling, scaling_rank
 from bench.scaling import Group
 from bench.scaling_rank import CaseSpec, Job
 from bench.throughput import Case, base_config
@@ -30,6 +31,20 @@ def cheap(monkeypatch):
     monkeypatch.setattr("bench.scaling.base_config", lambda name, cuda: base_config("", True) if cuda else tiny())
 
 
+def in_this_process(monkeypatch, job):
+    """What launching one rank gives, without a process whose imports take longer than its work."""
+    with socket.socket() as s, monkeypatch.context() as environment:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1], "RANK": 0, "WORLD_SIZE": 1}
+        for name, value in address.items():
+            environment.setenv(name, str(value))
+        s.close()
+        try:
+            return scaling_rank.work(Job.from_json(job.to_json()))
+        finally:
+            distribution.stop()
+
+
 def run(tmp_path, **options):
     out = tmp_path / "scaling.jsonl"
     small = dict(out=out, ranks=(1, 2), rounds=1, repeats=2, steps=1, views="synthetic")
@@ -38,7 +53,14 @@ def run(tmp_path, **options):
 
 
 @ON_A_CPU
-def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, capsys):
+def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monkeypatch, capsys):
+    launch = scaling.launch
+    monkeypatch.setattr(scaling, "_REDUCED_SIZES", (2**12, 2**20))
+    monkeypatch.setattr(
+        scaling,
+        "launch",
+        lambda r, threads, job: in_this_process(monkeypatch, job) if r == 1 else launch(r, threads, job),
+    )
     rows = run(tmp_path)
     names = [(row["ranks"], row["scaling"], row["ddp"], row["batch"]) for row in rows]
     assert names == [
