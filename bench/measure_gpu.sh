@@ -53,15 +53,17 @@ if [[ $small ]]; then
   bench kernels 60 --repeats 1 --providers eager --sizes step
   bench pipelines 60 --repeats 1 --rows 16 --batches 1 --threads 1
   bench throughput 60 --repeats 1 --k 1 --modes eager --views "${views[@]}" --steps 2
+  bench scaling 60 --ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic
   bench baseline 60 --repeats 1 --k 1 --steps 1 --batch 2 --workers 1
 else
   part tests 70 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors "${tests[@]}"
-  bench kernels 60
-  bench pipelines 60
+  bench kernels 50
+  bench pipelines 50
   # K = 8 first, should time run out
-  bench throughput 190 --k 8 1 2 4 16 --modes eager compile graph --views "${views[@]}"
+  bench throughput 180 --k 8 1 2 4 16 --modes eager compile graph --views "${views[@]}"
   # last, when compiled code of the engine's step is in its cache
-  bench baseline 75 --k 8
+  bench scaling 40 --rounds 1
+  bench baseline 65 --k 8
 fi
 part report 25 "$python" -m bench report --results "$out" --charts "$out/charts"
 ((${#failed[@]} == 0)) && { echo "all parts succeeded; rows in $out"; exit 0; }

@@ -35,7 +35,7 @@ def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
     done = measure(tmp_path, *["--small"] * small)
     assert done.returncode == 1, done.stderr
     ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench")]
-    assert ran == ["pipelines", "baseline", "report"]
+    assert ran == ["pipelines", "scaling", "baseline", "report"]
     assert ("ran -m pytest" in done.stdout) is not small
     assert done.stdout.splitlines()[-1] == "failed: kernels (exit code 7);throughput (out of time)"
     assert (tmp_path / "out" / "kernels.log").read_text() == "broken\n"
