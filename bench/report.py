@@ -68,6 +68,7 @@ COLUMNS = {
         "images/s": "{images_per_second:,.0f}",
         "efficiency": "{efficiency:.1%}",
         "DDP costs": "{ddp_overhead_percent:+.1f} %",
+        "ranks apart, ms": "{beside_step_ms:.2f}",
         "gradients, bytes": "{all_reduce_bytes:,}",
         "all-reduce, ms": "{all_reduce_ms:.2f}",
         "behind backward": "{overlap:.0%} {overlap_noise}",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,8 +37,9 @@ class CaseSpec:
     """A step to be timed.
 
     Attributes:
-        batch: B over all ranks.
-        grouped: with DistributedDataParallel; one rank can do without.
+        batch: B over all ranks; of each rank where they are not grouped.
+        grouped: ranks train one network, in DistributedDataParallel. Without, each trains one of its own, beside the
+            others: that tells how they get in one another's way.
         reduced: whether gradients are averaged. Without, ranks train apart: that tells what averaging costs.
     """
 
@@ -85,6 +88,8 @@ def work(job: Job) -> dict[str, Any]:
         steps: seconds a step, a list a case; reduces: seconds of an all-reduce, a list a size; facts: see
         `bench.scaling.Group`.
     """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = pick_device(job.config)
     cases: dict[CaseSpec, Case] = {}
     wrapped: list[DistributedDataParallel] = []
@@ -93,15 +98,14 @@ def work(job: Job) -> dict[str, Any]:
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
             if spec.grouped and not distribution.grouped():
                 distribution.start(device, alone=True)
-                device = pick_device(job.config)  # this rank's own by now
             with _wrapping(wrapped, spec.reduced):
                 cases[spec] = Case.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
             cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
         turns: list[tuple[Callable[[], Any], int]] = []
-        turns += [(lambda case=cases[spec]: case.advance(job.steps), 1) for spec in job.cases]  # type: ignore[misc]
+        turns += [(functools.partial(_advance, cases[spec], spec, job.steps), 1) for spec in job.cases]
         for size in job.sizes:
             numbers = torch.zeros(size // 4, device=device)
-            turns.append((lambda numbers=numbers: dist.all_reduce(numbers), _REDUCES))  # type: ignore[misc]
+            turns.append((functools.partial(dist.all_reduce, numbers), _REDUCES))
             dist.all_reduce(numbers)
         samples: list[list[float]] = [[] for _ in turns]
         for _ in range(job.repeats):
@@ -123,6 +127,12 @@ def work(job: Job) -> dict[str, Any]:
     finally:
         for case in cases.values():
             case.trainer.end()
+
+
+def _advance(case: Case, spec: CaseSpec, steps: int) -> None:
+    """Trains; a case that was begun before there was a group knows nothing of it."""
+    with contextlib.nullcontext() if spec.grouped else patch.object(distribution, "ranks", lambda: 1):
+        case.advance(steps)
 
 
 @contextlib.contextmanager

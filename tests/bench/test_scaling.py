@@ -85,7 +85,12 @@ def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monke
     for row in rows[3:]:
         assert row["all_reduce_bytes"] == moved.gradients.fixed_bytes and row["gradient_buckets"] == 1
         assert 0 < row["all_reduce_ms_low"] <= row["all_reduce_ms"] <= row["all_reduce_ms_high"]
-        assert row["unreduced_step_ms"] > 0 and 0 <= row["overlap"] <= 1 and row["backend"] == "gloo"
+        assert (
+            row["unreduced_step_ms"] > 0
+            and row["beside_step_ms"] > 0
+            and 0 <= row["overlap"] <= 1
+            and row["backend"] == "gloo"
+        )
         assert row["other_bytes"]["views"] == row["batch"] * 4 * 16 * 16 * 3
         assert row["other_collectives"] == 5 and row["other_total_bytes"] == sum(row["other_bytes"].values())
     said = capsys.readouterr().out
@@ -126,8 +131,9 @@ def test_cases_of_a_group():
     assert scaling.case_specs(64, 1, 8, both)[2:] == [CaseSpec(8)]
     assert scaling.case_specs(64, 1, 8, ("weak",))[2:] == []
     assert [(spec.batch, spec.reduced) for spec in scaling.case_specs(64, 4, 8, both)] == [
-        (256, True), (256, False), (64, True), (64, False),
+        (256, True), (256, False), (64, True), (64, True), (64, False), (16, True),
     ]  # fmt: skip
+    assert [spec.batch for spec in scaling.case_specs(64, 4, 8, both) if not spec.grouped] == [64, 16]
 
 
 def test_a_job_survives_its_file():
@@ -145,16 +151,18 @@ def test_rows_by_hand():
     moved = scaling.step_bytes(tiny())
     one, two = group(1), group(2)
     one.steps = {CaseSpec(4, grouped=False): [0.010, 0.020], CaseSpec(4): [0.011, 0.022]}
-    two.steps = {CaseSpec(8): [0.020, 0.040], CaseSpec(8, reduced=False): [0.0195, 0.0395]}
+    apart = {CaseSpec(4, grouped=False): [0.012, 0.014]}
+    two.steps = {CaseSpec(8): [0.020, 0.040], CaseSpec(8, reduced=False): [0.0195, 0.0395]} | apart
     two.reduces = {moved.gradients.fixed_bytes: [0.001, 0.001]}
     alone, grouped, weak = scaling.make_rows([one, two], 4, moved, {"rounds": 2})
     assert alone["efficiency"] == 1 and alone["images_per_second"] == pytest.approx(20 / 0.015)
     assert grouped["ddp_overhead_percent"] == pytest.approx(10) == grouped["ddp_overhead_low"]
     assert grouped["efficiency"] == pytest.approx(1 / 1.1)
     assert weak["efficiency"] == pytest.approx(0.5) and weak["efficiency_by_round"] == pytest.approx([0.5, 0.5])
+    assert weak["beside_step_ms"] == pytest.approx(13)
     # half of the 1 ms is saved by not reducing, but steps differ by 10 ms between quartiles
     assert weak["overlap"] == pytest.approx(0.5) and weak["overlap_noise"] == "noise"
-    two.steps = {CaseSpec(8): [0.0201, 0.0201], CaseSpec(8, reduced=False): [0.0191, 0.0193]}
+    two.steps = {CaseSpec(8): [0.0201, 0.0201], CaseSpec(8, reduced=False): [0.0191, 0.0193]} | apart
     assert scaling.make_rows([two], 4, moved, {"rounds": 1})[0]["overlap"] == pytest.approx(0.1)
     two.steps[CaseSpec(8, reduced=False)] = [0.0150, 0.0150]
     (row,) = scaling.make_rows([two], 4, moved, {"rounds": 1})
