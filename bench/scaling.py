@@ -241,7 +241,7 @@ def step_bytes(config: Config) -> StepBytes:
     others += [
         Collective("matches", "all-gather", bytes_per_image=4),
         Collective("buffers", "all-reduce", 4 * sum(b.numel() for b in network.buffers())),
-        Collective("metrics", "all-reduce", 4 * 5),  # the losses: what else is shown is the same on every rank
+        Collective("metrics", "all-reduce", 4 * 6),  # losses and "stop": what else is shown is the same on all ranks
     ]
     return StepBytes(Collective("gradients", "all-reduce", 4 * trained), tuple(others))
 

@@ -203,7 +203,8 @@ ASSUMPTIONS = """\
   400 Gb/s InfiniBand a GPU: 50 GB/s nominal, 90 % of it; 5 us a hop
   100 Gb/s a node: 12.5 GB/s nominal for 8 GPUs together, 90 % of it; 20 us a hop
   rings within nodes and between them; NCCL may take trees or the switch's own sums, which have fewer hops
-  nothing overlaps: all gradients are one bucket, ready when backward ends; no rank waits for a slower one
+  nothing overlaps, though the first of two buckets of gradients may go while backward does; no rank waits for a slower
+  one
   real views keep up, as they do on one GPU"""
 
 

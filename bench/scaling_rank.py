@@ -97,7 +97,7 @@ def work(job: Job) -> dict[str, Any]:
         # a network is wrapped where there is a group: what goes without is made before there is one
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
             if spec.grouped and not distribution.grouped():
-                distribution.start(device, alone=True)
+                distribution.start(device, timeout=600.0, alone=True)
             with _wrapping(wrapped, spec.reduced):
                 cases[spec] = Case.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
             cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
