@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import baseline, digits, kernels, pipelines, records, report, scaling, throughput
+from bench import baseline, digits, kernels, pipelines, records, report, restart, scaling, throughput
 from engine.cli import parse
 from engine.errors import UserError
 
@@ -15,6 +15,7 @@ BENCHES = {
     "pipelines": (pipelines.PipelinesOptions, pipelines.main),
     "throughput": (throughput.ThroughputOptions, throughput.main),
     "scaling": (scaling.ScalingOptions, scaling.main),
+    "restart": (restart.RestartOptions, restart.main),
     "report": (report.ReportOptions, report.main),
 }
 

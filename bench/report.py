@@ -22,6 +22,7 @@ KEYS = {
     "throughput": ("preset", "k", "batch", "mode", "views", "precision", "optimizer"),
     "baseline": ("k", "batch", "data", "precision"),
     "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
+    "restart": ("preset", "ranks"),
     "kernels": ("kernel", "size", "provider"),
     "pipelines": ("backend", "rows", "side"),
 }
@@ -74,6 +75,18 @@ COLUMNS = {
         "behind backward": "{overlap:.0%} {overlap_noise}",
         "other collectives": "{other_collectives}",
         "their bytes": "{other_total_bytes:,}",
+    },
+    "restart": {
+        "preset": "{preset}",
+        "ranks": "{ranks}",
+        "kills": "{repeats}",
+        "kill to next step, s": "{restart_seconds:.1f}",
+        "longest, s": "{most_restart_seconds:.1f}",
+        "new processes, s": "{regroup_seconds:.1f}",
+        "imports to checkpoint, s": "{load_seconds:.1f}",
+        "first step, s": "{first_step_seconds:.1f}",
+        "steps lost": "{lost_steps:.0f}",
+        "imports alone, s": "{import_seconds:.1f}",
     },
     "kernels": {
         "kernel": "{kernel}",

@@ -33,7 +33,7 @@ COMMANDS = {
     "eval": "test accuracy of a run: remixmatch eval DIR [--json]",
     "predict": "classify images with a run: remixmatch predict DIR IMAGE...",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
-    "bench": "measurements: remixmatch bench digits | throughput | scaling | kernels | pipelines | baseline | report",
+    "bench": "measurements: remixmatch bench NAME; README says which there are",
 }
 
 

@@ -6,6 +6,7 @@ Everything rests on torch.distributed as torchrun sets it up; `engine.launch` st
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -158,4 +159,6 @@ def barrier() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """What an error says, without the place in torch's sources and without advice."""
+    text = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().partition("\n")[0])
+    return text.partition(". This is typically")[0][:200] or type(error).__name__
