@@ -30,7 +30,7 @@ RING_ROWS = 128
 _ALIGNMENT = 16  # bytes, so that every array of a packed plan may be read wide
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
 _BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
-_LARGEST_BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's own measure for large networks
+_BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
 # rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
@@ -232,7 +232,7 @@ class Step:
                 self.train,
                 static_graph=True,
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=min(gradient_bytes / _BUCKETS, _LARGEST_BUCKET) / 2**20,  # type: ignore[arg-type]
+                bucket_cap_mb=float(np.clip(gradient_bytes / _BUCKETS, *_BUCKET_BYTES)) / 2**20,  # type: ignore[arg-type]
                 **{_KEEP_BUFFERS: False},  # type: ignore[arg-type]
             )
             if config.gradients == "bf16":

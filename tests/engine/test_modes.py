@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import optimizers
+from engine import distribution, optimizers
 from engine.capture import CapturedStep, Snapshot, _own
 from engine.errors import UserError
 from engine.rows import arrange, step_plan
@@ -193,13 +193,13 @@ def apex(monkeypatch):
 
 def test_apex_is_asked_for_by_its_right_name(tiny, apex):
     config = tiny(optimizer="apex")
-    for names, distribution, words in [
+    for names, distributed, words in [
         ((), False, "apex is not installed; build NVIDIA/apex from source"),
         (("apex",), True, "is not NVIDIA's: pip uninstall apex; build NVIDIA/apex"),
         (("apex", "apex.optimizers"), True, "without its CUDA extensions; build NVIDIA/apex"),
         (("apex", "apex.optimizers", "amp_C"), True, "needs a GPU"),
     ]:
-        apex(*names, distribution=distribution)
+        apex(*names, distribution=distributed)
         with pytest.raises(UserError, match=words):
             make_state(config, CLASSES, CPU)
 
@@ -297,6 +297,21 @@ def test_captured_and_eager_states_begin_alike(tiny):
     captured, state = trained(config, "graph", 2, device)
     torch.testing.assert_close(eager, captured, rtol=1e-3, atol=1e-3)
     assert int(state.step) == 2
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("gradients", ["fp32", "bf16"])
+def test_a_captured_step_in_a_group_of_one_agrees_with_an_eager_one_without(tiny, gradients):
+    """DistributedDataParallel and NCCL's collectives inside the graph."""
+    device = torch.device("cuda", 0)
+    alone, _ = trained(tiny(device="cuda"), "eager", 200, device)
+    distribution.start(device, timeout=60, alone=True)
+    try:
+        grouped, _ = trained(tiny(device="cuda", gradients=gradients), "graph", 200, device)
+    finally:
+        distribution.stop()
+    assert_same_trajectory(alone, grouped, torch.float32 if gradients == "fp32" else torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -57,6 +57,13 @@ def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
     assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", "--steps", 10))
 
 
+def test_compiled_ranks_agree_with_eager_ones(tmp_path):
+    flags = ("--precision", "fp32", "--steps", 3, "--scales", 1, "--blocks", 1, "--check-ranks", 1)
+    eager, compiled = (train(tmp_path / mode, 2, *flags, "--mode", mode) for mode in ("eager", "compile"))
+    eager, compiled = ([row for row in read_metrics(f / "metrics.jsonl") if "loss" in row] for f in (eager, compiled))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=1e-3)
+
+
 def test_gradients_in_half_of_the_bytes_train_alike(tmp_path):
     flags = ("--precision", "fp32", "--steps", 6)
     whole, half = (train(tmp_path / g, 2, *flags, "--gradients", g, "--check-ranks", 1) for g in ("fp32", "bf16"))
