@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from engine.errors import Stopped
 
@@ -33,7 +35,15 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # one rank would otherwise have as many threads as there are cores, several would have one
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
-    flags = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", "--module", "engine"]
+    flags = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        # torchrun would wait for its ranks once more: the second SIGINT ends this process, and with it the ranks
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise SignalException("SIGINT", signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "engine"]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:
