@@ -4,6 +4,7 @@
 second instead of ten. It is the same code and a real process, to be killed, stopped and sent signals.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -32,35 +33,39 @@ def command(*arguments):
     return [sys.executable, "-m", "engine", *map(str, arguments)]
 
 
-def start(log, *arguments, **environment):
+def start(log, *arguments, patch=None, **environment):
     """Starts `remixmatch ARGUMENTS`, with one thread, and returns the process.
 
     Args:
         log: a file, to which what it prints is added.
         arguments: of the command line.
+        patch: values of module attributes by name, such as {"engine.checkpoint.RETRY_SECONDS": 0.2}.
         environment: variables that it has beside those of the server.
     """
     texts = {name: str(value) for name, value in environment.items()}
-    process = _context.Process(target=_main, args=(str(log), [str(a) for a in arguments], texts))
+    process = _context.Process(target=_main, args=(str(log), [str(a) for a in arguments], patch or {}, texts))
     process.start()
     return process
 
 
-def _main(log, arguments, environment):
+def _main(log, arguments, patch, environment):
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    for name, value in patch.items():
+        module, attribute = name.rsplit(".", 1)
+        setattr(importlib.import_module(module), attribute, value)
     from engine import cli
 
     cli.main(arguments)
 
 
-def start_ranks(log, ranks, *arguments):
+def start_ranks(log, ranks, *arguments, patch=None):
     """Starts so many ranks of one group, each as `start` does."""
     group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [start(log, *arguments, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(ranks)]
+    return [start(log, *arguments, patch=patch, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(ranks)]
 
 
 def finish(processes, seconds=300):

@@ -1,0 +1,74 @@
+"""Training processes hurt at random moments: nothing saved is ever lost, and the end is the same bit for bit.
+
+`make test` draws a few injections of each kind, `make test-faults` some hundred.
+"""
+
+import shutil
+import subprocess
+import zlib
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.injections import SCENARIOS, campaign, jump
+
+COUNTS = {
+    "kill": 6, "kill a rank": 4, "stop a rank": 1, "pause": 2, "pause ranks": 2, "ask": 4, "ask ranks": 5, "disk": 4,
+    "disk of ranks": 2, "removal": 4, "removal of ranks": 2, "damage": 6, "clock": 3, "torchrun": 2,
+}  # fmt: skip
+AT_ONCE = 12  # injections of one test, at most
+ON_A_DISK = ("disk", "disk of ranks")
+
+
+def pytest_generate_tests(metafunc):
+    total = metafunc.config.getoption("--faults", 0)
+    drawn = {name: round(total * count / sum(COUNTS.values())) for name, count in COUNTS.items()} if total else COUNTS
+    cases = []
+    for name, count in drawn.items():
+        for seed in range(-(-count // AT_ONCE)):
+            cases.append(pytest.param(name, seed, min(AT_ONCE, count - seed * AT_ONCE), id=f"{name}-{seed}"))
+    metafunc.parametrize(("scenario", "seed", "count"), cases)
+
+
+@pytest.fixture
+def folder(tmp_path, scenario):
+    """Where the victims of a scenario run: a disk of its own where that is to be full."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    if scenario not in ON_A_DISK:
+        yield folder
+        return
+    try:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", folder], capture_output=True, text=True
+        )
+    except FileNotFoundError as error:
+        pytest.skip(f"cannot mount a tmpfs here: {error}")
+    if mounted.returncode:
+        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--recursive", "--lazy", folder], check=True)
+
+
+def build_shim(folder):
+    """The library that sets the clock of processes that preload it."""
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        pytest.skip("no C compiler here: cc, gcc or clang sets the clock of a process")
+    library = folder / "clock.so"
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    return library
+
+
+def test_nothing_saved_is_lost_and_the_end_is_the_same(scenario, seed, count, folder, tmp_path, references, record):
+    ranks, injections = SCENARIOS[scenario]
+    if scenario == "clock":
+        injections = [partial(jump, shim=build_shim(tmp_path))]
+    number = zlib.crc32(f"{scenario} {seed}".encode())
+    record_before = len(record)
+    for outcome in campaign(injections, number, count, folder, references, ranks):
+        record.append(outcome)
+    done = record[record_before:]
+    assert len(done) >= count and all(outcome.survived for outcome in done)
