@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
 BOARD_SECONDS = 30.0  # between flushes of TensorBoard's file
@@ -40,7 +40,7 @@ class MetricsLog:
         self._warn = warn
         self._lines = [json.dumps(row) + "\n" for row in read_metrics(self._path) if row["step"] <= step]
         self._file: IO[str] | None = None
-        self._board: SummaryWriter | None = None
+        self._board: _Board | None = None
         self._flushed = step + 1  # the first step that TensorBoard's file does not surely have
         self._unflushed: list[dict[str, float]] = []
         self._trouble = False
@@ -48,25 +48,15 @@ class MetricsLog:
 
     def _open(self) -> None:
         """Writes everything so far, as a whole."""
-        # tensorboard takes a second to import, which only training should pay
-        from torch.utils.tensorboard import SummaryWriter
-
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(self._lines), encoding="utf-8")
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        # a flush that fails in TensorBoard's own thread ends that thread with a traceback: it is left to `add`
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._flushed, flush_secs=10**9)
+        self._board = _Board(self._folder / "tensorboard", self._flushed)
         self._next_flush = time.monotonic() + BOARD_SECONDS
         for row in self._unflushed:
-            self._show(row)
-
-    def _show(self, row: dict[str, float]) -> None:
-        assert self._board is not None
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+            self._board.add(row)
 
     def add(self, step: int, **values: float) -> None:
         """Adds one row."""
@@ -79,7 +69,8 @@ class MetricsLog:
                 self._open()
             else:
                 self._file.write(self._lines[-1])
-                self._show(row)
+                assert self._board is not None
+                self._board.add(row)
             if time.monotonic() >= self._next_flush:
                 self._flush()
         except OSError as error:
@@ -99,10 +90,9 @@ class MetricsLog:
         self._next_flush = time.monotonic() + BOARD_SECONDS
 
     def _let_go(self) -> None:
-        for held in (self._file, self._board):
-            with contextlib.suppress(OSError):
-                if held is not None:
-                    held.close()
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
         self._file = self._board = None
 
     def close(self) -> None:
@@ -112,11 +102,62 @@ class MetricsLog:
             OSError: that cannot be done.
         """
         try:
-            if self._file is None:
+            try:
+                if self._file is None:
+                    self._open()
+                self._flush()
+            except OSError:  # its folder may have gone
+                self._let_go()
                 self._open()
-            self._flush()
+                self._flush()
         finally:
             self._let_go()
+
+
+class _Board:
+    """A file of TensorBoard's, which nothing but `flush` writes to.
+
+    Its own writer has a thread that writes, and that an error ends with a traceback.
+
+    Args:
+        folder: made if missing.
+        step: what earlier files say of this step and later ones is to be forgotten.
+    """
+
+    _files = itertools.count()
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # tensorboard takes a second to import, which only training should pay
+        from tensorboard.compat.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._files)}"
+        self._path = folder / name
+        self._event = event_pb2.Event
+        self._unwritten: list[bytes] = []
+        self._keep(file_version="brain.Event:2")
+        self._keep(step=step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        self.flush()
+
+    def _keep(self, **content: Any) -> None:
+        self._unwritten.append(self._event(wall_time=time.time(), **content).SerializeToString())
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Keeps the values of a row."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+        self._keep(step=int(row["step"]), summary=Summary(value=values))
+
+    def flush(self) -> None:
+        """Writes what was kept; after an error the file is good up to there, and takes no more."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self._path.open("ab") as file:
+            records = RecordWriter(file)
+            for event in self._unwritten:
+                records.write(event)
+        self._unwritten.clear()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

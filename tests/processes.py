@@ -23,7 +23,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("engine.cli", "engine.run", "engine.launch", "engine.pictures", "pipelines.dali"),
-        *("sklearn.datasets", "torch.utils.tensorboard", "tests.processes"),
+        *("sklearn.datasets", "tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
+        "tests.processes",
     ]
 )
 

@@ -1,0 +1,43 @@
+"""What a run tells: TensorBoard reads what was written, and trouble with the folder loses no row."""
+
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.progress import MetricsLog, read_metrics
+
+
+def board(folder):
+    """Steps and values of `loss` as TensorBoard reads them."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_tensorboard_reads_the_rows_and_forgets_those_of_steps_that_were_trained_again(tmp_path):
+    log = MetricsLog(tmp_path, 0, pytest.fail)
+    for step in range(1, 6):
+        log.add(step, loss=0.5 * step)
+    log.close()
+    log = MetricsLog(tmp_path, 3, pytest.fail)
+    log.add(4, loss=7.0)
+    log.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == board(tmp_path)
+    assert board(tmp_path) == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 7.0)]
+
+
+@pytest.mark.parametrize("gone", ["", "metrics.jsonl", "tensorboard"])
+def test_rows_outlive_their_files(tmp_path, gone):
+    folder = tmp_path / "run"
+    log = MetricsLog(folder, 0, pytest.fail)
+    log.add(1, loss=1.0)
+    path = folder / gone
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    log.add(2, loss=2.0)
+    log.close()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    assert board(folder) == [(1, 1.0), (2, 2.0)]
