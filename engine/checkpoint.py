@@ -10,7 +10,7 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mapping[str, Any] | None = None) -> Path:
     """Writes the checkpoint of a step and removes all but the newest `keep`.
 
     Args:
@@ -55,6 +55,7 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
         step: training steps done.
         content: tensors, plain values, and lists and dictionaries of them.
         keep: files that stay, this one included.
+        run: what the run is known by: plain values, see `load_newest`.
 
     Raises:
         OSError: it could not be written; earlier checkpoints are untouched and no part of it is left.
@@ -67,7 +68,7 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
             # the zip writer inside torch.save turns a failed write into RuntimeError; _Guarded keeps its cause
             guarded = _Guarded(file)
             try:
-                torch.save({"format": FORMAT, "step": step, "content": content}, guarded)  # type: ignore[arg-type]
+                torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, guarded)  # type: ignore[arg-type]
             except RuntimeError:
                 if guarded.error is None:
                     raise
@@ -80,8 +81,11 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
+    # one of a later step was passed over when this run was resumed: it is no good, and does not count
+    for old in [each for each in list_checkpoints(folder) if each.name <= path.name][:-keep]:
         old.unlink(missing_ok=True)
+    for left in folder.glob("step-*.pt.partial"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     return path
 
 
@@ -93,10 +97,18 @@ class Saver:
         keep: see `save`.
         warn: called with one line when writing fails, and when it works again.
         prepare: called before each attempt, to make anew what else of the run's folder has gone.
+        run: see `save`.
     """
 
-    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None], prepare: Callable[[], None]) -> None:
-        self._folder, self._keep, self._warn, self._prepare = folder, keep, warn, prepare
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        warn: Callable[[str], None],
+        prepare: Callable[[], None],
+        run: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._keep, self._warn, self._prepare, self._run = folder, keep, warn, prepare, run
         self._trouble = ""
         self._again = 0.0  # time.monotonic() of the next attempt
 
@@ -109,7 +121,7 @@ class Saver:
         """Tries to write the checkpoint of a step, and says whether it is there: see the function `save`."""
         try:
             self._prepare()
-            save(self._folder, step, content, self._keep)
+            save(self._folder, step, content, self._keep, self._run)
         except OSError as error:
             trouble = error.strerror or str(error)
             if trouble != self._trouble:
@@ -172,12 +184,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any] | None = None) -> Checkpoint | None:
     """Reads the newest good checkpoint, passing over damaged and foreign ones with a word about each.
 
     Args:
         folder: where they lie.
         warn: called with one line for each file passed over.
+        run: one that was saved with another value under one of these names is foreign.
 
     Returns:
         The checkpoint with its tensors on the CPU, or None where there is no good one.
@@ -194,6 +207,10 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             continue
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
             warn(f"{path} is not a checkpoint of this engine; trying the one before")
+            continue
+        known_by = loaded.get("run", {})
+        if any(known_by.get(name, value) != value for name, value in (run or {}).items()):
+            warn(f"{path} is a checkpoint of another run; trying the one before")
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])
     return None

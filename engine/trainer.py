@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +178,9 @@ class Trainer:
         self.rows = arrange(self.spec, groups, distribution.rank(), ranks)
         self.state: TrainState = make_state(config, len(data.classes), self.device)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
-        self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder)
+        self.known_by = asdict(config)
+        del self.known_by["steps"]  # a run may be given more of them
+        self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder, self.known_by)
         self.timeout, self.check_ranks = timeout, check_ranks
         self.accuracies: list[float] = []
         self.train_seconds = 0.0
@@ -198,7 +200,9 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
-        found = distribution.on_first(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn))
+        found = distribution.on_first(
+            lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn, self.known_by)
+        )
         if found is None:
             return False
         content = found.content

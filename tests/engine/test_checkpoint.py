@@ -98,3 +98,28 @@ except OSError as error:
     assert done.stdout.split() == ["refused", str(errno.EFBIG)], done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert checkpoint.load_newest(tmp_path, pytest.fail).step == 1
+
+
+def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
+    """They were passed over when the run was resumed, and would have made it remove what it had just written."""
+    checkpoint.save(tmp_path, 3, content(3), keep=1)
+    (tmp_path / "step-00000009.pt").write_bytes(b"damaged")
+    checkpoint.save(tmp_path, 6, content(6), keep=1)
+    assert checkpoint.load_newest(tmp_path, lambda text: None).step == 6
+    assert [path.name for path in tmp_path.iterdir() if "00003" in path.name] == []
+
+
+def test_parts_that_a_killed_process_left_go_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "step-00000002.pt.partial").write_bytes(b"part")
+    checkpoint.save(tmp_path, 3, content(3), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
+    said = []
+    checkpoint.save(tmp_path, 1, content(1), keep=3, run={"seed": 1, "width": 4})
+    checkpoint.save(tmp_path, 2, content(2), keep=3, run={"seed": 2, "width": 4})
+    assert checkpoint.load_newest(tmp_path, said.append, {"seed": 1, "width": 4, "newer": 0}).step == 1
+    assert len(said) == 1 and "step-00000002.pt is a checkpoint of another run" in said[0]
+    assert checkpoint.load_newest(tmp_path, said.append, {"seed": 3, "width": 4}) is None
+    assert checkpoint.load_newest(tmp_path, pytest.fail).step == 2
