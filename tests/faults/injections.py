@@ -249,8 +249,8 @@ def read_only_for_good(victim):
 
 def _trouble_at_the_end(victim, kind, begin, end):
     victim.running()
-    victim.wait(lambda: victim.training() and victim.seen() >= STEPS - 10)
-    time.sleep(victim.chance.uniform(0, 0.1))
+    target = STEPS - victim.chance.randint(2, 5)
+    victim.wait(lambda: victim.training() and victim.seen() >= target)
     outcome = victim.strike(kind, partial(begin, victim))
     try:
         codes = victim.over()
@@ -260,8 +260,7 @@ def _trouble_at_the_end(victim, kind, begin, end):
         assert codes == [2] * victim.ranks, f"{codes}\n{victim.said()}"
         last = victim.said().splitlines()[-1]
         assert last.startswith("remixmatch: ") and "--resume" in last, victim.said()
-        # what was trained after the disk was full is lost, whatever the interval
-        victim.dead(outcome, allowed=STEPS)
+        victim.dead(outcome, allowed=2 * INTERVAL)
     finally:
         end(victim)
 
@@ -279,7 +278,21 @@ def _make_room(victim):
 def _freeze(folder):
     # an own mount of the same folder, since nothing can be remounted that is open for writing
     subprocess.run(["mount", "--bind", folder, folder], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+    try:
+        _retry("mount", "-o", "remount,ro,bind", folder)
+    except AssertionError:
+        _thaw(folder)
+        raise
+
+
+def _retry(*command):
+    """Runs it until it succeeds: a mount is busy while a file is written in it."""
+    for _ in range(200):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        time.sleep(0.005)
+    raise AssertionError(done.stderr)
 
 
 def _thaw(folder):
@@ -508,7 +521,7 @@ SCENARIOS = {
 }
 
 
-def campaign(injections, seed, count, folder, references, ranks=1, flags=()):
+def campaign(injections, seed, count, folder, references, record, ranks=1, flags=()):
     """Does so many injections to runs in a folder, in turn, and sees the last of them to its end.
 
     Args:
@@ -517,25 +530,21 @@ def campaign(injections, seed, count, folder, references, ranks=1, flags=()):
         count: injections.
         folder: an empty one.
         references: what the runs are compared with.
+        record: a list that gets the outcome of each, also where the campaign fails.
         ranks: processes of a run.
         flags: further ones of its command line.
-
-    Yields:
-        The outcome of each, before it is known whether its run came to its end.
     """
     victim = Victim(folder, random.Random(seed), references, ranks, flags)
     try:
-        told = early = 0
-        while told < count:
+        early = 0
+        while len(victim.outcomes) < count:
             try:
-                injections[told % len(injections)](victim)
+                injections[len(victim.outcomes) % len(injections)](victim)
             except Ended:
                 early += 1
                 assert early <= 5 + count, "runs end before their moment too often"
                 victim.complete()
-            if victim.outcomes[told:]:
-                yield from victim.outcomes[told:]
-                told = len(victim.outcomes)
         victim.complete()
     finally:
+        record.extend(victim.outcomes)
         victim.close()

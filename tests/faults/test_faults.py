@@ -67,8 +67,9 @@ def test_nothing_saved_is_lost_and_the_end_is_the_same(scenario, seed, count, fo
     if scenario == "clock":
         injections = [partial(jump, shim=build_shim(tmp_path))]
     number = zlib.crc32(f"{scenario} {seed}".encode())
-    record_before = len(record)
-    for outcome in campaign(injections, number, count, folder, references, ranks):
-        record.append(outcome)
-    done = record[record_before:]
+    done = []
+    try:
+        campaign(injections, number, count, folder, references, done, ranks)
+    finally:
+        record.extend(done)
     assert len(done) >= count and all(outcome.survived for outcome in done)

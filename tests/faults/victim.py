@@ -1,5 +1,6 @@
 """A training run that is hurt: started, watched, resumed, and compared with the same run left in peace."""
 
+import json
 import os
 import re
 import signal
@@ -25,8 +26,12 @@ FLAGS = [
     *("--eval-every", 12, "--checkpoint-every", INTERVAL, "--log-every", 1),
 ]
 SPLIT = ["--bn", "split", "--bn-groups", 2]
-# failed writes are tried again often, and at the end not for long
-IMPATIENT = {"engine.checkpoint.RETRY_SECONDS": 0.2, "engine.checkpoint.PATIENCE_SECONDS": 1.0}
+# failed writes are tried again often, and at the end not for long; a small picture is as good as a large one
+PATCH = {
+    "engine.checkpoint.RETRY_SECONDS": 0.2,
+    "engine.checkpoint.PATIENCE_SECONDS": 1.0,
+    "engine.pictures.GRID_ROWS": 1,
+}
 LONG = 180  # seconds after which something hangs
 
 
@@ -112,11 +117,11 @@ class References:
         return checkpoint.list_checkpoints(folder / CHECKPOINTS)[-1]
 
 
-def _start(log, ranks, folder, *flags, patch=None):
+def _start(log, ranks, folder, *flags):
     arguments = ["train", "digits-40", "--out", folder, "--resume", *FLAGS, *flags]
     if ranks == 1:
-        return [start(log, *arguments, patch=patch)]
-    return start_ranks(log, ranks, *arguments, *SPLIT, patch=patch)
+        return [start(log, *arguments, patch=PATCH)]
+    return start_ranks(log, ranks, *arguments, *SPLIT, patch=PATCH)
 
 
 class Victim:
@@ -159,7 +164,7 @@ class Victim:
         self.resumed = self.newest()
         self._rows = self._inode()
         flags = [*self.flags, *flags]
-        self.processes = (start or (lambda log: _start(log, self.ranks, self.run, *flags, patch=IMPATIENT)))(self.log)
+        self.processes = (start or (lambda log: _start(log, self.ranks, self.run, *flags)))(self.log)
 
     def running(self, *flags):
         """Starts the run if it does not run."""
@@ -183,7 +188,11 @@ class Victim:
 
     def newest(self):
         """Step of the newest good checkpoint, 0 without one."""
-        found = checkpoint.load_newest(self.run / CHECKPOINTS, lambda text: None)
+        known_by = {}
+        with suppress(OSError):
+            known_by = json.loads((self.run / "config.json").read_text())
+            del known_by["steps"], known_by["class_distribution"]  # JSON has no tuples
+        found = checkpoint.load_newest(self.run / CHECKPOINTS, lambda text: None, known_by)
         return found.step if found else 0
 
     def seen(self):
