@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?= digits-40
 
-.PHONY: run test test-gpu lint results clean
+FAULTS ?= 300
+
+.PHONY: run test test-gpu test-faults lint results clean
 
 # rebuilt when a requirement or a tested version changes
 $(VENV)/installed: setup.py constraints.txt
@@ -23,6 +25,10 @@ test: lint
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# hundreds of kills, full disks and so on, of which `make test` has some dozen
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest tests/faults --faults $(FAULTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -3,8 +3,12 @@
 `make test` draws a few injections of each kind, `make test-faults` some hundred.
 """
 
+import os
 import shutil
+import struct
 import subprocess
+import sys
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -59,6 +63,12 @@ def build_shim(folder):
     library = folder / "clock.so"
     source = Path(__file__).with_name("clock.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    # what follows proves nothing where the library changes nothing
+    (folder / "offset").write_bytes(struct.pack("<q", 10**9))
+    environment = os.environ | {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(folder / "offset")}
+    printing = [sys.executable, "-c", "import time; print(time.time())"]
+    told = subprocess.run(printing, env=environment, capture_output=True, text=True, check=True)
+    assert float(told.stdout) > time.time() + 0.9e9
     return library
 
 
