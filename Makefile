@@ -17,11 +17,10 @@ $(VENV)/installed: setup.py constraints.txt
 run: $(VENV)/installed
 	$(BIN)/remixmatch train $(RUN_ARGS)
 
-# a thread a process: those of two processes would wait for one another's cores. Faults are injected by the clock, so
-# their processes have the machine to themselves
+# faults are injected by the clock, so their processes have the machine to themselves
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/faults
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/faults
+	$(BIN)/python -m pytest tests/faults
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

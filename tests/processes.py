@@ -35,7 +35,7 @@ def command(*arguments):
 
 
 def start(log, *arguments, patch=None, **environment):
-    """Starts `remixmatch ARGUMENTS`, with one thread, and returns the process.
+    """Starts `remixmatch ARGUMENTS` and returns the process.
 
     Args:
         log: a file, to which what it prints is added.
@@ -54,7 +54,6 @@ def _main(log, arguments, patch, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    torch.set_num_threads(1)
     for name, value in patch.items():
         module, attribute = name.rsplit(".", 1)
         setattr(importlib.import_module(module), attribute, value)

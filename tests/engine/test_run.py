@@ -1,11 +1,7 @@
-"""Whole runs: what they write, resumption bit for bit after SIGKILL, and full disks."""
+"""Whole runs: what they write, and resumption; what happens to processes that are hurt is in tests/faults."""
 
 import dataclasses
 import json
-import random
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from engine import checkpoint, run
 from engine.errors import UserError
 from engine.progress import read_metrics
 from engine.trainer import CHECKPOINTS, Trainer
-from tests.processes import ROOT, command, final_state
+from tests.processes import final_state, finish, start
 
 TINY_FLAGS = [
     *("--batch", "8", "--width", "4", "--device", "cpu", "--quiet"),
@@ -44,9 +40,9 @@ def assert_same(a, b, path=""):
 def undisturbed(tmp_path_factory):
     """A run of 24 steps in a process of its own, nothing done to it."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    subprocess.run(
-        command("train", "digits-40", "--steps", 24, "--out", folder, *TINY_FLAGS), cwd=ROOT, check=True, timeout=300
-    )
+    assert finish(
+        [start(folder.with_name("log"), "train", "digits-40", "--steps", 24, "--out", folder, *TINY_FLAGS)]
+    ) == [0]
     return folder
 
 
@@ -72,38 +68,6 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     for picture in ("curves.png", "views.png"):
         assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
     assert any((undisturbed / "tensorboard").iterdir())
-
-
-def test_killed_at_random_moments_and_resumed_the_run_is_the_same_bit_for_bit(undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    chance = random.Random(1)
-    kills = 0
-    for _ in range(3):
-        metrics, target = folder / "metrics.jsonl", None
-        process = subprocess.Popen(
-            command("train", "digits-40", "--steps", 24, "--out", folder, "--resume", *TINY_FLAGS), cwd=ROOT
-        )
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            rows = read_metrics(metrics)
-            done = max((row["step"] for row in rows), default=0)
-            if target is None and rows:
-                target = min(done + chance.randint(2, 6), 21)
-            if target is not None and done >= target:
-                time.sleep(chance.random() * 0.05)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.01)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills == 3, "each of the three was killed while it trained"
-    saved = checkpoint.list_checkpoints(folder / CHECKPOINTS)
-    assert not saved or 0 < checkpoint.load_newest(folder / CHECKPOINTS, pytest.fail).step < 24
-    subprocess.run(
-        command("train", "digits-40", "--steps", 24, "--out", folder, "--resume", *TINY_FLAGS),
-        cwd=ROOT, check=True, timeout=300,
-    )  # fmt: skip
-    assert_same(final_state(undisturbed), final_state(folder))
-    assert read_metrics(folder / "metrics.jsonl") == read_metrics(undisturbed / "metrics.jsonl")
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
@@ -174,27 +138,3 @@ def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail)
     if found:
         assert all(p.isfinite().all() for p in found.content["state"]["network"].values())
-
-
-def test_a_full_disk_is_told_and_at_the_end_costs_no_more_than_the_last_good_checkpoint(undisturbed, tmp_path):
-    """A real full disk: a tmpfs with room for one checkpoint and a little."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("may not mount a tmpfs here: " + mounted.stderr.decode().strip())
-    try:
-        arguments = ("train", "digits-40", "--steps", 24, "--out", disk / "run", "--keep", 9, *TINY_FLAGS)
-        done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2, done.stderr
-        *warnings, last = done.stderr.strip().splitlines()
-        assert all("could not be written (No space" in line or "metrics cannot" in line for line in warnings), warnings
-        assert warnings and "No space left on device" in last and "--resume" in last
-        kept = checkpoint.load_newest(disk / "run" / CHECKPOINTS, pytest.fail)
-        assert kept is not None and kept.step < 24
-        assert not list(disk.rglob("*.partial"))
-        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        subprocess.run(command(*arguments, "--resume"), cwd=ROOT, check=True, timeout=300)
-        assert_same(final_state(undisturbed)[1]["state"], final_state(disk / "run")[1]["state"])
-    finally:
-        subprocess.run(["umount", disk], check=True)
