@@ -234,6 +234,25 @@ def _trouble(victim, kind, begin, end):
     assert outcome.after >= outcome.before
 
 
+def fill_disk_and_kill(victim):
+    """The disk is full, and then the process is killed, or as soon as it has saved again."""
+    victim.running()
+    victim.reach(INTERVAL, 9, latest=STEPS - 20)
+    outcome = victim.strike("full disk, then SIGKILL", partial(_fill, victim))
+    try:
+        victim.wait_for_words("could not be written")
+        if victim.chance.random() < 0.5:
+            outcome.kind += " when it can save again"
+            _make_room(victim)
+            victim.wait_for_words("checkpoints can be written again")
+        for process in victim.processes:
+            process.kill()
+        victim.over()
+        victim.dead(outcome, allowed=2 * INTERVAL)
+    finally:
+        _make_room(victim)
+
+
 def fill_disk_for_good(victim):
     """A disk that stays full: the run ends in one line, and goes on where there is room again."""
     _trouble_at_the_end(victim, "full disk to the end", _fill, _make_room)
@@ -345,7 +364,7 @@ def fill_with_garbage(path, chance, foreign):
 
 
 def exchange(path, chance, foreign):
-    """Puts a good checkpoint of another run in its place."""
+    """Puts a good checkpoint of another run in its place, of the same shapes or of others."""
     shutil.copy(foreign, path)
 
 
@@ -357,7 +376,7 @@ def damage(victim, how):
     _kill_with_a_checkpoint(victim)
     newest = checkpoint.list_checkpoints(victim.run / CHECKPOINTS)[-1]
     before, seen = victim.newest(), victim.seen()
-    how(newest, victim.chance, victim.references.foreign())
+    how(newest, victim.chance, victim.references.foreign(victim.chance.choice(["--seed", "--width"])))
     victim.begin()
     kind = f"{how.__name__.replace('_', ' ')}: newest checkpoint after SIGKILL"
     outcome = victim.strike(kind, lambda: None, f"step {seen}")
@@ -509,8 +528,8 @@ SCENARIOS = {
             *(ask_twice, ask_starting),
         ],
     ),
-    "disk": (1, [fill_disk, read_only, fill_disk_for_good, read_only, fill_disk, read_only_for_good]),
-    "disk of ranks": (2, [fill_disk, read_only, fill_disk_for_good, read_only_for_good]),
+    "disk": (1, [fill_disk, read_only, fill_disk_for_good, fill_disk_and_kill, read_only_for_good]),
+    "disk of ranks": (2, [fill_disk_and_kill, read_only, fill_disk, fill_disk_for_good, read_only_for_good]),
     "removal": (1, [remove_checkpoints, kill_training, remove_run, kill_training]),
     "removal of ranks": (2, [remove_run, kill_training, remove_checkpoints, kill_training]),
     "damage": (1, [partial(damage, how=how) for how in DAMAGES] + [leave_remains]),

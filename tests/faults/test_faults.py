@@ -18,7 +18,7 @@ import pytest
 from tests.faults.injections import SCENARIOS, campaign, jump
 
 COUNTS = {
-    "kill": 6, "kill a rank": 4, "stop a rank": 1, "pause": 2, "pause ranks": 2, "ask": 4, "ask ranks": 5, "disk": 4,
+    "kill": 6, "kill a rank": 4, "stop a rank": 1, "pause": 2, "pause ranks": 2, "ask": 4, "ask ranks": 5, "disk": 5,
     "disk of ranks": 2, "removal": 4, "removal of ranks": 2, "damage": 6, "clock": 3, "torchrun": 2,
 }  # fmt: skip
 AT_ONCE = 12  # injections of one test, at most

@@ -108,12 +108,12 @@ class References:
             assert finish(_start(log, ranks, folder), LONG) == [0] * ranks, log.read_text()
         return folder
 
-    def foreign(self):
-        """A checkpoint of a run with another configuration."""
-        folder = self._folder / "foreign"
+    def foreign(self, flag):
+        """A checkpoint of a run with another value of a flag."""
+        folder = self._folder / f"foreign{flag}"
         if not folder.exists():
-            log = self._folder / "foreign.log"
-            process = start(log, "train", "digits-40", "--out", folder, *FLAGS, "--width", 8, "--steps", 3)
+            log = self._folder / f"foreign{flag}.log"
+            process = start(log, "train", "digits-40", "--out", folder, *FLAGS, flag, 8, "--steps", 3)
             assert finish([process], LONG) == [0], log.read_text()
         return checkpoint.list_checkpoints(folder / CHECKPOINTS)[-1]
 
