@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.errors import RankError, UserError
+from engine.guard import Watchdog
 
 Result = TypeVar("Result")
 
@@ -42,9 +43,12 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
     if "MASTER_ADDR" not in os.environ:
         own_store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
-        )
+        # what the first rank's store answers is waited for without a timeout: that rank may have been stopped
+        with Watchdog(1.5 * timeout, int(os.environ.get("RANK", "0"))) as watchdog:
+            watchdog.alive("the ranks' coming together")
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
+            )
     except dist.DistError as error:
         raise RankError(f"the {ranks_to_be()} ranks did not come together: {_first_line(error)}") from error
 

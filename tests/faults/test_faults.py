@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.injections import SCENARIOS, campaign, jump
+from tests.faults.victim import FLAGS
+from tests.processes import finish, start
 
 COUNTS = {
     "kill": 6, "kill a rank": 4, "stop a rank": 1, "pause": 2, "pause ranks": 2, "ask": 4, "ask ranks": 5, "disk": 5,
@@ -26,6 +29,8 @@ ON_A_DISK = ("disk", "disk of ranks")
 
 
 def pytest_generate_tests(metafunc):
+    if "scenario" not in metafunc.fixturenames:
+        return
     total = metafunc.config.getoption("--faults", 0)
     drawn = {name: round(total * count / sum(COUNTS.values())) for name, count in COUNTS.items()} if total else COUNTS
     cases = []
@@ -83,3 +88,13 @@ def test_nothing_saved_is_lost_and_the_end_is_the_same(scenario, seed, count, fo
     finally:
         record.extend(done)
     assert len(done) >= count and all(outcome.survived for outcome in done)
+
+
+def test_a_rank_ends_where_the_first_one_takes_its_call_and_never_answers(tmp_path):
+    """As a process does that was stopped while the ranks came together: its system still answers for it."""
+    log = tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        group = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
+        process = start(log, "train", "digits-40", "--out", tmp_path / "run", *FLAGS, "--timeout", 2, **group)
+        codes = finish([process], 60)
+    assert codes == [75] and "nothing came of the ranks' coming together for 3 s" in log.read_text()
