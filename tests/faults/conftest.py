@@ -1,16 +1,12 @@
+import dataclasses
+
 import pytest
 
-from tests.faults.victim import INTERVAL, References
-
-OUTCOMES = pytest.StashKey[list]()
+from tests.faults.victim import INTERVAL, Outcome, References
 
 
 def pytest_addoption(parser):
     parser.addoption("--faults", type=int, default=0, help="so many injections, over all kinds and further seeds")
-
-
-def pytest_configure(config):
-    config.stash[OUTCOMES] = []
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +18,20 @@ def references(tmp_path_factory):
 @pytest.fixture
 def record(request):
     """A list of outcomes, for the summary of the whole session."""
-    return request.config.stash[OUTCOMES]
+    outcomes = []
+    yield outcomes
+    # properties of a test travel from the process that ran it
+    request.node.user_properties += [("fault", dataclasses.asdict(outcome)) for outcome in outcomes]
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    outcomes = config.stash.get(OUTCOMES, [])
+def pytest_terminal_summary(terminalreporter):
+    ended = [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "teardown"
+    ]
+    outcomes = [Outcome(**value) for report in ended for name, value in report.user_properties if name == "fault"]
     if not outcomes:
         return
     for outcome in outcomes:
