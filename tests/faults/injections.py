@@ -283,9 +283,9 @@ def _trouble_at_the_end(victim, kind, begin, end):
 
 
 def _fill(victim):
-    used = shutil.disk_usage(victim.folder).used
     room = victim.chance.randrange(0, 56, 4) * 1024  # less than a checkpoint needs
-    subprocess.run(["mount", "-o", f"remount,size={used + room}", victim.folder], check=True)
+    # a disk cannot be made smaller than what is in it, which may have grown since it was asked
+    _retry(lambda: ["mount", "-o", f"remount,size={shutil.disk_usage(victim.folder).used + room}", victim.folder])
 
 
 def _make_room(victim):
@@ -296,16 +296,17 @@ def _freeze(folder):
     # an own mount of the same folder, since nothing can be remounted that is open for writing
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
-        _retry("mount", "-o", "remount,ro,bind", folder)
+        # a mount is busy while a file is written in it
+        _retry(lambda: ["mount", "-o", "remount,ro,bind", folder])
     except AssertionError:
         _thaw(folder)
         raise
 
 
-def _retry(*command):
-    """Runs it until it succeeds: a mount is busy while a file is written in it."""
+def _retry(command):
+    """Runs the command that it gives until that succeeds."""
     for _ in range(200):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command(), capture_output=True, text=True)
         if done.returncode == 0:
             return
         time.sleep(0.005)
