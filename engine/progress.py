@@ -63,16 +63,27 @@ class MetricsLog:
         row: dict[str, float] = {"step": step, **values}
         self._lines.append(json.dumps(row) + "\n")
         self._unflushed.append(row)
+        self._try(lambda: self._append(row))
+
+    def catch_up(self) -> None:
+        """Writes what could not be written when it was added, if that can be done now."""
+        if self._file is None:
+            self._try(self._open)
+
+    def _append(self, row: dict[str, float]) -> None:
+        if self._file is None or not self._path.exists():
+            self._let_go()
+            self._open()
+        else:
+            self._file.write(self._lines[-1])
+            assert self._board is not None
+            self._board.add(row)
+        if time.monotonic() >= self._next_flush:
+            self._flush()
+
+    def _try(self, write: Callable[[], None]) -> None:
         try:
-            if self._file is None or not self._path.exists():
-                self._let_go()
-                self._open()
-            else:
-                self._file.write(self._lines[-1])
-                assert self._board is not None
-                self._board.add(row)
-            if time.monotonic() >= self._next_flush:
-                self._flush()
+            write()
         except OSError as error:
             self._let_go()
             if not self._trouble:

@@ -228,6 +228,8 @@ class Trainer:
             UserError: the parameters are not finite; the last one cannot be written. Earlier ones are untouched.
         """
         self._settle(self.step)
+        if self._log:
+            self._log.catch_up()  # no row may be missing before the step that a run is resumed from
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
             raise self._diverged(self.step - 1, "the update left parameters that are not finite")
         content = {

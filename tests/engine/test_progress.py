@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard reads what was written, and trouble with the folder loses no row."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,3 +42,20 @@ def test_rows_outlive_their_files(tmp_path, gone):
     log.close()
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     assert board(folder) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_row_that_could_not_be_written_is_there_after_catching_up(tmp_path):
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    said = []
+    log = MetricsLog(tmp_path, 0, said.append)
+    log.add(1, loss=1.0)
+    log._file = SimpleNamespace(write=full, close=lambda: None)
+    log.add(2, loss=2.0)
+    assert said == ["metrics cannot be written (No space left on device); they are kept and tried again"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    log.catch_up()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    log.close()
+    assert board(tmp_path) == [(1, 1.0), (2, 2.0)]
