@@ -195,8 +195,11 @@ def _check_ranks(options: TrainOptions) -> None:
     if not launch.under_torchrun() and options.gpus > 1:
         import torch
 
-        if options.config.device == "cuda" and options.gpus > torch.cuda.device_count():
-            raise UserError(f"--gpus {options.gpus}: torch sees {torch.cuda.device_count()} GPUs here")
+        from engine.run import pick_device
+
+        places = torch.cuda.device_count() if pick_device(options.config).type == "cuda" else options.gpus
+        if options.gpus > places:
+            raise UserError(f"--gpus {options.gpus}: torch sees {places} here; --device cpu trains without any")
 
 
 def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptions:

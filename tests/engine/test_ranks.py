@@ -143,3 +143,12 @@ def test_mistakes_are_told_before_a_rank_is_started(capfd, tmp_path, flags, mess
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line and not list(tmp_path.iterdir())
+
+
+def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
+    for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "digits-40", "--out", str(tmp_path / "run"), "--gpus", "2"])
+    assert ended.value.code == 2
+    assert "--gpus 2: torch sees 1 here; --device cpu" in capfd.readouterr().err
