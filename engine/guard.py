@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOK_SECONDS = 0.25
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a wish, which the training loop grants after a step.
+    """SIGTERM, SIGINT and SIGHUP as a wish, which the training loop grants after a step.
 
     Attributes:
         number: of the first signal that came, 0 before.
@@ -26,11 +27,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the two signals while it lasts; does nothing outside the main thread, where Python has no signals."""
+        """Takes the signals while it lasts; does nothing outside the main thread, where Python has no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {each: signal.signal(each, self._take) for each in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup has it
+        before = {each: signal.signal(each, self._take) for each in wanted}
         try:
             yield
         finally:
@@ -40,8 +42,10 @@ class StopRequest:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
         if number == signal.SIGINT:
-            # by the system's own hand, since Python's would wait for a collective that another rank may never join
+            # a second one ends this process, as does the end of a torchrun that got it. By the system's own hand, since
+            # Python's would wait for a collective that another rank may never join
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Watchdog:

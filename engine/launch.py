@@ -67,6 +67,10 @@ def restarted() -> bool:
 
 
 def end_with_parent() -> None:
-    """Has the system send SIGINT to this process when torchrun is killed, so that no rank trains on by itself."""
+    """Has the system send SIGHUP to this process when torchrun is killed, so that no rank trains on by itself.
+
+    It may come several times, once for each thread of torchrun's that ends.
+    """
     if under_torchrun() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT))
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))

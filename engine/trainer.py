@@ -252,7 +252,7 @@ class Trainer:
 
         Raises:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
-            Stopped: SIGTERM or SIGINT came, on some rank; the step reached is saved.
+            Stopped: SIGTERM, SIGINT or SIGHUP came, to some rank; the step reached is saved.
         """
         self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distribution.rank() == 0 else None
         begin = time.monotonic() - self.train_seconds

@@ -507,7 +507,7 @@ def kill_torchrun(victim):
         assert time.monotonic() < deadline, f"ranks train on without torchrun\n{victim.said()}"
         time.sleep(0.02)
     victim.check_words()
-    assert f"SIGINT: step {victim.newest()} is saved" in victim.said(), victim.said()
+    assert f"SIGHUP: step {victim.newest()} is saved" in victim.said(), victim.said()
     assert victim.newest() == victim.seen()
     victim.dead(outcome, allowed=0)
 
