@@ -432,9 +432,12 @@ def jump(victim, shim):
     path = victim.folder / "clock"
     if not victim.processes:
         path.write_bytes(struct.pack("<q", 0))
-        arguments = ["train", "digits-40", "--out", victim.run, "--resume", *FLAGS]
         environment = {"LD_PRELOAD": str(shim), "CLOCK_OFFSET_FILE": str(path), "OMP_NUM_THREADS": "1"}
-        victim.begin(start=lambda log: [Spawned(log, *arguments, **environment)])
+
+        def spawn(log):
+            return [Spawned(log, "train", "digits-40", "--out", victim.run, "--resume", *FLAGS, **environment)]
+
+        victim.begin(start=spawn)
     victim.reach(1, 15, latest=STEPS - 1)
     seconds = victim.chance.choice([-1, 1]) * victim.chance.randint(1, 20 * 86400)
 
@@ -452,9 +455,8 @@ def jump(victim, shim):
 def torchrun(victim):
     """Begins a real torchrun with two ranks, if it does not run."""
     if not victim.processes:
-        arguments = ["train", "digits-40", "--out", victim.run, "--resume", *FLAGS, *SPLIT]
-        flags = ["--gpus", 2, "--max-restarts", 3]
-        victim.begin(start=lambda log: [start(log, *arguments, *flags, OMP_NUM_THREADS=1)])
+        flags = [*FLAGS, *SPLIT, "--gpus", 2, "--max-restarts", 3]
+        victim.begin(start=lambda log: [start(log, "train", "digits-40", "--out", victim.run, "--resume", *flags)])
 
 
 def workers(parent):

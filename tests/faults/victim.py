@@ -141,6 +141,7 @@ class Victim:
         self.outcomes = []
         self.processes = []
         self._runs = self._lives = 0
+        self._start = None
         self._new_run()
 
     def _new_run(self):
@@ -162,7 +163,7 @@ class Victim:
         self._lives += 1
         self.log = self.folder.parent / f"{self.folder.name}-{self._lives}.log"
         self.log.touch()
-        self._special = start is not None
+        self._start = start
         self.resumed = self.newest()
         self._rows = self._inode()
         flags = [*self.flags, *flags]
@@ -242,7 +243,7 @@ class Victim:
         target = here + self.chance.randint(low, high)
         if target > latest:
             self.complete()
-            self.begin()
+            self.begin(start=self._start)
             target = self.chance.randint(low, min(high, latest))
         self.wait(lambda: self.training() and self.seen() >= target)
         time.sleep(self.chance.uniform(0, 0.05))
@@ -299,7 +300,7 @@ class Victim:
         assert "Traceback" not in said, said
         steps = re.findall(r"resuming \S+ from step (\d+)", said)
         # torchrun's ranks may say it only after a restart
-        assert not steps or int(steps[0]) == self.resumed or (self._special and int(steps[0]) > self.resumed), said
+        assert not steps or int(steps[0]) == self.resumed or (self._start and int(steps[0]) > self.resumed), said
 
     def complete(self):
         """Sees the run to its end, and compares it with the reference."""
