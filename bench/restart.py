@@ -113,10 +113,10 @@ def _kill(
     first = last_step()
     until("training", lambda: last_step() >= first + options.checkpoint_every + chance.randrange(10))
     before, file = last_step(), opened()
-    old = _ranks_of(launcher)
+    old = ranks_of(launcher.pid)
     begin = time.monotonic()
     os.kill(chance.choice(sorted(old)), signal.SIGKILL)
-    until("new ranks", lambda: len(_ranks_of(launcher) - old) == options.ranks)
+    until("new ranks", lambda: len(ranks_of(launcher.pid) - old) == options.ranks)
     regrouped = time.monotonic()
     until("the log's opening", lambda: opened() != file)
     loaded, resumed = time.monotonic(), last_step()
@@ -131,9 +131,9 @@ def _kill(
     }
 
 
-def _ranks_of(launcher: subprocess.Popen) -> set[int]:
-    """Process numbers of the ranks that a launcher has started and that have not ended."""
-    listed = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="ascii")
+def ranks_of(launcher: int) -> set[int]:
+    """Process numbers of the ranks that torchrun, a process of that number, has started and that have not ended."""
+    listed = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii")
     ranks = set()
     for number in map(int, listed.split()):
         try:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from bench.restart import ranks_of
 from engine import checkpoint
 from engine.trainer import CHECKPOINTS
 from tests.faults.victim import FLAGS, INTERVAL, SPLIT, STEPS, Ended, Spawned, Victim
@@ -459,18 +460,6 @@ def torchrun(victim):
         victim.begin(start=lambda log: [start(log, "train", "digits-40", "--out", victim.run, "--resume", *flags)])
 
 
-def workers(parent):
-    """Processes that a torchrun started as ranks."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, IndexError):
-            if not entry.name.isdigit() or (entry / "stat").read_text().rpartition(")")[2].split()[1] != str(parent):
-                continue
-            if b"\0RANK=" in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-    return sorted(found)
-
-
 def running_still(pid):
     """Whether a process is there and no zombie."""
     try:
@@ -484,7 +473,7 @@ def kill_rank_of_torchrun(victim):
     torchrun(victim)
     victim.reach(INTERVAL + 1, 12, latest=STEPS - 15)
     (parent,) = victim.processes
-    target = victim.chance.choice(workers(parent.pid))
+    target = victim.chance.choice(sorted(ranks_of(parent.pid)))
     said = victim.said().count("resuming")
     outcome = victim.strike("SIGKILL of a rank of torchrun", partial(os.kill, target, signal.SIGKILL))
     seen = victim.seen()
@@ -500,7 +489,7 @@ def kill_torchrun(victim):
     torchrun(victim)
     victim.reach(0, 8, latest=STEPS - 15)
     (parent,) = victim.processes
-    ranks = workers(parent.pid)
+    ranks = ranks_of(parent.pid)
     assert len(ranks) == 2
     outcome = victim.strike("SIGKILL of torchrun", parent.kill)
     finish(victim.processes)
