@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 RUN_ARGS ?= digits-40
 
 FAULTS ?= 300
+EMULATED := $(BIN)/python tests/emulator/run.py
 
-.PHONY: run test test-gpu test-faults lint results clean
+.PHONY: run test test-gpu test-emulated test-faults lint results clean
 
 # rebuilt when a requirement or a tested version changes
 $(VENV)/installed: setup.py constraints.txt
@@ -20,10 +21,15 @@ run: $(VENV)/installed
 # faults are injected by the clock, so their processes have the machine to themselves
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/faults
-	$(BIN)/python -m pytest tests/faults
+	$(EMULATED) -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
+	$(BIN)/python -m pytest -n 2 tests/faults
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# what a host does with a device, without one: streams, events, graphs, collectives; no kernels
+test-emulated: $(VENV)/installed
+	$(EMULATED) -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
 
 # hundreds of kills, full disks and so on, of which `make test` has some dozen
 test-faults: $(VENV)/installed

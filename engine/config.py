@@ -99,8 +99,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision of the network, fp16 with a loss scaler; auto is bf16 on a GPU and fp32 on a CPU. fp64, for
-    CPUs, has the whole network in double precision, which tells rounding from mistakes."""
+    """Autocast precision of the network, fp16 with a loss scaler; auto is bf16 on a GPU and fp32 on a CPU. fp64
+    has the whole network in double precision, which is slow and tells rounding from mistakes."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
     whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOK_SECONDS = 0.25
+DEAF_SECONDS = 10.0  # in which Python has not got to a signal: it waits in native code, for what may never come
 
 
 class StopRequest:
@@ -24,6 +26,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
+        self._come = 0
+        self._inbox = self._outbox = -1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -32,12 +36,25 @@ class StopRequest:
             yield
             return
         wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup has it
+        self._inbox, self._outbox = os.pipe()
+        for end in (self._inbox, self._outbox):
+            os.set_blocking(end, False)
+        waker = signal.set_wakeup_fd(self._outbox, warn_on_full_buffer=False)
         before = {each: signal.signal(each, self._take) for each in wanted}
         try:
             yield
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
+            signal.set_wakeup_fd(waker)
+            for end in (self._inbox, self._outbox):
+                os.close(end)
+
+    def unheard(self) -> int:
+        """The number of a signal that the system has delivered and Python has not got to, or 0; for other threads."""
+        with contextlib.suppress(BlockingIOError):
+            self._come = next((each for each in os.read(self._inbox, 64) if each in _SIGNALS), self._come)
+        return 0 if self.number else self._come
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
@@ -54,15 +71,19 @@ class Watchdog:
     A collective waits in native code, a captured one not even there: nothing but another thread can end it. Time in
     which this process was itself stopped or starved does not count.
 
+    A signal that asks for the end has to find Python awake. A rank that waits for one that is gone is not, and would
+    be killed only after torchrun's half minute: it ends by itself, and the group is started again so much sooner.
+
     Args:
         seconds: without a sign of life.
         rank: named in the message.
+        stop: listening, while this lasts.
     """
 
     EXIT_CODE = 75  # a temporary failure, in the words of sysexits.h
 
-    def __init__(self, seconds: float, rank: int) -> None:
-        self._seconds, self._rank = seconds, rank
+    def __init__(self, seconds: float, rank: int, stop: StopRequest | None = None) -> None:
+        self._seconds, self._rank, self._stop = seconds, rank, stop
         self._idle, self._doing = 0.0, "starting"
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -80,16 +101,23 @@ class Watchdog:
         self._idle, self._doing = 0.0, doing
 
     def _watch(self) -> None:
-        seen = time.monotonic()
+        seen, deaf = time.monotonic(), 0.0
         while not self._end.wait(_LOOK_SECONDS):
             now = time.monotonic()
-            self._idle += min(now - seen, 2 * _LOOK_SECONDS)
+            passed = min(now - seen, 2 * _LOOK_SECONDS)
             seen = now
+            self._idle += passed
             if self._idle >= self._seconds:
-                print(
-                    f"remixmatch: rank {self._rank}: nothing came of {self._doing} for {self._seconds:g} s "
-                    "(--timeout): another rank hangs or is lost; this one ends, go on with --resume",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(self.EXIT_CODE)
+                self._leave(f"nothing came of {self._doing} for {self._seconds:g} s (--timeout)", self.EXIT_CODE)
+            number = self._stop.unheard() if self._stop else 0
+            deaf = deaf + passed if number else 0.0
+            if deaf >= DEAF_SECONDS:
+                name = signal.Signals(number).name
+                self._leave(f"{name} came {DEAF_SECONDS:g} s ago, and nothing of {self._doing} since", 128 + number)
+
+    def _leave(self, why: str, code: int) -> NoReturn:
+        text = (
+            f"remixmatch: rank {self._rank}: {why}: another rank hangs or is lost; this one ends, go on with --resume"
+        )
+        print(text, file=sys.stderr, flush=True)
+        os._exit(code)

@@ -53,14 +53,8 @@ def pick_device(config: Config) -> torch.device:
 
 
 def pick_precision(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the network's input: autocast's, or without autocast the parameters' own, float32 or float64.
-
-    Raises:
-        UserError: fp64 on a GPU.
-    """
+    """The dtype of the network's input: autocast's, or without autocast the parameters' own, float32 or float64."""
     name = config.precision
-    if name == "fp64" and device.type == "cuda":
-        raise UserError("--precision fp64 is for CPUs; take --device cpu, or fp32, bf16 or fp16")
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -256,7 +250,8 @@ class Trainer:
         """
         self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distribution.rank() == 0 else None
         begin = time.monotonic() - self.train_seconds
-        guard = Watchdog(self.timeout, distribution.rank()) if distribution.ranks() > 1 else nullcontext()
+        several = distribution.ranks() > 1
+        guard = Watchdog(self.timeout, distribution.rank(), self._stop) if several else nullcontext()
         try:
             with self._stop.listening(), guard as watchdog:
                 self.begin()

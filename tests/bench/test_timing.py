@@ -39,6 +39,7 @@ def test_ceilings_are_measured_once_a_process():
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_queued_kernels_are_timed_without_the_host():
     device = torch.device("cuda", 0)

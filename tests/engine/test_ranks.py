@@ -1,5 +1,6 @@
 """Several ranks: the run of one, on any number of them; settings that they have; what they do with a mistake."""
 
+import signal
 import subprocess
 import sys
 
@@ -124,6 +125,26 @@ def test_a_rank_that_waits_too_long_ends_with_a_message():
     assert done.returncode == 75 and done.stdout == "alive\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("remixmatch: rank 3: nothing came of step 5 for 1 s (--timeout)")
+
+
+def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
+    """As one does that waits for another rank's part in a captured collective: Python's handlers never run."""
+    script = (
+        "import ctypes, os, signal, threading\nfrom engine import guard\n"
+        "guard.DEAF_SECONDS = 1.0\n"
+        "stop, mutex, system = guard.StopRequest(), ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+        "with stop.listening(), guard.Watchdog(50.0, 3, stop) as watchdog:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # one that is heard, and may take its time
+        "    assert stop.number == signal.SIGTERM\n"
+        "    threading.Event().wait(2.5)\n"
+        "    print('alive', flush=True)\n    stop.number = 0\n"
+        "    watchdog.alive('step 7')\n    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()\n"
+        "    system.pthread_mutex_lock(mutex)\n    system.pthread_mutex_lock(mutex)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGHUP and done.stdout == "alive\n", done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("remixmatch: rank 3: SIGHUP came 1 s ago, and nothing of step 7 since: another rank hangs")
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize(("side", "rows"), [(1, 5), (5, 2000), (28, 100), (32, 768), (96, 100), (224, 16)])
@@ -199,6 +200,7 @@ def test_gpu(side, rows, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 def test_gpu_row_beyond_int32():
     """The last of 15 000 views of 224 x 224 begins more than 2**31 bytes in; so does its result."""
@@ -213,6 +215,7 @@ def test_gpu_row_beyond_int32():
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 def test_gpu_compiled():
     case = problem(64, 32, device="cuda")

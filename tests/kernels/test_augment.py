@@ -219,6 +219,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("height", "width"), [*SIZES, (5, 7), (2, 1), (96, 17)])
@@ -234,6 +235,7 @@ def test_gpu(height, width, seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 def test_gpu_row_beyond_int32():
     """The last of 80 000 images of 96 x 96 begins more than 2**31 bytes in."""

@@ -218,6 +218,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
@@ -234,6 +235,7 @@ def test_gpu(classes, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (64, 1000)])
 def test_gpu_graph(batch, classes):
@@ -256,6 +258,7 @@ def test_gpu_graph(batch, classes):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @needs_gpu
 def test_gpu_compiled():
     case = problem(64, 10, device="cuda")

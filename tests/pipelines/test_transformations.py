@@ -168,6 +168,7 @@ def test_images_smaller_than_a_filter(side):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu_is_pil_as_well(name):

@@ -265,6 +265,7 @@ def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_views_match_the_cpu_ones():
     views = plan()

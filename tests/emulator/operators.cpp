@@ -1,0 +1,276 @@
+// torch's operators on emulated devices: those of a CPU, over the same memory, given to the stream as a kernel would be.
+#include <ATen/ATen.h>
+#include <ATen/NativeFunctions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime.h"
+
+namespace {
+
+using at::IValue;
+using at::Tensor;
+using c10::DispatchKey;
+using Values = std::vector<IValue>;
+
+// A value with all its tensors replaced.
+template <typename Function>
+IValue map_tensors(const IValue& value, Function function) {
+  auto mapped = [&](const Tensor& tensor) { return tensor.defined() ? Tensor(function(tensor)) : tensor; };
+  if (value.isTensor()) return mapped(value.toTensor());
+  if (value.isTensorList()) {
+    c10::List<Tensor> list;
+    for (const Tensor& tensor : value.toTensorVector()) list.push_back(mapped(tensor));
+    return list;
+  }
+  if (value.isList() && value.toList().elementType()->isSubtypeOf(*c10::OptionalType::ofTensor())) {
+    c10::List<std::optional<Tensor>> list;
+    for (const IValue& item : value.toListRef())
+      list.push_back(item.isTensor() ? std::optional<Tensor>(mapped(item.toTensor())) : std::nullopt);
+    return list;
+  }
+  return value;
+}
+
+template <typename Function>
+void each_tensor(const IValue& value, Function function) {
+  map_tensors(value, [&](const Tensor& tensor) {
+    function(tensor);
+    return tensor;
+  });
+}
+
+// The same memory as a tensor of a CPU, which does not keep it: a kernel knows an address and no more.
+Tensor on_cpu(const Tensor& tensor) {
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
+}
+
+size_t bytes_of(const Tensor& tensor) {
+  return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size());
+}
+
+// Executes an operator on CPU tensors, below autograd.
+Values execute(const c10::OperatorHandle& op, const Values& arguments) {
+  // in half precision CPUs have no arithmetic, and make it up a hundred times slower
+  static const std::set<std::string> heavy{"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm"};
+  bool half = false;
+  if (heavy.count(op.schema().name()))
+    for (const auto& value : arguments) each_tensor(value, [&](const Tensor& t) { half |= t.scalar_type() == at::kHalf; });
+  const at::AutoDispatchBelowADInplaceOrView below;
+  torch::jit::Stack stack;
+  for (const auto& value : arguments)
+    stack.push_back(half ? map_tensors(value, [](const Tensor& t) { return t.to(at::kFloat); }) : value);
+  op.callBoxed(&stack);
+  Values results;
+  for (const auto& value : stack)
+    results.push_back(half ? map_tensors(value, [](const Tensor& t) { return t.to(at::kHalf); }) : value);
+  return results;
+}
+
+// Whether the host has to know values before it can give more work: a real device is waited for here.
+bool waits(const std::string& name, const Values& arguments) {
+  static const std::set<std::string> always{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
+                                            "aten::bincount", "aten::repeat_interleave"};
+  bool waits = always.count(name) > 0;
+  if (name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_")
+    each_tensor(arguments[1], [&](const Tensor& index) {
+      waits |= index.is_cpu() || index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
+    });
+  return waits;
+}
+
+// Sizes, strides and types of an operator's results depend on no values: they are found with zeros, once.
+const Values& results_like(const c10::OperatorHandle& op, const Values& given, const std::vector<size_t>& grown) {
+  static auto* known = new std::unordered_map<std::string, Values>;
+  static auto* lock = new std::mutex;
+  std::ostringstream key;
+  key << op.operator_name();
+  Values zeros;
+  for (const auto& value : given) {
+    bool any = false;
+    each_tensor(value, [&](const Tensor& t) {
+      any = true;
+      key << '|' << t.sizes() << t.strides() << t.scalar_type() << t.device();
+      if (t.is_cpu()) key << t.unsafeGetTensorImpl()->is_wrapped_number() << t.item().to<double>();
+    });
+    if (!any) key << '|' << value;
+    zeros.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [](const Tensor& t) {
+      if (t.is_cpu()) return t;
+      const auto made = at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kCPU));
+      if (t.numel()) std::memset(made.data_ptr(), 0, bytes_of(made));
+      return made;
+    }));
+  }
+  {
+    const std::lock_guard<std::mutex> guard(*lock);
+    if (const auto found = known->find(key.str()); found != known->end()) return found->second;
+  }
+  Values results = execute(op, zeros);
+  for (size_t i : grown) results.push_back(zeros[i]);
+  const std::lock_guard<std::mutex> guard(*lock);
+  return known->emplace(key.str(), std::move(results)).first->second;
+}
+
+// An operator as torch calls it, in place of its CUDA kernel.
+void emulate(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const auto& name = schema.name();
+  const size_t count = schema.arguments().size(), returned = schema.returns().size();
+  const Values given(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
+  stack->erase(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
+  c10::Device device(at::kCUDA, c10::cuda::current_device());
+  for (const auto& value : given) {
+    if (value.isDevice() && value.toDevice().has_index()) device = value.toDevice();
+    each_tensor(value, [&](const Tensor& tensor) {
+      if (tensor.is_cuda()) device = tensor.device();
+    });
+  }
+  const c10::cuda::CUDAGuard guard(device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+
+  // a result is an argument given back, or a tensor of its own
+  std::vector<std::optional<size_t>> back(returned);
+  for (size_t r = 0; r < returned; ++r)
+    for (size_t i = 0; i < count; ++i) {
+      const auto *result = schema.returns()[r].alias_info(), *argument = schema.arguments()[i].alias_info();
+      if (result && argument && result->beforeSets() == argument->beforeSets()) back[r] = i;
+    }
+  std::vector<size_t> grown;  // out= without elements, which gets its size from the operator
+  for (size_t i = 0; i < count; ++i) {
+    const auto* info = schema.arguments()[i].alias_info();
+    if (info && info->isWrite() && given[i].isTensor() && given[i].toTensor().defined() && !given[i].toTensor().numel())
+      grown.push_back(i);
+  }
+
+  auto new_like = [&](const Tensor& like) {
+    return at::empty_strided(like.sizes(), like.strides(), like.options().device(device));
+  };
+  auto arguments = [&] {
+    Values ours;
+    for (const auto& value : given)
+      ours.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [&](const Tensor& tensor) {
+        if (tensor.is_cuda()) return on_cpu(tensor);
+        Tensor value = tensor.clone();  // a kernel's argument, fixed when it is launched
+        value.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+        return value;
+      }));
+    return ours;
+  };
+
+  if (waits(name, given)) {  // and may have indices of a CPU
+    c10::cuda::stream_synchronize(stream.stream());
+    const Values results = execute(op, arguments());
+    for (size_t r = 0; r < returned; ++r)
+      stack->push_back(back[r] ? given[*back[r]] : map_tensors(results[r], [&](const Tensor& result) {
+        Tensor made = new_like(result);
+        if (result.numel()) std::memcpy(made.data_ptr(), result.data_ptr(), bytes_of(result));
+        return made;
+      }));
+    return;
+  }
+
+  for (const auto& value : given)
+    each_tensor(value, [&](const Tensor& tensor) {
+      TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0, "Expected all tensors to be on the same device: ", name,
+                  " got one of a CPU beside others of CUDA");
+    });
+  bool own = !grown.empty();
+  for (const auto& argument : back) own |= !argument;
+  std::vector<std::vector<std::pair<void*, size_t>>> own_results(returned);
+  if (own) {
+    const Values& like = results_like(op, given, grown);
+    for (size_t g = 0; g < grown.size(); ++g) given[grown[g]].toTensor().resize_(like[returned + g].toTensor().sizes());
+    for (size_t r = 0; r < returned; ++r)
+      stack->push_back(back[r] ? given[*back[r]] : map_tensors(like[r], [&](const Tensor& result) {
+        const Tensor made = new_like(result);
+        own_results[r].emplace_back(made.data_ptr(), made.numel() ? bytes_of(made) : 0);
+        return made;
+      }));
+  } else {
+    for (const auto& argument : back) stack->push_back(given[*argument]);
+  }
+  C10_CUDA_CHECK(emulated_enqueue(stream.stream(), name.c_str(), [op, ours = arguments(), own_results] {
+    const Values results = execute(op, ours);
+    for (size_t r = 0; r < own_results.size(); ++r) {
+      size_t i = 0;
+      if (!own_results[r].empty())
+        each_tensor(results[r], [&](const Tensor& result) {
+          const auto [to, bytes] = own_results[r][i++];
+          if (bytes) std::memcpy(to, result.data_ptr(), bytes);
+        });
+    }
+  }));
+}
+
+// aten::copy_: within a device as any operator, between host and device by torch's own use of the runtime.
+Tensor& copy(Tensor& self, const Tensor& source, bool non_blocking) {
+  if (!self.numel() || self.is_same(source)) return self;
+  if (!self.is_cuda() || !source.is_cuda()) return at::native::copy_(self, source, non_blocking);
+  const c10::cuda::CUDAGuard guard(self.device());
+  const Tensor to = on_cpu(self), from = on_cpu(source.expand_as(self));
+  C10_CUDA_CHECK(emulated_enqueue(c10::cuda::getCurrentCUDAStream().stream(), "aten::copy_", [to, from] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    Tensor(to).copy_(from);
+  }));
+  return self;
+}
+
+// Views and allocations, which are the same here, and what the runtime does.
+bool stays(const std::string& name) {
+  static const std::set<std::string> names{
+      "aten::_has_storage", "aten::_local_scalar_dense", "aten::_pin_memory",      "aten::_reshape_alias",
+      "aten::_to_copy",     "aten::alias",               "aten::as_strided",       "aten::copy_",
+      "aten::empty",        "aten::empty_strided",       "aten::is_pinned",        "aten::is_set_to",
+      "aten::record_stream", "aten::resize_",            "aten::set_",             "aten::unfold",
+      "aten::view",         "aten::view_as_complex",     "aten::view_as_real"};
+  return names.count(name) > 0;
+}
+
+bool has_tensors(const std::vector<c10::Argument>& arguments) {
+  for (const auto& argument : arguments)
+    if (argument.type()->str().find("Tensor") != std::string::npos) return true;
+  return false;
+}
+
+torch::Library& library(const std::string& space) {
+  static auto* made = new std::map<std::string, std::unique_ptr<torch::Library>>;
+  auto& found = (*made)[space];
+  if (!found) found = std::make_unique<torch::Library>(torch::Library::IMPL, space, DispatchKey::CUDA, __FILE__, __LINE__);
+  return *found;
+}
+
+}  // namespace
+
+// Takes the place of the CUDA kernels of torch's operators, and of all of one other namespace, once those are defined.
+extern "C" void emulate_operators(const char* ours) {
+  // without a CUDA kernel of their own: they choose a library, and none has one for a CPU's memory
+  static const std::set<std::string> choosing{"aten::convolution", "aten::convolution_backward"};
+  for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto op = c10::Dispatcher::singleton().findSchema(name);
+    if (!op || !name.getNamespace()) continue;
+    const std::string space(*name.getNamespace()), rest = name.name.substr(space.size() + 2);
+    const bool torchs = space == "aten" && (choosing.count(name.name) || op->hasKernelForDispatchKey(DispatchKey::CUDA));
+    if (!torchs && space != ours) continue;
+    if (stays(name.name) || !(has_tensors(op->schema().arguments()) || has_tensors(op->schema().returns()))) continue;
+    const std::string overload = name.overload_name.empty() ? rest : rest + "." + name.overload_name;
+    library(space).impl(overload.c_str(), torch::CppFunction::makeFromBoxedFunction<&emulate>());
+  }
+  library("aten").impl("copy_", &copy);
+  at::globalContext().setUserEnabledCuDNN(false);
+}

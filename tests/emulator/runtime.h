@@ -1,0 +1,12 @@
+// What the emulated operators and collectives ask of the emulated runtime.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+
+// Whether work that is given to a stream is recorded for a graph.
+bool emulated_capture(cudaStream_t stream);
+
+// Gives work to a stream: it is done later, on the device's thread, or recorded. The name is for messages.
+cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work);

@@ -1,0 +1,103 @@
+"""Whole runs on GPUs: captured as they are by default, on one and on two, ended and gone on with.
+
+On devices that work in any order that streams and events allow, results are those of steps done one by one.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from bench.restart import ranks_of
+from engine.checkpoint import list_checkpoints
+from engine.trainer import CHECKPOINTS
+from tests.processes import assert_close, finish, start, start_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+# double precision: single precision's rounding would part equal runs within some tens of steps
+FLAGS = [
+    *("--precision", "fp64", "--views", "fused", "--bn", "split", "--bn-groups", "2", "--quiet"),
+    *("--batch", "8", "--width", "8", "--eval-every", "5", "--log-every", "1", "--checkpoint-every", "5"),
+]
+STEPS = ("--steps", 20)
+
+
+def train(folder, gpus, *flags):
+    """Trains digits-40 on so many GPUs, or on the CPU on 0; it has to succeed."""
+    log = folder.with_name(folder.name + ".log")
+    arguments = ("train", "digits-40", "--out", folder, *FLAGS, *flags)
+    if gpus > 1:
+        processes = start_ranks(log, gpus, *arguments)
+    else:
+        processes = [start(log, *arguments, **{} if gpus else {"CUDA_VISIBLE_DEVICES": ""})]
+    ranks = len(processes)
+    assert finish(processes) == [0] * ranks, log.read_text()
+    return folder
+
+
+def await_checkpoint(process, folder):
+    """Returns when a running process has saved for the first time, or has ended."""
+    while process.is_alive() and not list_checkpoints(folder / CHECKPOINTS):
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """20 steps on one GPU, one operator after another."""
+    return train(tmp_path_factory.mktemp("gpu") / "one", 1, *STEPS, "--mode", "eager")
+
+
+def test_a_gpu_gives_the_losses_of_a_cpu(one, tmp_path):
+    assert_close(one, train(tmp_path / "cpu", 0, *STEPS))
+
+
+@pytest.mark.parametrize("mode", ["compile", "graph"])
+def test_modes_give_one_run(one, tmp_path, mode):
+    assert_close(one, train(tmp_path / mode, 1, *STEPS, "--mode", mode))
+
+
+def test_a_captured_run_is_gone_on_with(one, tmp_path):
+    folder = tmp_path / "run"
+    for steps, gpus in ((5, 0), (10, 1), (20, 1)):
+        train(folder, gpus, "--steps", steps, "--resume")
+    assert_close(one, folder)
+
+
+def test_a_captured_run_that_is_told_to_stop_has_saved(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, "train", "digits-40", "--out", folder, *FLAGS, "--steps", 10_000)
+    await_checkpoint(process, folder)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process]) == [128 + signal.SIGTERM], log.read_text()
+    assert "--resume" in log.read_text()
+
+
+@needs_two
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_two_gpus_give_the_losses_of_one(one, tmp_path, mode):
+    """DistributedDataParallel over NCCL, inside the graph."""
+    assert_close(one, train(tmp_path / mode, 2, *STEPS, "--mode", mode, "--check-ranks", 1))
+
+
+@needs_two
+def test_batch_norm_over_two_gpus_is_batch_norm_over_all_rows(tmp_path):
+    joint = train(tmp_path / "joint", 1, *STEPS, "--bn", "joint", "--mode", "eager")
+    assert_close(joint, train(tmp_path / "sync", 2, *STEPS, "--bn", "sync"))
+
+
+@needs_two
+def test_captured_ranks_of_which_one_is_killed_end_as_if_nothing_had_been(one, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    flags = ("--gpus", 2, "--max-restarts", 1, *FLAGS, *STEPS)
+    process = start(log, "train", "digits-40", "--out", folder, *flags)
+    await_checkpoint(process, folder)
+    os.kill(max(ranks_of(process.pid)), signal.SIGKILL)
+    assert finish([process]) == [0], log.read_text()
+    assert "forcefully exiting" not in log.read_text(), "the other rank, which waits for this one, ends by itself"
+    assert_close(one, folder)
