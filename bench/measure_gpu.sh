@@ -43,7 +43,8 @@ bench() {
 }
 
 views=(fused dali synthetic)
-tests=(tests)
+# whole runs, most of whose time goes into starting processes, are left to make test-gpu
+tests=(tests --ignore=tests/engine/test_gpu_runs.py)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   echo "DALI is not here: going on without it, and without the tests of its views"
   views=(fused synthetic)

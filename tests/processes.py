@@ -62,6 +62,11 @@ def _main(log, arguments, patch, environment):
     cli.main(arguments)
 
 
+def as_it_is(network, **options):
+    """In place of torch.compile, where compiling is not what is tested and would take most of the time."""
+    return network
+
+
 def start_ranks(log, ranks, *arguments, patch=None):
     """Starts so many ranks of one group, each as `start` does."""
     group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}

@@ -19,7 +19,7 @@ def captured(work, mode="thread_local"):
 
 
 def test_operators_give_what_those_of_a_cpu_give():
-    rows = torch.randn(5, 3, 8, 8)
+    rows = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     expected = network(rows).sin().sum()
     expected.backward()
@@ -28,8 +28,8 @@ def test_operators_give_what_those_of_a_cpu_give():
     network.cuda()
     made = network(rows.to("cuda", memory_format=torch.channels_last)).sin().sum()
     made.backward()
-    torch.testing.assert_close(made.cpu(), expected)
-    torch.testing.assert_close(network[0].weight.grad.cpu(), gradient)
+    torch.testing.assert_close(made.cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network[0].weight.grad.cpu(), gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_captured_is_done_when_it_is_replayed():
