@@ -14,7 +14,7 @@ from typing import NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOK_SECONDS = 0.25
-DEAF_SECONDS = 10.0  # in which Python has not got to a signal: it waits in native code, for what may never come
+DEAF_SECONDS = 5.0  # in which Python has not got to a signal: it waits in native code, for what may never come
 
 
 class StopRequest:
