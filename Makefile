@@ -33,7 +33,7 @@ test-emulated: $(VENV)/installed
 
 # hundreds of kills, full disks and so on, of which `make test` has some dozen
 test-faults: $(VENV)/installed
-	$(BIN)/python -m pytest tests/faults --faults $(FAULTS)
+	$(BIN)/python -m pytest -n 2 tests/faults --faults $(FAULTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
