@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 RUN_ARGS ?= digits-40
 
 FAULTS ?= 300
-EMULATED := $(BIN)/python tests/emulator/run.py
 
 .PHONY: run test test-gpu test-emulated test-faults lint results clean
 
@@ -18,10 +17,10 @@ $(VENV)/installed: setup.py constraints.txt
 run: $(VENV)/installed
 	$(BIN)/remixmatch train $(RUN_ARGS)
 
-# faults are injected by the clock, so their processes have the machine to themselves
+# faults are injected by the clock, so nothing else is tested beside them
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/faults
-	$(EMULATED) -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
+	$(MAKE) test-emulated
 	$(BIN)/python -m pytest -n 2 tests/faults
 
 test-gpu: $(VENV)/installed
@@ -29,7 +28,7 @@ test-gpu: $(VENV)/installed
 
 # what a host does with a device, without one: streams, events, graphs, collectives; no kernels
 test-emulated: $(VENV)/installed
-	$(EMULATED) -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
+	$(BIN)/python tests/emulator/run.py -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
 
 # hundreds of kills, full disks and so on, of which `make test` has some dozen
 test-faults: $(VENV)/installed

@@ -27,7 +27,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0
         self._come = 0
-        self._inbox = self._outbox = -1
+        self._inbox = -1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,10 +36,10 @@ class StopRequest:
             yield
             return
         wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup has it
-        self._inbox, self._outbox = os.pipe()
-        for end in (self._inbox, self._outbox):
+        self._inbox, outbox = os.pipe()
+        for end in (self._inbox, outbox):
             os.set_blocking(end, False)
-        waker = signal.set_wakeup_fd(self._outbox, warn_on_full_buffer=False)
+        waker = signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
         before = {each: signal.signal(each, self._take) for each in wanted}
         try:
             yield
@@ -47,11 +47,14 @@ class StopRequest:
             for each, handler in before.items():
                 signal.signal(each, handler)
             signal.set_wakeup_fd(waker)
-            for end in (self._inbox, self._outbox):
+            for end in (self._inbox, outbox):
                 os.close(end)
+            self._inbox = -1
 
     def unheard(self) -> int:
         """The number of a signal that the system has delivered and Python has not got to, or 0; for other threads."""
+        if self._inbox < 0:  # nobody listens
+            return 0
         with contextlib.suppress(BlockingIOError):
             self._come = next((each for each in os.read(self._inbox, 64) if each in _SIGNALS), self._come)
         return 0 if self.number else self._come

@@ -67,10 +67,20 @@ def as_it_is(network, **options):
     return network
 
 
-def start_ranks(log, ranks, *arguments, patch=None):
+def start_ranks(log, ranks, *arguments, patch=None, **environment):
     """Starts so many ranks of one group, each as `start` does."""
     group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    group |= environment
     return [start(log, *arguments, patch=patch, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(ranks)]
+
+
+def train(folder, ranks, *flags, patch=None, **environment):
+    """Trains digits-40 on so many ranks, which have to succeed, and returns the folder."""
+    log = folder.with_name(folder.name + ".log")
+    arguments = ("train", "digits-40", "--out", folder, *flags)
+    processes = start_ranks(log, ranks, *arguments, patch=patch, **environment)
+    assert finish(processes) == [0] * ranks, log.read_text()
+    return folder
 
 
 def finish(processes, seconds=300):

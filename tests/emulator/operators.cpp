@@ -101,7 +101,6 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
   static auto* lock = new std::mutex;
   std::ostringstream key;
   key << op.operator_name();
-  Values zeros;
   for (const auto& value : given) {
     bool any = false;
     each_tensor(value, [&](const Tensor& t) {
@@ -110,17 +109,19 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
       if (t.is_cpu()) key << t.unsafeGetTensorImpl()->is_wrapped_number();
     });
     if (!any) key << '|' << value;
+  }
+  {
+    const std::lock_guard<std::mutex> guard(*lock);
+    if (const auto found = known->find(key.str()); found != known->end()) return found->second;
+  }
+  Values zeros;
+  for (const auto& value : given)
     zeros.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [](const Tensor& t) {
       if (t.is_cpu()) return t;
       const auto made = at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kCPU));
       if (t.numel()) std::memset(made.data_ptr(), 0, bytes_of(made));
       return made;
     }));
-  }
-  {
-    const std::lock_guard<std::mutex> guard(*lock);
-    if (const auto found = known->find(key.str()); found != known->end()) return found->second;
-  }
   Values results = execute(op, zeros);
   for (size_t i : grown) results.push_back(zeros[i]);
   const std::lock_guard<std::mutex> guard(*lock);

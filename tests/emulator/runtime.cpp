@@ -311,11 +311,6 @@ cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work
 
 }  // namespace
 
-bool emulated_capture(cudaStream_t stream) {
-  Lock lock(state().lock);
-  return stream_of(stream)->capture != nullptr;
-}
-
 cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work) {
   Lock lock(state().lock);
   return enqueue(stream_of(stream), name, std::move(work));

@@ -5,8 +5,5 @@
 
 #include <functional>
 
-// Whether work that is given to a stream is recorded for a graph.
-bool emulated_capture(cudaStream_t stream);
-
 // Gives work to a stream: it is done later, on the device's thread, or recorded. The name is for messages.
 cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work);

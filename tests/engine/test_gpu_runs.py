@@ -12,6 +12,7 @@ import torch
 
 from engine.checkpoint import list_checkpoints
 from engine.trainer import CHECKPOINTS
+from tests import processes
 from tests.processes import as_it_is, assert_close, finish, start, start_ranks
 
 pytestmark = [
@@ -30,15 +31,8 @@ UNCOMPILED = {"torch.compile": as_it_is}
 
 def train(folder, gpus, *flags, patch=UNCOMPILED):
     """Trains digits-40 on so many GPUs, or on the CPU on 0; it has to succeed."""
-    log = folder.with_name(folder.name + ".log")
-    arguments = ("train", "digits-40", "--out", folder, *FLAGS, *flags)
-    if gpus > 1:
-        processes = start_ranks(log, gpus, *arguments, patch=patch)
-    else:
-        processes = [start(log, *arguments, patch=patch, **{} if gpus else {"CUDA_VISIBLE_DEVICES": ""})]
-    ranks = len(processes)
-    assert finish(processes) == [0] * ranks, log.read_text()
-    return folder
+    environment = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return processes.train(folder, max(gpus, 1), *FLAGS, *flags, patch=patch, **environment)
 
 
 def await_checkpoint(process, folder):

@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.progress import ProgressLine, read_metrics
 from engine.trainer import Trainer, digests
 from pipelines.datasets import digits, label_split
+from tests import processes
 from tests.processes import ROOT, assert_close, finish, start_ranks
 
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
@@ -23,10 +24,7 @@ FLAGS = [
 
 def train(folder, ranks, *flags):
     """Trains digits-40 on so many ranks, which have to succeed."""
-    log = folder.with_name(folder.name + ".log")
-    processes = start_ranks(log, ranks, "train", "digits-40", "--out", folder, *FLAGS, *flags)
-    assert finish(processes) == [0] * ranks, log.read_text()
-    return folder
+    return processes.train(folder, ranks, *FLAGS, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +81,8 @@ def test_other_statistics_after_a_change_of_ranks_are_told(tmp_path):
 
 def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
     log = tmp_path / "log"
-    processes = start_ranks(log, 2, "train", "digits-40", "--out", one, *FLAGS, "--steps", 50)
-    assert finish(processes) == [2, 2]
+    ranks = start_ranks(log, 2, "train", "digits-40", "--out", one, *FLAGS, "--steps", 50)
+    assert finish(ranks) == [2, 2]
     (line,) = log.read_text().splitlines()
     assert line.startswith("remixmatch: ") and "holds a run already" in line
 
