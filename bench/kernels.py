@@ -104,7 +104,7 @@ def assemble_case(size: Size, device: torch.device) -> Case:
     """The network's whole input of one step, from the numbers of a real plan."""
     spec = PlanSpec(size.batch, size.k, 10 * size.batch, 20 * size.batch, max_shift=4, flip=True)
     plan = make_plan(spec, 0, 0, ctaugment.initial_weights())
-    numbers = step_plan(arrange(spec, 1, 0, 1), plan, plan.labeled % size.classes)
+    numbers = step_plan(arrange(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows, views = len(numbers.source), size.batch * spec.blocks
 

@@ -80,10 +80,13 @@ class Config:
     width: int = 32
     """Channels of the first group."""
     bn: Literal["joint", "split", "sync"] = "joint"
-    """Batch norm over all training rows of a rank, over interleaved groups as the paper's separate passes, or over the
-    rows of all ranks."""
+    """Batch norm over all training rows of a rank or its micro-batch, over interleaved groups as the paper's separate
+    passes, or over the rows of all ranks."""
     bn_groups: int = 1
-    """With bn=split: parts into which each pass of B rows is cut; a multiple of the number of ranks."""
+    """With bn=split: parts into which each pass of B rows is cut; a multiple of the ranks and of the micro-batches."""
+    micro_batches: int = 1
+    """Parts into which a step's rows are cut, over all ranks. A rank trains its own ones in turn and adds up their
+    gradients: that takes less memory, and gives the numbers of a run on as many ranks. 1 is one a rank."""
     bn_momentum: float = 0.001
     """Momentum of the running statistics, in PyTorch's convention."""
 
@@ -122,6 +125,10 @@ class Config:
     def unlabeled(self) -> bool:
         """Whether the method looks at unlabeled images."""
         return self.method != "supervised"
+
+    def parts(self, ranks: int) -> int:
+        """M: micro-batches of a step over so many ranks, at least one for each."""
+        return max(self.micro_batches, ranks)
 
 
 # small batches, since what separates look-alikes is alignment at work over many steps; running statistics and the
@@ -174,8 +181,9 @@ def validate(config: Config, ranks: int = 1) -> None:
     """
     least = {
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
-        "view_threads": 1, "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "eval_every": 1, "log_every": 1,
-        "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0, "weight_decay": 0,
+        "view_threads": 1, "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
+        "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0,
+        "weight_decay": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
@@ -199,12 +207,18 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--lag must be at least (prefetch + 1) * view_steps = {ahead}, since plans are made so many steps ahead "
             f"of their probes; got {config.lag}"
         )
-    if config.batch % ranks:
-        raise UserError(f"--batch {config.batch} cannot be shared by {ranks} ranks; take a multiple of {ranks}")
+    parts = config.parts(ranks)
+    of_parts = f"{parts} micro-batches" if parts > ranks else f"{ranks} ranks"
+    if parts % ranks:
+        raise UserError(f"--micro-batches must be a multiple of the {ranks} ranks, got {config.micro_batches}")
+    if config.batch % parts:
+        raise UserError(f"--batch {config.batch} cannot be shared by {of_parts}; take a multiple of {parts}")
+    if config.bn == "sync" and parts > ranks:
+        raise UserError(f"--bn sync needs all rows of a step at once; --micro-batches {parts} takes them in turn")
     if config.bn == "split":
-        if config.bn_groups % ranks or config.batch % config.bn_groups:
+        if config.bn_groups % parts or config.batch % config.bn_groups:
             raise UserError(
-                f"--bn-groups must be a multiple of the {ranks} ranks and divide --batch {config.batch}, "
+                f"--bn-groups must be a multiple of the {of_parts} and divide --batch {config.batch}, "
                 f"got {config.bn_groups}"
             )
         if config.unlabeled and config.batch // config.bn_groups < config.k + 2:

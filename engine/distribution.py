@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.errors import RankError, UserError
 from engine.guard import Watchdog
@@ -120,16 +120,6 @@ def total(tensor: Tensor) -> Tensor:
     if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-@torch.no_grad()
-def mean_buffers(network: nn.Module) -> None:
-    """Averages a network's buffers over the ranks: batch norm's running statistics are linear in the batches'."""
-    if ranks() > 1:
-        buffers = list(network.buffers())
-        flat = mean(torch.cat([b.flatten() for b in buffers]))
-        for buffer, averaged in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(averaged.view_as(buffer))
 
 
 def on_first(function: Callable[[], Result]) -> Result:

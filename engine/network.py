@@ -173,3 +173,14 @@ class WideResNet(nn.Module):
             x = block(x, track)
         features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))
         return self.head(features), self.rotation_head(features)
+
+    @torch.no_grad()
+    def running_statistics(self) -> Tensor:
+        """Every batch norm's running statistics, end to end."""
+        return torch.cat(list(self.buffers()))
+
+    @torch.no_grad()
+    def set_running_statistics(self, statistics: Tensor) -> None:
+        """Takes back what `running_statistics` gave."""
+        buffers = list(self.buffers())
+        torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))

@@ -1,10 +1,12 @@
 """Which rows a rank trains, and in which order: index arithmetic only, fixed for a run.
 
-The network's input batch of one rank is, in rows:
+A step's images are cut into M micro-batches, R of them at least: micro-batch m has images m, m + M, ... of every
+block of B rows, and is trained on rank m mod R, which so has images r, r + R, ... The network's input batch of one rank
+is, in rows:
 
-    mixup pool | u_1 | rotated u_1 | u_weak (guess) | x_probe (CTAugment)
+    mixup pool | u_1 | rotated u_1, of each of its micro-batches in turn | u_weak (guess) | x_probe (CTAugment)
 
-of which the first three are trained in one pass. With R ranks, rank r takes images r, r + R, ... of every block.
+of which every micro-batch is trained in one pass.
 
 For batch norm over groups (`bn = "split"`) consecutive rows share statistics, so order is what makes the groups. The
 paper's code interleaves: each of its K + 2 passes over the pool holds labeled and unlabeled rows alike. Here image
@@ -23,23 +25,25 @@ from pipelines.plan import Plan, PlanSpec, rank_rows
 
 @dataclass(frozen=True)
 class Rows:
-    """Row numbers of one rank. P = B * pool blocks; a trailing r marks a rank's share, all int64.
+    """Row numbers of one rank, all int64. P = B * pool blocks.
 
     Attributes:
         spec: what the plans are drawn for.
         ranks: R.
+        parts: M / R, the rank's micro-batches.
         views: (V / R,) global view rows whose pixels this rank makes.
-        images: (B / R,) positions in the batch that are this rank's, in the network's order.
-        pool: (P / R,) global pool rows that it trains, in the network's order.
+        images: (B / R,) positions in the batch that are this rank's, micro-batch by micro-batch.
+        pool: (P / R,) global pool rows that it trains, micro-batch by micro-batch.
         gathered: (V,) where each global view row lies once the ranks' views are gathered rank by rank.
         guess_order: (B,) where each image's guess lies once the ranks' guesses are gathered rank by rank.
         pool_target: (P,) for each global pool row, its row in [labels (B); guesses (B)].
-        labeled: (B / R,) places of labeled rows within `pool`.
-        unlabeled: places of unlabeled rows within `pool`.
+        labeled: (B / M,) places of labeled rows within a micro-batch's pool rows, in each the same.
+        unlabeled: places of unlabeled rows, likewise.
     """
 
     spec: PlanSpec
     ranks: int
+    parts: int
     views: np.ndarray
     images: np.ndarray
     pool: np.ndarray
@@ -50,27 +54,32 @@ class Rows:
     unlabeled: np.ndarray
 
 
-def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int) -> Rows:
+def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches: int) -> Rows:
     """Lays out one rank's rows.
 
     Args:
         spec: what the plans are drawn for.
-        bn_groups: G, parts into which each block of B rows is cut; a multiple of `ranks`, divides B.
+        bn_groups: G, parts into which each block of B rows is cut; a multiple of `micro_batches`, divides B.
         rank: r.
         ranks: R.
+        micro_batches: M, a multiple of `ranks`.
     """
     batch, blocks = spec.batch, spec.pool_blocks
     per_group = batch // bn_groups
 
     def images_of(some_rank: int) -> np.ndarray:
-        """Group by group, the groups j = r, r + R, ... of images j, j + G, ..."""
-        groups = np.arange(some_rank, bn_groups, ranks)
-        return (groups[:, None] + bn_groups * np.arange(per_group)).reshape(-1)
+        """The micro-batches m = r, r + R, ..., each the groups j = m, m + M, ..., each of images j, j + G, ..."""
+        own = np.arange(some_rank, micro_batches, ranks)
+        groups = (own[:, None] + np.arange(0, bn_groups, micro_batches)).reshape(-1, 1)
+        return (groups + bn_groups * np.arange(per_group)).reshape(-1)
 
     images = images_of(rank)
     t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, n)
     block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, n)
     pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(-1)
+
+    parts = micro_batches // ranks
+    first_part = pool.reshape(parts, -1)[0]  # the Latin square is that of every group
 
     gathered = np.empty(batch * spec.blocks, dtype=np.int64)
     gathered[np.concatenate([rank_rows(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
@@ -83,14 +92,15 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int) -> Rows:
     return Rows(
         spec=spec,
         ranks=ranks,
+        parts=parts,
         views=rank_rows(spec.blocks, batch, rank, ranks),
         images=images,
         pool=pool,
         gathered=gathered,
         guess_order=guess_order,
         pool_target=pool_rows % batch + batch * (pool_rows >= batch),
-        labeled=np.flatnonzero(pool < batch),
-        unlabeled=np.flatnonzero(pool >= batch),
+        labeled=np.flatnonzero(first_part < batch),
+        unlabeled=np.flatnonzero(first_part >= batch),
     )
 
 
@@ -103,7 +113,7 @@ class StepPlan:
         partner: (N,) int64, the row mixed into it.
         lam: (N,) float32, share of `source`; 1 outside the pool.
         turns: (N,) int64, quarter turns.
-        target: (P / R,) int64, each pool row's row in [labels (B); guesses (B)].
+        target: (P / R,) int64, each row of `Rows.pool`'s row in [labels (B); guesses (B)].
         partner_target: (P / R,) int64, its partner's.
         labels: (B,) int64, classes of the labeled images of the global batch.
     """
@@ -125,21 +135,25 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
         plan: the step's plan.
         labels: (B,) int64, classes of `plan.labeled`.
     """
-    batch, images = rows.spec.batch, rows.images
-    probes = images + batch * rows.spec.pool_blocks
-    if rows.spec.unlabeled_images:
-        weak, first = images + batch, images + 2 * batch
-        single = np.concatenate([first, first, weak, probes])
-        turns = np.concatenate([np.zeros_like(first), plan.turns[images], np.zeros(2 * len(images), np.int64)])
-    else:
-        single, turns = probes, np.zeros(len(probes), np.int64)
-    partner = plan.perm[rows.pool]
+    batch, pool, images = rows.spec.batch, rows.pool, rows.images
+    weak, first, probes = images + batch, images + 2 * batch, images + batch * rows.spec.pool_blocks
+    partner = plan.perm[pool]
+
+    def network_rows(of_pool: np.ndarray, *of_images: np.ndarray) -> np.ndarray:
+        """One number a row from numbers of the pool and of u_1, rotated u_1, u_weak and x_probe."""
+        trained, passed = [of_pool, *of_images[:2]], of_images[2:]
+        if not rows.spec.unlabeled_images:
+            trained, passed = [of_pool], of_images[3:]
+        in_turn = np.concatenate([numbers.reshape(rows.parts, -1) for numbers in trained], axis=1)
+        return np.concatenate([in_turn.reshape(-1), *passed])
+
+    none, whole = np.zeros_like(images), np.ones(len(images), np.float32)
     return StepPlan(
-        source=rows.gathered[np.concatenate([rows.pool, single])],
-        partner=rows.gathered[np.concatenate([partner, single])],
-        lam=np.concatenate([plan.lam[rows.pool], np.ones(len(single), np.float32)]),
-        turns=np.concatenate([np.zeros_like(rows.pool), turns]),
-        target=rows.pool_target[rows.pool],
+        source=rows.gathered[network_rows(pool, first, first, weak, probes)],
+        partner=rows.gathered[network_rows(partner, first, first, weak, probes)],
+        lam=network_rows(plan.lam[pool], whole, whole, whole, whole),
+        turns=network_rows(np.zeros_like(pool), none, plan.turns[images], none, none),
+        target=rows.pool_target[pool],
         partner_target=rows.pool_target[partner],
         labels=labels,
     )

@@ -3,12 +3,19 @@
 Symbols as in the paper: B labeled and B unlabeled images over all ranks, K strong views, L classes, R ranks. Images
 arrive as uint8 views that are already augmented, every random number as a tensor of the plan; nothing in here draws or
 waits for the host.
+
+Networks take rows by micro-batches, M over all ranks, by default one a rank. A rank that has several passes them one
+after another and gets what as many ranks get together: the same statistics, guesses, gradients and, where two numbers
+or less are added up, bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -214,11 +221,15 @@ class Step:
         self.images = on_device(rows.images)
         self.guess_order = on_device(rows.guess_order)
         self.labeled_rows, self.unlabeled_rows = on_device(rows.labeled), on_device(rows.unlabeled)
+        self.parts = rows.parts  # M / R
         self.share = len(rows.images)  # B / R
-        self.pool = len(rows.pool)
+        self.pool = len(rows.pool) // rows.parts  # of a micro-batch
         self.mean = torch.full((3,), GREY_MEAN, device=device)
         self.std = torch.full((3,), GREY_STD, device=device)
         self.update_average = get_ema_multi_avg_fn(config.ema_decay)
+        full = precision in (torch.float32, torch.float64)
+        self.rows_dtype = torch.float32 if full else precision
+        self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
         self.infer: nn.Module = state.network
         self.train: nn.Module = state.network
         self.probe: nn.Module = state.average
@@ -230,7 +241,7 @@ class Step:
             gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
             self.train = DistributedDataParallel(
                 self.train,
-                static_graph=True,
+                static_graph=self.parts == 1,  # torch's static graph knows nothing of passes that are not exchanged
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=float(np.clip(gradient_bytes / _BUCKETS, *_BUCKET_BYTES)) / 2**20,  # type: ignore[arg-type]
                 **{_KEEP_BUFFERS: False},  # type: ignore[arg-type]
@@ -249,8 +260,6 @@ class Step:
         """
         c, state = self.config, self.state
         classes = state.ring.shape[1]
-        full = self.precision in (torch.float32, torch.float64)
-        autocast = torch.autocast(self.device.type, torch.bfloat16 if full else self.precision, enabled=not full)
 
         # 1. Views, and 5. mixup of the images: from uint8 to the network's rows in one pass
         views = distribution.gather(data.views)  # (V, H, W, 3) uint8
@@ -262,19 +271,16 @@ class Step:
             data.turns,
             self.mean,
             self.std,
-            torch.float32 if full else self.precision,
-        )  # (N, 3, H, W)
-        if full:
-            rows = rows.to(self.precision)
+            self.rows_dtype,
+        ).to(self.precision)  # (N, 3, H, W)
         trained, probes = rows[: -self.share], rows[-self.share :]
         one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
         # 2.-4. Guess, distribution alignment, sharpening: one target for all K + 1 views of an image
         if c.unlabeled:
             trained, weak = trained[: -self.share], trained[-self.share :]
-            with torch.no_grad(), autocast:
-                q_logits, _ = self.infer(weak, track=False)
-            q_logits = distribution.gather(q_logits.float())[self.guess_order]  # (B, L)
+            q_logits = self._logits(partial(self.infer, track=False), weak)
+            q_logits = distribution.gather(q_logits)[self.guess_order]  # (B, L)
             guesses = guess_labels(
                 q_logits,
                 state.ring,
@@ -288,48 +294,79 @@ class Step:
             guesses = known = one_hot
 
         # 5. Mixup of the targets
-        lam = data.lam[: self.pool, None]
+        lam = data.lam[: len(trained)].view(self.parts, -1)[:, : self.pool].reshape(-1, 1)
         targets = lam * known[data.target] + (1 - lam) * known[data.partner_target]  # (P / R, L)
 
         # 9. CTAugment's probes, on the averaged network
-        with torch.no_grad(), autocast:
-            probe_logits, _ = self.probe(probes)
-        misses = probe_logits.float().softmax(-1) - one_hot[self.images]
+        misses = self._logits(self.probe, probes).softmax(-1) - one_hot[self.images]
         matches = distribution.gather(1 - misses.abs().sum(-1) / 2)[self.guess_order]  # (B,)
 
-        # 6. Losses
-        with autocast:
-            logits, rotation_logits = self.train(trained)
-        loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
-        loss_u = loss_u1 = loss_rot = torch.zeros_like(loss_x)
-        loss = loss_x
-        if c.unlabeled:
-            ramp = (state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
-            u1 = slice(self.pool, self.pool + self.share)
-            turned = slice(self.pool + self.share, self.pool + 2 * self.share)
-            loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
-            loss_u1 = soft_cross_entropy(logits[u1], guesses[self.images])
-            loss_rot = F.cross_entropy(rotation_logits[turned].float(), data.turns[turned])
-            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+        # 6. Losses and their gradients, which add up over the micro-batches
+        inputs = trained, targets, guesses[self.images], data.turns[: len(trained)]
+        losses = torch.zeros(5, device=self.device)
+        found = state.network.running_statistics()
+        moved = torch.zeros_like(found)
+        for number, micro_batch in enumerate(zip(*(i.chunk(self.parts) for i in inputs), strict=True), start=1):
+            with self._alone(number < self.parts):
+                terms = self._losses(*micro_batch)
+                state.scaler.scale(terms[0] / self.parts).backward()
+            losses += terms.detach() / self.parts
+            moved += state.network.running_statistics() / self.parts
+            state.network.set_running_statistics(found)  # which every pass moves from the same place
 
         # 7. Update
-        state.scaler.scale(loss).backward()
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
         # 8. Average; running statistics come from the live network
         with torch.no_grad():
-            distribution.mean_buffers(state.network)
+            moved = distribution.mean(moved)
+            for network in (state.network, state.average):
+                network.set_running_statistics(moved)
             self.update_average(list(state.average.parameters()), list(state.network.parameters()), 0)
-            torch._foreach_copy_(list(state.average.buffers()), list(state.network.buffers()))
 
             # 3. The marginals that the next step will read (the ring's row is written with the guess)
             alignment_gap = (state.label_marginal - state.ring.mean(0)).abs().sum() / 2
             if not c.class_distribution:
                 state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
             state.step += 1
-            losses = torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
             losses, stop = distribution.mean(torch.cat([losses, data.stop])).split([5, 1])
             others = torch.stack([guesses.amax(-1).mean(), alignment_gap, matches.mean()])
         return StepOutput(torch.cat([losses, others, stop]), matches)
+
+    def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+        """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L) float32."""
+        with torch.no_grad(), self.autocast:
+            return torch.cat([network(part)[0].float() for part in rows.chunk(self.parts)])
+
+    def _alone(self, alone: bool) -> contextlib.AbstractContextManager:
+        """In which gradients stay this rank's, to be exchanged with those of a later micro-batch."""
+        return self.train.no_sync() if alone and distribution.grouped() else contextlib.nullcontext()  # type: ignore
+
+    def _losses(self, rows: Tensor, targets: Tensor, guesses: Tensor, turns: Tensor) -> Tensor:
+        """Losses of one micro-batch of b of the B images.
+
+        Args:
+            rows: (n, 3, H, W), its pool, u_1 and rotated u_1.
+            targets: (pool rows, L), mixed.
+            guesses: (b, L), of u_1.
+            turns: (n,) int64.
+
+        Returns:
+            (5,) float32, the first five of `METRICS`.
+        """
+        c, pool = self.config, self.pool
+        with self.autocast:
+            logits, rotation_logits = self.train(rows)
+        loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
+        if not c.unlabeled:
+            none = torch.zeros_like(loss_x)
+            return torch.stack([loss_x, loss_x, none, none, none])
+        ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
+        u1, turned = slice(pool, pool + len(guesses)), slice(pool + len(guesses), None)
+        loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
+        loss_u1 = soft_cross_entropy(logits[u1], guesses)
+        loss_rot = F.cross_entropy(rotation_logits[turned].float(), turns[turned])
+        loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+        return torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot])

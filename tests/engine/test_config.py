@@ -49,6 +49,10 @@ def test_unknown_preset_names_the_nearest():
         (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
         (dict(lag=23, prefetch=2), "--lag must be at least \\(prefetch \\+ 1\\) \\* view_steps = 24"),
         (dict(bn="split", bn_groups=5), "--bn-groups must be a multiple"),
+        (dict(bn="split", bn_groups=2, micro_batches=4), "--bn-groups must be a multiple of the 4 micro-batches"),
+        (dict(bn="sync", micro_batches=2), "--bn sync needs all rows of a step at once"),
+        (dict(micro_batches=0), "--micro-batches must be at least 1"),
+        (dict(micro_batches=3), "--batch 16 cannot be shared by 3 micro-batches"),
         (dict(bn="split", bn_groups=8), "at least K \\+ 2 = 4 rows a group"),
     ],
 )
@@ -60,6 +64,14 @@ def test_values_that_cannot_work(changes, message):
 def test_batch_must_be_shared_evenly():
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
         validate(preset("digits-40"), ranks=3)
+
+
+def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
+    config = dataclasses.replace(preset("digits-40"), micro_batches=2)
+    validate(config, ranks=4)
+    assert [config.parts(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
+    with pytest.raises(UserError, match="--micro-batches must be a multiple of the 2 ranks, got 3"):
+        validate(dataclasses.replace(config, batch=12, micro_batches=3), ranks=2)
 
 
 def test_configuration_survives_the_file(tmp_path):

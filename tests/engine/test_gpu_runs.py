@@ -63,6 +63,10 @@ def test_a_captured_run_is_gone_on_with(one, tmp_path):
     assert_close(one, folder)
 
 
+def test_captured_micro_batches_of_whole_groups_are_one_pass_over_groups(one, tmp_path):
+    assert_close(one, train(tmp_path / "parts", 1, *STEPS, "--mode", "graph", "--micro-batches", 2))
+
+
 def test_a_captured_run_that_is_told_to_stop_has_saved(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     process = start(log, "train", "digits-40", "--out", folder, *FLAGS, "--steps", 10_000, patch=UNCOMPILED)
@@ -83,6 +87,13 @@ def test_two_gpus_give_the_losses_of_one(one, tmp_path, mode):
 def test_batch_norm_over_two_gpus_is_batch_norm_over_all_rows(tmp_path):
     joint = train(tmp_path / "joint", 1, *STEPS, "--bn", "joint", "--mode", "eager")
     assert_close(joint, train(tmp_path / "sync", 2, *STEPS, "--bn", "sync"))
+
+
+@needs_two
+def test_captured_ranks_exchange_the_gradients_of_all_their_micro_batches(tmp_path):
+    flags = (*STEPS, "--bn", "joint", "--micro-batches", 4)
+    one = train(tmp_path / "one", 1, *flags, "--mode", "eager")
+    assert_close(one, train(tmp_path / "two", 2, *flags, "--mode", "graph", "--check-ranks", 1))
 
 
 @needs_two

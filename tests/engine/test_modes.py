@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: (1e-3, 0.03), torch.bfloat16: (0.03, 0.1), torch.flo
 def trained(config, mode, steps, device=CPU, precision=torch.float32):
     """Trains on made-up classes of images; returns (steps, 8) metrics and the final state."""
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     state = make_state(config, CLASSES, device)
     torch._dynamo.reset()  # every variant is compiled, however many there were before
     make = partial(Step, config, state, rows, precision, compiled=mode != "eager")
@@ -128,7 +128,7 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
 def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
     config = tiny(batch=5, k=2)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
     data = StepInput.to_device(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
     for name, array in vars(plan).items():
@@ -141,7 +141,7 @@ def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
 def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
     config = tiny()
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     views = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     first, second = (
         StepInput.to_device(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
@@ -218,7 +218,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
     config = tiny(scales=1, width=2)
     state = make_state(config, CLASSES, CPU)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.zeros(config.batch, np.int64))
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8)
     made = []
@@ -274,7 +274,7 @@ def test_a_step_never_waits_for_the_device(tiny):
     config = tiny(device="cuda")
     trained(config, "eager", 2, torch.device("cuda", 0))  # whatever is lazily made
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     device = torch.device("cuda", 0)
     step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
     plan = make_plan(spec, 0, 0, initial_weights())

@@ -13,13 +13,15 @@ from engine.progress import ProgressLine, read_metrics
 from engine.trainer import Trainer, digests
 from pipelines.datasets import digits, label_split
 from tests import processes
-from tests.processes import ROOT, assert_close, finish, start_ranks
+from tests.processes import ROOT, assert_close, final_state, finish, start_ranks
 
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
 FLAGS = [
     *("--precision", "fp64", "--bn", "split", "--bn-groups", "2", "--device", "cpu", "--quiet"),
     *("--eval-every", "10", "--log-every", "1"),
 ]
+
+IN_TURN = ("--precision", "fp32", "--micro-batches", "2")
 
 
 def train(folder, ranks, *flags):
@@ -44,6 +46,37 @@ def test_a_run_goes_on_with_another_number_of_ranks(one, tmp_path):
     for ranks, steps in ((1, 20), (2, 40), (1, 50)):
         train(folder, ranks, "--steps", steps, "--resume")
     assert_close(one, folder)
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory):
+    """50 steps in single precision on one rank, which trains two micro-batches one after another."""
+    return train(tmp_path_factory.mktemp("ranks") / "in_turn", 1, *IN_TURN, "--steps", 50)
+
+
+def assert_same(one, two):
+    """Equal runs bit for bit; what a test set's rows were summed up in is left aside."""
+    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    for row in rows + others:
+        row.pop("test_loss", None)
+    assert rows == others
+    assert digests(final_state(one)[1]["state"]) == digests(final_state(two)[1]["state"])
+
+
+def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit_over_50_steps(in_turn, tmp_path):
+    assert_same(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", 50))
+
+
+def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, tmp_path):
+    folder = tmp_path / "run"
+    for ranks, steps in ((2, 20), (1, 40), (2, 50)):
+        train(folder, ranks, *IN_TURN, "--steps", steps, "--resume")
+    assert_same(in_turn, folder)
+
+
+def test_ranks_exchange_the_gradients_of_all_their_micro_batches(tmp_path):
+    flags = ("--bn", "joint", "--micro-batches", 4, "--steps", 8)
+    assert_close(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags, "--check-ranks", 1))
 
 
 def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):

@@ -1,5 +1,7 @@
 """Index arithmetic: every row trained once, groups that interleave, ranks that share the groups."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,23 +12,28 @@ from pipelines.plan import PlanSpec, make_plan
 SPEC = PlanSpec(batch=24, k=2, labeled_images=40, unlabeled_images=100, max_shift=2, flip=False)
 
 
-@pytest.mark.parametrize(("groups", "ranks"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 3)])
-def test_ranks_together_train_every_pool_row_once(groups, ranks):
-    shares = [arrange(SPEC, groups, rank, ranks) for rank in range(ranks)]
+@pytest.mark.parametrize(
+    ("groups", "ranks", "parts"),
+    [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 1, 2), (6, 3, 3), (6, 3, 6)],
+)
+def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
+    shares = [arrange(SPEC, groups, rank, ranks, parts) for rank in range(ranks)]
     pool = np.concatenate([share.pool for share in shares])
     np.testing.assert_array_equal(np.sort(pool), np.arange(24 * 4))
     for rank, share in enumerate(shares):
         assert set(share.images) == set(range(rank, 24, ranks))
         assert set(share.pool % 24) == set(share.images)
-        assert len(share.labeled) == 24 // ranks and len(share.unlabeled) == 3 * 24 // ranks
-        assert (share.pool[share.labeled] < 24).all() and (share.pool[share.unlabeled] >= 24).all()
+        assert share.parts == parts // ranks
+        assert len(share.labeled) == 24 // parts and len(share.unlabeled) == 3 * 24 // parts
+        for part in share.pool.reshape(share.parts, -1):
+            assert (part[share.labeled] < 24).all() and (part[share.unlabeled] >= 24).all()
 
 
 @pytest.mark.parametrize(("groups", "ranks"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 1)])
 def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
     size = 24 // groups
     for rank in range(ranks):
-        pool = arrange(SPEC, groups, rank, ranks).pool.reshape(-1, size)
+        pool = arrange(SPEC, groups, rank, ranks, ranks).pool.reshape(-1, size)
         for group in pool:
             assert len(set(group % 24)) == size, "one view of each image"
             assert len(set(group % 24 % groups)) == 1, "images of one part of the batch"
@@ -36,33 +43,61 @@ def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
 
 def test_two_ranks_form_the_groups_of_one():
     def groups(ranks):
-        rows = [arrange(SPEC, 4, rank, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
+        rows = [arrange(SPEC, 4, rank, ranks, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
         return {tuple(group) for group in np.concatenate(rows)}
 
     assert groups(1) == groups(2) == groups(4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_network_rows_show_what_the_plan_says(ranks):
+@pytest.mark.parametrize(("groups", "parts"), [(2, 2), (4, 4), (8, 4)])
+def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
+    spec, rows = dataclasses.replace(SPEC, batch=32), {}
+    plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
+    for ranks in (1, 2, parts):
+        for rank in range(ranks):
+            share = arrange(spec, groups, rank, ranks, parts)
+            views = np.concatenate([arrange(spec, groups, each, ranks, parts).views for each in range(ranks)])
+            step = step_plan(share, plan, np.zeros(32, np.int64))
+            trained = views[step.source[: -2 * len(share.images)]].reshape(share.parts, -1)
+            pairs = zip(share.pool.reshape(share.parts, -1), share.images.reshape(share.parts, -1), strict=True)
+            for part, (pool, images) in zip(range(rank, parts, ranks), pairs, strict=True):
+                same = (share.labeled, share.unlabeled, trained[part // ranks], pool, images)
+                for array, other in zip(same, rows.setdefault(part, same), strict=True):
+                    np.testing.assert_array_equal(array, other)
+    assert sorted(rows) == list(range(parts))
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4)])
+def test_network_rows_show_what_the_plan_says(ranks, parts):
     """Follows row numbers through gathered views back to the plan."""
     plan = make_plan(SPEC, seed=0, step=0, weights=initial_weights())
     labels = np.arange(24) % 10
-    shares = [arrange(SPEC, ranks, rank, ranks) for rank in range(ranks)]
+    parts = max(parts, ranks)
+    shares = [arrange(SPEC, parts, rank, ranks, parts) for rank in range(ranks)]
     gathered = np.concatenate([share.views for share in shares])  # the global view row at each gathered place
     known = np.concatenate([np.arange(24), 100 + np.arange(24)])  # stands for [labels; guesses]
     for share in shares:
         step = step_plan(share, plan, labels)
         source, partner = gathered[step.source], gathered[step.partner]
-        n, p = len(share.images), len(share.pool)
-        np.testing.assert_array_equal(source[:p], share.pool)
-        np.testing.assert_array_equal(partner[:p], plan.perm[share.pool])
-        np.testing.assert_array_equal(step.lam[:p], plan.lam[share.pool])
-        np.testing.assert_array_equal(step.lam[p:], np.ones(4 * n))
-        np.testing.assert_array_equal(source[p:], partner[p:])
-        expected = np.concatenate([share.images + block * 24 for block in (2, 2, 1, 4)])  # u_1, u_1, u_weak, probe
-        np.testing.assert_array_equal(source[p:], expected)
-        np.testing.assert_array_equal(step.turns[p + n : p + 2 * n], plan.turns[share.images])
-        assert not step.turns[: p + n].any() and not step.turns[p + 2 * n :].any()
+        trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.parts)
+        passed = slice(len(share.pool) + 2 * len(share.images), None)
+        pools, images = np.split(share.pool, share.parts), np.split(share.images, share.parts)
+        for rows, pool, own in zip(trained, pools, images, strict=True):
+            mixed, first, turned = np.split(rows, [len(pool), len(pool) + len(own)])
+            np.testing.assert_array_equal(source[mixed], pool)
+            np.testing.assert_array_equal(partner[mixed], plan.perm[pool])
+            np.testing.assert_array_equal(step.lam[mixed], plan.lam[pool])
+            np.testing.assert_array_equal(source[first], own + 2 * 24)
+            np.testing.assert_array_equal(source[turned], own + 2 * 24)
+            np.testing.assert_array_equal(step.turns[turned], plan.turns[own])
+            assert not step.turns[mixed].any() and not step.turns[first].any()
+            unmixed = np.concatenate([first, turned])
+            np.testing.assert_array_equal(partner[unmixed], source[unmixed])
+            assert (step.lam[unmixed] == 1).all()
+        expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak, probe
+        np.testing.assert_array_equal(source[passed], expected)
+        np.testing.assert_array_equal(partner[passed], expected)
+        assert (step.lam[passed] == 1).all() and not step.turns[passed].any()
         # all K + 1 views of an image share its one target
         for rows, target in ((share.pool, step.target), (plan.perm[share.pool], step.partner_target)):
             np.testing.assert_array_equal(known[target], np.where(rows < 24, rows, 100 + rows % 24))
@@ -73,7 +108,7 @@ def test_network_rows_show_what_the_plan_says(ranks):
 def test_supervised_rows_are_the_labeled_pool_and_the_probes():
     spec = PlanSpec(batch=8, k=2, labeled_images=40, unlabeled_images=0, max_shift=2, flip=False)
     plan = make_plan(spec, 0, 0, initial_weights())
-    rows = arrange(spec, 1, 0, 1)
+    rows = arrange(spec, 1, 0, 1, 1)
     step = step_plan(rows, plan, np.zeros(8, np.int64))
     np.testing.assert_array_equal(step.source, np.arange(16))
     assert len(rows.unlabeled) == 0 and step.target.max() < 8 and not step.turns.any()

@@ -1,6 +1,7 @@
 """The step against the specification, written out a second time from section 1 with plain loops and formulas."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ class Bench:
         self.spec = PlanSpec(
             config.batch, config.k, 20, 50 if config.unlabeled else 0, max_shift=1, flip=False, mixup_alpha=0.75
         )
-        self.rows = arrange(self.spec, config.bn_groups if config.bn == "split" else 1, 0, 1)
+        parts = config.parts(1)
+        self.rows = arrange(self.spec, config.bn_groups if config.bn == "split" else parts, 0, 1, parts)
         self.state = make_state(config, CLASSES, CPU)
         # neither network nor marginals at their start, where much would cancel
         rng = torch.Generator().manual_seed(1)
@@ -233,6 +235,28 @@ def test_split_batch_norm_is_the_papers_separate_passes(tiny):
     soft = plan.lam[:, None] * known + (1 - plan.lam[:, None]) * known[plan.perm]
     loss = -(torch.tensor(soft[:batch]).float() * logits[:batch].log_softmax(-1)).sum(-1).mean().item()
     assert metrics["loss_x"] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["remixmatch", "supervised"])
+def test_micro_batches_of_whole_groups_are_one_pass_over_groups(tiny, method):
+    config = tiny(bn="split", bn_groups=4, micro_batches=1, batch=16, method=method, precision="fp64")
+    whole, parts = Bench(config), Bench(dataclasses.replace(config, micro_batches=2))
+    for bench in (whole, parts):
+        bench.step = Step(bench.config, bench.state, bench.rows, torch.float64)
+    for _ in range(2):
+        outputs = whole.run(), parts.run()
+        torch.testing.assert_close(*(output.metrics for output in outputs), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(*(output.matches for output in outputs), atol=1e-6, rtol=1e-6)
+        tensors = (bench.state.network.state_dict() for bench in (whole, parts))
+        for (name, one), other in zip(next(tensors).items(), next(tensors).values(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_micro_batches_have_statistics_of_their_own(tiny):
+    """With one batch norm over all rows of a pass, cutting the pass is another computation."""
+    whole, parts = Bench(tiny()), Bench(tiny(micro_batches=2))
+    one, other = whole.run().metrics[0], parts.run().metrics[0]
+    assert one != other and one == pytest.approx(other.item(), rel=0.1)
 
 
 def guesses_of(bench, x):
