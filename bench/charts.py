@@ -41,6 +41,8 @@ def _throughput(axes: Axes, rows: Mapping[str, list[Row]]) -> None:
         if row["preset"] != preset:
             continue
         name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
+        if row.get("micro_batches", 1) > 1:
+            name += f", {row['micro_batches']} micro-batches"
         lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
     for row in rows.get("baseline", []) if preset == "bench" else []:
         lines.setdefault(f"plain PyTorch, {row['data']} views, {row['precision']}", []).append(

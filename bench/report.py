@@ -19,7 +19,7 @@ PERFORMANCE = ("<!-- performance table: remixmatch bench report -->", "<!-- end 
 
 # of each bench: what tells its rows apart, where a newer row replaces an older one; and columns, by their titles
 KEYS = {
-    "throughput": ("preset", "k", "batch", "mode", "views", "precision", "optimizer"),
+    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer"),
     "baseline": ("k", "batch", "data", "precision"),
     "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
     "restart": ("preset", "ranks"),
@@ -33,6 +33,7 @@ COLUMNS = {
         "B": "{batch}",
         "mode": "{mode}",
         "views": "{views}",
+        "micro-batches": "{micro_batches}",
         "precision": "{precision}",
         "optimizer": "{optimizer}",
         "step, ms": "{step_ms:.2f}",

@@ -1,7 +1,7 @@
 """`remixmatch bench throughput`: steps and images a second of the engine, beside the least that the device could need.
 
-Rows are by K, by how a step is executed and by where its views come from. "synthetic" views lie ready on the device:
-what a run loses by making real ones is the difference. Cases take turns, sample by sample.
+Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
+on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
 """
 
 from __future__ import annotations
@@ -193,6 +193,8 @@ class ThroughputOptions:
     """eager, compile, graph; by default all that the device can."""
     views: tuple[str, ...] = ()
     """fused, dali, synthetic; by default all with a GPU, and DALI's without."""
+    micro_batches: tuple[int, ...] = (1,)
+    """Parts in which a step's rows are trained one after another."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """As in a run."""
     optimizer: Literal["torch", "apex"] = "torch"
@@ -201,6 +203,14 @@ class ThroughputOptions:
     """Steps a sample; by default 20 with a GPU and 8 without."""
     soak: int = 0
     """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
+
+
+_Name = tuple[int, str, str, int]  # K, mode, source of views, micro-batches
+
+
+def _words(name: tuple[int | None, str, str, int]) -> str:
+    k, mode, views, parts = name
+    return " ".join([f"K={k}"] * (k is not None) + [mode, views] + [f"in {parts} parts"] * (parts > 1))
 
 
 def main(options: ThroughputOptions) -> None:
@@ -216,6 +226,7 @@ def main(options: ThroughputOptions) -> None:
     records.check_choice("--modes", modes, MODES)
     records.check_choice("--views", views, VIEWS)
     records.check_least("--k", options.k, 1)
+    records.check_least("--micro-batches", options.micro_batches, 1)
     records.check_least("--repeats", options.repeats, 1)
     steps = options.steps if options.steps is not None else (20 if cuda else 8)
     records.check_least("--steps", steps, 1)
@@ -225,7 +236,8 @@ def main(options: ThroughputOptions) -> None:
     base = base_config(options.preset, cuda)
     base = dataclasses.replace(base, precision=options.precision, optimizer=options.optimizer)
     for ks in [(k,) for k in options.k] if cuda else [options.k]:
-        _measure_together(options, base, steps, list(itertools.product(ks, modes, views)), device)
+        names = list(itertools.product(ks, modes, views, options.micro_batches))
+        _measure_together(options, base, steps, names, device)
 
 
 def base_config(name: str, cuda: bool) -> Config:
@@ -236,20 +248,21 @@ def base_config(name: str, cuda: bool) -> Config:
 
 
 def _measure_together(
-    options: ThroughputOptions, base: Config, steps: int, names: list[tuple[int, str, str]], device: torch.device
+    options: ThroughputOptions, base: Config, steps: int, names: list[_Name], device: torch.device
 ) -> None:
-    cases: dict[tuple[int, str, str], Case] = {}
-    memory: dict[tuple[int, str, str], dict[str, float]] = {}
+    cases: dict[_Name, Case] = {}
+    memory: dict[_Name, dict[str, float]] = {}
     cuda = device.type == "cuda"
     failures = records.Failures()
     steps = _whole_batches(steps, base)
     for name in names:
-        k, mode, views = name
-        with failures.part(f"K={k} {mode} {views}"):
+        k, mode, views, parts = name
+        with failures.part(_words(name)):
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-            cases[name] = Case.begin(dataclasses.replace(base, k=k, mode=mode), views)  # type: ignore[arg-type]
+            config = dataclasses.replace(base, k=k, mode=mode, micro_batches=parts)  # type: ignore[arg-type]
+            cases[name] = Case.begin(config, views)
             cases[name].advance(_whole_batches(2, base))
             if cuda:  # a process has one peak, which says nothing about one of several cases
                 memory[name] = {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
@@ -258,8 +271,9 @@ def _measure_together(
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
     rows = []
     for name, case in cases.items():
-        k, mode, views = name
+        k, mode, views, parts = name
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
+        row |= {"micro_batches": parts}
         row |= {"precision": str(case.trainer.precision).removeprefix("torch."), "optimizer": base.optimizer}
         row |= case.row(timings[str(name)], steps) | memory.get(name, {})
         if options.soak:
@@ -267,7 +281,7 @@ def _measure_together(
         rows.append(row)
         records.append(options.out, records.record("throughput", device, **row))
         print(
-            f"K={k} {mode} {views}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
+            f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
             f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
             f"floor {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
             + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
@@ -298,16 +312,22 @@ def _soak(case: Case, steps: int) -> dict[str, Any]:
 
 def _print_ratios(rows: list[dict[str, Any]]) -> None:
     """What the rows are measured for: modes against eager, views against synthetic ones, and the cost of K."""
-    by = {(row["k"], row["mode"], row["views"]): row["step_ms"] for row in rows}
-    for (k, mode, views), ms in by.items():
-        if mode != "eager" and (k, "eager", views) in by:
-            print(f"K={k} {views}: {mode} is {by[k, 'eager', views] / ms:.2f} times as fast as eager")
-        if views != "synthetic" and (k, mode, "synthetic") in by:
-            print(f"K={k} {mode}: {views} views cost {100 * (ms / by[k, mode, 'synthetic'] - 1):+.1f} %")
-    for mode, views in dict.fromkeys((row["mode"], row["views"]) for row in rows):
-        points = [(k, ms) for (k, m, v), ms in by.items() if (m, v) == (mode, views)]
+    by: dict[_Name, float] = {
+        (row["k"], row["mode"], row["views"], row["micro_batches"]): row["step_ms"] for row in rows
+    }
+    for name, ms in by.items():
+        k, mode, views, parts = name
+        if mode != "eager" and (eager := by.get((k, "eager", views, parts))):
+            print(f"{_words(name)}: {eager / ms:.2f} times as fast as eager")
+        if views != "synthetic" and (synthetic := by.get((k, mode, "synthetic", parts))):
+            print(f"{_words(name)}: views cost {100 * (ms / synthetic - 1):+.1f} %")
+        if parts > 1 and (whole := by.get((k, mode, views, 1))):
+            print(f"{_words(name)}: {ms / whole:.2f} times as long as in one pass")
+    for case in dict.fromkeys(name[1:] for name in by):
+        points = [(name[0], ms) for name, ms in by.items() if name[1:] == case]
         if len(points) > 2:
-            ks, ms = np.array(points).T
-            slope, start = np.polyfit(ks, ms, 1)
-            off = np.abs(slope * ks + start - ms) / ms
-            print(f"{mode} {views}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
+            ks, times = np.array(points).T
+            slope, start = np.polyfit(ks, times, 1)
+            off = np.abs(slope * ks + start - times) / times
+            what = _words((None, *case))
+            print(f"{what}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")

@@ -48,7 +48,16 @@ def test_report_needs_rows_and_markers(tmp_path, capsys):
 def measured(bench, device="CPU", **values):
     """Rows of a performance bench that hold what tells them apart, and a few figures."""
     known = dict(
-        kernel="guess", size="step", provider="eager", backend="pil", rows=8, side=8, k=1, batch=2, mode="eager"
+        kernel="guess",
+        size="step",
+        provider="eager",
+        backend="pil",
+        rows=8,
+        side=8,
+        k=1,
+        batch=2,
+        mode="eager",
+        micro_batches=1,
     )
     return dict(
         known, bench=bench, preset="bench", optimizer="torch", views="dali", data="real", precision="fp32",
@@ -72,7 +81,7 @@ def test_the_newest_row_of_a_case_stands_a_device_a_table():
 def test_what_was_not_measured_is_left_empty():
     row = measured("throughput", step_ms=2.0, floor_ms=None, images_per_second=1234.5)
     assert report.table("throughput", [row]).splitlines()[2] == (
-        "| bench | 1 | 2 | eager | dali | fp32 | torch | 2.00 |  | 1,234 |  |  |  |  |"
+        "| bench | 1 | 2 | eager | dali | 1 | fp32 | torch | 2.00 |  | 1,234 |  |  |  |  |"
     )
 
 

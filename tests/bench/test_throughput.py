@@ -39,8 +39,15 @@ def test_a_row_a_case_and_the_ratios(tmp_path, capsys):
         assert row["soak_steps"] == 2 and abs(row["memory_growth_mib"]) < 100
         assert row["commit"] and row["versions"]["torch"] and row["device"].startswith("CPU")
     said = capsys.readouterr().out
-    assert "CPU: torch sees no GPU here" in said and "K=2 eager: dali views cost" in said
+    assert "CPU: torch sees no GPU here" in said and "K=2 eager dali: views cost" in said
     assert "eager dali:" in said and "K ms a step, off by at most" in said
+
+
+def test_micro_batches_are_compared_with_one_pass(tmp_path, capsys):
+    rows = run(tmp_path, k=(2,), views=("synthetic",), micro_batches=(1, 2))
+    assert [row["micro_batches"] for row in rows] == [1, 2]
+    said = capsys.readouterr().out
+    assert "K=2 eager synthetic in 2 parts: " in said and "times as long as in one pass" in said
 
 
 def test_the_cost_of_the_papers_network_is_that_of_the_design():
@@ -60,6 +67,7 @@ def test_measure_takes_a_configuration(cheap):
     [
         ({"modes": ("graf",)}, "--modes: there is no 'graf'; there are eager, compile, graph"),
         ({"views": ("pil",)}, "--views: there is no 'pil'; there are fused, dali, synthetic"),
+        ({"micro_batches": (0,)}, "--micro-batches must be at least 1, got 0"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
