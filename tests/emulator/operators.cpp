@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -128,95 +129,124 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
   return known->emplace(key.str(), std::move(results)).first->second;
 }
 
-// An operator as torch calls it, in place of its CUDA kernel.
-void emulate(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  const auto& schema = op.schema();
-  const auto& name = schema.name();
-  const size_t count = schema.arguments().size(), returned = schema.returns().size();
-  const Values given(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
-  stack->erase(stack->end() - static_cast<ptrdiff_t>(count), stack->end());
-  c10::Device device(at::kCUDA, c10::cuda::current_device());
-  for (const auto& value : given) {
-    if (value.isDevice() && value.toDevice().has_index()) device = value.toDevice();
-    each_tensor(value, [&](const Tensor& tensor) {
-      if (tensor.is_cuda()) device = tensor.device();
-    });
-  }
-  const c10::cuda::CUDAGuard guard(device);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+// One call of an operator, as torch makes it in place of the CUDA kernel.
+struct Call {
+  const c10::OperatorHandle& op;
+  const std::string& name;
+  const Values given;
+  const c10::Device device;
+  const std::vector<std::optional<size_t>> back;  // of each result: the argument that it is, or none for one of its own
+  const std::vector<size_t> grown;  // arguments of out= without elements, which get their sizes from the operator
 
-  // a result is an argument given back, or a tensor of its own
-  std::vector<std::optional<size_t>> back(returned);
-  for (size_t r = 0; r < returned; ++r)
-    for (size_t i = 0; i < count; ++i) {
-      const auto *result = schema.returns()[r].alias_info(), *argument = schema.arguments()[i].alias_info();
-      if (result && argument && result->beforeSets() == argument->beforeSets()) back[r] = i;
+  Call(const c10::OperatorHandle& op, Values arguments)
+      : op(op), name(op.schema().name()), given(std::move(arguments)), device(device_of(given)),
+        back(given_back(op.schema())), grown(without_elements(op.schema(), given)) {}
+
+  static c10::Device device_of(const Values& given) {
+    c10::Device device(at::kCUDA, c10::cuda::current_device());
+    for (const auto& value : given) {
+      if (value.isDevice() && value.toDevice().has_index()) device = value.toDevice();
+      each_tensor(value, [&](const Tensor& tensor) {
+        if (tensor.is_cuda()) device = tensor.device();
+      });
     }
-  std::vector<size_t> grown;  // out= without elements, which gets its size from the operator
-  for (size_t i = 0; i < count; ++i) {
-    const auto* info = schema.arguments()[i].alias_info();
-    if (info && info->isWrite() && given[i].isTensor() && given[i].toTensor().defined() && !given[i].toTensor().numel())
-      grown.push_back(i);
+    return device;
   }
 
-  auto new_like = [&](const Tensor& like) {
-    return at::empty_strided(like.sizes(), like.strides(), like.options().device(device));
-  };
-  auto arguments = [&] {
+  static std::vector<std::optional<size_t>> given_back(const c10::FunctionSchema& schema) {
+    std::vector<std::optional<size_t>> back;
+    for (const auto& result : schema.returns()) {
+      back.emplace_back();
+      for (size_t i = 0; i < schema.arguments().size(); ++i) {
+        const auto *of_result = result.alias_info(), *of_argument = schema.arguments()[i].alias_info();
+        if (of_result && of_argument && of_result->beforeSets() == of_argument->beforeSets()) back.back() = i;
+      }
+    }
+    return back;
+  }
+
+  static std::vector<size_t> without_elements(const c10::FunctionSchema& schema, const Values& given) {
+    std::vector<size_t> grown;
+    for (size_t i = 0; i < given.size(); ++i) {
+      const auto* info = schema.arguments()[i].alias_info();
+      if (!info || !info->isWrite() || !given[i].isTensor()) continue;
+      if (given[i].toTensor().defined() && !given[i].toTensor().numel()) grown.push_back(i);
+    }
+    return grown;
+  }
+
+  // The arguments as a CPU's operator takes them: the same memory, and numbers as they are now.
+  Values arguments() const {
     Values ours;
     for (const auto& value : given)
-      ours.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [&](const Tensor& tensor) {
+      ours.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [](const Tensor& tensor) {
         if (tensor.is_cuda()) return on_cpu(tensor);
-        Tensor value = tensor.clone();  // a kernel's argument, fixed when it is launched
-        value.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
-        return value;
+        Tensor number = tensor.clone();  // a kernel's argument, fixed when it is launched
+        number.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
+        return number;
       }));
     return ours;
-  };
+  }
 
-  if (waits(name, given)) {  // and may have indices of a CPU
+  // The results: arguments given back, and new tensors shaped like those of `like`, each of which `made` is told of.
+  template <typename Function>
+  Values results(const Values& like, Function made) const {
+    Values results;
+    for (size_t r = 0; r < back.size(); ++r)
+      results.push_back(back[r] ? given[*back[r]] : map_tensors(like[r], [&](const Tensor& shape) {
+        Tensor own = at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(device));
+        made(r, own, shape);
+        return own;
+      }));
+    return results;
+  }
+
+  // For operators that have to be waited for: the host executes them once all earlier work is done.
+  Values at_once(c10::cuda::CUDAStream stream) const {  // arguments may be indices of a CPU
     c10::cuda::stream_synchronize(stream.stream());
-    const Values results = execute(op, arguments());
-    for (size_t r = 0; r < returned; ++r)
-      stack->push_back(back[r] ? given[*back[r]] : map_tensors(results[r], [&](const Tensor& result) {
-        Tensor made = new_like(result);
-        if (result.numel()) std::memcpy(made.data_ptr(), result.data_ptr(), bytes_of(result));
-        return made;
-      }));
-    return;
+    return results(execute(op, arguments()), [](size_t, const Tensor& own, const Tensor& result) {
+      if (result.numel()) std::memcpy(own.data_ptr(), result.data_ptr(), bytes_of(result));
+    });
   }
 
-  for (const auto& value : given)
-    each_tensor(value, [&](const Tensor& tensor) {
-      TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0, "Expected all tensors to be on the same device: ", name,
-                  " got one of a CPU beside others of CUDA");
+  // For all others: the device executes them when it gets to them, and copies what is new to where it is expected.
+  Values enqueue(c10::cuda::CUDAStream stream) const {
+    for (const auto& value : given)
+      each_tensor(value, [&](const Tensor& tensor) {
+        TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0, "Expected all tensors to be on the same device: ", name,
+                    " got one of a CPU beside others of CUDA");
+      });
+    const bool shaped = !grown.empty() || std::count(back.begin(), back.end(), std::nullopt);
+    const Values like = shaped ? results_like(op, given, grown) : Values(back.size());
+    for (size_t g = 0; g < grown.size(); ++g)
+      given[grown[g]].toTensor().resize_(like[back.size() + g].toTensor().sizes());
+    std::vector<std::vector<std::pair<void*, size_t>>> expected(back.size());
+    Values promised = results(like, [&](size_t r, const Tensor& own, const Tensor&) {
+      expected[r].emplace_back(own.data_ptr(), own.numel() ? bytes_of(own) : 0);
     });
-  bool own = !grown.empty();
-  for (const auto& argument : back) own |= !argument;
-  std::vector<std::vector<std::pair<void*, size_t>>> own_results(returned);
-  if (own) {
-    const Values& like = results_like(op, given, grown);
-    for (size_t g = 0; g < grown.size(); ++g) given[grown[g]].toTensor().resize_(like[returned + g].toTensor().sizes());
-    for (size_t r = 0; r < returned; ++r)
-      stack->push_back(back[r] ? given[*back[r]] : map_tensors(like[r], [&](const Tensor& result) {
-        const Tensor made = new_like(result);
-        own_results[r].emplace_back(made.data_ptr(), made.numel() ? bytes_of(made) : 0);
-        return made;
-      }));
-  } else {
-    for (const auto& argument : back) stack->push_back(given[*argument]);
+    C10_CUDA_CHECK(emulated_enqueue(stream.stream(), name.c_str(), [op = op, ours = arguments(), expected] {
+      const Values results = execute(op, ours);
+      for (size_t r = 0; r < expected.size(); ++r) {
+        auto place = expected[r].begin();
+        if (!expected[r].empty())
+          each_tensor(results[r], [&](const Tensor& result) {
+            const auto [to, bytes] = *place++;
+            if (bytes) std::memcpy(to, result.data_ptr(), bytes);
+          });
+      }
+    }));
+    return promised;
   }
-  C10_CUDA_CHECK(emulated_enqueue(stream.stream(), name.c_str(), [op, ours = arguments(), own_results] {
-    const Values results = execute(op, ours);
-    for (size_t r = 0; r < own_results.size(); ++r) {
-      size_t i = 0;
-      if (!own_results[r].empty())
-        each_tensor(results[r], [&](const Tensor& result) {
-          const auto [to, bytes] = own_results[r][i++];
-          if (bytes) std::memcpy(to, result.data_ptr(), bytes);
-        });
-    }
-  }));
+};
+
+void emulate(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto first = stack->end() - static_cast<ptrdiff_t>(op.schema().arguments().size());
+  const Call call(op, Values(first, stack->end()));
+  stack->erase(first, stack->end());
+  const c10::cuda::CUDAGuard guard(call.device);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  for (auto& result : waits(call.name, call.given) ? call.at_once(stream) : call.enqueue(stream))
+    stack->push_back(std::move(result));
 }
 
 // aten::copy_: within a device as any operator, between host and device by torch's own use of the runtime.
