@@ -7,7 +7,6 @@ between: `engine.step.Step` is written so, and every address here is of a tensor
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +32,7 @@ class CapturedStep:
     """
 
     def __init__(self, make: Callable[[], Step], example: StepInput) -> None:
-        self._static = _own(example)
+        self._static = example.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -60,18 +59,6 @@ class CapturedStep:
         self._static.packed.copy_(data.packed, non_blocking=True)
         self._graph.replay()
         return self._output
-
-
-def _own(example: StepInput) -> StepInput:
-    """The same, in memory of its own; the parts of `packed` stay parts of it."""
-    packed = example.packed.clone()
-    parts = {}
-    for field in dataclasses.fields(StepInput):
-        part = getattr(example, field.name)
-        if field.name not in ("views", "packed"):
-            start = part.data_ptr() - example.packed.data_ptr()
-            parts[field.name] = packed[start : start + part.nbytes].view(part.dtype)
-    return StepInput(views=example.views.clone(), packed=packed, **parts)
 
 
 class Snapshot:

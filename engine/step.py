@@ -5,13 +5,14 @@ arrive as uint8 views that are already augmented, every random number as a tenso
 waits for the host.
 
 Networks take rows by micro-batches, M over all ranks, by default one a rank. A rank that has several passes them one
-after another and gets what as many ranks get together: the same statistics, guesses, gradients and, where two numbers
-or less are added up, bits.
+after another and gets what as many ranks get together: the same statistics, guesses and gradients, with M = 2 bit for
+bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +33,9 @@ from engine.optimizers import OPTIMIZERS, load_optimizer
 from engine.rows import Rows, StepPlan
 from kernels.assemble import assemble_batch
 from kernels.guess import guess_labels
+from pipelines.packed import Layout, allocate, unpack
 
 RING_ROWS = 128
-_ALIGNMENT = 16  # bytes, so that every array of a packed plan may be read wide
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
 _BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
 _BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
@@ -159,22 +160,21 @@ class StepInput:
     def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
         """Copies a step's plan beside its views, and whether this rank has been asked to stop."""
         arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
-        padding = [-array.nbytes % _ALIGNMENT for array in arrays.values()]
-        pieces = [
-            piece
-            for array, pad in zip(arrays.values(), padding, strict=True)
-            for piece in (array.view(np.uint8), np.zeros(pad, np.uint8))
-        ]
-        packed = torch.from_numpy(np.concatenate(pieces))
-        if device.type == "cuda":
-            packed = packed.pin_memory()  # torch keeps the block until the copy is over
-        packed = packed.to(device, non_blocking=True)
-        parts, start = {}, 0
-        for (name, array), pad in zip(arrays.items(), padding, strict=True):
-            part = packed[start : start + array.nbytes]
-            parts[name] = part.view(torch.from_numpy(array).dtype)
-            start += array.nbytes + pad
-        return cls(views=views.to(device, non_blocking=True), packed=packed, **parts)
+        layout = {name: (torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()}
+        buffer = allocate(layout, pinned=device.type == "cuda")
+        for name, part in unpack(buffer, layout).items():
+            part.numpy()[:] = arrays[name]
+        return cls._of(views.to(device, non_blocking=True), buffer.to(device, non_blocking=True), layout)
+
+    @classmethod
+    def _of(cls, views: Tensor, buffer: Tensor, layout: Layout) -> StepInput:
+        return cls(views=views, packed=buffer, **unpack(buffer, layout))
+
+    def clone(self) -> StepInput:
+        """The same, in memory of its own; the parts of `packed` stay parts of it."""
+        fields = (field.name for field in dataclasses.fields(self) if field.name not in ("views", "packed"))
+        layout = {name: (getattr(self, name).dtype, tuple(getattr(self, name).shape)) for name in fields}
+        return self._of(self.views.clone(), self.packed.clone(), layout)
 
 
 @dataclass(frozen=True)

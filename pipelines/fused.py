@@ -7,13 +7,12 @@ own beside the training step's. On a CPU the kernel's twin does the same at once
 from __future__ import annotations
 
 from collections import deque
-from math import prod
 
 import numpy as np
 import torch
 
 from kernels.augment import CODES, MAX_SIDE, augment_views
-from pipelines import ctaugment, warps
+from pipelines import ctaugment, packed, warps
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
@@ -29,18 +28,6 @@ _FIELDS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "ops": (torch.int32, (OPS_PER_VIEW,)),
     "parameters": (torch.float32, (OPS_PER_VIEW, 6)),
 }
-
-
-def _sizes(rows: int) -> list[int]:
-    """Bytes of each field, in multiples of 16: alike aligned for any number of rows, one kernel serves them all."""
-    sizes = [rows * prod(shape) * dtype.itemsize for dtype, shape in _FIELDS.values()]
-    return [size + -size % 16 for size in sizes]
-
-
-def _fields(buffer: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
-    """The kernel's arguments as they lie one after another in one buffer of bytes."""
-    parts = zip(_FIELDS.items(), buffer.split(_sizes(rows)), strict=True)
-    return {name: part.view(dtype)[: rows * prod(shape)].view(rows, *shape) for (name, (dtype, shape)), part in parts}
 
 
 class FusedViews(Views):
@@ -68,6 +55,7 @@ class FusedViews(Views):
                 f"the fused kernel takes images of up to {MAX_SIDE}x{MAX_SIDE} pixels, got {self.height}x{self.width}; "
                 "use the DALI pipeline"
             )
+        self._layout = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _FIELDS.items()}
         images = torch.from_numpy(np.concatenate(self._sets))
         self._made: deque[torch.Tensor] = deque()
         if device == "cpu":
@@ -84,9 +72,9 @@ class FusedViews(Views):
         self._finish()
 
     def _prepare(self, views: ViewPlan) -> torch.Tensor:
-        """The kernel's arguments in one buffer of bytes: pinned for a GPU, where torch keeps it until it is copied."""
-        buffer = torch.empty(sum(_sizes(self.rows)), dtype=torch.uint8, pin_memory=self.device == "gpu")
-        into = {name: field.numpy() for name, field in _fields(buffer, self.rows).items()}
+        """The kernel's arguments in one buffer of bytes."""
+        buffer = packed.allocate(self._layout, pinned=self.device == "gpu")
+        into = {name: part.numpy() for name, part in packed.unpack(buffer, self._layout).items()}
         into["image"][:] = self._places(views)
         into["shift"][:] = views.shift
         into["flip"][:] = views.flip
@@ -96,11 +84,11 @@ class FusedViews(Views):
 
     def _begin(self, prepared: torch.Tensor) -> None:
         if self.device == "cpu":
-            self._made.append(augment_views(self._images, **_fields(prepared, self.rows)))
+            self._made.append(augment_views(self._images, **packed.unpack(prepared, self._layout)))
             return
         with torch.cuda.stream(self._stream):
             there = prepared.to(self._gpu, non_blocking=True)
-            self._made.append(augment_views(self._images, **_fields(there, self.rows)))
+            self._made.append(augment_views(self._images, **packed.unpack(there, self._layout)))
             ready = torch.cuda.Event()
             ready.record(self._stream)
         self._ready.append(ready)

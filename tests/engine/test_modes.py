@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine import distribution, optimizers
-from engine.capture import CapturedStep, Snapshot, _own
+from engine.capture import CapturedStep, Snapshot
 from engine.errors import UserError
 from engine.rows import arrange, step_plan
 from engine.step import METRICS, Step, StepInput, make_state
@@ -147,7 +147,7 @@ def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
         StepInput.to_device(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
         for step, labels in enumerate((np.arange(8), np.arange(8)[::-1].copy()))
     )
-    own = _own(first)
+    own = first.clone()
     own.packed.copy_(second.packed)
     for name in ("source", "partner", "lam", "turns", "target", "partner_target", "labels"):
         assert torch.equal(getattr(own, name), getattr(second, name)), name
