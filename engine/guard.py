@@ -57,7 +57,9 @@ class StopRequest:
             return 0
         with contextlib.suppress(BlockingIOError):
             self._come = next((each for each in os.read(self._inbox, 64) if each in _SIGNALS), self._come)
-        return 0 if self.number else self._come
+        if self.number:  # Python has got to it
+            self._come = 0
+        return self._come
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
