@@ -18,10 +18,10 @@ from tests.processes import ROOT, assert_close, final_state, finish, start_ranks
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
 FLAGS = [
     *("--precision", "fp64", "--bn", "split", "--bn-groups", "2", "--device", "cpu", "--quiet"),
-    *("--eval-every", "10", "--log-every", "1"),
+    *("--eval-every", "10", "--log-every", "1", "--batch", "8", "--width", "8"),
 ]
-
-IN_TURN = ("--precision", "fp32", "--micro-batches", "2")
+# of the preset's own size: equal bits are so at any
+IN_TURN = ("--precision", "fp32", "--micro-batches", "2", "--batch", "16", "--width", "16")
 
 
 def train(folder, ranks, *flags):
