@@ -221,7 +221,7 @@ class StepBytes:
 
     Attributes:
         gradients: the all-reduce behind backward.
-        others: views, logits and matches gathered, buffers and metrics reduced.
+        others: views and logits gathered, buffers and metrics reduced.
     """
 
     gradients: Collective
@@ -236,12 +236,13 @@ def step_bytes(config: Config) -> StepBytes:
     network = make_state(config, classes, torch.device("cpu")).network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     others = [Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes)]
-    if config.unlabeled:
-        others.append(Collective("logits", "all-gather", bytes_per_image=4 * classes))
+    passes = 2 if config.unlabeled else 1  # guess and probe
+    reduced = (
+        sum(b.numel() for b in network.buffers()) + 6
+    )  # losses and "stop": other metrics are the same on all ranks
     others += [
-        Collective("matches", "all-gather", bytes_per_image=4),
-        Collective("buffers", "all-reduce", 4 * sum(b.numel() for b in network.buffers())),
-        Collective("metrics", "all-reduce", 4 * 6),  # losses and "stop": what else is shown is the same on all ranks
+        Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),
+        Collective("buffers and metrics", "all-reduce", 4 * reduced),
     ]
     return StepBytes(Collective("gradients", "all-reduce", 4 * trained), tuple(others))
 

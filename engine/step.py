@@ -276,13 +276,18 @@ class Step:
         trained, probes = rows[: -self.share], rows[-self.share :]
         one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
-        # 2.-4. Guess, distribution alignment, sharpening: one target for all K + 1 views of an image
+        # 9. CTAugment's probes, on the averaged network, and 2. guess: both exchanged at once
+        passes = [self._logits(self.probe, probes)]
         if c.unlabeled:
             trained, weak = trained[: -self.share], trained[-self.share :]
-            q_logits = self._logits(partial(self.infer, track=False), weak)
-            q_logits = distribution.gather(q_logits)[self.guess_order]  # (B, L)
+            passes.append(self._logits(partial(self.infer, track=False), weak))
+        logits = distribution.gather(torch.cat(passes, dim=1))[self.guess_order]  # (B, 2 L), or (B, L) of probes alone
+        matches = 1 - (logits[:, :classes].softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+
+        # 3.-4. Distribution alignment, sharpening: one target for all K + 1 views of an image
+        if c.unlabeled:
             guesses = guess_labels(
-                q_logits,
+                logits[:, classes:],
                 state.ring,
                 state.step % RING_ROWS,
                 state.label_marginal,
@@ -296,10 +301,6 @@ class Step:
         # 5. Mixup of the targets
         lam = data.lam[: len(trained)].view(self.parts, -1)[:, : self.pool].reshape(-1, 1)
         targets = lam * known[data.target] + (1 - lam) * known[data.partner_target]  # (P / R, L)
-
-        # 9. CTAugment's probes, on the averaged network
-        misses = self._logits(self.probe, probes).softmax(-1) - one_hot[self.images]
-        matches = distribution.gather(1 - misses.abs().sum(-1) / 2)[self.guess_order]  # (B,)
 
         # 6. Losses and their gradients, which add up over the micro-batches
         inputs = trained, targets, guesses[self.images], data.turns[: len(trained)]
@@ -321,7 +322,7 @@ class Step:
 
         # 8. Average; running statistics come from the live network
         with torch.no_grad():
-            moved = distribution.mean(moved)
+            moved, losses, stop = distribution.mean(torch.cat([moved, losses, data.stop])).split([len(moved), 5, 1])
             for network in (state.network, state.average):
                 network.set_running_statistics(moved)
             self.update_average(list(state.average.parameters()), list(state.network.parameters()), 0)
@@ -331,9 +332,8 @@ class Step:
             if not c.class_distribution:
                 state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
             state.step += 1
-            losses, stop = distribution.mean(torch.cat([losses, data.stop])).split([5, 1])
             others = torch.stack([guesses.amax(-1).mean(), alignment_gap, matches.mean()])
-        return StepOutput(torch.cat([losses, others, stop]), matches)
+        return StepOutput(torch.cat([losses, others, stop]).float(), matches)
 
     def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
         """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L) float32."""

@@ -121,7 +121,7 @@ class _InFlight:
     """A step whose outcome is on its way to the host."""
 
     plan: Plan
-    metrics: Tensor  # (8,) float32, on the host once `arrived`
+    metrics: Tensor  # (9,) float32, on the host once `arrived`
     matches: Tensor  # (B,) float32, likewise
     arrived: torch.cuda.Event | None
 
