@@ -237,9 +237,8 @@ def step_bytes(config: Config) -> StepBytes:
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     others = [Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes)]
     passes = 2 if config.unlabeled else 1  # guess and probe
-    reduced = (
-        sum(b.numel() for b in network.buffers()) + 6
-    )  # losses and "stop": other metrics are the same on all ranks
+    metrics = 6  # five losses and "stop": what else is shown is the same on all ranks
+    reduced = sum(b.numel() for b in network.buffers()) + metrics
     others += [
         Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),
         Collective("buffers and metrics", "all-reduce", 4 * reduced),
