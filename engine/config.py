@@ -126,7 +126,7 @@ class Config:
         """Whether the method looks at unlabeled images."""
         return self.method != "supervised"
 
-    def parts(self, ranks: int) -> int:
+    def micro_batches_of(self, ranks: int) -> int:
         """M: micro-batches of a step over so many ranks, at least one for each."""
         return max(self.micro_batches, ranks)
 
@@ -207,18 +207,20 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--lag must be at least (prefetch + 1) * view_steps = {ahead}, since plans are made so many steps ahead "
             f"of their probes; got {config.lag}"
         )
-    parts = config.parts(ranks)
-    of_parts = f"{parts} micro-batches" if parts > ranks else f"{ranks} ranks"
-    if parts % ranks:
+    micro_batches = config.micro_batches_of(ranks)
+    shares = f"{micro_batches} micro-batches" if micro_batches > ranks else f"{ranks} ranks"
+    if micro_batches % ranks:
         raise UserError(f"--micro-batches must be a multiple of the {ranks} ranks, got {config.micro_batches}")
-    if config.batch % parts:
-        raise UserError(f"--batch {config.batch} cannot be shared by {of_parts}; take a multiple of {parts}")
-    if config.bn == "sync" and parts > ranks:
-        raise UserError(f"--bn sync needs all rows of a step at once; --micro-batches {parts} takes them in turn")
+    if config.batch % micro_batches:
+        raise UserError(f"--batch {config.batch} cannot be shared by {shares}; take a multiple of {micro_batches}")
+    if config.bn == "sync" and micro_batches > ranks:
+        raise UserError(
+            f"--bn sync needs all rows of a step at once; --micro-batches {micro_batches} takes them in turn"
+        )
     if config.bn == "split":
-        if config.bn_groups % parts or config.batch % config.bn_groups:
+        if config.bn_groups % micro_batches or config.batch % config.bn_groups:
             raise UserError(
-                f"--bn-groups must be a multiple of the {of_parts} and divide --batch {config.batch}, "
+                f"--bn-groups must be a multiple of the {shares} and divide --batch {config.batch}, "
                 f"got {config.bn_groups}"
             )
         if config.unlabeled and config.batch // config.bn_groups < config.k + 2:

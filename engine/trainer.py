@@ -168,9 +168,9 @@ class Trainer:
         self.labels = data.train_labels[split]
         self.spec = plan_spec(config, data, split)
         ranks = distribution.ranks()
-        self.parts = config.parts(ranks)
-        groups = config.bn_groups if config.bn == "split" else self.parts
-        self.rows = arrange(self.spec, groups, distribution.rank(), ranks, self.parts)
+        self.micro_batches = config.micro_batches_of(ranks)
+        groups = config.bn_groups if config.bn == "split" else self.micro_batches
+        self.rows = arrange(self.spec, groups, distribution.rank(), ranks, self.micro_batches)
         self.state: TrainState = make_state(config, len(data.classes), self.device)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.known_by = asdict(config)
@@ -201,11 +201,11 @@ class Trainer:
         if found is None:
             return False
         content = found.content
-        before = content.get("parts", self.parts)
-        if self.config.bn == "joint" and before != self.parts:
+        before = content.get("micro_batches", self.micro_batches)
+        if self.config.bn == "joint" and before != self.micro_batches:
             self.progress.warn(
-                f"ranks were {before} and are {self.parts} now: with --bn joint each normalises its own rows, so the "
-                "run goes on with other statistics (not so with --bn split, --bn sync, or enough --micro-batches)"
+                f"ranks were {before} and are {self.micro_batches} now: with --bn joint each normalises its own rows, "
+                "so the run goes on with other statistics (not with --bn split, --bn sync, or enough --micro-batches)"
             )
         self.state.load_state_dict(content["state"])
         self.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
@@ -233,7 +233,7 @@ class Trainer:
             "policy": _map_leaves(self.policy.state_dict(), np.ndarray, torch.from_numpy),
             "accuracies": self.accuracies,
             "train_seconds": self.train_seconds,
-            "parts": self.parts,
+            "micro_batches": self.micro_batches,
         }
         if last:
             distribution.on_first(lambda: self.saver.save_last(self.step, content))

@@ -69,7 +69,7 @@ def test_batch_must_be_shared_evenly():
 def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
     config = dataclasses.replace(preset("digits-40"), micro_batches=2)
     validate(config, ranks=4)
-    assert [config.parts(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
+    assert [config.micro_batches_of(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
     with pytest.raises(UserError, match="--micro-batches must be a multiple of the 2 ranks, got 3"):
         validate(dataclasses.replace(config, batch=12, micro_batches=3), ranks=2)
 

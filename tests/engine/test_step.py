@@ -25,7 +25,7 @@ class Bench:
         self.spec = PlanSpec(
             config.batch, config.k, 20, 50 if config.unlabeled else 0, max_shift=1, flip=False, mixup_alpha=0.75
         )
-        parts = config.parts(1)
+        parts = config.micro_batches_of(1)
         self.rows = arrange(self.spec, config.bn_groups if config.bn == "split" else parts, 0, 1, parts)
         self.state = make_state(config, CLASSES, CPU)
         # neither network nor marginals at their start, where much would cancel
