@@ -7,6 +7,7 @@ second instead of ten. It is the same code and a real process, to be killed, sto
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def _main(log, arguments, patch, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, if it started the tests, has had ignored
     for name, value in patch.items():
         module, attribute = name.rsplit(".", 1)
         setattr(importlib.import_module(module), attribute, value)
