@@ -55,7 +55,9 @@ def _main(log, arguments, patch, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, if it started the tests, has had ignored
+    # as in a terminal: nohup has SIGHUP ignored, and a shell has SIGINT for what it starts in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in patch.items():
         module, attribute = name.rsplit(".", 1)
         setattr(importlib.import_module(module), attribute, value)
