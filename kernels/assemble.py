@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op, wrap_triton
 
 _BATCH_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -214,17 +213,17 @@ def launch_assemble_batch(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launch the Triton kernel; arguments and result as for `assemble_batch`, unchecked."""
-    rows = source.shape[0]
-    height, width = views.shape[1:3]
-    parameters = assemble_parameters(height, width)
-    batch = torch.empty((rows, 3, height, width), dtype=dtype, device=views.device, memory_format=torch.channels_last)
-    wrap_triton(_assemble_kernel)[(rows * parameters["CHUNKS"],)](
+    parameters = assemble_parameters(*views.shape[1:3])
+    batch = _empty_batch(views, source, partner, lam, turns, mean, std, dtype)
+    _assemble_kernel[(source.shape[0] * parameters["CHUNKS"],)](
         views, source, partner, lam, turns, mean, std, batch, **parameters
     )
     return batch
 
 
-@triton_op("remixmatch::assemble_batch", mutates_args=())
+# One operator to torch.compile, which so leaves it whole. `triton_op` would let it see the kernel, which it could not
+# fuse with anything either, and imports the compiler where nothing is compiled.
+@torch.library.custom_op("remixmatch::assemble_batch", mutates_args=(), device_types="cuda")
 def _assemble_batch(
     views: torch.Tensor,
     source: torch.Tensor,
@@ -235,11 +234,22 @@ def _assemble_batch(
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    # torch.compile traces this body for whatever device it compiles for, so the choice has to be made here as
-    # well as by the dispatcher below.
-    if views.device.type == "cpu":
-        return _mix_and_turn(views, source, partner, lam, turns, mean, std, dtype)
     return launch_assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
 
 
 _assemble_batch.register_kernel("cpu")(assemble_batch_reference)
+
+
+@_assemble_batch.register_fake
+def _empty_batch(
+    views: torch.Tensor,
+    source: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    turns: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    shape = (source.shape[0], 3, *views.shape[1:3])
+    return torch.empty(shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)

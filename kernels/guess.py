@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import triton_op, wrap_triton
 
 EPSILON = 1e-6  # Keeps the ratio of marginals finite for a class that was never seen, or never guessed.
 
@@ -210,13 +209,13 @@ def launch_guess_labels(
     batch, classes = logits.shape
     parameters = guess_parameters(batch, classes, ring.shape[0])
     programs = parameters["PROGRAMS"]
-    targets = logits.new_empty((batch, classes), dtype=torch.float32)
+    targets = _empty_targets(logits, ring, slot, label_marginal, temperature, align)
     # A single program touches neither of the two: any tensor stands in, and nothing is allocated or zeroed.
     partial, finished = targets, slot
     if programs > 1:
         partial = logits.new_empty((programs, classes), dtype=torch.float32)
         finished = logits.new_zeros(1, dtype=torch.int32)
-    wrap_triton(_guess_kernel)[(programs,)](
+    _guess_kernel[(programs,)](
         logits,
         ring,
         slot,
@@ -234,7 +233,8 @@ def launch_guess_labels(
     return targets
 
 
-@triton_op("remixmatch::guess_labels", mutates_args={"ring"})
+# A custom operator rather than a `triton_op`: see kernels/assemble.py
+@torch.library.custom_op("remixmatch::guess_labels", mutates_args={"ring"}, device_types="cuda")
 def _guess_labels(
     logits: torch.Tensor,
     ring: torch.Tensor,
@@ -243,11 +243,19 @@ def _guess_labels(
     temperature: float,
     align: bool,
 ) -> torch.Tensor:
-    # torch.compile traces this body for whatever device it compiles for, so the choice has to be made here as
-    # well as by the dispatcher below.
-    if logits.device.type == "cpu":
-        return guess_labels_reference(logits, ring, slot, label_marginal, temperature, align)
     return launch_guess_labels(logits, ring, slot, label_marginal, temperature, align)
 
 
 _guess_labels.register_kernel("cpu")(guess_labels_reference)
+
+
+@_guess_labels.register_fake
+def _empty_targets(
+    logits: torch.Tensor,
+    ring: torch.Tensor,
+    slot: torch.Tensor,
+    label_marginal: torch.Tensor,
+    temperature: float,
+    align: bool,
+) -> torch.Tensor:
+    return logits.new_empty(logits.shape, dtype=torch.float32)

@@ -46,9 +46,8 @@ def recorded_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
 
             return record
 
-    for module in (guess, assemble):
-        monkeypatch.setattr(module, "wrap_triton", Recorder)
-    monkeypatch.setattr(augment, "_augment_kernel", Recorder(augment._augment_kernel))
+    for module, name in ((guess, "_guess_kernel"), (assemble, "_assemble_kernel"), (augment, "_augment_kernel")):
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
 
     def launch(launcher: Callable[..., Any], *args: Any) -> Launch:
         launches.clear()

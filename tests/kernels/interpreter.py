@@ -75,7 +75,4 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # Whatever is printed must not end up among the replies.
-    for module in ("kernels.guess", "kernels.assemble"):
-        # Torch's wrapper is for tracing; not every version lets an interpreted kernel pass.
-        setattr(importlib.import_module(module), "wrap_triton", lambda kernel: kernel)  # noqa: B010
     serve(sys.stdin.buffer, replies)

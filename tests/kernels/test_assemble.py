@@ -145,7 +145,7 @@ def test_compiled(width):
 
 
 def test_traced_for_a_gpu():
-    """What torch.compile runs before there are any values: the launcher, on tensors that only claim a GPU."""
+    """What torch.compile runs before there are any values, on tensors that only claim a GPU."""
     with FakeTensorMode():
         views = torch.empty(7, 16, 16, 3, dtype=torch.uint8, device="cuda")
         rows = torch.empty(9, dtype=torch.int64, device="cuda")

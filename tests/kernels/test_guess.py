@@ -178,7 +178,7 @@ def test_compiled():
 
 @pytest.mark.parametrize("batch", [64, 700])
 def test_traced_for_a_gpu(batch):
-    """What torch.compile runs before there are any values: the launcher, on tensors that only claim a GPU."""
+    """What torch.compile runs before there are any values, on tensors that only claim a GPU."""
     with FakeTensorMode():
         logits = torch.empty(batch, 10, dtype=torch.bfloat16, device="cuda")
         ring = torch.empty(RING, 10, device="cuda")
