@@ -39,8 +39,9 @@ from bench.throughput import VIEWS, base_config
 from bench.timing import bench_device
 from engine.config import Config, validate
 from engine.errors import UserError
+from engine.execution import pick_mode
+from engine.feed import plan_spec
 from engine.step import make_state
-from engine.trainer import pick_mode, plan_spec
 from pipelines.datasets import DATASETS
 
 SCALINGS = ("weak", "strong")

@@ -27,7 +27,7 @@ from bench.throughput import Case
 from bench.timing import sample
 from engine import distribution
 from engine.config import Config
-from engine.trainer import pick_device
+from engine.execution import pick_device
 
 _REDUCES = 20  # all-reduces a sample: short ones need many, and every rank has to run as many as the others
 
@@ -112,21 +112,21 @@ def work(job: Job) -> dict[str, Any]:
             for (function, calls), taken in zip(turns, samples, strict=True):
                 distribution.barrier()
                 taken.append(sample(function, device, calls))
-        trainer = cases[job.cases[0]].trainer
+        feed = cases[job.cases[0]].feed
         return {
             "steps": [[seconds / job.steps for seconds in taken] for taken in samples[: len(job.cases)]],
             "reduces": samples[len(job.cases) :],
             "facts": {
-                "mode": trainer.mode,
-                "precision": str(trainer.precision).removeprefix("torch."),
-                "rows_per_image": trainer.images_per_step // job.cases[0].batch,
+                "mode": feed.execution.mode,
+                "precision": str(feed.execution.precision).removeprefix("torch."),
+                "rows_per_image": feed.images_per_step // job.cases[0].batch,
                 "backend": dist.get_backend(),
                 "gradient_buckets": wrapped[0]._get_ddp_logging_data().get("num_buckets_reduced"),
             },
         }
     finally:
         for case in cases.values():
-            case.trainer.end()
+            case.end()
 
 
 def _advance(case: Case, spec: CaseSpec, steps: int) -> None:

@@ -10,10 +10,9 @@ import dataclasses
 import itertools
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +23,13 @@ from bench import records
 from bench.images import NOISE_32
 from bench.timing import Timing, bench_device, ceilings
 from bench.timing import measure as measure_times
+from engine.capture import make_step
 from engine.config import Config, preset, validate
 from engine.errors import UserError
+from engine.execution import Execution, set_numerics
+from engine.feed import Feed
 from engine.network import BatchNorm, ResidualBlock, WideResNet
-from engine.progress import ProgressLine
-from engine.trainer import Trainer
+from engine.step import StepInput, StepOutput, TrainState, make_state
 from pipelines.datasets import DATASETS, label_split
 from pipelines.plan import ViewPlan
 
@@ -64,13 +65,16 @@ class SyntheticViews:
 class Case:
     """One configuration, ready to train."""
 
-    trainer: Trainer
+    config: Config
+    feed: Feed
+    state: TrainState
+    execute: Callable[[StepInput], StepOutput] | None
     host_seconds: float = 0.0
     steps: int = 0
 
     @classmethod
     def begin(cls, config: Config, views: str) -> Case:
-        """Sets up a run that is never written.
+        """Sets up steps that nobody evaluates or saves.
 
         Args:
             config: its `views` is replaced by what `views` names.
@@ -83,53 +87,61 @@ class Case:
         validate(config)
         data = DATASETS[config.dataset]()
         split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
-        progress = ProgressLine(config.steps, quiet=True)
-        trainer = Trainer(config, data, split, Path(gettempdir()), progress)
-        progress.start(0, trainer.images_per_step)
-        rows = len(trainer.rows.views) * config.view_steps
-        source = SyntheticViews(rows, data.train_images.shape[1:3], trainer.device) if views == "synthetic" else None
-        trainer.begin(source)
-        return cls(trainer)
+        sides = data.train_images.shape[1:3]
+        execution = Execution.pick(config, sides)
+        set_numerics(config.deterministic)
+        feed = Feed(config, data, split, execution)
+        state = make_state(config, len(data.classes), execution.device)
+        execute = make_step(config, state, feed.rows, execution, feed.example)
+        rows = len(feed.rows.views) * config.view_steps
+        feed.begin(0, SyntheticViews(rows, sides, execution.device) if views == "synthetic" else None)
+        return cls(config, feed, state, execute)
 
     def advance(self, steps: int) -> None:
         """Trains, and adds up the host's time without what it waited for the device."""
-        begin, waited = time.perf_counter(), self.trainer.waited_seconds
+        assert self.execute is not None
+        begin, waited = time.perf_counter(), self.feed.waited_seconds
         for _ in range(steps):
-            self.trainer.advance()
-        self.host_seconds += time.perf_counter() - begin - (self.trainer.waited_seconds - waited)
+            self.feed.put(self.execute(self.feed.next()))
+        self.host_seconds += time.perf_counter() - begin - (self.feed.waited_seconds - waited)
         self.steps += steps
+
+    def end(self) -> None:
+        """Waits for what is under way and lets go of it; see `Trainer.end`."""
+        self.feed.end()
+        self.execute = None
 
     def row(self, timing: Timing, steps: int) -> dict[str, Any]:
         """Figures of samples of `steps` steps."""
         step = timing.seconds / steps
         row = {
             "steps_per_second": 1 / step,
-            "images_per_second": self.trainer.images_per_step / step,
+            "images_per_second": self.feed.images_per_step / step,
             "step_ms": 1e3 * step,
             "step_ms_low": 1e3 * timing.low / steps,
             "step_ms_high": 1e3 * timing.high / steps,
         }
-        if self.trainer.device.type == "cuda":  # on a CPU, host and device are one
+        if self.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
             row["host_ms"] = 1e3 * self.host_seconds / self.steps
-        return row | _floor(self.trainer, step)
+        return row | self._floor(step)
 
-
-def _floor(trainer: Trainer, step: float) -> dict[str, float]:
-    """The least time of a step by arithmetic and by memory traffic, at the rates measured in this process."""
-    config, limit = trainer.config, ceilings(trainer.device)
-    macs, activations = network_cost(config, trainer.data.train_images.shape[1:3])
-    trained = trainer.images_per_step
-    forward = 2 * config.batch if config.unlabeled else config.batch  # guesses and probes
-    width = torch.empty(0, dtype=trainer.precision).element_size()
-    arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
-    traffic = width * activations * (_PASSES_TRAINED * trained + _PASSES_FORWARD * forward)
-    floor = max(arithmetic, traffic / limit.copy_bytes_per_second)
-    return {
-        "floor_arithmetic_ms": 1e3 * arithmetic,
-        "floor_memory_ms": 1e3 * traffic / limit.copy_bytes_per_second,
-        "floor_ms": 1e3 * floor,
-        "floor_ratio": step / floor,
-    }
+    def _floor(self, step: float) -> dict[str, float]:
+        """The least time of a step by arithmetic and by memory traffic, at the rates measured in this process."""
+        config, execution = self.config, self.feed.execution
+        limit = ceilings(execution.device)
+        macs, activations = network_cost(config, self.feed.data.train_images.shape[1:3])
+        trained = self.feed.images_per_step
+        forward = 2 * config.batch if config.unlabeled else config.batch  # guesses and probes
+        arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
+        rows = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
+        traffic = execution.precision.itemsize * activations * rows / limit.copy_bytes_per_second
+        floor = max(arithmetic, traffic)
+        return {
+            "floor_arithmetic_ms": 1e3 * arithmetic,
+            "floor_memory_ms": 1e3 * traffic,
+            "floor_ms": 1e3 * floor,
+            "floor_ratio": step / floor,
+        }
 
 
 def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
@@ -166,10 +178,11 @@ def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) ->
     case = Case.begin(config, "synthetic" if data == "synthetic" else config.views)
     each = _whole_batches(-(-steps // repeats), config)
     try:
-        timing = measure_times({"": lambda: case.advance(each)}, case.trainer.device, repeats, warm_up=2)[""]
+        device = case.feed.execution.device
+        timing = measure_times({"": lambda: case.advance(each)}, device, repeats, warm_up=2)[""]
         return case.row(timing, each)
     finally:
-        case.trainer.end()
+        case.end()
 
 
 def _whole_batches(steps: int, config: Config) -> int:
@@ -274,7 +287,7 @@ def _measure_together(
         k, mode, views, parts = name
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
         row |= {"micro_batches": parts}
-        row |= {"precision": str(case.trainer.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
         row |= case.row(timings[str(name)], steps) | memory.get(name, {})
         if options.soak:
             row |= _soak(case, options.soak)
@@ -289,7 +302,7 @@ def _measure_together(
             flush=True,
         )
     for case in cases.values():
-        case.trainer.end()
+        case.end()
     _print_ratios(rows)
     failures.finish()
 
@@ -305,9 +318,9 @@ def _resident(device: torch.device) -> float:
 def _soak(case: Case, steps: int) -> dict[str, Any]:
     """Memory's growth over so many steps, after a tenth of them for whatever is lazily made."""
     case.advance(max(steps // 10, 1))
-    before = _resident(case.trainer.device)
+    before = _resident(case.feed.execution.device)
     case.advance(steps)
-    return {"soak_steps": steps, "memory_growth_mib": _resident(case.trainer.device) - before}
+    return {"soak_steps": steps, "memory_growth_mib": _resident(case.feed.execution.device) - before}
 
 
 def _print_ratios(rows: list[dict[str, Any]]) -> None:

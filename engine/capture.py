@@ -8,17 +8,37 @@ between: `engine.step.Step` is written so, and every address here is of a tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine import distribution
+from engine.config import Config
+from engine.execution import Execution
+from engine.rows import Rows
 from engine.step import Step, StepInput, StepOutput, TrainState
 
 # lazily made things have to be there before the capture: compiled code, cuDNN's choices, the optimiser's moments.
 # DistributedDataParallel logs its times up to its tenth pass, by events that a capture may not have
 _WARM_UP, _WARM_UP_RANKS = 3, 11
+
+
+def make_step(
+    config: Config, state: TrainState, rows: Rows, execution: Execution, example: Callable[[], StepInput]
+) -> Callable[[StepInput], StepOutput]:
+    """The step of a run, in the mode of its execution.
+
+    Args:
+        config: the run's configuration.
+        state: changed in place by every call.
+        rows: this rank's rows.
+        execution: eager, compiled or captured, and in which precision.
+        example: gives an input of the shapes of all steps, if the step is captured.
+    """
+    make = partial(Step, config, state, rows, execution.precision, compiled=execution.mode != "eager")
+    return CapturedStep(make, example()) if execution.mode == "graph" else make()
 
 
 class CapturedStep:

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_type_hints
 
 import tyro
 
 from engine import config as configuration
+from engine import launch
 from engine.errors import RankError, Stopped, UserError
+from engine.folder import check_folder, default_folder
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
 # process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
@@ -37,17 +39,23 @@ COMMANDS = {
 }
 
 
-@dataclass
-class TrainOptions:
-    """Where a run goes, and its configuration."""
-
-    config: Annotated[configuration.Config, tyro.conf.arg(name="")]
+@dataclass(frozen=True)
+class _Folder:
     out: Path | None = None
     """The run's folder; by default runs/PRESET-seedN, numbered on if that exists."""
     resume: bool = False
     """Go on with the run in --out, by default the newest of this preset and seed."""
     quiet: bool = False
     """Print nothing but the summary and warnings."""
+
+
+@dataclass(frozen=True)
+class _OutputOptions(configuration.OutputOptions, _Folder):
+    """Where the run goes, and what is written on the way."""
+
+
+@dataclass(frozen=True)
+class _Ranks:
     gpus: int = 1
     """Ranks on this machine, a GPU each, or a process each on a CPU: more than one are started by torchrun."""
     max_restarts: int = 0
@@ -56,6 +64,43 @@ class TrainOptions:
     """Seconds that a rank waits for another one before it ends with a message."""
     check_ranks: int = 0
     """For debugging: steps between comparisons of the ranks' states, bit for bit; 0 for none."""
+
+
+@dataclass(frozen=True)
+class _ExecutionOptions(_Ranks, configuration.ExecutionOptions):
+    """Where and how it is computed."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Trains a preset, or what the flags make of it."""
+
+    preset: tyro.conf.Suppress[str]
+    method: configuration.MethodOptions
+    data: configuration.DataOptions
+    augmentation: configuration.AugmentationOptions
+    network: configuration.NetworkOptions
+    optimisation: configuration.OptimisationOptions
+    execution: _ExecutionOptions
+    output: _OutputOptions
+
+    @classmethod
+    def of(cls, config: configuration.Config) -> TrainOptions:
+        """The options whose values are a configuration's, and otherwise the defaults."""
+        sections = {}
+        for name, section in get_type_hints(cls, include_extras=True).items():
+            if name != "preset":
+                known = {field.name for field in dataclasses.fields(section)} & vars(config).keys()
+                sections[name] = section(**{field: getattr(config, field) for field in known})
+        return cls(preset=config.preset, **sections)
+
+    @property
+    def config(self) -> configuration.Config:
+        """The configuration among the options."""
+        values: dict[str, Any] = {}
+        for section in (self, *vars(self).values()):
+            values |= vars(section) if dataclasses.is_dataclass(section) else {}
+        return configuration.Config(**{name: values[name] for name in vars(configuration.Config())})
 
 
 @dataclass
@@ -83,11 +128,18 @@ class PredictOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `remixmatch`.
 
-    Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal.
+    Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal; so it does, and
+    without a word, where whoever reads its output has gone.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _dispatch(argv)
+        try:
+            _dispatch(argv)
+        finally:
+            sys.stdout.flush()  # here, where a reader who has gone can be met, and not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, Stopped, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":  # each of several ranks meets the same
             _warn(str(error) or "interrupted; go on from the last checkpoint with --resume")
@@ -125,7 +177,8 @@ def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, **default)
+            flags = (tyro.conf.OmitArgPrefixes,)  # sections are for reading
+            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=flags, **default)
     except SystemExit as ended:
         if not ended.code:
             raise
@@ -142,31 +195,37 @@ def _train(argv: list[str]) -> None:
         if not argv:
             raise UserError("train needs a preset")
         return
-    preset = configuration.preset(argv[0])
-
-    from engine import distribution, launch, run
-
-    launch.end_with_parent()
-    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions(config=preset))
+    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(configuration.preset(argv[0])))
     _check_ranks(options)
     configuration.validate(options.config)
-    launching = not launch.under_torchrun() and (options.gpus > 1 or options.max_restarts > 0)
-    if not launching:
-        distribution.start(run.pick_device(options.config), options.timeout)
+    launch.end_with_parent()
+    # alone, before torch is imported; ranks agree on what rank 0 finds
+    if not launch.under_torchrun():
+        options = _settled(options, argv, options.output.resume)
+    launching = not launch.under_torchrun() and (options.execution.gpus > 1 or options.execution.max_restarts > 0)
+
+    from engine import distribution
+    from engine.execution import pick_device
+
+    if launching:
+        _check_places(options)
+        # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
+        arguments = ["train", *argv, "--out", str(options.output.out)]
+        launch.launch(arguments, options.execution.gpus, options.execution.max_restarts)
+        return
+    distribution.start(pick_device(options.config), options.execution.timeout)
     try:
-        # of ranks that torchrun starts again, those of another machine than the failed one do not know that they are
-        resume = options.resume or any(distribution.everyones(launch.restarted()))
-        options = distribution.on_first(lambda: _settled(options, argv, resume))
-        assert options.out is not None
-        if launching:
-            configuration.validate(options.config, options.gpus)
-            run.checked_data(options.config)
-            run.check_folder(options.config, options.out, options.resume)
-            # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
-            launch.launch(["train", *argv, "--out", str(options.out)], options.gpus, options.max_restarts)
-            return
+        if launch.under_torchrun():
+            # of ranks that are started again, those of another machine than the failed one's do not know that they are
+            resume = options.output.resume or any(distribution.everyones(launch.restarted()))
+            options = distribution.on_first(lambda: _settled(options, argv, resume))
+
+        from engine import run
+
+        output, execution = options.output, options.execution
+        assert output.out is not None
         summary = run.train(
-            options.config, options.out, options.resume, options.quiet, options.timeout, options.check_ranks
+            options.config, output.out, output.resume, output.quiet, execution.timeout, execution.check_ranks
         )
     except RuntimeError as error:
         if lost := distribution.lost(error):
@@ -176,48 +235,54 @@ def _train(argv: list[str]) -> None:
         print(
             f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
             f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
-            f"{summary['train_seconds']:.0f} s; see {options.out}/summary.json, curves.png, views.png"
+            f"{summary['train_seconds']:.0f} s; see {output.out}/summary.json, curves.png, views.png"
         )
     distribution.stop()
 
 
 def _check_ranks(options: TrainOptions) -> None:
-    from engine import launch
-
+    execution = options.execution
     for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
-        if getattr(options, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {getattr(options, flag)}")
-    if not options.timeout > 0:
-        raise UserError(f"--timeout must be more than 0 seconds, got {options.timeout}")
+        if getattr(execution, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {getattr(execution, flag)}")
+    if not execution.timeout > 0:
+        raise UserError(f"--timeout must be more than 0 seconds, got {execution.timeout}")
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if launch.under_torchrun() and options.gpus not in (1, int(local)):
-        raise UserError(f"--gpus {options.gpus} under a torchrun of {local}: leave out one of the two")
-    if not launch.under_torchrun() and options.gpus > 1:
-        import torch
+    if launch.under_torchrun() and execution.gpus not in (1, int(local)):
+        raise UserError(f"--gpus {execution.gpus} under a torchrun of {local}: leave out one of the two")
 
-        from engine.run import pick_device
 
-        places = torch.cuda.device_count() if pick_device(options.config).type == "cuda" else options.gpus
-        if options.gpus > places:
-            raise UserError(f"--gpus {options.gpus}: torch sees {places} here; --device cpu trains without any")
+def _check_places(options: TrainOptions) -> None:
+    import torch
+
+    from engine.execution import pick_device
+
+    gpus = options.execution.gpus
+    places = torch.cuda.device_count() if pick_device(options.config).type == "cuda" else gpus
+    if gpus > places:
+        raise UserError(f"--gpus {gpus}: torch sees {places} here; --device cpu trains without any")
 
 
 def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptions:
     """The options with the run's folder, and with the configuration that the run in it was begun with.
 
     A run goes on as it was begun: only flags that are given can disagree with it.
-    """
-    from engine import run
 
-    folder = options.out or run.default_folder(options.config, resume)
+    Raises:
+        UserError: data or folder are not such that the run can be trained.
+    """
+    folder = options.output.out or default_folder(options.config, resume)
     if resume and (folder / "config.json").exists():
         begun = configuration.load_config(folder / "config.json")
         preset = options.config.preset
         if begun.preset != preset:
             raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
-        defaults = dataclasses.replace(options, config=begun)
-        options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=defaults)
-    return dataclasses.replace(options, out=folder, resume=resume)
+        options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(begun))
+    options = dataclasses.replace(options, output=dataclasses.replace(options.output, out=folder, resume=resume))
+    configuration.validate(options.config, options.execution.gpus)
+    configuration.check_data(options.config)
+    check_folder(options.config, folder, resume)
+    return options
 
 
 def _evaluate(options: EvalOptions) -> None:

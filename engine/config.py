@@ -1,7 +1,8 @@
 """Configuration of a run, and the presets.
 
-Every field is a flag of `remixmatch train` with its help and default. A run is its configuration: two runs with equal
-configurations on one machine are equal bit for bit, and a run resumes only under the configuration that it began with.
+Every field is a flag of `remixmatch train` with its help and default, in sections. A run is its configuration, and
+resumes only under the one that it began with. Two runs with equal configurations on one machine are equal bit for bit:
+on a CPU with equal numbers of threads, on a GPU with `deterministic`.
 """
 
 from __future__ import annotations
@@ -13,37 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from engine.errors import UserError
-from pipelines.datasets import DATASETS
+from pipelines.datasets import DATASETS, DataSet, label_split
 
 
 @dataclass(frozen=True)
-class Config:
-    """What is trained, on what, and how. Paper: ReMixMatch (ICLR 2020), section 4 and appendix."""
+class MethodOptions:
+    """What is learned, from which rows, with which losses. Paper: ReMixMatch (ICLR 2020), section 3."""
 
-    preset: str = "digits-40"
-    """Name of the preset that the other fields started from."""
-    dataset: str = "digits"
-    """Data set, a key of pipelines.datasets.DATASETS."""
     method: Literal["remixmatch", "supervised"] = "remixmatch"
     """'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup."""
-    labels: int = 40
-    """Labeled images, as many of every class."""
-    seed: int = 0
-    """Seed of the label split, the initial weights and every plan."""
-    steps: int = 1000
-    """Training steps. A finished run may be resumed with more of them; nothing else may change."""
-
-    batch: int = 64
-    """B: labeled images a step, and as many unlabeled ones, over all ranks."""
     k: int = 8
     """K: strong views of every unlabeled image."""
+    batch: int = 64
+    """B: labeled images a step, and as many unlabeled ones, over all ranks."""
     temperature: float = 0.5
     """T of the sharpening."""
     align: bool = True
     """Distribution alignment of the guessed labels."""
     class_distribution: tuple[float, ...] = ()
     """p(y) where it is known, one probability a class; by default the running marginal of the labeled examples."""
+    marginal_decay: float = 0.999
+    """Decay of the running label marginal p(y)."""
     w_u: float = 1.5
     """Weight of the mixed unlabeled rows' cross-entropy."""
     w_u1: float = 0.5
@@ -55,6 +49,23 @@ class Config:
     mixup_alpha: float = 0.75
     """Both parameters of mixup's Beta distribution."""
 
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images, and which of them keep their label."""
+
+    dataset: str = "digits"
+    """Data set, a key of pipelines.datasets.DATASETS."""
+    labels: int = 40
+    """Labeled images, as many of every class."""
+    seed: int = 0
+    """Seed of the label split, the initial weights and every plan."""
+
+
+@dataclass(frozen=True)
+class AugmentationOptions:
+    """Weak and strong views of an image. Section 3.2 of the paper."""
+
     augment: Literal["ctaugment", "randaugment", "none"] = "ctaugment"
     """Strong augmentation: learned bins, uniform bins, or weak augmentation only."""
     max_shift: int = 4
@@ -63,41 +74,46 @@ class Config:
     """Whether weak views may be mirrored."""
     lag: int = 8
     """Steps between a CTAugment probe and the first plan that its outcome moves."""
-    view_steps: int = 1
-    """Steps whose views are made as one batch: small batches cost DALI as much as larger ones."""
-    prefetch: int = 2
-    """Batches of views made ahead; (prefetch + 1) * view_steps may not exceed lag."""
-    view_threads: int = 1
-    """Threads of the view pipeline."""
-    views: Literal["auto", "dali", "fused"] = "auto"
-    """Who makes views: DALI, or one fused kernel over images that stay on the device, up to 96x96 pixels; auto is
-    fused on a GPU where the images are small enough, DALI otherwise."""
 
-    scales: int = 3
-    """Groups of residual blocks; each after the first halves the resolution and doubles the width."""
-    blocks: int = 4
-    """Residual blocks a group."""
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """A wide residual network and its batch norm."""
+
     width: int = 32
     """Channels of the first group."""
+    blocks: int = 4
+    """Residual blocks a group."""
+    scales: int = 3
+    """Groups of residual blocks; each after the first halves the resolution and doubles the width."""
     bn: Literal["joint", "split", "sync"] = "joint"
     """Batch norm over all training rows of a rank or its micro-batch, over interleaved groups as the paper's separate
     passes, or over the rows of all ranks."""
     bn_groups: int = 1
     """With bn=split: parts into which each pass of B rows is cut; a multiple of the ranks and of the micro-batches."""
-    micro_batches: int = 1
-    """Parts into which a step's rows are cut, over all ranks. A rank trains its own ones in turn and adds up their
-    gradients: that takes less memory, and gives the numbers of a run on as many ranks. 1 is one a rank."""
     bn_momentum: float = 0.001
     """Momentum of the running statistics, in PyTorch's convention."""
 
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How long, and how fast, parameters and their average move."""
+
+    steps: int = 1000
+    """Training steps. A finished run may be resumed with more of them; nothing else may change."""
     lr: float = 0.002
     """Adam's learning rate, constant."""
     weight_decay: float = 0.02
     """Kernels shrink by 1 - weight_decay * lr a step; biases and batch norm do not."""
     ema_decay: float = 0.999
     """Decay of the averaged network, which is the one evaluated."""
-    marginal_decay: float = 0.999
-    """Decay of the running label marginal p(y)."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam, which has to be built from source."""
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """Where and how it is computed. Results are the same, but for rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -107,10 +123,28 @@ class Config:
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
     whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""
-    optimizer: Literal["torch", "apex"] = "torch"
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam, which has to be built from source."""
+    views: Literal["auto", "dali", "fused"] = "auto"
+    """Who makes views: DALI, or one fused kernel over images that stay on the device, up to 96x96 pixels; auto is
+    fused on a GPU where the images are small enough, DALI otherwise."""
+    micro_batches: int = 1
+    """Parts into which a step's rows are cut, over all ranks. A rank trains its own ones in turn and adds up their
+    gradients: that takes less memory, and gives the numbers of a run on as many ranks. 1 is one a rank."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """What ranks exchange gradients in: as they are, or in half of the bytes."""
+    deterministic: bool = False
+    """On a GPU, the same bits in every run: kernels that are chosen by rule and not by their times, and none that add
+    by atomics. Off, cuDNN measures its kernels, which is faster. On a CPU bits are the same without it."""
+    view_steps: int = 1
+    """Steps whose views are made as one batch: small batches cost DALI as much as larger ones."""
+    prefetch: int = 2
+    """Batches of views made ahead; (prefetch + 1) * view_steps may not exceed lag."""
+    view_threads: int = 1
+    """Threads of the view pipeline."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is measured and written on the way."""
 
     eval_every: int = 1024
     """Steps between evaluations of the averaged network on the test images."""
@@ -120,6 +154,22 @@ class Config:
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 3
     """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config(
+    OutputOptions,
+    ExecutionOptions,
+    OptimisationOptions,
+    NetworkOptions,
+    AugmentationOptions,
+    DataOptions,
+    MethodOptions,
+):
+    """What is trained, on what, and how: the fields of all sections, by their own names."""
+
+    preset: str = "digits-40"
+    """Name of the preset that the other fields started from."""
 
     @property
     def unlabeled(self) -> bool:
@@ -229,6 +279,27 @@ def validate(config: Config, ranks: int = 1) -> None:
                 f"unlabeled rows; --batch {config.batch} in {config.bn_groups} groups gives "
                 f"{config.batch // config.bn_groups}"
             )
+
+
+def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
+    """A configuration's data set, and the training images that keep their label: see `label_split`.
+
+    Raises:
+        UserError: the configuration asks for what the data set does not have.
+    """
+    data = DATASETS[config.dataset]()
+    try:
+        split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
+    except ValueError as error:
+        raise UserError(f"--labels: {error}") from None
+    if len(config.class_distribution) not in (0, len(data.classes)):
+        raise UserError(
+            f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
+        )
+    sides = data.train_images.shape[1:3]
+    if config.max_shift >= min(sides):
+        raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
+    return data, split
 
 
 def _flag(name: str) -> str:

@@ -7,6 +7,7 @@ step counts and found infinities stay on the device, so both can be captured.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,8 +25,21 @@ APEX_BUILD = (
 APEX_ABSENT = "apex is not installed"
 
 
+class _AdamW(torch.optim.AdamW):
+    """torch's, whose methods go without the wrappers that import torch's compiler, 1.5 s, to exclude them from it.
+
+    The step is never compiled: only the networks are. `step`'s wrapper switches gradients off as well.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
 def _adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=device.type == "cuda")
+    return _AdamW(groups, lr=lr, betas=BETAS, fused=True, capturable=device.type == "cuda")
 
 
 def apex_problem() -> str | None:

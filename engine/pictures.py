@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
-    from engine.trainer import Trainer
+    from engine.feed import Feed
 
 GRID_ROWS = 6
 GRID_STRONG = 8
@@ -55,18 +55,19 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_views(trainer: Trainer, path: Path) -> None:
-    """Draws the first unlabeled images of the run's last step: image, weak view, and strong views with their names.
+def draw_views(feed: Feed, step: int, path: Path) -> None:
+    """Draws the first unlabeled images of a step: image, weak view, and strong views with their names.
 
     Labeled images and their strong view where the method has no unlabeled ones.
 
     Args:
-        trainer: after its last step.
+        feed: of the run; knows every probe that the step's plan may know.
+        step: whose plan is drawn.
         path: of the PNG.
     """
-    spec, config = trainer.spec, trainer.config
-    images = trainer.data.train_images if spec.unlabeled_images else trainer.data.train_images[trainer.split]
-    plan = make_plan(spec, config.seed, trainer.step, trainer.policy.weights_for(trainer.step))
+    spec, config, data = feed.spec, feed.config, feed.data
+    images = data.train_images if spec.unlabeled_images else data.train_images[feed.split]
+    plan = make_plan(spec, config.seed, step, feed.policy.weights_for(step))
     weak, first = (1, 2) if spec.unlabeled_images else (None, 0)
     shown = min(GRID_ROWS, spec.batch)
     strong = min(GRID_STRONG, config.k if spec.unlabeled_images else 1)
@@ -74,8 +75,8 @@ def draw_views(trainer: Trainer, path: Path) -> None:
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
     chosen = plan.views.rows(rows)
     pipeline = DaliViews(
-        trainer.data.train_images[trainer.split],
-        trainer.data.train_images if spec.unlabeled_images else None,
+        data.train_images[feed.split],
+        data.train_images if spec.unlabeled_images else None,
         rows=len(rows),
         max_shift=spec.max_shift,
     )

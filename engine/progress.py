@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +42,7 @@ class MetricsLog:
         self._file: IO[str] | None = None
         self._board: _Board | None = None
         self._flushed = step + 1  # the first step that TensorBoard's file does not surely have
-        self._unflushed: list[dict[str, float]] = []
+        self._unflushed: list[tuple[float, dict[str, float]]] = []  # beside each row the time when it came, in s
         self._trouble = False
         self._open()
 
@@ -53,31 +53,26 @@ class MetricsLog:
         partial.write_text("".join(self._lines), encoding="utf-8")
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._board = _Board(self._folder / "tensorboard", self._flushed)
         self._next_flush = time.monotonic() + BOARD_SECONDS
-        for row in self._unflushed:
-            self._board.add(row)
 
     def add(self, step: int, **values: float) -> None:
         """Adds one row."""
         row: dict[str, float] = {"step": step, **values}
         self._lines.append(json.dumps(row) + "\n")
-        self._unflushed.append(row)
-        self._try(lambda: self._append(row))
+        self._unflushed.append((time.time(), row))
+        self._try(self._append)
 
     def catch_up(self) -> None:
         """Writes what could not be written when it was added, if that can be done now."""
         if self._file is None:
             self._try(self._open)
 
-    def _append(self, row: dict[str, float]) -> None:
+    def _append(self) -> None:
         if self._file is None or not self._path.exists():
             self._let_go()
             self._open()
         else:
             self._file.write(self._lines[-1])
-            assert self._board is not None
-            self._board.add(row)
         if time.monotonic() >= self._next_flush:
             self._flush()
 
@@ -93,10 +88,11 @@ class MetricsLog:
             self._trouble = False
 
     def _flush(self) -> None:
-        assert self._board is not None
-        self._board.flush()
+        if self._board is None:
+            self._board = _Board(self._folder / "tensorboard", self._flushed)
+        self._board.write(self._unflushed)
         if self._unflushed:
-            self._flushed = int(self._unflushed[-1]["step"]) + 1
+            self._flushed = int(self._unflushed[-1][1]["step"]) + 1
         self._unflushed.clear()
         self._next_flush = time.monotonic() + BOARD_SECONDS
 
@@ -126,7 +122,7 @@ class MetricsLog:
 
 
 class _Board:
-    """A file of TensorBoard's, which nothing but `flush` writes to.
+    """A file of TensorBoard's, which nothing but `write` writes to.
 
     Its own writer has a thread that writes, and that an error ends with a traceback.
 
@@ -138,37 +134,37 @@ class _Board:
     _files = itertools.count()
 
     def __init__(self, folder: Path, step: int) -> None:
-        # tensorboard takes a second to import, which only training should pay
+        # imported when there is something to write: that takes half a second, for which no step should wait
         from tensorboard.compat.proto import event_pb2
 
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._files)}"
         self._path = folder / name
         self._event = event_pb2.Event
-        self._unwritten: list[bytes] = []
-        self._keep(file_version="brain.Event:2")
-        self._keep(step=step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        self.flush()
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        now = time.time()
+        self._append([
+            self._event(wall_time=now, file_version="brain.Event:2"),
+            self._event(wall_time=now, step=step, session_log=start),
+        ])  # fmt: skip
 
-    def _keep(self, **content: Any) -> None:
-        self._unwritten.append(self._event(wall_time=time.time(), **content).SerializeToString())
-
-    def add(self, row: Mapping[str, float]) -> None:
-        """Keeps the values of a row."""
+    def write(self, rows: Iterable[tuple[float, Mapping[str, float]]]) -> None:
+        """Adds rows, each with its time in s; after an error the file is good up to there, and takes no more."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-        self._keep(step=int(row["step"]), summary=Summary(value=values))
+        events = []
+        for when, row in rows:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
+            events.append(self._event(wall_time=when, step=int(row["step"]), summary=Summary(value=values)))
+        self._append(events)
 
-    def flush(self) -> None:
-        """Writes what was kept; after an error the file is good up to there, and takes no more."""
+    def _append(self, events: Iterable[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         with self._path.open("ab") as file:
             records = RecordWriter(file)
-            for event in self._unwritten:
-                records.write(event)
-        self._unwritten.clear()
+            for event in events:
+                records.write(event.SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

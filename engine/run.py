@@ -1,4 +1,4 @@
-"""A run's folder: begun, resumed, finished, and read back.
+"""A run: begun or resumed in its folder, finished, and read back.
 
 config.json  split.json  metrics.jsonl  tensorboard/  checkpoints/  summary.json
 curves.png  views.png  average.safetensors
@@ -21,26 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine import checkpoint, distribution
-from engine.config import Config, changed_fields, config_json, load_config, validate
+from engine.config import Config, check_data, load_config, validate
 from engine.errors import UserError
+from engine.execution import pick_device, set_numerics
+from engine.folder import check_folder, describe, write_text
 from engine.progress import ProgressLine, read_metrics
 from engine.step import make_network
-from engine.trainer import CHECKPOINTS, Trainer, pick_device
-from pipelines.datasets import DATASETS, DataSet, label_split
-
-RUNS = Path("runs")
-
-
-def default_folder(config: Config, resume: bool) -> Path:
-    """Where a run goes that names no folder: `runs/PRESET-seedN`, numbered on for a repetition.
-
-    Resuming takes the newest of them.
-    """
-    name = f"{config.preset}-seed{config.seed}"
-    folders = [RUNS / name]
-    while folders[-1].exists():
-        folders.append(RUNS / f"{name}-{len(folders) + 1}")
-    return folders[-2] if resume and len(folders) > 1 else folders[-1]
+from engine.trainer import CHECKPOINTS, Trainer
+from pipelines.datasets import DATASETS, DataSet
 
 
 def train(
@@ -65,26 +53,28 @@ def train(
         The content of summary.json.
 
     Raises:
-        UserError: see `validate`, `checked_data` and `check_folder`; training diverged; something could not be written.
+        UserError: see `validate`, `check_data`, `Execution.pick` and `check_folder`; training diverged; something could
+            not be written.
         Stopped: see `Trainer.run`.
     """
     validate(config, distribution.ranks())
-    data, split = checked_data(config)
+    data, split = check_data(config)
     try:
-        begun = distribution.on_first(lambda: _begin(config, folder, resume, data, split))
         progress = ProgressLine(config.steps, quiet, silent=distribution.rank() > 0)
 
         def prepare_folder() -> None:
             if not (folder / "config.json").exists():
-                _describe(config, folder, data, split)
+                describe(config, folder, data, split)
 
         trainer = Trainer(config, data, split, folder, progress, prepare_folder, timeout, check_ranks)
+        # written to only now, when nothing is left that the user may have to be told of
+        begun = distribution.on_first(lambda: _begin(config, folder, resume, data, split))
         if begun:
             if trainer.resume():
                 progress.say(f"resuming {folder} from step {trainer.step}")
             else:
                 progress.say(f"{folder} has no good checkpoint; starting from step 0")
-        progress.start(trainer.step, trainer.images_per_step)
+        progress.start(trainer.step, trainer.feed.images_per_step)
         try:
             trainer.run()
         finally:
@@ -100,85 +90,10 @@ def train(
     return summary
 
 
-def checked_data(config: Config) -> tuple[DataSet, np.ndarray]:
-    """A configuration's data set, and the training images that keep their label: see `label_split`.
-
-    Raises:
-        UserError: the configuration asks for what the data set does not have, or for a device that is not there.
-    """
-    data = DATASETS[config.dataset]()
-    try:
-        split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
-    except ValueError as error:
-        raise UserError(f"--labels: {error}") from None
-    if len(config.class_distribution) not in (0, len(data.classes)):
-        raise UserError(
-            f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
-        )
-    sides = data.train_images.shape[1:3]
-    if config.max_shift >= min(sides):
-        raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
-    pick_device(config)
-    return data, split
-
-
-def check_folder(config: Config, folder: Path, resume: bool) -> bool:
-    """Whether the folder holds this very run.
-
-    Raises:
-        UserError: it holds another one, or this one and nobody asked to resume it; it is a file.
-    """
-    begun = (folder / "config.json").exists()
-    if begun and not resume:
-        raise UserError(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out takes a folder")
-    if begun:
-        _check_same_run(load_config(folder / "config.json"), config, folder)
-    return begun
-
-
 def _begin(config: Config, folder: Path, resume: bool, data: DataSet, split: np.ndarray) -> bool:
     begun = check_folder(config, folder, resume)
-    _describe(config, folder, data, split)
+    describe(config, folder, data, split)
     return begun
-
-
-def _describe(config: Config, folder: Path, data: DataSet, split: np.ndarray) -> None:
-    """Writes what makes a folder this run's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_text(folder / "split.json", _split_json(config, split, data))
-    _write_text(folder / "config.json", config_json(config))
-
-
-def _check_same_run(old: Config, new: Config, folder: Path) -> None:
-    differing = changed_fields(dataclasses.replace(old, steps=new.steps), new)
-    if differing:
-        raise UserError(f"{folder} was begun with another configuration: {'; '.join(differing)}")
-    if new.steps < old.steps:
-        raise UserError(f"{folder} was begun with {old.steps} steps; --steps may grow, not shrink to {new.steps}")
-
-
-def _split_json(config: Config, split: np.ndarray, data: DataSet) -> str:
-    content = {
-        "dataset": config.dataset,
-        "seed": config.seed,
-        "labels": config.labels,
-        "train_rows": split.tolist(),
-        "classes": [data.classes[c] for c in data.train_labels[split]],
-    }
-    return json.dumps(content) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a full disk never leaves half of one in place of a good one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def versions() -> dict[str, str]:
@@ -215,18 +130,18 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         **trainer.summary(),
         "ranks": distribution.ranks(),
         "versions": versions(),
-        "device": device_name(trainer.device),
+        "device": device_name(trainer.execution.device),
     }
 
 
 def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     from engine.pictures import draw_curves, draw_views  # matplotlib takes a second that only the end should pay
 
-    _write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in trainer.state.average.state_dict().items()}
     save_file(tensors, folder / "average.safetensors")
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
-    draw_views(trainer, folder / "views.png")
+    draw_views(trainer.feed, trainer.step, folder / "views.png")
 
 
 def load_average(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, nn.Module, torch.device]:
@@ -241,6 +156,7 @@ def load_average(folder: Path, warn: Any = lambda text: None) -> tuple[Config, D
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
     data = DATASETS[config.dataset]()
     device = pick_device(dataclasses.replace(config, device="auto"))
+    set_numerics(config.deterministic)
     network = make_network(config, len(data.classes), device).eval()
     network.load_state_dict(found.content["state"]["average"])
     return config, data, network, device

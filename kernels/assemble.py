@@ -69,7 +69,7 @@ def assemble_batch(
             raise ValueError(f"{name} must be on {views.device}, where views is, got {tensor.device}")
     if dtype not in _BATCH_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return _assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
+    return torch.ops.remixmatch.assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
 
 
 def assemble_batch_reference(
@@ -221,26 +221,6 @@ def launch_assemble_batch(
     return batch
 
 
-# One operator to torch.compile, which so leaves it whole. `triton_op` would let it see the kernel, which it could not
-# fuse with anything either, and imports the compiler where nothing is compiled.
-@torch.library.custom_op("remixmatch::assemble_batch", mutates_args=(), device_types="cuda")
-def _assemble_batch(
-    views: torch.Tensor,
-    source: torch.Tensor,
-    partner: torch.Tensor,
-    lam: torch.Tensor,
-    turns: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return launch_assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
-
-
-_assemble_batch.register_kernel("cpu")(assemble_batch_reference)
-
-
-@_assemble_batch.register_fake
 def _empty_batch(
     views: torch.Tensor,
     source: torch.Tensor,
@@ -253,3 +233,11 @@ def _empty_batch(
 ) -> torch.Tensor:
     shape = (source.shape[0], 3, *views.shape[1:3])
     return torch.empty(shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
+
+
+# One operator to torch.compile, which could not fuse it with anything. By `define` and `impl`, since `triton_op` and
+# `custom_op` import the compiler, two seconds, where nothing is compiled
+torch.library.define("remixmatch::assemble_batch", torch.library.infer_schema(launch_assemble_batch, mutates_args=()))
+torch.library.impl("remixmatch::assemble_batch", "cuda", launch_assemble_batch)
+torch.library.impl("remixmatch::assemble_batch", "cpu", assemble_batch_reference)
+torch.library.register_fake("remixmatch::assemble_batch", _empty_batch)

@@ -94,7 +94,7 @@ def augment_views(
             )
         if tensor.device != images.device:
             raise ValueError(f"{name} must be on {images.device}, where images is, got {tensor.device}")
-    return _augment_views(images, image, shift, flip, ops, parameters)
+    return torch.ops.remixmatch.augment_views(images, image, shift, flip, ops, parameters)
 
 
 def augment_views_reference(
@@ -558,24 +558,7 @@ def launch_augment_views(
     return views
 
 
-# Opaque to torch.compile: views are made beside the compiled step, and the twin goes by the values of `ops`.
-@torch.library.custom_op("remixmatch::augment_views", mutates_args=(), device_types="cuda")
-def _augment_views(
-    images: torch.Tensor,
-    image: torch.Tensor,
-    shift: torch.Tensor,
-    flip: torch.Tensor,
-    ops: torch.Tensor,
-    parameters: torch.Tensor,
-) -> torch.Tensor:
-    return launch_augment_views(images, image, shift, flip, ops, parameters)
-
-
-_augment_views.register_kernel("cpu")(augment_views_reference)
-
-
-@_augment_views.register_fake
-def _(
+def _empty_views(
     images: torch.Tensor,
     image: torch.Tensor,
     shift: torch.Tensor,
@@ -584,3 +567,10 @@ def _(
     parameters: torch.Tensor,
 ) -> torch.Tensor:
     return images.new_empty((image.shape[0], *images.shape[1:]))
+
+
+# see kernels/assemble.py; here the twin goes by the values of `ops`, which a compiler does not have
+torch.library.define("remixmatch::augment_views", torch.library.infer_schema(launch_augment_views, mutates_args=()))
+torch.library.impl("remixmatch::augment_views", "cuda", launch_augment_views)
+torch.library.impl("remixmatch::augment_views", "cpu", augment_views_reference)
+torch.library.register_fake("remixmatch::augment_views", _empty_views)

@@ -75,7 +75,7 @@ def guess_labels(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _guess_labels(logits.detach(), ring, slot, label_marginal, temperature, align)
+    return torch.ops.remixmatch.guess_labels(logits.detach(), ring, slot, label_marginal, temperature, align)
 
 
 def guess_labels_reference(
@@ -233,29 +233,19 @@ def launch_guess_labels(
     return targets
 
 
-# A custom operator rather than a `triton_op`: see kernels/assemble.py
-@torch.library.custom_op("remixmatch::guess_labels", mutates_args={"ring"}, device_types="cuda")
-def _guess_labels(
-    logits: torch.Tensor,
-    ring: torch.Tensor,
-    slot: torch.Tensor,
-    label_marginal: torch.Tensor,
-    temperature: float,
-    align: bool,
-) -> torch.Tensor:
-    return launch_guess_labels(logits, ring, slot, label_marginal, temperature, align)
-
-
-_guess_labels.register_kernel("cpu")(guess_labels_reference)
-
-
-@_guess_labels.register_fake
 def _empty_targets(
     logits: torch.Tensor,
     ring: torch.Tensor,
     slot: torch.Tensor,
     label_marginal: torch.Tensor,
     temperature: float,
-    align: bool,
+    align: bool = True,
 ) -> torch.Tensor:
     return logits.new_empty(logits.shape, dtype=torch.float32)
+
+
+# see kernels/assemble.py
+torch.library.define("remixmatch::guess_labels", torch.library.infer_schema(launch_guess_labels, mutates_args={"ring"}))
+torch.library.impl("remixmatch::guess_labels", "cuda", launch_guess_labels)
+torch.library.impl("remixmatch::guess_labels", "cpu", guess_labels_reference)
+torch.library.register_fake("remixmatch::guess_labels", _empty_targets)

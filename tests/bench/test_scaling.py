@@ -117,9 +117,9 @@ def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
     case = Case.begin(config, "synthetic")
     try:
         case.advance(2)
-        trained = [p for p in case.trainer.state.network.parameters() if p.requires_grad]
+        trained = [p for p in case.state.network.parameters() if p.requires_grad]
     finally:
-        case.trainer.end()
+        case.end()
     moved = scaling.step_bytes(config)
     assert sorted(recorded) == sorted(2 * [(each.kind, each.bytes(config.batch)) for each in moved.others])
     assert moved.gradients.bytes(config.batch) == 4 * sum(p.numel() for p in trained)

@@ -1,6 +1,9 @@
 """The command line: one clear line and exit code 2 for a user's mistake, and results as promised."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import cli, run
-from engine.config import Config, preset
+from engine import cli
+from engine.config import Config, config_json, preset
+from engine.folder import default_folder
 from engine.progress import MetricsLog, ProgressLine, read_metrics
 from pipelines.datasets import digits
 
@@ -131,15 +135,15 @@ def test_predict_refuses_what_is_no_image(trained, tmp_path, capfd):
 
 def test_default_folders_are_numbered_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = run.default_folder(preset("digits-10"), resume=False)
+    first = default_folder(preset("digits-10"), resume=False)
     assert str(first) == "runs/digits-10-seed0"
-    assert run.default_folder(preset("digits-10"), resume=True) == first
+    assert default_folder(preset("digits-10"), resume=True) == first
     first.mkdir(parents=True)
-    assert str(run.default_folder(preset("digits-10"), resume=False)) == "runs/digits-10-seed0-2"
-    assert run.default_folder(preset("digits-10"), resume=True) == first
+    assert str(default_folder(preset("digits-10"), resume=False)) == "runs/digits-10-seed0-2"
+    assert default_folder(preset("digits-10"), resume=True) == first
 
 
-def test_help_lists_presets_and_every_field(capfd):
+def test_help_lists_presets_and_every_field_in_its_section(capfd):
     cli.main(["--help"])
     assert "doctor" in capfd.readouterr().out
     cli.main(["train", "--help"])
@@ -147,9 +151,59 @@ def test_help_lists_presets_and_every_field(capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--help"])
     assert ended.value.code == 0
-    text = capfd.readouterr().out
-    for field in fields(Config):
-        assert "--" + field.name.replace("_", "-") in text, field.name
+    titles = ("method", "data", "augmentation", "network", "optimisation", "execution", "output")
+    _, *texts = re.split("|".join(f"{title} options" for title in titles), capfd.readouterr().out)
+    sections = dict(zip(titles, texts, strict=True))
+    for field in set(fields(Config)) - {Config.__dataclass_fields__["preset"]}:
+        flag = "--" + field.name.replace("_", "-") + " "
+        assert [title for title, text in sections.items() if flag in text or flag[:-1] + "," in text] != [], field.name
+    for title, flag in {
+        "method": "k",
+        "data": "labels",
+        "network": "width",
+        "execution": "gpus",
+        "output": "out",
+    }.items():
+        assert f"--{flag} " in sections[title], flag
+
+
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
+    """Nothing heavy is imported before the options, the data and the folder are known to be good."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config_json(preset("digits-40")))
+    heavy = ("torch", "triton", "nvidia.dali", "sklearn", "tensorboard", "matplotlib", "rich.progress")
+    script = "\n".join([
+        "import sys",
+        "from engine.cli import main",
+        "try:",
+        "    main(sys.argv[1:])",
+        "finally:",
+        f"    print('heavy:', *(name for name in {heavy} if name in sys.modules))",
+    ])  # fmt: skip
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["train", "digits-40", "--help"],
+        ["train", "digits-40", "--colour"],
+        ["train", "digits-40", "--width", "wide"],
+        ["train", "digits-40", "--k", "0"],
+        ["train", "digits-40", "--labels", "45"],
+        ["train", "digits-40", "--out", str(tmp_path / "run")],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
+        assert done.stdout.splitlines()[-1] == "heavy:", arguments
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "engine", "train", "digits-40", "--help"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_doctor_reports_this_machine(capfd):

@@ -14,9 +14,9 @@ import torch
 from engine import distribution, optimizers
 from engine.capture import CapturedStep, Snapshot
 from engine.errors import UserError
+from engine.execution import pick_mode, pick_precision, pick_views
 from engine.rows import arrange, step_plan
 from engine.step import METRICS, Step, StepInput, make_state
-from engine.trainer import pick_mode, pick_precision, pick_views
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
 

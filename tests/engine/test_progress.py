@@ -32,6 +32,7 @@ def test_tensorboard_reads_the_rows_and_forgets_those_of_steps_that_were_trained
 def test_rows_outlive_their_files(tmp_path, gone):
     folder = tmp_path / "run"
     log = MetricsLog(folder, 0, pytest.fail)
+    log._flush()  # TensorBoard's file is there from now on
     log.add(1, loss=1.0)
     path = folder / gone
     if path.is_dir():

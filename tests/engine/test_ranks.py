@@ -125,15 +125,15 @@ def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypa
     split = label_split(data.train_labels, 10, config.labels, config.seed)
     progress = ProgressLine(4, quiet=True)
     trainer = Trainer(config, data, split, tmp_path, progress, check_ranks=2)
-    progress.start(0, trainer.images_per_step)
+    progress.start(0, trainer.feed.images_per_step)
     trainer.begin()
     try:
         trainer.advance()
-        own = digests(trainer.state.state_dict() | {"policy": trainer.policy.state_dict()})
+        own = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
         assert {"network.stem.weight", "ring", "step", "policy.weights", "optimizer.state.0.exp_avg"} <= own.keys()
         with torch.no_grad():  # a bit of one element
             trainer.state.network.stem.weight[0, 0, 0, 0] *= 1 + 2**-20
-        changed = digests(trainer.state.state_dict() | {"policy": trainer.policy.state_dict()})
+        changed = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
         assert [name for name in own if own[name] != changed[name]] == ["network.stem.weight"]
         monkeypatch.setattr(distribution, "everyones", lambda mine: [own, own, mine])
         with pytest.raises(UserError, match=r"differ after step 0: rank 2 has another network.stem.weight than rank 0"):

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from engine import checkpoint, run
+from engine.config import load_config
 from engine.errors import UserError
+from engine.feed import Feed
 from engine.progress import read_metrics
-from engine.trainer import CHECKPOINTS, Trainer
+from engine.trainer import CHECKPOINTS
 from tests.processes import final_state, finish, start
 
 TINY_FLAGS = [
@@ -71,7 +73,7 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
-    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), steps=6)
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
     run.train(config, tmp_path / "run", quiet=True)
     run.train(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True, quiet=True)
     run.train(dataclasses.replace(config, steps=12), tmp_path / "straight", quiet=True)
@@ -82,19 +84,19 @@ def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
 
 @pytest.mark.parametrize("changes", [dict(view_steps=1, prefetch=2), dict(view_steps=5, prefetch=1, view_threads=2)])
 def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
-    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), **changes)
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), **changes)
     run.train(config, tmp_path / "run", quiet=True)
     assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed):
     before = final_state(undisturbed)
-    run.train(run.load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)
+    run.train(load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)
     assert_same(before, final_state(undisturbed))
 
 
 def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, capfd):
-    config = dataclasses.replace(run.load_config(undisturbed / "config.json"), steps=9)
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=9)
     run.train(config, tmp_path / "run", quiet=True)
     newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
     newest.write_bytes(newest.read_bytes()[:5000])
@@ -104,7 +106,7 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undi
 
 
 def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
-    config = run.load_config(undisturbed / "config.json")
+    config = load_config(undisturbed / "config.json")
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     with pytest.raises(UserError, match="holds a run already"):
         run.train(config, undisturbed, quiet=True)
@@ -117,14 +119,14 @@ def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
 
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     config = tiny(steps=9, checkpoint_every=2)
-    original = Trainer._send_to_host
+    original = Feed.put
 
-    def poisoned(self, plan, output):
-        if plan.step == 5:
+    def poisoned(self, output):
+        if self._training.step == 5:
             output.metrics[:2] = float("nan")
-        original(self, plan, output)
+        original(self, output)
 
-    monkeypatch.setattr(Trainer, "_send_to_host", poisoned)
+    monkeypatch.setattr(Feed, "put", poisoned)
     with pytest.raises(UserError, match=r"diverged at step 5: the loss is not finite \(loss nan, loss_x nan") as error:
         run.train(config, tmp_path / "run", quiet=True)
     assert "step-00000004.pt" in str(error.value)

@@ -1,0 +1,115 @@
+"""How a run is executed on this machine: what `auto` stands for, and which arithmetic torch's libraries may choose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import Config
+from engine.errors import UserError
+from kernels.augment import MAX_SIDE
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A configuration's `device`, `precision`, `mode` and `views`, without `auto`.
+
+    Attributes:
+        device: where the step runs.
+        precision: see `pick_precision`.
+        mode: "eager", "compile" or "graph".
+        views: "dali" or "fused".
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    mode: str
+    views: str
+
+    @classmethod
+    def pick(cls, config: Config, sides: tuple[int, int]) -> Execution:
+        """Chooses for images of those sides, (H, W) in pixels.
+
+        Raises:
+            UserError: the device or the machine cannot do what was asked for.
+        """
+        device = pick_device(config)
+        return cls(device, pick_precision(config, device), pick_mode(config, device), pick_views(config, device, sides))
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; `remixmatch doctor` says what is missing")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_precision(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the network's input: autocast's, or without autocast the parameters' own, float32 or float64."""
+    name = config.precision
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def pick_mode(config: Config, device: torch.device) -> str:
+    """How steps are executed: "eager", "compile" or "graph".
+
+    Raises:
+        UserError: the device or the machine cannot do what was asked for.
+    """
+    if config.mode == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if config.mode == "graph" and device.type != "cuda":
+        raise UserError("--mode graph captures a CUDA graph and needs a GPU; take --mode eager or compile")
+    if config.mode == "compile" and device.type == "cpu":
+        names = [os.environ.get("CXX", "g++"), "c++", "clang++"]
+        if not any(map(shutil.which, names)):
+            raise UserError("--mode compile needs a C++ compiler on a CPU; install g++, or take --mode eager")
+    return config.mode
+
+
+def pick_views(config: Config, device: torch.device, sides: tuple[int, int]) -> str:
+    """Who makes views of images of those sides: "dali" or "fused".
+
+    Raises:
+        UserError: the fused kernel was asked for and the images are too large for it.
+    """
+    if config.views == "auto":
+        return "fused" if device.type == "cuda" and max(sides) <= MAX_SIDE else "dali"
+    if config.views == "fused" and max(sides) > MAX_SIDE:
+        raise UserError(
+            f"--views fused takes images of up to {MAX_SIDE}x{MAX_SIDE} pixels, these have "
+            f"{sides[0]}x{sides[1]}; take --views dali"
+        )
+    return config.views
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Tells torch's libraries which arithmetic they may choose, for the whole process.
+
+    float32 is float32 whatever the flag: TF32, which cuDNN takes by default, would keep 10 bits of a factor's 23, in
+    evaluation too.
+
+    Args:
+        deterministic: the same inputs give the same bits in every run on one machine: no kernels that add by atomics,
+            and none that cuDNN or Inductor chooses by its time. Otherwise cuDNN measures its kernels, which is faster.
+    """
+    # the older of two ways to say it: with the newer, torch refuses to tell its own compiler what cuDNN may do
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)  # Inductor's too, and so imports it

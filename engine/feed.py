@@ -1,0 +1,229 @@
+"""What feeds the steps of a run: plans made ahead, views made in the background, and outcomes taken in.
+
+Plans are made in a thread, `view_steps` steps at a time, once every probe that they may know has been taken in (the lag
+of `Config`); their views are made behind the step that trains. What a step tells the host arrives later, without the
+host having waited, and is taken in when somebody needs it: probes go to CTAugment's policy, metrics to the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import distribution
+from engine.config import Config
+from engine.execution import Execution
+from engine.rows import StepPlan, arrange, step_plan
+from engine.step import METRICS, StepInput, StepOutput
+from pipelines.ctaugment import CTAugmentPolicy
+from pipelines.datasets import DataSet
+from pipelines.fused import FusedViews
+from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
+
+
+class ViewSource(Protocol):
+    """What makes views from plans, ahead of their step: see `pipelines.views.Views`."""
+
+    def prepare(self, views: ViewPlan) -> Any: ...
+    def submit(self, prepared: Any) -> None: ...
+    def collect(self) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
+    """What a run's plans are drawn for."""
+    return PlanSpec(
+        batch=config.batch,
+        k=config.k,
+        labeled_images=len(split),
+        unlabeled_images=len(data.train_images) if config.unlabeled else 0,
+        max_shift=config.max_shift,
+        flip=config.flip,
+        augment=config.augment != "none",
+        mixup_alpha=config.mixup_alpha,
+    )
+
+
+@dataclass
+class _InFlight:
+    """A step whose outcome is on its way to the host."""
+
+    plan: Plan
+    metrics: Tensor  # (9,) float32, on the host once `arrived`
+    matches: Tensor  # (B,) float32, likewise
+    arrived: torch.cuda.Event | None
+
+
+@dataclass
+class _Planned:
+    """Plans of `view_steps` steps, whose views are one batch."""
+
+    plans: list[Plan]
+    numbers: list[StepPlan]
+    views: Any  # what their source of views has prepared
+
+
+class Feed:
+    """The inputs of a run's steps, in order, and their outcomes.
+
+    A step is `put(execute(next()))`, between `begin` and `end`.
+
+    Args:
+        config: validated.
+        data: the data set that it names.
+        split: (labels,) int64, the training images that keep their label.
+        execution: how the steps are executed.
+        taken_in: called with (step, {name: value of METRICS}) for every step, in order, when its outcome is taken in.
+
+    Attributes:
+        spec: what plans are drawn for.
+        rows: this rank's rows.
+        policy: CTAugment's, up to the last step taken in.
+        waited_seconds: of the host, for steps to end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        split: np.ndarray,
+        execution: Execution,
+        taken_in: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    ) -> None:
+        self.config, self.data, self.split, self.execution = config, data, split, execution
+        self.spec = plan_spec(config, data, split)
+        ranks = distribution.ranks()
+        micro_batches = config.micro_batches_of(ranks)
+        groups = config.bn_groups if config.bn == "split" else micro_batches
+        self.rows = arrange(self.spec, groups, distribution.rank(), ranks, micro_batches)
+        self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
+        self.waited_seconds = 0.0
+        self._taken_in = taken_in
+        self._labels = data.train_labels[split]
+        self._planned = 0  # the first step without a plan
+        self._planning: deque[Future[_Planned]] = deque()  # batches of plans whose views have not been asked for
+        self._ready: deque[_Planned] = deque()  # batches of plans whose views are being made
+        self._made: deque[tuple[Plan, StepPlan, Tensor]] = deque()  # steps whose views are there
+        self._training: Plan | None = None  # of the step that `next` gave
+        self._in_flight: deque[_InFlight] = deque()
+        self._closing = ExitStack()
+
+    @property
+    def images_per_step(self) -> int:
+        """Rows of the training pass over all ranks: the mixup pool, u_1, and u_1 turned."""
+        return self.spec.batch * (self.spec.pool_blocks + (2 if self.config.unlabeled else 0))
+
+    def example(self) -> StepInput:
+        """An input of the shapes of all steps, its views black."""
+        plan = make_plan(self.spec, self.config.seed, 0, self.policy.weights)
+        shape = (len(self.rows.views), *self.data.train_images.shape[1:])
+        blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
+        return StepInput.to_device(blank, self._numbers(plan), self.execution.device)
+
+    def begin(self, step: int, views: ViewSource | None = None) -> None:
+        """Has the first plans and views made.
+
+        Args:
+            step: the first that `next` gives.
+            views: makes views instead of what the configuration names.
+        """
+        c, device = self.config, self.execution.device
+        self._planned = step
+        self._views = views or self._make_views()
+        self._closing.callback(self._views.close)
+        # pinned memory belongs to a thread's present device
+        own_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner", *own_device))
+        # one batch of plans more than of views is under way, in the background, where the lag allows that
+        for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
+            self._plan_ahead()
+        for _ in range(c.prefetch):
+            self._submit_views()
+
+    def next(self, stop: bool = False) -> StepInput:
+        """The next step's input, on the device. Later views and plans are on their way.
+
+        Args:
+            stop: this rank has been asked to stop, see `StepInput`.
+        """
+        if not self._made:
+            batch = self._ready.popleft()
+            views = self._views.collect().chunk(self.config.view_steps)
+            self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
+            # later views are begun before this step trains, so that both go on at once
+            self._plan_ahead()
+            self._submit_views()
+        self._training, numbers, made = self._made.popleft()
+        return StepInput.to_device(made, numbers, self.execution.device, stop)
+
+    def put(self, output: StepOutput) -> None:
+        """Sends the outcome of the step that `next` gave on its way to the host."""
+        assert self._training is not None, "put follows next"
+        metrics, matches = output.metrics, output.matches
+        arrived = None
+        if self.execution.device.type == "cuda":
+            metrics, matches = metrics.to("cpu", non_blocking=True), matches.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._in_flight.append(_InFlight(self._training, metrics, matches, arrived))
+        self._training = None
+
+    def take_in(self, end: int) -> None:
+        """Takes in the outcome of every step before `end`: probes go to the policy, metrics to `taken_in`."""
+        while self._in_flight and self._in_flight[0].plan.step < end:
+            done = self._in_flight.popleft()
+            if done.arrived is not None:
+                begin = time.perf_counter()
+                done.arrived.synchronize()
+                self.waited_seconds += time.perf_counter() - begin
+            self._taken_in(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
+            self.policy.observe(done.plan.step, done.plan.probe_ops, done.plan.probe_bins, done.matches.numpy())
+
+    def end(self) -> None:
+        """Waits for what is under way and lets go of it."""
+        self._closing.close()
+
+    def _make_views(self) -> ViewSource:
+        c, device = self.config, self.execution.device
+        sets = (self.data.train_images[self.split], self.data.train_images if c.unlabeled else None)
+        rows = len(self.rows.views) * c.view_steps
+        kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
+        if self.execution.views == "fused":
+            return FusedViews(*sets, rows, c.max_shift, kind, device_id, prefetch=c.prefetch)
+        from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
+
+        return DaliViews(*sets, rows, c.max_shift, kind, device_id, c.view_threads, c.prefetch)
+
+    def _numbers(self, plan: Plan) -> StepPlan:
+        return step_plan(self.rows, plan, self._labels[plan.labeled])
+
+    def _plan_ahead(self) -> None:
+        """Has the next `view_steps` steps planned, once every probe that they may know is in."""
+        first, end = self._planned, self._planned + self.config.view_steps
+        if first >= self.config.steps:
+            return  # the last batch may reach past the run's end: those plans are never executed
+        self.take_in(end - self.config.lag)
+        weights = [self.policy.weights_for(step) for step in range(first, end)]
+        self._planning.append(self._planner.submit(self._plan, first, weights))
+        self._planned = end
+
+    def _plan(self, first: int, weights: list[np.ndarray]) -> _Planned:
+        steps = range(first, first + len(weights))
+        plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
+        views = stack([plan.views.rows(self.rows.views) for plan in plans])
+        return _Planned(plans, [self._numbers(plan) for plan in plans], self._views.prepare(views))
+
+    def _submit_views(self) -> None:
+        if self._planning:
+            batch = self._planning.popleft().result()
+            self._views.submit(batch.views)
+            self._ready.append(batch)

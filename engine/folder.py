@@ -1,0 +1,90 @@
+"""A run's folder before and while it trains: where it is, whether it is this run's, and what says so in it.
+
+Nothing in here needs torch: a mistake is told before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from engine.config import Config, changed_fields, config_json, load_config
+from engine.errors import UserError
+from pipelines.datasets import DataSet
+
+RUNS = Path("runs")
+
+
+def default_folder(config: Config, resume: bool) -> Path:
+    """Where a run goes that names no folder: `runs/PRESET-seedN`, numbered on for a repetition.
+
+    Resuming takes the newest of them.
+    """
+    name = f"{config.preset}-seed{config.seed}"
+    folders = [RUNS / name]
+    while folders[-1].exists():
+        folders.append(RUNS / f"{name}-{len(folders) + 1}")
+    return folders[-2] if resume and len(folders) > 1 else folders[-1]
+
+
+def check_folder(config: Config, folder: Path, resume: bool) -> bool:
+    """Whether the folder holds this very run.
+
+    Raises:
+        UserError: it holds another one, or this one and nobody asked to resume it; it is a file.
+    """
+    begun = (folder / "config.json").exists()
+    if begun and not resume:
+        raise UserError(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --out takes a folder")
+    if begun:
+        _check_same_run(load_config(folder / "config.json"), config, folder)
+    return begun
+
+
+def describe(config: Config, folder: Path, data: DataSet, split: np.ndarray) -> None:
+    """Writes what makes a folder this run's: configuration and split.
+
+    Args:
+        config: of the run.
+        folder: made if missing.
+        data: the data set.
+        split: (labels,) int64, training images that keep their label.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "split.json", _split_json(config, split, data))
+    write_text(folder / "config.json", config_json(config))
+
+
+def _check_same_run(old: Config, new: Config, folder: Path) -> None:
+    differing = changed_fields(dataclasses.replace(old, steps=new.steps), new)
+    if differing:
+        raise UserError(f"{folder} was begun with another configuration: {'; '.join(differing)}")
+    if new.steps < old.steps:
+        raise UserError(f"{folder} was begun with {old.steps} steps; --steps may grow, not shrink to {new.steps}")
+
+
+def _split_json(config: Config, split: np.ndarray, data: DataSet) -> str:
+    content = {
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "labels": config.labels,
+        "train_rows": split.tolist(),
+        "classes": [data.classes[c] for c in data.train_labels[split]],
+    }
+    return json.dumps(content) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file as a whole, so that a full disk never leaves half of one in place of a good one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
