@@ -37,6 +37,9 @@ class Rows:
         gathered: (V,) where each global view row lies once the ranks' views are gathered rank by rank.
         guess_order: (B,) where each image's guess lies once the ranks' guesses are gathered rank by rank.
         pool_target: (P,) for each global pool row, its row in [labels (B); guesses (B)].
+        source: (N,) gathered view row that each network row shows (module docstring); the same in every step.
+        mixed: (P / R,) network rows in which the rows of `pool` are.
+        rotated: (B / R,) network rows of the turned u_1 of `images`; none without unlabeled data.
         labeled: (B / M,) places of labeled rows within a micro-batch's pool rows, in each the same.
         unlabeled: places of unlabeled rows, likewise.
     """
@@ -50,6 +53,9 @@ class Rows:
     gathered: np.ndarray
     guess_order: np.ndarray
     pool_target: np.ndarray
+    source: np.ndarray
+    mixed: np.ndarray
+    rotated: np.ndarray
     labeled: np.ndarray
     unlabeled: np.ndarray
 
@@ -88,6 +94,16 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
     guess_order = np.empty(batch, dtype=np.int64)
     guess_order[np.concatenate([images_of(r) for r in range(ranks)])] = np.arange(batch)
 
+    # the network's rows: one micro-batch a line, then what is only passed forward
+    trained, forwarded = pool.reshape(parts, -1), images + batch * blocks
+    if spec.unlabeled_images:
+        first = (images + 2 * batch).reshape(parts, -1)
+        trained, forwarded = (
+            np.concatenate([trained, first, first], axis=1),
+            np.concatenate([images + batch, forwarded]),
+        )
+    place = np.arange(trained.size).reshape(parts, -1)
+
     pool_rows = np.arange(batch * blocks)
     return Rows(
         spec=spec,
@@ -99,6 +115,9 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
         gathered=gathered,
         guess_order=guess_order,
         pool_target=pool_rows % batch + batch * (pool_rows >= batch),
+        source=gathered[np.concatenate([trained.reshape(-1), forwarded])],
+        mixed=place[:, : pool.size // parts].reshape(-1),
+        rotated=place[:, (pool.size + images.size) // parts :].reshape(-1),
         labeled=np.flatnonzero(first_part < batch),
         unlabeled=np.flatnonzero(first_part >= batch),
     )
@@ -135,25 +154,18 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
         plan: the step's plan.
         labels: (B,) int64, classes of `plan.labeled`.
     """
-    batch, pool, images = rows.spec.batch, rows.pool, rows.images
-    weak, first, probes = images + batch, images + 2 * batch, images + batch * rows.spec.pool_blocks
-    partner = plan.perm[pool]
-
-    def network_rows(of_pool: np.ndarray, *of_images: np.ndarray) -> np.ndarray:
-        """One number a row from numbers of the pool and of u_1, rotated u_1, u_weak and x_probe."""
-        trained, passed = [of_pool, *of_images[:2]], of_images[2:]
-        if not rows.spec.unlabeled_images:
-            trained, passed = [of_pool], of_images[3:]
-        in_turn = np.concatenate([numbers.reshape(rows.parts, -1) for numbers in trained], axis=1)
-        return np.concatenate([in_turn.reshape(-1), *passed])
-
-    none, whole = np.zeros_like(images), np.ones(len(images), np.float32)
+    perm = plan.perm[rows.pool]
+    # outside the pool a row is its own partner
+    partner, lam, turns = rows.source.copy(), np.ones(len(rows.source), np.float32), np.zeros_like(rows.source)
+    partner[rows.mixed], lam[rows.mixed] = rows.gathered[perm], plan.lam[rows.pool]
+    if rows.spec.unlabeled_images:
+        turns[rows.rotated] = plan.turns[rows.images]
     return StepPlan(
-        source=rows.gathered[network_rows(pool, first, first, weak, probes)],
-        partner=rows.gathered[network_rows(partner, first, first, weak, probes)],
-        lam=network_rows(plan.lam[pool], whole, whole, whole, whole),
-        turns=network_rows(np.zeros_like(pool), none, plan.turns[images], none, none),
-        target=rows.pool_target[pool],
-        partner_target=rows.pool_target[partner],
+        source=rows.source,
+        partner=partner,
+        lam=lam,
+        turns=turns,
+        target=rows.pool_target[rows.pool],
+        partner_target=rows.pool_target[perm],
         labels=labels,
     )

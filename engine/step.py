@@ -12,11 +12,10 @@ bit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from engine.optimizers import OPTIMIZERS, load_optimizer
 from engine.rows import Rows, StepPlan
 from kernels.assemble import assemble_batch
 from kernels.guess import guess_labels
-from pipelines.packed import Layout, allocate, unpack
+from pipelines.packed import Layout
 
 RING_ROWS = 128
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
@@ -134,6 +133,9 @@ def make_state(config: Config, classes: int, device: torch.device) -> TrainState
     )
 
 
+_layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
+
+
 @dataclass(frozen=True)
 class StepInput:
     """A step's data on the device: one rank's views, and `StepPlan`'s arrays and `stop`, parts of one buffer.
@@ -160,20 +162,20 @@ class StepInput:
     def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
         """Copies a step's plan beside its views, and whether this rank has been asked to stop."""
         arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
-        layout = {name: (torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()}
-        buffer = allocate(layout, pinned=device.type == "cuda")
-        for name, part in unpack(buffer, layout).items():
-            part.numpy()[:] = arrays[name]
+        layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))
+        buffer = layout.allocate(pinned=device.type == "cuda")
+        for name, part in layout.arrays(buffer).items():
+            part[:] = arrays[name]
         return cls._of(views.to(device, non_blocking=True), buffer.to(device, non_blocking=True), layout)
 
     @classmethod
     def _of(cls, views: Tensor, buffer: Tensor, layout: Layout) -> StepInput:
-        return cls(views=views, packed=buffer, **unpack(buffer, layout))
+        return cls(views=views, packed=buffer, **layout.tensors(buffer))
 
     def clone(self) -> StepInput:
         """The same, in memory of its own; the parts of `packed` stay parts of it."""
-        fields = (field.name for field in dataclasses.fields(self) if field.name not in ("views", "packed"))
-        layout = {name: (getattr(self, name).dtype, tuple(getattr(self, name).shape)) for name in fields}
+        parts = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
+        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in parts.items()))
         return self._of(self.views.clone(), self.packed.clone(), layout)
 
 

@@ -56,11 +56,12 @@ IDENTITY = NAMES.index("identity")
 BINS = np.zeros((len(TRANSFORMATIONS), MAX_PARAMETERS), dtype=np.int64)
 for _row, _transformation in enumerate(TRANSFORMATIONS):
     BINS[_row, : len(_transformation.bins)] = _transformation.bins
+_BIN_EXISTS = np.arange(MAX_BINS) < BINS[..., None]  # (T, 2, 17) bool
 
 
 def initial_weights() -> np.ndarray:
     """Bin weights at the start: (T, 2, 17) float64, 1 in every bin that exists, 0 elsewhere."""
-    return (np.arange(MAX_BINS) < BINS[..., None]).astype(np.float64)
+    return _BIN_EXISTS.astype(np.float64)
 
 
 def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: float = THRESHOLD) -> np.ndarray:
@@ -76,8 +77,7 @@ def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: floa
     Returns:
         (T, 2, 17) float64; rows of existing parameters sum to 1, the others are 0.
     """
-    exists = np.arange(MAX_BINS) < BINS[..., None]
-    raised = np.where(exists, weights + (1.0 - decay), 0.0)
+    raised = np.where(_BIN_EXISTS, weights + (1.0 - decay), 0.0)
     peak = raised.max(axis=-1, keepdims=True)
     normalised = np.divide(raised, peak, out=np.zeros_like(raised), where=peak > 0)
     kept = np.where(normalised >= threshold, normalised, 0.0)
@@ -85,22 +85,38 @@ def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: floa
     return np.divide(kept, total, out=np.zeros_like(kept), where=total > 0)
 
 
-def draw_bins(probabilities: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Bins by inverting the cumulative distribution of each drawn transformation's parameters.
+def bin_edges(probabilities: np.ndarray) -> np.ndarray:
+    """Where each bin begins in [0, 1), from its predecessors' probabilities: what `draw_bins` takes.
 
     Args:
         probabilities: (T, 2, 17) float64, see `bin_probabilities`.
+
+    Returns:
+        (17, T, 2) float64, rising along the first axis; inf after the last bin with any probability, and for parameters
+        that do not exist.
+    """
+    cumulative = np.cumsum(np.moveaxis(probabilities, -1, 0), axis=0)
+    edges = np.zeros_like(cumulative)
+    edges[1:] = cumulative[:-1]
+    # the last bin with any probability closes the interval, whatever the rounding of the sum
+    edges[edges >= cumulative[-1]] = np.inf
+    return edges
+
+
+def draw_bins(edges: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Bins by inverting the cumulative distribution of each drawn transformation's parameters.
+
+    Args:
+        edges: (17, T, 2) float64, see `bin_edges`.
         ops: (...,) int64, indices into `TRANSFORMATIONS`.
         uniform: (..., 2) float64 in [0, 1), one number a parameter.
 
     Returns:
         (..., 2) int64 bins; -1 where the transformation has no such parameter.
     """
-    cumulative = np.cumsum(probabilities, axis=-1)
-    # the last bin with any probability closes the interval, whatever the rounding of the sum
-    cumulative = np.where(cumulative >= cumulative[..., -1:], np.inf, cumulative)
-    bins = (uniform[..., None] >= cumulative[ops]).sum(axis=-1)
-    return np.where(BINS[ops] > 0, bins, -1)
+    # bins come first: numpy compares and adds long rows of draws several times faster than rows of 17 bins
+    begun = (uniform >= edges.take(ops, axis=1)).sum(axis=0, dtype=np.int8)
+    return np.subtract(begun, 1, dtype=np.int64)
 
 
 def update_weights(
@@ -118,16 +134,16 @@ def update_weights(
     Returns:
         (T, 2, 17) float64, a new array.
     """
-    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order, and lists,
-    # whose elements cost a tenth of an array's
-    updated = weights.tolist()
-    for op_pair, bin_pair, match in zip(ops.tolist(), bins.tolist(), matches.tolist(), strict=True):
-        for op, op_bins in zip(op_pair, bin_pair, strict=True):
-            for parameter, chosen in enumerate(op_bins):
-                if chosen >= 0:
-                    cell = updated[op][parameter]
-                    cell[chosen] = decay * cell[chosen] + (1.0 - decay) * match
-    return np.array(updated)
+    updated = weights.copy()
+    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order. It touches
+    # cells through a memoryview, whose elements are Python's numbers and cost a fraction of an array's
+    cells = updated.reshape(-1).data
+    row, turn, parameter = np.nonzero(bins >= 0)
+    used = (MAX_PARAMETERS * ops[row, turn] + parameter) * MAX_BINS + bins[row, turn, parameter]
+    gains = (1.0 - decay) * matches[row].astype(np.float64)
+    for cell, gain in zip(used.tolist(), gains.tolist(), strict=True):
+        cells[cell] = decay * cells[cell] + gain
+    return updated
 
 
 @dataclass
@@ -159,6 +175,7 @@ class CTAugmentPolicy:
         self.learn = learn
         self.weights = initial_weights()  # holds every probe that the plan of the next step may know
         self.waiting: list[Probes] = []  # younger ones, oldest first
+        self._after: list[np.ndarray] = []  # weights after each of these and all before it: each is applied once
 
     def weights_for(self, step: int) -> np.ndarray:
         """Bin weights for the plan of `step`: every probe of steps up to `step - lag`, none later.
@@ -168,11 +185,8 @@ class CTAugmentPolicy:
         Returns:
             (T, 2, 17) float64; must not be changed.
         """
-        weights = self.weights
-        for probes in self.waiting:
-            if probes.step <= step - self.lag:
-                weights = update_weights(weights, probes.ops, probes.bins, probes.matches)
-        return weights
+        known = sum(probes.step <= step - self.lag for probes in self.waiting)
+        return self._after[known - 1] if known else self.weights
 
     def observe(self, step: int, ops: np.ndarray, bins: np.ndarray, matches: np.ndarray) -> None:
         """Hands in the probes of a finished step; steps come in order, none left out.
@@ -185,9 +199,15 @@ class CTAugmentPolicy:
         """
         if not self.learn:
             return
-        self.waiting.append(Probes(step, ops, bins, matches))
+        self._wait(Probes(step, ops, bins, matches))
         self.weights = self.weights_for(step + 1)
-        self.waiting = [probes for probes in self.waiting if probes.step > step + 1 - self.lag]
+        while self.waiting and self.waiting[0].step <= step + 1 - self.lag:
+            del self.waiting[0], self._after[0]
+
+    def _wait(self, probes: Probes) -> None:
+        newest = self._after[-1] if self._after else self.weights
+        self.waiting.append(probes)
+        self._after.append(update_weights(newest, probes.ops, probes.bins, probes.matches))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed policy needs, as arrays and integers."""
@@ -195,8 +215,9 @@ class CTAugmentPolicy:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        self.weights = state["weights"]
-        self.waiting = [Probes(**probes) for probes in state["waiting"]]
+        self.weights, self.waiting, self._after = state["weights"], [], []
+        for probes in state["waiting"]:
+            self._wait(Probes(**probes))
 
 
 def describe(ops: Iterable[int], levels: np.ndarray) -> str:

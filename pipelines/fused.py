@@ -55,7 +55,7 @@ class FusedViews(Views):
                 f"the fused kernel takes images of up to {MAX_SIDE}x{MAX_SIDE} pixels, got {self.height}x{self.width}; "
                 "use the DALI pipeline"
             )
-        self._layout = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in _FIELDS.items()}
+        self._layout = packed.Layout((name, dtype, (rows, *shape)) for name, (dtype, shape) in _FIELDS.items())
         images = torch.from_numpy(np.concatenate(self._sets))
         self._made: deque[torch.Tensor] = deque()
         if device == "cpu":
@@ -73,22 +73,22 @@ class FusedViews(Views):
 
     def _prepare(self, views: ViewPlan) -> torch.Tensor:
         """The kernel's arguments in one buffer of bytes."""
-        buffer = packed.allocate(self._layout, pinned=self.device == "gpu")
-        into = {name: part.numpy() for name, part in packed.unpack(buffer, self._layout).items()}
+        buffer = self._layout.allocate(pinned=self.device == "gpu")
+        into = self._layout.arrays(buffer)
         into["image"][:] = self._places(views)
         into["shift"][:] = views.shift
         into["flip"][:] = views.flip
-        into["ops"][:] = KERNEL_CODES[views.ops]
+        into["ops"][:] = KERNEL_CODES.take(views.ops)
         into["parameters"][:] = warps.parameters(views.ops, views.levels, views.centre, self.height, self.width)
         return buffer
 
     def _begin(self, prepared: torch.Tensor) -> None:
         if self.device == "cpu":
-            self._made.append(augment_views(self._images, **packed.unpack(prepared, self._layout)))
+            self._made.append(augment_views(self._images, **self._layout.tensors(prepared)))
             return
         with torch.cuda.stream(self._stream):
             there = prepared.to(self._gpu, non_blocking=True)
-            self._made.append(augment_views(self._images, **packed.unpack(there, self._layout)))
+            self._made.append(augment_views(self._images, **self._layout.tensors(there)))
             ready = torch.cuda.Event()
             ready.record(self._stream)
         self._ready.append(ready)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -85,11 +86,14 @@ class ViewPlan:
 
     def rows(self, rows: np.ndarray) -> ViewPlan:
         """The plan of some of the rows, in the order given."""
-        return ViewPlan(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        # `take` moves rows whole, several times faster than an index does
+        return ViewPlan(**{name: value.take(rows, axis=0) for name, value in vars(self).items()})
 
 
 def stack(plans: Sequence[ViewPlan]) -> ViewPlan:
-    """The rows of several view plans, one after another."""
+    """The rows of several view plans, one after another; of one plan, itself."""
+    if len(plans) == 1:
+        return plans[0]
     return ViewPlan(**{f.name: np.concatenate([getattr(plan, f.name) for plan in plans]) for f in fields(ViewPlan)})
 
 
@@ -120,17 +124,33 @@ class Plan:
     probe_bins: np.ndarray
 
 
+class _NoSeed(np.random.SeedSequence):
+    """Keeps Philox from asking the system for a seed, only to replace it by a key: two thirds of a stream's cost."""
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.zeros(n_words, dtype)
+
+
+_NO_SEED = _NoSeed(0)
+_UNUSED_STATE = np.random.Philox(_NO_SEED).state  # nothing buffered, at the beginning of a block
+
+
 def stream(seed: int, purpose: int, position: int) -> np.random.Generator:
-    """A generator that depends on nothing but its three arguments.
+    """A generator that depends on nothing but its three arguments: Philox with key (seed, purpose).
 
     The position goes to the top word of Philox's counter, which no single step's draws can reach from below.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
+    bits = np.random.Philox(_NO_SEED)
+    bits.state = _UNUSED_STATE | {"state": {"counter": (0, 0, 0, position), "key": (seed, purpose)}}  # type: ignore[assignment]
+    return np.random.Generator(bits)
 
 
-@lru_cache(maxsize=8)
 def _epoch_order(seed: int, purpose: int, epoch: int, images: int) -> np.ndarray:
     return stream(seed, purpose, epoch).permutation(images)
+
+
+# a cache a set: the short epochs of a few labels would push the unlabeled set's out of a common one
+_ORDERS = {purpose: lru_cache(maxsize=4)(_epoch_order) for purpose in (_LABELED_ORDER, _UNLABELED_ORDER)}
 
 
 def drawn_images(seed: int, purpose: int, step: int, batch: int, images: int) -> np.ndarray:
@@ -139,26 +159,32 @@ def drawn_images(seed: int, purpose: int, step: int, batch: int, images: int) ->
     Returns:
         (batch,) int64; over any whole epoch every image comes exactly once.
     """
-    position = step * batch + np.arange(batch)
-    epochs = position // images
-    rows = np.empty(batch, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = _epoch_order(seed, purpose, int(epoch), images)[position[here] % images]
-    return rows
+    position, end = step * batch, (step + 1) * batch
+    parts = []
+    while position < end:
+        epoch, first = divmod(position, images)
+        parts.append(_ORDERS[purpose](seed, purpose, epoch, images)[first : first + end - position])
+        position += len(parts[-1])
+    return np.concatenate(parts)
 
 
-def _draw_ops(rng: np.random.Generator, rows: int, probabilities: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Two transformations a row, bins, levels and cutout centres: see `ViewPlan` and `Plan` for shapes."""
+_LARGEST_LEVEL = np.nextafter(np.float32(1), np.float32(0))
+_BINS_OR_ONE = np.maximum(ctaugment.BINS, 1)
+# probes draw from all bins alike, whatever the weights: that is how a dropped bin can come back
+_UNIFORM_EDGES = ctaugment.bin_edges(ctaugment.bin_probabilities(ctaugment.initial_weights()))
+
+
+def _draw_ops(rng: np.random.Generator, rows: int, edges: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `Plan` for shapes."""
     ops = rng.integers(len(ctaugment.TRANSFORMATIONS), size=(rows, OPS_PER_VIEW))
     uniform = rng.random((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS))
-    bins = ctaugment.draw_bins(probabilities, ops, uniform)
+    bins = ctaugment.draw_bins(edges, ops, uniform)
     inside = rng.random(bins.shape)
-    levels = np.where(bins >= 0, (bins + inside) / np.maximum(ctaugment.BINS[ops], 1), 0.0)
+    levels = np.where(bins >= 0, (bins + inside) / _BINS_OR_ONE.take(ops, axis=0), 0.0).astype(np.float32)
     # float32 rounds the last sliver of the last bin up to 1, which would name a bin that does not exist
-    levels = np.minimum(levels.astype(np.float32), np.nextafter(np.float32(1), np.float32(0)))
+    np.minimum(levels, _LARGEST_LEVEL, out=levels)
     centre = rng.random((rows, OPS_PER_VIEW, 2), dtype=np.float32)
-    return ops, bins, levels, centre
+    return ops, levels, centre, bins
 
 
 def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan:
@@ -179,44 +205,35 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
     unlabeled = np.empty(0, dtype=np.int64)
     if spec.unlabeled_images:
         unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, batch, spec.unlabeled_images)
+    # the blocks x_strong and x_probe are labeled; what is between them, if anything, is not
+    image, is_labeled = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
+    image[:batch] = image[pool:] = labeled
+    is_labeled[:batch] = is_labeled[pool:] = True
+    image[batch:pool] = np.tile(unlabeled, spec.k + 1)
 
     weak = stream(seed, _WEAK, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, size=(rows, 2), dtype=np.int32, endpoint=True)
     flip = weak.integers(2, size=rows, dtype=np.int32) * np.int32(spec.flip)
 
-    ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int64)
+    ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32)
     levels = np.zeros((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS), dtype=np.float32)
     centre = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
-    block = np.arange(rows) // batch
-    strong = (block != 1) & (block < spec.pool_blocks)
     if spec.augment:
-        drawn = _draw_ops(stream(seed, _STRONG, step), int(strong.sum()), ctaugment.bin_probabilities(weights))
-        ops[strong], _, levels[strong], centre[strong] = drawn
-    # probes draw from all bins alike, whatever the weights: that is how a dropped bin can come back
-    uniform_bins = ctaugment.bin_probabilities(ctaugment.initial_weights())
-    probe_ops, probe_bins, probe_levels, probe_centre = _draw_ops(stream(seed, _PROBE, step), batch, uniform_bins)
+        strong = pool - batch if spec.unlabeled_images else pool  # all rows of the pool but u_weak's
+        edges = ctaugment.bin_edges(ctaugment.bin_probabilities(weights))
+        *drawn, _ = _draw_ops(stream(seed, _STRONG, step), strong, edges)
+        for of_views, of_strong in zip((ops, levels, centre), drawn, strict=True):
+            of_views[:batch], of_views[2 * batch : pool] = of_strong[:batch], of_strong[batch:]
+    probe_ops, probe_levels, probe_centre, probe_bins = _draw_ops(stream(seed, _PROBE, step), batch, _UNIFORM_EDGES)
     ops[pool:], levels[pool:], centre[pool:] = probe_ops, probe_levels, probe_centre
 
     mixup = stream(seed, _MIXUP, step)
     lam = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool)
-    is_labeled = (block == 0) | (block == spec.pool_blocks)
     return Plan(
         step=step,
         labeled=labeled,
         unlabeled=unlabeled,
-        views=ViewPlan(
-            image=np.where(
-                is_labeled,
-                np.tile(labeled, spec.blocks),
-                np.tile(unlabeled if spec.unlabeled_images else labeled, spec.blocks),
-            ),
-            labeled=is_labeled,
-            shift=shift,
-            flip=flip,
-            ops=ops.astype(np.int32),
-            levels=levels,
-            centre=centre,
-        ),
+        views=ViewPlan(image, is_labeled, shift, flip, ops, levels, centre),
         lam=np.maximum(lam, 1.0 - lam).astype(np.float32),
         perm=mixup.permutation(pool),
         turns=stream(seed, _ROTATION, step).permutation(np.arange(batch) % 4),

@@ -76,6 +76,7 @@ def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
 
 NAMES = ctaugment.NAMES
 assert sorted([*WARPS, *REPAINTS, "identity"]) == sorted(NAMES)
+_UNMOVED = np.array([1, 0, 0, 0, 1, 0], np.float32)
 IS_WARP = np.array([name in WARPS for name in NAMES])
 
 
@@ -95,9 +96,11 @@ def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: 
     """
     numbers = np.zeros((*ops.shape, 6), dtype=np.float32)
     numbers[..., 0], numbers[..., 1:3], numbers[..., 3:5] = ops, levels, centre
-    numbers[ops == ctaugment.IDENTITY] = (1, 0, 0, 0, 1, 0)
+    # places in a flat list cost less than masks of two dimensions
+    flat, level, into = ops.reshape(-1), levels.reshape(-1, 2)[:, 0], numbers.reshape(-1, 6)
+    into[np.flatnonzero(flat == ctaugment.IDENTITY)] = _UNMOVED
     for name, function in WARPS.items():
-        chosen = ops == NAMES.index(name)
-        if chosen.any():
-            numbers[chosen] = function(2.0 * levels[chosen][:, 0].astype(np.float64) - 1.0, height, width)
+        chosen = np.flatnonzero(flat == NAMES.index(name))
+        if len(chosen):
+            into[chosen] = function(2.0 * level[chosen].astype(np.float64) - 1.0, height, width)
     return numbers

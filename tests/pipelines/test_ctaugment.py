@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pipelines import ctaugment
-from pipelines.ctaugment import CTAugmentPolicy, bin_probabilities, draw_bins, initial_weights, update_weights
+from pipelines.ctaugment import (
+    CTAugmentPolicy,
+    bin_edges,
+    bin_probabilities,
+    draw_bins,
+    initial_weights,
+    update_weights,
+)
 
 ROTATE, POSTERIZE, RESCALE = (ctaugment.NAMES.index(n) for n in ("rotate", "posterize", "rescale"))
 
@@ -49,7 +56,7 @@ def test_draws_follow_the_probabilities_and_never_a_dropped_bin():
     weights[ROTATE, 0, 5] = 0.85
     probabilities = bin_probabilities(weights)
     uniform = np.random.default_rng(0).random((200_000, 2))
-    bins = draw_bins(probabilities, np.full(200_000, ROTATE), uniform)
+    bins = draw_bins(bin_edges(probabilities), np.full(200_000, ROTATE), uniform)
     assert (bins[:, 1] == -1).all()
     frequency = np.bincount(bins[:, 0], minlength=17) / 200_000
     assert frequency[0] == frequency[16] == 0
@@ -57,15 +64,28 @@ def test_draws_follow_the_probabilities_and_never_a_dropped_bin():
 
 
 def test_the_ends_of_the_unit_interval_draw_existing_bins():
-    probabilities = bin_probabilities(initial_weights())
+    edges = bin_edges(bin_probabilities(initial_weights()))
     ends = np.array([[0.0, 0.0], [np.nextafter(1, 0)] * 2])
     for op, transformation in enumerate(ctaugment.TRANSFORMATIONS):
-        bins = draw_bins(probabilities, np.array([op, op]), ends)
+        bins = draw_bins(edges, np.array([op, op]), ends)
         for parameter in range(2):
             if parameter < len(transformation.bins):
                 assert bins[:, parameter].tolist() == [0, transformation.bins[parameter] - 1]
             else:
                 assert bins[:, parameter].tolist() == [-1, -1]
+
+
+def test_a_number_on_the_edge_of_a_bin_belongs_to_it():
+    weights = initial_weights()
+    weights[ROTATE, 0, [0, 4, 5, 16]] = 0.1  # never drawn: the first, the last, and two side by side
+    probabilities = bin_probabilities(weights)[ROTATE, 0]
+    begins = np.cumsum(probabilities)[:-1]
+    kept = [chosen for chosen in range(17) if probabilities[chosen]]
+    ops = np.full(len(kept), ROTATE)
+    for shift, expected in ((0.0, kept), (-1e-12, [kept[0], *kept[:-1]])):
+        numbers = np.array([0.0, *begins[[chosen - 1 for chosen in kept[1:]]] + shift])
+        bins = draw_bins(bin_edges(bin_probabilities(weights)), ops, np.stack([numbers, numbers], axis=-1))
+        assert bins[:, 0].tolist() == expected and bins.dtype == np.int64
 
 
 def test_update_moves_only_used_bins_and_in_row_order():
@@ -87,6 +107,66 @@ def probes(step):
         bins=np.array([[[step % 17, -1], [-1, -1]]]),
         matches=np.array([0.5], np.float32),
     )
+
+
+def random_probes(step, batch=6):
+    chance = np.random.default_rng(step)
+    ops = chance.integers(len(ctaugment.NAMES), size=(batch, 2))
+    bins = (chance.random((batch, 2, 2)) * ctaugment.BINS[ops]).astype(int)
+    matches = chance.random(batch, dtype=np.float32)
+    return dict(step=step, ops=ops, bins=np.where(ctaugment.BINS[ops] > 0, bins, -1), matches=matches)
+
+
+def slow_weights(until):
+    """Weights after the probes of all steps before `until`, number by number."""
+    weights = initial_weights()
+    for step in range(until):
+        given = random_probes(step)
+        for row, match in enumerate(given["matches"]):
+            for turn, parameter in np.ndindex(2, 2):
+                chosen = given["bins"][row, turn, parameter]
+                if chosen >= 0:
+                    cell = given["ops"][row, turn], parameter, chosen
+                    weights[cell] = 0.99 * float(weights[cell]) + (1 - 0.99) * float(match)
+    return weights
+
+
+@pytest.mark.parametrize("lag", [1, 3, 8])
+def test_weights_are_those_of_all_probes_in_order_whoever_asks_and_when(lag):
+    policy = CTAugmentPolicy(lag)
+    for step in range(12):
+        policy.observe(**random_probes(step))
+        for planned in (*range(step + lag, step, -1), step + 1, step + lag, step + lag + 5):
+            expected = slow_weights(min(planned - lag, step) + 1)
+            assert policy.weights_for(planned).tobytes() == expected.tobytes(), (step, planned)
+        # a checkpoint holds what the next plan may know, and the younger probes as they were handed in
+        state = policy.state_dict()
+        assert state.keys() == {"weights", "waiting"}
+        assert state["weights"].tobytes() == slow_weights(max(step + 2 - lag, 0)).tobytes()
+        assert [set(probes) for probes in state["waiting"]] == [{"step", "ops", "bins", "matches"}] * len(
+            policy.waiting
+        )
+        assert [probes["step"] for probes in state["waiting"]] == list(range(max(step + 2 - lag, 0), step + 1))
+        if step % 4 == 3:
+            policy = CTAugmentPolicy(lag)
+            policy.weights_for(5)  # what was known before does not stay
+            policy.load_state_dict(state)
+
+
+def test_each_probe_is_applied_once(monkeypatch):
+    applied = []
+
+    def counting(weights, ops, bins, matches):
+        applied.append(matches)
+        return update_weights(weights, ops, bins, matches)
+
+    monkeypatch.setattr(ctaugment, "update_weights", counting)
+    policy = CTAugmentPolicy(lag=8)
+    for step in range(20):
+        policy.observe(**random_probes(step))
+        for planned in range(step + 1, step + 9):
+            policy.weights_for(planned)
+    assert len(applied) == 20
 
 
 def test_a_probe_counts_lag_steps_later_and_not_before():

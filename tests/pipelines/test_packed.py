@@ -1,11 +1,12 @@
 """Arrays in one buffer: each as it was, aligned, wherever the buffer goes."""
 
+import numpy as np
 import pytest
 import torch
 
-from pipelines.packed import allocate, unpack
+from pipelines.packed import Layout
 
-LAYOUT = {
+ARRAYS = {
     "flags": (torch.uint8, (5,)),
     "none": (torch.int64, (0, 3)),
     "numbers": (torch.float32, (3, 1, 2)),
@@ -13,24 +14,43 @@ LAYOUT = {
 }
 
 
+def layout(rows=()):
+    return Layout((name, dtype, (*rows, *shape)) for name, (dtype, shape) in ARRAYS.items())
+
+
 def test_parts_share_the_buffer_and_do_not_touch():
-    buffer = allocate(LAYOUT)
-    for value, part in enumerate(unpack(buffer, LAYOUT).values(), 1):
+    made = layout()
+    buffer = made.allocate()
+    for value, part in enumerate(made.tensors(buffer).values(), 1):
         part.fill_(value)
-    copied = unpack(buffer.clone(), LAYOUT)
-    assert list(copied) == list(LAYOUT)
+    copied = made.tensors(buffer.clone())
+    assert list(copied) == list(ARRAYS)
     for value, (name, part) in enumerate(copied.items(), 1):
-        dtype, shape = LAYOUT[name]
-        assert part.dtype == dtype and part.shape == shape and (part == value).all()
+        dtype, shape = ARRAYS[name]
+        assert part.dtype == dtype and part.shape == shape and part.is_contiguous() and (part == value).all()
+
+
+def test_what_numpy_writes_torch_reads():
+    made = layout((2,))
+    buffer = made.allocate()
+    written = {}
+    for seed, (name, part) in enumerate(made.arrays(buffer).items()):
+        part[...] = written[name] = np.random.default_rng(seed).integers(200, size=part.shape).astype(part.dtype)
+    tensors = made.tensors(buffer.clone())
+    assert list(written) == list(tensors) == list(ARRAYS)
+    for name, part in tensors.items():
+        assert torch.from_numpy(written[name]).dtype == part.dtype
+        np.testing.assert_array_equal(part.numpy(), written[name])
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16])
 def test_parts_are_aligned_for_any_number_of_rows(rows):
-    layout = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in LAYOUT.items()}
-    buffer = allocate(layout)
-    assert all((part.data_ptr() - buffer.data_ptr()) % 16 == 0 for part in unpack(buffer, layout).values())
+    made = layout((rows,))
+    buffer = made.allocate()
+    assert all((part.data_ptr() - buffer.data_ptr()) % 16 == 0 for part in made.tensors(buffer).values())
 
 
 def test_a_buffer_of_another_layout_is_refused():
-    with pytest.raises(RuntimeError, match="split_with_sizes"):
-        unpack(allocate(LAYOUT)[:-16], LAYOUT)
+    for wrong in (layout().allocate()[:-16], torch.cat([layout().allocate()] * 2)):
+        with pytest.raises(ValueError, match=f"has {layout().bytes} bytes, got {len(wrong)}"):
+            layout().tensors(wrong)

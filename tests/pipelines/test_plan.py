@@ -1,10 +1,12 @@
 """The plan: pure, complete, distributed as the specification says, and the same for any number of ranks."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 
+import pipelines.plan
 from pipelines import ctaugment
 from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_rows, stack
 
@@ -16,6 +18,120 @@ def arrays(plan):
     """Every array of a plan, by name."""
     found = {name: value for name, value in vars(plan).items() if isinstance(value, np.ndarray)}
     return found | {f"views.{name}": value for name, value in vars(plan.views).items()}
+
+
+def generator(seed, purpose, position):
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
+
+
+def slow_bin(weights, uniform):
+    """One parameter's bin, by the formulas of the paper's section 3.2.2: `weights` of its existing bins alone."""
+    raised = [weight + 0.01 for weight in weights]
+    kept = [m / max(raised) if m / max(raised) >= 0.8 else 0.0 for m in raised]
+    begin = 0.0
+    for chosen, share in enumerate(kept):
+        begin += share / sum(kept)
+        if share and uniform < begin:
+            return chosen
+    return max(chosen for chosen, share in enumerate(kept) if share)
+
+
+def slow_ops(rng, rows, weights):
+    """Transformations, levels, centres and bins of some rows, number by number."""
+    ops, uniform, inside = rng.integers(19, size=(rows, 2)), rng.random((rows, 2, 2)), rng.random((rows, 2, 2))
+    levels, bins = np.zeros((rows, 2, 2), np.float32), np.full((rows, 2, 2), -1)
+    for row, turn in np.ndindex(rows, 2):
+        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, turn]].bins):
+            at = row, turn, parameter
+            bins[at] = slow_bin(weights[ops[row, turn], parameter, :count].tolist(), uniform[at])
+            levels[at] = min(np.float32((bins[at] + inside[at]) / count), np.float32(1 - 2**-24))
+    return ops, levels, rng.random((rows, 2, 2), dtype=np.float32), bins
+
+
+def slow_plan(spec, seed, step, weights):
+    """Every array of a plan, row by row, from the module's docstring and the order in which each stream is drawn."""
+    batch, k = spec.batch, spec.k if spec.unlabeled_images else -1  # -1: neither u_weak nor u_1 .. u_K
+    blocks = ["x_strong", *["u_weak"] * (k >= 0), *["u"] * max(k, 0), "x_probe"]
+
+    def images(purpose, count):
+        places = [divmod(step * batch + row, count) for row in range(batch)]
+        return np.array([generator(seed, purpose, epoch).permutation(count)[place] for epoch, place in places], int)
+
+    labeled = images(0, spec.labeled_images)
+    unlabeled = images(1, spec.unlabeled_images) if spec.unlabeled_images else np.zeros(0, int)
+    rows, pool = batch * len(blocks), batch * (len(blocks) - 1)
+    weak, mixup = generator(seed, 2, step), generator(seed, 5, step)
+    shift = weak.integers(-spec.max_shift, spec.max_shift, (rows, 2), np.int32, endpoint=True)
+    flip = weak.integers(2, size=rows, dtype=np.int32) * spec.flip
+    strong = [
+        block * batch + row for block, name in enumerate(blocks) for row in range(batch) if name in ("x_strong", "u")
+    ]
+    identity = np.zeros((rows, 2), np.int32), np.zeros((rows, 2, 2), np.float32), np.zeros((rows, 2, 2), np.float32)
+    if spec.augment:
+        drawn = slow_ops(generator(seed, 3, step), len(strong), weights)
+        for row, *numbers in zip(strong, *drawn[:3], strict=True):
+            identity[0][row], identity[1][row], identity[2][row] = numbers
+    probes = slow_ops(generator(seed, 4, step), batch, ctaugment.initial_weights())
+    for all_rows, of_probes in zip(identity, probes[:3], strict=True):
+        all_rows[pool:] = of_probes
+    lam = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, pool)
+    return {
+        "labeled": labeled,
+        "unlabeled": unlabeled,
+        "lam": np.array([max(value, 1 - value) for value in lam], np.float32),
+        "perm": mixup.permutation(pool),
+        "turns": generator(seed, 6, step).permutation([row % 4 for row in range(batch)]),
+        "probe_ops": probes[0],
+        "probe_bins": probes[3],
+        "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name in blocks]),
+        "views.labeled": np.repeat([name.startswith("x") for name in blocks], batch),
+        "views.shift": shift,
+        "views.flip": flip,
+        "views.ops": identity[0],
+        "views.levels": identity[1],
+        "views.centre": identity[2],
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(k=1, flip=False),
+        dict(augment=False),
+        dict(unlabeled_images=0),
+        dict(unlabeled_images=0, augment=False),
+        dict(labeled_images=3, unlabeled_images=17, mixup_alpha=0.3),
+        dict(batch=1, k=2, labeled_images=1, unlabeled_images=1, max_shift=0),
+    ],
+)
+def test_every_array_is_that_of_a_slow_plan(changes):
+    spec = dataclasses.replace(SPEC, **changes)
+    chance = np.random.default_rng(0)
+    for seed, step in ((0, 0), (0, 1), (2**40 + 1, 70_000)):
+        weights = WEIGHTS * chance.uniform(0.6, 1, WEIGHTS.shape)
+        made, expected = arrays(make_plan(spec, seed, step, weights)), slow_plan(spec, seed, step, weights)
+        assert made.keys() == expected.keys()
+        for name, array in expected.items():
+            assert made[name].dtype == array.dtype and made[name].shape == array.shape, name
+            assert made[name].tobytes() == array.tobytes(), name
+
+
+def test_no_epoch_is_drawn_twice_in_a_run(monkeypatch):
+    """Six short epochs of labels a step leave the unlabeled set's long one where it is."""
+    drawn = Counter()
+    original = pipelines.plan.stream
+
+    def counting(seed, purpose, position):
+        drawn[purpose, position] += purpose < 2
+        return original(seed, purpose, position)
+
+    monkeypatch.setattr(pipelines.plan, "stream", counting)
+    spec = dataclasses.replace(SPEC, batch=64, labeled_images=10, unlabeled_images=500)
+    for step in range(20):
+        make_plan(spec, 987, step, WEIGHTS)
+    epochs = {key: times for key, times in drawn.items() if key[0] < 2}
+    assert set(epochs.values()) == {1} and len(epochs) == 20 * 64 // 10 + 20 * 64 // 500 + 1
 
 
 def test_plan_is_a_pure_function_of_seed_step_and_weights():

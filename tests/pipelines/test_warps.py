@@ -1,0 +1,44 @@
+"""Numbers that transformations are executed with, against arithmetic on one view at a time."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipelines import warps
+from pipelines.ctaugment import NAMES
+
+
+def matrix(name, level, height, width):
+    """PIL's AFFINE coefficients of one warp; (x, y) comes from (a x + b y + c, d x + e y + f)."""
+    v = 2 * level - 1
+    if name.startswith("translate"):
+        return [1, 0, 0.3 * v * width * (name == "translate_x"), 0, 1, 0.3 * v * height * (name == "translate_y")]
+    a, b, c, d, e, f = 1.0, 0.3 * v * (name == "shear_x"), 0.0, 0.3 * v * (name == "shear_y"), 1.0, 0.0
+    if name == "rotate":
+        cos, sin, x, y = math.cos(math.radians(45 * v)), math.sin(math.radians(45 * v)), width / 2, height / 2
+        a, b, c, d, e, f = cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
+    lines = []
+    for along_x, along_y, start in ((a, b, c), (d, e, f)):
+        # PIL counts in steps of 2^-16 from the first pixel's centre
+        first = math.floor(65536 * (start + 0.5 * (along_x + along_y)) + 0.5) / 65536
+        steps = [math.floor(65536 * step + 0.5) / 65536 for step in (along_x, along_y)]
+        lines += [*steps, first - 0.5 * sum(steps)]
+    return lines
+
+
+@pytest.mark.parametrize(("rows", "height", "width"), [(300, 32, 32), (40, 17, 48), (1, 8, 8)])
+def test_parameters_are_those_of_each_view_alone(rows, height, width):
+    chance = np.random.default_rng(rows)
+    ops = chance.integers(len(NAMES), size=(rows, 2)).astype(np.int32)
+    levels, centre = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
+    made = warps.parameters(ops, levels, centre, height, width)
+    assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
+    for at in np.ndindex(rows, 2):
+        name = NAMES[ops[at]]
+        expected = [ops[at], *levels[at], *centre[at], 0]
+        if name == "identity":
+            expected = [1, 0, 0, 0, 1, 0]
+        elif name in warps.WARPS:
+            expected = matrix(name, float(levels[at][0]), height, width)
+        np.testing.assert_array_equal(made[at], np.array(expected, np.float32), err_msg=name)
