@@ -181,6 +181,10 @@ class Config(
         return max(self.micro_batches, ranks)
 
 
+# oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
+# its buffer, with 1 to 7 input channels; with 8 to 40 all of a network's convolutions were right, odd numbers included
+LEAST_WIDTH = 8
+
 # small batches, since what separates look-alikes is alignment at work over many steps; running statistics and the
 # average are quicker than the paper's, whose runs are hundreds of times longer
 _DIGITS = Config(
@@ -231,13 +235,18 @@ def validate(config: Config, ranks: int = 1) -> None:
     """
     least = {
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
-        "view_threads": 1, "scales": 1, "blocks": 1, "width": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
+        "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0,
         "weight_decay": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
+    if config.width < LEAST_WIDTH:
+        raise UserError(
+            f"--width must be at least {LEAST_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
+            "gradients on CPUs without AVX-512"
+        )
     for name in ("temperature", "mixup_alpha", "lr", "ramp_kimg"):
         if not getattr(config, name) > 0:
             raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def tiny(k=2, batch=6):
-    return dataclasses.replace(baseline.step_config(k, CPU), batch=batch, width=2)
+    return dataclasses.replace(baseline.step_config(k, CPU), batch=batch, width=8)
 
 
 def one_batch(config):

@@ -22,7 +22,7 @@ ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU"
 
 
 def tiny(name="", cuda=False):
-    return dataclasses.replace(preset("digits-40"), batch=4, k=1, width=2, view_steps=1, lag=4)
+    return dataclasses.replace(preset("digits-40"), batch=4, k=1, width=8, view_steps=1, lag=4)
 
 
 @pytest.fixture

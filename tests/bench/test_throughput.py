@@ -13,7 +13,7 @@ from engine.errors import UserError
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch, known_ceilings):
     """A bench of a network that costs next to nothing."""
-    tiny = dataclasses.replace(throughput.base_config("digits-40", False), batch=4, width=2, view_steps=2, lag=6)
+    tiny = dataclasses.replace(throughput.base_config("digits-40", False), batch=4, width=8, view_steps=2, lag=6)
     monkeypatch.setattr("bench.throughput.base_config", lambda name, cuda: tiny)
     monkeypatch.setattr("bench.throughput.ceilings", lambda device: known_ceilings)
     return tiny

@@ -12,7 +12,7 @@ def tiny():
     """Makes small configurations: `tiny(k=3)`; a few hundred kilobytes of network, batches of 8."""
 
     def make(**changes):
-        small = dict(batch=8, k=2, width=4, steps=4, eval_every=2, log_every=1, checkpoint_every=2, device="cpu")
+        small = dict(batch=8, k=2, width=8, steps=4, eval_every=2, log_every=1, checkpoint_every=2, device="cpu")
         return dataclasses.replace(preset("digits-40"), **(small | changes))
 
     return make

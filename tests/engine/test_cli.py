@@ -35,7 +35,7 @@ def fails(capfd, *arguments):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
-    arguments = ["train", "digits-40", "--steps", "3", "--batch", "8", "--width", "4", "--out", str(folder), "--quiet"]
+    arguments = ["train", "digits-40", "--steps", "3", "--batch", "8", "--width", "8", "--out", str(folder), "--quiet"]
     cli.main([*arguments, "--device", "cpu"])
     return folder
 

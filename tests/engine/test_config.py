@@ -40,6 +40,7 @@ def test_unknown_preset_names_the_nearest():
         (dict(k=0), "--k must be at least 1, got 0"),
         (dict(batch=0), "--batch must be at least 1"),
         (dict(steps=-1), "--steps must be at least 1"),
+        (dict(width=7), "--width must be at least 8, got 7: .* wrong gradients on CPUs without AVX-512"),
         (dict(temperature=0.0), "--temperature must be more than 0"),
         (dict(lr=float("nan")), "--lr must be more than 0"),
         (dict(w_u=float("nan")), "--w-u must be at least 0"),

@@ -63,7 +63,7 @@ def assert_same_trajectory(a, b, precision):
 
 def test_compiled_and_eager_agree_over_200_steps(tiny):
     # the smallest network there is: generating and building its code is what takes the time
-    config = tiny(scales=1, width=2, batch=8)
+    config = tiny(scales=1, batch=8)
     eager, _ = trained(config, "eager", 200)
     compiled, _ = trained(config, "compile", 200)
     assert_same_trajectory(eager, compiled, torch.float32)
@@ -71,15 +71,15 @@ def test_compiled_and_eager_agree_over_200_steps(tiny):
 
 def test_fp16_with_its_scaler_agrees_with_fp32(tiny):
     # a few steps of the smallest network: CPUs have no fp16 arithmetic, and make it up slowly
-    config = tiny(scales=1, width=2)
+    config = tiny(scales=1)
     fp32, _ = trained(config, "eager", FIRST)
-    fp16, state = trained(tiny(scales=1, width=2, precision="fp16"), "eager", FIRST, precision=torch.float16)
+    fp16, state = trained(tiny(scales=1, precision="fp16"), "eager", FIRST, precision=torch.float16)
     torch.testing.assert_close(fp32[:, :5], fp16[:, :5], rtol=0.01, atol=0.01)
     assert state.scaler.is_enabled() and not torch.equal(fp32, fp16)
 
 
 def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
-    config = tiny(scales=1, width=2, precision="fp16")
+    config = tiny(scales=1, precision="fp16")
     _, state = trained(config, "eager", 1, precision=torch.float16)
     state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**126})
     restored = make_state(config, CLASSES, CPU)
@@ -95,7 +95,7 @@ def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
 
 
 def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
-    config = tiny(scales=1, width=2, precision="fp16")
+    config = tiny(scales=1, precision="fp16")
     for steps_before in (0, 1):
         state = make_state(config, CLASSES, CPU)
         if steps_before:
@@ -215,7 +215,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
         "graph": lambda *graph, **options: quiet,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    config = tiny(scales=1, width=2)
+    config = tiny(scales=1)
     state = make_state(config, CLASSES, CPU)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
     rows = arrange(spec, 1, 0, 1, 1)

@@ -13,7 +13,7 @@ from engine.progress import ProgressLine, read_metrics
 from engine.trainer import Trainer, digests
 from pipelines.datasets import digits, label_split
 from tests import processes
-from tests.processes import ROOT, assert_close, final_state, finish, start_ranks
+from tests.processes import ROOT, assert_close, assert_same_bits, finish, start_ranks
 
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
 FLAGS = [
@@ -54,24 +54,15 @@ def in_turn(tmp_path_factory):
     return train(tmp_path_factory.mktemp("ranks") / "in_turn", 1, *IN_TURN, "--steps", 50)
 
 
-def assert_same(one, two):
-    """Equal runs bit for bit; what a test set's rows were summed up in is left aside."""
-    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
-    for row in rows + others:
-        row.pop("test_loss", None)
-    assert rows == others
-    assert digests(final_state(one)[1]["state"]) == digests(final_state(two)[1]["state"])
-
-
 def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit_over_50_steps(in_turn, tmp_path):
-    assert_same(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", 50))
+    assert_same_bits(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", 50))
 
 
 def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, tmp_path):
     folder = tmp_path / "run"
     for ranks, steps in ((2, 20), (1, 40), (2, 50)):
         train(folder, ranks, *IN_TURN, "--steps", steps, "--resume")
-    assert_same(in_turn, folder)
+    assert_same_bits(in_turn, folder)
 
 
 def test_ranks_exchange_the_gradients_of_all_their_micro_batches(tmp_path):
@@ -148,31 +139,38 @@ def test_a_rank_that_waits_too_long_ends_with_a_message():
     """Without a sign of life; with one now and then it goes on."""
     script = (
         "import time\nfrom engine.guard import Watchdog\n"
-        "with Watchdog(1.0, rank=3) as watchdog:\n"
-        "    for step in range(6):\n        time.sleep(0.4)\n        watchdog.alive(f'step {step}')\n"
-        "    print('alive', flush=True)\n    time.sleep(60)\n"
+        "with Watchdog(2.0, rank=3) as watchdog:\n"
+        "    for step in range(8):\n        time.sleep(0.3)\n        watchdog.alive(f'step {step}')\n"
+        "    print('alive', flush=True)\n    time.sleep(600)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 75 and done.stdout == "alive\n"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("remixmatch: rank 3: nothing came of step 5 for 1 s (--timeout)")
+    assert line.startswith("remixmatch: rank 3: nothing came of step 7 for 2 s (--timeout)")
 
 
 def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
-    """As one does that waits for another rank's part in a captured collective: Python's handlers never run."""
+    """As one does that waits for another rank's part in a captured collective: Python's handlers never run.
+
+    The main thread waits on a native condition, which gives up its mutex: a thread that gets the mutex knows that the
+    main thread is deaf, sends the signal, and keeps the mutex, so that the main thread never comes back.
+    """
     script = (
         "import ctypes, os, signal, threading\nfrom engine import guard\n"
         "guard.DEAF_SECONDS = 1.0\n"
-        "stop, mutex, system = guard.StopRequest(), ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
-        "with stop.listening(), guard.Watchdog(50.0, 3, stop) as watchdog:\n"
+        "stop, system = guard.StopRequest(), ctypes.CDLL(None)\n"
+        "mutex, condition = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)\n"
+        "def ask():\n    system.pthread_mutex_lock(mutex)\n    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "with stop.listening(), guard.Watchdog(250.0, 3, stop) as watchdog:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"  # one that is heard, and may take its time
         "    assert stop.number == signal.SIGTERM\n"
         "    threading.Event().wait(2.5)\n"
         "    print('alive', flush=True)\n    stop.number = 0\n"
-        "    watchdog.alive('step 7')\n    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()\n"
-        "    system.pthread_mutex_lock(mutex)\n    system.pthread_mutex_lock(mutex)\n"
+        "    watchdog.alive('step 7')\n    system.pthread_mutex_lock(mutex)\n"
+        "    threading.Thread(target=ask, daemon=True).start()\n"
+        "    system.pthread_cond_wait(condition, mutex)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGHUP and done.stdout == "alive\n", done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("remixmatch: rank 3: SIGHUP came 1 s ago, and nothing of step 7 since: another rank hangs")

@@ -15,7 +15,7 @@ from engine.trainer import CHECKPOINTS
 from tests.processes import final_state, finish, start
 
 TINY_FLAGS = [
-    *("--batch", "8", "--width", "4", "--device", "cpu", "--quiet"),
+    *("--batch", "8", "--width", "8", "--device", "cpu", "--quiet"),
     *("--eval-every", "5", "--log-every", "1", "--checkpoint-every", "3"),
 ]
 

@@ -274,7 +274,7 @@ def guesses_of(bench, x):
 @pytest.mark.parametrize("bn", ["joint", "split"])
 def test_ten_steps_learn(tiny, bn):
     """Repeating one batch, the labeled loss falls by a wide margin."""
-    bench = Bench(tiny(bn=bn, width=8, lr=0.01))
+    bench = Bench(tiny(bn=bn, lr=0.01))
     losses = [bench.run().metrics[1].item() for _ in range(10)]
     assert losses[-1] < 0.7 * losses[0]
 

@@ -20,7 +20,7 @@ from tests.processes import ROOT, command, final_state, finish, start, start_ran
 
 STEPS, INTERVAL = 48, 3
 FLAGS = [
-    *("--steps", STEPS, "--batch", 8, "--width", 4, "--scales", 1, "--device", "cpu"),
+    *("--steps", STEPS, "--batch", 8, "--width", 8, "--scales", 1, "--device", "cpu"),
     # the row of a step is written when the next one begins, so that no step trained goes unseen but that one
     *("--lag", 2, "--view-steps", 1, "--prefetch", 1),
     *("--eval-every", 12, "--checkpoint-every", INTERVAL, "--log-every", 1),
@@ -113,7 +113,7 @@ class References:
         folder = self._folder / f"foreign{flag}"
         if not folder.exists():
             log = self._folder / f"foreign{flag}.log"
-            process = start(log, "train", "digits-40", "--out", folder, *FLAGS, flag, 8, "--steps", 3)
+            process = start(log, "train", "digits-40", "--out", folder, *FLAGS, flag, 16, "--steps", 3)
             assert finish([process], LONG) == [0], log.read_text()
         return checkpoint.list_checkpoints(folder / CHECKPOINTS)[-1]
 
