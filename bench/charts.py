@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from bench.report import Row, newest
+from bench.records import Row, newest
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

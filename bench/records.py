@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ from engine.errors import UserError
 from engine.run import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+# of each bench: what tells its rows apart, where a newer row replaces an older one
+KEYS = {
+    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer"),
+    "baseline": ("k", "batch", "data", "precision"),
+    "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
+    "start": ("preset",),
+    "restart": ("preset", "ranks"),
+    "kernels": ("kernel", "size", "provider"),
+    "pipelines": ("backend", "rows", "side"),
+}
 
 
 @functools.cache
@@ -40,7 +54,7 @@ def commit() -> str:
         return "unknown"
 
 
-def record(bench: str, device: Any, **values: Any) -> dict[str, Any]:
+def record(bench: str, device: Any, **values: Any) -> Row:
     """One row: what was measured, and everything needed to measure it again.
 
     Args:
@@ -59,18 +73,26 @@ def record(bench: str, device: Any, **values: Any) -> dict[str, Any]:
     }
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: Row) -> None:
     """Adds a row to a file, which is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """All rows of a file; none if it is missing."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The newest row of each case, by device, in the order in which cases were first measured."""
+    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
+    for row in rows:
+        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
+    return {device: list(found.values()) for device, found in cases.items()}
 
 
 class Failures:

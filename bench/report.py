@@ -10,22 +10,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from bench import records
+from bench.records import Row
 from engine.errors import UserError
-
-Row = dict[str, Any]
 
 BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digits table -->"
 PERFORMANCE = ("<!-- performance table: remixmatch bench report -->", "<!-- end of performance table -->")
 
-# of each bench: what tells its rows apart, where a newer row replaces an older one; and columns, by their titles
-KEYS = {
-    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer"),
-    "baseline": ("k", "batch", "data", "precision"),
-    "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
-    "restart": ("preset", "ranks"),
-    "kernels": ("kernel", "size", "provider"),
-    "pipelines": ("backend", "rows", "side"),
-}
 COLUMNS = {
     "throughput": {
         "preset": "{preset}",
@@ -76,6 +66,18 @@ COLUMNS = {
         "behind backward": "{overlap:.0%} {overlap_noise}",
         "other collectives": "{other_collectives}",
         "their bytes": "{other_total_bytes:,}",
+    },
+    "start": {
+        "preset": "{preset}",
+        "command to first step, s": "{start_seconds:.2f}",
+        "interpreter": "{python_seconds:.2f}",
+        "options, data, folder": "{options_seconds:.2f}",
+        "imports": "{imports_seconds:.2f}",
+        "network, optimiser": "{trainer_seconds:.2f}",
+        "view pipeline": "{views_seconds:.2f}",
+        "first step": "{step_seconds:.2f}",
+        "CPU time": "{cpu_seconds:.2f}",
+        "--help": "{help_seconds:.2f}",
     },
     "restart": {
         "preset": "{preset}",
@@ -142,9 +144,9 @@ def main(options: ReportOptions) -> None:
     if options.readme:
         _write_readme(options.readme, tables)
     if options.charts:
-        from bench.charts import draw  # matplotlib takes a second that tables need not pay
+        from bench import charts  # matplotlib takes a second that tables need not pay
 
-        draw(rows, options.charts)
+        charts.draw(rows, options.charts)
     print("\n\n".join(f"## {bench}\n\n{text}" for bench, text in tables.items()))
 
 
@@ -160,19 +162,11 @@ def _write_readme(path: Path, tables: dict[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The newest row of each case, by device, in the order in which cases were first measured."""
-    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
-    for row in rows:
-        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
-    return {device: list(found.values()) for device, found in cases.items()}
-
-
 def table(bench: str, rows: Sequence[Row]) -> str:
     """A table a device, one line a case, with a line below that says on what it was measured."""
     columns = COLUMNS[bench]
     parts = []
-    for device, cases in newest(bench, rows).items():
+    for device, cases in records.newest(bench, rows).items():
         lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
         lines += ["| " + " | ".join(_cell(form, row) for form in columns.values()) + " |" for row in cases]
         versions = cases[-1]["versions"]

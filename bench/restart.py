@@ -25,7 +25,7 @@ from bench.timing import bench_device
 from engine.errors import UserError
 from engine.progress import read_metrics
 
-_IMPORTS = "import engine.cli, engine.run, pipelines.dali, sklearn.datasets, torch.utils.tensorboard"
+_IMPORTS = "import engine.cli, engine.run, pipelines.dali"
 _LIMIT_SECONDS = 300.0  # for anything that is waited for
 
 

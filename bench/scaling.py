@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench import records
-from bench.report import newest
+from bench.records import newest
 from bench.scaling_model import (
     ASSUMED_CLUSTERS,
     ASSUMPTIONS,

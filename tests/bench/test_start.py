@@ -1,0 +1,25 @@
+"""`remixmatch bench start`: a real start, whose parts add up."""
+
+import pytest
+
+from bench import records, start
+from bench.start_process import PARTS
+from engine.errors import UserError
+
+
+def test_a_start_is_timed_by_part(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    start.main(start.StartOptions(out=out, repeats=1))
+    (row,) = records.read(out)
+    assert (row["bench"], row["preset"], row["repeats"]) == ("start", "digits-40", 1)
+    parts = [row[f"{part}_seconds"] for part in PARTS]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(row["start_seconds"])
+    assert row["cpu_seconds"] > 0 and row["help_seconds"] > 0
+    assert "to the first trained step (python" in capsys.readouterr().out
+
+
+def test_what_cannot_start():
+    with pytest.raises(UserError, match="--repeats must be at least 1, got 0"):
+        start.main(start.StartOptions(repeats=0))
+    with pytest.raises(RuntimeError, match="exit code 2: remixmatch: unknown preset 'digits-4'"):
+        start.start("digits-4")
