@@ -44,17 +44,39 @@ def start(log, *arguments, patch=None, **environment):
         patch: values of module attributes by name, such as {"engine.checkpoint.RETRY_SECONDS": 0.2}.
         environment: variables that it has beside those of the server.
     """
-    texts = {name: str(value) for name, value in environment.items()}
-    process = _context.Process(target=_main, args=(str(log), [str(a) for a in arguments], patch or {}, texts))
+    process = _context.Process(
+        target=_command, args=(str(log), [str(a) for a in arguments], patch or {}, _texts(environment))
+    )
     process.start()
     return process
 
 
-def _main(log, arguments, patch, environment):
+def call(log, function, *arguments, **environment):
+    """Calls a function in a process of its own and returns its exit code; log and environment as in `start`."""
+    process = _context.Process(target=_function, args=(str(log), _texts(environment), function, arguments))
+    process.start()
+    (code,) = finish([process])
+    return code
+
+
+def _texts(values):
+    return {name: str(value) for name, value in values.items()}
+
+
+def _function(log, environment, function, arguments):
+    _prepare(log, environment)
+    function(*arguments)
+
+
+def _prepare(log, environment):
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+
+
+def _command(log, arguments, patch, environment):
+    _prepare(log, environment)
     # as in a terminal: nohup has SIGHUP ignored, and a shell has SIGINT for what it starts in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
