@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import baseline, digits, kernels, pipelines, records, report, restart, scaling, throughput
+from bench import baseline, digits, host, kernels, pipelines, records, report, restart, scaling, throughput
 from engine.cli import parse
 from engine.errors import UserError
 
@@ -13,6 +13,7 @@ BENCHES = {
     "baseline": (baseline.BaselineOptions, baseline.main),
     "kernels": (kernels.KernelsOptions, kernels.main),
     "pipelines": (pipelines.PipelinesOptions, pipelines.main),
+    "host": (host.HostOptions, host.main),
     "throughput": (throughput.ThroughputOptions, throughput.main),
     "scaling": (scaling.ScalingOptions, scaling.main),
     "restart": (restart.RestartOptions, restart.main),
