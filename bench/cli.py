@@ -14,6 +14,7 @@ BENCHES = {
     "baseline": "BaselineOptions",
     "kernels": "KernelsOptions",
     "pipelines": "PipelinesOptions",
+    "host": "HostOptions",
     "throughput": "ThroughputOptions",
     "scaling": "ScalingOptions",
     "start": "StartOptions",

@@ -26,6 +26,7 @@ Row = dict[str, Any]
 KEYS = {
     "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer"),
     "baseline": ("k", "batch", "data", "precision"),
+    "host": ("k", "batch", "lag", "pinned"),
     "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
     "start": ("preset",),
     "restart": ("preset", "ranks"),
