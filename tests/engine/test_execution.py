@@ -1,0 +1,63 @@
+"""What `--deterministic` and its absence tell torch's libraries; and that a whole run does so."""
+
+import os
+
+import pytest
+import torch
+
+from engine import run
+from engine.execution import set_numerics
+from tests.processes import final_state
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    set_numerics(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    if workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+def chosen():
+    """What the libraries may choose: kernels by their times, those without a fixed order of sums, TF32."""
+    cudnn = torch.backends.cudnn
+    assert not torch.backends.cuda.matmul.allow_tf32 and not cudnn.allow_tf32, "fp32 is fp32"
+    return cudnn.benchmark, not (cudnn.deterministic and torch.are_deterministic_algorithms_enabled())
+
+
+def test_deterministic_is_all_or_nothing():
+    for deterministic in (False, True, False):
+        set_numerics(deterministic)
+        assert chosen() == (not deterministic, not deterministic)
+        # the compiler is imported already, or knows it when it is
+        from torch._inductor import config
+
+        assert config.deterministic == deterministic
+        if deterministic:
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
+    for deterministic in (False, True):
+        folder = tmp_path / str(deterministic)
+        run.train(tiny(deterministic=deterministic), folder, quiet=True)
+        assert chosen() == (not deterministic, not deterministic)
+        set_numerics(not deterministic)
+        run.load_average(folder)
+        assert chosen() == (not deterministic, not deterministic)
+    one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(tiny, tmp_path):
+    states = []
+    for name in ("one", "two"):
+        run.train(tiny(deterministic=True, device="cuda", steps=20, checkpoint_every=20), tmp_path / name, quiet=True)
+        states.append(final_state(tmp_path / name)[1]["state"])
+    for network in ("network", "average"):
+        for name, value in states[0][network].items():
+            assert torch.equal(value, states[1][network][name]), (network, name)
