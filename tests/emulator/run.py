@@ -12,7 +12,8 @@ and a capture forbids what CUDA forbids: what a host does wrong with a device sh
 What it cannot show: anything about a kernel (Triton's are replaced by their PyTorch twins, torch.compile goes as far as
 AOTAutograd and leaves out Inductor), DALI on a device, times, and what libraries such as cuDNN do by themselves.
 
-EMULATED_DEVICES is how many devices there are (2). Needs g++; built once into build/emulator.
+EMULATED_DEVICES is how many devices there are (2). Needs a C++ compiler, without which tests are skipped with that
+reason; built once into build/emulator.
 """
 
 import fcntl
@@ -27,6 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+NOT_BUILT = "EMULATOR_NOT_BUILT"  # has tests/conftest.py skip what needs the emulated device
 SOURCES = ("runtime.h", "runtime.cpp", "collectives.cpp", "operators.cpp")
 
 
@@ -62,10 +64,17 @@ def _folder(package: str) -> Path:
     return Path(found.origin).parent
 
 
+def compiler() -> str | None:
+    """The C++ compiler of this machine, None where there is none."""
+    names = (os.environ.get("CXX", "g++"), "c++", "clang++")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def _compile(result: Path, sources: list[str], flags: list[str], links: list[str] | None = None) -> None:
-    if shutil.which("g++") is None:
-        raise SystemExit("the emulated device has to be built, which needs g++")
-    command = ["g++", *flags, *(str(HERE / name) for name in sources), "-o", str(result), *(links or [])]
+    found = compiler()
+    if found is None:
+        raise SystemExit("the emulated device has to be built, which needs a C++ compiler; install g++")
+    command = [found, *flags, *(str(HERE / name) for name in sources), "-o", str(result), *(links or [])]
     subprocess.run(command, check=True)
 
 
@@ -79,4 +88,8 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment())
+    if compiler() is None and sys.argv[1:3] == ["-m", "pytest"]:
+        variables = os.environ | {NOT_BUILT: "1"}
+    else:
+        variables = environment()
+    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], variables)

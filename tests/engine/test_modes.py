@@ -61,6 +61,7 @@ def assert_same_trajectory(a, b, precision):
     assert a[-STRETCH:, METRICS.index("loss_x")].mean() < 0.8 * a[:FIRST, METRICS.index("loss_x")].mean(), "it learned"
 
 
+@pytest.mark.compiler
 def test_compiled_and_eager_agree_over_200_steps(tiny):
     # the smallest network there is: generating and building its code is what takes the time
     config = tiny(scales=1, batch=8)

@@ -80,6 +80,7 @@ def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
     assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", "--steps", 10))
 
 
+@pytest.mark.compiler
 def test_compiled_ranks_agree_with_eager_ones(tmp_path):
     flags = ("--precision", "fp32", "--steps", 3, "--scales", 1, "--blocks", 1, "--check-ranks", 1)
     eager, compiled = (train(tmp_path / mode, 2, *flags, "--mode", mode) for mode in ("eager", "compile"))
