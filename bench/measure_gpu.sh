@@ -61,7 +61,10 @@ else
   bench kernels 50
   bench pipelines 50
   # K = 8 first, should time run out
-  bench throughput 180 --k 8 1 2 4 16 --modes eager compile graph --views "${views[@]}"
+  bench throughput 150 --k 8 1 2 4 16 --modes eager compile graph --views "${views[@]}"
+  # beside the row of the same case above: what --deterministic costs
+  part deterministic 30 "$python" -m bench throughput --out "$out/throughput.jsonl" --deterministic \
+    --k 8 --modes graph --views "${views[0]}"
   # last, when compiled code of the engine's step is in its cache
   bench scaling 40 --rounds 1
   bench baseline 65 --k 8

@@ -212,6 +212,8 @@ class ThroughputOptions:
     """As in a run."""
     optimizer: Literal["torch", "apex"] = "torch"
     """As in a run."""
+    deterministic: bool = False
+    """As in a run."""
     steps: int | None = None
     """Steps a sample; by default 20 with a GPU and 8 without."""
     soak: int = 0
@@ -247,7 +249,8 @@ def main(options: ThroughputOptions) -> None:
         raise UserError("--modes graph needs a GPU; without one there are eager and compile")
     print(ceilings(device).text())
     base = base_config(options.preset, cuda)
-    base = dataclasses.replace(base, precision=options.precision, optimizer=options.optimizer)
+    same = ("precision", "optimizer", "deterministic")
+    base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
     for ks in [(k,) for k in options.k] if cuda else [options.k]:
         names = list(itertools.product(ks, modes, views, options.micro_batches))
         _measure_together(options, base, steps, names, device)
@@ -288,6 +291,7 @@ def _measure_together(
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
         row |= {"micro_batches": parts}
         row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row |= {"deterministic": True} if base.deterministic else {}
         row |= case.row(timings[str(name)], steps) | memory.get(name, {})
         if options.soak:
             row |= _soak(case, options.soak)

@@ -19,7 +19,15 @@ def row(method, seed, accuracy, **more):
 def test_table_has_mean_and_sample_deviation_over_seeds():
     rows = [row("digits-40", seed, accuracy, median_last_20=90.0) for seed, accuracy in enumerate((94.0, 96.0, 98.0))]
     table = report.digits_table(rows).splitlines()
-    assert table[2] == "| digits-40 | 40 | 3 | 96.0 ± 2.0 | 94.0 | 90.0 ± 0.0 |"
+    assert table[2] == "| digits-40 | 40 | 3 | 96.0 ± 2.0 | 94.0 | 1 | 90.0 ± 0.0 |"
+
+
+def test_every_machine_has_a_table_of_its_own():
+    devices = ("CPU, A, 1 threads of 2", "CPU, A, 2 threads of 2", "CPU, B, 1 threads of 2")
+    one, two = report.digits_table([row("digits-40", 0, 95.0, device=device) for device in devices]).split("\n\n| ")
+    assert "| digits-40 | 40 | 2 | 95.0 ± 0.0 |" in one
+    assert one.endswith("Measured on CPU, A, 2 threads of 2; torch 2.0.")
+    assert "| digits-40 | 40 | 1 | 95.0 |" in two and two.endswith("Measured on CPU, B, 1 threads of 2; torch 2.0.")
 
 
 def test_label_spreading_stands_with_its_best_neighbour_count():
@@ -81,7 +89,7 @@ def test_the_newest_row_of_a_case_stands_a_device_a_table():
 def test_what_was_not_measured_is_left_empty():
     row = measured("throughput", step_ms=2.0, floor_ms=None, images_per_second=1234.5)
     assert report.table("throughput", [row]).splitlines()[2] == (
-        "| bench | 1 | 2 | eager | dali | 1 | fp32 | torch | 2.00 |  | 1,234 |  |  |  |  |"
+        "| bench | 1 | 2 | eager | dali | 1 | fp32 | torch |  | 2.00 |  | 1,234 |  |  |  |  |"
     )
 
 
