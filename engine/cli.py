@@ -25,6 +25,7 @@ from engine import config as configuration
 from engine import launch
 from engine.errors import RankError, Stopped, UserError
 from engine.folder import check_folder, default_folder
+from engine.imports import uncollected
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
 # process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
@@ -204,8 +205,9 @@ def _train(argv: list[str]) -> None:
         options = _settled(options, argv, options.output.resume)
     launching = not launch.under_torchrun() and (options.execution.gpus > 1 or options.execution.max_restarts > 0)
 
-    from engine import distribution
-    from engine.execution import pick_device
+    with uncollected():
+        from engine import distribution, run
+        from engine.execution import pick_device
 
     if launching:
         _check_places(options)
@@ -219,9 +221,6 @@ def _train(argv: list[str]) -> None:
             # of ranks that are started again, those of another machine than the failed one's do not know that they are
             resume = options.output.resume or any(distribution.everyones(launch.restarted()))
             options = distribution.on_first(lambda: _settled(options, argv, resume))
-
-        from engine import run
-
         output, execution = options.output, options.execution
         assert output.out is not None
         summary = run.train(

@@ -22,6 +22,7 @@ from torch import Tensor
 from engine import distribution
 from engine.config import Config
 from engine.execution import Execution
+from engine.imports import uncollected
 from engine.rows import StepPlan, arrange, step_plan
 from engine.step import METRICS, StepInput, StepOutput
 from pipelines.ctaugment import CTAugmentPolicy
@@ -199,7 +200,8 @@ class Feed:
         kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
         if self.execution.views == "fused":
             return FusedViews(*sets, rows, c.max_shift, kind, device_id, prefetch=c.prefetch)
-        from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
+        with uncollected():
+            from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
 
         return DaliViews(*sets, rows, c.max_shift, kind, device_id, c.view_threads, c.prefetch)
 
