@@ -41,7 +41,7 @@ class HostOptions:
     k: tuple[int, ...] = (1, 2, 8, 16)
     """Strong views of an unlabeled image."""
     batch: tuple[int, ...] = (64, 448)
-    """Labeled images a step: 64, and the paper's 64 on each of 7 GPUs."""
+    """Labeled images a step, all of them on one rank."""
     steps: int = 20
     """Steps a sample."""
     lag: int = 8
