@@ -203,7 +203,7 @@ class Feed:
         with uncollected():
             from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
 
-        return DaliViews(*sets, rows, c.max_shift, kind, device_id, c.view_threads, c.prefetch)
+            return DaliViews(*sets, rows, c.max_shift, kind, device_id, c.view_threads, c.prefetch)
 
     def _numbers(self, plan: Plan) -> StepPlan:
         return step_plan(self.rows, plan, self._labels[plan.labeled])

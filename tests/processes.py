@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("engine.cli", "engine.run", "engine.launch", "engine.pictures", "pipelines.dali"),
-        *("sklearn.datasets", "tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
+        *("engine.cli", "engine.run", "engine.launch", "engine.pictures", "pipelines.dali", "torch._inductor.utils"),
+        *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
         "tests.processes",
     ]
 )
