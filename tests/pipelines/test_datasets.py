@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.datasets import DATASETS, digits, label_split
@@ -18,6 +19,18 @@ def test_digits_are_all_of_scikit_learns():
     )
     assert data.train_images.min() == 0 and data.train_images.max() == 255
     assert DATASETS["digits"]() is data
+
+
+def test_digits_are_what_scikit_learn_gives():
+    """Every image with its label, as many times as it comes."""
+    data, source = digits(), load_digits()
+    expected = []
+    for image, label in zip(source.images, source.target, strict=True):
+        grey = Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        expected.append((grey.convert("RGB").tobytes(), int(label)))
+    images = np.concatenate([data.train_images, data.test_images])
+    labels = np.concatenate([data.train_labels, data.test_labels])
+    assert sorted(zip(map(bytes, images), labels.tolist(), strict=True)) == sorted(expected)
 
 
 def test_training_and_test_digits_are_apart_but_for_twins_in_the_source():
