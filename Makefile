@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 RUN_ARGS ?= digits-40
 
 FAULTS ?= 300
+PYTEST := $(BIN)/python -m pytest -n 2
+EMULATED := $(BIN)/python tests/emulator/run.py
 
-.PHONY: run test test-gpu test-emulated test-faults lint results clean
+.PHONY: run test test-long test-gpu test-emulated test-faults lint emulator results clean
 
 # rebuilt when a requirement or a tested version changes
 $(VENV)/installed: setup.py constraints.txt
@@ -18,21 +20,30 @@ run: $(VENV)/installed
 	$(BIN)/remixmatch train $(RUN_ARGS)
 
 # faults are injected by the clock, so nothing else is tested beside them
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope --ignore tests/faults
+test: $(VENV)/installed
+	$(MAKE) -j 2 lint emulator
+	$(PYTEST) --dist worksteal --ignore tests/faults $(LONG)
 	$(MAKE) test-emulated
-	$(BIN)/python -m pytest -n 2 tests/faults
+	$(PYTEST) tests/faults $(LONG)
+
+# what takes too long for every change: runs of full length, kills under torchrun, 300 faults
+test-long:
+	$(MAKE) test LONG="--long --faults $(FAULTS)"
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
 
 # what a host does with a device, without one: streams, events, graphs, collectives; no kernels
 test-emulated: $(VENV)/installed
-	$(BIN)/python tests/emulator/run.py -m pytest -n 2 --dist loadscope -m "gpu and not hardware"
+	$(EMULATED) -m pytest -n 2 --dist worksteal -m "gpu and not hardware" $(LONG)
 
 # hundreds of kills, full disks and so on, of which `make test` has some dozen
 test-faults: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 tests/faults --faults $(FAULTS)
+	$(PYTEST) tests/faults --faults $(FAULTS)
+
+# builds the emulated device while something else runs
+emulator: $(VENV)/installed
+	$(EMULATED) -c pass
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from bench import records, restart
 from engine.errors import UserError
 
 
+@pytest.mark.long
 def test_a_kill_is_timed_and_where_its_time_goes(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     restart.main(restart.RestartOptions(out=out, repeats=1, checkpoint_every=5))

@@ -25,7 +25,7 @@ FLAGS = [
     *("--precision", "fp64", "--views", "fused", "--bn", "split", "--bn-groups", "2", "--quiet"),
     *("--batch", "8", "--width", "8", "--eval-every", "5", "--log-every", "1", "--checkpoint-every", "5"),
 ]
-STEPS = ("--steps", 40)
+STEPS = ("--steps", 20)
 UNCOMPILED = {"torch.compile": as_it_is}
 
 
@@ -43,7 +43,7 @@ def await_checkpoint(process, folder):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """40 steps on one GPU, one operator after another."""
+    """A run on one GPU, one operator after another."""
     return train(tmp_path_factory.mktemp("gpu") / "one", 1, *STEPS, "--mode", "eager")
 
 
@@ -58,7 +58,7 @@ def test_a_captured_run_is_an_eager_one(one, tmp_path, patch):
 
 def test_a_captured_run_is_gone_on_with(one, tmp_path):
     folder = tmp_path / "run"
-    for steps, gpus in ((5, 0), (20, 1), (40, 1)):
+    for steps, gpus in ((5, 0), (10, 1), (20, 1)):
         train(folder, gpus, "--steps", steps, "--resume")
     assert_close(one, folder)
 

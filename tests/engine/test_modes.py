@@ -61,12 +61,18 @@ def assert_same_trajectory(a, b, precision):
     assert a[-STRETCH:, METRICS.index("loss_x")].mean() < 0.8 * a[:FIRST, METRICS.index("loss_x")].mean(), "it learned"
 
 
+@pytest.fixture
+def steps(long):
+    """So many that a network has learned, a multiple of STRETCH."""
+    return 200 if long else 100
+
+
 @pytest.mark.compiler
-def test_compiled_and_eager_agree_over_200_steps(tiny):
+def test_compiled_and_eager_agree(tiny, steps):
     # the smallest network there is: generating and building its code is what takes the time
     config = tiny(scales=1, batch=8)
-    eager, _ = trained(config, "eager", 200)
-    compiled, _ = trained(config, "compile", 200)
+    eager, _ = trained(config, "eager", steps)
+    compiled, _ = trained(config, "compile", steps)
     assert_same_trajectory(eager, compiled, torch.float32)
 
 
@@ -259,13 +265,13 @@ def test_an_optimizer_keeps_its_own_options_over_a_state_from_another_device():
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("mode", [pytest.param("compile", marks=pytest.mark.hardware), "graph"])
-def test_modes_agree_over_200_steps_on_a_gpu(tiny, mode, precision, monkeypatch):
+def test_modes_agree_on_a_gpu(tiny, steps, mode, precision, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # whose rounding is a thousand times that of fp32
     config = tiny(width=16, precision=precision, device="cuda")
     device = torch.device("cuda", 0)
     dtype = pick_precision(config, device)
-    eager, _ = trained(config, "eager", 200, device, dtype)
-    other, _ = trained(config, mode, 200, device, dtype)
+    eager, _ = trained(config, "eager", steps, device, dtype)
+    other, _ = trained(config, mode, steps, device, dtype)
     assert_same_trajectory(eager, other, dtype)
 
 
@@ -320,8 +326,8 @@ def test_a_captured_step_in_a_group_of_one_agrees_with_an_eager_one_without(tiny
 @needs_gpu
 @pytest.mark.skipif(optimizers.apex_problem() is not None, reason="needs NVIDIA apex, built from source")
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_apex_and_torch_agree_over_200_steps(tiny, mode):
+def test_apex_and_torch_agree(tiny, steps, mode):
     device = torch.device("cuda", 0)
-    ours, _ = trained(tiny(device="cuda"), mode, 200, device)
-    apexs, _ = trained(tiny(device="cuda", optimizer="apex"), mode, 200, device)
+    ours, _ = trained(tiny(device="cuda"), mode, steps, device)
+    apexs, _ = trained(tiny(device="cuda", optimizer="apex"), mode, steps, device)
     assert_same_trajectory(ours, apexs, torch.float32)

@@ -18,7 +18,7 @@ from tests.processes import ROOT, assert_close, assert_same_bits, finish, start_
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
 FLAGS = [
     *("--precision", "fp64", "--bn", "split", "--bn-groups", "2", "--device", "cpu", "--quiet"),
-    *("--eval-every", "10", "--log-every", "1", "--batch", "8", "--width", "8"),
+    *("--eval-every", "5", "--log-every", "1", "--batch", "8", "--width", "8"),
 ]
 # of the preset's own size: equal bits are so at any
 IN_TURN = ("--precision", "fp32", "--micro-batches", "2", "--batch", "16", "--width", "16")
@@ -30,39 +30,47 @@ def train(folder, ranks, *flags):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    """50 steps on one rank."""
-    return train(tmp_path_factory.mktemp("ranks") / "one", 1, "--steps", 50)
-
-
-def test_two_ranks_give_the_losses_of_one_over_50_steps(one, tmp_path):
-    two = train(tmp_path / "two", 2, "--steps", 50, "--check-ranks", 10)
-    assert_close(one, two)
-    assert [row["step"] for row in read_metrics(two / "metrics.jsonl") if "loss" in row] == list(range(1, 51))
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(one, tmp_path):
-    folder = tmp_path / "run"
-    for ranks, steps in ((1, 20), (2, 40), (1, 50)):
-        train(folder, ranks, "--steps", steps, "--resume")
-    assert_close(one, folder)
+def steps(long):
+    """Of the runs that are compared; a fifth of them is a multiple of --eval-every."""
+    return 50 if long else 25
 
 
 @pytest.fixture(scope="module")
-def in_turn(tmp_path_factory):
-    """50 steps in single precision on one rank, which trains two micro-batches one after another."""
-    return train(tmp_path_factory.mktemp("ranks") / "in_turn", 1, *IN_TURN, "--steps", 50)
+def one(steps, tmp_path_factory):
+    """A run on one rank."""
+    return train(tmp_path_factory.mktemp("ranks") / "one", 1, "--steps", steps)
 
 
-def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit_over_50_steps(in_turn, tmp_path):
-    assert_same_bits(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", 50))
+def test_two_ranks_give_the_losses_of_one(one, steps, tmp_path):
+    two = train(tmp_path / "two", 2, "--steps", steps, "--check-ranks", 5)
+    assert_close(one, two)
+    assert [row["step"] for row in read_metrics(two / "metrics.jsonl") if "loss" in row] == list(range(1, steps + 1))
 
 
-def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, tmp_path):
-    folder = tmp_path / "run"
-    for ranks, steps in ((2, 20), (1, 40), (2, 50)):
-        train(folder, ranks, *IN_TURN, "--steps", steps, "--resume")
-    assert_same_bits(in_turn, folder)
+def go_on(folder, steps, ranks, *flags):
+    """Trains two, four and five fifths of a run on so many ranks each."""
+    for part, each in zip((2, 4, 5), ranks, strict=True):
+        train(folder, each, *flags, "--steps", steps * part // 5, "--resume")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(one, steps, tmp_path):
+    go_on(tmp_path / "run", steps, (1, 2, 1))
+    assert_close(one, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def in_turn(steps, tmp_path_factory):
+    """A run in single precision on one rank, which trains two micro-batches one after another."""
+    return train(tmp_path_factory.mktemp("ranks") / "in_turn", 1, *IN_TURN, "--steps", steps)
+
+
+def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit(in_turn, steps, tmp_path):
+    assert_same_bits(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", steps))
+
+
+def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, steps, tmp_path):
+    go_on(tmp_path / "run", steps, (2, 1, 2), *IN_TURN)
+    assert_same_bits(in_turn, tmp_path / "run")
 
 
 def test_ranks_exchange_the_gradients_of_all_their_micro_batches(tmp_path):
@@ -81,6 +89,7 @@ def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
 
 
 @pytest.mark.compiler
+@pytest.mark.long
 def test_compiled_ranks_agree_with_eager_ones(tmp_path):
     flags = ("--precision", "fp32", "--steps", 3, "--scales", 1, "--blocks", 1, "--check-ranks", 1)
     eager, compiled = (train(tmp_path / mode, 2, *flags, "--mode", mode) for mode in ("eager", "compile"))
@@ -140,14 +149,14 @@ def test_a_rank_that_waits_too_long_ends_with_a_message():
     """Without a sign of life; with one now and then it goes on."""
     script = (
         "import time\nfrom engine.guard import Watchdog\n"
-        "with Watchdog(2.0, rank=3) as watchdog:\n"
-        "    for step in range(8):\n        time.sleep(0.3)\n        watchdog.alive(f'step {step}')\n"
+        "with Watchdog(1.0, rank=3) as watchdog:\n"
+        "    for step in range(8):\n        time.sleep(0.15)\n        watchdog.alive(f'step {step}')\n"
         "    print('alive', flush=True)\n    time.sleep(600)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 75 and done.stdout == "alive\n"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("remixmatch: rank 3: nothing came of step 7 for 2 s (--timeout)")
+    assert line.startswith("remixmatch: rank 3: nothing came of step 7 for 1 s (--timeout)")
 
 
 def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
