@@ -65,14 +65,14 @@ class Baseline:
         self.config, self.device, self.classes = config, device, classes
         network = WideResNet(classes, config.scales, config.blocks, config.width, bn_momentum=config.bn_momentum)
         self.network: nn.Module = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
+        self.ema_model = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         kernels, others = decayed_parameters(self.network)
         self.optimizer = torch.optim.AdamW(
             [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr,
             fused=True,
         )
-        self.ring = torch.full((128, classes), 1 / classes, device=device)
+        self.p_model_history = torch.full((128, classes), 1 / classes, device=device)
         self.p_data = torch.full((classes,), 1 / classes, device=device)
         alpha = torch.tensor(config.mixup_alpha, device=device)
         self.beta = torch.distributions.Beta(alpha, alpha)
@@ -91,12 +91,12 @@ class Baseline:
             with autocast:
                 logits, _ = self.network(weak, track=False)
             q = logits.float().softmax(-1)
-            guess = q * (self.p_data + 1e-6) / (self.ring.mean(0) + 1e-6)
+            guess = q * (self.p_data + 1e-6) / (self.p_model_history.mean(0) + 1e-6)
             guess = guess / guess.sum(-1, keepdim=True)
             guess = guess ** (1 / c.temperature)
             guess = guess / guess.sum(-1, keepdim=True)
             one_hot = F.one_hot(y, self.classes).float()
-            self.ring[self.steps % 128] = q.mean(0)
+            self.p_model_history[self.steps % 128] = q.mean(0)
             self.p_data.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
 
         targets = torch.cat([one_hot] + [guess] * (1 + c.k))
@@ -107,12 +107,14 @@ class Baseline:
         mixed = images * pool + (1 - images) * pool[perm]
         targets = lam[:, None] * targets + (1 - lam[:, None]) * targets[perm]
         quarters = [u1[k::4].rot90(k, (2, 3)) for k in range(4)]
-        turned = torch.cat(quarters)
-        turns = torch.cat([torch.full((len(quarter),), k, device=self.device) for k, quarter in enumerate(quarters)])
+        rotated = torch.cat(quarters)
+        rotations = torch.cat(
+            [torch.full((len(quarter),), k, device=self.device) for k, quarter in enumerate(quarters)]
+        )
 
-        batch = torch.cat([mixed, u1, turned]).contiguous(memory_format=torch.channels_last)
+        batch = torch.cat([mixed, u1, rotated]).contiguous(memory_format=torch.channels_last)
         with autocast:
-            logits, rotations = self.network(batch)
+            logits, rotation_logits = self.network(batch)
             b = len(x)
             labeled, unlabeled, logits_u1, _ = logits.float().split([b, len(pool) - b, b, b])
             ramp = min(1.0, self.steps * c.batch / (1024 * c.ramp_kimg))
@@ -120,12 +122,12 @@ class Baseline:
                 F.cross_entropy(labeled, targets[: len(x)])
                 + c.w_u * ramp * F.cross_entropy(unlabeled, targets[len(x) :])
                 + c.w_u1 * ramp * F.cross_entropy(logits_u1, guess)
-                + c.w_rot * F.cross_entropy(rotations[-len(u1) :].float(), turns)
+                + c.w_rot * F.cross_entropy(rotation_logits[-len(u1) :].float(), rotations)
             )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.average.update_parameters(self.network)
+        self.ema_model.update_parameters(self.network)
         self.steps += 1
         return loss.detach()
 

@@ -68,7 +68,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
     source = FusedViews(*sets, len(rows.views), MAX_SHIFT, kind, device.index or 0)
     made = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)  # views, which have nothing to travel
     policy = CTAugmentPolicy(lag)
-    matches = np.random.default_rng(0).random((lag, batch), dtype=np.float32)
+    omega = np.random.default_rng(0).random((lag, batch), dtype=np.float32)
     weights = policy.weights_for(0)
     try:
         for step in itertools.count():
@@ -79,7 +79,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
             times.append(time.thread_time())
             source.prepare(stack([plan.views.rows(rows.views)]))
             times.append(time.thread_time())
-            policy.observe(step, plan.probe_ops, plan.probe_bins, matches[step % lag])
+            policy.observe(step, plan.probe_ops, plan.probe_bins, omega[step % lag])
             weights = policy.weights_for(step + lag)
             times.append(time.thread_time())
             StepInput.to_device(made, numbers, device)

@@ -20,11 +20,11 @@ from bench.images import noise
 from bench.timing import bench_device, ceilings, measure
 from engine.errors import UserError
 from engine.rows import arrange, step_plan
-from engine.step import GREY_MEAN, RING_ROWS
+from engine.step import GREY_MEAN, P_MODEL_STEPS
 from kernels.assemble import assemble_batch, assemble_batch_reference
 from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference
-from pipelines import ctaugment, warps
+from pipelines import ctaugment, geometric
 from pipelines.fused import KERNEL_CODES
 from pipelines.plan import PlanSpec, make_plan
 
@@ -85,17 +85,17 @@ def guess_case(size: Size, device: torch.device) -> Case:
     def arguments() -> Sequence[Any]:
         generator = torch.Generator().manual_seed(0)
         logits = 3 * torch.randn(size.batch, size.classes, generator=generator)
-        ring = torch.full((RING_ROWS, size.classes), 1 / size.classes)
+        p_model_history = torch.full((P_MODEL_STEPS, size.classes), 1 / size.classes)
         marginal = torch.full((size.classes,), 1 / size.classes)
-        return [t.to(device) for t in (logits, ring, torch.tensor(3), marginal)] + [0.5]
+        return [t.to(device) for t in (logits, p_model_history, torch.tensor(3), marginal)] + [0.5]
 
     batch_bytes = 4 * size.batch * size.classes
     return Case(
         guess_labels,
         guess_labels_reference,
         arguments,
-        2 * batch_bytes + 4 * size.classes * (RING_ROWS + 2),
-        "4 B L (logits) + 4 B L (targets) + 4 L (128 + 2) (ring read, its row written, marginal)",
+        2 * batch_bytes + 4 * size.classes * (P_MODEL_STEPS + 2),
+        "4 B L (logits) + 4 B L (targets) + 4 L (128 + 2) (p_model_history read, its row written, marginal)",
         f"B={size.batch} L={size.classes}",
     )
 
@@ -110,7 +110,9 @@ def assemble_case(size: Size, device: torch.device) -> Case:
 
     def arguments() -> Sequence[Any]:
         stored = noise(views, size.side)
-        tensors = [torch.from_numpy(a) for a in (stored, numbers.source, numbers.partner, numbers.lam, numbers.turns)]
+        tensors = [
+            torch.from_numpy(a) for a in (stored, numbers.source, numbers.partner, numbers.lam, numbers.rotations)
+        ]
         return [t.to(device) for t in (*tensors, *torch.full((2, 3), GREY_MEAN))] + [dtype]
 
     image = 3 * size.side**2
@@ -119,7 +121,7 @@ def assemble_case(size: Size, device: torch.device) -> Case:
         assemble_batch_reference,
         arguments,
         views * image + rows * image * dtype.itemsize + rows * 28 + 24,
-        f"3 H W V (each view once) + 3 H W N {dtype.itemsize} (batch) + 28 N (rows, partners, lam, turns)",
+        f"3 H W V (each view once) + 3 H W N {dtype.itemsize} (batch) + 28 N (rows, partners, lam, rotations)",
         f"{size}: V={views} N={rows}, {str(dtype).removeprefix('torch.')}",
     )
 
@@ -132,7 +134,7 @@ def augment_case(size: Size, device: torch.device) -> Case:
     rows, image = len(views.image), 3 * size.side**2
 
     def arguments() -> Sequence[Any]:
-        numbers = warps.parameters(views.ops, views.levels, views.centre, size.side, size.side)
+        numbers = geometric.parameters(views.ops, views.levels, views.centre, size.side, size.side)
         arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
         return [torch.from_numpy(array).to(device) for array in arrays]
 

@@ -1,6 +1,6 @@
 """`remixmatch bench pipelines`: strong views a second, by what makes them.
 
-One call of a backend makes `batches` batches of views, from none in flight to none in flight, so that no backend works
+One call of a backend makes `batches` batches of views, from none pending to none pending, so that no backend works
 in the background of another's time; what can be made ahead within a call is. Numbers are drawn before (ours) or on the
 way (theirs). Every row stands beside a single process of PIL in the same run.
 """
@@ -66,7 +66,7 @@ class Backend:
     Attributes:
         run: makes every batch of the task and waits for the last.
         what: what it does, and where, in a few words.
-        close: lets go of threads and processes.
+        close: ends threads and processes.
     """
 
     run: Callable[[], Any]

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import engine.step
 from bench.throughput import Case
 from bench.timing import sample
-from engine import distribution
+from engine import distributed
 from engine.config import Config
 from engine.execution import pick_device
 
@@ -96,8 +96,8 @@ def work(job: Job) -> dict[str, Any]:
     try:
         # a network is wrapped where there is a group: what goes without is made before there is one
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
-            if spec.grouped and not distribution.grouped():
-                distribution.start(device, timeout=600.0, alone=True)
+            if spec.grouped and not distributed.grouped():
+                distributed.start(device, timeout=600.0, alone=True)
             with _wrapping(wrapped, spec.reduced):
                 cases[spec] = Case.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
             cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
@@ -110,7 +110,7 @@ def work(job: Job) -> dict[str, Any]:
         samples: list[list[float]] = [[] for _ in turns]
         for _ in range(job.repeats):
             for (function, calls), taken in zip(turns, samples, strict=True):
-                distribution.barrier()
+                distributed.barrier()
                 taken.append(sample(function, device, calls))
         feed = cases[job.cases[0]].feed
         return {
@@ -131,7 +131,7 @@ def work(job: Job) -> dict[str, Any]:
 
 def _advance(case: Case, spec: CaseSpec, steps: int) -> None:
     """Trains; a case that was begun before there was a group knows nothing of it."""
-    with contextlib.nullcontext() if spec.grouped else patch.object(distribution, "ranks", lambda: 1):
+    with contextlib.nullcontext() if spec.grouped else patch.object(distributed, "ranks", lambda: 1):
         case.advance(steps)
 
 
@@ -154,10 +154,10 @@ def main(folder: Path) -> None:
     """Reads the job, works, and writes what rank 0 has measured."""
     try:
         result = work(Job.from_json((folder / "job.json").read_text(encoding="utf-8")))
-        if distribution.rank() == 0:
+        if distributed.rank() == 0:
             (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     finally:
-        distribution.stop()
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
 
         def last_advance(trainer: Trainer) -> None:
             advance(trainer)
-            trainer.feed.take_in(trainer.step)  # waits for a device
+            trainer.feed.drain(trainer.step)  # waits for a device
             ends.append(time.time())
             print(time.process_time(), *ends, flush=True)
             os._exit(0)

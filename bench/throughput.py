@@ -107,7 +107,7 @@ class Case:
         self.steps += steps
 
     def end(self) -> None:
-        """Waits for what is under way and lets go of it; see `Trainer.end`."""
+        """Waits for what is being made and releases it; see `Trainer.end`."""
         self.feed.end()
         self.execute = None
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import distribution
+from engine import distributed
 from engine.config import Config
 from engine.execution import Execution
 from engine.rows import Rows
@@ -60,7 +60,7 @@ class CapturedStep:
             # since the graph knows the step's own tensors by their addresses alone
             self._step = make()
             before = Snapshot(self._step.state)
-            for _ in range(_WARM_UP_RANKS if distribution.grouped() else _WARM_UP):
+            for _ in range(_WARM_UP_RANKS if distributed.grouped() else _WARM_UP):
                 self._step(self._static)
             before.restore()
         torch.cuda.current_stream().wait_stream(stream)
@@ -108,8 +108,11 @@ def _tensors(state: TrainState) -> list[Tensor]:
     # the last is of apex, and decides whether the next step counts
     overflow = getattr(state.optimizer, "_dummy_overflow_buf", None)
     optimizer = [state.optimizer.state, *state.optimizer.param_groups, overflow]
-    networks = [*state.network.state_dict(keep_vars=True).values(), *state.average.state_dict(keep_vars=True).values()]
-    own = [state.ring, state.label_marginal, state.step]
+    networks = [
+        *state.network.state_dict(keep_vars=True).values(),
+        *state.ema_model.state_dict(keep_vars=True).values(),
+    ]
+    own = [state.p_model_history, state.label_marginal, state.step]
     parameters = {id(tensor) for tensor in networks}
     return own + networks + [tensor for tensor in _leaves(optimizer) if id(tensor) not in parameters]
 

@@ -19,7 +19,9 @@ import torch
 
 from engine.errors import UserError
 
-FORMAT = "remixmatch-checkpoint-1"
+FORMAT = "remixmatch-checkpoint-2"
+# of earlier formats: what has another name now, at any depth
+_RENAMED = {"remixmatch-checkpoint-1": {"average": "ema_model", "ring": "p_model_history", "matches": "omega"}}
 RETRY_SECONDS = 10.0  # between attempts to write a checkpoint while training goes on
 PATIENCE_SECONDS = 10.0  # in which the last one of a run, after which nothing goes on, is tried again
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -185,7 +187,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any] | None = None) -> Checkpoint | None:
-    """Reads the newest good checkpoint, passing over damaged and foreign ones with a word about each.
+    """Reads the newest good checkpoint, passing over damaged and foreign ones with a warning about each.
 
     Args:
         folder: where they lie.
@@ -205,6 +207,8 @@ def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             warn(f"{path} cannot be read ({_first_line(error)}); trying the one before")
             continue
+        if isinstance(loaded, dict) and loaded.get("format") in _RENAMED:
+            loaded = _rename(loaded, _RENAMED[loaded["format"]]) | {"format": FORMAT}
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
             warn(f"{path} is not a checkpoint of this engine; trying the one before")
             continue
@@ -214,6 +218,13 @@ def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])
     return None
+
+
+def _rename(tree: Any, names: Mapping[str, str]) -> Any:
+    """Gives keys of nested dictionaries and lists their new names."""
+    if isinstance(tree, dict):
+        return {names.get(key, key): _rename(value, names) for key, value in tree.items()}
+    return [_rename(value, names) for value in tree] if isinstance(tree, list) else tree
 
 
 def _first_line(error: Exception) -> str:

@@ -106,7 +106,7 @@ class TrainOptions:
 
 @dataclass
 class EvalOptions:
-    """Test accuracy of a run's averaged network."""
+    """Test accuracy of a run's EMA model."""
 
     dir: tyro.conf.Positional[Path]
     """The run's folder."""
@@ -116,12 +116,12 @@ class EvalOptions:
 
 @dataclass
 class PredictOptions:
-    """Class and probabilities of images, by a run's averaged network."""
+    """Class and probabilities of images, by a run's EMA model."""
 
     dir: tyro.conf.Positional[Path]
     """The run's folder."""
     images: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
-    """Image files; other modes become RGB and other sizes are resized, with a word about it."""
+    """Image files; other modes become RGB and other sizes are resized, with a warning."""
     json: bool = False
     """Print a JSON object a line."""
 
@@ -206,7 +206,7 @@ def _train(argv: list[str]) -> None:
     launching = not launch.under_torchrun() and (options.execution.gpus > 1 or options.execution.max_restarts > 0)
 
     with uncollected():
-        from engine import distribution, run
+        from engine import distributed, run
         from engine.execution import pick_device
 
     if launching:
@@ -215,28 +215,28 @@ def _train(argv: list[str]) -> None:
         arguments = ["train", *argv, "--out", str(options.output.out)]
         launch.launch(arguments, options.execution.gpus, options.execution.max_restarts)
         return
-    distribution.start(pick_device(options.config), options.execution.timeout)
+    distributed.start(pick_device(options.config), options.execution.timeout)
     try:
         if launch.under_torchrun():
             # of ranks that are started again, those of another machine than the failed one's do not know that they are
-            resume = options.output.resume or any(distribution.everyones(launch.restarted()))
-            options = distribution.on_first(lambda: _settled(options, argv, resume))
+            resume = options.output.resume or any(distributed.everyones(launch.restarted()))
+            options = distributed.on_first(lambda: _settled(options, argv, resume))
         output, execution = options.output, options.execution
         assert output.out is not None
         summary = run.train(
             options.config, output.out, output.resume, output.quiet, execution.timeout, execution.check_ranks
         )
     except RuntimeError as error:
-        if lost := distribution.lost(error):
+        if lost := distributed.lost(error):
             raise lost from error
         raise
-    if distribution.rank() == 0:
+    if distributed.rank() == 0:
         print(
             f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
             f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
             f"{summary['train_seconds']:.0f} s; see {output.out}/summary.json, curves.png, views.png"
         )
-    distribution.stop()
+    distributed.stop()
 
 
 def _check_ranks(options: TrainOptions) -> None:
@@ -288,7 +288,7 @@ def _evaluate(options: EvalOptions) -> None:
     from engine import run
     from engine.evaluation import evaluate
 
-    config, data, network, device = run.load_average(options.dir, _warn)
+    config, data, network, device = run.load_ema_model(options.dir, _warn)
     accuracy, loss = evaluate(network, data.test_images, data.test_labels, device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:
@@ -302,7 +302,7 @@ def _predict(options: PredictOptions) -> None:
 
     if not options.images:
         raise UserError("predict needs at least one image")
-    _, data, network, device = run.load_average(options.dir, _warn)
+    _, data, network, device = run.load_ema_model(options.dir, _warn)
     height, width = data.test_images.shape[1:3]
     images = [predict.read_image(path, height, width, _warn) for path in options.images]
     for path, probabilities in zip(options.images, predict.probabilities(network, images, device), strict=True):

@@ -1,5 +1,7 @@
 """Configuration of a run, and the presets.
 
+Defaults are the paper's (K, B, T, p(y), loss weights, ramp, mixup, CTAugment, WRN-28-2, batch norm's momentum, Adam,
+EMA), but for `labels`, `steps`, `lag` and what says where and how to compute; a preset names what it changes.
 Every field is a flag of `remixmatch train` with its help and default, in sections. A run is its configuration, and
 resumes only under the one that it began with. Two runs with equal configurations on one machine are equal bit for bit:
 on a CPU with equal numbers of threads, on a GPU with `deterministic`.
@@ -78,14 +80,15 @@ class AugmentationOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """A wide residual network and its batch norm."""
+    """A Wide ResNet (WRN-28-2 by default) and its batch norm."""
 
     width: int = 32
-    """Channels of the first group."""
+    """Channels of the first group: 16 times the widen factor of a Wide ResNet, 32 for WRN-28-2."""
     blocks: int = 4
-    """Residual blocks a group."""
+    """Residual blocks a group: 4 for WRN-28-2, whose depth is scales * (2 * blocks + 1) + 1 = 28."""
     scales: int = 3
-    """Groups of residual blocks; each after the first halves the resolution and doubles the width."""
+    """Groups of residual blocks; each after the first halves the resolution and doubles the width. WRN-28-2 has 3,
+    WRN-37-2 has 4."""
     bn: Literal["joint", "split", "sync"] = "joint"
     """Batch norm over all training rows of a rank or its micro-batch, over interleaved groups as the paper's separate
     passes, or over the rows of all ranks."""
@@ -97,16 +100,17 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class OptimisationOptions:
-    """How long, and how fast, parameters and their average move."""
+    """How long, and how fast, parameters and their exponential moving average (EMA) move."""
 
     steps: int = 1000
     """Training steps. A finished run may be resumed with more of them; nothing else may change."""
     lr: float = 0.002
     """Adam's learning rate, constant."""
     weight_decay: float = 0.02
-    """Kernels shrink by 1 - weight_decay * lr a step; biases and batch norm do not."""
+    """Decoupled: weights of convolutions and linear layers shrink by 1 - weight_decay * lr a step; biases and batch
+    norm do not."""
     ema_decay: float = 0.999
-    """Decay of the averaged network, which is the one evaluated."""
+    """Decay of the exponential moving average of the parameters, which is what is evaluated."""
     optimizer: Literal["torch", "apex"] = "torch"
     """torch's fused AdamW, or NVIDIA apex's FusedAdam, which has to be built from source."""
 
@@ -127,8 +131,9 @@ class ExecutionOptions:
     """Who makes views: DALI, or one fused kernel over images that stay on the device, up to 96x96 pixels; auto is
     fused on a GPU where the images are small enough, DALI otherwise."""
     micro_batches: int = 1
-    """Parts into which a step's rows are cut, over all ranks. A rank trains its own ones in turn and adds up their
-    gradients: that takes less memory, and gives the numbers of a run on as many ranks. 1 is one a rank."""
+    """Gradient accumulation: parts into which a step's rows are cut, over all ranks. A rank trains its parts one after
+    another and accumulates their gradients, which takes less memory and gives the numbers of a run on as many ranks.
+    1 is one part a rank."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """What ranks exchange gradients in: as they are, or in half of the bytes."""
     deterministic: bool = False
@@ -147,7 +152,7 @@ class OutputOptions:
     """What is measured and written on the way."""
 
     eval_every: int = 1024
-    """Steps between evaluations of the averaged network on the test images."""
+    """Steps between evaluations of the EMA model on the test images."""
     log_every: int = 64
     """Steps between rows of metrics."""
     checkpoint_every: int = 1024
@@ -172,6 +177,16 @@ class Config(
     """Name of the preset that the other fields started from."""
 
     @property
+    def depth(self) -> int:
+        """Depth of the Wide ResNet as its name counts: the convolutions, shortcuts included, and the linear layer."""
+        return self.scales * (2 * self.blocks + 1) + 1
+
+    @property
+    def widen_factor(self) -> float:
+        """Widen factor of the Wide ResNet."""
+        return self.width / 16
+
+    @property
     def unlabeled(self) -> bool:
         """Whether the method looks at unlabeled images."""
         return self.method != "supervised"
@@ -186,7 +201,7 @@ class Config(
 LEAST_WIDTH = 8
 
 # small batches, since what separates look-alikes is alignment at work over many steps; running statistics and the
-# average are quicker than the paper's, whose runs are hundreds of times longer
+# EMA are quicker than the paper's, whose runs are hundreds of times longer
 _DIGITS = Config(
     dataset="digits",
     batch=16,
@@ -274,7 +289,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         raise UserError(f"--batch {config.batch} cannot be shared by {shares}; take a multiple of {micro_batches}")
     if config.bn == "sync" and micro_batches > ranks:
         raise UserError(
-            f"--bn sync needs all rows of a step at once; --micro-batches {micro_batches} takes them in turn"
+            f"--bn sync needs all rows of a step at once; --micro-batches {micro_batches} takes them one after another"
         )
     if config.bn == "split":
         if config.bn_groups % micro_batches or config.batch % config.bn_groups:

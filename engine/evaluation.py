@@ -1,4 +1,4 @@
-"""Evaluation and prediction with the averaged network."""
+"""Evaluation and prediction with the EMA model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import distribution
+from engine import distributed
 from engine.step import GREY_MEAN, GREY_STD
 from kernels.assemble import assemble_batch
 
@@ -49,14 +49,14 @@ def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device:
 
     Every rank classifies its share, the images r, r + R, ...
     """
-    own = slice(distribution.rank(), None, distribution.ranks())
+    own = slice(distributed.rank(), None, distributed.ranks())
     right, loss = torch.zeros(2, dtype=torch.float64, device=device)
     if len(labels[own]):
         logits = class_logits(network, images[own], device)
         truth = torch.from_numpy(labels[own]).to(device)
         right = (logits.argmax(-1) == truth).double().sum()
         loss = F.cross_entropy(logits, truth, reduction="sum").double()
-    right, loss = distribution.total(torch.stack([right, loss])) / len(labels)
+    right, loss = distributed.total(torch.stack([right, loss])) / len(labels)
     return 100.0 * right.item(), loss.item()
 
 

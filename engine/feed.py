@@ -1,8 +1,8 @@
-"""What feeds the steps of a run: plans made ahead, views made in the background, and outcomes taken in.
+"""The prefetching loader of a run: plans and views are made ahead of their step, outputs are read back behind it.
 
-Plans are made in a thread, `view_steps` steps at a time, once every probe that they may know has been taken in (the lag
-of `Config`); their views are made behind the step that trains. What a step tells the host arrives later, without the
-host having waited, and is taken in when somebody needs it: probes go to CTAugment's policy, metrics to the caller.
+Plans are made in a thread, `view_steps` steps at a time, once the policy has every probe that they may know (the lag of
+`Config`); their views are made while earlier steps train. A step's output is copied to the host asynchronously, and
+drained when somebody needs it: omega goes to CTAugment's policy, metrics to the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import distribution
+from engine import distributed
 from engine.config import Config
 from engine.execution import Execution
 from engine.imports import uncollected
@@ -31,8 +31,8 @@ from pipelines.fused import FusedViews
 from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
 
 
-class ViewSource(Protocol):
-    """What makes views from plans, ahead of their step: see `pipelines.views.Views`."""
+class ViewLoader(Protocol):
+    """Makes views from plans, ahead of their step: see `pipelines.views.Views`."""
 
     def prepare(self, views: ViewPlan) -> Any: ...
     def submit(self, prepared: Any) -> None: ...
@@ -55,12 +55,12 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
 
 
 @dataclass
-class _InFlight:
-    """A step whose outcome is on its way to the host."""
+class _Pending:
+    """A step whose output is being copied to the host."""
 
     plan: Plan
     metrics: Tensor  # (9,) float32, on the host once `arrived`
-    matches: Tensor  # (B,) float32, likewise
+    omega: Tensor  # (B,) float32, likewise
     arrived: torch.cuda.Event | None
 
 
@@ -70,11 +70,11 @@ class _Planned:
 
     plans: list[Plan]
     numbers: list[StepPlan]
-    views: Any  # what their source of views has prepared
+    views: Any  # what their loader has prepared
 
 
 class Feed:
-    """The inputs of a run's steps, in order, and their outcomes.
+    """The inputs of a run's steps, in order, and their outputs.
 
     A step is `put(execute(next()))`, between `begin` and `end`.
 
@@ -83,12 +83,12 @@ class Feed:
         data: the data set that it names.
         split: (labels,) int64, the training images that keep their label.
         execution: how the steps are executed.
-        taken_in: called with (step, {name: value of METRICS}) for every step, in order, when its outcome is taken in.
+        on_metrics: called with (step, {name: value of METRICS}) for every step, in order, when it is drained.
 
     Attributes:
         spec: what plans are drawn for.
         rows: this rank's rows.
-        policy: CTAugment's, up to the last step taken in.
+        policy: CTAugment's, up to the last step drained.
         waited_seconds: of the host, for steps to end.
     """
 
@@ -98,29 +98,29 @@ class Feed:
         data: DataSet,
         split: np.ndarray,
         execution: Execution,
-        taken_in: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+        on_metrics: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
     ) -> None:
         self.config, self.data, self.split, self.execution = config, data, split, execution
         self.spec = plan_spec(config, data, split)
-        ranks = distribution.ranks()
+        ranks = distributed.ranks()
         micro_batches = config.micro_batches_of(ranks)
         groups = config.bn_groups if config.bn == "split" else micro_batches
-        self.rows = arrange(self.spec, groups, distribution.rank(), ranks, micro_batches)
+        self.rows = arrange(self.spec, groups, distributed.rank(), ranks, micro_batches)
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.waited_seconds = 0.0
-        self._taken_in = taken_in
+        self._on_metrics = on_metrics
         self._labels = data.train_labels[split]
         self._planned = 0  # the first step without a plan
         self._planning: deque[Future[_Planned]] = deque()  # batches of plans whose views have not been asked for
         self._ready: deque[_Planned] = deque()  # batches of plans whose views are being made
         self._made: deque[tuple[Plan, StepPlan, Tensor]] = deque()  # steps whose views are there
         self._training: Plan | None = None  # of the step that `next` gave
-        self._in_flight: deque[_InFlight] = deque()
+        self._pending: deque[_Pending] = deque()
         self._closing = ExitStack()
 
     @property
     def images_per_step(self) -> int:
-        """Rows of the training pass over all ranks: the mixup pool, u_1, and u_1 turned."""
+        """Rows of the training pass over all ranks: the mixup pool, u_1, and rotated u_1."""
         return self.spec.batch * (self.spec.pool_blocks + (2 if self.config.unlabeled else 0))
 
     def example(self) -> StepInput:
@@ -130,7 +130,7 @@ class Feed:
         blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
         return StepInput.to_device(blank, self._numbers(plan), self.execution.device)
 
-    def begin(self, step: int, views: ViewSource | None = None) -> None:
+    def begin(self, step: int, views: ViewLoader | None = None) -> None:
         """Has the first plans and views made.
 
         Args:
@@ -144,14 +144,14 @@ class Feed:
         # pinned memory belongs to a thread's present device
         own_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner", *own_device))
-        # one batch of plans more than of views is under way, in the background, where the lag allows that
+        # one batch of plans more than of views is prefetched, where the lag allows that
         for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
-            self._plan_ahead()
+            self._prefetch_plans()
         for _ in range(c.prefetch):
-            self._submit_views()
+            self._prefetch_views()
 
     def next(self, stop: bool = False) -> StepInput:
-        """The next step's input, on the device. Later views and plans are on their way.
+        """The next step's input, on the device. Later views and plans are prefetched meanwhile.
 
         Args:
             stop: this rank has been asked to stop, see `StepInput`.
@@ -161,39 +161,39 @@ class Feed:
             views = self._views.collect().chunk(self.config.view_steps)
             self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
             # later views are begun before this step trains, so that both go on at once
-            self._plan_ahead()
-            self._submit_views()
+            self._prefetch_plans()
+            self._prefetch_views()
         self._training, numbers, made = self._made.popleft()
         return StepInput.to_device(made, numbers, self.execution.device, stop)
 
     def put(self, output: StepOutput) -> None:
-        """Sends the outcome of the step that `next` gave on its way to the host."""
+        """Starts copying the output of the step that `next` gave to the host."""
         assert self._training is not None, "put follows next"
-        metrics, matches = output.metrics, output.matches
+        metrics, omega = output.metrics, output.omega
         arrived = None
         if self.execution.device.type == "cuda":
-            metrics, matches = metrics.to("cpu", non_blocking=True), matches.to("cpu", non_blocking=True)
+            metrics, omega = metrics.to("cpu", non_blocking=True), omega.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._in_flight.append(_InFlight(self._training, metrics, matches, arrived))
+        self._pending.append(_Pending(self._training, metrics, omega, arrived))
         self._training = None
 
-    def take_in(self, end: int) -> None:
-        """Takes in the outcome of every step before `end`: probes go to the policy, metrics to `taken_in`."""
-        while self._in_flight and self._in_flight[0].plan.step < end:
-            done = self._in_flight.popleft()
+    def drain(self, end: int) -> None:
+        """Waits for the output of every step before `end`: omega goes to the policy, metrics to `on_metrics`."""
+        while self._pending and self._pending[0].plan.step < end:
+            done = self._pending.popleft()
             if done.arrived is not None:
                 begin = time.perf_counter()
                 done.arrived.synchronize()
                 self.waited_seconds += time.perf_counter() - begin
-            self._taken_in(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
-            self.policy.observe(done.plan.step, done.plan.probe_ops, done.plan.probe_bins, done.matches.numpy())
+            self._on_metrics(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
+            self.policy.observe(done.plan.step, done.plan.probe_ops, done.plan.probe_bins, done.omega.numpy())
 
     def end(self) -> None:
-        """Waits for what is under way and lets go of it."""
+        """Waits for what is being made and releases it."""
         self._closing.close()
 
-    def _make_views(self) -> ViewSource:
+    def _make_views(self) -> ViewLoader:
         c, device = self.config, self.execution.device
         sets = (self.data.train_images[self.split], self.data.train_images if c.unlabeled else None)
         rows = len(self.rows.views) * c.view_steps
@@ -208,12 +208,12 @@ class Feed:
     def _numbers(self, plan: Plan) -> StepPlan:
         return step_plan(self.rows, plan, self._labels[plan.labeled])
 
-    def _plan_ahead(self) -> None:
-        """Has the next `view_steps` steps planned, once every probe that they may know is in."""
+    def _prefetch_plans(self) -> None:
+        """Has the next `view_steps` steps planned, once the policy has every probe that they may know."""
         first, end = self._planned, self._planned + self.config.view_steps
         if first >= self.config.steps:
             return  # the last batch may reach past the run's end: those plans are never executed
-        self.take_in(end - self.config.lag)
+        self.drain(end - self.config.lag)
         weights = [self.policy.weights_for(step) for step in range(first, end)]
         self._planning.append(self._planner.submit(self._plan, first, weights))
         self._planned = end
@@ -224,7 +224,7 @@ class Feed:
         views = stack([plan.views.rows(self.rows.views) for plan in plans])
         return _Planned(plans, [self._numbers(plan) for plan in plans], self._views.prepare(views))
 
-    def _submit_views(self) -> None:
+    def _prefetch_views(self) -> None:
         if self._planning:
             batch = self._planning.popleft().result()
             self._views.submit(batch.views)

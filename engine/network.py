@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import distribution
+from engine import distributed
 
 _SLOPE = 0.1
 _BN_EPS = 1e-3
@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
         """Normalises (N, C, H, W); in training, `track` says whether running statistics move."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS)
-        over_ranks = self.over_ranks and distribution.ranks() > 1
+        over_ranks = self.over_ranks and distributed.ranks() > 1
         if not over_ranks and self.rows_per_group in (None, x.shape[0]):
             mean, var = (self.running_mean, self.running_var) if track else (None, None)
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
@@ -58,10 +58,10 @@ class BatchNorm(nn.Module):
         var, mean = torch.var_mean(grouped, dim=(1, 3, 4), correction=0, keepdim=True)
         count = grouped[0].numel() // grouped.shape[2]
         if over_ranks:
-            means, variances = distribution.stack(torch.stack([mean, var])).unbind(1)  # each (R, 1, 1, C, 1, 1)
+            means, variances = distributed.stack(torch.stack([mean, var])).unbind(1)  # each (R, 1, 1, C, 1, 1)
             mean = means.mean(0)
             var = variances.mean(0) + (means - mean).square().mean(0)
-            count *= distribution.ranks()
+            count *= distributed.ranks()
         if track:
             with torch.no_grad():
                 unbiased = var.mean(0).flatten() * (count / (count - 1))
@@ -107,13 +107,15 @@ class ResidualBlock(nn.Module):
 class WideResNet(nn.Module):
     """`scales` groups of `blocks` residual blocks of widths w, 2w, 4w, ..., global mean, two linear heads.
 
-    WRN-28-2 is (scales=3, blocks=4, width=32), WRN-37-2 is (4, 4, 64).
+    In the names of Zagoruyko & Komodakis, WRN-depth-widen_factor: depth = scales * (2 * blocks + 1) + 1, widen_factor =
+    width / 16. WRN-28-2 is (scales=3, blocks=4, width=32), WRN-37-2 is (4, 4, 32); the paper's network for STL-10 is
+    WRN-37-2 with twice the channels, (4, 4, 64).
 
     Args:
         classes: L.
         scales: groups of blocks; stride 2 from the second on.
         blocks: residual blocks a group.
-        width: channels of the first group.
+        width: channels of the first group, 16 times the widen factor.
         seed: of the initial weights.
         bn_momentum: see `BatchNorm`.
         rows_per_group: see `BatchNorm`.

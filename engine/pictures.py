@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 import numpy as np
 
+from engine.step import LOSSES
 from pipelines.ctaugment import describe
 from pipelines.dali import DaliViews
 from pipelines.plan import make_plan
@@ -37,15 +38,15 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     axes[0].plot(*series("test_accuracy"))
-    axes[0].set(title="test accuracy of the averaged network", xlabel="step", ylabel="%")
-    for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot"):
+    axes[0].set(title="test accuracy of the EMA model", xlabel="step", ylabel="%")
+    for name in LOSSES:
         axes[1].plot(*series(name), label=name)
     axes[1].set(title="losses", xlabel="step")
     axes[1].legend()
     labels = {
         "alignment_gap": "|p(y) - p~(y)| / 2",
         "confidence": "confidence of the guesses",
-        "probe_match": "match of CTAugment's probes",
+        "omega": "CTAugment's omega (probes)",
     }
     for name, label in labels.items():
         axes[2].plot(*series(name), label=label)

@@ -174,9 +174,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if "probe_match" in row:  # omega's name in earlier versions
+            row["omega"] = row.pop("probe_match")
+        rows.append(row)
     return rows
 
 

@@ -1,12 +1,26 @@
 """Which rows a rank trains, and in which order: index arithmetic only, fixed for a run.
 
-A step's images are cut into M micro-batches, R of them at least: micro-batch m has images m, m + M, ... of every
-block of B rows, and is trained on rank m mod R, which so has images r, r + R, ... The network's input batch of one rank
-is, in rows:
+The views of a plan, and the mixup pool (section 3.3) which they begin with, are blocks of B rows each:
 
-    mixup pool | u_1 | rotated u_1, of each of its micro-batches in turn | u_weak (guess) | x_probe (CTAugment)
+    block     0          1        2     3           K + 1   K + 2
+    views     x_strong   u_weak   u_1   u_2   ...   u_K     x_probe
+    pool      labeled    |-- unlabeled: K + 1 blocks ---|
 
-of which every micro-batch is trained in one pass.
+The network's input of a rank with b = B / R images, from the first row to the last, in one micro-batch:
+
+    rows         show              pass through               for
+    b (K + 2)    pool, mixed up    train_model, one pass      loss_x, loss_u
+    b            u_1               the same pass              loss_u1
+    b            u_1, rotated      the same pass              loss_rot
+    b            u_weak            guess_model, no gradient   the guess
+    b            x_probe           ema_model, no gradient     CTAugment's omega
+
+Without unlabeled data the pool is x_strong alone, and x_probe follows it. With gradient accumulation, a step's images
+are cut into M micro-batches, R of them at least: micro-batch m has images m, m + M, ... of every block, and is trained
+on rank m mod R, which so has images r, r + R, ... The first three parts are then there once for each of a rank's
+micro-batches, one micro-batch after another:
+
+    pool | u_1 | rotated u_1 || pool | u_1 | rotated u_1 || ... || u_weak | x_probe
 
 For batch norm over groups (`bn = "split"`) consecutive rows share statistics, so order is what makes the groups. The
 paper's code interleaves: each of its K + 2 passes over the pool holds labeled and unlabeled rows alike. Here image
@@ -30,7 +44,7 @@ class Rows:
     Attributes:
         spec: what the plans are drawn for.
         ranks: R.
-        parts: M / R, the rank's micro-batches.
+        accumulation_steps: M / R, micro-batches that a rank accumulates gradients over.
         views: (V / R,) global view rows whose pixels this rank makes.
         images: (B / R,) positions in the batch that are this rank's, micro-batch by micro-batch.
         pool: (P / R,) global pool rows that it trains, micro-batch by micro-batch.
@@ -39,14 +53,14 @@ class Rows:
         pool_target: (P,) for each global pool row, its row in [labels (B); guesses (B)].
         source: (N,) gathered view row that each network row shows (module docstring); the same in every step.
         mixed: (P / R,) network rows in which the rows of `pool` are.
-        rotated: (B / R,) network rows of the turned u_1 of `images`; none without unlabeled data.
+        rotated: (B / R,) network rows of the rotated u_1 of `images`; none without unlabeled data.
         labeled: (B / M,) places of labeled rows within a micro-batch's pool rows, in each the same.
         unlabeled: places of unlabeled rows, likewise.
     """
 
     spec: PlanSpec
     ranks: int
-    parts: int
+    accumulation_steps: int
     views: np.ndarray
     images: np.ndarray
     pool: np.ndarray
@@ -84,8 +98,8 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
     block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, n)
     pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(-1)
 
-    parts = micro_batches // ranks
-    first_part = pool.reshape(parts, -1)[0]  # the Latin square is that of every group
+    accumulation_steps = micro_batches // ranks
+    first_part = pool.reshape(accumulation_steps, -1)[0]  # the Latin square is that of every group
 
     gathered = np.empty(batch * spec.blocks, dtype=np.int64)
     gathered[np.concatenate([rank_rows(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
@@ -95,20 +109,20 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
     guess_order[np.concatenate([images_of(r) for r in range(ranks)])] = np.arange(batch)
 
     # the network's rows: one micro-batch a line, then what is only passed forward
-    trained, forwarded = pool.reshape(parts, -1), images + batch * blocks
+    trained, forwarded = pool.reshape(accumulation_steps, -1), images + batch * blocks
     if spec.unlabeled_images:
-        first = (images + 2 * batch).reshape(parts, -1)
+        first = (images + 2 * batch).reshape(accumulation_steps, -1)
         trained, forwarded = (
             np.concatenate([trained, first, first], axis=1),
             np.concatenate([images + batch, forwarded]),
         )
-    place = np.arange(trained.size).reshape(parts, -1)
+    place = np.arange(trained.size).reshape(accumulation_steps, -1)
 
     pool_rows = np.arange(batch * blocks)
     return Rows(
         spec=spec,
         ranks=ranks,
-        parts=parts,
+        accumulation_steps=accumulation_steps,
         views=rank_rows(spec.blocks, batch, rank, ranks),
         images=images,
         pool=pool,
@@ -116,8 +130,8 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
         guess_order=guess_order,
         pool_target=pool_rows % batch + batch * (pool_rows >= batch),
         source=gathered[np.concatenate([trained.reshape(-1), forwarded])],
-        mixed=place[:, : pool.size // parts].reshape(-1),
-        rotated=place[:, (pool.size + images.size) // parts :].reshape(-1),
+        mixed=place[:, : pool.size // accumulation_steps].reshape(-1),
+        rotated=place[:, (pool.size + images.size) // accumulation_steps :].reshape(-1),
         labeled=np.flatnonzero(first_part < batch),
         unlabeled=np.flatnonzero(first_part >= batch),
     )
@@ -131,7 +145,7 @@ class StepPlan:
         source: (N,) int64, gathered view row that each network row shows.
         partner: (N,) int64, the row mixed into it.
         lam: (N,) float32, share of `source`; 1 outside the pool.
-        turns: (N,) int64, quarter turns.
+        rotations: (N,) int64, multiples of 90 degrees.
         target: (P / R,) int64, each row of `Rows.pool`'s row in [labels (B); guesses (B)].
         partner_target: (P / R,) int64, its partner's.
         labels: (B,) int64, classes of the labeled images of the global batch.
@@ -140,7 +154,7 @@ class StepPlan:
     source: np.ndarray
     partner: np.ndarray
     lam: np.ndarray
-    turns: np.ndarray
+    rotations: np.ndarray
     target: np.ndarray
     partner_target: np.ndarray
     labels: np.ndarray
@@ -156,15 +170,15 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
     """
     perm = plan.perm[rows.pool]
     # outside the pool a row is its own partner
-    partner, lam, turns = rows.source.copy(), np.ones(len(rows.source), np.float32), np.zeros_like(rows.source)
+    partner, lam, rotations = rows.source.copy(), np.ones(len(rows.source), np.float32), np.zeros_like(rows.source)
     partner[rows.mixed], lam[rows.mixed] = rows.gathered[perm], plan.lam[rows.pool]
     if rows.spec.unlabeled_images:
-        turns[rows.rotated] = plan.turns[rows.images]
+        rotations[rows.rotated] = plan.rotations[rows.images]
     return StepPlan(
         source=rows.source,
         partner=partner,
         lam=lam,
-        turns=turns,
+        rotations=rotations,
         target=rows.pool_target[rows.pool],
         partner_target=rows.pool_target[perm],
         labels=labels,

@@ -1,7 +1,7 @@
 """A run: begun or resumed in its folder, finished, and read back.
 
 config.json  split.json  metrics.jsonl  tensorboard/  checkpoints/  summary.json
-curves.png  views.png  average.safetensors
+curves.png  views.png  ema.safetensors
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from engine import checkpoint, distribution
+from engine import checkpoint, distributed
 from engine.config import Config, check_data, load_config, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
@@ -57,10 +57,10 @@ def train(
             not be written.
         Stopped: see `Trainer.run`.
     """
-    validate(config, distribution.ranks())
+    validate(config, distributed.ranks())
     data, split = check_data(config)
     try:
-        progress = ProgressLine(config.steps, quiet, silent=distribution.rank() > 0)
+        progress = ProgressLine(config.steps, quiet, silent=distributed.rank() > 0)
 
         def prepare_folder() -> None:
             if not (folder / "config.json").exists():
@@ -68,7 +68,7 @@ def train(
 
         trainer = Trainer(config, data, split, folder, progress, prepare_folder, timeout, check_ranks)
         # written to only now, when nothing is left that the user may have to be told of
-        begun = distribution.on_first(lambda: _begin(config, folder, resume, data, split))
+        begun = distributed.on_first(lambda: _begin(config, folder, resume, data, split))
         if begun:
             if trainer.resume():
                 progress.say(f"resuming {folder} from step {trainer.step}")
@@ -80,7 +80,7 @@ def train(
         finally:
             progress.close()
         summary = _summary(config, trainer)
-        distribution.on_first(lambda: _finish(folder, summary, trainer))
+        distributed.on_first(lambda: _finish(folder, summary, trainer))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise UserError(
@@ -128,7 +128,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "labels": config.labels,
         "k": config.k,
         **trainer.summary(),
-        "ranks": distribution.ranks(),
+        "ranks": distributed.ranks(),
         "versions": versions(),
         "device": device_name(trainer.execution.device),
     }
@@ -138,14 +138,15 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     from engine.pictures import draw_curves, draw_views  # matplotlib takes a second that only the end should pay
 
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in trainer.state.average.state_dict().items()}
-    save_file(tensors, folder / "average.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
+    save_file(tensors, folder / "ema.safetensors")
+    (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
     draw_views(trainer.feed, trainer.step, folder / "views.png")
 
 
-def load_average(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, nn.Module, torch.device]:
-    """The averaged network of a run's newest good checkpoint, in evaluation mode, with its data set.
+def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, nn.Module, torch.device]:
+    """The EMA model of a run's newest good checkpoint, in evaluation mode, with its data set.
 
     Raises:
         UserError: the folder holds no run, or no good checkpoint.
@@ -158,5 +159,5 @@ def load_average(folder: Path, warn: Any = lambda text: None) -> tuple[Config, D
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
     network = make_network(config, len(data.classes), device).eval()
-    network.load_state_dict(found.content["state"]["average"])
+    network.load_state_dict(found.content["state"]["ema_model"])
     return config, data, network, device

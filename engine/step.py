@@ -1,11 +1,12 @@
 """One training step of ReMixMatch, in the order of the paper's algorithm 1.
 
 Symbols as in the paper: B labeled and B unlabeled images over all ranks, K strong views, L classes, R ranks. Images
-arrive as uint8 views that are already augmented, every random number as a tensor of the plan; nothing in here draws or
-waits for the host.
+arrive as uint8 views that are already augmented, every random number as a tensor of the plan; nothing in here draws
+random numbers or waits for the host. Which rows of the batch are which is drawn in `engine/rows.py`. Sections in
+comments are the paper's (arXiv 1911.09785).
 
-Networks take rows by micro-batches, M over all ranks, by default one a rank. A rank that has several passes them one
-after another and gets what as many ranks get together: the same statistics, guesses and gradients, with M = 2 bit for
+Gradient accumulation: the networks take the rows in M micro-batches over all ranks, by default one a rank. A rank that
+has several computes what as many ranks compute together: the same statistics, guesses and gradients, for M = 2 bit for
 bit.
 """
 
@@ -25,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from engine import distribution
+from engine import distributed
 from engine.config import Config
 from engine.network import WideResNet
 from engine.optimizers import OPTIMIZERS, load_optimizer
@@ -34,14 +35,15 @@ from kernels.assemble import assemble_batch
 from kernels.guess import guess_labels
 from pipelines.packed import Layout
 
-RING_ROWS = 128
+P_MODEL_STEPS = 128
 GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
 _BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
 _BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
 # rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
-METRICS = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "confidence", "alignment_gap", "probe_match", "stop")
+LOSSES = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")  # the sum and its terms; `Step._losses` computes them
+METRICS = (*LOSSES, "confidence", "alignment_gap", "omega", "stop")
 
 
 @dataclass
@@ -50,19 +52,19 @@ class TrainState:
 
     Attributes:
         network: f, in training mode.
-        average: f_ema, in evaluation mode.
+        ema_model: f_ema, the exponential moving average of its parameters, in evaluation mode.
         optimizer: over the parameters of `network`.
         scaler: of the loss, enabled under fp16 alone.
-        ring: (128, L) float32, batch means of q of the last 128 steps.
+        p_model_history: (128, L) float32, batch means of q of the last 128 steps, whose mean is p~(y).
         label_marginal: (L,) float32, p(y), running or given.
         step: () int64, steps done.
     """
 
     network: WideResNet
-    average: WideResNet
+    ema_model: WideResNet
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ring: Tensor
+    p_model_history: Tensor
     label_marginal: Tensor
     step: Tensor
 
@@ -70,10 +72,10 @@ class TrainState:
         """Tensors and plain values."""
         return {
             "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
+            "ema_model": self.ema_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ring": self.ring,
+            "p_model_history": self.p_model_history,
             "label_marginal": self.label_marginal,
             "step": self.step,
         }
@@ -81,18 +83,18 @@ class TrainState:
     def load_state_dict(self, state: dict) -> None:
         """Takes back what `state_dict` gave."""
         self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        load_optimizer(self.optimizer, state["optimizer"], self.ring.device)
+        self.ema_model.load_state_dict(state["ema_model"])
+        load_optimizer(self.optimizer, state["optimizer"], self.p_model_history.device)
         self.scaler.load_state_dict(state["scaler"])
-        self.ring.copy_(state["ring"])
+        self.p_model_history.copy_(state["p_model_history"])
         self.label_marginal.copy_(state["label_marginal"])
         self.step.copy_(state["step"])
 
 
 def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Splits parameters into kernels of convolutions and linear layers, which decay, and the others, which do not."""
-    kernels = [p for p in network.parameters() if p.ndim > 1]
-    return kernels, [p for p in network.parameters() if p.ndim <= 1]
+    """Splits parameters into weights of convolutions and linear layers, which decay, and the others, which do not."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    return weights, [p for p in network.parameters() if p.ndim <= 1]
 
 
 def make_network(config: Config, classes: int, device: torch.device) -> WideResNet:
@@ -113,21 +115,21 @@ def make_network(config: Config, classes: int, device: torch.device) -> WideResN
 
 
 def make_state(config: Config, classes: int, device: torch.device) -> TrainState:
-    """The state before the first step: equal networks, a uniform ring and a uniform label marginal."""
+    """The state before the first step: equal networks, uniform marginals."""
     network = make_network(config, classes, device)
-    average = make_network(config, classes, device).eval().requires_grad_(False)
+    ema_model = make_network(config, classes, device).eval().requires_grad_(False)
     network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
-    kernels, others = decayed_parameters(network)
+    weights, others = decayed_parameters(network)
     groups = [
-        {"params": kernels, "weight_decay": config.weight_decay},
+        {"params": weights, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return TrainState(
         network=network,
-        average=average,
+        ema_model=ema_model,
         optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        ring=torch.full((RING_ROWS, classes), 1.0 / classes, device=device),
+        p_model_history=torch.full((P_MODEL_STEPS, classes), 1.0 / classes, device=device),
         label_marginal=torch.tensor(config.class_distribution or [1.0 / classes] * classes, device=device),
         step=torch.zeros((), dtype=torch.int64, device=device),
     )
@@ -152,7 +154,7 @@ class StepInput:
     source: Tensor
     partner: Tensor
     lam: Tensor
-    turns: Tensor
+    rotations: Tensor
     target: Tensor
     partner_target: Tensor
     labels: Tensor
@@ -184,12 +186,12 @@ class StepOutput:
     """What a step tells the host.
 
     Attributes:
-        metrics: (9,) float32, means over the global batch, or over the ranks for "stop", in the order of `METRICS`.
-        matches: (B,) float32, CTAugment's w of every labeled image, in the order of the batch.
+        metrics: (len(METRICS),) float32, in their order: means over the global batch, "stop" over the ranks.
+        omega: (B,) float32, how well f_ema classifies each labeled image's CTAugment probe, in the order of the batch.
     """
 
     metrics: Tensor
-    matches: Tensor
+    omega: Tensor
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ class Step:
         self.config = config
         self.state = state
         self.precision = precision
-        device = state.ring.device
+        device = state.p_model_history.device
         self.device = device
 
         def on_device(array) -> Tensor:
@@ -223,33 +225,35 @@ class Step:
         self.images = on_device(rows.images)
         self.guess_order = on_device(rows.guess_order)
         self.labeled_rows, self.unlabeled_rows = on_device(rows.labeled), on_device(rows.unlabeled)
-        self.parts = rows.parts  # M / R
-        self.share = len(rows.images)  # B / R
-        self.pool = len(rows.pool) // rows.parts  # of a micro-batch
+        self.accumulation_steps = rows.accumulation_steps  # M / R
+        self.local_batch = len(rows.images)  # B / R
+        self.pool = len(rows.pool) // rows.accumulation_steps  # of a micro-batch
         self.mean = torch.full((3,), GREY_MEAN, device=device)
         self.std = torch.full((3,), GREY_STD, device=device)
-        self.update_average = get_ema_multi_avg_fn(config.ema_decay)
+        self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        self.infer: nn.Module = state.network
-        self.train: nn.Module = state.network
-        self.probe: nn.Module = state.average
+        self.guess_model: nn.Module = state.network
+        self.train_model: nn.Module = state.network
+        self.ema_model: nn.Module = state.ema_model
         if compiled:
             # each is called with one shape a pass: a graph for each is faster than one for any number of rows
-            self.infer = self.train = torch.compile(state.network, dynamic=False)  # type: ignore[assignment]
-            self.probe = torch.compile(state.average, dynamic=False)  # type: ignore[assignment]
-        if distribution.grouped():
+            self.guess_model = torch.compile(state.network, dynamic=False)  # type: ignore[assignment]
+            self.train_model = self.guess_model
+            self.ema_model = torch.compile(state.ema_model, dynamic=False)  # type: ignore[assignment]
+        if distributed.grouped():
             gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
-            self.train = DistributedDataParallel(
-                self.train,
-                static_graph=self.parts == 1,  # torch's static graph knows nothing of passes that are not exchanged
+            self.train_model = DistributedDataParallel(
+                self.train_model,
+                # torch's static graph knows nothing of passes that are not exchanged
+                static_graph=self.accumulation_steps == 1,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=float(np.clip(gradient_bytes / _BUCKETS, *_BUCKET_BYTES)) / 2**20,  # type: ignore[arg-type]
                 **{_KEEP_BUFFERS: False},  # type: ignore[arg-type]
             )
             if config.gradients == "bf16":
-                self.train.register_comm_hook(None, bf16_compress_hook)
+                self.train_model.register_comm_hook(None, bf16_compress_hook)
 
     def __call__(self, data: StepInput) -> StepOutput:
         """Trains one step and changes the state in place.
@@ -258,40 +262,41 @@ class Step:
             data: this rank's views and numbers.
 
         Returns:
-            Metrics and probe matches of the global batch, still on the device.
+            Metrics and omega of the global batch, still on the device.
         """
         c, state = self.config, self.state
-        classes = state.ring.shape[1]
+        classes = state.p_model_history.shape[1]
 
-        # 1. Views, and 5. mixup of the images: from uint8 to the network's rows in one pass
-        views = distribution.gather(data.views)  # (V, H, W, 3) uint8
+        # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
+        views = distributed.gather(data.views)  # (V, H, W, 3) uint8
         rows = assemble_batch(
             views,
             data.source,
             data.partner,
             data.lam,
-            data.turns,
+            data.rotations,
             self.mean,
             self.std,
             self.rows_dtype,
         ).to(self.precision)  # (N, 3, H, W)
-        trained, probes = rows[: -self.share], rows[-self.share :]
+        trained, probes = rows[: -self.local_batch], rows[-self.local_batch :]
         one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
-        # 9. CTAugment's probes, on the averaged network, and 2. guess: both exchanged at once
-        passes = [self._logits(self.probe, probes)]
+        # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak): the ranks exchange both at once
+        passes = [self._logits(self.ema_model, probes)]
         if c.unlabeled:
-            trained, weak = trained[: -self.share], trained[-self.share :]
-            passes.append(self._logits(partial(self.infer, track=False), weak))
-        logits = distribution.gather(torch.cat(passes, dim=1))[self.guess_order]  # (B, 2 L), or (B, L) of probes alone
-        matches = 1 - (logits[:, :classes].softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+            trained, weak = trained[: -self.local_batch], trained[-self.local_batch :]
+            passes.append(self._logits(partial(self.guess_model, track=False), weak))
+        logits = distributed.gather(torch.cat(passes, dim=1))[self.guess_order]  # (B, 2 L), or (B, L) of probes alone
+        omega = 1 - (logits[:, :classes].softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
 
-        # 3.-4. Distribution alignment, sharpening: one target for all K + 1 views of an image
+        # 3. Distribution alignment (3.1) and sharpening: one target for all K + 1 views of an image, which is
+        # augmentation anchoring (3.2.1). The mean of q becomes a row of p_model_history
         if c.unlabeled:
             guesses = guess_labels(
                 logits[:, classes:],
-                state.ring,
-                state.step % RING_ROWS,
+                state.p_model_history,
+                state.step % P_MODEL_STEPS,
                 state.label_marginal,
                 c.temperature,
                 c.align,
@@ -300,75 +305,81 @@ class Step:
         else:
             guesses = known = one_hot
 
-        # 5. Mixup of the targets
-        lam = data.lam[: len(trained)].view(self.parts, -1)[:, : self.pool].reshape(-1, 1)
+        # 4. Mixup of the targets (MixMatch, 3.3), as the plan has mixed the images
+        accumulated = self.accumulation_steps
+        lam = data.lam[: len(trained)].view(accumulated, -1)[:, : self.pool].reshape(-1, 1)
         targets = lam * known[data.target] + (1 - lam) * known[data.partner_target]  # (P / R, L)
 
-        # 6. Losses and their gradients, which add up over the micro-batches
-        inputs = trained, targets, guesses[self.images], data.turns[: len(trained)]
-        losses = torch.zeros(5, device=self.device)
-        found = state.network.running_statistics()
-        moved = torch.zeros_like(found)
-        for number, micro_batch in enumerate(zip(*(i.chunk(self.parts) for i in inputs), strict=True), start=1):
-            with self._alone(number < self.parts):
+        # 5. Losses (3.3) and their gradients, accumulated over the micro-batches
+        inputs = trained, targets, guesses[self.images], data.rotations[: len(trained)]
+        losses = torch.zeros(len(LOSSES), device=self.device)
+        saved_stats = state.network.running_statistics()
+        new_stats = torch.zeros_like(saved_stats)
+        for number, micro_batch in enumerate(zip(*(i.chunk(accumulated) for i in inputs), strict=True), start=1):
+            with self._unsynchronised(number < accumulated):
                 terms = self._losses(*micro_batch)
-                state.scaler.scale(terms[0] / self.parts).backward()
-            losses += terms.detach() / self.parts
-            moved += state.network.running_statistics() / self.parts
-            state.network.set_running_statistics(found)  # which every pass moves from the same place
+                state.scaler.scale(terms[0] / accumulated).backward()
+            losses += terms.detach() / accumulated
+            new_stats += state.network.running_statistics() / accumulated
+            state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
 
-        # 7. Update
+        # 6. Update of the parameters: Adam, decoupled weight decay
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
-        # 8. Average; running statistics come from the live network
         with torch.no_grad():
-            moved, losses, stop = distribution.mean(torch.cat([moved, losses, data.stop])).split([len(moved), 5, 1])
-            for network in (state.network, state.average):
-                network.set_running_statistics(moved)
-            self.update_average(list(state.average.parameters()), list(state.network.parameters()), 0)
+            # 7. Exponential moving average; running statistics are those of the live network
+            sums = distributed.mean(torch.cat([new_stats, losses, data.stop]))
+            new_stats, losses, stop = sums.split([len(new_stats), len(losses), 1])
+            for network in (state.network, state.ema_model):
+                network.set_running_statistics(new_stats)
+            self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
 
-            # 3. The marginals that the next step will read (the ring's row is written with the guess)
-            alignment_gap = (state.label_marginal - state.ring.mean(0)).abs().sum() / 2
+            # 8. The label marginal p(y) that the next step's alignment reads (3.1)
+            alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
             if not c.class_distribution:
                 state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
             state.step += 1
-            others = torch.stack([guesses.amax(-1).mean(), alignment_gap, matches.mean()])
-        return StepOutput(torch.cat([losses, others, stop]).float(), matches)
+            others = torch.stack([guesses.amax(-1).mean(), alignment_gap, omega.mean()])
+        return StepOutput(torch.cat([losses, others, stop]).float(), omega)
 
     def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
         """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L) float32."""
         with torch.no_grad(), self.autocast:
-            return torch.cat([network(part)[0].float() for part in rows.chunk(self.parts)])
+            return torch.cat([network(part)[0].float() for part in rows.chunk(self.accumulation_steps)])
 
-    def _alone(self, alone: bool) -> contextlib.AbstractContextManager:
-        """In which gradients stay this rank's, to be exchanged with those of a later micro-batch."""
-        return self.train.no_sync() if alone and distribution.grouped() else contextlib.nullcontext()  # type: ignore
+    def _unsynchronised(self, accumulating: bool) -> contextlib.AbstractContextManager:
+        """Keeps gradients this rank's while it accumulates: the last micro-batch exchanges the sum."""
+        return self.train_model.no_sync() if accumulating and distributed.grouped() else contextlib.nullcontext()  # type: ignore
 
-    def _losses(self, rows: Tensor, targets: Tensor, guesses: Tensor, turns: Tensor) -> Tensor:
-        """Losses of one micro-batch of b of the B images.
+    def _losses(self, rows: Tensor, targets: Tensor, guesses: Tensor, rotations: Tensor) -> Tensor:
+        """The loss and its terms for one micro-batch of b of the B images (section 3.3).
+
+        A term is added here and, for logs, in `LOSSES`.
 
         Args:
             rows: (n, 3, H, W), its pool, u_1 and rotated u_1.
             targets: (pool rows, L), mixed.
             guesses: (b, L), of u_1.
-            turns: (n,) int64.
+            rotations: (n,) int64.
 
         Returns:
-            (5,) float32, the first five of `METRICS`.
+            (len(LOSSES),) float32, in their order; 0 for a term that the method does not have.
         """
         c, pool = self.config, self.pool
         with self.autocast:
-            logits, rotation_logits = self.train(rows)
-        loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
-        if not c.unlabeled:
-            none = torch.zeros_like(loss_x)
-            return torch.stack([loss_x, loss_x, none, none, none])
-        ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
-        u1, turned = slice(pool, pool + len(guesses)), slice(pool + len(guesses), None)
-        loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
-        loss_u1 = soft_cross_entropy(logits[u1], guesses)
-        loss_rot = F.cross_entropy(rotation_logits[turned].float(), turns[turned])
-        loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
-        return torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot])
+            logits, rotation_logits = self.train_model(rows)
+        loss = loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
+        terms = {"loss_x": loss_x}
+        if c.unlabeled:
+            ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
+            u1, rotated = slice(pool, pool + len(guesses)), slice(pool + len(guesses), None)
+            loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
+            loss_u1 = soft_cross_entropy(logits[u1], guesses)
+            loss_rot = F.cross_entropy(rotation_logits[rotated].float(), rotations[rotated])
+            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+            terms |= {"loss_u": loss_u, "loss_u1": loss_u1, "loss_rot": loss_rot}
+        terms["loss"] = loss
+        zero = torch.zeros_like(loss)
+        return torch.stack([terms.get(name, zero) for name in LOSSES])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import checkpoint, distribution
+from engine import checkpoint, distributed
 from engine.capture import make_step
 from engine.config import Config
 from engine.errors import Stopped, UserError
@@ -25,7 +25,7 @@ from engine.execution import Execution, set_numerics
 from engine.feed import Feed
 from engine.guard import StopRequest, Watchdog
 from engine.progress import MetricsLog, ProgressLine
-from engine.step import METRICS, StepInput, StepOutput, TrainState, make_state
+from engine.step import LOSSES, StepInput, StepOutput, TrainState, make_state
 from pipelines.datasets import DataSet
 
 CHECKPOINTS = "checkpoints"
@@ -59,8 +59,8 @@ class Trainer:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         self.execution = Execution.pick(config, data.train_images.shape[1:3])
         set_numerics(config.deterministic)
-        self.feed = Feed(config, data, split, self.execution, self._take_in)
-        self.micro_batches = config.micro_batches_of(distribution.ranks())
+        self.feed = Feed(config, data, split, self.execution, self._log_step)
+        self.micro_batches = config.micro_batches_of(distributed.ranks())
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device)
         known_by = asdict(config)
         del known_by["steps"]  # a run may be given more of them
@@ -78,7 +78,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
-        found = distribution.on_first(
+        found = distributed.on_first(
             lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn, self.known_by)
         )
         if found is None:
@@ -106,7 +106,7 @@ class Trainer:
         Raises:
             UserError: the parameters are not finite; the last one cannot be written. Earlier ones are untouched.
         """
-        self.feed.take_in(self.step)
+        self.feed.drain(self.step)
         if self._log:
             self._log.catch_up()  # no row may be missing before the step that a run is resumed from
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
@@ -119,8 +119,8 @@ class Trainer:
             "micro_batches": self.micro_batches,
         }
         if last:
-            distribution.on_first(lambda: self.saver.save_last(self.step, content))
-        elif distribution.rank() == 0:
+            distributed.on_first(lambda: self.saver.save_last(self.step, content))
+        elif distributed.rank() == 0:
             self.saver.save(self.step, content)
 
     def _diverged(self, step: int, what: str) -> UserError:
@@ -133,10 +133,10 @@ class Trainer:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
             Stopped: SIGTERM, SIGINT or SIGHUP came, to some rank; the step reached is saved.
         """
-        self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distribution.rank() == 0 else None
+        self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distributed.rank() == 0 else None
         begin = time.monotonic() - self.train_seconds
-        several = distribution.ranks() > 1
-        guard = Watchdog(self.timeout, distribution.rank(), self._stop) if several else nullcontext()
+        several = distributed.ranks() > 1
+        guard = Watchdog(self.timeout, distributed.rank(), self._stop) if several else nullcontext()
         try:
             with self._stop.listening(), guard as watchdog:
                 self.begin()
@@ -159,10 +159,10 @@ class Trainer:
     def _stopping(self) -> bool:
         """Whether this step is the one before which all ranks stop.
 
-        A wish travels with the metrics of a step and is known everywhere once that step has been taken in, which is
+        A request travels with the metrics of a step and is known everywhere once that step has been drained, which is
         certain `lag` steps later.
         """
-        if distribution.ranks() == 1:
+        if distributed.ranks() == 1:
             return self._stop.number != 0
         return self._stop_at is not None and self.step >= self._stop_at
 
@@ -178,29 +178,29 @@ class Trainer:
         self.step += 1
 
     def end(self) -> None:
-        """Waits for what is under way and lets go of it."""
+        """Waits for what is being made and releases it."""
         self.feed.end()
-        self._execute = None  # NCCL does not let go of a group whose collectives a graph still holds
+        self._execute = None  # NCCL does not release a group whose collectives a graph still holds
 
-    def _take_in(self, step: int, values: dict[str, float]) -> None:
+    def _log_step(self, step: int, values: dict[str, float]) -> None:
         """Logs a step's metrics; see `Feed`."""
         if values.pop("stop") and self._stop_at is None:
             self._stop_at = step + self.config.lag
         if not all(map(math.isfinite, values.values())):
-            terms = ", ".join(f"{name} {values[name]:.4g}" for name in METRICS[:5])
+            terms = ", ".join(f"{name} {values[name]:.4g}" for name in LOSSES)
             raise self._diverged(step, f"the loss is not finite ({terms})")
         if (step + 1) % self.config.log_every == 0:
             if self._log:
                 self._log.add(step + 1, **values)
-            losses = {name: values[name] for name in METRICS[:5]}
+            losses = {name: values[name] for name in LOSSES}
             self.progress.update(step + 1, self._shown | losses)
 
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.config.steps
         if last or self.step % c.eval_every == 0:
-            self.feed.take_in(self.step)
+            self.feed.drain(self.step)
             accuracy, loss = evaluate(
-                self.state.average, self.data.test_images, self.data.test_labels, self.execution.device
+                self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
             )
             self.accuracies.append(accuracy)
             self._shown = {"test %": accuracy}
@@ -213,8 +213,8 @@ class Trainer:
 
     def _compare_ranks(self) -> None:
         """Raises UserError where a bit of a rank's state is not as on rank 0."""
-        self.feed.take_in(self.step)
-        first, *others = distribution.everyones(
+        self.feed.drain(self.step)
+        first, *others = distributed.everyones(
             digests(self.state.state_dict() | {"policy": self.feed.policy.state_dict()})
         )
         for rank, other in enumerate(others, 1):

@@ -17,25 +17,25 @@ def assemble_batch(
     source: torch.Tensor,
     partner: torch.Tensor,
     lam: torch.Tensor,
-    turns: torch.Tensor,
+    rotations: torch.Tensor,
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Write the network's input batch from stored views (paper, section 3.3: mixup and rotations).
 
-    Row n is `rot90(lam[n] * norm(views[source[n]]) + (1 - lam[n]) * norm(views[partner[n]]), turns[n])` with
+    Row n is `rot90(lam[n] * norm(views[source[n]]) + (1 - lam[n]) * norm(views[partner[n]]), rotations[n])` with
     `norm(x) = (x - mean) / std` by channel and rot90 counter-clockwise, as `numpy.rot90(image_hwc, k)`.
-    A row with lam = 1, or with partner = source, is the turned source itself, and its partner is not read.
+    A row with lam = 1, or with partner = source, is the rotated source itself, and its partner is not read.
 
     Args:
         views: (P, H, W, 3) uint8 contiguous.
         source: (N,) int64 contiguous, rows of `views` (0..P-1), N >= 1.
         partner: (N,) int64 contiguous, likewise. A CPU checks the range of both (IndexError), a GPU does not.
         lam: (N,) float32 contiguous, the weight of the source, 0..1.
-        turns: (N,) int64 contiguous, quarter turns, 0..3. Those by 1 and 3 need H == W. Where H != W, a CPU
-            checks that; a GPU and a compiled graph, which could tell only by a synchronisation, take 1 for 0
-            and 3 for 2.
+        rotations: (N,) int64 contiguous, multiples of 90 degrees, 0..3. Those of 1 and 3 need H == W. Where
+            H != W, a CPU checks that; a GPU and a compiled graph, which could tell only by a synchronisation, take 1
+            for 0 and 3 for 2.
         mean: (3,) float32 contiguous, grey levels (0..255).
         std: (3,) float32 contiguous, grey levels.
         dtype: float32, bfloat16 or float16, the type of the result; the arithmetic is float32.
@@ -44,7 +44,7 @@ def assemble_batch(
         batch: (N, 3, H, W) `dtype` in torch.channels_last, which is (N, H, W, 3) in memory.
 
     Raises:
-        ValueError: a shape, dtype, layout or device other than the above, or a turn that needs H == W.
+        ValueError: a shape, dtype, layout or device other than the above, or a rotation that needs H == W.
     """
     if views.dim() != 4 or views.shape[3] != 3 or views.numel() == 0:
         raise ValueError(f"views must be (P, H, W, 3) and not empty, got {tuple(views.shape)}")
@@ -56,7 +56,7 @@ def assemble_batch(
         ("source", source, source.shape, torch.int64),
         ("partner", partner, source.shape, torch.int64),
         ("lam", lam, source.shape, torch.float32),
-        ("turns", turns, source.shape, torch.int64),
+        ("rotations", rotations, source.shape, torch.int64),
         ("mean", mean, (3,), torch.float32),
         ("std", std, (3,), torch.float32),
     ):
@@ -69,7 +69,7 @@ def assemble_batch(
             raise ValueError(f"{name} must be on {views.device}, where views is, got {tensor.device}")
     if dtype not in _BATCH_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return torch.ops.remixmatch.assemble_batch(views, source, partner, lam, turns, mean, std, dtype)
+    return torch.ops.remixmatch.assemble_batch(views, source, partner, lam, rotations, mean, std, dtype)
 
 
 def assemble_batch_reference(
@@ -77,39 +77,41 @@ def assemble_batch_reference(
     source: torch.Tensor,
     partner: torch.Tensor,
     lam: torch.Tensor,
-    turns: torch.Tensor,
+    rotations: torch.Tensor,
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """State in plain PyTorch what `assemble_batch` computes; same arguments and result, on any device."""
     height, width = views.shape[1:3]
-    if height != width and bool((turns % 2 != 0).any()):
-        raise ValueError(f"quarter turns need square images, got {height} x {width}; give turns of 0 and 2")
-    return _mix_and_turn(views, source, partner, lam, turns, mean, std, dtype)
+    if height != width and bool((rotations % 2 != 0).any()):
+        raise ValueError(
+            f"rotations by 90 degrees need square images, got {height} x {width}; give rotations of 0 and 2"
+        )
+    return _mix_and_rotate(views, source, partner, lam, rotations, mean, std, dtype)
 
 
-def _mix_and_turn(
+def _mix_and_rotate(
     views: torch.Tensor,
     source: torch.Tensor,
     partner: torch.Tensor,
     lam: torch.Tensor,
-    turns: torch.Tensor,
+    rotations: torch.Tensor,
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Compute the twin without its look at the values of `turns`, so that it can be traced for a CPU."""
+    """Compute the twin without its look at the values of `rotations`, so that it can be traced for a CPU."""
     rows, (height, width) = source.shape[0], views.shape[1:3]
     grey = views.flatten(1).float()  # (P, H * W * 3)
     lam = lam[:, None]
     mixed = lam * grey[source] + (1 - lam) * grey[partner]
-    # a turned image is the stored one read in another order
+    # a rotated image is the stored one read in another order
     at = torch.arange(mixed.shape[1], device=views.device).reshape(height, width, 3)
     orders = torch.stack([at.rot90(k if height == width else k & 2).flatten() for k in range(4)])
-    turned = mixed.gather(1, orders[turns]).reshape(rows, height, width, 3)
+    rotated = mixed.gather(1, orders[rotations]).reshape(rows, height, width, 3)
     # norm is affine and the weights sum to one: mixing first and normalising once is the same
-    batch = (turned - mean) / std
+    batch = (rotated - mean) / std
     return batch.to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -135,7 +137,7 @@ def _assemble_kernel(
     source,  # (N,)
     partner,  # (N,)
     lam,  # (N,)
-    turns,  # (N,)
+    rotations,  # (N,)
     mean,  # (3,)
     std,  # (3,)
     batch,  # (N, H, W, 3) in memory
@@ -145,7 +147,7 @@ def _assemble_kernel(
     BLOCK: tl.constexpr,
 ):
     # A program writes one chunk of one image; an image's chunks follow one another, so that what the gather
-    # of a turned image reads again (other bytes of the same sectors) is still in L2.
+    # of a rotated image reads again (other bytes of the same sectors) is still in L2.
     SIZE: tl.constexpr = H * W * 3
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
     start = tl.program_id(0) % CHUNKS * BLOCK
@@ -155,9 +157,9 @@ def _assemble_kernel(
     source_row = tl.load(source + n)
     partner_row = tl.load(partner + n)
     weight = tl.load(lam + n)
-    turn = tl.load(turns + n) & 3
+    rotation = tl.load(rotations + n) & 3
     if H != W:
-        turn = turn & 2  # A quarter turn would leave the image.
+        rotation = rotation & 2  # A rotation by 90 degrees would leave the image.
     mixes = (weight != 1.0) & (source_row != partner_row)
     weight = tl.where(mixes, weight, 1.0)
     partner_size = tl.where(mixes, SIZE, 0)  # A partner without weight is not read.
@@ -166,16 +168,16 @@ def _assemble_kernel(
     a_row = views + source_row * SIZE
     b_row = views + partner_row * SIZE
     to = batch + n * SIZE
-    if turn == 0:
+    if rotation == 0:
         # Contiguous: one 128-bit load a thread from each view.
         a = tl.load(a_row + at, mask=inside, other=0)
         b = tl.load(b_row + at, mask=at < partner_size, other=0)
         _write(a, b, weight, mean, std, to, at, inside)
     else:
-        # Pixel (i, j) of the turned image is pixel first + i * down + j * right of the stored one.
-        first = tl.where(turn == 1, W - 1, tl.where(turn == 2, H * W - 1, (H - 1) * W))
-        down = tl.where(turn == 1, -1, tl.where(turn == 2, -W, 1))
-        right = tl.where(turn == 1, W, tl.where(turn == 2, -1, -W))
+        # Pixel (i, j) of the rotated image is pixel first + i * down + j * right of the stored one.
+        first = tl.where(rotation == 1, W - 1, tl.where(rotation == 2, H * W - 1, (H - 1) * W))
+        down = tl.where(rotation == 1, -1, tl.where(rotation == 2, -W, 1))
+        right = tl.where(rotation == 1, W, tl.where(rotation == 2, -1, -W))
         # Shaped so that neighbouring lanes, not registers of one lane, gather neighbouring bytes: a pixel's
         # three channels then come in one request. The exchange between lanes, which the wide store needs, is
         # cheaper than three requests.
@@ -207,16 +209,16 @@ def launch_assemble_batch(
     source: torch.Tensor,
     partner: torch.Tensor,
     lam: torch.Tensor,
-    turns: torch.Tensor,
+    rotations: torch.Tensor,
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launch the Triton kernel; arguments and result as for `assemble_batch`, unchecked."""
     parameters = assemble_parameters(*views.shape[1:3])
-    batch = _empty_batch(views, source, partner, lam, turns, mean, std, dtype)
+    batch = _empty_batch(views, source, partner, lam, rotations, mean, std, dtype)
     _assemble_kernel[(source.shape[0] * parameters["CHUNKS"],)](
-        views, source, partner, lam, turns, mean, std, batch, **parameters
+        views, source, partner, lam, rotations, mean, std, batch, **parameters
     )
     return batch
 
@@ -226,7 +228,7 @@ def _empty_batch(
     source: torch.Tensor,
     partner: torch.Tensor,
     lam: torch.Tensor,
-    turns: torch.Tensor,
+    rotations: torch.Tensor,
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,

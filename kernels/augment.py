@@ -1,7 +1,7 @@
 """CTAugment's views in one launch: the weak augmentation and two transformations, a program a view.
 
 ReMixMatch (arXiv 1911.09785), section 3.2.2; the weak augmentation is section 4's. What each transformation does to
-a pixel, borders and roundings are PIL's, as `kernels/repaint.py` states them. An intermediate image is in global
+a pixel, borders and roundings are PIL's, as `kernels/photometric.py` states them. An intermediate image is in global
 memory, where every thread of its program can read any pixel of it: a few kilobytes that stay in L1 and L2.
 """
 
@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.repaint import REPAINTS, Parameters, apply
+from kernels.photometric import PHOTOMETRIC, Parameters, apply
 
-# what the numbers in `ops` stand for: a repainting, or an affine map. No change is the affine map that stays put
-OPS = (*REPAINTS, "warp")
+# what the numbers in `ops` stand for: a photometric operation, or an affine map; no change is the identity's matrix
+OPS = (*PHOTOMETRIC, "affine")
 CODES = {name: code for code, name in enumerate(OPS)}
 MAX_SIDE = 96
 
@@ -31,7 +31,7 @@ _RESCALE = tl.constexpr(CODES["rescale"])
 _SHARPNESS = tl.constexpr(CODES["sharpness"])
 _SMOOTH = tl.constexpr(CODES["smooth"])
 _SOLARIZE = tl.constexpr(CODES["solarize"])
-_WARP = tl.constexpr(CODES["warp"])
+_AFFINE = tl.constexpr(CODES["affine"])
 # sets of operations, a bit each: blend(image, result, v), and ImageEnhance's blend(result, image, 0.1 + 1.9 v)
 _BLENDED_OPS = tl.constexpr(sum(1 << CODES[name] for name in ("autocontrast", "blur", "equalize", "invert", "smooth")))
 _ENHANCED_OPS = tl.constexpr(sum(1 << CODES[name] for name in ("brightness", "color", "contrast", "sharpness")))
@@ -58,9 +58,9 @@ def augment_views(
         shift: (V, 2) int32 contiguous, pixels, each less than its side. A CPU checks that, a GPU does not.
         flip: (V,) int32 contiguous, 0 or 1.
         ops: (V, 2) int32 contiguous, places in `OPS`. A CPU checks the range, a GPU takes others for no change.
-        parameters: (V, 2, 6) float32 contiguous. Of a repainting: a number that is not used, level, second level,
-            cutout's centre (y, x), nothing; all in [0, 1). Of "warp", PIL's AFFINE coefficients (a, b, c, d, e, f):
-            output pixel (x, y) is the one that input position (a (x + 1/2) + b (y + 1/2) + c,
+        parameters: (V, 2, 6) float32 contiguous. Of a photometric operation: a number that is not used, level,
+            second level, cutout's centre (y, x), nothing; all in [0, 1). Of "affine", PIL's AFFINE coefficients
+            (a, b, c, d, e, f): output pixel (x, y) is the one that input position (a (x + 1/2) + b (y + 1/2) + c,
             d (x + 1/2) + e (y + 1/2) + f) falls into, and black outside. Steps a, b, d and e are multiples of 2^-16.
 
     Returns:
@@ -112,12 +112,12 @@ def augment_views_reference(
     if bool(((ops < 0) | (ops >= len(OPS))).any()):
         raise ValueError(f"ops must be from 0 to {len(OPS) - 1}, got {int(ops.min())} to {int(ops.max())}")
     views = weak_views(images, image, shift, flip)
-    for turn in range(2):
-        for code in ops[:, turn].unique().tolist():
-            rows = (ops[:, turn] == code).nonzero()[:, 0]
-            numbers = parameters[rows, turn]
-            if OPS[code] == "warp":
-                views[rows] = _warped(views[rows], numbers)
+    for stage in range(2):
+        for code in ops[:, stage].unique().tolist():
+            rows = (ops[:, stage] == code).nonzero()[:, 0]
+            numbers = parameters[rows, stage]
+            if OPS[code] == "affine":
+                views[rows] = _affine(views[rows], numbers)
             else:
                 given = Parameters(numbers[:, 1].view(-1, 1, 1, 1), numbers[:, 2], numbers[:, 3:5])
                 views[rows] = apply(OPS[code], views[rows], given)
@@ -145,7 +145,7 @@ def weak_views(images: torch.Tensor, image: torch.Tensor, shift: torch.Tensor, f
     return images[image[:, None, None], y[:, :, None], x[:, None, :]]
 
 
-def _warped(images: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+def _affine(images: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
     """The nearest pixel's colour; (n, H, W, 3) uint8 and (n, 6) to (n, H, W, 3) uint8."""
     height, width = images.shape[1:3]
     y = torch.arange(height, dtype=torch.float64, device=images.device)[:, None] + 0.5
@@ -191,7 +191,7 @@ def _stays(op, numbers):
     """Tell whether the operation is the affine map that changes nothing."""
     column = (tl.load(numbers) == 1.0) & (tl.load(numbers + 1) == 0.0) & (tl.load(numbers + 2) == 0.0)
     row = (tl.load(numbers + 3) == 0.0) & (tl.load(numbers + 4) == 1.0) & (tl.load(numbers + 5) == 0.0)
-    return (op == _WARP) & column & row
+    return (op == _AFFINE) & column & row
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _units(coefficient):
 
 
 @triton.jit
-def _warp(source, to, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+def _geometric(source, to, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
     # integers: the same positions as PIL's fixed-point ones, however the compiler orders the sum
     a, b, c = _units(numbers) >> 1, _units(numbers + 1) >> 1, _units(numbers + 2)
     d, e, f = _units(numbers + 3) >> 1, _units(numbers + 4) >> 1, _units(numbers + 5)
@@ -236,7 +236,7 @@ def _sine(x):
 
 @triton.jit
 def _filter(distance, chosen):
-    """Give the weight at `distance`, inside the support, by the filter's number as in `kernels/repaint.py`."""
+    """Give the weight at `distance`, inside the support, by the filter's number as in `kernels/photometric.py`."""
     x = tl.abs(distance)
     weight = tl.full(x.shape, 1.0, tl.float64)
     divisor = tl.full(x.shape, 1.0, tl.float64)
@@ -410,8 +410,8 @@ def _cut_out(at, value, level, numbers, H: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _repaint(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
-    """Do one repainting but rescale; every one is a blend of the image with another one."""
+def _photometric(source, to, table, op, numbers, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Do one photometric operation but rescale; every one is a blend of the image with another one."""
     # passes with many numbers at once take half a block, and so no more registers than the others
     if (op == _AUTOCONTRAST) | (op == _EQUALIZE):
         _curves(source, table, op, H * W, BLOCK // 2)
@@ -491,21 +491,21 @@ def _augment_kernel(
     source = images + tl.load(image + v) * SIZE
     mirrored = tl.load(flip + v) != 0
     _weak(source, current, tl.load(shift + 2 * v), tl.load(shift + 2 * v + 1), mirrored, H, W, BLOCK)
-    for turn in range(2):
-        op = tl.load(ops + turn)
-        numbers = parameters + 6 * turn
+    for stage in range(2):
+        op = tl.load(ops + stage)
+        numbers = parameters + 6 * stage
         if not _stays(op, numbers):
-            last = (turn == 1) | second_stays
+            last = (stage == 1) | second_stays
             to = tl.where(last, out, spare)
             middle = tl.where(last, spare, out)
             # What was written is read by other threads of the program; what was read may be written again.
             tl.debug_barrier()
-            if op == _WARP:
-                _warp(current, to, numbers, H, W, BLOCK)
+            if op == _AFFINE:
+                _geometric(current, to, numbers, H, W, BLOCK)
             elif op == _RESCALE:
                 _rescale(current, to, middle, table, numbers, H, W, LINES, BLOCK)
             else:
-                _repaint(current, to, table, op, numbers, H, W, BLOCK)
+                _photometric(current, to, table, op, numbers, H, W, BLOCK)
             spare = current
             current = to
 

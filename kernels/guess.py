@@ -1,4 +1,4 @@
-"""Label guessing: softmax, distribution alignment, sharpening and the marginal's ring, in one kernel.
+"""Label guessing: softmax, distribution alignment, sharpening and the history of p~(y), in one kernel.
 
 ReMixMatch (arXiv 1911.09785), section 3.1; the sharpening is MixMatch's (arXiv 1905.02249, section 3.2).
 """
@@ -17,7 +17,7 @@ _TILE = 8192  # Elements of (rows, classes) that one program holds in registers:
 
 def guess_labels(
     logits: torch.Tensor,
-    ring: torch.Tensor,
+    p_model_history: torch.Tensor,
     slot: torch.Tensor,
     label_marginal: torch.Tensor,
     temperature: float,
@@ -25,21 +25,21 @@ def guess_labels(
 ) -> torch.Tensor:
     """Guess the soft label of every unlabeled image and record the batch's marginal (paper, section 3.1).
 
-    With q = softmax(logits), p = `label_marginal` and p~ = the mean of the rows of `ring`:
+    With q = softmax(logits), p = `label_marginal` and p~ = the mean of the rows of `p_model_history`:
     `q~ = Normalize(q * (p + 1e-6) / (p~ + 1e-6))`, `targets = Normalize(q~ ** (1 / temperature))`.
-    The ring is read first; then its row `slot` becomes the mean of q over the batch, before alignment.
+    The history is read first; then its row `slot` becomes the mean of q over the batch, before alignment.
     The batch is the rows given here: for a global marginal over several ranks, give the rows of all of them.
     No gradient flows through. Results are bitwise the same from call to call. There is no host
     synchronisation, and a CUDA graph may capture the call.
 
     Args:
         logits: (B, L) float32, bfloat16 or float16, B >= 1, L >= 2; elements of a row adjacent.
-        ring: (R, L) float32 contiguous, the marginals of the last R (128) steps, changed in place.
+        p_model_history: (R, L) float32 contiguous, the marginals of the last R (128) steps, changed in place.
         slot: () or (1,) int64 in 0..R-1, on the device. A CPU checks its range (IndexError); a GPU, which
-            could tell the host only by a synchronisation, leaves the ring unchanged if it is out of range.
+            could tell the host only by a synchronisation, leaves the history unchanged if it is out of range.
         label_marginal: (L,) float32 contiguous, p(y) of the labeled examples.
         temperature: sharpening temperature T > 0 (0.5 in the paper); 1 leaves the distribution as it is.
-        align: False skips the alignment (q~ = q); the ring is updated all the same.
+        align: False skips the alignment (q~ = q); the history is updated all the same.
 
     Returns:
         targets: (B, L) float32, each row a distribution.
@@ -55,8 +55,16 @@ def guess_labels(
             f"got {logits.dtype} with strides {tuple(logits.stride())}"
         )
     classes = logits.shape[1]
-    if ring.dim() != 2 or ring.shape[1] != classes or ring.dtype != torch.float32 or not ring.is_contiguous():
-        raise ValueError(f"ring must be (R, {classes}) float32 contiguous, got {tuple(ring.shape)} {ring.dtype}")
+    if (
+        p_model_history.dim() != 2
+        or p_model_history.shape[1] != classes
+        or p_model_history.dtype != torch.float32
+        or not p_model_history.is_contiguous()
+    ):
+        raise ValueError(
+            f"p_model_history must be (R, {classes}) float32 contiguous, "
+            f"got {tuple(p_model_history.shape)} {p_model_history.dtype}"
+        )
     if slot.numel() != 1 or slot.dtype != torch.int64:
         raise ValueError(f"slot must be one int64 in a tensor, got {tuple(slot.shape)} {slot.dtype}")
     if (
@@ -68,19 +76,19 @@ def guess_labels(
             f"label_marginal must be ({classes},) float32 contiguous, "
             f"got {tuple(label_marginal.shape)} {label_marginal.dtype}"
         )
-    if not (logits.device == ring.device == slot.device == label_marginal.device):
+    if not (logits.device == p_model_history.device == slot.device == label_marginal.device):
         raise ValueError(
-            f"logits, ring, slot and label_marginal must be on one device, "
-            f"got {logits.device}, {ring.device}, {slot.device} and {label_marginal.device}"
+            f"logits, p_model_history, slot and label_marginal must be on one device, "
+            f"got {logits.device}, {p_model_history.device}, {slot.device} and {label_marginal.device}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return torch.ops.remixmatch.guess_labels(logits.detach(), ring, slot, label_marginal, temperature, align)
+    return torch.ops.remixmatch.guess_labels(logits.detach(), p_model_history, slot, label_marginal, temperature, align)
 
 
 def guess_labels_reference(
     logits: torch.Tensor,
-    ring: torch.Tensor,
+    p_model_history: torch.Tensor,
     slot: torch.Tensor,
     label_marginal: torch.Tensor,
     temperature: float,
@@ -91,15 +99,15 @@ def guess_labels_reference(
     log_q = logits.float().log_softmax(dim=1)  # (B, L)
     marginal = log_q.exp().mean(dim=0, keepdim=True)  # (1, L)
     if align:
-        log_q = log_q + ((label_marginal + EPSILON) / (ring.mean(dim=0) + EPSILON)).log()
-    ring.index_copy_(0, slot.reshape(1), marginal)
+        log_q = log_q + ((label_marginal + EPSILON) / (p_model_history.mean(dim=0) + EPSILON)).log()
+    p_model_history.index_copy_(0, slot.reshape(1), marginal)
     return (log_q / temperature).softmax(dim=1)
 
 
 @triton.jit
 def _guess_kernel(
     logits,  # (B, L), row_stride apart
-    ring,  # (RING, L)
+    p_model_history,  # (HISTORY, L)
     slot,  # (1,)
     label_marginal,  # (L,)
     targets,  # (B, L)
@@ -111,7 +119,7 @@ def _guess_kernel(
     ALIGN: tl.constexpr,
     EPSILON: tl.constexpr,
     CLASSES: tl.constexpr,
-    RING: tl.constexpr,
+    HISTORY: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -134,33 +142,33 @@ def _guess_kernel(
 
     # log q = x - log(total): a constant of the row, which the last normalisation removes again. Left out.
     if ALIGN:
-        ring_sum = tl.full([BLOCK_L], 0.0, tl.float32)
-        for start in range(0, RING, BLOCK_R):
+        history_sum = tl.full([BLOCK_L], 0.0, tl.float32)
+        for start in range(0, HISTORY, BLOCK_R):
             r = start + some_rows
-            ring_sum += tl.sum(
+            history_sum += tl.sum(
                 tl.load(
-                    ring + r[:, None] * CLASSES + classes[None, :],
-                    mask=(r < RING)[:, None] & is_class[None, :],
+                    p_model_history + r[:, None] * CLASSES + classes[None, :],
+                    mask=(r < HISTORY)[:, None] & is_class[None, :],
                     other=0.0,
                 ),
                 axis=0,
             )
         p = tl.load(label_marginal + classes, mask=is_class, other=0.0)
-        x += tl.log((p + EPSILON) / (ring_sum / RING + EPSILON))[None, :]
+        x += tl.log((p + EPSILON) / (history_sum / HISTORY + EPSILON))[None, :]
     x = x * inverse_temperature
     e = tl.exp(x - tl.max(x, axis=1)[:, None])
     target = e / tl.sum(e, axis=1)[:, None]
     tl.store(targets + wide_rows * CLASSES + classes[None, :], target, mask=inside)
 
     where = tl.load(slot)
-    ring_row = ring + where * CLASSES + classes
-    writable = classes < tl.where((where >= 0) & (where < RING), CLASSES, 0)
+    history_row = p_model_history + where * CLASSES + classes
+    writable = classes < tl.where((where >= 0) & (where < HISTORY), CLASSES, 0)
     if PROGRAMS == 1:
-        tl.debug_barrier()  # Every warp has read the ring before any warp writes it.
-        tl.store(ring_row, q_sum / batch, mask=writable)
+        tl.debug_barrier()  # Every warp has read the history before any warp writes it.
+        tl.store(history_row, q_sum / batch, mask=writable)
     else:
         # The last program to finish adds up the sums of all, always in the same order: no float atomics. The
-        # barrier puts this program's loads of the ring and its stores of sums before the count, whose release
+        # barrier puts this program's loads of the history and its stores of sums before the count, whose release
         # and acquire put them before whatever the last program does.
         tl.store(partial + tl.program_id(0) * CLASSES + classes, q_sum, mask=is_class)
         tl.debug_barrier()
@@ -177,18 +185,18 @@ def _guess_kernel(
                     ),
                     axis=0,
                 )
-            tl.store(ring_row, batch_sum / batch, mask=writable)
+            tl.store(history_row, batch_sum / batch, mask=writable)
 
 
-def guess_parameters(batch: int, classes: int, ring_rows: int) -> dict[str, Any]:
+def guess_parameters(batch: int, classes: int, history_rows: int) -> dict[str, Any]:
     """Choose the compile-time sizes and the number of warps for `batch` rows of `classes` logits."""
     block_l = max(triton.next_power_of_2(classes), 16)
     # All rows in one program if they fit (64 rows of 128 classes do): it needs neither scratch nor counter.
     block_b = min(triton.next_power_of_2(batch), max(_TILE // block_l, 1))
-    block_r = min(triton.next_power_of_2(ring_rows), max(_TILE // block_l, 1))
+    block_r = min(triton.next_power_of_2(history_rows), max(_TILE // block_l, 1))
     return {
         "CLASSES": classes,
-        "RING": ring_rows,
+        "HISTORY": history_rows,
         "BLOCK_B": block_b,
         "BLOCK_L": block_l,
         "BLOCK_R": block_r,
@@ -199,7 +207,7 @@ def guess_parameters(batch: int, classes: int, ring_rows: int) -> dict[str, Any]
 
 def launch_guess_labels(
     logits: torch.Tensor,
-    ring: torch.Tensor,
+    p_model_history: torch.Tensor,
     slot: torch.Tensor,
     label_marginal: torch.Tensor,
     temperature: float,
@@ -207,9 +215,9 @@ def launch_guess_labels(
 ) -> torch.Tensor:
     """Launch the Triton kernel; arguments and result as for `guess_labels`, unchecked."""
     batch, classes = logits.shape
-    parameters = guess_parameters(batch, classes, ring.shape[0])
+    parameters = guess_parameters(batch, classes, p_model_history.shape[0])
     programs = parameters["PROGRAMS"]
-    targets = _empty_targets(logits, ring, slot, label_marginal, temperature, align)
+    targets = _empty_targets(logits, p_model_history, slot, label_marginal, temperature, align)
     # A single program touches neither of the two: any tensor stands in, and nothing is allocated or zeroed.
     partial, finished = targets, slot
     if programs > 1:
@@ -217,7 +225,7 @@ def launch_guess_labels(
         finished = logits.new_zeros(1, dtype=torch.int32)
     _guess_kernel[(programs,)](
         logits,
-        ring,
+        p_model_history,
         slot,
         label_marginal,
         targets,
@@ -235,7 +243,7 @@ def launch_guess_labels(
 
 def _empty_targets(
     logits: torch.Tensor,
-    ring: torch.Tensor,
+    p_model_history: torch.Tensor,
     slot: torch.Tensor,
     label_marginal: torch.Tensor,
     temperature: float,
@@ -245,7 +253,9 @@ def _empty_targets(
 
 
 # see kernels/assemble.py
-torch.library.define("remixmatch::guess_labels", torch.library.infer_schema(launch_guess_labels, mutates_args={"ring"}))
+torch.library.define(
+    "remixmatch::guess_labels", torch.library.infer_schema(launch_guess_labels, mutates_args={"p_model_history"})
+)
 torch.library.impl("remixmatch::guess_labels", "cuda", launch_guess_labels)
 torch.library.impl("remixmatch::guess_labels", "cpu", guess_labels_reference)
 torch.library.register_fake("remixmatch::guess_labels", _empty_targets)

@@ -3,7 +3,7 @@
 ReMixMatch (ICLR 2020), section 3.2.2. The policy's whole state is one array of bin weights,
 `weights: (T, 2, 17) float64`, for T transformations of at most two parameters of at most 17 bins each.
 Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are
-`kernels/repaint.py`'s and the matrices of `warps.py`; all follow the one table below.
+`kernels/photometric.py`'s and the matrices of `geometric.py`; all follow the one table below.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def draw_bins(edges: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.nda
 
 
 def update_weights(
-    weights: np.ndarray, ops: np.ndarray, bins: np.ndarray, matches: np.ndarray, decay: float = DECAY
+    weights: np.ndarray, ops: np.ndarray, bins: np.ndarray, omega: np.ndarray, decay: float = DECAY
 ) -> np.ndarray:
     """Weights after one step's probes: `m_bin <- rho * m_bin + (1 - rho) * w`, for each bin used, in row order.
 
@@ -128,7 +128,7 @@ def update_weights(
         weights: (T, 2, 17) float64; not changed.
         ops: (B, 2) int64, the probes' transformations.
         bins: (B, 2, 2) int64, their bins, -1 where there is none.
-        matches: (B,) float, `w = 1 - 1/2 * sum |f_ema(x_probe) - p|`, in [0, 1].
+        omega: (B,) float, `w = 1 - 1/2 * sum |f_ema(x_probe) - p|`, in [0, 1].
         decay: rho.
 
     Returns:
@@ -138,9 +138,9 @@ def update_weights(
     # a bin may be used several times in a step, and the last use counts most: hence the loop, in order. It touches
     # cells through a memoryview, whose elements are Python's numbers and cost a fraction of an array's
     cells = updated.reshape(-1).data
-    row, turn, parameter = np.nonzero(bins >= 0)
-    used = (MAX_PARAMETERS * ops[row, turn] + parameter) * MAX_BINS + bins[row, turn, parameter]
-    gains = (1.0 - decay) * matches[row].astype(np.float64)
+    row, stage, parameter = np.nonzero(bins >= 0)
+    used = (MAX_PARAMETERS * ops[row, stage] + parameter) * MAX_BINS + bins[row, stage, parameter]
+    gains = (1.0 - decay) * omega[row].astype(np.float64)
     for cell, gain in zip(used.tolist(), gains.tolist(), strict=True):
         cells[cell] = decay * cells[cell] + gain
     return updated
@@ -153,7 +153,7 @@ class Probes:
     step: int
     ops: np.ndarray  # (B, 2) int64
     bins: np.ndarray  # (B, 2, 2) int64
-    matches: np.ndarray  # (B,) float32
+    omega: np.ndarray  # (B,) float32
 
 
 class CTAugmentPolicy:
@@ -188,18 +188,18 @@ class CTAugmentPolicy:
         known = sum(probes.step <= step - self.lag for probes in self.waiting)
         return self._after[known - 1] if known else self.weights
 
-    def observe(self, step: int, ops: np.ndarray, bins: np.ndarray, matches: np.ndarray) -> None:
+    def observe(self, step: int, ops: np.ndarray, bins: np.ndarray, omega: np.ndarray) -> None:
         """Hands in the probes of a finished step; steps come in order, none left out.
 
         Args:
             step: the step that ran them.
             ops: (B, 2) int64.
             bins: (B, 2, 2) int64, -1 where there is none.
-            matches: (B,) float32.
+            omega: (B,) float32.
         """
         if not self.learn:
             return
-        self._wait(Probes(step, ops, bins, matches))
+        self._wait(Probes(step, ops, bins, omega))
         self.weights = self.weights_for(step + 1)
         while self.waiting and self.waiting[0].step <= step + 1 - self.lag:
             del self.waiting[0], self._after[0]
@@ -207,7 +207,7 @@ class CTAugmentPolicy:
     def _wait(self, probes: Probes) -> None:
         newest = self._after[-1] if self._after else self.weights
         self.waiting.append(probes)
-        self._after.append(update_weights(newest, probes.ops, probes.bins, probes.matches))
+        self._after.append(update_weights(newest, probes.ops, probes.bins, probes.omega))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed policy needs, as arrays and integers."""

@@ -1,23 +1,25 @@
 """Views by DALI: CTAugment's eighteen transformations as one graph, the same for CPU and GPU; PIL is the oracle.
 
 ReMixMatch (ICLR 2020), section 3.2.2; every kernel, border and rounding is PIL's. For small images DALI's cost is per
-row and node, not per pixel: so rows do not travel down nineteen branches, once a turn. The graph of both turns is
+row and node, not per pixel: so rows do not go through nineteen branches for each of their two transformations. The
+graph has three nodes:
 
-    warp      where the first transformation is a rotation, a shear or a translation: conditional execution sends these
-              rows to one nearest-neighbour `fn.warp_affine`, with a matrix for each row
-    repaint   one torch function over all rows, by the functions of kernels/repaint.py: for rows whose first, second or
-              both transformations are point operations, filters, cutout or rescale
-    warp      as before, where the second transformation is one
+    geometric     where the first transformation is a rotation, a shear or a translation: conditional execution sends
+                  these rows to one nearest-neighbour `fn.warp_affine`, with a matrix for each row
+    photometric   one torch function over all rows, by the functions of kernels/photometric.py: for rows whose first,
+                  second or both transformations are point operations, filters, cutout or rescale
+    geometric     as before, where the second transformation is one
 
-which is every order of the two kinds. Repaint is torch because PIL's results do not follow from DALI's operators: DALI
-has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding,
-`fn.resize` has no HAMMING and repeats the border where PIL renormalises the kernel.
+These are all orders of the two kinds. The photometric node is torch because PIL's results do not follow from DALI's
+operators: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its
+rounding, `fn.resize` has no HAMMING and repeats the border where PIL renormalises the filter's taps.
 
 A weakly augmented image is a window of the image with its margin, so it is cut out where rows are looked up, as cheap
 as the look-up itself; in DALI a slice and a flip of small images would cost more than both transformations.
 
 On the CPU the result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels of rescale
-may differ, whose weights are sums of sines, and on a GPU pixels of a warp whose position is on the edge between two.
+may differ, whose weights are sums of sines, and on a GPU pixels of geometric transformations that come from the edge
+between two.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ from nvidia.dali.pipeline import do_not_convert
 from threadpoolctl import threadpool_limits
 
 from kernels.augment import weak_views
-from kernels.repaint import REPAINTS, Parameters, apply
-from pipelines import ctaugment, warps
+from kernels.photometric import PHOTOMETRIC, Parameters, apply
+from pipelines import ctaugment, geometric
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
@@ -76,7 +78,7 @@ class _Batch:
     Attributes:
         weak: (V, H, W, 3) uint8 on the CPU; on a GPU what `weak_views` takes, of which pixels are made there.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
-        parameters: (V, 2, 6) float32, see `warps.parameters`.
+        parameters: (V, 2, 6) float32, see `geometric.parameters`.
     """
 
     weak: Any
@@ -84,24 +86,24 @@ class _Batch:
     parameters: np.ndarray
 
 
-def _repainted(images: list[Any], given: _Batch) -> list[Any]:
+def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
     order = np.argsort(given.ops[:, 0], kind="stable")  # row of the plan that each row of the batch is
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
     batch = torch.cat([torch.from_dlpack(images[row]) for row in order.tolist()])
     batch = batch.view(len(images), -1, *batch.shape[1:])
     numbers = torch.from_numpy(given.parameters).to(batch.device)
-    for turn in range(OPS_PER_VIEW):
+    for stage in range(OPS_PER_VIEW):
         # one transformation's rows side by side, and at a time, which a core's cache holds
-        if turn:
-            by_op = np.argsort(given.ops[order, turn], kind="stable")
+        if stage:
+            by_op = np.argsort(given.ops[order, stage], kind="stable")
             order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
-        of_rows = numbers[torch.from_numpy(order).to(batch.device), turn, 1:5]
+        of_rows = numbers[torch.from_numpy(order).to(batch.device), stage, 1:5]
         level, second, centre = of_rows.split((1, 1, 2), dim=1)
         rows = Parameters(level[..., None, None], second[:, 0], centre)
         first = 0
-        for op, count in enumerate(np.bincount(given.ops[:, turn]).tolist()):
+        for op, count in enumerate(np.bincount(given.ops[:, stage]).tolist()):
             last = first + count
-            if count and ctaugment.NAMES[op] in REPAINTS:
+            if count and ctaugment.NAMES[op] in PHOTOMETRIC:
                 batch[first:last] = apply(ctaugment.NAMES[op], batch[first:last], rows.rows(first, last))
             first = last
     capsules: list[Any] = [None] * len(order)
@@ -110,8 +112,8 @@ def _repainted(images: list[Any], given: _Batch) -> list[Any]:
     return capsules
 
 
-def _repainter(waiting: deque[_Batch], device: str) -> Callable[[list[Any]], list[Any]]:
-    """The function of the repaint node, for DALI's threads.
+def _photometric_node(waiting: deque[_Batch], device: str) -> Callable[[list[Any]], list[Any]]:
+    """The function of the photometric node, for DALI's threads.
 
     It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
 
@@ -123,37 +125,37 @@ def _repainter(waiting: deque[_Batch], device: str) -> Callable[[list[Any]], lis
 
     @do_not_convert
     @torch.inference_mode()
-    def repainted(images: list[Any]) -> list[Any]:
+    def photometric(images: list[Any]) -> list[Any]:
         _one_thread()
-        return _repainted(images, waiting.popleft())
+        return _apply_photometric(images, waiting.popleft())
 
     @do_not_convert
     @torch.inference_mode()
-    def repainted_on_gpu(images: list[Any]) -> list[Any]:
+    def photometric_on_gpu(images: list[Any]) -> list[Any]:
         # a stream of this thread's own: the default one belongs to the training step, and may be under capture
         device = torch.cuda.current_device()
         if device not in _here.streams:
             _here.streams[device] = torch.cuda.Stream(device)
         stream = _here.streams[device]
         with torch.cuda.stream(stream):
-            capsules = _repainted(images, waiting.popleft())
+            capsules = _apply_photometric(images, waiting.popleft())
         stream.synchronize()
         return capsules
 
-    return repainted if device == "cpu" else repainted_on_gpu
+    return photometric if device == "cpu" else photometric_on_gpu
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(device: str, repainted: Callable[[list[Any]], list[Any]]) -> Any:
+def _graph(device: str, photometric: Callable[[list[Any]], list[Any]]) -> Any:
     view = fn.external_source(name="weak", layout="HWC", device=device)
-    is_warp = [fn.external_source(name=f"is_warp{turn}") for turn in range(OPS_PER_VIEW)]
-    matrix = [fn.external_source(name=f"matrix{turn}") for turn in range(OPS_PER_VIEW)]
-    if is_warp[0]:
+    is_geometric = [fn.external_source(name=f"is_geometric{stage}") for stage in range(OPS_PER_VIEW)]
+    matrix = [fn.external_source(name=f"matrix{stage}") for stage in range(OPS_PER_VIEW)]
+    if is_geometric[0]:
         view = fn.warp_affine(view, matrix=matrix[0], fill_value=0, interp_type=types.INTERP_NN)
     view = fn.dl_tensor_python_function(
-        view, device=device, function=repainted, batch_processing=True, output_layouts="HWC"
+        view, device=device, function=photometric, batch_processing=True, output_layouts="HWC"
     )
-    if is_warp[1]:
+    if is_geometric[1]:
         view = fn.warp_affine(view, matrix=matrix[1], fill_value=0, interp_type=types.INTERP_NN)
     return view
 
@@ -194,7 +196,7 @@ class DaliViews(Views):
         self._waiting: deque[_Batch] = deque()
         self._pipeline: Any = _graph(
             device,
-            _repainter(self._waiting, device),
+            _photometric_node(self._waiting, device),
             batch_size=rows,
             num_threads=threads,
             device_id=device_id if device == "gpu" else None,
@@ -213,7 +215,7 @@ class DaliViews(Views):
             self._pipeline.outputs()
 
     def _prepare(self, views: ViewPlan) -> _Batch:
-        numbers = warps.parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        numbers = geometric.parameters(views.ops, views.levels, views.centre, self.height, self.width)
         return _Batch(self._cut_out(views) if self.device == "cpu" else self._packed(views), views.ops, numbers)
 
     def _cut_out(self, views: ViewPlan) -> np.ndarray:
@@ -237,9 +239,9 @@ class DaliViews(Views):
                 image, dy, dx, flip = batch.weak.to(self._gpu, non_blocking=True)
                 weak = weak_views(self._images, image, torch.stack([dy, dx], dim=1), flip)
                 feed("weak", weak, cuda_stream=self._stream)
-        for turn in range(OPS_PER_VIEW):
-            feed(f"is_warp{turn}", warps.IS_WARP[batch.ops[:, turn]])
-            feed(f"matrix{turn}", np.ascontiguousarray(batch.parameters[:, turn]).reshape(-1, 2, 3))
+        for stage in range(OPS_PER_VIEW):
+            feed(f"is_geometric{stage}", geometric.IS_GEOMETRIC[batch.ops[:, stage]])
+            feed(f"matrix{stage}", np.ascontiguousarray(batch.parameters[:, stage]).reshape(-1, 2, 3))
         self._waiting.append(batch)
 
     def _begin(self, prepared: _Batch) -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from kernels.augment import CODES, MAX_SIDE, augment_views
-from pipelines import ctaugment, packed, warps
+from pipelines import ctaugment, geometric, packed
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
-# the kernel's number of each transformation; those that are no repainting are affine maps
-KERNEL_CODES = np.array([CODES.get(name, CODES["warp"]) for name in ctaugment.NAMES], dtype=np.int32)
+# the kernel's number of each transformation; those that are not photometric are affine maps
+KERNEL_CODES = np.array([CODES.get(name, CODES["affine"]) for name in ctaugment.NAMES], dtype=np.int32)
 
 
 # the kernel's arguments after the images: dtype, and shape of a row
@@ -79,7 +79,7 @@ class FusedViews(Views):
         into["shift"][:] = views.shift
         into["flip"][:] = views.flip
         into["ops"][:] = KERNEL_CODES.take(views.ops)
-        into["parameters"][:] = warps.parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        into["parameters"][:] = geometric.parameters(views.ops, views.levels, views.centre, self.height, self.width)
         return buffer
 
     def _begin(self, prepared: torch.Tensor) -> None:

@@ -108,7 +108,7 @@ class Plan:
         views: B * blocks view rows, in the order of the module's docstring.
         lam: (P,) float32 in [0.5, 1], one mixup coefficient a pool row.
         perm: (P,) int64, partner of each pool row.
-        turns: (B,) int64, quarter turns of each u_1 for the rotation task, a quarter of the batch each.
+        rotations: (B,) int64, multiples of 90 degrees for the rotation task, each for a quarter of the batch.
         probe_ops: (B, 2) int64, transformations of the probes.
         probe_bins: (B, 2, 2) int64, their bins, -1 where there is no such parameter.
     """
@@ -119,7 +119,7 @@ class Plan:
     views: ViewPlan
     lam: np.ndarray
     perm: np.ndarray
-    turns: np.ndarray
+    rotations: np.ndarray
     probe_ops: np.ndarray
     probe_bins: np.ndarray
 
@@ -236,7 +236,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
         views=ViewPlan(image, is_labeled, shift, flip, ops, levels, centre),
         lam=np.maximum(lam, 1.0 - lam).astype(np.float32),
         perm=mixup.permutation(pool),
-        turns=stream(seed, _ROTATION, step).permutation(np.arange(batch) % 4),
+        rotations=stream(seed, _ROTATION, step).permutation(np.arange(batch) % 4),
         probe_ops=probe_ops,
         probe_bins=probe_bins,
     )

@@ -2,7 +2,7 @@
 
 Who makes them, and on which device, is up to the classes of `pipelines/dali.py` and `pipelines/fused.py`; what both
 have in common is here. Views are a pure function of images and plan rows, so the same plan gives the same bytes
-whatever the number of threads and of batches in flight.
+whatever the number of threads and of pending batches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Views(ABC):
         rows: V, rows of every plan.
         max_shift: the largest shift that a plan may hold, in pixels; less than either side.
         device: "cpu" or "gpu", where views are made and left.
-        prefetch: how many batches may be in flight, at least 1.
+        prefetch: how many batches may be pending, at least 1.
 
     Raises:
         ValueError: images, rows, max_shift, device or prefetch are not as stated.
@@ -89,7 +89,7 @@ class Views(ABC):
         self.device = device
         self.prefetch = prefetch
         self._sets = sets
-        self._in_flight = 0
+        self._pending = 0
         self._closed = False
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Views(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Lets go of what views are made with and from; nothing is in flight."""
+        """Releases what views are made with and from; nothing is pending."""
 
     def _places(self, views: ViewPlan) -> np.ndarray:
         """Rows of the two sets one after the other: (V,) int64."""
@@ -135,14 +135,14 @@ class Views(ABC):
         """Hands over a batch: what `prepare` made of its plan.
 
         Raises:
-            RuntimeError: `prefetch` batches are in flight already, or the pipeline is closed.
+            RuntimeError: `prefetch` batches are pending already, or the pipeline is closed.
         """
         if self._closed:
             raise RuntimeError("the view pipeline is closed")
-        if self._in_flight >= self.prefetch:
-            raise RuntimeError(f"{self.prefetch} batches are in flight already: collect one first")
+        if self._pending >= self.prefetch:
+            raise RuntimeError(f"{self.prefetch} batches are pending already: collect one first")
         self._begin(prepared)
-        self._in_flight += 1
+        self._pending += 1
 
     def collect(self) -> torch.Tensor:
         """Views of the oldest batch handed over, in its plan's row order.
@@ -152,17 +152,17 @@ class Views(ABC):
             is ready for torch's current stream, without the host having waited.
 
         Raises:
-            RuntimeError: nothing is in flight.
+            RuntimeError: nothing is pending.
         """
-        if not self._in_flight:
-            raise RuntimeError("no batch is in flight: submit a plan first")
+        if not self._pending:
+            raise RuntimeError("no batch is pending: submit a plan first")
         views = self._finish()
-        self._in_flight -= 1
+        self._pending -= 1
         return views
 
     def close(self) -> None:
-        """Waits for batches in flight and lets the pipeline go; may be called twice."""
-        while self._in_flight:
+        """Waits for pending batches and releases the pipeline; may be called twice."""
+        while self._pending:
             self.collect()
         if not self._closed:
             self._closed = True

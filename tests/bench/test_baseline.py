@@ -29,17 +29,17 @@ def test_a_batch_has_the_views_of_a_step():
     assert x.dtype == weak.dtype == strong.dtype == torch.uint8
 
 
-def test_a_step_moves_network_average_and_marginals():
+def test_a_step_moves_network_ema_model_and_marginals():
     trained = baseline.Baseline(tiny(), 10, CPU)
     before = [p.clone() for p in trained.network.parameters()]
     batch = one_batch(tiny())
     losses = [trained.step(*batch) for _ in range(2)]
     assert trained.steps == 2 and all(loss.isfinite() for loss in losses)
     assert all((p != b).any() for p, b in zip(trained.network.parameters(), before, strict=True) if p.ndim > 1)
-    averaged = [p for p in trained.average.parameters() if p.ndim > 1]
+    averaged = [p for p in trained.ema_model.parameters() if p.ndim > 1]
     assert all((p != b).any() for p, b in zip(averaged, [b for b in before if b.ndim > 1], strict=True))
-    assert (trained.ring[:2].sum(1) - 1).abs().max() < 1e-5 and (trained.ring[2:] == 0.1).all()
-    assert (trained.ring[:2] != 0.1).any() and trained.p_data.sum().item() == pytest.approx(1)
+    assert (trained.p_model_history[:2].sum(1) - 1).abs().max() < 1e-5 and (trained.p_model_history[2:] == 0.1).all()
+    assert (trained.p_model_history[:2] != 0.1).any() and trained.p_data.sum().item() == pytest.approx(1)
 
 
 def run(tmp_path, **options):

@@ -18,9 +18,9 @@ def size_of(*tensors):
 
 def test_moved_bytes_are_those_of_arguments_and_result():
     guess = kernels.guess_case(TINY, CPU)
-    logits, ring, slot, marginal, temperature = guess.arguments()
-    result = guess.operation(logits, ring, slot, marginal, temperature)
-    assert guess.moved == size_of(logits, ring, ring[0], marginal, result)
+    logits, p_model_history, slot, marginal, temperature = guess.arguments()
+    result = guess.operation(logits, p_model_history, slot, marginal, temperature)
+    assert guess.moved == size_of(logits, p_model_history, p_model_history[0], marginal, result)
     assemble = kernels.assemble_case(TINY, CPU)
     arguments = assemble.arguments()
     assert assemble.moved == size_of(*arguments, assemble.operation(*arguments))

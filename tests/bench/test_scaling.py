@@ -13,7 +13,7 @@ from bench import records, report, scaling, scaling_rank
 from bench.scaling import Group
 from bench.scaling_rank import CaseSpec, Job
 from bench.throughput import Case, base_config
-from engine import distribution
+from engine import distributed
 from engine.config import preset
 from engine.errors import UserError
 
@@ -42,7 +42,7 @@ def in_this_process(monkeypatch, job):
         try:
             return scaling_rank.work(Job.from_json(job.to_json()))
         finally:
-            distribution.stop()
+            distributed.stop()
 
 
 def run(tmp_path, **options):
@@ -110,7 +110,7 @@ def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
         recorded.append(("all-gather", gathered.nbytes))
         gathered.copy_(torch.cat([rows, rows]))
 
-    monkeypatch.setattr(distribution, "ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", all_gather)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: recorded.append(("all-reduce", t.nbytes)))
     config = dataclasses.replace(tiny(), method=method)

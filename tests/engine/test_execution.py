@@ -45,7 +45,7 @@ def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
         run.train(tiny(deterministic=deterministic), folder, quiet=True)
         assert chosen() == (not deterministic, not deterministic)
         set_numerics(not deterministic)
-        run.load_average(folder)
+        run.load_ema_model(folder)
         assert chosen() == (not deterministic, not deterministic)
     one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -58,6 +58,6 @@ def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(tiny, tmp_path):
     for name in ("one", "two"):
         run.train(tiny(deterministic=True, device="cuda", steps=20, checkpoint_every=20), tmp_path / name, quiet=True)
         states.append(final_state(tmp_path / name)[1]["state"])
-    for network in ("network", "average"):
+    for network in ("network", "ema_model"):
         for name, value in states[0][network].items():
             assert torch.equal(value, states[1][network][name]), (network, name)

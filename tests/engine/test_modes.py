@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import distribution, optimizers
+from engine import distributed, optimizers
 from engine.capture import CapturedStep, Snapshot
 from engine.errors import UserError
 from engine.execution import pick_mode, pick_precision, pick_views
@@ -116,12 +116,15 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
             p.grad = torch.randn(p.shape, generator=chance)
         state.scaler.scale(torch.zeros(()))  # which makes the scale's tensor
         state.scaler.step(state.optimizer)
-        state.ring.fill_(3.0)
+        state.p_model_history.fill_(3.0)
         state.step += 1
         state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 8.0})
         snapshot.restore()
         assert [p.data_ptr() for p in state.network.parameters()] == addresses
-        assert torch.equal(state.ring, fresh.ring) and state.scaler.get_scale() == fresh.scaler.get_scale()
+        assert (
+            torch.equal(state.p_model_history, fresh.p_model_history)
+            and state.scaler.get_scale() == fresh.scaler.get_scale()
+        )
         for a, b in zip(state.network.state_dict().values(), fresh.network.state_dict().values(), strict=True):
             assert torch.equal(a, b)
         moments = state.optimizer.state_dict()["state"].values()
@@ -156,7 +159,7 @@ def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
     )
     own = first.clone()
     own.packed.copy_(second.packed)
-    for name in ("source", "partner", "lam", "turns", "target", "partner_target", "labels"):
+    for name in ("source", "partner", "lam", "rotations", "target", "partner_target", "labels"):
         assert torch.equal(getattr(own, name), getattr(second, name)), name
     assert not torch.equal(first.labels, second.labels), "the example is left alone"
 
@@ -186,13 +189,13 @@ def apex(monkeypatch):
     for name in ("apex", "apex.optimizers", "amp_C"):
         monkeypatch.setitem(sys.modules, name, None)
 
-    def install(*names, distribution=True):
+    def install(*names, packaged=True):
         for name in names:
             module = types.ModuleType(name)
             if name == "apex.optimizers":
                 module.FusedAdam = torch.optim.Adam
             monkeypatch.setitem(sys.modules, name, module)
-        if distribution:
+        if packaged:
             monkeypatch.setattr(optimizers, "version", lambda name: "0.1")
 
     return install
@@ -200,13 +203,13 @@ def apex(monkeypatch):
 
 def test_apex_is_asked_for_by_its_right_name(tiny, apex):
     config = tiny(optimizer="apex")
-    for names, distributed, words in [
+    for names, packaged, words in [
         ((), False, "apex is not installed; build NVIDIA/apex from source"),
         (("apex",), True, "is not NVIDIA's: pip uninstall apex; build NVIDIA/apex"),
         (("apex", "apex.optimizers"), True, "without its CUDA extensions; build NVIDIA/apex"),
         (("apex", "apex.optimizers", "amp_C"), True, "needs a GPU"),
     ]:
-        apex(*names, distribution=distributed)
+        apex(*names, packaged=packaged)
         with pytest.raises(UserError, match=words):
             make_state(config, CLASSES, CPU)
 
@@ -313,11 +316,11 @@ def test_a_captured_step_in_a_group_of_one_agrees_with_an_eager_one_without(tiny
     """DistributedDataParallel and NCCL's collectives inside the graph."""
     device = torch.device("cuda", 0)
     alone, _ = trained(tiny(device="cuda"), "eager", 100, device)
-    distribution.start(device, timeout=60, alone=True)
+    distributed.start(device, timeout=60, alone=True)
     try:
         grouped, _ = trained(tiny(device="cuda", gradients=gradients), "graph", 100, device)
     finally:
-        distribution.stop()
+        distributed.stop()
     assert_same_trajectory(alone, grouped, torch.float32 if gradients == "fp32" else torch.bfloat16)
 
 

@@ -1,4 +1,4 @@
-"""The networks of the specification, and batch norm over groups."""
+"""The paper's networks, and batch norm over groups."""
 
 import math
 
@@ -21,8 +21,8 @@ def test_shapes_strides_and_heads():
     network = WideResNet(7, scales=3, blocks=2, width=8)
     sizes = []
     network.norm.register_forward_hook(lambda module, args, output: sizes.append(output.shape))
-    logits, turns = network(torch.randn(2, 3, 32, 32))
-    assert logits.shape == (2, 7) and turns.shape == (2, 4)
+    logits, rotation_logits = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7) and rotation_logits.shape == (2, 4)
     assert sizes == [(2, 32, 8, 8)]
     assert network.stem.out_channels == 16
     assert [block.conv1.stride[0] for block in network.body] == [1, 1, 2, 1, 2, 1]

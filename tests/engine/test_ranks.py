@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from engine import cli, distribution
+from engine import cli, distributed
 from engine.errors import UserError
 from engine.progress import ProgressLine, read_metrics
 from engine.trainer import Trainer, digests
@@ -131,15 +131,21 @@ def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypa
     try:
         trainer.advance()
         own = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
-        assert {"network.stem.weight", "ring", "step", "policy.weights", "optimizer.state.0.exp_avg"} <= own.keys()
+        assert {
+            "network.stem.weight",
+            "p_model_history",
+            "step",
+            "policy.weights",
+            "optimizer.state.0.exp_avg",
+        } <= own.keys()
         with torch.no_grad():  # a bit of one element
             trainer.state.network.stem.weight[0, 0, 0, 0] *= 1 + 2**-20
         changed = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
         assert [name for name in own if own[name] != changed[name]] == ["network.stem.weight"]
-        monkeypatch.setattr(distribution, "everyones", lambda mine: [own, own, mine])
+        monkeypatch.setattr(distributed, "everyones", lambda mine: [own, own, mine])
         with pytest.raises(UserError, match=r"differ after step 0: rank 2 has another network.stem.weight than rank 0"):
             trainer._compare_ranks()
-        monkeypatch.setattr(distribution, "everyones", lambda mine: [mine, mine])
+        monkeypatch.setattr(distributed, "everyones", lambda mine: [mine, mine])
         trainer._compare_ranks()
     finally:
         trainer.end()

@@ -23,9 +23,9 @@ def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
     for rank, share in enumerate(shares):
         assert set(share.images) == set(range(rank, 24, ranks))
         assert set(share.pool % 24) == set(share.images)
-        assert share.parts == parts // ranks
+        assert share.accumulation_steps == parts // ranks
         assert len(share.labeled) == 24 // parts and len(share.unlabeled) == 3 * 24 // parts
-        for part in share.pool.reshape(share.parts, -1):
+        for part in share.pool.reshape(share.accumulation_steps, -1):
             assert (part[share.labeled] < 24).all() and (part[share.unlabeled] >= 24).all()
 
 
@@ -58,8 +58,12 @@ def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
             share = arrange(spec, groups, rank, ranks, parts)
             views = np.concatenate([arrange(spec, groups, each, ranks, parts).views for each in range(ranks)])
             step = step_plan(share, plan, np.zeros(32, np.int64))
-            trained = views[step.source[: -2 * len(share.images)]].reshape(share.parts, -1)
-            pairs = zip(share.pool.reshape(share.parts, -1), share.images.reshape(share.parts, -1), strict=True)
+            trained = views[step.source[: -2 * len(share.images)]].reshape(share.accumulation_steps, -1)
+            pairs = zip(
+                share.pool.reshape(share.accumulation_steps, -1),
+                share.images.reshape(share.accumulation_steps, -1),
+                strict=True,
+            )
             for part, (pool, images) in zip(range(rank, parts, ranks), pairs, strict=True):
                 same = (share.labeled, share.unlabeled, trained[part // ranks], pool, images)
                 for array, other in zip(same, rows.setdefault(part, same), strict=True):
@@ -79,25 +83,25 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
     for share in shares:
         step = step_plan(share, plan, labels)
         source, partner = gathered[step.source], gathered[step.partner]
-        trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.parts)
+        trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.accumulation_steps)
         passed = slice(len(share.pool) + 2 * len(share.images), None)
-        pools, images = np.split(share.pool, share.parts), np.split(share.images, share.parts)
+        pools, images = np.split(share.pool, share.accumulation_steps), np.split(share.images, share.accumulation_steps)
         for rows, pool, own in zip(trained, pools, images, strict=True):
-            mixed, first, turned = np.split(rows, [len(pool), len(pool) + len(own)])
+            mixed, first, rotated = np.split(rows, [len(pool), len(pool) + len(own)])
             np.testing.assert_array_equal(source[mixed], pool)
             np.testing.assert_array_equal(partner[mixed], plan.perm[pool])
             np.testing.assert_array_equal(step.lam[mixed], plan.lam[pool])
             np.testing.assert_array_equal(source[first], own + 2 * 24)
-            np.testing.assert_array_equal(source[turned], own + 2 * 24)
-            np.testing.assert_array_equal(step.turns[turned], plan.turns[own])
-            assert not step.turns[mixed].any() and not step.turns[first].any()
-            unmixed = np.concatenate([first, turned])
+            np.testing.assert_array_equal(source[rotated], own + 2 * 24)
+            np.testing.assert_array_equal(step.rotations[rotated], plan.rotations[own])
+            assert not step.rotations[mixed].any() and not step.rotations[first].any()
+            unmixed = np.concatenate([first, rotated])
             np.testing.assert_array_equal(partner[unmixed], source[unmixed])
             assert (step.lam[unmixed] == 1).all()
         expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak, probe
         np.testing.assert_array_equal(source[passed], expected)
         np.testing.assert_array_equal(partner[passed], expected)
-        assert (step.lam[passed] == 1).all() and not step.turns[passed].any()
+        assert (step.lam[passed] == 1).all() and not step.rotations[passed].any()
         # all K + 1 views of an image share its one target
         for rows, target in ((share.pool, step.target), (plan.perm[share.pool], step.partner_target)):
             np.testing.assert_array_equal(known[target], np.where(rows < 24, rows, 100 + rows % 24))
@@ -111,4 +115,4 @@ def test_supervised_rows_are_the_labeled_pool_and_the_probes():
     rows = arrange(spec, 1, 0, 1, 1)
     step = step_plan(rows, plan, np.zeros(8, np.int64))
     np.testing.assert_array_equal(step.source, np.arange(16))
-    assert len(rows.unlabeled) == 0 and step.target.max() < 8 and not step.turns.any()
+    assert len(rows.unlabeled) == 0 and step.target.max() < 8 and not step.rotations.any()

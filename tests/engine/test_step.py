@@ -1,4 +1,4 @@
-"""The step against the specification, written out a second time from section 1 with plain loops and formulas."""
+"""The step against the paper's algorithm 1, written out a second time with plain loops and formulas."""
 
 import copy
 import dataclasses
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.rows import arrange, step_plan
-from engine.step import METRICS, RING_ROWS, Step, StepInput, decayed_parameters, make_state
+from engine.step import LOSSES, METRICS, P_MODEL_STEPS, Step, StepInput, decayed_parameters, make_state
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
 
@@ -30,9 +30,9 @@ class Bench:
         self.state = make_state(config, CLASSES, CPU)
         # neither network nor marginals at their start, where much would cancel
         rng = torch.Generator().manual_seed(1)
-        for p in [*self.state.network.parameters(), *self.state.average.parameters()]:
+        for p in [*self.state.network.parameters(), *self.state.ema_model.parameters()]:
             p.data += 0.1 * torch.randn(p.shape, generator=rng)
-        self.state.ring.copy_(torch.rand(RING_ROWS, CLASSES, generator=rng).softmax(-1))
+        self.state.p_model_history.copy_(torch.rand(P_MODEL_STEPS, CLASSES, generator=rng).softmax(-1))
         self.state.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
         self.state.step.fill_(start)
         self.plan = make_plan(self.spec, 0, start, initial_weights())
@@ -47,7 +47,7 @@ class Bench:
 
 
 def reference(bench):
-    """Section 1 of the specification, one image at a time where it says so; returns what should be afterwards."""
+    """The paper's algorithm 1, one image at a time where it says so; returns what should be afterwards."""
     c, plan, before = bench.config, bench.plan, copy.deepcopy(bench.state)
     batch, step = c.batch, int(before.step)
     x = (bench.views.double() / 127.5 - 1).permute(0, 3, 1, 2).float()
@@ -61,16 +61,16 @@ def reference(bench):
     # 2 guess, 3 alignment, 4 sharpening
     if c.unlabeled:
         q = frozen(x[batch : 2 * batch])[0].softmax(-1).detach().double().numpy()
-        p, p_model = before.label_marginal.double().numpy(), before.ring.double().numpy().mean(0)
+        p, p_model = before.label_marginal.double().numpy(), before.p_model_history.double().numpy().mean(0)
         guesses = np.empty_like(q)
         for i in range(batch):
             aligned = q[i] * (p + 1e-6) / (p_model + 1e-6) if c.align else q[i]
             aligned = aligned / aligned.sum()
             sharp = aligned ** (1 / c.temperature)
             guesses[i] = sharp / sharp.sum()
-        ring = before.ring.double().numpy().copy()
-        ring[step % 128] = q.mean(0)
-        expected["ring"] = ring
+        p_model_history = before.p_model_history.double().numpy().copy()
+        p_model_history[step % 128] = q.mean(0)
+        expected["p_model_history"] = p_model_history
         pool_targets = np.concatenate([one_hot] + [guesses] * (c.k + 1))
     else:
         pool_targets = one_hot
@@ -85,8 +85,8 @@ def reference(bench):
     images, targets = torch.stack(images), torch.tensor(np.array(targets)).float()
 
     # 9 probes, on f_ema in evaluation mode
-    probes = before.average(x[-batch:])[0].softmax(-1).double().numpy()
-    expected["matches"] = 1 - 0.5 * np.abs(probes - one_hot).sum(-1)
+    probes = before.ema_model(x[-batch:])[0].softmax(-1).double().numpy()
+    expected["omega"] = 1 - 0.5 * np.abs(probes - one_hot).sum(-1)
 
     # 6 losses; one joint pass
     def cross_entropy(logits, t):
@@ -94,14 +94,14 @@ def reference(bench):
 
     if c.unlabeled:
         first = x[2 * batch : 3 * batch]
-        turned = torch.stack([torch.rot90(first[i], int(plan.turns[i]), (1, 2)) for i in range(batch)])
-        logits, rotations = network(torch.cat([images, first, turned]))
+        rotated = torch.stack([torch.rot90(first[i], int(plan.rotations[i]), (1, 2)) for i in range(batch)])
+        logits, rotation_logits = network(torch.cat([images, first, rotated]))
         pool = len(images)
         ramp = min(1.0, step * batch / 1024 / c.ramp_kimg)
         loss_x = cross_entropy(logits[:batch], targets[:batch])
         loss_u = cross_entropy(logits[batch:pool], targets[batch:])
         loss_u1 = cross_entropy(logits[pool : pool + batch], torch.tensor(guesses).float())
-        loss_rot = F.cross_entropy(rotations[pool + batch :], torch.tensor(plan.turns))
+        loss_rot = F.cross_entropy(rotation_logits[pool + batch :], torch.tensor(plan.rotations))
         loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
         terms = [loss, loss_x, loss_u, loss_u1, loss_rot]
     else:
@@ -111,8 +111,8 @@ def reference(bench):
 
     # 7 update: Adam's first step by hand, then the decoupled decay of kernels alone
     loss.backward()
-    expected["parameters"], expected["average"] = {}, {}
-    for (name, p), a in zip(network.named_parameters(), before.average.parameters(), strict=True):
+    expected["parameters"], expected["ema_model"] = {}, {}
+    for (name, p), a in zip(network.named_parameters(), before.ema_model.parameters(), strict=True):
         new = p.data.double()
         if p.grad is not None:
             if p.ndim > 1:
@@ -120,7 +120,7 @@ def reference(bench):
             g = p.grad.double()
             new = new - 0.002 * g / (g.abs() + 1e-8)
         expected["parameters"][name] = new
-        expected["average"][name] = c.ema_decay * a.data.double() + (1 - c.ema_decay) * new  # 8
+        expected["ema_model"][name] = c.ema_decay * a.data.double() + (1 - c.ema_decay) * new  # 8
     expected["buffers"] = dict(network.named_buffers())
     return expected
 
@@ -131,27 +131,27 @@ def reference(bench):
     [dict(), dict(k=5, w_rot=2.0, w_u1=0.0), dict(align=False, temperature=1.0), dict(method="supervised")],
     ids=lambda changes: ",".join(changes) or "remixmatch",
 )
-def test_step_computes_the_specification(tiny, changes, start):
+def test_step_computes_the_papers_algorithm(tiny, changes, start):
     bench = Bench(tiny(**changes), start)
     expected = reference(bench)
     output = bench.run()
     state = bench.state
     metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
-    np.testing.assert_allclose([metrics[m] for m in METRICS[:5]], expected["losses"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(output.matches.numpy(), expected["matches"], atol=1e-5)
+    np.testing.assert_allclose([metrics[m] for m in LOSSES], expected["losses"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output.omega.numpy(), expected["omega"], atol=1e-5)
     np.testing.assert_allclose(state.label_marginal.numpy(), expected["label_marginal"], atol=1e-6)
-    if "ring" in expected:
-        np.testing.assert_allclose(state.ring.numpy(), expected["ring"], atol=1e-6)
+    if "p_model_history" in expected:
+        np.testing.assert_allclose(state.p_model_history.numpy(), expected["p_model_history"], atol=1e-6)
     for name, p in state.network.named_parameters():
         # a gradient near 0 may change sign with the order of a sum, and Adam's first step is its sign
         moved = (p.double() - expected["parameters"][name]).abs()
         assert (moved > 1e-5).double().mean() < 0.02, name
         assert moved.max() < 2 * 0.002 + 1e-5, name
-    for name, p in state.average.named_parameters():
-        assert ((p.double() - expected["average"][name]).abs() > 1e-6).double().mean() < 0.02, name
+    for name, p in state.ema_model.named_parameters():
+        assert ((p.double() - expected["ema_model"][name]).abs() > 1e-6).double().mean() < 0.02, name
     for name, buffer in state.network.named_buffers():
         torch.testing.assert_close(buffer, expected["buffers"][name], atol=1e-5, rtol=1e-4)
-        assert torch.equal(buffer, dict(state.average.named_buffers())[name])
+        assert torch.equal(buffer, dict(state.ema_model.named_buffers())[name])
     assert int(state.step) == start + 1
 
 
@@ -165,14 +165,16 @@ def test_ramp_rises_linearly_over_the_kimg_of_the_configuration(tiny):
 def test_ring_starts_uniform_holds_128_steps_and_forgets_the_oldest(tiny):
     bench = Bench(tiny())
     fresh = make_state(bench.config, CLASSES, CPU)
-    assert fresh.ring.shape == (128, CLASSES) and torch.equal(fresh.ring, torch.full((128, CLASSES), 0.2))
+    assert fresh.p_model_history.shape == (128, CLASSES) and torch.equal(
+        fresh.p_model_history, torch.full((128, CLASSES), 0.2)
+    )
     assert torch.equal(fresh.label_marginal, torch.full((CLASSES,), 0.2))
-    bench.state.ring.fill_(0.2)
+    bench.state.p_model_history.fill_(0.2)
     for step in (0, 1, 127, 128):
         bench.state.step.fill_(step)
-        before = bench.state.ring.clone()
+        before = bench.state.p_model_history.clone()
         bench.run()
-        changed = (bench.state.ring != before).any(1).nonzero().flatten().tolist()
+        changed = (bench.state.p_model_history != before).any(1).nonzero().flatten().tolist()
         assert changed == [step % 128]
 
 
@@ -195,15 +197,15 @@ def test_kernels_decay_and_nothing_else_does(tiny):
     assert len(kernels) + len(others) == len(names)
 
 
-def test_guess_comes_from_the_live_network_and_probes_from_the_average(tiny):
+def test_guess_comes_from_the_live_network_and_probes_from_the_ema_model(tiny):
     first, second, third = Bench(tiny()), Bench(tiny()), Bench(tiny())
     with torch.no_grad():
-        second.state.average.head.bias += torch.arange(CLASSES)
+        second.state.ema_model.head.bias += torch.arange(CLASSES)
         third.state.network.head.bias += torch.arange(CLASSES)
     a, b, c = first.run(), second.run(), third.run()
-    assert torch.equal(a.metrics[:5], b.metrics[:5]) and not torch.equal(a.matches, b.matches)
-    assert torch.equal(first.state.ring, second.state.ring)
-    assert torch.equal(a.matches, c.matches) and not torch.equal(first.state.ring, third.state.ring)
+    assert torch.equal(a.metrics[: len(LOSSES)], b.metrics[: len(LOSSES)]) and not torch.equal(a.omega, b.omega)
+    assert torch.equal(first.state.p_model_history, second.state.p_model_history)
+    assert torch.equal(a.omega, c.omega) and not torch.equal(first.state.p_model_history, third.state.p_model_history)
 
 
 def test_split_batch_norm_is_the_papers_separate_passes(tiny):
@@ -221,10 +223,10 @@ def test_split_batch_norm_is_the_papers_separate_passes(tiny):
     first = x[2 * batch : 3 * batch]
     rotation_logits = torch.empty(batch, 4)
     for part in (0, 1):
-        turned = torch.stack([torch.rot90(first[i], int(plan.turns[i]), (1, 2)) for i in range(part, batch, 2)])
-        rotation_logits[part::2] = network(turned)[1].detach()
+        rotated = torch.stack([torch.rot90(first[i], int(plan.rotations[i]), (1, 2)) for i in range(part, batch, 2)])
+        rotation_logits[part::2] = network(rotated)[1].detach()
     metrics = dict(zip(METRICS, bench.run().metrics.tolist(), strict=True))
-    expected = F.cross_entropy(rotation_logits, torch.tensor(plan.turns)).item()
+    expected = F.cross_entropy(rotation_logits, torch.tensor(plan.rotations)).item()
     assert metrics["loss_rot"] == pytest.approx(expected, rel=1e-4)
     targets = np.eye(CLASSES)[bench.labels]
     rows = [i for i in range(batch) if plan.perm[i] < batch]  # labeled rows mixed with labeled rows: known targets
@@ -246,7 +248,7 @@ def test_micro_batches_of_whole_groups_are_one_pass_over_groups(tiny, method):
     for _ in range(2):
         outputs = whole.run(), parts.run()
         torch.testing.assert_close(*(output.metrics for output in outputs), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(*(output.matches for output in outputs), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(*(output.omega for output in outputs), atol=1e-6, rtol=1e-6)
         tensors = (bench.state.network.state_dict() for bench in (whole, parts))
         for (name, one), other in zip(next(tensors).items(), next(tensors).values(), strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6, msg=name)
@@ -266,7 +268,11 @@ def guesses_of(bench, x):
     q = torch.empty(batch, CLASSES)
     for part in (0, 1):
         q[part::2] = fresh.state.network(x[batch + part : 2 * batch : 2])[0].softmax(-1).detach()
-    q = q.double().numpy() * (fresh.state.label_marginal.numpy() + 1e-6) / (fresh.state.ring.numpy().mean(0) + 1e-6)
+    q = (
+        q.double().numpy()
+        * (fresh.state.label_marginal.numpy() + 1e-6)
+        / (fresh.state.p_model_history.numpy().mean(0) + 1e-6)
+    )
     q = (q / q.sum(-1, keepdims=True)) ** 2
     return q / q.sum(-1, keepdims=True)
 

@@ -332,12 +332,12 @@ def check_finished(run, content):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json",
-        "curves.png", "views.png", "average.safetensors",
+        "curves.png", "views.png", "ema.safetensors",
     }  # fmt: skip
     for picture in ("curves.png", "views.png"):
         assert (run / picture).read_bytes().endswith(b"IEND\xaeB`\x82"), picture
-    average = load_file(run / "average.safetensors")
-    assert differing_bits(average, {name: content["state"]["average"][name] for name in average}) == 0
+    ema_model = load_file(run / "ema.safetensors")
+    assert differing_bits(ema_model, {name: content["state"]["ema_model"][name] for name in ema_model}) == 0
     assert not list(run.rglob("*.partial"))
 
 

@@ -1,4 +1,4 @@
-"""`assemble_batch`: the specification in float64, the PyTorch twin, the kernel and the operator agree."""
+"""`assemble_batch`: the formula in float64, the PyTorch twin, the kernel and the operator agree."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def implementation(request, interpreter):
 
 
 def problem(rows, height, width=None, pool=7, device="cpu") -> Problem:
-    """Draw all but the dtype: views (P, H, W, 3), rows of every turn, some lam 1 or 0.5, some own partner."""
+    """Draw all but the dtype: views (P, H, W, 3), rows of every rotation, some lam 1 or 0.5, some own partner."""
     width = width or height
     generator = torch.Generator().manual_seed(1000 * height + rows)
     views = torch.randint(256, (pool, height, width, 3), dtype=torch.uint8, generator=generator)
@@ -37,17 +37,17 @@ def problem(rows, height, width=None, pool=7, device="cpu") -> Problem:
     lam[2::5] = 1.0
     lam[3::5] = 0.5
     partner[4::7] = source[4::7]
-    turns = torch.arange(rows) % 4 if width == height else torch.arange(rows) % 2 * 2
+    rotations = torch.arange(rows) % 4 if width == height else torch.arange(rows) % 2 * 2
     mean, std = torch.tensor((MEAN, STD), device=device)
-    views, lam, turns = views.to(device), lam.to(device), turns.to(device)
-    return views, source.to(device), partner.to(device), lam, turns, mean, std
+    views, lam, rotations = views.to(device), lam.to(device), rotations.to(device)
+    return views, source.to(device), partner.to(device), lam, rotations, mean, std
 
 
-def assemble_in_float64(views, source, partner, lam, turns, mean, std):
+def assemble_in_float64(views, source, partner, lam, rotations, mean, std):
     """Compute (N, H, W, 3) row by row, by the formula as it stands and `numpy.rot90`."""
     views, mean, std = views.double().numpy(), mean.double().numpy(), std.double().numpy()
     rows = []
-    for i, j, weight, k in zip(source, partner, lam.double(), turns, strict=True):
+    for i, j, weight, k in zip(source, partner, lam.double(), rotations, strict=True):
         mixed = float(weight) * (views[i] - mean) / std + (1 - float(weight)) * (views[j] - mean) / std
         rows.append(np.rot90(mixed, int(k)))
     return np.stack(rows)
@@ -76,21 +76,21 @@ SIZES = ((1, 5), (3, 13), (5, 29), (16, 21), (28, 10), (32, 37), (37, 8), (96, 4
     + [(*size, dtype) for size in (SIZES[2], SIZES[4]) for dtype in (torch.bfloat16, torch.float16)],
     ids=str,
 )
-def test_specification(implementation, side, rows, dtype):
+def test_formula(implementation, side, rows, dtype):
     case = problem(rows, side)
     # The interpreter casts to bfloat16 by cutting off. (A GPU rounds: see test_compile_ahead.)
     cuts = dtype is torch.bfloat16 and implementation is not assemble_batch_reference
     assert_assembled(implementation(*case, dtype), case, dtype, rounding=2.0 if cuts else 1.0)
 
 
-@pytest.mark.parametrize("turn", range(4))
-def test_unmixed_row_is_its_source(implementation, turn):
+@pytest.mark.parametrize("rotation", range(4))
+def test_unmixed_row_is_its_source(implementation, rotation):
     """With lam = 1, or with itself as partner, a row is exactly its source, whatever partner or lam say."""
     views, source, _, lam, _, _, _ = problem(12, 8)
-    turns, mean, std = torch.full((12,), turn), torch.zeros(3), torch.ones(3)
+    rotations, mean, std = torch.full((12,), rotation), torch.zeros(3), torch.ones(3)
     for partner, weight in ((source.flip(0).contiguous(), torch.ones(12)), (source, lam)):
-        batch = implementation(views, source, partner, weight, turns, mean, std, torch.float32)
-        expected = torch.rot90(views[source], turn, dims=(1, 2)).permute(0, 3, 1, 2).float()
+        batch = implementation(views, source, partner, weight, rotations, mean, std, torch.float32)
+        expected = torch.rot90(views[source], rotation, dims=(1, 2)).permute(0, 3, 1, 2).float()
         if implementation is not assemble_batch_reference:
             assert torch.equal(batch, expected)
         else:
@@ -105,23 +105,23 @@ def test_half_turn_of_a_rectangle(implementation, height, width):
 
 
 def test_quarter_turn_of_a_rectangle(interpreter):
-    """A CPU refuses it; the kernel, which cannot, stays inside the image: it does the half turns only."""
+    """A CPU refuses it; the kernel, which cannot, stays inside the image: it does those by 180 degrees only."""
     views, source, partner, lam, _, mean, std = problem(4, 4, 6)
-    turns = torch.tensor([0, 1, 2, 3])
-    with pytest.raises(ValueError, match="quarter turns need square images, got 4 x 6"):
-        assemble_batch(views, source, partner, lam, turns, mean, std, torch.float32)
-    batch = interpreter(launch_assemble_batch, views, source, partner, lam, turns, mean, std, torch.float32)
+    rotations = torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="rotations by 90 degrees need square images, got 4 x 6"):
+        assemble_batch(views, source, partner, lam, rotations, mean, std, torch.float32)
+    batch = interpreter(launch_assemble_batch, views, source, partner, lam, rotations, mean, std, torch.float32)
     done = (views, source, partner, lam, torch.tensor([0, 0, 2, 2]), mean, std)
     assert_assembled(batch, done, torch.float32)
 
 
 @pytest.mark.parametrize("index", [-8, 7])
 def test_index_out_of_range(index):
-    views, source, partner, lam, turns, mean, std = problem(4, 5, pool=7)
+    views, source, partner, lam, rotations, mean, std = problem(4, 5, pool=7)
     wrong = torch.full((4,), index)
     for i, j in ((wrong, partner), (source, wrong)):
         with pytest.raises(IndexError):
-            assemble_batch(views, i, j, lam, turns, mean, std, torch.float32)
+            assemble_batch(views, i, j, lam, rotations, mean, std, torch.float32)
 
 
 def test_operator_is_the_twin_on_a_cpu():
@@ -155,7 +155,7 @@ def test_traced_for_a_gpu():
     assert batch.dtype == torch.bfloat16 and batch.device.type == "cuda"
 
 
-NAMES = ("views", "source", "partner", "lam", "turns", "mean", "std")
+NAMES = ("views", "source", "partner", "lam", "rotations", "mean", "std")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ NAMES = ("views", "source", "partner", "lam", "turns", "mean", "std")
         ({"partner": torch.zeros(5, dtype=torch.int64)}, r"partner must be \(4,\) .* got \(5,\)"),
         ({"lam": torch.zeros(4, dtype=torch.float64)}, "lam must be .* torch.float32 .* torch.float64"),
         ({"lam": torch.zeros(8)[::2]}, r"lam must be .* contiguous, .* with strides \(2,\)"),
-        ({"turns": torch.zeros(4)}, "turns must be .* torch.int64"),
+        ({"rotations": torch.zeros(4)}, "rotations must be .* torch.int64"),
         ({"mean": torch.zeros(1)}, r"mean must be \(3,\) .* got \(1,\)"),
         ({"std": torch.zeros(3, device="meta")}, "std must be on cpu, where views is, got meta"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
@@ -207,9 +207,9 @@ def test_gpu_row_beyond_int32():
     views = torch.zeros(15_000, 224, 224, 3, dtype=torch.uint8, device="cuda")
     views[-1] = torch.arange(224, device="cuda").reshape(224, 1, 1)
     source = torch.arange(15_000, device="cuda")
-    lam, turns = torch.ones(15_000, device="cuda"), torch.zeros(15_000, dtype=torch.int64, device="cuda")
+    lam, rotations = torch.ones(15_000, device="cuda"), torch.zeros(15_000, dtype=torch.int64, device="cuda")
     mean, std = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
-    batch = assemble_batch(views, source, source, lam, turns, mean, std, torch.bfloat16)
+    batch = assemble_batch(views, source, source, lam, rotations, mean, std, torch.bfloat16)
     assert torch.equal(batch[-1].float(), views[-1].permute(2, 0, 1).float())
     assert not batch[:-1].any()
 

@@ -9,14 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.pil_ctaugment import pil_view
 from kernels.augment import CODES, OPS, augment_views, augment_views_reference, launch_augment_views
-from kernels.repaint import REPAINTS
-from pipelines import ctaugment, warps
+from kernels.photometric import PHOTOMETRIC
+from pipelines import ctaugment, geometric
 from pipelines.plan import ViewPlan
 
 NAMES = ctaugment.NAMES
-CODE = np.array([CODES.get(name, CODES["warp"]) for name in NAMES], dtype=np.int32)
+CODE = np.array([CODES.get(name, CODES["affine"]) for name in NAMES], dtype=np.int32)
 RESCALE = NAMES.index("rescale")
-WARPS = [NAMES.index(name) for name in warps.WARPS]
+GEOMETRIC = [NAMES.index(name) for name in geometric.GEOMETRIC]
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 SIZES = ((16, 16), (32, 32), (20, 31), (96, 96))
 
@@ -59,10 +59,10 @@ def plan(height: int, width: int, levels: tuple[float, ...], seed: int = 0) -> V
     )
 
 
-def alone(views: ViewPlan, turn: int) -> ViewPlan:
-    """The plan with the operations of one turn only."""
+def alone(views: ViewPlan, stage: int) -> ViewPlan:
+    """The plan with the operations of one stage only."""
     ops = np.full_like(views.ops, ctaugment.IDENTITY)
-    ops[:, turn] = views.ops[:, turn]
+    ops[:, stage] = views.ops[:, stage]
     return ViewPlan(**(vars(views) | {"ops": ops}))
 
 
@@ -74,7 +74,7 @@ def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tu
         views.shift,
         views.flip,
         CODE[views.ops],
-        warps.parameters(views.ops, views.levels, views.centre, height, width),
+        geometric.parameters(views.ops, views.levels, views.centre, height, width),
     )
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
@@ -99,22 +99,22 @@ def assert_is_the_twin(made: torch.Tensor, case: tuple[torch.Tensor, ...]) -> No
 
 
 def test_every_transformation_has_a_code():
-    assert set(OPS) == {*REPAINTS, "warp"}
-    assert set(NAMES) == {*REPAINTS, *warps.WARPS, "identity"}
+    assert set(OPS) == {*PHOTOMETRIC, "affine"}
+    assert set(NAMES) == {*PHOTOMETRIC, *geometric.GEOMETRIC, "identity"}
 
 
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_twin_is_pil(height, width, turn):
+def test_twin_is_pil(height, width, stage):
     levels = (0.0, 0.21, 0.5, 0.83, BELOW_ONE) if height < 96 else (0.3, 0.97)
-    views = alone(plan(height, width, levels), turn)
+    views = alone(plan(height, width, levels), stage)
     made = augment_views_reference(*problem(height, width, views)).numpy()
     difference = np.abs(made.astype(int) - by_pil(height, width, views))
-    ops = views.ops[:, turn]
-    warped, rescaled = np.isin(ops, WARPS), ops == RESCALE
-    assert not difference[~warped & ~rescaled].any()
+    ops = views.ops[:, stage]
+    affine, rescaled = np.isin(ops, GEOMETRIC), ops == RESCALE
+    assert not difference[~affine & ~rescaled].any()
     assert difference[rescaled].max() <= 1 and (difference[rescaled] > 0).mean() <= 0.005
-    assert (difference[warped] > 0).mean() <= 0.001
+    assert (difference[affine] > 0).mean() <= 0.001
 
 
 def test_twin_of_two_transformations_is_pil():
@@ -133,7 +133,7 @@ def test_kernel_is_the_twin(interpreter, height, width, levels):
 
 
 def test_kernel_is_the_twin_at_the_largest_size(interpreter):
-    """Of every way through the kernel one: filters, curves, a mean, resampling and warps."""
+    """Of every way through the kernel one: filters, curves, a mean, resampling and affine maps."""
     views = plan(96, 96, (0.7,))
     pairs = [("blur", "equalize"), ("rotate", "sharpness"), ("contrast", "rescale"), ("identity", "cutout")]
     views = views.rows(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
@@ -143,10 +143,10 @@ def test_kernel_is_the_twin_at_the_largest_size(interpreter):
     assert_is_the_twin(interpreter(launch_augment_views, *case), case)
 
 
-@pytest.mark.parametrize("turn", [0, 1])
-def test_kernel_goes_on_from_any_round(interpreter, turn):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_kernel_goes_on_from_any_round(interpreter, stage):
     """One operation alone, in either round, and none: the image passes through as many buffers as it must."""
-    views = alone(plan(6, 5, (0.8,)), turn)
+    views = alone(plan(6, 5, (0.8,)), stage)
     case = problem(6, 5, views)
     assert_is_the_twin(interpreter(launch_augment_views, *case), case)
 
@@ -157,7 +157,7 @@ def test_kernel_takes_a_number_without_an_operation_for_none(interpreter):
     with pytest.raises(ValueError, match="ops must be from 0 to 13, got -1073741824 to 1073741824"):
         augment_views(images, image, shift, flip, ops, parameters)
     made = interpreter(launch_augment_views, images, image, shift, flip, ops, parameters)
-    ops[:, 0], parameters[:, 0] = CODES["warp"], torch.tensor([1.0, 0, 0, 0, 1, 0])
+    ops[:, 0], parameters[:, 0] = CODES["affine"], torch.tensor([1.0, 0, 0, 0, 1, 0])
     assert_is_the_twin(made, (images, image, shift, flip, ops, parameters))
 
 
@@ -242,7 +242,7 @@ def test_gpu_row_beyond_int32():
     images = torch.zeros(80_000, 96, 96, 3, dtype=torch.uint8, device="cuda")
     images[-1] = torch.arange(96, device="cuda").reshape(96, 1, 1)
     _, _, shift, flip, ops, parameters = problem(96, 96, plan(96, 96, (0.5,)).rows(np.zeros(2, int)), "cuda")
-    ops[:], parameters[:] = CODES["warp"], torch.tensor([1.0, 0, 0, 0, 1, 0], device="cuda")
+    ops[:], parameters[:] = CODES["affine"], torch.tensor([1.0, 0, 0, 0, 1, 0], device="cuda")
     image = torch.tensor([79_999, 0], device="cuda")
     views = augment_views(images, image, torch.zeros_like(shift), flip, ops, parameters)
     assert torch.equal(views[0], images[-1]) and not views[1].any()

@@ -123,7 +123,7 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
     # A multiprocessor's 65 536 registers then hold 640 threads, which have 20 KB of loads in flight. An H200
     # needs 16 KB: 2.15 TB/s of reads (as much is written), 132 multiprocessors, about 1 us to the data.
     assert registers <= 96
-    assert len(re.findall(r"LDG\.E\.128\b", code)) == 2  # Of an unturned row: the source and the partner.
+    assert len(re.findall(r"LDG\.E\.128\b", code)) == 2  # Of an unrotated row: the source and the partner.
     assert "STG.E.128" in code and not re.search(r"STG\.E(?!\.128)", code)  # All rows are stored wide.
     if dtype is torch.bfloat16:
         assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # To nearest.

@@ -1,4 +1,4 @@
-"""`guess_labels`: the specification in float64, the PyTorch twin, the kernel and the operator agree."""
+"""`guess_labels`: the formulas in float64, the PyTorch twin, the kernel and the operator agree."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.guess import guess_labels, guess_labels_reference, guess_parameters, launch_guess_labels
 
-RING = 128
+HISTORY = 128
 CLASSES = (2, 3, 10, 17, 100, 1000)
 BATCHES = (1, 3, 64, 65)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,21 +23,21 @@ def implementation(request, interpreter):
 
 
 def problem(batch, classes, scale=3.0, dtype=torch.float32, device="cpu", seed=0) -> Problem:
-    """Draw logits (B, L), ring (128, L), slot () and label marginal (L,); `scale` 0 is uniform, 50 peaked."""
+    """Draw the first four arguments; logits of `scale` 0 are uniform, of 50 peaked."""
     generator = torch.Generator().manual_seed(seed + 1000 * batch + classes)
     logits = (scale * torch.randn(batch, classes, generator=generator)).to(dtype)
-    ring = torch.randn(RING, classes, generator=generator).softmax(1)
+    p_model_history = torch.randn(HISTORY, classes, generator=generator).softmax(1)
     label_marginal = torch.randn(classes, generator=generator).softmax(0)
-    slot = torch.randint(RING, (), generator=generator)
-    return logits.to(device), ring.to(device), slot.to(device), label_marginal.to(device)
+    slot = torch.randint(HISTORY, (), generator=generator)
+    return logits.to(device), p_model_history.to(device), slot.to(device), label_marginal.to(device)
 
 
-def guess_in_float64(logits, ring, slot, label_marginal, temperature, align=True):
-    """Compute targets and the new ring by the formulas as they stand: no log space, no cleverness."""
+def guess_in_float64(logits, p_model_history, slot, label_marginal, temperature, align=True):
+    """Compute targets and the new history by the formulas as they stand: no log space, no cleverness."""
     logits = logits.double().numpy()
-    ring = ring.double().numpy()
+    p_model_history = p_model_history.double().numpy()
     p = label_marginal.double().numpy()
-    p_tilde = ring.mean(axis=0)
+    p_tilde = p_model_history.mean(axis=0)
     targets = []
     marginal = np.zeros(len(p))
     for row in logits:
@@ -47,29 +47,29 @@ def guess_in_float64(logits, ring, slot, label_marginal, temperature, align=True
         q_tilde = q_tilde / q_tilde.sum()
         power = q_tilde ** (1 / temperature)
         targets.append(power / power.sum())
-    new_ring = ring.copy()
-    new_ring[int(slot)] = marginal
-    return np.stack(targets), new_ring
+    new_history = p_model_history.copy()
+    new_history[int(slot)] = marginal
+    return np.stack(targets), new_history
 
 
 def assert_guesses_match(got, expected):
-    """Compare (targets, ring) pairs of float32 arithmetic.
+    """Compare (targets, p_model_history) pairs of float32 arithmetic.
 
     The logarithm of a target above 1e-9 is a sum of numbers up to about 30, doubled by the sharpening:
     float32 has it within 30 * 2 * 2**-24 = 4e-6, which is the relative error of the target; the sums and the
-    logarithm of the alignment add as much again. Smaller targets only have to be that small. The ring holds
+    logarithm of the alignment add as much again. Smaller targets only have to be that small. The history holds
     means of q.
     """
     np.testing.assert_allclose(got[0], expected[0], rtol=2e-5, atol=1e-9)
     np.testing.assert_allclose(got[1], expected[1], rtol=5e-6, atol=1e-9)
 
 
-def run(function, logits, ring, slot, label_marginal, temperature=0.5, align=True):
-    """Call `function` on a copy of the ring; return targets and the changed ring as arrays."""
-    ring = ring.clone()
-    targets = function(logits, ring, slot, label_marginal, temperature, align)
+def run(function, logits, p_model_history, slot, label_marginal, temperature=0.5, align=True):
+    """Call `function` on a copy of the history; return targets and the changed history as arrays."""
+    p_model_history = p_model_history.clone()
+    targets = function(logits, p_model_history, slot, label_marginal, temperature, align)
     assert targets.shape == logits.shape and targets.dtype == torch.float32
-    return targets.cpu().numpy(), ring.cpu().numpy()
+    return targets.cpu().numpy(), p_model_history.cpu().numpy()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def run(function, logits, ring, slot, label_marginal, temperature=0.5, align=Tru
     + [(10, torch.bfloat16), (10, torch.float16), (100, torch.bfloat16), (100, torch.float16)],
     ids=str,
 )
-def test_specification(implementation, classes, dtype):
+def test_formulas(implementation, classes, dtype):
     for batch in BATCHES if classes < 1000 else (1, 65):  # The interpreter is slow.
         for scale in (0.0, 3.0, 50.0):
             case = problem(batch, classes, scale, dtype)
@@ -99,47 +99,47 @@ def test_temperature_and_alignment(implementation, align, temperature):
 
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (40, 1000)])
 def test_ring(implementation, batch, classes):
-    """Only row `slot` changes, to the batch mean of q; the guess sees the ring as it was before."""
-    assert (guess_parameters(batch, classes, RING)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write the ring.
-    logits, ring, _, label_marginal = problem(batch, classes)
-    ring[:] = 1e-9 + 1.0 / classes  # A stale row would stand out: the updated one is far from it.
-    targets, _ = guess_in_float64(logits, ring, torch.tensor(0), label_marginal, 0.5)
+    """Only row `slot` changes, to the batch mean of q; the guess sees the history as it was before."""
+    assert (guess_parameters(batch, classes, HISTORY)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write.
+    logits, p_model_history, _, label_marginal = problem(batch, classes)
+    p_model_history[:] = 1e-9 + 1.0 / classes  # A stale row would stand out: the updated one is far from it.
+    targets, _ = guess_in_float64(logits, p_model_history, torch.tensor(0), label_marginal, 0.5)
     mean = logits.double().softmax(1).mean(0).numpy()
     for slot in (torch.tensor(0), torch.tensor([5]), torch.tensor(127)):
-        got_targets, got_ring = run(implementation, logits, ring, slot, label_marginal)
+        got_targets, got_history = run(implementation, logits, p_model_history, slot, label_marginal)
         np.testing.assert_allclose(got_targets, targets, rtol=2e-5, atol=1e-9)
-        np.testing.assert_allclose(got_ring[int(slot)], mean, rtol=5e-6, atol=1e-9)
-        others = np.delete(got_ring, int(slot), axis=0)
-        np.testing.assert_array_equal(others, np.delete(ring.numpy(), int(slot), axis=0))
+        np.testing.assert_allclose(got_history[int(slot)], mean, rtol=5e-6, atol=1e-9)
+        others = np.delete(got_history, int(slot), axis=0)
+        np.testing.assert_array_equal(others, np.delete(p_model_history.numpy(), int(slot), axis=0))
 
 
 @pytest.mark.parametrize("batch", [3, 700])
-@pytest.mark.parametrize("slot", [-1, RING, 2**40])
+@pytest.mark.parametrize("slot", [-1, HISTORY, 2**40])
 def test_slot_out_of_range(batch, slot, interpreter):
     case = problem(batch, 17)
-    _, ring = run(partial(interpreter, launch_guess_labels), case[0], case[1], torch.tensor(slot), case[3])
-    np.testing.assert_array_equal(ring, case[1].numpy())
+    _, p_model_history = run(partial(interpreter, launch_guess_labels), case[0], case[1], torch.tensor(slot), case[3])
+    np.testing.assert_array_equal(p_model_history, case[1].numpy())
     with pytest.raises(IndexError):
         guess_labels(case[0], case[1], torch.tensor(slot), case[3], 0.5)
 
 
 def test_rows_apart(implementation):
     """Rows of a wider, taller tensor: the stride is respected, and nothing between them is read."""
-    logits, ring, slot, label_marginal = problem(20, 10)
+    logits, p_model_history, slot, label_marginal = problem(20, 10)
     wide = torch.full((40, 16), float("nan"))
     wide[10:30, 3:13] = logits
-    got = run(implementation, wide[10:30, 3:13], ring, slot, label_marginal)
-    assert_guesses_match(got, guess_in_float64(logits, ring, slot, label_marginal, 0.5))
+    got = run(implementation, wide[10:30, 3:13], p_model_history, slot, label_marginal)
+    assert_guesses_match(got, guess_in_float64(logits, p_model_history, slot, label_marginal, 0.5))
 
 
 def test_unseen_class(implementation):
     """A class never guessed and never labeled, and one ruled out by a logit of -inf, stay finite."""
-    logits, ring, slot, label_marginal = problem(8, 10)
-    ring[:, 3] = 0
+    logits, p_model_history, slot, label_marginal = problem(8, 10)
+    p_model_history[:, 3] = 0
     label_marginal[3] = 0
     logits[:, 7] = -float("inf")
-    got = run(implementation, logits, ring, slot, label_marginal)
-    assert_guesses_match(got, guess_in_float64(logits, ring, slot, label_marginal, 0.5))
+    got = run(implementation, logits, p_model_history, slot, label_marginal)
+    assert_guesses_match(got, guess_in_float64(logits, p_model_history, slot, label_marginal, 0.5))
     assert (got[0][:, 7] == 0).all()
 
 
@@ -157,16 +157,16 @@ def test_no_gradient():
 
 def test_operator_registration():
     for slot_shape in ((), (1,)):
-        logits, ring, slot, label_marginal = problem(6, 10)
+        logits, p_model_history, slot, label_marginal = problem(6, 10)
         torch.library.opcheck(
             torch.ops.remixmatch.guess_labels.default,
-            (logits, ring, slot.reshape(slot_shape), label_marginal, 0.5, True),
+            (logits, p_model_history, slot.reshape(slot_shape), label_marginal, 0.5, True),
         )
 
 
 def test_compiled():
-    def step(logits, ring, slot, label_marginal):
-        return guess_labels(logits, ring, slot, label_marginal, 0.5), ring.sum()
+    def step(logits, p_model_history, slot, label_marginal):
+        return guess_labels(logits, p_model_history, slot, label_marginal, 0.5), p_model_history.sum()
 
     case = problem(64, 10)
     eager_ring, compiled_ring = case[1].clone(), case[1].clone()
@@ -181,10 +181,10 @@ def test_traced_for_a_gpu(batch):
     """What torch.compile runs before there are any values, on tensors that only claim a GPU."""
     with FakeTensorMode():
         logits = torch.empty(batch, 10, dtype=torch.bfloat16, device="cuda")
-        ring = torch.empty(RING, 10, device="cuda")
+        p_model_history = torch.empty(HISTORY, 10, device="cuda")
         slot = torch.empty((), dtype=torch.int64, device="cuda")
         label_marginal = torch.empty(10, device="cuda")
-        targets = guess_labels(logits, ring, slot, label_marginal, 0.5)
+        targets = guess_labels(logits, p_model_history, slot, label_marginal, 0.5)
     assert targets.shape == (batch, 10) and targets.dtype == torch.float32 and targets.device.type == "cuda"
 
 
@@ -196,9 +196,9 @@ def test_traced_for_a_gpu(batch):
         ({"logits": torch.zeros(0, 10)}, r"got \(0, 10\)"),
         ({"logits": torch.zeros(4, 10).double()}, "got torch.float64"),
         ({"logits": torch.zeros(10, 4).T}, r"stride\(1\) == 1"),
-        ({"ring": torch.zeros(RING, 9)}, r"ring must be \(R, 10\)"),
-        ({"ring": torch.zeros(RING, 10).half()}, "got .* torch.float16"),
-        ({"ring": torch.zeros(10, RING).T}, "ring must be .* contiguous"),
+        ({"p_model_history": torch.zeros(HISTORY, 9)}, r"p_model_history must be \(R, 10\)"),
+        ({"p_model_history": torch.zeros(HISTORY, 10).half()}, "got .* torch.float16"),
+        ({"p_model_history": torch.zeros(10, HISTORY).T}, "p_model_history must be .* contiguous"),
         ({"slot": torch.zeros(2, dtype=torch.int64)}, r"slot must be one int64 .* got \(2,\)"),
         ({"slot": torch.zeros(())}, "slot must be one int64 .* torch.float32"),
         ({"label_marginal": torch.zeros(9)}, r"label_marginal must be \(10,\)"),
@@ -208,8 +208,8 @@ def test_traced_for_a_gpu(batch):
     ],
 )
 def test_errors(change, message):
-    logits, ring, slot, label_marginal = problem(4, 10)
-    arguments = {"logits": logits, "ring": ring, "slot": slot, "label_marginal": label_marginal}
+    logits, p_model_history, slot, label_marginal = problem(4, 10)
+    arguments = {"logits": logits, "p_model_history": p_model_history, "slot": slot, "label_marginal": label_marginal}
     with pytest.raises(ValueError, match=message):
         guess_labels(**(arguments | {"temperature": 0.5} | change))
 
@@ -240,21 +240,21 @@ def test_gpu(classes, dtype):
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (64, 1000)])
 def test_gpu_graph(batch, classes):
     """Captured once, replayed with other logits and slots: each replay is a full guess with a new counter."""
-    logits, ring, slot, label_marginal = problem(batch, classes, device="cuda")
-    expected_ring = ring.cpu()
-    before = ring.clone()
-    guess_labels(logits, ring, slot, label_marginal, 0.5)  # Compiles the kernel outside of the capture.
-    ring.copy_(before)
+    logits, p_model_history, slot, label_marginal = problem(batch, classes, device="cuda")
+    expected_history = p_model_history.cpu()
+    before = p_model_history.clone()
+    guess_labels(logits, p_model_history, slot, label_marginal, 0.5)  # Compiles the kernel outside of the capture.
+    p_model_history.copy_(before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        targets = guess_labels(logits, ring, slot, label_marginal, 0.5)
+        targets = guess_labels(logits, p_model_history, slot, label_marginal, 0.5)
     for step in range(5):
         fresh = problem(batch, classes, seed=step)[0]
         logits.copy_(fresh)
         slot.fill_(step)
         graph.replay()
-        expected = guess_labels_reference(fresh, expected_ring, torch.tensor(step), label_marginal.cpu(), 0.5)
-        assert_guesses_match((targets.cpu(), ring.cpu()), (expected, expected_ring))
+        expected = guess_labels_reference(fresh, expected_history, torch.tensor(step), label_marginal.cpu(), 0.5)
+        assert_guesses_match((targets.cpu(), p_model_history.cpu()), (expected, expected_history))
 
 
 @pytest.mark.gpu

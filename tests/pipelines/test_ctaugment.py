@@ -1,4 +1,4 @@
-"""CTAugment's policy against the formulas of the specification."""
+"""CTAugment's policy against the paper's formulas."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def probes(step):
         step=step,
         ops=np.array([[ROTATE, ctaugment.IDENTITY]]),
         bins=np.array([[[step % 17, -1], [-1, -1]]]),
-        matches=np.array([0.5], np.float32),
+        omega=np.array([0.5], np.float32),
     )
 
 
@@ -115,8 +115,8 @@ def random_probes(step, batch=6):
     chance = np.random.default_rng(step)
     ops = chance.integers(len(ctaugment.NAMES), size=(batch, 2))
     bins = (chance.random((batch, 2, 2)) * ctaugment.BINS[ops]).astype(int)
-    matches = chance.random(batch, dtype=np.float32)
-    return dict(step=step, ops=ops, bins=np.where(ctaugment.BINS[ops] > 0, bins, -1), matches=matches)
+    omega = chance.random(batch, dtype=np.float32)
+    return dict(step=step, ops=ops, bins=np.where(ctaugment.BINS[ops] > 0, bins, -1), omega=omega)
 
 
 def slow_weights(until):
@@ -124,11 +124,11 @@ def slow_weights(until):
     weights = initial_weights()
     for step in range(until):
         given = random_probes(step)
-        for row, match in enumerate(given["matches"]):
-            for turn, parameter in np.ndindex(2, 2):
-                chosen = given["bins"][row, turn, parameter]
+        for row, match in enumerate(given["omega"]):
+            for stage, parameter in np.ndindex(2, 2):
+                chosen = given["bins"][row, stage, parameter]
                 if chosen >= 0:
-                    cell = given["ops"][row, turn], parameter, chosen
+                    cell = given["ops"][row, stage], parameter, chosen
                     weights[cell] = 0.99 * float(weights[cell]) + (1 - 0.99) * float(match)
     return weights
 
@@ -145,9 +145,7 @@ def test_weights_are_those_of_all_probes_in_order_whoever_asks_and_when(lag):
         state = policy.state_dict()
         assert state.keys() == {"weights", "waiting"}
         assert state["weights"].tobytes() == slow_weights(max(step + 2 - lag, 0)).tobytes()
-        assert [set(probes) for probes in state["waiting"]] == [{"step", "ops", "bins", "matches"}] * len(
-            policy.waiting
-        )
+        assert [set(probes) for probes in state["waiting"]] == [{"step", "ops", "bins", "omega"}] * len(policy.waiting)
         assert [probes["step"] for probes in state["waiting"]] == list(range(max(step + 2 - lag, 0), step + 1))
         if step % 4 == 3:
             policy = CTAugmentPolicy(lag)
@@ -158,9 +156,9 @@ def test_weights_are_those_of_all_probes_in_order_whoever_asks_and_when(lag):
 def test_each_probe_is_applied_once(monkeypatch):
     applied = []
 
-    def counting(weights, ops, bins, matches):
-        applied.append(matches)
-        return update_weights(weights, ops, bins, matches)
+    def counting(weights, ops, bins, omega):
+        applied.append(omega)
+        return update_weights(weights, ops, bins, omega)
 
     monkeypatch.setattr(ctaugment, "update_weights", counting)
     policy = CTAugmentPolicy(lag=8)

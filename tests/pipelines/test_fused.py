@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_views
 import torch
-from test_views import WARPS, photos, plan
+from test_views import GEOMETRIC, photos, plan
 
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
@@ -29,11 +29,11 @@ def test_views_are_those_of_the_dali_pipeline(augment):
     made, expected = run(views), run(views, DaliViews)
     assert made.shape == expected.shape and made.dtype == np.uint8
     difference = np.abs(made.astype(int) - expected).max(axis=-1)
-    warped = np.isin(views.ops, WARPS).any(axis=1)
-    np.testing.assert_array_equal(made[~warped], expected[~warped])
+    affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
+    np.testing.assert_array_equal(made[~affine], expected[~affine])
     # DALI may take a neighbouring pixel where a position falls between two, and what follows may then see another
     # histogram
-    assert (difference[warped] > 2).mean() < 0.01
+    assert (difference[affine] > 2).mean() < 0.01
 
 
 def test_one_set_of_rectangles_and_the_largest_shift():
@@ -47,7 +47,7 @@ def test_one_set_of_rectangles_and_the_largest_shift():
         pipeline.submit(pipeline.prepare(views))
         made.append(pipeline.collect().numpy())
         pipeline.close()
-    rest = ~np.isin(views.ops, WARPS).any(axis=1)
+    rest = ~np.isin(views.ops, GEOMETRIC).any(axis=1)
     assert rest.sum() > 5
     np.testing.assert_array_equal(made[0][rest], made[1][rest])
 
@@ -60,7 +60,7 @@ def test_rows_do_not_depend_on_their_company(rows):
 
 
 def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str) -> None:
-    """Several batches in flight, kept and used long after: each is what its plan makes alone."""
+    """Several pending batches, kept and used long after: each is what its plan makes alone."""
     pipeline = make(len(plans[0].image), prefetch=prefetch, device=device)
     kept = []
     for step, views in enumerate(plans):

@@ -1,4 +1,4 @@
-"""The plan: pure, complete, distributed as the specification says, and the same for any number of ranks."""
+"""The plan: pure, complete, distributed as the paper says, and the same for any number of ranks."""
 
 import dataclasses
 from collections import Counter
@@ -40,10 +40,10 @@ def slow_ops(rng, rows, weights):
     """Transformations, levels, centres and bins of some rows, number by number."""
     ops, uniform, inside = rng.integers(19, size=(rows, 2)), rng.random((rows, 2, 2)), rng.random((rows, 2, 2))
     levels, bins = np.zeros((rows, 2, 2), np.float32), np.full((rows, 2, 2), -1)
-    for row, turn in np.ndindex(rows, 2):
-        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, turn]].bins):
-            at = row, turn, parameter
-            bins[at] = slow_bin(weights[ops[row, turn], parameter, :count].tolist(), uniform[at])
+    for row, stage in np.ndindex(rows, 2):
+        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, stage]].bins):
+            at = row, stage, parameter
+            bins[at] = slow_bin(weights[ops[row, stage], parameter, :count].tolist(), uniform[at])
             levels[at] = min(np.float32((bins[at] + inside[at]) / count), np.float32(1 - 2**-24))
     return ops, levels, rng.random((rows, 2, 2), dtype=np.float32), bins
 
@@ -80,7 +80,7 @@ def slow_plan(spec, seed, step, weights):
         "unlabeled": unlabeled,
         "lam": np.array([max(value, 1 - value) for value in lam], np.float32),
         "perm": mixup.permutation(pool),
-        "turns": generator(seed, 6, step).permutation([row % 4 for row in range(batch)]),
+        "rotations": generator(seed, 6, step).permutation([row % 4 for row in range(batch)]),
         "probe_ops": probes[0],
         "probe_bins": probes[3],
         "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name in blocks]),
@@ -147,7 +147,17 @@ def test_plan_is_a_pure_function_of_seed_step_and_weights():
 def test_other_seed_or_step_draws_other_numbers(other):
     first = arrays(make_plan(SPEC, seed=3, step=9, weights=WEIGHTS))
     second = arrays(make_plan(SPEC, weights=WEIGHTS, **other))
-    for name in ("lam", "perm", "turns", "labeled", "unlabeled", "probe_ops", "views.shift", "views.flip", "views.ops"):
+    for name in (
+        "lam",
+        "perm",
+        "rotations",
+        "labeled",
+        "unlabeled",
+        "probe_ops",
+        "views.shift",
+        "views.flip",
+        "views.ops",
+    ):
         assert not np.array_equal(first[name], second[name]), name
 
 
@@ -214,10 +224,10 @@ def test_mixup_numbers():
     np.testing.assert_array_equal(np.sort(plan.perm), np.arange(SPEC.batch * (SPEC.k + 2)))
 
 
-def test_a_quarter_of_the_batch_for_each_turn():
+def test_a_quarter_of_the_batch_for_each_rotation():
     for step in range(5):
-        turns = make_plan(SPEC, 0, step, WEIGHTS).turns
-        np.testing.assert_array_equal(np.bincount(turns, minlength=4), [4, 4, 4, 4])
+        rotations = make_plan(SPEC, 0, step, WEIGHTS).rotations
+        np.testing.assert_array_equal(np.bincount(rotations, minlength=4), [4, 4, 4, 4])
 
 
 @pytest.mark.parametrize(("batch", "images"), [(16, 40), (64, 10), (7, 7), (5, 1437)])

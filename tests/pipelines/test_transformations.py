@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from bench import pil_ctaugment
-from kernels import repaint
-from pipelines import ctaugment, warps
+from kernels import photometric
+from pipelines import ctaugment, geometric
 from pipelines.dali import DaliViews
 from pipelines.plan import ViewPlan
 
@@ -21,8 +21,8 @@ BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 LEVELS = (0.0, 0.03, 0.21, 0.25, 0.4999, 0.5, 0.68, 0.83, 0.97, BELOW_ONE)
 CORNERS = ((0.0, 0.0), (BELOW_ONE, BELOW_ONE), (0.0, BELOW_ONE), (BELOW_ONE, 0.5), (0.5, 0.5))
 SIDES = ((16, 16), (32, 32), (96, 96), (20, 31))
-# where a position falls on the edge between two pixels a warp may take the neighbour of PIL's: share of all
-# pixels
+# a geometric transformation may take the neighbour of PIL's pixel where a position falls on the edge between two: share
+# of all pixels
 NEIGHBOURS = 0.001
 
 
@@ -104,12 +104,12 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
 
 
 def test_every_transformation_is_there_once():
-    assert sorted([*warps.WARPS, *repaint.REPAINTS, "identity"]) == sorted(NAMES)
+    assert sorted([*geometric.GEOMETRIC, *photometric.PHOTOMETRIC, "identity"]) == sorted(NAMES)
     assert set(pil_ctaugment.FUNCTIONS) == set(NAMES)
 
 
 @pytest.mark.parametrize("height, width", SIDES)
-@pytest.mark.parametrize("name", ["identity", *repaint.REPAINTS])
+@pytest.mark.parametrize("name", ["identity", *photometric.PHOTOMETRIC])
 def test_points_filters_and_resampling_are_pil_within_a_level(name, height, width):
     difference = compared(height, width).difference(name)
     assert difference.size and difference.max() <= 1
@@ -118,8 +118,8 @@ def test_points_filters_and_resampling_are_pil_within_a_level(name, height, widt
 
 
 @pytest.mark.parametrize("height, width", SIDES)
-@pytest.mark.parametrize("name", warps.WARPS)
-def test_warps_are_pil_but_for_pixels_between_two(name, height, width):
+@pytest.mark.parametrize("name", geometric.GEOMETRIC)
+def test_geometric_transformations_are_pil_but_for_pixels_between_two(name, height, width):
     everything = compared(height, width)
     difference = everything.difference(name).max(axis=-1)
     assert (difference > 0).mean() <= NEIGHBOURS
@@ -157,10 +157,10 @@ def test_all_six_filters_of_rescale_are_used():
 def test_images_smaller_than_a_filter(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8))
     level, second, centre = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
-    given = repaint.Parameters(level, second, centre)
-    for name in repaint.REPAINTS:
+    given = photometric.Parameters(level, second, centre)
+    for name in photometric.PHOTOMETRIC:
         op = NAMES.index(name)
-        made = repaint.apply(name, images, given).numpy().astype(int)
+        made = photometric.apply(name, images, given).numpy().astype(int)
         for row in range(3):
             image = Image.fromarray(images[row].numpy())
             expected = pil_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
@@ -173,7 +173,7 @@ def test_images_smaller_than_a_filter(side):
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu_is_pil_as_well(name):
     difference = compared(32, 32, "gpu").difference(name).max(axis=-1)
-    if name in warps.WARPS:
+    if name in geometric.GEOMETRIC:
         assert (difference > 0).mean() <= 2 * NEIGHBOURS
     else:
         assert difference.max() <= 1

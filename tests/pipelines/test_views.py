@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from bench.pil_ctaugment import pil_view, weak
-from pipelines import ctaugment, dali, warps
+from pipelines import ctaugment, dali, geometric
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
 from pipelines.views import Views
 
 SIDE, SHIFT, IMAGES = 32, 4, 24
-WARPS = [ctaugment.NAMES.index(name) for name in warps.WARPS]
+GEOMETRIC = [ctaugment.NAMES.index(name) for name in geometric.GEOMETRIC]
 
 
 @cache
@@ -138,12 +138,12 @@ def test_random_plan_row_by_row_against_pil():
         ]
     )
     difference = np.abs(made.astype(int) - expected).max(axis=-1)
-    # warps alone may take a neighbouring pixel where a position falls between two, and what follows may then
-    # see another histogram
-    warped = np.isin(views.ops, WARPS).any(axis=1)
-    assert difference[~warped].max() <= 2, "one level a round"
-    assert (difference[~warped] > 0).mean() < 1e-3
-    assert (difference[warped] > 2).mean() < 0.01
+    # geometric transformations alone may take a neighbouring pixel where a position falls between two, and what follows
+    # may then see another histogram
+    affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
+    assert difference[~affine].max() <= 2, "one level a round"
+    assert (difference[~affine] > 0).mean() < 1e-3
+    assert (difference[affine] > 2).mean() < 0.01
     # a row that is not what the plan says would differ nearly everywhere
     assert np.median(difference, axis=(1, 2)).max() <= 2
 
@@ -194,14 +194,14 @@ def test_views_are_made_while_the_caller_goes_on(monkeypatch):
     expected = run(views)
     pipeline = make(len(views.image))
     begun, returned = threading.Event(), threading.Event()
-    repaint = dali._repainted
+    photometric = dali._apply_photometric
 
     def held(images, parameters):
         begun.set()
         assert returned.wait(120), "submit has not returned"
-        return repaint(images, parameters)
+        return photometric(images, parameters)
 
-    monkeypatch.setattr(dali, "_repainted", held)
+    monkeypatch.setattr(dali, "_apply_photometric", held)
     pipeline.submit(pipeline.prepare(views))
     assert begun.wait(120), "views are begun before anybody asks for them"
     returned.set()
@@ -217,7 +217,7 @@ def test_a_full_queue_refuses_and_an_empty_one_too(kind):
         pipeline.collect()
     pipeline.submit(pipeline.prepare(views))
     pipeline.submit(pipeline.prepare(views))
-    with pytest.raises(RuntimeError, match="2 batches are in flight"):
+    with pytest.raises(RuntimeError, match="2 batches are pending"):
         pipeline.submit(pipeline.prepare(views))
     assert torch.equal(pipeline.collect(), pipeline.collect())
     pipeline.submit(pipeline.prepare(views))
@@ -274,6 +274,6 @@ def test_gpu_views_match_the_cpu_ones():
     made = pipeline.collect()
     assert made.is_cuda
     difference = np.abs(made.cpu().numpy().astype(int) - run(views)).max(axis=-1)
-    warped = np.isin(views.ops, WARPS).any(axis=1)
-    assert difference[~warped].max() <= 2, "one level a round"
-    assert (difference[warped] > 2).mean() < 0.01
+    affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
+    assert difference[~affine].max() <= 2, "one level a round"
+    assert (difference[affine] > 2).mean() < 0.01

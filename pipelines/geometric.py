@@ -1,8 +1,7 @@
-"""From a plan's levels to the numbers that a transformation is executed with; on the host, the same for every backend.
+"""Geometric transformations: from a plan's levels to matrices, on the host, the same for every backend.
 
-ReMixMatch (ICLR 2020), section 3.2.2; what each transformation does at level v in [0, 1) is in the table of the
-specification. Rotation, shears and translations are affine maps of the nearest pixel, and differ in their matrix alone;
-the rest are `kernels/repaint.py`'s, and take levels as they are.
+ReMixMatch (ICLR 2020), section 3.2.2. Rotation, shears and translations are affine maps of the nearest pixel, and
+differ in their matrix alone. The other transformations are `kernels/photometric.py`'s, and take levels as they are.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels.repaint import REPAINTS
+from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment
 
-Warp = Callable[[np.ndarray, int, int], np.ndarray]
-WARPS: dict[str, Warp] = {}
+Matrix = Callable[[np.ndarray, int, int], np.ndarray]
+GEOMETRIC: dict[str, Matrix] = {}
 
 
-def warp(matrix: Warp) -> Warp:
+def geometric(matrix: Matrix) -> Matrix:
     """Registers a function of (level (n,) float64 in [-1, 1), H, W) to PIL's AFFINE coefficients, (n, 6).
 
     Output (x, y) comes from input (a x + b y + c, d x + e y + f); outside is black.
     """
-    WARPS[matrix.__name__] = matrix
+    GEOMETRIC[matrix.__name__] = matrix
     return matrix
 
 
@@ -35,7 +34,7 @@ def _rows(level: np.ndarray, *coefficients: float | np.ndarray) -> np.ndarray:
 
 
 def _fixed(rows: np.ndarray) -> np.ndarray:
-    """Coefficients as PIL rounds them for maps that turn or shear: steps and the first centre to 2^-16.
+    """Coefficients as PIL rounds them for maps that rotate or shear: steps and the first centre to 2^-16.
 
     Positions in images of up to 128 pixels are then exact in DALI's single precision too.
     """
@@ -46,7 +45,7 @@ def _fixed(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, 6)
 
 
-@warp
+@geometric
 def rotate(level: np.ndarray, height: int, width: int) -> np.ndarray:
     """Up to 45 degrees about the centre, counterclockwise for positive angles."""
     cos, sin = np.cos(np.deg2rad(45.0 * level)), np.sin(np.deg2rad(45.0 * level))
@@ -54,30 +53,30 @@ def rotate(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _fixed(_rows(level, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
 
 
-@warp
+@geometric
 def shear_x(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _fixed(_rows(level, 1.0, 0.3 * level, 0.0, 0.0, 1.0, 0.0))
 
 
-@warp
+@geometric
 def shear_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _fixed(_rows(level, 1.0, 0.0, 0.0, 0.3 * level, 1.0, 0.0))
 
 
-@warp
+@geometric
 def translate_x(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _rows(level, 1.0, 0.0, 0.3 * level * width, 0.0, 1.0, 0.0)
 
 
-@warp
+@geometric
 def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
     return _rows(level, 1.0, 0.0, 0.0, 0.0, 1.0, 0.3 * level * height)
 
 
 NAMES = ctaugment.NAMES
-assert sorted([*WARPS, *REPAINTS, "identity"]) == sorted(NAMES)
+assert sorted([*GEOMETRIC, *PHOTOMETRIC, "identity"]) == sorted(NAMES)
 _UNMOVED = np.array([1, 0, 0, 0, 1, 0], np.float32)
-IS_WARP = np.array([name in WARPS for name in NAMES])
+IS_GEOMETRIC = np.array([name in GEOMETRIC for name in NAMES])
 
 
 def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -91,15 +90,15 @@ def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: 
         width: W.
 
     Returns:
-        (V, 2, 6) float32. Of a repainting: operation, level, second level, cutout's centre (y, x), nothing. Of a warp,
-        and of the identity, PIL's AFFINE coefficients.
+        (V, 2, 6) float32. Of a photometric operation: its number, level, second level, cutout's centre (y, x), nothing.
+        Of a geometric one, and of the identity, PIL's AFFINE coefficients.
     """
     numbers = np.zeros((*ops.shape, 6), dtype=np.float32)
     numbers[..., 0], numbers[..., 1:3], numbers[..., 3:5] = ops, levels, centre
     # places in a flat list cost less than masks of two dimensions
     flat, level, into = ops.reshape(-1), levels.reshape(-1, 2)[:, 0], numbers.reshape(-1, 6)
     into[np.flatnonzero(flat == ctaugment.IDENTITY)] = _UNMOVED
-    for name, function in WARPS.items():
+    for name, function in GEOMETRIC.items():
         chosen = np.flatnonzero(flat == NAMES.index(name))
         if len(chosen):
             into[chosen] = function(2.0 * level[chosen].astype(np.float64) - 1.0, height, width)

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from pipelines import warps
+from pipelines import geometric
 from pipelines.ctaugment import NAMES
 
 
 def matrix(name, level, height, width):
-    """PIL's AFFINE coefficients of one warp; (x, y) comes from (a x + b y + c, d x + e y + f)."""
+    """PIL's AFFINE coefficients of one transformation; (x, y) comes from (a x + b y + c, d x + e y + f)."""
     v = 2 * level - 1
     if name.startswith("translate"):
         return [1, 0, 0.3 * v * width * (name == "translate_x"), 0, 1, 0.3 * v * height * (name == "translate_y")]
@@ -32,13 +32,13 @@ def test_parameters_are_those_of_each_view_alone(rows, height, width):
     chance = np.random.default_rng(rows)
     ops = chance.integers(len(NAMES), size=(rows, 2)).astype(np.int32)
     levels, centre = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
-    made = warps.parameters(ops, levels, centre, height, width)
+    made = geometric.parameters(ops, levels, centre, height, width)
     assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
     for at in np.ndindex(rows, 2):
         name = NAMES[ops[at]]
         expected = [ops[at], *levels[at], *centre[at], 0]
         if name == "identity":
             expected = [1, 0, 0, 0, 1, 0]
-        elif name in warps.WARPS:
+        elif name in geometric.GEOMETRIC:
             expected = matrix(name, float(levels[at][0]), height, width)
         np.testing.assert_array_equal(made[at], np.array(expected, np.float32), err_msg=name)

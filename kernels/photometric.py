@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a repainting is given; n rows.
+    """What a photometric operation is given; n rows.
 
     Attributes:
         level: (n, 1, 1, 1) float32 in [0, 1).
@@ -33,18 +33,18 @@ class Parameters:
         return Parameters(self.level[first:last], self.second[first:last], self.centre[first:last])
 
 
-Repaint = Callable[[torch.Tensor, Parameters], torch.Tensor]
+Operation = Callable[[torch.Tensor, Parameters], torch.Tensor]
 # how a function's result is used: as it is; as blend(image, result, v); as blend(result, image, 0.1 + 1.9 v), which is
 # ImageEnhance
 REPLACED, BLENDED, ENHANCED = range(3)
-REPAINTS: dict[str, tuple[int, Repaint]] = {}
+PHOTOMETRIC: dict[str, tuple[int, Operation]] = {}
 
 
-def repaint(use: int) -> Callable[[Repaint], Repaint]:
+def photometric(use: int) -> Callable[[Operation], Operation]:
     """Registers a function of (images (n, H, W, 3) uint8, Parameters) to integers that broadcast to them."""
 
-    def register(function: Repaint) -> Repaint:
-        REPAINTS[function.__name__] = (use, function)
+    def register(function: Operation) -> Operation:
+        PHOTOMETRIC[function.__name__] = (use, function)
         return function
 
     return register
@@ -84,7 +84,7 @@ def planes(images: torch.Tensor) -> torch.Tensor:
     return images.view(len(images), -1, 3).transpose(1, 2).contiguous()
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     values = planes(images)
     low, high = values.amin(dim=2, keepdim=True).double(), values.amax(dim=2, keepdim=True).double()
@@ -96,7 +96,7 @@ def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return looked_up(blend(value, curves, given.level[..., 0]), cells(images)).view(images.shape)
 
 
-@repaint(BLENDED)
+@photometric(BLENDED)
 def blur(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     """PIL's BLUR: ones on the outer ring of 5x5, sum 16; the outermost two pixels stay as they are."""
     if min(images.shape[1:3]) < 5:
@@ -139,23 +139,23 @@ def _framed(images: torch.Tensor, inside: torch.Tensor, border: int) -> torch.Te
     return out
 
 
-@repaint(ENHANCED)
+@photometric(ENHANCED)
 def brightness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return images.new_zeros(1)
 
 
-@repaint(ENHANCED)
+@photometric(ENHANCED)
 def color(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     # a last dimension of 1 that broadcasts to 3 would be slow, in each pass of the blend
     return torch.stack((grey(images).to(torch.uint8),) * 3, dim=3)
 
 
-@repaint(ENHANCED)
+@photometric(ENHANCED)
 def contrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return grey(images).double().mean(dim=(1, 2)).add_(0.5).floor_().view(-1, 1, 1, 1)
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     """A grey square of side 1 + floor(0.499 v min(H, W)) about pixel (floor(cy H), floor(cx W)), clipped."""
     n, height, width, channels = images.shape
@@ -171,7 +171,7 @@ def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return ((images.view(n, height, -1) & ~square) | (square & 127)).view(images.shape)
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     n, pixels = len(images), images.shape[1] * images.shape[2]
     # one histogram of 256 cells for each channel of each image, end to end
@@ -188,28 +188,28 @@ def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return looked_up(blend(value, curves, given.level[..., 0]), cell).view(images.shape)
 
 
-@repaint(BLENDED)
+@photometric(BLENDED)
 def invert(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return 255 - images
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def posterize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     dropped = 7 - (7.999 * given.level.double()).to(torch.int32)
     return images & (0xFF << dropped).to(torch.uint8)
 
 
-@repaint(ENHANCED)
+@photometric(ENHANCED)
 def sharpness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return smoothed(images)
 
 
-@repaint(BLENDED)
+@photometric(BLENDED)
 def smooth(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     return smoothed(images)
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def solarize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     threshold = (255.999 * given.level.double()).to(torch.uint8)
     return images ^ (images >= threshold).to(torch.uint8).mul_(255)
@@ -274,7 +274,7 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
 
 
-@repaint(REPLACED)
+@photometric(REPLACED)
 def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     """The centre crop of side (1 - 0.5 v) of the image, resized back: across, to 8 bits, then down."""
     n, height, width, _ = images.shape
@@ -295,8 +295,8 @@ def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 
 
 def apply(name: str, images: torch.Tensor, given: Parameters) -> torch.Tensor:
-    """One repainting, by its name in REPAINTS: (n, H, W, 3) uint8 to the same."""
-    use, function = REPAINTS[name]
+    """One operation, by its name in PHOTOMETRIC: (n, H, W, 3) uint8 to the same."""
+    use, function = PHOTOMETRIC[name]
     result = function(images, given)
     if use == BLENDED:
         return blend(images, result, given.level)
