@@ -1,7 +1,7 @@
 """`remixmatch bench kernels`: each kernel beside its PyTorch twin, eager and compiled, against copy bandwidth.
 
 A kernel that does nothing in vain moves its inputs from memory once and its outputs to it once; at the device's copy
-bandwidth, measured in the same run, that takes its floor. The share is floor / time. At a step's size everything lies
+bandwidth, measured in the same run, that takes its roofline bound. The share is bound / time. At a step's size everything lies
 in the L2 cache of a large GPU, where a share may pass 100 % and launch latency counts; the large sizes do not fit.
 """
 
@@ -207,7 +207,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['provider']:8} {row['microseconds']:10.2f} us "
         f"[{row['microseconds_low']:.2f}, {row['microseconds_high']:.2f}], host {row['host_microseconds']:.1f} us; "
         f"{row['bytes'] / 1e6:.4g} MB, {row['gigabytes_per_second']:.4g} GB/s "
-        f"= {100 * row['share_of_copy']:.3g} % of copy, floor {row['floor_microseconds']:.2f} us; {row['shape']}"
+        f"= {100 * row['share_of_copy']:.3g} % of copy, bound {row['floor_microseconds']:.2f} us; {row['shape']}"
     )
 
 

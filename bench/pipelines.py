@@ -289,7 +289,7 @@ def main(options: PipelinesOptions) -> None:
     views = task.rows * batches
     floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
     print(ceilings(device).text())
-    print(f"floor: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
+    print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
         row: dict[str, Any] = {
             "backend": name,
@@ -309,6 +309,6 @@ def main(options: PipelinesOptions) -> None:
         print(
             f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
             f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL, "
-            f"{100 * row['share_of_copy']:.3g} % of the floor's; {row['what']}"
+            f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
         )
     failures.finish()

@@ -33,8 +33,8 @@ COLUMNS = {
         "steps/s": "{steps_per_second:.1f}",
         "images/s": "{images_per_second:,.0f}",
         "host, ms": "{host_ms:.2f}",
-        "floor, ms": "{floor_ms:.2f}",
-        "ratio to floor": "{floor_ratio:.2f}",
+        "roofline bound, ms": "{floor_ms:.2f}",
+        "ratio to bound": "{floor_ratio:.2f}",
         "memory, MiB": "{peak_memory_mib:.0f}",
     },
     "baseline": {
@@ -45,7 +45,7 @@ COLUMNS = {
         "plain PyTorch, ms a step": "{step_ms:.2f}",
         "steps/s": "{steps_per_second:.2f}",
         "images/s": "{images_per_second:,.0f}",
-        "ratio to floor": "{floor_ratio:.2f}",
+        "ratio to bound": "{floor_ratio:.2f}",
         "engine, steps/s": "{engine_steps_per_second:.2f}",
         "engine, times": "{engine_ratio:.2f}",
     },
@@ -197,7 +197,7 @@ def table(bench: str, rows: Sequence[Row]) -> str:
 def _cell(form: str, row: Row) -> str:
     try:
         return form.format(**row)
-    except (KeyError, TypeError):  # not measured here: a floor needs a GPU, a ratio the engine
+    except (KeyError, TypeError):  # not measured here: a bound needs a GPU, a ratio the engine
         return ""
 
 

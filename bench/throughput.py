@@ -1,4 +1,4 @@
-"""`remixmatch bench throughput`: steps and images a second of the engine, beside the least that the device could need.
+"""`remixmatch bench throughput`: steps and images a second of the engine, beside the roofline bound.
 
 Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
 on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
@@ -123,10 +123,10 @@ class Case:
         }
         if self.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
             row["host_ms"] = 1e3 * self.host_seconds / self.steps
-        return row | self._floor(step)
+        return row | self._roofline(step)
 
-    def _floor(self, step: float) -> dict[str, float]:
-        """The least time of a step by arithmetic and by memory traffic, at the rates measured in this process."""
+    def _roofline(self, step: float) -> dict[str, float]:
+        """The roofline bound of a step: by arithmetic and by memory traffic, at the rates measured in this process."""
         config, execution = self.config, self.feed.execution
         limit = ceilings(execution.device)
         macs, activations = network_cost(config, self.feed.data.train_images.shape[1:3])
@@ -300,7 +300,7 @@ def _measure_together(
         print(
             f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
             f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
-            f"floor {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
+            f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
             + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
             + (f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps" if options.soak else ""),
             flush=True,

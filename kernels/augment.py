@@ -265,7 +265,7 @@ def _resampling(table, level, chosen, taps, LENGTH: tl.constexpr, LINES: tl.cons
     centre = begin.to(tl.float64) + (line.to(tl.float64) + 0.5) * ((end - begin).to(tl.float64) / LENGTH)
     first = tl.floor(centre - 0.5 * taps.to(tl.float64) + 0.5).to(tl.int32)
     place = first + tap
-    # the kernel is cut off at the image's border, and what is left of it sums to 1
+    # the filter is cut off at the image's border, and what is left of it sums to 1
     inside = (tap < taps) & (place >= 0) & (place < LENGTH)
     weight = tl.where(inside, _filter(place.to(tl.float64) + 0.5 - centre, chosen), 0.0)
     scale = 4194304.0 / tl.where(line < LENGTH, tl.sum(weight, axis=0)[None, :], 1.0)

@@ -245,7 +245,7 @@ _WEIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _PRECISION = 1 << 22
 
 
-def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
+def _filters(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     """PIL's resampling coefficients along one side: (n, out, in) float64, multiples of 2^-22.
 
     Args:
@@ -260,7 +260,7 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
     first, last = np.floor(centre - support + 0.5)[..., None], np.floor(centre + support + 0.5)[..., None]
     reached = first + np.arange(_REACH)  # (n, out, reach)
     distance = reached + 0.5 - centre[..., None]
-    # the kernel is cut off at the image's border, and what is left of it sums to 1
+    # the filter is cut off at the image's border, and what is left of it sums to 1
     weights = ((reached >= 0) & (reached < last) & (reached < length)).astype(np.float64)
     for index, weight in _WEIGHT.items():
         (rows,) = np.nonzero(chosen == index)
@@ -268,21 +268,21 @@ def _kernels(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
         weights[rows, :, :taps] *= weight(distance[rows, :, :taps])
     weights /= weights.sum(axis=-1, keepdims=True)
     weights = np.rint(weights * _PRECISION) / _PRECISION
-    kernels = np.zeros((len(level), length, length + 2 * _REACH))
+    filters = np.zeros((len(level), length, length + 2 * _REACH))
     row, out = np.arange(len(level))[:, None, None], np.arange(length)[:, None]
-    kernels[row, out, reached.astype(np.int64) + _REACH] = weights
-    return np.ascontiguousarray(kernels[:, :, _REACH:-_REACH])
+    filters[row, out, reached.astype(np.int64) + _REACH] = weights
+    return np.ascontiguousarray(filters[:, :, _REACH:-_REACH])
 
 
 @photometric(REPLACED)
 def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
     """The centre crop of side (1 - 0.5 v) of the image, resized back: across, to 8 bits, then down."""
     n, height, width, _ = images.shape
-    # kernels are small and many steps away from levels: the host is quickest
+    # filters are small and many operations away from levels: the host is quickest
     level = given.level.view(n, 1).cpu().numpy().astype(np.float64)
     chosen = (len(_SUPPORT) * given.second.cpu().numpy().astype(np.float64)).astype(np.int64)
-    across = torch.from_numpy(_kernels(level, chosen, width)).to(images.device)
-    down = across if height == width else torch.from_numpy(_kernels(level, chosen, height)).to(images.device)
+    across = torch.from_numpy(_filters(level, chosen, width)).to(images.device)
+    down = across if height == width else torch.from_numpy(_filters(level, chosen, height)).to(images.device)
 
     # every product is a multiple of 2^-22 below 2^10, so sums are exact in whatever order
     lines = images.transpose(2, 3).to(torch.float64, memory_format=torch.contiguous_format)

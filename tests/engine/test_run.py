@@ -1,4 +1,4 @@
-"""Whole runs: what they write, and resumption; what happens to processes that are hurt is in tests/faults."""
+"""Whole runs: what they write, and resumption; fault injection is in tests/faults."""
 
 import dataclasses
 import json

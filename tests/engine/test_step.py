@@ -109,7 +109,7 @@ def reference(bench):
         terms = [loss, loss, torch.zeros(()), torch.zeros(()), torch.zeros(())]
     expected["losses"] = [t.item() for t in terms]
 
-    # 7 update: Adam's first step by hand, then the decoupled decay of kernels alone
+    # 7 update: Adam's first step by hand, then the decoupled decay of weights alone
     loss.backward()
     expected["parameters"], expected["ema_model"] = {}, {}
     for (name, p), a in zip(network.named_parameters(), before.ema_model.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""A training run that is hurt: started, watched, resumed, and compared with the same run left in peace."""
+"""A training run that faults are injected into: started, watched, resumed, and compared with an undisturbed one."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def _start(log, ranks, folder, *flags):
 
 
 class Victim:
-    """Runs in a folder, one after another, of which each is hurt until it is complete.
+    """Runs in a folder, one after another, with faults injected into each until it is complete.
 
     Args:
         folder: where they go; may be a mounted disk.
@@ -248,7 +248,7 @@ class Victim:
         self.wait(lambda: self.training() and self.seen() >= target)
         time.sleep(self.chance.uniform(0, 0.05))
 
-    # hurting
+    # injecting
 
     def strike(self, kind, act, moment=None):
         """Does it, and keeps the record of it.

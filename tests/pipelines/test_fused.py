@@ -114,7 +114,7 @@ def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
         for views in plans:
             pipeline.submit(pipeline.prepare(views))
             torch.cuda._sleep(20_000_000)  # cycles: about 10 ms, in which the host goes on
-            copies.append(pipeline.collect().clone())  # and lets go of the batch itself
+            copies.append(pipeline.collect().clone())  # and releases the batch itself
     pipeline.close()
     stream.synchronize()
     for copy, views in zip(copies, plans, strict=True):
