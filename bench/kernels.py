@@ -1,8 +1,8 @@
 """`remixmatch bench kernels`: each kernel beside its PyTorch twin, eager and compiled, against copy bandwidth.
 
-A kernel that does nothing in vain moves its inputs from memory once and its outputs to it once; at the device's copy
-bandwidth, measured in the same run, that takes its roofline bound. The share is bound / time. At a step's size everything lies
-in the L2 cache of a large GPU, where a share may pass 100 % and launch latency counts; the large sizes do not fit.
+A kernel's roofline bound is the time to read its inputs once and write its outputs once at the device's copy
+bandwidth, measured in the same run. The share is bound / time. At a step's size everything lies in the L2 cache of a
+large GPU, where a share may pass 100 % and launch latency counts; the large sizes do not fit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fault injection: training processes at random moments. Nothing saved is ever lost, and the end is the same bit for bit.
+"""Fault injection at random moments of training: nothing saved is ever lost, and the end is the same bit for bit.
 
 `make test` draws a few injections of each kind, `make test-faults` and `make test-long` some hundred.
 """
