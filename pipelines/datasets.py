@@ -21,15 +21,19 @@ _DIGITS_TEST_PER_CLASS = 36
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Decoded images and their labels.
+    """Decoded images by number, and their labels; in memory or memory-mapped, so that nothing may copy all of them.
 
     Attributes:
         name: as in `DATASETS`.
         classes: names of the L classes.
-        train_images: (N, H, W, 3) uint8.
-        train_labels: (N,) int64.
+        train_images: (N, H, W, 3) uint8, labeled and unlabeled ones.
+        train_labels: (N,) int64, -1 where the label is not known.
         test_images: (M, H, W, 3) uint8.
         test_labels: (M,) int64.
+        unlabeled: rows of the training images that are trained on without their label; None for all of them, as in the
+            paper, the labeled ones included.
+        class_order: classes in the order in which the paper's split goes through them; () for ascending.
+        folds: published label splits, each rows of the training images; () without any.
     """
 
     name: str
@@ -38,6 +42,14 @@ class DataSet:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    unlabeled: np.ndarray | None = None
+    class_order: tuple[int, ...] = ()
+    folds: tuple[np.ndarray, ...] = ()
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """H and W."""
+        return self.train_images.shape[1:3]
 
 
 @lru_cache(maxsize=1)
