@@ -64,8 +64,8 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
     spec = PlanSpec(batch, k, LABELS, len(data.train_images), MAX_SHIFT, flip=True)
     rows = arrange(spec, bn_groups=1, rank=0, ranks=1, micro_batches=1)
     kind = "gpu" if device.type == "cuda" else "cpu"
-    sets = data.train_images[:LABELS], data.train_images
-    source = FusedViews(*sets, len(rows.views), MAX_SHIFT, kind, device.index or 0)
+    which = np.arange(LABELS), data.unlabeled_rows
+    source = FusedViews(data.train_images, *which, len(rows.views), MAX_SHIFT, kind, device.index or 0)
     made = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)  # views, which have nothing to travel
     policy = CTAugmentPolicy(lag)
     omega = np.random.default_rng(0).random((lag, batch), dtype=np.float32)

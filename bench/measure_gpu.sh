@@ -42,12 +42,11 @@ bench() {
   part "$name" "$limit" "$python" -m bench "$name" --out "$out/$name.jsonl" "$@"
 }
 
-views=(fused dali synthetic)
+views=(fused synthetic)
 # whole runs, most of whose time goes into starting processes, are left to make test-gpu
 tests=(tests --ignore=tests/engine/test_gpu_runs.py)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   echo "DALI is not here: going on without it, and without the tests of its views"
-  views=(fused synthetic)
   tests+=(--ignore=tests/pipelines/test_{views,transformations,fused}.py)
 fi
 if [[ $small ]]; then

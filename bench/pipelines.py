@@ -109,14 +109,15 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
     return Backend(run, what, pipeline.close)
 
 
-def _dali(task: Task, device: str, threads: int) -> Backend:
-    if device == "gpu" and task.device.type != "cuda":
-        raise NotHereError("needs a GPU")
+def _dali(task: Task, threads: int) -> Backend:
     views = _module("pipelines.dali", "nvidia.dali")
-    pipeline = views.DaliViews(
-        task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, threads, prefetch=2
-    )
-    return _queue(pipeline, task, f"CTAugment, DALI on the {device.upper()}, threads: {threads}", 2)
+    pipeline = views.DaliViews(task.images, *_every_image(task), task.rows, MAX_SHIFT, threads, prefetch=2)
+    return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
+
+
+def _every_image(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """All images are labeled, and unlabeled ones as well."""
+    return np.arange(len(task.images)), np.arange(len(task.images))
 
 
 def fused(task: Task) -> Backend:
@@ -124,7 +125,7 @@ def fused(task: Task) -> Backend:
     views = _module("pipelines.fused")
     device = "gpu" if task.device.type == "cuda" else "cpu"
     pipeline = views.FusedViews(
-        task.images, task.images, task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
+        task.images, *_every_image(task), task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
     )
     return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
 
@@ -219,9 +220,8 @@ def _module(name: str, needs: str | None = None) -> Any:
 BACKENDS: dict[str, Callable[[Task], Backend]] = {
     "pil": pil,
     "torchvision": torchvision,
-    "dali-cpu-1": lambda task: _dali(task, "cpu", 1),
-    "dali-cpu": lambda task: _dali(task, "cpu", task.threads),
-    "dali-gpu": lambda task: _dali(task, "gpu", 1),
+    "dali-cpu-1": lambda task: _dali(task, 1),
+    "dali-cpu": lambda task: _dali(task, task.threads),
     "fused": fused,
     "kornia": kornia,
     "triton-augment": triton_augment,

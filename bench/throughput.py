@@ -87,14 +87,13 @@ class Case:
         validate(config)
         data = DATASETS[config.dataset]()
         split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
-        sides = data.train_images.shape[1:3]
-        execution = Execution.pick(config, sides)
+        execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
         feed = Feed(config, data, split, execution)
         state = make_state(config, len(data.classes), execution.device)
         execute = make_step(config, state, feed.rows, execution, feed.example)
         rows = len(feed.rows.views) * config.view_steps
-        feed.begin(0, SyntheticViews(rows, sides, execution.device) if views == "synthetic" else None)
+        feed.begin(0, SyntheticViews(rows, data.sides, execution.device) if views == "synthetic" else None)
         return cls(config, feed, state, execute)
 
     def advance(self, steps: int) -> None:
@@ -129,7 +128,7 @@ class Case:
         """The roofline bound of a step: by arithmetic and by memory traffic, at the rates measured in this process."""
         config, execution = self.config, self.feed.execution
         limit = ceilings(execution.device)
-        macs, activations = network_cost(config, self.feed.data.train_images.shape[1:3])
+        macs, activations = network_cost(config, self.feed.data.sides)
         trained = self.feed.images_per_step
         forward = 2 * config.batch if config.unlabeled else config.batch  # guesses and probes
         arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
@@ -205,7 +204,7 @@ class ThroughputOptions:
     modes: tuple[str, ...] = ()
     """eager, compile, graph; by default all that the device can."""
     views: tuple[str, ...] = ()
-    """fused, dali, synthetic; by default all with a GPU, and DALI's without."""
+    """fused, dali (on a CPU), synthetic; by default fused and synthetic with a GPU, and DALI's without."""
     micro_batches: tuple[int, ...] = (1,)
     """Parts in which a step's rows are trained one after another."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -237,7 +236,7 @@ def main(options: ThroughputOptions) -> None:
     device = bench_device()
     cuda = device.type == "cuda"
     modes = options.modes or (MODES if cuda else MODES[:2])
-    views = options.views or (VIEWS if cuda else ("dali",))
+    views = options.views or (("fused", "synthetic") if cuda else ("dali",))
     records.check_choice("--modes", modes, MODES)
     records.check_choice("--views", views, VIEWS)
     records.check_least("--k", options.k, 1)

@@ -128,8 +128,11 @@ class ExecutionOptions:
     """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
     whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""
     views: Literal["auto", "dali", "fused"] = "auto"
-    """Who makes views: DALI, or one fused kernel over images that stay on the device, up to 96x96 pixels; auto is
-    fused on a GPU where the images are small enough, DALI otherwise."""
+    """Who makes views: DALI's pipeline, which is for CPUs, or one fused kernel, for images of up to 96x96 pixels; auto
+    is fused on a GPU, DALI on a CPU."""
+    resident: Literal["auto", "device", "host"] = "auto"
+    """On a GPU, where the training images lie: on the device; or on the host, from where those of a step are copied
+    ahead of time. auto is the device if they take at most half of its free memory."""
     micro_batches: int = 1
     """Gradient accumulation: parts into which a step's rows are cut, over all ranks. A rank trains its parts one after
     another and accumulates their gradients, which takes less memory and gives the numbers of a run on as many ranks.
@@ -320,7 +323,7 @@ def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
         raise UserError(
             f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
         )
-    sides = data.train_images.shape[1:3]
+    sides = data.sides
     if config.max_shift >= min(sides):
         raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
     return data, split

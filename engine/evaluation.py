@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 
 import numpy as np
@@ -17,8 +18,10 @@ REPORTED_EVALUATIONS = 20
 
 
 @torch.no_grad()
-def class_logits(network: nn.Module, images: np.ndarray, device: torch.device, rows: int = 512) -> Tensor:
-    """Logits of unaugmented images, in fp32.
+def class_logits(
+    network: nn.Module, images: np.ndarray, device: torch.device, rows: int = 512
+) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of unaugmented images, in fp32, pass by pass.
 
     Args:
         network: in evaluation mode.
@@ -26,22 +29,21 @@ def class_logits(network: nn.Module, images: np.ndarray, device: torch.device, r
         device: the network's.
         rows: images a pass.
 
-    Returns:
-        (N, L) float32 on the device.
+    Yields:
+        Which images a pass took, and their logits: (n, L) float32 on the device.
     """
     assert not network.training
     mean = torch.full((3,), GREY_MEAN, device=device)
     std = torch.full((3,), GREY_STD, device=device)
     dtype = next(network.parameters()).dtype
-    parts = []
     for start in range(0, len(images), rows):
-        views = torch.from_numpy(images[start : start + rows]).contiguous().to(device)
+        passed = slice(start, start + rows)
+        views = torch.from_numpy(np.ascontiguousarray(images[passed])).to(device)
         own = torch.arange(len(views), device=device)
         batch = assemble_batch(
             views, own, own, torch.ones(len(views), device=device), torch.zeros_like(own), mean, std, torch.float32
         )
-        parts.append(network(batch.to(dtype))[0].float())
-    return torch.cat(parts)
+        yield passed, network(batch.to(dtype))[0].float()
 
 
 def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
@@ -50,13 +52,12 @@ def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device:
     Every rank classifies its share, the images r, r + R, ...
     """
     own = slice(distributed.rank(), None, distributed.ranks())
-    right, loss = torch.zeros(2, dtype=torch.float64, device=device)
-    if len(labels[own]):
-        logits = class_logits(network, images[own], device)
-        truth = torch.from_numpy(labels[own]).to(device)
-        right = (logits.argmax(-1) == truth).double().sum()
-        loss = F.cross_entropy(logits, truth, reduction="sum").double()
-    right, loss = distributed.total(torch.stack([right, loss])) / len(labels)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    truth = torch.from_numpy(labels[own]).to(device)
+    for passed, logits in class_logits(network, images[own], device):
+        right = (logits.argmax(-1) == truth[passed]).double().sum()
+        sums += torch.stack([right, F.cross_entropy(logits, truth[passed], reduction="sum").double()])
+    right, loss = distributed.total(sums) / len(labels)
     return 100.0 * right.item(), loss.item()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,29 +16,37 @@ from kernels.augment import MAX_SIDE
 
 @dataclass(frozen=True)
 class Execution:
-    """A configuration's `device`, `precision`, `mode` and `views`, without `auto`.
+    """A configuration's `device`, `precision`, `mode`, `views` and `resident`, without `auto`.
 
     Attributes:
         device: where the step runs.
         precision: see `pick_precision`.
         mode: "eager", "compile" or "graph".
         views: "dali" or "fused".
+        resident: whether the training images lie on the device.
     """
 
     device: torch.device
     precision: torch.dtype
     mode: str
     views: str
+    resident: bool = True
 
     @classmethod
-    def pick(cls, config: Config, sides: tuple[int, int]) -> Execution:
-        """Chooses for images of those sides, (H, W) in pixels.
+    def pick(cls, config: Config, shape: tuple[int, ...]) -> Execution:
+        """Chooses for training images of a shape: (N, H, W, 3), uint8.
 
         Raises:
             UserError: the device or the machine cannot do what was asked for.
         """
         device = pick_device(config)
-        return cls(device, pick_precision(config, device), pick_mode(config, device), pick_views(config, device, sides))
+        return cls(
+            device,
+            pick_precision(config, device),
+            pick_mode(config, device),
+            pick_views(config, device, (shape[1], shape[2])),
+            pick_resident(config, device, math.prod(shape)),
+        )
 
 
 def pick_device(config: Config) -> torch.device:
@@ -82,16 +91,26 @@ def pick_views(config: Config, device: torch.device, sides: tuple[int, int]) -> 
     """Who makes views of images of those sides: "dali" or "fused".
 
     Raises:
-        UserError: the fused kernel was asked for and the images are too large for it.
+        UserError: the device does not have what was asked for, or the images are too large for it.
     """
-    if config.views == "auto":
-        return "fused" if device.type == "cuda" and max(sides) <= MAX_SIDE else "dali"
-    if config.views == "fused" and max(sides) > MAX_SIDE:
+    cuda = device.type == "cuda"
+    if config.views == "dali" and cuda:
+        raise UserError("--views dali makes views on a CPU; on a GPU take --views fused")
+    views = ("fused" if cuda else "dali") if config.views == "auto" else config.views
+    if views == "fused" and max(sides) > MAX_SIDE:
+        other = "prepare smaller ones" if cuda else "take --views dali"
         raise UserError(
             f"--views fused takes images of up to {MAX_SIDE}x{MAX_SIDE} pixels, these have "
-            f"{sides[0]}x{sides[1]}; take --views dali"
+            f"{sides[0]}x{sides[1]}; {other}"
         )
-    return config.views
+    return views
+
+
+def pick_resident(config: Config, device: torch.device, images: int) -> bool:
+    """Whether training images of so many bytes lie on the device: with auto, if they take half of its free memory."""
+    if device.type != "cuda" or config.resident != "auto":
+        return config.resident != "host"
+    return 2 * images <= torch.cuda.mem_get_info(device)[0]
 
 
 def set_numerics(deterministic: bool) -> None:

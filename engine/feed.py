@@ -46,7 +46,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         batch=config.batch,
         k=config.k,
         labeled_images=len(split),
-        unlabeled_images=len(data.train_images) if config.unlabeled else 0,
+        unlabeled_images=len(data.unlabeled_rows) if config.unlabeled else 0,
         max_shift=config.max_shift,
         flip=config.flip,
         augment=config.augment != "none",
@@ -195,15 +195,15 @@ class Feed:
 
     def _make_views(self) -> ViewLoader:
         c, device = self.config, self.execution.device
-        sets = (self.data.train_images[self.split], self.data.train_images if c.unlabeled else None)
+        images = (self.data.train_images, self.split, self.data.unlabeled_rows if c.unlabeled else None)
         rows = len(self.rows.views) * c.view_steps
-        kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
         if self.execution.views == "fused":
-            return FusedViews(*sets, rows, c.max_shift, kind, device_id, prefetch=c.prefetch)
+            kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
+            return FusedViews(*images, rows, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
         with uncollected():
             from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
 
-            return DaliViews(*sets, rows, c.max_shift, kind, device_id, c.view_threads, c.prefetch)
+            return DaliViews(*images, rows, c.max_shift, c.view_threads, c.prefetch)
 
     def _numbers(self, plan: Plan) -> StepPlan:
         return step_plan(self.rows, plan, self._labels[plan.labeled])

@@ -67,7 +67,7 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
         path: of the PNG.
     """
     spec, config, data = feed.spec, feed.config, feed.data
-    images = data.train_images if spec.unlabeled_images else data.train_images[feed.split]
+    shown_rows = data.unlabeled_rows if spec.unlabeled_images else feed.split
     plan = make_plan(spec, config.seed, step, feed.policy.weights_for(step))
     weak, first = (1, 2) if spec.unlabeled_images else (None, 0)
     shown = min(GRID_ROWS, spec.batch)
@@ -76,14 +76,15 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
     chosen = plan.views.rows(rows)
     pipeline = DaliViews(
-        data.train_images[feed.split],
-        data.train_images if spec.unlabeled_images else None,
+        data.train_images,
+        feed.split,
+        data.unlabeled_rows if spec.unlabeled_images else None,
         rows=len(rows),
         max_shift=spec.max_shift,
     )
     try:
         pipeline.submit(pipeline.prepare(chosen))
-        views = pipeline.collect().numpy().reshape(len(blocks), shown, *images.shape[1:])
+        views = pipeline.collect().numpy().reshape(len(blocks), shown, *data.sides, 3)
     finally:
         pipeline.close()
 
@@ -95,7 +96,7 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for row in range(shown):
-        axes[row, 0].imshow(images[chosen.image[row]])
+        axes[row, 0].imshow(data.train_images[shown_rows[chosen.image[row]]])
         axes[row, 0].set_title("image" if row == 0 else "", fontsize=8)
         for column, block in enumerate(blocks):
             axis = axes[row, column + 1]

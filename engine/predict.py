@@ -58,4 +58,5 @@ def read_image(path: Path, height: int, width: int, warn: Callable[[str], None])
 
 def probabilities(network: nn.Module, images: Sequence[np.ndarray], device: torch.device) -> list[list[float]]:
     """Class probabilities of (H, W, 3) uint8 images, one list of L for each."""
-    return class_logits(network, np.stack(images), device).softmax(-1).tolist()
+    passes = class_logits(network, np.stack(images), device)
+    return [row for _, logits in passes for row in logits.softmax(-1).tolist()]

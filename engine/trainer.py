@@ -57,7 +57,7 @@ class Trainer:
         check_ranks: int = 0,
     ) -> None:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
-        self.execution = Execution.pick(config, data.train_images.shape[1:3])
+        self.execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(distributed.ranks())

@@ -1,4 +1,4 @@
-"""Views by DALI: CTAugment's eighteen transformations as one graph, the same for CPU and GPU; PIL is the oracle.
+"""Views by DALI on CPUs: CTAugment's eighteen transformations as one graph; PIL is the oracle.
 
 ReMixMatch (ICLR 2020), section 3.2.2; every kernel, border and rounding is PIL's. For small images DALI's cost is per
 row and node, not per pixel: so rows do not go through nineteen branches for each of their two transformations. The
@@ -14,12 +14,12 @@ These are all orders of the two kinds. The photometric node is torch because PIL
 operators: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its
 rounding, `fn.resize` has no HAMMING and repeats the border where PIL renormalises the filter's taps.
 
-A weakly augmented image is a window of the image with its margin, so it is cut out where rows are looked up, as cheap
-as the look-up itself; in DALI a slice and a flip of small images would cost more than both transformations.
+A weakly augmented image is a window of the image with a margin, so it is cut out where rows are looked up, as cheap as
+the look-up itself; in DALI a slice and a flip of small images would cost more than both transformations.
 
-On the CPU the result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels of rescale
-may differ, whose weights are sums of sines, and on a GPU pixels of geometric transformations that come from the edge
-between two.
+The result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels of rescale may
+differ, whose weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`) makes views: there this
+graph's Python node would cost some 550 launches and two synchronisations a batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 from threadpoolctl import threadpool_limits
 
-from kernels.augment import weak_views
 from kernels.photometric import PHOTOMETRIC, Parameters, apply
 from pipelines import ctaugment, geometric
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
@@ -47,15 +46,7 @@ from pipelines.views import Views, plain_views
 _PIXEL = np.dtype("V3")
 
 
-class _Here(threading.local):
-    """What each of DALI's threads keeps to itself."""
-
-    def __init__(self) -> None:
-        self.limited = False
-        self.streams: dict[int, torch.cuda.Stream] = {}
-
-
-_here = _Here()
+_thread = threading.local()  # of each of DALI's threads: whether it is limited
 
 
 def _one_thread() -> None:
@@ -64,11 +55,11 @@ def _one_thread() -> None:
     These tensors are small, and a team of threads of its own for every DALI thread would fight the training
     step for its cores. `torch.set_num_threads` would take the training step's threads away with them.
     """
-    if not _here.limited:
+    if not getattr(_thread, "limited", False):
         # torch sets a new thread's team when first asked, and would undo what came before
         torch.get_num_threads()
         threadpool_limits(1, user_api="openmp")
-        _here.limited = True
+        _thread.limited = True
 
 
 @dataclass(frozen=True)
@@ -76,12 +67,12 @@ class _Batch:
     """What the graph is given for V rows, but for the pixels.
 
     Attributes:
-        weak: (V, H, W, 3) uint8 on the CPU; on a GPU what `weak_views` takes, of which pixels are made there.
+        weak: (V, H, W, 3) uint8, shifted and flipped.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
         parameters: (V, 2, 6) float32, see `geometric.parameters`.
     """
 
-    weak: Any
+    weak: np.ndarray
     ops: np.ndarray
     parameters: np.ndarray
 
@@ -91,13 +82,13 @@ def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
     # tensors are joined along a dimension they have: to give each a new one first would double the cost
     batch = torch.cat([torch.from_dlpack(images[row]) for row in order.tolist()])
     batch = batch.view(len(images), -1, *batch.shape[1:])
-    numbers = torch.from_numpy(given.parameters).to(batch.device)
+    numbers = torch.from_numpy(given.parameters)
     for stage in range(OPS_PER_VIEW):
         # one transformation's rows side by side, and at a time, which a core's cache holds
         if stage:
             by_op = np.argsort(given.ops[order, stage], kind="stable")
-            order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op).to(batch.device))
-        of_rows = numbers[torch.from_numpy(order).to(batch.device), stage, 1:5]
+            order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op))
+        of_rows = numbers[torch.from_numpy(order), stage, 1:5]
         level, second, centre = of_rows.split((1, 1, 2), dim=1)
         rows = Parameters(level[..., None, None], second[:, 0], centre)
         first = 0
@@ -112,15 +103,14 @@ def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
     return capsules
 
 
-def _photometric_node(waiting: deque[_Batch], device: str) -> Callable[[list[Any]], list[Any]]:
+def _photometric_node(waiting: deque[_Batch]) -> Callable[[list[Any]], list[Any]]:
     """The function of the photometric node, for DALI's threads.
 
-    It takes and returns n DLPack capsules of (H, W, 3) uint8, on the device, a batch a call and batches in order.
+    It takes and returns n DLPack capsules of (H, W, 3) uint8, a batch a call and batches in order.
 
     Args:
         waiting: the batches to come, oldest first. Parameters do not come by way of DALI, which would make a tensor
             of each row.
-        device: "cpu" or "gpu". DALI has waited for inputs on the GPU, and takes outputs as ready.
     """
 
     @do_not_convert
@@ -129,80 +119,48 @@ def _photometric_node(waiting: deque[_Batch], device: str) -> Callable[[list[Any
         _one_thread()
         return _apply_photometric(images, waiting.popleft())
 
-    @do_not_convert
-    @torch.inference_mode()
-    def photometric_on_gpu(images: list[Any]) -> list[Any]:
-        # a stream of this thread's own: the default one belongs to the training step, and may be under capture
-        device = torch.cuda.current_device()
-        if device not in _here.streams:
-            _here.streams[device] = torch.cuda.Stream(device)
-        stream = _here.streams[device]
-        with torch.cuda.stream(stream):
-            capsules = _apply_photometric(images, waiting.popleft())
-        stream.synchronize()
-        return capsules
-
-    return photometric if device == "cpu" else photometric_on_gpu
+    return photometric
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(device: str, photometric: Callable[[list[Any]], list[Any]]) -> Any:
-    view = fn.external_source(name="weak", layout="HWC", device=device)
+def _graph(photometric: Callable[[list[Any]], list[Any]]) -> Any:
+    view = fn.external_source(name="weak", layout="HWC")
     is_geometric = [fn.external_source(name=f"is_geometric{stage}") for stage in range(OPS_PER_VIEW)]
     matrix = [fn.external_source(name=f"matrix{stage}") for stage in range(OPS_PER_VIEW)]
     if is_geometric[0]:
         view = fn.warp_affine(view, matrix=matrix[0], fill_value=0, interp_type=types.INTERP_NN)
-    view = fn.dl_tensor_python_function(
-        view, device=device, function=photometric, batch_processing=True, output_layouts="HWC"
-    )
+    view = fn.dl_tensor_python_function(view, function=photometric, batch_processing=True, output_layouts="HWC")
     if is_geometric[1]:
         view = fn.warp_affine(view, matrix=matrix[1], fill_value=0, interp_type=types.INTERP_NN)
     return view
 
 
 class DaliViews(Views):
-    """`Views` by DALI: `submit` returns at once, and DALI's threads make the views.
-
-    On the CPU both sets are held with a margin of `max_shift` pixels all around; on a GPU they are held there as they
-    are, and a plan's numbers are all that travels to it.
+    """`Views` by DALI on the CPU: `submit` returns at once, and DALI's threads make the views.
 
     Args:
-        device_id: which GPU.
         threads: DALI's CPU threads.
     """
 
     def __init__(
         self,
+        images: np.ndarray,
         labeled: np.ndarray,
         unlabeled: np.ndarray | None,
         rows: int,
         max_shift: int,
-        device: str = "cpu",
-        device_id: int = 0,
         threads: int = 1,
         prefetch: int = 2,
     ) -> None:
-        super().__init__(labeled, unlabeled, rows, max_shift, device, prefetch)
-        if device == "cpu":
-            edges = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
-            padded = np.concatenate([np.pad(images, edges, mode="reflect") for images in self._sets])
-            # (N, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
-            self._windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
-        else:
-            self._gpu = torch.device("cuda", device_id)
-            self._stream = torch.cuda.Stream(self._gpu)
-            with torch.cuda.stream(self._stream):
-                self._images = torch.from_numpy(np.concatenate(self._sets)).to(self._gpu)
+        super().__init__(images, labeled, unlabeled, rows, max_shift, "cpu", prefetch)
         self._waiting: deque[_Batch] = deque()
         self._pipeline: Any = _graph(
-            device,
-            _photometric_node(self._waiting, device),
+            _photometric_node(self._waiting),
             batch_size=rows,
             num_threads=threads,
-            device_id=device_id if device == "gpu" else None,
+            device_id=None,
             prefetch_queue_depth=prefetch,
-            # its outputs live as long as somebody holds them, and its GPU nodes may follow CPU parameters
-            exec_dynamic=True,
+            exec_dynamic=True,  # its outputs live as long as somebody holds them
         )
         self._fill_queue()
 
@@ -216,29 +174,25 @@ class DaliViews(Views):
 
     def _prepare(self, views: ViewPlan) -> _Batch:
         numbers = geometric.parameters(views.ops, views.levels, views.centre, self.height, self.width)
-        return _Batch(self._cut_out(views) if self.device == "cpu" else self._packed(views), views.ops, numbers)
+        return _Batch(self._cut_out(views), views.ops, numbers)
 
     def _cut_out(self, views: ViewPlan) -> np.ndarray:
         """Shifted and flipped images: (V, H, W, 3) uint8."""
-        image, (top, left) = self._places(views), (self.max_shift - views.shift).T
-        rows = self._windows[image, top, left]
+        # each image of the batch once, with its margin: all views of one are windows of it
+        distinct, image = np.unique(self._places(views), return_inverse=True)
+        margin = (self.max_shift, self.max_shift)
+        padded = np.pad(self._images[distinct], ((0, 0), margin, margin, (0, 0)), mode="reflect")
+        # (n, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
+        windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
+        top, left = (self.max_shift - views.shift).T
+        rows = windows[image, top, left]
         flipped = np.flatnonzero(views.flip)
-        rows[flipped] = self._windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
+        rows[flipped] = windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
         return rows[..., None].view(np.uint8)
-
-    def _packed(self, views: ViewPlan) -> torch.Tensor:
-        """Place, shift and flip of every row: (4, V) int64 in pinned memory."""
-        return torch.from_numpy(np.stack([self._places(views), *views.shift.T, views.flip])).pin_memory()
 
     def _feed(self, batch: _Batch) -> None:
         feed = self._pipeline.feed_input
-        if self.device == "cpu":
-            feed("weak", batch.weak)
-        else:
-            with torch.cuda.stream(self._stream):
-                image, dy, dx, flip = batch.weak.to(self._gpu, non_blocking=True)
-                weak = weak_views(self._images, image, torch.stack([dy, dx], dim=1), flip)
-                feed("weak", weak, cuda_stream=self._stream)
+        feed("weak", batch.weak)
         for stage in range(OPS_PER_VIEW):
             feed(f"is_geometric{stage}", geometric.IS_GEOMETRIC[batch.ops[:, stage]])
             feed(f"matrix{stage}", np.ascontiguousarray(batch.parameters[:, stage]).reshape(-1, 2, 3))
@@ -249,8 +203,7 @@ class DaliViews(Views):
         self._pipeline.schedule_run()
 
     def _finish(self) -> torch.Tensor:
-        stream = torch.cuda.current_stream(self._gpu) if self.device == "gpu" else None
-        (views,) = self._pipeline.outputs(cuda_stream=stream)
+        (views,) = self._pipeline.outputs()
         return torch.from_dlpack(views.as_tensor())
 
     def _release(self) -> None:

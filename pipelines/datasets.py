@@ -47,6 +47,11 @@ class DataSet:
     folds: tuple[np.ndarray, ...] = ()
 
     @property
+    def unlabeled_rows(self) -> np.ndarray:
+        """Rows of the training images that are trained on without their label: (Nu,) int64."""
+        return np.arange(len(self.train_images)) if self.unlabeled is None else self.unlabeled
+
+    @property
     def sides(self) -> tuple[int, int]:
         """H and W."""
         return self.train_images.shape[1:3]

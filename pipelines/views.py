@@ -30,15 +30,6 @@ def plain_views(rows: int) -> ViewPlan:
     )
 
 
-def _checked(images: np.ndarray, name: str) -> np.ndarray:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(
-            f"{name} images must be (N, H, W, 3) uint8 with N > 0, got {images.shape} {images.dtype}; "
-            "repeat the channel of grey images"
-        )
-    return images
-
-
 class Views(ABC):
     """Makes view rows from plans: a queue of batches.
 
@@ -48,8 +39,9 @@ class Views(ABC):
     right.
 
     Args:
-        labeled: (Nl, H, W, 3) uint8.
-        unlabeled: (Nu, H, W, 3) uint8 of the same sides, or None.
+        images: (N, H, W, 3) uint8, in memory or memory-mapped: never copied as a whole on the host.
+        labeled: (Nl,) int64, rows of the images that a plan's labeled rows number.
+        unlabeled: (Nu,) int64, those that its unlabeled rows number; None without any.
         rows: V, rows of every plan.
         max_shift: the largest shift that a plan may hold, in pixels; less than either side.
         device: "cpu" or "gpu", where views are made and left.
@@ -61,6 +53,7 @@ class Views(ABC):
 
     def __init__(
         self,
+        images: np.ndarray,
         labeled: np.ndarray,
         unlabeled: np.ndarray | None,
         rows: int,
@@ -68,15 +61,17 @@ class Views(ABC):
         device: str,
         prefetch: int,
     ) -> None:
-        sets = [_checked(labeled, "labeled")]
-        if unlabeled is not None:
-            sets.append(_checked(unlabeled, "unlabeled"))
-            if labeled.shape[1:] != unlabeled.shape[1:]:
-                raise ValueError(
-                    f"labeled and unlabeled images must have the same sides, got {labeled.shape[1:3]} "
-                    f"and {unlabeled.shape[1:3]}"
-                )
-        self.height, self.width = labeled.shape[1:3]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+            raise ValueError(
+                f"images must be (N, H, W, 3) uint8 with N > 0, got {images.shape} {images.dtype}; "
+                "repeat the channel of grey images"
+            )
+        self._numbers = labeled if unlabeled is None else np.concatenate([labeled, unlabeled])
+        self._labeled = len(labeled)
+        if not len(self._numbers) or self._numbers.min() < 0 or self._numbers.max() >= len(images):
+            raise ValueError(f"labeled and unlabeled must number the {len(images)} images")
+        self._images = np.asarray(images)  # a view of a memory map without its overhead at every index
+        self.height, self.width = images.shape[1:3]
         if not 0 <= max_shift < min(self.height, self.width):
             largest = min(self.height, self.width) - 1
             raise ValueError(f"max_shift must be from 0 to {largest} for these images, got {max_shift}")
@@ -88,7 +83,6 @@ class Views(ABC):
         self.max_shift = max_shift
         self.device = device
         self.prefetch = prefetch
-        self._sets = sets
         self._pending = 0
         self._closed = False
 
@@ -109,8 +103,8 @@ class Views(ABC):
         """Releases what views are made with and from; nothing is pending."""
 
     def _places(self, views: ViewPlan) -> np.ndarray:
-        """Rows of the two sets one after the other: (V,) int64."""
-        return views.image + np.where(views.labeled, 0, len(self._sets[0]))
+        """The image of each row: (V,) int64."""
+        return self._numbers.take(views.image + np.where(views.labeled, 0, self._labeled))
 
     def prepare(self, views: ViewPlan) -> Any:
         """Does what a batch needs of the host, which is a good part of a step's host time: a thread may do it ahead.

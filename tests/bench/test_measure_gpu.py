@@ -46,7 +46,7 @@ def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
 def test_it_goes_on_without_dali(tmp_path):
     done = measure(tmp_path, "--small", dali=1)
     assert "DALI is not here: going on without it" in done.stdout
-    assert "--views fused synthetic" in done.stdout and "fused dali" not in done.stdout
+    assert "--views fused synthetic" in done.stdout
     assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
 
 

@@ -49,6 +49,9 @@ def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
     made = []
 
     class Counting(DaliViews):
+        def __init__(self, images, labeled, unlabeled, rows, max_shift, device, device_id, prefetch):
+            super().__init__(images, labeled, unlabeled, rows, max_shift, prefetch=prefetch)
+
         def collect(self):
             views = super().collect()
             made.append(np.asarray(views.cpu()))

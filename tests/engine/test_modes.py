@@ -170,7 +170,10 @@ def test_what_auto_means(tiny):
     assert (pick_precision(config, CPU), pick_precision(config, gpu)) == (torch.float32, torch.bfloat16)
     assert pick_precision(tiny(precision="fp16"), CPU) is torch.float16
     assert [pick_views(config, device, (32, 32)) for device in (CPU, gpu)] == ["dali", "fused"]
-    assert pick_views(config, gpu, (224, 224)) == "dali"
+    with pytest.raises(UserError, match="prepare smaller ones"):
+        pick_views(config, gpu, (4000, 224))
+    with pytest.raises(UserError, match="on a GPU take --views fused"):
+        pick_views(tiny(views="dali"), gpu, (32, 32))
 
 
 def test_what_cannot_be_done_is_said(tiny, monkeypatch):

@@ -43,7 +43,7 @@ def test_one_set_of_rectangles_and_the_largest_shift():
     views = replace(views, image=np.arange(rows) % 4, labeled=np.ones(rows, bool), shift=shift)
     made = []
     for kind in (FusedViews, DaliViews):
-        pipeline = kind(images, None, rows, 6)
+        pipeline = kind(images, np.arange(4), None, rows, 6)
         pipeline.submit(pipeline.prepare(views))
         made.append(pipeline.collect().numpy())
         pipeline.close()
@@ -59,9 +59,9 @@ def test_rows_do_not_depend_on_their_company(rows):
     np.testing.assert_array_equal(run(views.rows(some)), run(views)[some])
 
 
-def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str) -> None:
+def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str, resident: bool = True) -> None:
     """Several pending batches, kept and used long after: each is what its plan makes alone."""
-    pipeline = make(len(plans[0].image), prefetch=prefetch, device=device)
+    pipeline = make(len(plans[0].image), prefetch=prefetch, device=device, resident=resident)
     kept = []
     for step, views in enumerate(plans):
         pipeline.submit(pipeline.prepare(views))
@@ -80,14 +80,15 @@ def assert_near(made: np.ndarray, expected: np.ndarray) -> None:
     assert (made != expected).mean() < 1e-4
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("prefetch", [1, 3])
-def test_batches_come_in_order_and_own_their_memory(prefetch):
-    assert_in_order([plan(step, batch=2, k=2) for step in range(6)], prefetch, "cpu")
+def test_batches_come_in_order_and_own_their_memory(prefetch, resident):
+    assert_in_order([plan(step, batch=2, k=2) for step in range(6)], prefetch, "cpu", resident)
 
 
 def test_larger_images_are_refused_in_one_line():
     with pytest.raises(ValueError, match="up to 96x96 pixels, got 97x8") as error:
-        FusedViews(np.zeros((2, 97, 8, 3), np.uint8), None, 4, 2)
+        FusedViews(np.zeros((2, 97, 8, 3), np.uint8), np.arange(2), None, 4, 2)
     assert "\n" not in str(error.value)
 
 
@@ -96,9 +97,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
-def test_gpu_batches_are_those_of_the_cpu(prefetch):
-    assert_in_order([plan(step, batch=16) for step in range(3 * prefetch + 2)], prefetch, "gpu")
+def test_gpu_batches_are_those_of_the_cpu(prefetch, resident):
+    assert_in_order([plan(step, batch=16) for step in range(3 * prefetch + 2)], prefetch, "gpu", resident)
 
 
 @pytest.mark.gpu
@@ -123,9 +125,10 @@ def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_does_not_make_the_host_wait():
+@pytest.mark.parametrize("resident", [True, False])
+def test_gpu_does_not_make_the_host_wait(resident):
     views = plan(batch=64)
-    pipeline = make(len(views.image), prefetch=2, device="gpu")
+    pipeline = make(len(views.image), prefetch=2, device="gpu", resident=resident)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):

@@ -14,6 +14,7 @@ from bench import pil_ctaugment
 from kernels import photometric
 from pipelines import ctaugment, geometric
 from pipelines.dali import DaliViews
+from pipelines.fused import FusedViews
 from pipelines.plan import ViewPlan
 
 NAMES = ctaugment.NAMES
@@ -78,7 +79,8 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     ops, image, level, second, centre = (np.array(column) for column in zip(*cases, strict=True))
     rows = len(cases)
     both, centre = np.stack([level, second], axis=-1).astype(np.float32), centre.astype(np.float32)
-    pipeline = DaliViews(images, None, rows, 0, device=device)
+    kind, options = (DaliViews, {}) if device == "cpu" else (FusedViews, {"device": device})
+    pipeline = kind(images, np.arange(len(images)), None, rows, 0, **options)
     pipeline.submit(
         pipeline.prepare(
             ViewPlan(

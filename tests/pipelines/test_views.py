@@ -57,8 +57,17 @@ def sources(views: ViewPlan) -> np.ndarray:
 both = pytest.mark.parametrize("kind", [DaliViews, FusedViews])
 
 
+# the images lie in another order than a plan numbers them: the labeled ones last, and backwards
+NUMBERS = np.arange(3 * IMAGES)[: -(IMAGES + 1) : -1], np.arange(2 * IMAGES)
+
+
+@cache
+def all_images() -> np.ndarray:
+    return np.concatenate([unlabeled_set(), labeled_set()[::-1]])
+
+
 def make(rows: int, kind=DaliViews, **options) -> Views:
-    return kind(labeled_set(), unlabeled_set(), rows, SHIFT, **options)
+    return kind(all_images(), *NUMBERS, rows, SHIFT, **options)
 
 
 def run(views: ViewPlan, kind=DaliViews, **options) -> np.ndarray:
@@ -92,7 +101,7 @@ def test_shift_moves_the_image_down_and_right_before_the_flip():
         shift=np.array([[1, 3], [1, 3]], np.int32),
         flip=np.array([0, 1], np.int32),
     )
-    pipeline = DaliViews(image, None, 2, 3)
+    pipeline = DaliViews(image, np.zeros(1, np.int64), None, 2, 3)
     pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect()
     assert made[0, 4, 5].tolist() == [255] * 3
@@ -113,7 +122,7 @@ def test_any_sides_and_the_largest_shift(height, width):
         shift=rng.integers(-largest, largest + 1, (rows, 2)).astype(np.int32),
         ops=np.zeros_like(views.ops),
     )
-    pipeline = DaliViews(images, None, rows, largest)
+    pipeline = DaliViews(images, np.arange(4), None, rows, largest)
     pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect().numpy()
     for row in range(rows):
@@ -244,21 +253,22 @@ def test_wrong_plans_are_refused_and_do_no_harm(kind):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"labeled": np.zeros((2, 8, 8, 3), np.float32)}, "uint8"),
-        ({"labeled": np.zeros((2, 8, 8, 1), np.uint8)}, "grey"),
-        ({"labeled": np.zeros((2, 8, 8), np.uint8)}, r"\(N, H, W, 3\)"),
-        ({"unlabeled": np.zeros((0, 8, 8, 3), np.uint8)}, "unlabeled"),
-        ({"unlabeled": np.zeros((2, 8, 9, 3), np.uint8)}, "same sides"),
+        ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "uint8"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8)}, "grey"),
+        ({"images": np.zeros((2, 8, 8), np.uint8)}, r"\(N, H, W, 3\)"),
+        ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "N > 0"),
+        ({"unlabeled": np.array([0, 2])}, "must number the 2 images"),
+        ({"labeled": np.array([-1])}, "must number the 2 images"),
         ({"max_shift": 8}, "from 0 to 7"),
         ({"max_shift": -1}, "max_shift"),
-        ({"device": "cuda"}, '"cpu" or "gpu"'),
         ({"rows": 0}, "rows"),
         ({"prefetch": 0}, "prefetch"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
+    both = np.arange(2)
     images = np.zeros((2, 8, 8, 3), np.uint8)
-    arguments = {"labeled": images, "unlabeled": images, "rows": 4, "max_shift": 2} | change
+    arguments = {"images": images, "labeled": both, "unlabeled": both, "rows": 4, "max_shift": 2} | change
     with pytest.raises(ValueError, match=message) as error:
         kind(**arguments)
     assert "\n" not in str(error.value)
@@ -269,7 +279,7 @@ def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_views_match_the_cpu_ones():
     views = plan()
-    pipeline = make(len(views.image), device="gpu")
+    pipeline = make(len(views.image), FusedViews, device="gpu")
     pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect()
     assert made.is_cuda
