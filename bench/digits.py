@@ -19,7 +19,7 @@ import torch
 
 from bench import records
 from engine import run
-from engine.config import PRESETS, preset
+from engine.presets import PRESETS, preset
 from pipelines.datasets import digits, label_split
 
 NEIGHBOURS = (5, 7, 10, 15, 20, 30)

@@ -24,11 +24,12 @@ from bench.images import NOISE_32
 from bench.timing import Timing, bench_device, ceilings
 from bench.timing import measure as measure_times
 from engine.capture import make_step
-from engine.config import Config, preset, validate
+from engine.config import Config, validate
 from engine.errors import UserError
 from engine.execution import Execution, set_numerics
 from engine.feed import Feed
 from engine.network import BatchNorm, ResidualBlock, WideResNet
+from engine.presets import preset
 from engine.step import StepInput, StepOutput, TrainState, make_state
 from pipelines.datasets import DATASETS, label_split
 from pipelines.plan import ViewPlan

@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 import tyro
 
 from engine import config as configuration
-from engine import launch
+from engine import launch, presets
 from engine.errors import RankError, Stopped, UserError
 from engine.folder import check_folder, default_folder
 from engine.imports import uncollected
@@ -190,13 +190,13 @@ def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: remixmatch train PRESET [flags]\n\npresets:")
-        for name, config in configuration.PRESETS.items():
+        for name, config in presets.PRESETS.items():
             print(f"  {name:24} {config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps")
         print("\nremixmatch train PRESET --help lists every flag with its default.")
         if not argv:
             raise UserError("train needs a preset")
         return
-    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(configuration.preset(argv[0])))
+    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(presets.preset(argv[0])))
     _check_ranks(options)
     configuration.validate(options.config)
     launch.end_with_parent()

@@ -1,4 +1,4 @@
-"""Configuration of a run, and the presets.
+"""Configuration of a run.
 
 Defaults are the paper's (K, B, T, p(y), loss weights, ramp, mixup, CTAugment, WRN-28-2, batch norm's momentum, Adam,
 EMA), but for `labels`, `steps`, `lag` and what says where and how to compute; a preset names what it changes.
@@ -10,7 +10,6 @@ on a CPU with equal numbers of threads, on a GPU with `deterministic`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +73,8 @@ class AugmentationOptions:
     """Largest translation of a weak view, in pixels."""
     flip: bool = True
     """Whether weak views may be mirrored."""
+    weak_anchor: bool = True
+    """Whether the anchor u_weak, of which labels are guessed, is weakly augmented; in the paper all but STL-10's."""
     lag: int = 8
     """Steps between a CTAugment probe and the first plan that its outcome moves."""
 
@@ -202,47 +203,6 @@ class Config(
 # oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
 # its buffer, with 1 to 7 input channels; with 8 to 40 all of a network's convolutions were right, odd numbers included
 LEAST_WIDTH = 8
-
-# small batches, since what separates look-alikes is alignment at work over many steps; running statistics and the
-# EMA are quicker than the paper's, whose runs are hundreds of times longer
-_DIGITS = Config(
-    dataset="digits",
-    batch=16,
-    k=2,
-    steps=2500,
-    ramp_kimg=4.0,
-    max_shift=2,
-    flip=False,
-    blocks=1,
-    width=16,
-    bn_momentum=0.02,
-    ema_decay=0.99,
-    lag=16,
-    view_steps=8,
-    prefetch=1,
-    eval_every=50,
-    log_every=20,
-    checkpoint_every=250,
-)
-
-PRESETS: dict[str, Config] = {
-    "digits-40": dataclasses.replace(_DIGITS, preset="digits-40", labels=40),
-    "digits-10": dataclasses.replace(_DIGITS, preset="digits-10", labels=10, steps=1500),
-    "digits-40-supervised": dataclasses.replace(_DIGITS, preset="digits-40-supervised", labels=40, method="supervised"),
-}
-
-
-def preset(name: str) -> Config:
-    """The preset of that name.
-
-    Raises:
-        UserError: there is none; names the nearest.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
-    raise UserError(f"unknown preset '{name}'; {hint}")
 
 
 def validate(config: Config, ranks: int = 1) -> None:

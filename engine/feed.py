@@ -51,6 +51,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         flip=config.flip,
         augment=config.augment != "none",
         mixup_alpha=config.mixup_alpha,
+        weak_anchor=config.weak_anchor,
     )
 
 

@@ -40,6 +40,7 @@ class PlanSpec:
         flip: whether weak views may be mirrored.
         augment: False leaves strong views with their weak augmentation only.
         mixup_alpha: both parameters of mixup's Beta distribution.
+        weak_anchor: False leaves u_weak, of which the label is guessed, as the image is.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class PlanSpec:
     flip: bool
     augment: bool = True
     mixup_alpha: float = 0.75
+    weak_anchor: bool = True
 
     @property
     def pool_blocks(self) -> int:
@@ -214,6 +216,8 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
     weak = stream(seed, _WEAK, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, size=(rows, 2), dtype=np.int32, endpoint=True)
     flip = weak.integers(2, size=rows, dtype=np.int32) * np.int32(spec.flip)
+    if spec.unlabeled_images and not spec.weak_anchor:
+        shift[batch : 2 * batch] = flip[batch : 2 * batch] = 0
 
     ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32)
     levels = np.zeros((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS), dtype=np.float32)

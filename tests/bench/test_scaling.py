@@ -14,8 +14,8 @@ from bench.scaling import Group
 from bench.scaling_rank import CaseSpec, Job
 from bench.throughput import Case, base_config
 from engine import distributed
-from engine.config import preset
 from engine.errors import UserError
+from engine.presets import preset
 
 CPU = torch.device("cpu")
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from engine.config import preset
+from engine.presets import preset
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from engine import cli
-from engine.config import Config, config_json, preset
+from engine.config import Config, config_json
 from engine.folder import default_folder
+from engine.presets import preset
 from engine.progress import MetricsLog, ProgressLine, read_metrics
 from pipelines.datasets import digits
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from engine.config import PRESETS, Config, changed_fields, config_json, load_config, preset, validate
+from engine.config import Config, changed_fields, config_json, load_config, validate
 from engine.errors import UserError
+from engine.presets import PRESETS, preset
 
 
 def test_every_preset_is_valid_and_carries_its_name():

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config import LEAST_WIDTH, PRESETS, Config
+from engine.config import LEAST_WIDTH, Config
+from engine.presets import PRESETS
 from engine.step import make_network
 from tests.processes import call
 

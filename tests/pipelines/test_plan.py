@@ -63,6 +63,9 @@ def slow_plan(spec, seed, step, weights):
     weak, mixup = generator(seed, 2, step), generator(seed, 5, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, (rows, 2), np.int32, endpoint=True)
     flip = weak.integers(2, size=rows, dtype=np.int32) * spec.flip
+    for row in range(rows):
+        if blocks[row // batch] == "u_weak" and not spec.weak_anchor:
+            shift[row], flip[row] = 0, 0
     strong = [
         block * batch + row for block, name in enumerate(blocks) for row in range(batch) if name in ("x_strong", "u")
     ]
@@ -99,6 +102,8 @@ def slow_plan(spec, seed, step, weights):
         {},
         dict(k=1, flip=False),
         dict(augment=False),
+        dict(weak_anchor=False),
+        dict(unlabeled_images=0, weak_anchor=False),
         dict(unlabeled_images=0),
         dict(unlabeled_images=0, augment=False),
         dict(labeled_images=3, unlabeled_images=17, mixup_alpha=0.3),
