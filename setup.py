@@ -27,7 +27,10 @@ setup(
         "safetensors>=0.5",
         "matplotlib>=3.9",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"]},
+    extras_require={
+        "timm": ["timm>=1.0"],
+        "dev": ["timm>=1.0", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"],
+    },
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports

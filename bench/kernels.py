@@ -19,8 +19,9 @@ from bench import records
 from bench.images import noise
 from bench.timing import bench_device, ceilings, measure
 from engine.errors import UserError
+from engine.network import Classifier
 from engine.rows import arrange, step_plan
-from engine.step import GREY_MEAN, P_MODEL_STEPS
+from engine.step import P_MODEL_STEPS
 from kernels.assemble import assemble_batch, assemble_batch_reference
 from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference
@@ -113,7 +114,7 @@ def assemble_case(size: Size, device: torch.device) -> Case:
         tensors = [
             torch.from_numpy(a) for a in (stored, numbers.source, numbers.partner, numbers.lam, numbers.rotations)
         ]
-        return [t.to(device) for t in (*tensors, *torch.full((2, 3), GREY_MEAN))] + [dtype]
+        return [t.to(device) for t in (*tensors, *torch.tensor([Classifier.mean, Classifier.std]))] + [dtype]
 
     image = 3 * size.side**2
     return Case(

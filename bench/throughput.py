@@ -91,7 +91,7 @@ class Case:
         execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
         feed = Feed(config, data, split, execution)
-        state = make_state(config, len(data.classes), execution.device)
+        state = make_state(config, len(data.classes), execution.device, data.sides)
         execute = make_step(config, state, feed.rows, execution, feed.example)
         rows = len(feed.rows.views) * config.view_steps
         feed.begin(0, SyntheticViews(rows, data.sides, execution.device) if views == "synthetic" else None)

@@ -81,8 +81,14 @@ class AugmentationOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """A Wide ResNet (WRN-28-2 by default) and its batch norm."""
+    """A Wide ResNet (WRN-28-2 by default) or a model of timm, and its batch norm."""
 
+    network: str = "wide-resnet"
+    """wide-resnet, or timm:NAME for a model of timm, such as timm:resnet50 (pip install 'remixmatch-engine[timm]')."""
+    pretrained: bool = False
+    """With a model of timm: start from its published weights."""
+    weights: str = ""
+    """With a model of timm: start from the weights in this file, for a machine without a network."""
     width: int = 32
     """Channels of the first group: 16 times the widen factor of a Wide ResNet, 32 for WRN-28-2."""
     blocks: int = 4
@@ -181,6 +187,11 @@ class Config(
     """Name of the preset that the other fields started from."""
 
     @property
+    def backbone(self) -> str:
+        """Name of timm's model; "" for a Wide ResNet."""
+        return self.network.removeprefix("timm:") if self.network.startswith("timm:") else ""
+
+    @property
     def depth(self) -> int:
         """Depth of the Wide ResNet as its name counts: the convolutions, shortcuts included, and the linear layer."""
         return self.scales * (2 * self.blocks + 1) + 1
@@ -220,6 +231,14 @@ def validate(config: Config, ranks: int = 1) -> None:
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
+    if not config.backbone and config.network != "wide-resnet":
+        raise UserError(f"--network takes wide-resnet or timm:NAME, got '{config.network}'")
+    if config.backbone and config.bn != "joint":
+        raise UserError(f"--bn {config.bn} is for the Wide ResNet; models of timm have --bn joint")
+    if not config.backbone and (config.pretrained or config.weights):
+        raise UserError("--pretrained and --weights need a model of timm: --network timm:NAME")
+    if config.pretrained and config.weights:
+        raise UserError("--pretrained and --weights are two sources of weights: leave out one of them")
     if config.width < LEAST_WIDTH:
         raise UserError(
             f"--width must be at least {LEAST_WIDTH}, got {config.width}: with fewer channels torch computes wrong "

@@ -8,10 +8,10 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import distributed
-from engine.step import GREY_MEAN, GREY_STD
+from engine.network import Classifier
 from kernels.assemble import assemble_batch
 
 REPORTED_EVALUATIONS = 20
@@ -19,7 +19,7 @@ REPORTED_EVALUATIONS = 20
 
 @torch.no_grad()
 def class_logits(
-    network: nn.Module, images: np.ndarray, device: torch.device, rows: int = 512
+    network: Classifier, images: np.ndarray, device: torch.device, rows: int = 512
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits of unaugmented images, in fp32, pass by pass.
 
@@ -33,8 +33,7 @@ def class_logits(
         Which images a pass took, and their logits: (n, L) float32 on the device.
     """
     assert not network.training
-    mean = torch.full((3,), GREY_MEAN, device=device)
-    std = torch.full((3,), GREY_STD, device=device)
+    mean, std = (torch.tensor(levels, device=device) for levels in (network.mean, network.std))
     dtype = next(network.parameters()).dtype
     for start in range(0, len(images), rows):
         passed = slice(start, start + rows)
@@ -46,7 +45,7 @@ def class_logits(
         yield passed, network(batch.to(dtype))[0].float()
 
 
-def evaluate(network: nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
+def evaluate(network: Classifier, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
     """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
 
     Every rank classifies its share, the images r, r + R, ...

@@ -104,7 +104,43 @@ class ResidualBlock(nn.Module):
         return carried + residual
 
 
-class WideResNet(nn.Module):
+class Classifier(nn.Module):
+    """A network with class and rotation logits, and what a step needs of it beside them.
+
+    Attributes:
+        mean: of the pixels of each channel, in grey levels, by which images are normalised.
+        std: likewise.
+    """
+
+    mean: tuple[float, ...] = (127.5, 127.5, 127.5)  # pixels to [-1, 1], as in the paper's code
+    std: tuple[float, ...] = (127.5, 127.5, 127.5)
+    head: nn.Linear
+    rotation_head: nn.Linear
+
+    @torch.no_grad()
+    def running_statistics(self) -> Tensor:
+        """Every batch norm's running statistics, end to end."""
+        return torch.cat(self._statistics()) if self._statistics() else next(self.parameters()).new_empty(0)
+
+    @torch.no_grad()
+    def set_running_statistics(self, statistics: Tensor) -> None:
+        """Takes back what `running_statistics` gave."""
+        buffers = self._statistics()
+        if buffers:
+            torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))
+
+    def _statistics(self) -> list[Tensor]:
+        norms = [module for module in self.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
+        return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
+
+
+def initialise_linear(layer: nn.Linear, generator: torch.Generator) -> None:
+    """Xavier's normal weights, no bias."""
+    nn.init.xavier_normal_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)
+
+
+class WideResNet(Classifier):
     """`scales` groups of `blocks` residual blocks of widths w, 2w, 4w, ..., global mean, two linear heads.
 
     In the names of Zagoruyko & Komodakis, WRN-depth-widen_factor: depth = scales * (2 * blocks + 1) + 1, widen_factor =
@@ -157,8 +193,7 @@ class WideResNet(nn.Module):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out), generator=generator)
             elif isinstance(module, nn.Linear):
-                nn.init.xavier_normal_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+                initialise_linear(module, generator)
 
     def forward(self, images: Tensor, track: bool = True) -> tuple[Tensor, Tensor]:
         """Classifies images.
@@ -175,14 +210,3 @@ class WideResNet(nn.Module):
             x = block(x, track)
         features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))
         return self.head(features), self.rotation_head(features)
-
-    @torch.no_grad()
-    def running_statistics(self) -> Tensor:
-        """Every batch norm's running statistics, end to end."""
-        return torch.cat(list(self.buffers()))
-
-    @torch.no_grad()
-    def set_running_statistics(self, statistics: Tensor) -> None:
-        """Takes back what `running_statistics` gave."""
-        buffers = list(self.buffers())
-        torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))

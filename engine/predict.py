@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
 
 from engine.errors import UserError
 from engine.evaluation import class_logits
+from engine.network import Classifier
 
 
 def read_image(path: Path, height: int, width: int, warn: Callable[[str], None]) -> np.ndarray:
@@ -56,7 +56,7 @@ def read_image(path: Path, height: int, width: int, warn: Callable[[str], None])
     return np.asarray(image)
 
 
-def probabilities(network: nn.Module, images: Sequence[np.ndarray], device: torch.device) -> list[list[float]]:
+def probabilities(network: Classifier, images: Sequence[np.ndarray], device: torch.device) -> list[list[float]]:
     """Class probabilities of (H, W, 3) uint8 images, one list of L for each."""
     passes = class_logits(network, np.stack(images), device)
     return [row for _, logits in passes for row in logits.softmax(-1).tolist()]

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from engine import checkpoint, distributed
 from engine.config import Config, check_data, load_config, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
 from engine.folder import check_folder, describe, write_text
+from engine.network import Classifier
 from engine.progress import ProgressLine, read_metrics
 from engine.step import make_network
 from engine.trainer import CHECKPOINTS, Trainer
@@ -145,7 +145,7 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     draw_views(trainer.feed, trainer.step, folder / "views.png")
 
 
-def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, nn.Module, torch.device]:
+def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, Classifier, torch.device]:
     """The EMA model of a run's newest good checkpoint, in evaluation mode, with its data set.
 
     Raises:
@@ -158,6 +158,6 @@ def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config,
     data = DATASETS[config.dataset]()
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
-    network = make_network(config, len(data.classes), device).eval()
+    network = make_network(config, len(data.classes), device, data.sides, trained=True).eval()
     network.load_state_dict(found.content["state"]["ema_model"])
     return config, data, network, device

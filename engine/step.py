@@ -28,7 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine import distributed
 from engine.config import Config
-from engine.network import WideResNet
+from engine.network import Classifier, WideResNet
 from engine.optimizers import OPTIMIZERS, load_optimizer
 from engine.rows import Rows, StepPlan
 from kernels.assemble import assemble_batch
@@ -36,7 +36,6 @@ from kernels.guess import guess_labels
 from pipelines.packed import Layout
 
 P_MODEL_STEPS = 128
-GREY_MEAN = GREY_STD = 127.5  # pixels to [-1, 1], as in the paper's code
 _BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
 _BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
 # rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
@@ -60,8 +59,8 @@ class TrainState:
         step: () int64, steps done.
     """
 
-    network: WideResNet
-    ema_model: WideResNet
+    network: Classifier
+    ema_model: Classifier
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     p_model_history: Tensor
@@ -97,27 +96,48 @@ def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
     return weights, [p for p in network.parameters() if p.ndim <= 1]
 
 
-def make_network(config: Config, classes: int, device: torch.device) -> WideResNet:
-    """The network of a configuration, at its initial weights, in training mode and channels-last."""
-    rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
-    network = WideResNet(
-        classes,
-        config.scales,
-        config.blocks,
-        config.width,
-        config.seed,
-        config.bn_momentum,
-        rows_per_group,
-        over_ranks=config.bn == "sync",
-    )
+def make_network(
+    config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32), trained: bool = False
+) -> Classifier:
+    """The network of a configuration, at its initial weights, in training mode and channels-last.
+
+    Args:
+        config: names it.
+        classes: L.
+        device: where it goes.
+        sides: (H, W) of the images.
+        trained: its weights are loaded next, so that none are fetched.
+
+    Raises:
+        UserError: see `Backbone`.
+    """
+    network: Classifier
+    if backbone := config.backbone:
+        from engine.backbones import Backbone  # of an optional package
+
+        fetched = (False, "") if trained else (config.pretrained, config.weights)
+        network = Backbone(backbone, classes, sides, config.seed, config.bn_momentum, *fetched)
+    else:
+        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+        network = WideResNet(
+            classes,
+            config.scales,
+            config.blocks,
+            config.width,
+            config.seed,
+            config.bn_momentum,
+            rows_per_group,
+            over_ranks=config.bn == "sync",
+        )
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def make_state(config: Config, classes: int, device: torch.device) -> TrainState:
+def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
     """The state before the first step: equal networks, uniform marginals."""
-    network = make_network(config, classes, device)
-    ema_model = make_network(config, classes, device).eval().requires_grad_(False)
+    network = make_network(config, classes, device, sides)
+    ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
+    ema_model.load_state_dict(network.state_dict())
     network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
     weights, others = decayed_parameters(network)
     groups = [
@@ -228,8 +248,8 @@ class Step:
         self.accumulation_steps = rows.accumulation_steps  # M / R
         self.local_batch = len(rows.images)  # B / R
         self.pool = len(rows.pool) // rows.accumulation_steps  # of a micro-batch
-        self.mean = torch.full((3,), GREY_MEAN, device=device)
-        self.std = torch.full((3,), GREY_STD, device=device)
+        self.mean = torch.tensor(state.network.mean, device=device)
+        self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision

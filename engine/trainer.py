@@ -61,7 +61,7 @@ class Trainer:
         set_numerics(config.deterministic)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(distributed.ranks())
-        self.state: TrainState = make_state(config, len(data.classes), self.execution.device)
+        self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
         known_by = asdict(config)
         del known_by["steps"]  # a run may be given more of them
         self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder, known_by)
