@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,7 +89,20 @@ def digits() -> DataSet:
     )
 
 
-DATASETS: dict[str, Callable[[], DataSet]] = {"digits": digits}
+@lru_cache(maxsize=2)
+def prepared(name: str) -> DataSet:
+    """A data set that `remixmatch data prepare` has made the cache of.
+
+    Raises:
+        CacheError: it has not, or the cache is damaged.
+    """
+    from pipelines import cache
+
+    return cache.open_cache(cache.data_dir() / name, f"remixmatch data prepare {name}")
+
+
+PREPARED = ("cifar10", "cifar100", "svhn", "svhn-extra", "stl10", "fashion-mnist", "fashion-mnist-16")
+DATASETS: dict[str, Callable[[], DataSet]] = {"digits": digits} | {name: partial(prepared, name) for name in PREPARED}
 
 
 def label_split(labels: np.ndarray, classes: int, labeled: int, seed: int) -> np.ndarray:

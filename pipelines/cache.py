@@ -1,0 +1,202 @@
+"""Data sets on disk: uint8 images in files that are memory-mapped, so that opening takes no time and no memory.
+
+A cache is a folder with `cache.json` and arrays in numpy's format. It is written under another name and renamed whole,
+so that a half-written one is never read. Opening looks at the version and at the sizes of the files, `verify` at their
+contents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.datasets import DataSet
+
+FORMAT = "remixmatch-cache-1"
+_DESCRIPTION = "cache.json"
+_OPTIONAL = ("unlabeled", "folds")
+
+
+class CacheError(ValueError):
+    """A cache that is not there, or not as it should be; the message says what to do."""
+
+
+def data_dir() -> Path:
+    """Where caches lie: the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    given = os.environ.get("REMIXMATCH_DATA")
+    return Path(given) if given else Path.home() / ".cache" / "remixmatch"
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Gives a folder to be filled by `array` and `finish`, which takes the place of `folder` if all went well.
+
+    Raises:
+        CacheError: the folder cannot be written, or another process is writing it.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CacheError(f"{folder} is being prepared by another process") from None
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                yield temporary
+                if not (temporary / _DESCRIPTION).exists():
+                    raise RuntimeError(f"{folder} was not finished")
+                for path in [*temporary.iterdir(), temporary]:
+                    _sync(path)
+                if folder.exists():
+                    old = folder.with_name(f".{folder.name}.old")
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                    temporary.rename(folder)
+                    shutil.rmtree(old)
+                else:
+                    temporary.rename(folder)
+                _sync(folder.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CacheError(f"{folder} cannot be written ({error.strerror or error})") from error
+
+
+def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
+    """A new array of a cache under way, memory-mapped for writing."""
+    # its blocks are asked for now: a disk that gets full under a memory map would kill the process
+    with (folder / f"{name}.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        )
+        size = file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
+        file.flush()
+        if size > file.tell():
+            os.posix_fallocate(file.fileno(), 0, size)
+    return np.load(folder / f"{name}.npy", mmap_mode="r+")
+
+
+def save(folder: Path, name: str, values: np.ndarray) -> None:
+    """A small array of a cache under way."""
+    np.save(folder / f"{name}.npy", values)
+
+
+def finish(
+    folder: Path,
+    name: str,
+    classes: tuple[str, ...],
+    class_order: tuple[int, ...] = (),
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Describes a cache whose arrays are complete.
+
+    Args:
+        folder: has `train_images`, `train_labels`, `test_images`, `test_labels`, perhaps `unlabeled` and `folds`.
+        name: of the data set.
+        classes: names.
+        class_order: see `DataSet`.
+        source: what it was made from: plain values.
+    """
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.glob("*.npy"))}
+    description = {
+        "format": FORMAT, "name": name, "classes": list(classes), "class_order": list(class_order),
+        "source": dict(source or {}), "files": files,
+    }  # fmt: skip
+    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def describe(folder: Path, again: str) -> dict[str, Any]:
+    """The description of a cache whose files have the right sizes.
+
+    Args:
+        folder: the cache.
+        again: the command that prepares it.
+
+    Raises:
+        CacheError: it is not there, damaged, foreign, or of another version.
+    """
+    path = folder / _DESCRIPTION
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not str(found.get("format", "")).startswith("remixmatch-cache-"):
+            raise CacheError(f"{folder} is not a cache of this engine; prepare it again: {again}")
+        if found["format"] != FORMAT:
+            raise CacheError(f"{folder} is of another version ({found['format']}); prepare it again: {again}")
+        for name, file in found["files"].items():
+            size = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if size != file["bytes"]:
+                raise CacheError(
+                    f"{folder / name} has {size} bytes instead of {file['bytes']}; prepare it again: {again}"
+                )
+    except FileNotFoundError:
+        raise CacheError(f"there is no data in {folder}; prepare it: {again}") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{path} cannot be read ({type(error).__name__}); prepare it again: {again}") from None
+    return found
+
+
+def open_cache(folder: Path, again: str) -> DataSet:
+    """A data set from its cache.
+
+    Raises:
+        CacheError: see `describe`.
+    """
+    found = describe(folder, again)
+
+    def read(name: str) -> np.ndarray:
+        # copy on write: torch wants arrays that it may write to, and nothing ever does
+        return np.load(folder / f"{name}.npy", mmap_mode="c")
+
+    try:
+        optional = {name: read(name) for name in _OPTIONAL if f"{name}.npy" in found["files"]}
+        return DataSet(
+            name=found["name"],
+            classes=tuple(found["classes"]),
+            train_images=read("train_images"),
+            train_labels=np.array(read("train_labels")),
+            test_images=read("test_images"),
+            test_labels=np.array(read("test_labels")),
+            unlabeled=np.array(optional["unlabeled"]) if "unlabeled" in optional else None,
+            class_order=tuple(found["class_order"]),
+            folds=tuple(np.array(fold) for fold in optional.get("folds", ())),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CacheError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
+
+
+def verify(folder: Path, again: str) -> None:
+    """Compares the contents of a cache's files with their checksums.
+
+    Raises:
+        CacheError: one of them differs, or see `describe`.
+    """
+    for name, file in describe(folder, again)["files"].items():
+        if sha256(folder / name) != file["sha256"]:
+            raise CacheError(f"{folder / name} is damaged: its checksum differs; prepare it again: {again}")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Makes what was written, or a rename, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
