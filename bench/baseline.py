@@ -31,7 +31,8 @@ from bench.timing import Timing, bench_device, ceilings, measure
 from engine.config import Config, validate
 from engine.network import WideResNet
 from engine.step import decayed_parameters
-from pipelines.datasets import DATASETS, DataSet, label_split
+from pipelines.datasets import DATASETS, DataSet
+from pipelines.splits import balanced
 
 
 class Items(Dataset):
@@ -224,7 +225,7 @@ def _time(
 ) -> tuple[Timing, float | None]:
     """Times `steps` steps a sample; and the GPU's peak memory in MiB."""
     images = DATASETS[config.dataset]()
-    split = label_split(images.train_labels, len(images.classes), config.labels, config.seed)
+    split = balanced(images, config.labels, config.seed)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     baseline = Baseline(config, len(images.classes), device)

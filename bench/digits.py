@@ -20,7 +20,8 @@ import torch
 from bench import records
 from engine import run
 from engine.presets import PRESETS, preset
-from pipelines.datasets import digits, label_split
+from pipelines.datasets import digits
+from pipelines.splits import balanced
 
 NEIGHBOURS = (5, 7, 10, 15, 20, 30)
 LABEL_COUNTS = (40, 10)
@@ -72,7 +73,7 @@ def _label_spreading(labels: int, seed: int, neighbours: int) -> dict:
     from sklearn.semi_supervised import LabelSpreading
 
     data = digits()
-    split = label_split(data.train_labels, len(data.classes), labels, seed)
+    split = balanced(data, labels, seed)
     known = np.full(len(data.train_labels), -1)
     known[split] = data.train_labels[split]
     begin = time.perf_counter()

@@ -24,14 +24,13 @@ from bench.images import NOISE_32
 from bench.timing import Timing, bench_device, ceilings
 from bench.timing import measure as measure_times
 from engine.capture import make_step
-from engine.config import Config, validate
+from engine.config import Config, check_data, validate
 from engine.errors import UserError
 from engine.execution import Execution, set_numerics
 from engine.feed import Feed
 from engine.network import BatchNorm, ResidualBlock, WideResNet
 from engine.presets import preset
 from engine.step import StepInput, StepOutput, TrainState, make_state
-from pipelines.datasets import DATASETS, label_split
 from pipelines.plan import ViewPlan
 
 MODES = ("eager", "compile", "graph")
@@ -86,8 +85,7 @@ class Case:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         config = dataclasses.replace(config, steps=2**40, views="auto" if views == "synthetic" else views)  # type: ignore[arg-type]
         validate(config)
-        data = DATASETS[config.dataset]()
-        split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
+        data, split = check_data(config)
         execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
         feed = Feed(config, data, split, execution)

@@ -18,7 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import UserError
-from pipelines.datasets import DATASETS, DataSet, label_split
+from pipelines.cache import CacheError
+from pipelines.datasets import DATASETS, DataSet
+from pipelines.splits import RULES
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,10 @@ class DataOptions:
     dataset: str = "digits"
     """Data set, a key of pipelines.datasets.DATASETS."""
     labels: int = 40
-    """Labeled images, as many of every class."""
+    """Labeled images."""
+    split: Literal["balanced", "paper", "usb", "torchssl", "fixmatch-pytorch", "all"] = "balanced"
+    """Rule by which the seed chooses the labeled images: as many of every class; exactly those of the paper's authors;
+    those of other implementations; or every image that has a label, whatever --labels."""
     seed: int = 0
     """Seed of the label split, the initial weights and every plan."""
 
@@ -251,7 +256,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
     if config.dataset not in DATASETS:
-        raise UserError(f"unknown data set '{config.dataset}'; there are {', '.join(DATASETS)}")
+        open_data(config.dataset)
     if config.seed >= 2**63:
         raise UserError(f"--seed must be less than 2^63, got {config.seed}")
     given = config.class_distribution
@@ -287,15 +292,29 @@ def validate(config: Config, ranks: int = 1) -> None:
             )
 
 
+def open_data(name: str) -> DataSet:
+    """A data set by its name.
+
+    Raises:
+        UserError: there is none of that name, or it has not been prepared.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set '{name}'; there are {', '.join(DATASETS)}")
+    try:
+        return DATASETS[name]()
+    except CacheError as error:
+        raise UserError(str(error)) from None
+
+
 def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
-    """A configuration's data set, and the training images that keep their label: see `label_split`.
+    """A configuration's data set, and the training images that keep their label: see `pipelines.splits`.
 
     Raises:
         UserError: the configuration asks for what the data set does not have.
     """
-    data = DATASETS[config.dataset]()
+    data = open_data(config.dataset)
     try:
-        split = label_split(data.train_labels, len(data.classes), config.labels, config.seed)
+        split = RULES[config.split](data, config.labels, config.seed)
     except ValueError as error:
         raise UserError(f"--labels: {error}") from None
     if len(config.class_distribution) not in (0, len(data.classes)):

@@ -14,6 +14,7 @@ import numpy as np
 from engine.config import Config, changed_fields, config_json, load_config
 from engine.errors import UserError
 from pipelines.datasets import DataSet
+from pipelines.splits import digest, image_digest
 
 RUNS = Path("runs")
 
@@ -72,8 +73,11 @@ def _split_json(config: Config, split: np.ndarray, data: DataSet) -> str:
     content = {
         "dataset": config.dataset,
         "seed": config.seed,
-        "labels": config.labels,
+        "labels": len(split),
+        "split": config.split,
         "train_rows": split.tolist(),
+        "sha256": digest(split),
+        "images_sha256": image_digest(data.train_images, split),
         "classes": [data.classes[c] for c in data.train_labels[split]],
     }
     return json.dumps(content) + "\n"

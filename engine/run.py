@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine import checkpoint, distributed
-from engine.config import Config, check_data, load_config, validate
+from engine.config import Config, check_data, load_config, open_data, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
 from engine.folder import check_folder, describe, write_text
@@ -28,7 +28,7 @@ from engine.network import Classifier
 from engine.progress import ProgressLine, read_metrics
 from engine.step import make_network
 from engine.trainer import CHECKPOINTS, Trainer
-from pipelines.datasets import DATASETS, DataSet
+from pipelines.datasets import DataSet
 
 
 def train(
@@ -125,7 +125,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     return {
         "preset": config.preset,
         "seed": config.seed,
-        "labels": config.labels,
+        "labels": len(trainer.feed.split),
         "k": config.k,
         **trainer.summary(),
         "ranks": distributed.ranks(),
@@ -155,7 +155,7 @@ def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config,
     found = checkpoint.load_newest(folder / CHECKPOINTS, warn)
     if found is None:
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
-    data = DATASETS[config.dataset]()
+    data = open_data(config.dataset)
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
     network = make_network(config, len(data.classes), device, data.sides, trained=True).eval()

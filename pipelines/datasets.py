@@ -1,4 +1,4 @@
-"""Data sets in memory, and label splits.
+"""Data sets.
 
 A data set is added by writing one function that returns a `DataSet` and entering it in `DATASETS`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.plan import stream
 
-_SPLIT_STREAM = 100  # apart from the streams of the plan
+_SPLIT_STREAM = 100  # apart from the streams of plans
 _DIGITS_TEST_PER_CLASS = 36
 
 
@@ -103,34 +103,3 @@ def prepared(name: str) -> DataSet:
 
 PREPARED = ("cifar10", "cifar100", "svhn", "svhn-extra", "stl10", "fashion-mnist", "fashion-mnist-16")
 DATASETS: dict[str, Callable[[], DataSet]] = {"digits": digits} | {name: partial(prepared, name) for name in PREPARED}
-
-
-def label_split(labels: np.ndarray, classes: int, labeled: int, seed: int) -> np.ndarray:
-    """Chooses which training images keep their label: as many of every class.
-
-    Args:
-        labels: (N,) int64, the training labels.
-        classes: L.
-        labeled: how many images keep their label.
-        seed: the split's seed (Oliver et al. 2018 average over five).
-
-    Returns:
-        (labeled,) int64, rows of the training set in increasing order.
-
-    Raises:
-        ValueError: `labeled` is not a positive multiple of the classes, or more than a class has.
-    """
-    if labeled < classes or labeled % classes:
-        raise ValueError(
-            f"labels must be a positive multiple of the {classes} classes so that the split is balanced, got {labeled}"
-        )
-    each = labeled // classes
-    counts = np.bincount(labels, minlength=classes)
-    if each > counts.min():
-        raise ValueError(
-            f"{labeled} labels need {each} images of every class, but class {counts.argmin()} has {counts.min()}; "
-            f"at most {counts.min() * classes} labels"
-        )
-    rng = stream(seed, _SPLIT_STREAM, 1)
-    chosen = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in range(classes)]
-    return np.sort(np.concatenate(chosen))

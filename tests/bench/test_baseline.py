@@ -8,7 +8,8 @@ import torch
 from bench import baseline, records
 from bench.images import NOISE_32
 from engine.errors import UserError
-from pipelines.datasets import DATASETS, label_split
+from pipelines.datasets import DATASETS
+from pipelines.splits import balanced
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def tiny(k=2, batch=6):
 
 def one_batch(config):
     data = DATASETS[NOISE_32]()
-    split = label_split(data.train_labels, 10, config.labels, 0)
+    split = balanced(data, config.labels, 0)
     return next(iter(baseline.loader(config, data, split, CPU, workers=0)))
 
 

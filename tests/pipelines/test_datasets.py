@@ -1,11 +1,10 @@
-"""Data sets and label splits."""
+"""Data sets."""
 
 import numpy as np
-import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.datasets import DATASETS, digits, label_split
+from pipelines.datasets import DATASETS, digits
 
 
 def test_digits_are_all_of_scikit_learns():
@@ -37,24 +36,3 @@ def test_training_and_test_digits_are_apart_but_for_twins_in_the_source():
     data = digits()
     train = {image.tobytes() for image in data.train_images}
     assert sum(image.tobytes() in train for image in data.test_images) == 0
-
-
-def test_splits_are_balanced_seeded_and_sorted():
-    labels = digits().train_labels
-    split = label_split(labels, 10, 40, seed=1)
-    np.testing.assert_array_equal(np.bincount(labels[split]), [4] * 10)
-    np.testing.assert_array_equal(split, np.sort(split))
-    np.testing.assert_array_equal(split, label_split(labels, 10, 40, seed=1))
-    assert not np.array_equal(split, label_split(labels, 10, 40, seed=2))
-
-
-@pytest.mark.parametrize("labeled", [0, 5, 41, -10])
-def test_unbalanced_label_counts_are_refused(labeled):
-    with pytest.raises(ValueError, match="multiple of the 10 classes"):
-        label_split(digits().train_labels, 10, labeled, seed=0)
-
-
-def test_more_labels_than_a_class_has_are_refused():
-    with pytest.raises(ValueError, match="class 8 has 138; at most 1380"):
-        label_split(digits().train_labels, 10, 1390, seed=0)
-    assert len(label_split(digits().train_labels, 10, 1380, seed=0)) == 1380
