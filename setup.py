@@ -10,6 +10,7 @@ setup(
     description="Fast, faithful GPU training engine for ReMixMatch",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
     packages=["engine", "kernels", "pipelines", "bench"],
     python_requires=">=3.11,<3.14",
     install_requires=[
