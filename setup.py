@@ -12,6 +12,21 @@ setup(
     long_description_content_type="text/markdown",
     # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
     packages=["engine", "kernels", "pipelines", "bench"],
+    package_data={"bench": ["results/*.jsonl"]},
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["semi-supervised learning", "image classification", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.11",
@@ -28,7 +43,7 @@ setup(
         "safetensors>=0.5",
         "matplotlib>=3.9",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"]},
+    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "setuptools>=77"]},
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
