@@ -15,7 +15,7 @@ setup(
     package_data={"bench": ["results/*.jsonl"]},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["semi-supervised learning", "image classification", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
+    keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Environment :: GPU :: NVIDIA CUDA",
