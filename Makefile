@@ -52,8 +52,8 @@ lint: $(VENV)/installed
 
 # every figure of the README's table: three presets and LabelSpreading, five seeds each
 results: $(VENV)/installed
-	$(BIN)/remixmatch bench digits
-	$(BIN)/remixmatch bench report --readme README.md
+	$(BIN)/remixmatch bench digits --out bench/results/digits.jsonl
+	$(BIN)/remixmatch bench report --results bench/results --readme README.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

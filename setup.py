@@ -10,7 +10,23 @@ setup(
     description="Fast, faithful GPU training engine for ReMixMatch",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
     packages=["engine", "kernels", "pipelines", "bench"],
+    package_data={"bench": ["results/*.jsonl"]},
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.11",
@@ -29,7 +45,7 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
-        "dev": ["timm>=1.0", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13"],
+        "dev": ["timm>=1.0", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "setuptools>=77"],
     },
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],

@@ -156,7 +156,7 @@ def step_config(k: int, device: torch.device) -> Config:
 class BaselineOptions:
     """Times the step as one would write it without this engine, and the engine beside it."""
 
-    out: Path = records.RESULTS / "baseline.jsonl"
+    out: Path = records.OUT / "baseline.jsonl"
     """Rows are added to this file."""
     repeats: int = 5
     """Samples; the median counts."""

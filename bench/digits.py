@@ -35,7 +35,7 @@ class DigitsOptions:
     """Presets to train."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of splits, weights and plans."""
-    out: Path = records.RESULTS / "digits.jsonl"
+    out: Path = records.OUT / "digits.jsonl"
     """Rows are added to this file."""
     steps: int | None = None
     """Steps instead of the preset's: for a quick look."""

@@ -34,7 +34,7 @@ PARTS = sum(THREADS.values(), ())
 class HostOptions:
     """Times the host's part of a training step."""
 
-    out: Path = records.RESULTS / "host.jsonl"
+    out: Path = records.OUT / "host.jsonl"
     """Rows are added to this file."""
     repeats: int = 15
     """Samples; the median counts."""

@@ -162,7 +162,7 @@ KERNELS: dict[str, tuple[Callable[[Size, torch.device], Case], Sizes]] = {
 class KernelsOptions:
     """Times each kernel and its PyTorch twin."""
 
-    out: Path = records.RESULTS / "kernels.jsonl"
+    out: Path = records.OUT / "kernels.jsonl"
     """Rows are added to this file."""
     repeats: int = 30
     """Samples of each; the median counts."""

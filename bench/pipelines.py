@@ -232,7 +232,7 @@ BACKENDS: dict[str, Callable[[Task], Backend]] = {
 class PipelinesOptions:
     """Times what makes strong views: ours, and what a user would take instead."""
 
-    out: Path = records.RESULTS / "pipelines.jsonl"
+    out: Path = records.OUT / "pipelines.jsonl"
     """Rows are added to this file."""
     repeats: int = 5
     """Samples of each; the median counts."""

@@ -18,7 +18,8 @@ from typing import Any
 from engine.errors import UserError
 from engine.run import device_name, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"  # the project's own rows, which come with the package
+OUT = Path("bench-results")  # a user's, in the current folder
 
 Row = dict[str, Any]
 
@@ -49,6 +50,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is that of whoever installed us
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,8 +1,9 @@
-"""`remixmatch bench report`: tables and charts from the files under bench/results/, tables also in the README."""
+"""`remixmatch bench report`: tables and charts from the rows of benches, tables also in the README."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ BENCHES = ("digits", *COLUMNS)
 class ReportOptions:
     """Prints the results as Markdown tables."""
 
-    results: Path = records.RESULTS
-    """The folder of the benches' rows, in a file a bench: digits.jsonl, throughput.jsonl and so on."""
+    results: Path | None = None
+    """The folder of the benches' rows, in a file a bench: digits.jsonl, throughput.jsonl and so on. By default
+    bench-results where that is a folder, otherwise the measurements that come with the package."""
     readme: Path | None = None
     """Replace the tables in this file, between their markers: digits, and performance where it has such markers."""
     charts: Path | None = None
@@ -151,13 +153,15 @@ def main(options: ReportOptions) -> None:
     Raises:
         UserError: no results yet, or a README without the markers.
     """
-    rows = {bench: records.read(options.results / f"{bench}.jsonl") for bench in BENCHES}
+    results = options.results or (records.OUT if records.OUT.is_dir() else records.RESULTS)
+    rows = {bench: records.read(results / f"{bench}.jsonl") for bench in BENCHES}
     rows = {bench: found for bench, found in rows.items() if found}
     if not rows:
         raise UserError(
-            f"{options.results} has no rows; measure them with: remixmatch bench {' | '.join(BENCHES)}, "
-            f"each with --out {options.results}/NAME.jsonl"
+            f"{results} has no rows; measure them with: remixmatch bench {' | '.join(BENCHES)}, "
+            f"each with --out {results}/NAME.jsonl"
         )
+    print(f"remixmatch: rows of {results}", file=sys.stderr)  # beside the tables, which a user may redirect to a file
     tables = {bench: digits_table(r) if bench == "digits" else table(bench, r) for bench, r in rows.items()}
     if options.readme:
         _write_readme(options.readme, tables)

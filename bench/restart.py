@@ -33,7 +33,7 @@ _LIMIT_SECONDS = 300.0  # for anything that is waited for
 class RestartOptions:
     """Kills ranks of a run and times how it comes back."""
 
-    out: Path = records.RESULTS / "restart.jsonl"
+    out: Path = records.OUT / "restart.jsonl"
     """Rows are added to this file."""
     repeats: int = 5
     """Kills; the median counts."""

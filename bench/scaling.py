@@ -82,7 +82,7 @@ class Group:
 class ScalingOptions:
     """Times training steps on 1, 2, ... ranks of this machine."""
 
-    out: Path = records.RESULTS / "scaling.jsonl"
+    out: Path = records.OUT / "scaling.jsonl"
     """Rows are added to this file."""
     ranks: tuple[int, ...] = ()
     """Sizes of the groups; by default powers of two up to the number of GPUs, or of cores without one."""

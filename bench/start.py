@@ -24,7 +24,7 @@ from bench.timing import bench_device
 class StartOptions:
     """Times starts of a run."""
 
-    out: Path = records.RESULTS / "start.jsonl"
+    out: Path = records.OUT / "start.jsonl"
     """Rows are added to this file."""
     repeats: int = 5
     """Starts; the median counts."""

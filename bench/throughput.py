@@ -192,7 +192,7 @@ def _whole_batches(steps: int, config: Config) -> int:
 class ThroughputOptions:
     """Times training steps by K, mode and source of views."""
 
-    out: Path = records.RESULTS / "throughput.jsonl"
+    out: Path = records.OUT / "throughput.jsonl"
     """Rows are added to this file."""
     repeats: int = 7
     """Samples; the median counts."""

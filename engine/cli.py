@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -36,7 +36,7 @@ COMMANDS = {
     "eval": "test accuracy of a run: remixmatch eval DIR [--json]",
     "predict": "classify images with a run: remixmatch predict DIR IMAGE...",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
-    "bench": "measurements: remixmatch bench NAME; README says which there are",
+    "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 
 
@@ -126,6 +126,13 @@ class PredictOptions:
     """Print a JSON object a line."""
 
 
+@dataclass
+class DoctorOptions:
+    """What of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest.
+
+    Exit code 1 where something that training needs is missing."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `remixmatch`.
 
@@ -153,10 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _dispatch(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
-        print("usage: remixmatch COMMAND ...\n")
-        for name, text in COMMANDS.items():
-            print(f"  {name:8} {text}")
-        print("\nremixmatch COMMAND --help says more.")
+        show_usage("COMMAND ...", COMMANDS, "remixmatch COMMAND --help says more.")
     elif command == "train":
         _train(argv[1:])
     elif command == "eval":
@@ -164,6 +168,7 @@ def _dispatch(argv: list[str]) -> None:
     elif command == "predict":
         _predict(parse(PredictOptions, "predict", argv[1:]))
     elif command == "doctor":
+        parse(DoctorOptions, "doctor", argv[1:])
         from engine.doctor import report
 
         sys.exit(0 if report() else 1)
@@ -171,6 +176,15 @@ def _dispatch(argv: list[str]) -> None:
         next(iter(found)).load()(argv[1:])
     else:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
+
+
+def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
+    """Prints how a command is used, with a line for each word that it takes, and where there is more."""
+    print(f"usage: remixmatch {usage}\n")
+    width = max(map(len, words))
+    for word, text in words.items():
+        print(f"  {word:{width}}  {text}")
+    print(f"\n{more}")
 
 
 def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
@@ -189,10 +203,11 @@ def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
 
 def _train(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: remixmatch train PRESET [flags]\n\npresets:")
-        for name, config in presets.PRESETS.items():
-            print(f"  {name:24} {config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps")
-        print("\nremixmatch train PRESET --help lists every flag with its default.")
+        texts = {
+            name: f"{config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps"
+            for name, config in presets.PRESETS.items()
+        }
+        show_usage("train PRESET [flags]", texts, "remixmatch train PRESET --help lists every flag with its default.")
         if not argv:
             raise UserError("train needs a preset")
         return

@@ -1,11 +1,13 @@
 """The digits bench and the table made from its rows."""
 
+import importlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from bench import digits, records, report
+from bench import cli, digits, records, report
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +121,32 @@ def test_charts_are_drawn_of_what_has_rows(tmp_path):
     records.append(tmp_path / "pipelines.jsonl", measured("pipelines", views_per_second=1.0))
     report.main(report.ReportOptions(results=tmp_path, charts=folder))
     assert (folder / "pipelines.png").exists()
+
+
+def test_rows_are_those_of_the_current_folder_or_else_the_packages(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report.main(report.ReportOptions())
+    out, err = capsys.readouterr()
+    assert out.startswith("## digits\n") and err == f"remixmatch: rows of {records.RESULTS}\n"
+    records.append(records.OUT / "digits.jsonl", row("mine", 0, 96.0))
+    report.main(report.ReportOptions())
+    out, err = capsys.readouterr()
+    assert "| mine | 40 | 1 | 96.0 |" in out and "digits-40" not in out and err == "remixmatch: rows of bench-results\n"
+
+
+@pytest.mark.parametrize("bench", [name for name in cli.BENCHES if name != "report"])
+def test_a_bench_writes_to_the_current_folder_unless_told_otherwise(bench):
+    options = getattr(importlib.import_module(f"bench.{bench}"), cli.BENCHES[bench][0])()
+    assert options.out == Path("bench-results", f"{bench}.jsonl")
+
+
+def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
+    """Not that of a repository in whose environment the package is installed."""
+    monkeypatch.delenv("REMIXMATCH_COMMIT", raising=False)
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    assert records.commit.__wrapped__() == "unknown"
 
 
 def test_readme_shows_the_table_of_the_committed_results():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.cli import BENCHES
 from engine import cli
 from engine.config import Config, config_json
 from engine.folder import default_folder
@@ -53,6 +54,7 @@ def trained(tmp_path_factory):
         (["train", "digits-40", "--class-distribution", "0.5", "0.5"], "takes 10 numbers, one a class, got 2"),
         (["train", "digits-40", "--max-shift", "two"], "invalid literal"),
         (["bench", "nothing"], "bench takes one of"),
+        (["doctor", "now"], "now"),
     ],
 )
 def test_mistakes_before_a_run_write_nothing(capfd, tmp_path, monkeypatch, arguments, message):
@@ -144,11 +146,29 @@ def test_default_folders_are_numbered_on(tmp_path, monkeypatch):
     assert default_folder(preset("digits-10"), resume=True) == first
 
 
+@pytest.mark.parametrize(("command", "listed"), [("train", "digits-40"), ("bench", "throughput")])
+def test_a_command_without_its_word_lists_them_and_fails(capfd, command, listed):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command])
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2 and f"\n  {listed} " in out
+    assert err.splitlines()[-1].startswith(f"remixmatch: {command} needs a ")
+
+
 def test_help_lists_presets_and_every_field_in_its_section(capfd):
     cli.main(["--help"])
     assert "doctor" in capfd.readouterr().out
     cli.main(["train", "--help"])
     assert "digits-40-supervised" in capfd.readouterr().out
+    for arguments in (["bench", "--help"], ["bench", "-h"]):
+        cli.main(arguments)
+        out = capfd.readouterr().out
+        for bench in BENCHES:
+            assert re.search(rf"^  {bench} +\w.{{10,}}$", out, re.MULTILINE), bench
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--help"])
+    out = capfd.readouterr().out
+    assert ended.value.code == 0 and "usage: remixmatch doctor" in out and "ready to train" not in out
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--help"])
     assert ended.value.code == 0
@@ -184,6 +204,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
     for arguments in (
         ["--help"],
         ["train", "--help"],
+        ["bench", "--help"],
+        ["doctor", "--help"],
         ["train", "digits-40", "--help"],
         ["train", "digits-40", "--colour"],
         ["train", "digits-40", "--width", "wide"],

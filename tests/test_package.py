@@ -1,0 +1,198 @@
+"""The wheel: what is in it, that it shares an environment with Hugging Face's `kernels`, and README's commands from it.
+
+It is installed into environments of their own, which find torch and the like in the one that runs the tests, but not
+its editable install of the checkout: .pth files are only read in an environment's own folder.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines.datasets import digits
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("engine", "kernels", "pipelines", "bench")
+
+# what lies in the folder of Hugging Face's package, version 0.17.2
+THEIR_MODULES = [
+    *("_rust", "_system", "_versions", "_windows", "archs", "backends", "benchmark", "benchmarks", "cli", "compat"),
+    *("deps", "hf_hub", "importer", "install", "layer", "load", "locking", "python_deps", "resolver", "status"),
+    *("validate", "variants", "verify"),
+]
+
+# flags with which a command of README is over within seconds; they are added to it
+SHORT = {
+    "train": "--steps 8 --eval-every 4 --checkpoint-every 4",
+    "eval": "",
+    "predict": "",
+    "doctor": "",
+    "bench digits": "--presets digits-40 --seeds 0 --steps 2",
+    "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
+    "bench kernels": "--repeats 1 --providers eager --sizes step",
+    "bench pipelines": "--repeats 1 --rows 16 --batches 1 --threads 1",
+    "bench host": "--repeats 1 --k 1 --batch 8 --steps 1",
+    "bench throughput": "--repeats 1 --k 1 --modes eager --steps 1",
+    "bench scaling": "--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
+    "bench start": "--repeats 1",
+    "bench report": "",
+}
+# commands that no flag makes short, and why: they are run as written only, with `--long`
+LONG = {"bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill"}
+
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Our wheel, built from a copy, so that the checkout gets no build folder."""
+    source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", made, source)
+    (path,) = made.iterdir()
+    return path
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A virtual environment into which wheels were installed, one after another."""
+
+    folder: Path
+
+    @property
+    def site(self):
+        (found,) = self.folder.glob("lib/python*/site-packages")
+        return found
+
+    def run(self, folder, *command, timeout=300):
+        """Runs a command of the environment in a folder, on the CPU, and returns what it prints."""
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        # found by the new PATH, not by ours
+        program = shutil.which(command[0], path=environment["PATH"])
+        assert program == str(self.folder / "bin" / command[0])
+        done = subprocess.run(
+            [program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def files(self):
+        """When each file beside this environment's packages was changed, by its name."""
+        return {str(path): path.stat().st_mtime_ns for path in self.site.rglob("*")}
+
+
+def install(folder, *wheels):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    installed = Installed(folder)
+    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (installed.site / "dependencies.pth").write_text("\n".join(ours) + "\n")
+    for path in wheels:
+        pip("--python", folder, "install", "--no-deps", "--no-index", path)
+    return installed
+
+
+def test_the_wheel_holds_all_that_it_should(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    rows = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "results").glob("*.jsonl")}
+    assert len(modules) > 50 and rows
+    assert {name for name in names if ".dist-info/" not in name} == modules | rows
+    assert "kernels/__init__.py" not in names
+
+
+@pytest.fixture(scope="module")
+def their_wheel(tmp_path_factory):
+    """A stand-in for Hugging Face's `kernels`: a regular package with the names of its modules."""
+    path = tmp_path_factory.mktemp("theirs") / "kernels-0.17.2-py3-none-any.whl"
+    info = "kernels-0.17.2.dist-info"
+    files = {f"kernels/{name}.py": f"NAME = '{name}'\n" for name in THEIR_MODULES}
+    files |= {
+        "kernels/__init__.py": "from kernels.layer import NAME\n\nTHEIRS = True\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in (files | {f"{info}/RECORD": record}).items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_no_module_has_the_name_of_one_of_theirs():
+    assert not {path.stem for path in (ROOT / "kernels").iterdir()} & set(THEIR_MODULES)
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel, tmp_path, first):
+    wheels = [wheel, their_wheel] if first == "ours" else [their_wheel, wheel]
+    installed = install(tmp_path / "environment", *wheels)
+    for each in wheels:
+        with zipfile.ZipFile(each) as archive:
+            for name in archive.namelist():
+                if not name.endswith("/RECORD"):  # to which an installer adds
+                    assert (installed.site / name).read_bytes() == archive.read(name), name
+    script = (
+        "import kernels, kernels.guess, engine.step\n"
+        "print(kernels.__file__, kernels.guess.__file__, engine.step.__file__, kernels.THEIRS, kernels.NAME, sep='\\n')"
+    )
+    files = [str(installed.site / module) for module in ("kernels/__init__.py", "kernels/guess.py", "engine/step.py")]
+    assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
+
+
+def readme_commands():
+    """The commands in README's blocks of code that begin with `remixmatch`, in their order, without comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("remixmatch ")]
+
+
+def kind(command):
+    """What SHORT and LONG call a command: its first word, and a bench's name."""
+    return " ".join(command[1 : 3 if command[1] == "bench" else 2])
+
+
+def test_every_command_of_readme_is_known():
+    commands = readme_commands()
+    assert commands
+    unknown = [shlex.join(command) for command in commands if kind(command) not in SHORT | LONG]
+    assert not unknown, "tests/test_package.py runs README's commands: enter in SHORT which flags make these short"
+
+
+@pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.long)], ids=["short", "as written"])
+def test_readmes_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, short):
+    commands = [command for command in readme_commands() if not short or kind(command) not in LONG]
+    installed = install(tmp_path / "environment", wheel)
+    before = installed.files()
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    Image.fromarray(digits().test_images[0]).save(folder / "image.png")
+    for command in commands:
+        if short:
+            installed.run(folder, *command, *SHORT[kind(command)].split())
+        else:
+            installed.run(folder, *command, timeout=3600)
+    assert installed.files() == before
+    written = {path.stem for path in (folder / "bench-results").iterdir()}
+    assert written == {command[2] for command in commands if command[1] == "bench"} - {"report"}
