@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from engine.cli import parse, show_usage
 from engine.errors import UserError
+from engine.parsing import parse, show_usage
 
 # by the name of its module, which is imported when it is called for: options, and what is measured
 BENCHES = {

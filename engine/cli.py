@@ -5,15 +5,12 @@ A mistake of the user's is one line on stderr and exit code 2, without a traceba
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,9 +20,12 @@ import tyro
 
 from engine import config as configuration
 from engine import launch, presets
+from engine.config import folder_name
 from engine.errors import RankError, Stopped, UserError
 from engine.folder import check_folder, default_folder
 from engine.imports import uncollected
+from engine.parsing import parse, show_usage
+from pipelines.cache import set_data_dir
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
 # process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
@@ -35,6 +35,7 @@ COMMANDS = {
     "train": "train a preset: remixmatch train PRESET [--seed N] [--out DIR] [--resume] ...",
     "eval": "test accuracy of a run: remixmatch eval DIR [--json]",
     "predict": "classify images with a run: remixmatch predict DIR IMAGE...",
+    "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
@@ -53,6 +54,21 @@ class _Folder:
 @dataclass(frozen=True)
 class _OutputOptions(configuration.OutputOptions, _Folder):
     """Where the run goes, and what is written on the way."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    data: Path | None = None
+    """A folder of images that `remixmatch data prepare` has prepared, instead of --dataset."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    class_prior: Path | None = None
+    """A JSON object with the known probability of each class, instead of --class-distribution."""
+
+
+@dataclass(frozen=True)
+class _DataOptions(configuration.DataOptions, _Source):
+    """Images, and which of them keep their label."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class TrainOptions:
 
     preset: tyro.conf.Suppress[str]
     method: configuration.MethodOptions
-    data: configuration.DataOptions
+    data: _DataOptions
     augmentation: configuration.AugmentationOptions
     network: configuration.NetworkOptions
     optimisation: configuration.OptimisationOptions
@@ -95,12 +111,22 @@ class TrainOptions:
                 sections[name] = section(**{field: getattr(config, field) for field in known})
         return cls(preset=config.preset, **sections)
 
+    def with_config(self, config: configuration.Config) -> TrainOptions:
+        """These options with the values of a configuration."""
+        sections = {name: section for name, section in vars(self).items() if dataclasses.is_dataclass(section)}
+        for name, section in sections.items():
+            known = {field: getattr(config, field) for field in vars(section).keys() & vars(config).keys()}
+            sections[name] = dataclasses.replace(section, **known)  # type: ignore[type-var]
+        return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
+
     @property
     def config(self) -> configuration.Config:
         """The configuration among the options."""
         values: dict[str, Any] = {}
         for section in (self, *vars(self).values()):
             values |= vars(section) if dataclasses.is_dataclass(section) else {}
+        if self.data.data:
+            values["dataset"] = folder_name(self.data.data)
         return configuration.Config(**{name: values[name] for name in vars(configuration.Config())})
 
 
@@ -167,6 +193,10 @@ def _dispatch(argv: list[str]) -> None:
         _evaluate(parse(EvalOptions, "eval", argv[1:]))
     elif command == "predict":
         _predict(parse(PredictOptions, "predict", argv[1:]))
+    elif command == "data":
+        from engine import data
+
+        data.main(argv[1:])
     elif command == "doctor":
         parse(DoctorOptions, "doctor", argv[1:])
         from engine.doctor import report
@@ -176,29 +206,6 @@ def _dispatch(argv: list[str]) -> None:
         next(iter(found)).load()(argv[1:])
     else:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
-
-
-def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
-    """Prints how a command is used, with a line for each word that it takes, and where there is more."""
-    print(f"usage: remixmatch {usage}\n")
-    width = max(map(len, words))
-    for word, text in words.items():
-        print(f"  {word:{width}}  {text}")
-    print(f"\n{more}")
-
-
-def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
-    """Fills a dataclass from flags; tyro's framed complaint becomes one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            flags = (tyro.conf.OmitArgPrefixes,)  # sections are for reading
-            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=flags, **default)
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        words = re.sub(r"[\u2500-\u257f]+", " ", complaint.getvalue()).split()
-        raise UserError(" ".join(words)) from None
 
 
 def _train(argv: list[str]) -> None:
@@ -213,6 +220,7 @@ def _train(argv: list[str]) -> None:
         return
     options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(presets.preset(argv[0])))
     _check_ranks(options)
+    set_data_dir(options.data.data_dir)
     configuration.validate(options.config)
     launch.end_with_parent()
     # alone, before torch is imported; ranks agree on what rank 0 finds
@@ -294,9 +302,16 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
         options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(begun))
     options = dataclasses.replace(options, output=dataclasses.replace(options.output, out=folder, resume=resume))
     configuration.validate(options.config, options.execution.gpus)
-    configuration.check_data(options.config)
-    check_folder(options.config, folder, resume)
-    return options
+    data = configuration.open_data(options.config.dataset)
+    config = configuration.resolve(options.config, data)
+    if options.data.class_prior:
+        prior = configuration.read_prior(options.data.class_prior, data.classes)
+        config = dataclasses.replace(config, class_distribution=prior)
+    if options.config.network == "auto" and not options.output.quiet:
+        _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")
+    configuration.check_data(config)
+    check_folder(config, folder, resume)
+    return options.with_config(config)
 
 
 def _evaluate(options: EvalOptions) -> None:

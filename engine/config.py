@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import UserError
-from pipelines.cache import CacheError
+from pipelines.cache import DataError
 from pipelines.datasets import DATASETS, DataSet
 from pipelines.splits import RULES
 
@@ -75,7 +75,7 @@ class AugmentationOptions:
     augment: Literal["ctaugment", "randaugment", "none"] = "ctaugment"
     """Strong augmentation: learned bins, uniform bins, or weak augmentation only."""
     max_shift: int = 4
-    """Largest translation of a weak view, in pixels."""
+    """Largest translation of a weak view, in pixels; -1 for an eighth of the images' side."""
     flip: bool = True
     """Whether weak views may be mirrored."""
     weak_anchor: bool = True
@@ -89,7 +89,8 @@ class NetworkOptions:
     """A Wide ResNet (WRN-28-2 by default) or a model of timm, and its batch norm."""
 
     network: str = "wide-resnet"
-    """wide-resnet, or timm:NAME for a model of timm, such as timm:resnet50 (pip install 'remixmatch-engine[timm]')."""
+    """wide-resnet, timm:NAME for a model of timm, such as timm:resnet50 (pip install 'remixmatch-engine[timm]'), or
+    auto: by the images' side, a Wide ResNet of 3 scales up to 48 pixels and 4 up to 96, timm:resnet50 beyond."""
     pretrained: bool = False
     """With a model of timm: start from its published weights."""
     weights: str = ""
@@ -197,6 +198,11 @@ class Config(
         return self.network.removeprefix("timm:") if self.network.startswith("timm:") else ""
 
     @property
+    def architecture(self) -> str:
+        """The network by its name in the field, such as WRN-28-2."""
+        return self.network if self.backbone else f"WRN-{self.depth}-{self.widen_factor:g}"
+
+    @property
     def depth(self) -> int:
         """Depth of the Wide ResNet as its name counts: the convolutions, shortcuts included, and the linear layer."""
         return self.scales * (2 * self.blocks + 1) + 1
@@ -216,6 +222,8 @@ class Config(
         return max(self.micro_batches, ranks)
 
 
+FOLDER = "folder:"  # before the path of a folder of images, in the name of a data set
+
 # oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
 # its buffer, with 1 to 7 input channels; with 8 to 40 all of a network's convolutions were right, odd numbers included
 LEAST_WIDTH = 8
@@ -230,14 +238,14 @@ def validate(config: Config, ranks: int = 1) -> None:
     least = {
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
-        "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": 0, "w_u": 0, "w_u1": 0, "w_rot": 0,
+        "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "w_u": 0, "w_u1": 0, "w_rot": 0,
         "weight_decay": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
-    if not config.backbone and config.network != "wide-resnet":
-        raise UserError(f"--network takes wide-resnet or timm:NAME, got '{config.network}'")
+    if not config.backbone and config.network not in ("wide-resnet", "auto"):
+        raise UserError(f"--network takes wide-resnet, timm:NAME or auto, got '{config.network}'")
     if config.backbone and config.bn != "joint":
         raise UserError(f"--bn {config.bn} is for the Wide ResNet; models of timm have --bn joint")
     if not config.backbone and (config.pretrained or config.weights):
@@ -255,8 +263,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     for name in ("bn_momentum", "ema_decay", "marginal_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
-    if config.dataset not in DATASETS:
-        open_data(config.dataset)
+    _check_name(config.dataset)
     if config.seed >= 2**63:
         raise UserError(f"--seed must be less than 2^63, got {config.seed}")
     given = config.class_distribution
@@ -292,18 +299,66 @@ def validate(config: Config, ranks: int = 1) -> None:
             )
 
 
+def folder_name(folder: str | Path) -> str:
+    """The name of the data set that a folder of images is."""
+    return FOLDER + str(Path(folder).resolve())
+
+
+def _check_name(name: str) -> None:
+    if name not in DATASETS and not name.startswith(FOLDER) and name != "folder":
+        raise UserError(f"unknown data set '{name}'; there are {', '.join(DATASETS)}, and --data FOLDER")
+
+
+def resolve(config: Config, data: DataSet) -> Config:
+    """The configuration with what depends on the images: `network` auto and `max_shift` -1."""
+    side = min(data.sides)
+    if config.max_shift < 0:
+        config = dataclasses.replace(config, max_shift=side // 8)
+    if config.network != "auto":
+        return config
+    if side > 96:
+        return dataclasses.replace(config, network="timm:resnet50")
+    return dataclasses.replace(config, network="wide-resnet", scales=3 if side <= 48 else 4)
+
+
 def open_data(name: str) -> DataSet:
     """A data set by its name.
 
     Raises:
         UserError: there is none of that name, or it has not been prepared.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set '{name}'; there are {', '.join(DATASETS)}")
+    _check_name(name)
+    if name == "folder":
+        raise UserError("which folder? give it by --data, as in: remixmatch train folder --data pets/")
     try:
+        if name.startswith(FOLDER):
+            from pipelines.folder import open_folder
+
+            return open_folder(Path(name.removeprefix(FOLDER)))
         return DATASETS[name]()
-    except CacheError as error:
+    except DataError as error:
         raise UserError(str(error)) from None
+
+
+def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
+    """Known class probabilities from a JSON object, in the order of the classes.
+
+    Raises:
+        UserError: the file cannot be read, or does not have a number for every class and no other.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-prior {path} cannot be read ({error})") from None
+    if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+        raise UserError(f"--class-prior {path} must be a JSON object of class names and numbers")
+    if found.keys() != set(classes):
+        differing = sorted(found.keys() ^ set(classes))
+        raise UserError(f"--class-prior {path} must have the classes of the data; it differs in {', '.join(differing)}")
+    total = sum(found.values())
+    if not (min(found.values()) >= 0 and total > 0):
+        raise UserError(f"--class-prior {path} must have numbers of at least 0 that are not all 0")
+    return tuple(found[name] / total for name in classes)
 
 
 def check_data(config: Config) -> tuple[DataSet, np.ndarray]:

@@ -22,12 +22,12 @@ import numpy as np
 from pipelines.datasets import DataSet
 
 FORMAT = "remixmatch-cache-1"
-_DESCRIPTION = "cache.json"
+_DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
 
 
-class CacheError(ValueError):
-    """A cache that is not there, or not as it should be; the message says what to do."""
+class DataError(ValueError):
+    """Data that is not there, or not as it should be; the message says what, and what to do."""
 
 
 def data_dir() -> Path:
@@ -36,12 +36,22 @@ def data_dir() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "remixmatch"
 
 
+def set_data_dir(folder: Path | None) -> None:
+    """Has this process, and those that it starts, look for caches there; None leaves all as it is."""
+    if folder:
+        os.environ["REMIXMATCH_DATA"] = str(folder.resolve())
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[Path]:
+def writing(folder: Path, key: str = "") -> Iterator[Path]:
     """Gives a folder to be filled by `array` and `finish`, which takes the place of `folder` if all went well.
 
+    Args:
+        folder: the cache.
+        key: says what it is made from; what an interrupted process has made from the same is given again.
+
     Raises:
-        CacheError: the folder cannot be written, or another process is writing it.
+        DataError: the folder cannot be written, or another process is writing it.
     """
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
@@ -50,13 +60,17 @@ def writing(folder: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CacheError(f"{folder} is being prepared by another process") from None
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+                raise DataError(f"{folder} is being prepared by another process") from None
+            kept = temporary / _KEY
+            if not key or not kept.exists() or kept.read_text(encoding="utf-8") != key:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                kept.write_text(key, encoding="utf-8")
             try:
                 yield temporary
                 if not (temporary / _DESCRIPTION).exists():
                     raise RuntimeError(f"{folder} was not finished")
+                kept.unlink()
                 for path in [*temporary.iterdir(), temporary]:
                     _sync(path)
                 if folder.exists():
@@ -69,9 +83,10 @@ def writing(folder: Path) -> Iterator[Path]:
                     temporary.rename(folder)
                 _sync(folder.parent)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                if not key:
+                    shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise CacheError(f"{folder} cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{folder} cannot be written ({error.strerror or error})") from error
 
 
 def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
@@ -86,6 +101,19 @@ def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8
         if size > file.tell():
             os.posix_fallocate(file.fileno(), 0, size)
     return np.load(folder / f"{name}.npy", mmap_mode="r+")
+
+
+def shorten(folder: Path, name: str, rows: int) -> None:
+    """Leaves the first rows of an array of a cache under way."""
+    path = folder / f"{name}.npy"
+    values = np.load(path, mmap_mode="r")
+    offset, shape, dtype = values.offset, (rows, *values.shape[1:]), values.dtype  # type: ignore[attr-defined]
+    del values
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with path.open("r+b") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == offset, "numpy leaves room for every length of an array"
+        file.truncate(offset + int(np.prod(shape)) * dtype.itemsize)
 
 
 def save(folder: Path, name: str, values: np.ndarray) -> None:
@@ -125,25 +153,25 @@ def describe(folder: Path, again: str) -> dict[str, Any]:
         again: the command that prepares it.
 
     Raises:
-        CacheError: it is not there, damaged, foreign, or of another version.
+        DataError: it is not there, damaged, foreign, or of another version.
     """
     path = folder / _DESCRIPTION
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not str(found.get("format", "")).startswith("remixmatch-cache-"):
-            raise CacheError(f"{folder} is not a cache of this engine; prepare it again: {again}")
+            raise DataError(f"{folder} is not a cache of this engine; prepare it again: {again}")
         if found["format"] != FORMAT:
-            raise CacheError(f"{folder} is of another version ({found['format']}); prepare it again: {again}")
+            raise DataError(f"{folder} is of another version ({found['format']}); prepare it again: {again}")
         for name, file in found["files"].items():
             size = (folder / name).stat().st_size if (folder / name).exists() else 0
             if size != file["bytes"]:
-                raise CacheError(
+                raise DataError(
                     f"{folder / name} has {size} bytes instead of {file['bytes']}; prepare it again: {again}"
                 )
     except FileNotFoundError:
-        raise CacheError(f"there is no data in {folder}; prepare it: {again}") from None
+        raise DataError(f"there is no data in {folder}; prepare it: {again}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path} cannot be read ({type(error).__name__}); prepare it again: {again}") from None
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); prepare it again: {again}") from None
     return found
 
 
@@ -151,7 +179,7 @@ def open_cache(folder: Path, again: str) -> DataSet:
     """A data set from its cache.
 
     Raises:
-        CacheError: see `describe`.
+        DataError: see `describe`.
     """
     found = describe(folder, again)
 
@@ -173,18 +201,18 @@ def open_cache(folder: Path, again: str) -> DataSet:
             folds=tuple(np.array(fold) for fold in optional.get("folds", ())),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise CacheError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
+        raise DataError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
 
 
 def verify(folder: Path, again: str) -> None:
     """Compares the contents of a cache's files with their checksums.
 
     Raises:
-        CacheError: one of them differs, or see `describe`.
+        DataError: one of them differs, or see `describe`.
     """
     for name, file in describe(folder, again)["files"].items():
         if sha256(folder / name) != file["sha256"]:
-            raise CacheError(f"{folder / name} is damaged: its checksum differs; prepare it again: {again}")
+            raise DataError(f"{folder / name} is damaged: its checksum differs; prepare it again: {again}")
 
 
 def sha256(path: Path) -> str:

@@ -94,7 +94,7 @@ def prepared(name: str) -> DataSet:
     """A data set that `remixmatch data prepare` has made the cache of.
 
     Raises:
-        CacheError: it has not, or the cache is damaged.
+        DataError: it has not, or the cache is damaged.
     """
     from pipelines import cache
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import cache
+from pipelines.cache import DataError
 
 # Debian's package dataset-fashion-mnist has the original files there, packed anew
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -28,10 +29,6 @@ _CHUNK = 4096  # images copied at a time
 _DIGITS = tuple(str(digit) for digit in range(10))
 
 Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-
-
-class SourceError(ValueError):
-    """Original files that are missing or damaged; the message says which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +181,7 @@ def prepare(
         The cache.
 
     Raises:
-        SourceError: a file is missing or damaged.
-        CacheError: the cache cannot be written.
+        DataError: a file is missing or damaged, or the cache cannot be written.
     """
     folder, raw = cache.data_dir() / name, cache.data_dir() / "downloads" / _SAME_FILES.get(name, name)
     with cache.writing(folder) as temporary:
@@ -196,9 +192,7 @@ def prepare(
         try:
             content = SOURCES[name](name, raw)
         except Exception as error:  # a damaged archive fails in as many ways as there are formats
-            raise SourceError(
-                f"the files of {name} in {raw} cannot be read: {str(error).strip() or error!r}"
-            ) from error
+            raise DataError(f"the files of {name} in {raw} cannot be read: {str(error).strip() or error!r}") from error
         _write(temporary, content, progress)
         cache.finish(temporary, name, content.classes, content.class_order, {"files": checksums})
     return folder
@@ -217,7 +211,7 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
     wanted = f"{path.name} (MD5 {file.md5}, {file.urls[0]})"
     if not path.exists():
         if not download:
-            raise SourceError(f"{path.name} is missing: put {wanted} into {path.parent}")
+            raise DataError(f"{path.name} is missing: put {wanted} into {path.parent}")
         progress(f"downloading {path.name}", 0, 0)
         for url in file.urls:
             try:
@@ -226,11 +220,11 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
             except Exception:  # of the network, or a checksum
                 path.unlink(missing_ok=True)
         else:
-            raise SourceError(f"{path.name} cannot be downloaded: put {wanted} into {path.parent}")
+            raise DataError(f"{path.name} cannot be downloaded: put {wanted} into {path.parent}")
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "md5").hexdigest()
     if found not in (file.md5, _DEBIAN_MD5.get(path.name)):
-        raise SourceError(f"{path} is damaged: its MD5 is {found}, not {file.md5}; remove it and try again")
+        raise DataError(f"{path} is damaged: its MD5 is {found}, not {file.md5}; remove it and try again")
 
 
 def _write(folder: Path, content: _Content, progress: Progress) -> None:

@@ -80,7 +80,8 @@ def test_from_outside_a_mistake_is_one_line_and_code_2():
         [sys.executable, "-m", "engine", "train", "cifar"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == "remixmatch: unknown preset 'cifar'; there are digits-40, digits-10, digits-40-supervised\n"
+    hint = "did you mean cifar10-40 or cifar10-250 or cifar10-4000?"
+    assert done.stderr == f"remixmatch: unknown preset 'cifar'; {hint}\n"
 
 
 def test_resume_needs_no_flags_repeated(trained, capfd):
