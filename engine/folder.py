@@ -55,9 +55,14 @@ def describe(config: Config, folder: Path, data: DataSet, split: np.ndarray) -> 
         folder: made if missing.
         data: the data set.
         split: (labels,) int64, training images that keep their label.
+
+    Raises:
+        UserError: the folder was begun with other images under the same numbers.
     """
+    content = _split_json(config, split, data)
+    _check_same_images(folder, content)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "split.json", _split_json(config, split, data))
+    write_text(folder / "split.json", content)
     write_text(folder / "config.json", config_json(config))
 
 
@@ -67,6 +72,15 @@ def _check_same_run(old: Config, new: Config, folder: Path) -> None:
         raise UserError(f"{folder} was begun with another configuration: {'; '.join(differing)}")
     if new.steps < old.steps:
         raise UserError(f"{folder} was begun with {old.steps} steps; --steps may grow, not shrink to {new.steps}")
+
+
+def _check_same_images(folder: Path, content: str) -> None:
+    try:
+        before = json.loads((folder / "split.json").read_text(encoding="utf-8")).get("images_sha256")
+    except (OSError, json.JSONDecodeError, AttributeError):  # not there, of an earlier version, or damaged
+        return
+    if before and before != json.loads(content)["images_sha256"]:
+        raise UserError(f"{folder} was begun with other images: those of its labels have changed since")
 
 
 def _split_json(config: Config, split: np.ndarray, data: DataSet) -> str:

@@ -1,7 +1,7 @@
 """Image files to uint8 images of one size, on all cores: DALI decodes and resizes JPEGs, PIL whatever else there is.
 
 Every image is turned as its EXIF data says, resized so that its shorter side has the size wanted, and cropped about its
-centre. DALI and PIL both resize by an antialiased cubic filter and agree within rounding; JPEGs are decoded by the same
+centre. DALI and PIL both reduce by an antialiased cubic filter and agree within rounding; JPEGs are decoded by the same
 library. What PIL alone reads as people expect goes by PIL: GIF's first frame, palettes, transparency (laid on black),
 16 bits a channel (stretched to 8), CMYK, and files that are not what their name says.
 """
@@ -65,7 +65,7 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     sides = max(size, round(width * scale)), max(size, round(height * scale))
     if sides != image.size:
         image = image.resize(sides, Image.Resampling.BICUBIC)
-    left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
+    left, top = (sides[0] - size + 1) // 2, (sides[1] - size + 1) // 2  # as DALI rounds
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -1,0 +1,200 @@
+"""`remixmatch data`, the presets of the paper, and training on a folder from `prepare` to `predict`."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from engine import cli
+from engine.config import Config, folder_name, load_config, read_prior, resolve
+from engine.errors import UserError
+from engine.presets import PRESETS, PUBLISHED
+from pipelines import cache, datasets
+from pipelines.datasets import digits
+from pipelines.splits import RULES
+
+QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    datasets.prepared.cache_clear()
+    yield tmp_path / "data"
+    datasets.prepared.cache_clear()
+
+
+def say(capsys, *arguments):
+    """What a command prints."""
+    capsys.readouterr()
+    cli.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments, code=2):
+    """The one line of a command that ends with an exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    assert ended.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Crops of two real photographs: classes china and flower, 16 labeled, 24 not, 8 for testing."""
+    root = tmp_path / "photos"
+    chance = np.random.default_rng(0)
+    for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for number in range(24):
+            top, left = chance.integers(0, 427 - 120), chance.integers(0, 640 - 160)
+            part = "train" if number < 8 else "unlabeled" if number < 20 else "test"
+            path = root / part / (name if part != "unlabeled" else "") / f"{name} {number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[top : top + 120, left : left + 160]).save(path, quality=90)
+    return root
+
+
+def test_help_and_mistakes(capsys, tmp_path):
+    assert "check-split" in say(capsys, "data", "--help")
+    assert "data needs a command" in fails(capsys, "data")
+    assert "data takes one of prepare, list" in fails(capsys, "data", "prepar")
+    assert "which data set? there are digits, cifar10" in fails(capsys, "data", "info")
+    assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
+    assert "there is no data in" in fails(capsys, "data", "info", "cifar10")
+    (tmp_path / "empty").mkdir()
+    assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
+    assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+
+
+def test_list_and_info(capsys, tmp_path):
+    listed = say(capsys, "data", "list")
+    assert "digits             1437 training images, 1437 with a label, 360 test images, 10 classes, 16x16" in listed
+    assert "prepare it: remixmatch data prepare stl10" in listed
+    told = say(capsys, "data", "info", "digits", "--png", tmp_path / "grid.png")
+    data = digits()
+    mean = data.train_images.reshape(-1, 3).mean(0)[0]
+    deviation = data.train_images.reshape(-1, 3).std(0)[0]
+    assert f"by channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in told
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (160, 160, 3)
+    np.testing.assert_array_equal(grid[16:32, :16], data.train_images[np.flatnonzero(data.train_labels == 1)[0]])
+
+
+def test_splits_are_printed_and_checked(capsys, tmp_path):
+    rows = RULES["paper"](digits(), 40, 3).tolist()
+    printed = json.loads(say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3, "--json"))
+    assert printed["train_rows"] == rows and len(printed["sha256"]) == len(printed["images_sha256"]) == 64
+    assert say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3).splitlines()[0] == " ".join(
+        map(str, rows)
+    )
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(rows))))
+    check = ["data", "check-split", "theirs.txt", "--data", "digits"]
+    assert say(capsys, *check, "--seed", 3).startswith("the same set: rule paper, 40 labels of digits, seed 3")
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*rows[1:], 1436])))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*check, "--seed", "3"])
+    assert ended.value.code == 1
+    told = capsys.readouterr().out
+    assert "another set" in told and "39 rows in common" in told and f"only the rule has 1: {rows[0]}" in told
+    assert "only theirs.txt has 1: 1436" in told
+    (tmp_path / "theirs.txt").write_text("1437")
+    assert "names row 1437; digits has 1437 training images" in fails(capsys, *check)
+    assert "there is no 'papers'; there are balanced, paper" in fails(capsys, *check[:2], "--rule", "papers")[
+        :0
+    ] + fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
+    assert "--labels: labels must be from 1 to the 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
+    assert "of which data set" in fails(capsys, *check[:3])
+
+
+def test_a_runs_split_is_checked(capsys, tmp_path):
+    cli.main(["train", "digits-40", "--split", "paper", "--seed", "2", "--out", "run", *QUICK])
+    written = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert written["split"] == "paper" and written["train_rows"] == RULES["paper"](digits(), 40, 2).tolist()
+    assert say(capsys, "data", "check-split", "run").startswith("the same set: rule paper, 40 labels of digits, seed 2")
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check-split", "run", "--rule", "balanced"])
+
+
+def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_split():
+    assert set(PUBLISHED) <= set(PRESETS)
+    for config in PRESETS.values():
+        if config.dataset.startswith(("cifar", "svhn", "stl")):
+            assert config.split == "paper" and config.steps * config.batch == 2**26
+            assert config.eval_every * config.batch == 65_536
+    assert PRESETS["svhn-40"].flip is False and PRESETS["cifar10-40"].ramp_kimg == 8192
+    stl = PRESETS["stl10-1000"]
+    assert (stl.k, stl.weak_anchor, stl.max_shift, stl.depth, stl.width) == (4, False, 12, 37, 64)
+    assert Config().architecture == "WRN-28-2" and PRESETS["stl10-1000"].architecture == "WRN-37-4"
+
+
+def test_a_preset_whose_data_is_not_there_says_what_to_type(capsys):
+    assert "prepare it: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
+    assert "which folder? give it by --data" in fails(capsys, "train", "folder")
+
+
+def test_what_depends_on_the_images():
+    def of(side, **changes):
+        images = np.zeros((1, side, side, 3), np.uint8)
+        data = datasets.DataSet("made", ("a", "b"), images, np.zeros(1, int), images, np.zeros(1, int))
+        return resolve(Config(network="auto", max_shift=-1, **changes), data)
+
+    assert (of(32).network, of(32).scales, of(32).max_shift) == ("wide-resnet", 3, 4)
+    assert (of(96).network, of(96).scales, of(96).max_shift) == ("wide-resnet", 4, 12)
+    assert of(224).network == "timm:resnet50"
+    assert resolve(Config(), digits()) == Config()
+
+
+def test_a_folder_from_prepare_to_predict(capsys, photos, tmp_path):
+    prepared = say(capsys, "data", "prepare", photos, "--size", 16)
+    assert "40 training images, 16 with a label, 8 test images, 2 classes, 16x16" in prepared
+    assert str(photos) in say(capsys, "data", "list")
+    assert "is as it was written" in say(capsys, "data", "info", photos, "--verify")
+    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    assert "folder seed 0: test accuracy" in told
+    config = load_config(tmp_path / "run" / "config.json")
+    assert config.dataset == folder_name(photos) and config.network == "wide-resnet" and config.max_shift == 2
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split["labels"] == 16 == len(split["train_rows"]) and set(split["classes"]) == {"china", "flower"}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 16
+    say(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
+    assert "2 images" not in say(capsys, "eval", "run") and "8 images" in say(capsys, "eval", "run")
+    image = photos / "test" / "china" / "china 20.jpg"
+    assert set(json.loads(say(capsys, "predict", "run", image, "--json"))["probabilities"]) == {"china", "flower"}
+
+
+def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    say(capsys, "data", "prepare", photos, "--size", 24)
+    told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
+    assert "run was begun with other images" in told and len(told.splitlines()) == 1
+
+
+def test_a_class_prior(capsys, photos, tmp_path):
+    path = tmp_path / "prior.json"
+    path.write_text(json.dumps({"flower": 3, "china": 1}))
+    assert read_prior(path, ("china", "flower")) == (0.25, 0.75)
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--class-prior", path, "--out", "run", *QUICK)
+    assert load_config(tmp_path / "run" / "config.json").class_distribution == (0.25, 0.75)
+    for text, words in [
+        ('{"flower": 1}', "differs in china"),
+        ('{"flower": 1, "china": 1, "dog": 0}', "differs in dog"),
+        ('{"flower": 0, "china": 0}', "not all 0"),
+        ('{"flower": "1", "china": 1}', "class names and numbers"),
+        ("{", "cannot be read"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_prior(path, ("china", "flower"))
+
+
+def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):
+    say(capsys, "data", "prepare", photos, "--size", 16, "--data-dir", tmp_path / "other")
+    assert (tmp_path / "other" / "folders").is_dir() and not data_dir.exists()
+    assert cache.data_dir() == tmp_path / "other"

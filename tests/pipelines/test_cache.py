@@ -1,0 +1,176 @@
+"""Caches: whole or not there, of this version, of the right sizes; and what they give."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import cache
+from pipelines.cache import DataError
+from tests.processes import ROOT
+
+AGAIN = "remixmatch data prepare made"
+
+
+def write(folder, images=20, side=4, key="", **options):
+    chance = np.random.default_rng(images)
+    with cache.writing(folder, key) as temporary:
+        for part, rows in (("train", images), ("test", images // 2)):
+            cache.array(temporary, f"{part}_images", (rows, side, side, 3))[:] = chance.integers(
+                256, size=(rows, side, side, 3)
+            )
+            cache.save(temporary, f"{part}_labels", np.arange(rows) % 3 - (part == "train"))
+        cache.finish(temporary, "made", ("a", "b", "c"), **options)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "made")
+
+
+def test_a_cache_gives_what_was_written(tmp_path):
+    folder = write(tmp_path / "made", class_order=(1, 2, 0))
+    data = cache.open_cache(folder, AGAIN)
+    chance = np.random.default_rng(20)
+    np.testing.assert_array_equal(data.train_images, chance.integers(256, size=(20, 4, 4, 3)))
+    np.testing.assert_array_equal(data.test_images, chance.integers(256, size=(10, 4, 4, 3)))
+    assert (data.name, data.classes, data.class_order, data.sides) == ("made", ("a", "b", "c"), (1, 2, 0), (4, 4))
+    assert data.train_labels.dtype == np.int64 and data.train_labels.min() == -1
+    assert data.unlabeled is None and data.folds == () and len(data.unlabeled_rows) == 20
+    assert isinstance(data.train_images, np.memmap)
+    torch.from_numpy(np.asarray(data.train_images))  # without a warning about what may not be written
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
+    cache.verify(folder, AGAIN)
+
+
+def test_opening_does_not_read_the_images(tmp_path):
+    folder = tmp_path / "large"
+    with cache.writing(folder) as temporary:
+        for part in ("train", "test"):
+            cache.array(temporary, f"{part}_images", (50_000, 32, 32, 3))
+            cache.save(temporary, f"{part}_labels", np.zeros(50_000, np.int64))
+        cache.finish(temporary, "large", ("a", "b"))
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom pipelines import cache\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "data = cache.open_cache(Path(sys.argv[1]), '')\n"
+        "print(len(data.train_images), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    images, kibibytes = map(int, done.stdout.split())
+    assert images == 50_000 and kibibytes < 20_000, "of 300 MB"
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (
+            lambda folder: (folder / "cache.json").unlink(),
+            "there is no data in .*; prepare it: remixmatch data prepare",
+        ),
+        (lambda folder: (folder / "cache.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "cache.json").write_text("[1]"), "is not a cache of this engine"),
+        (lambda folder: (folder / "cache.json").write_text('{"format": "other-1"}'), "is not a cache of this engine"),
+        (lambda folder: (folder / "cache.json").write_text('{"format": "remixmatch-cache-0"}'), "of another version"),
+        (lambda folder: os.truncate(folder / "train_images.npy", 500), "has 500 bytes instead of 1088"),
+        (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy has 0 bytes"),
+    ],
+)
+def test_what_is_not_whole_is_never_read(folder, harm, words):
+    harm(folder)
+    with pytest.raises(DataError, match=words) as error:
+        cache.open_cache(folder, AGAIN)
+    assert "\n" not in str(error.value) and AGAIN in str(error.value)
+
+
+def test_changed_bytes_are_found_when_asked_for(folder):
+    path = folder / "train_images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    cache.open_cache(folder, AGAIN)
+    with pytest.raises(DataError, match=r"train_images.npy is damaged: its checksum differs; prepare it again"):
+        cache.verify(folder, AGAIN)
+
+
+def test_an_error_leaves_the_former_cache(folder):
+    before = json.loads((folder / "cache.json").read_text())
+    with pytest.raises(ZeroDivisionError), cache.writing(folder) as temporary:
+        cache.array(temporary, "train_images", (3, 4, 4, 3))
+        raise ZeroDivisionError
+    assert json.loads((folder / "cache.json").read_text()) == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".made.lock", "made"]
+    write(folder, images=30)
+    assert len(cache.open_cache(folder, AGAIN).train_images) == 30
+
+
+def test_a_kill_leaves_nothing_that_is_read(tmp_path):
+    folder = tmp_path / "made"
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines import cache\n"
+        "with cache.writing(Path(sys.argv[1])) as temporary:\n"
+        "    cache.array(temporary, 'train_images', (9, 4, 4, 3))\n"
+        "    print('writing', flush=True)\n    time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    with pytest.raises(DataError, match="is being prepared by another process"), cache.writing(folder):
+        pass
+    process.kill()
+    process.wait()
+    with pytest.raises(DataError, match="there is no data"):
+        cache.open_cache(folder, AGAIN)
+    write(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
+
+
+def test_what_was_made_from_the_same_is_given_again(tmp_path):
+    for key, expected in (("one", False), ("one", True), ("other", False)):
+        with pytest.raises(ZeroDivisionError), cache.writing(tmp_path / "made", key) as temporary:
+            assert (temporary / "half").exists() is expected
+            (temporary / "half").write_text("")
+            raise ZeroDivisionError
+    write(tmp_path / "made", key="third")
+    assert not (tmp_path / "made" / "half").exists()
+
+
+def test_arrays_are_shortened_in_place(tmp_path):
+    with cache.writing(tmp_path / "made") as temporary:
+        made = cache.array(temporary, "images", (100_000, 2, 2, 3))
+        made[:] = np.arange(100_000).astype(np.uint8)[:, None, None, None]
+        made.flush()
+        cache.shorten(temporary, "images", 7)
+        left = np.load(temporary / "images.npy")
+        assert left.shape == (7, 2, 2, 3) and (left[:, 0, 0, 0] == np.arange(7)).all()
+        cache.finish(temporary, "made", ())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written \((Not a directory|File exists)\)"):
+        write(tmp_path / "file" / "made")
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)"):
+        write(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_where_caches_lie(tmp_path, monkeypatch):
+    monkeypatch.delenv("REMIXMATCH_DATA", raising=False)
+    assert cache.data_dir().parts[-2:] == (".cache", "remixmatch")
+    cache.set_data_dir(None)
+    assert "REMIXMATCH_DATA" not in os.environ
+    monkeypatch.setenv("REMIXMATCH_DATA", "")  # so that it is put back
+    cache.set_data_dir(tmp_path)
+    assert cache.data_dir() == tmp_path

@@ -1,0 +1,187 @@
+"""Folders of images: what is listed, what is made of it, and what is wrong with it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import folder
+from pipelines.cache import DataError
+from pipelines.folder import open_folder, prepare, scan
+from tests.processes import ROOT
+
+
+def put(root, name, number):
+    """An image of one colour, which tells its number."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), (number, 255 - number, 7)).save(path)
+
+
+@pytest.fixture
+def pets(tmp_path, data_dir):
+    """Three dogs, two cats, four unknown ones; a dog and a cat for testing."""
+    root = tmp_path / "pets"
+    for number in range(3):
+        put(root, f"train/dog/{number}.png", number)
+    for number in range(3, 5):
+        put(root, f"train/cat/nested {number}/x.png", number)
+    for number in range(5, 9):
+        put(root, f"unlabeled/{number}.png", number)
+    put(root, "test/dog/a.png", 9)
+    put(root, "test/cat/b.png", 10)
+    (root / "train/dog/notes.txt").write_text("not an image")
+    put(root, "train/dog/.hidden.png", 99)
+    return root
+
+
+def numbers(images):
+    assert (images[..., 0].astype(int) + images[..., 1] == 255).all()
+    return images[:, 4, 4, 0].tolist()
+
+
+def test_labeled_images_come_first_and_classes_are_sorted(pets):
+    made = prepare(pets, 8)
+    data = open_folder(pets)
+    assert data.classes == ("cat", "dog") and data.sides == (8, 8)
+    assert numbers(data.train_images) == [3, 4, 0, 1, 2, 5, 6, 7, 8]
+    assert data.train_labels.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
+    assert numbers(data.test_images) == [10, 9] and data.test_labels.tolist() == [0, 1]
+    assert made.unreadable == () and made.twins == () and made.listing.held_out == 0
+
+
+def test_a_table_says_the_same(pets, tmp_path):
+    lines = ["file,label,part"]
+    for path in sorted(pets.rglob("*.png")):
+        file = path.relative_to(pets)
+        if not path.name.startswith("."):
+            label = "" if file.parts[0] == "unlabeled" else file.parts[1]
+            lines.append(f"{file},{label},{'test' if file.parts[0] == 'test' else ''}")
+    (pets / "labels.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    listing = scan(pets)
+    assert listing.classes == ("cat", "dog") and len(listing.test) == 2
+    assert sorted(label for _, label in listing.train) == [-1] * 4 + [0] * 2 + [1] * 3
+    assert dict(listing.train)["train/dog/1.png"] == 1
+
+
+def test_without_a_test_part_a_fifth_of_every_class_is_held_out(tmp_path, data_dir):
+    root = tmp_path / "pets"
+    for number in range(11):
+        put(root, f"train/{'a' if number < 10 else 'b'}/{number:02}.png", number)
+    put(root, "train/b/more.png", 11)
+    listing = scan(root)
+    assert listing.held_out == 3 and [label for _, label in listing.test] == [0, 0, 1]
+    assert len(listing.train) == 9 and not {file for file, _ in listing.train} & {file for file, _ in listing.test}
+    assert scan(root) == listing, "always the same"
+
+
+def test_files_that_cannot_be_read_are_left_out(pets):
+    (pets / "train/dog/1.png").write_bytes(b"nothing")
+    (pets / "unlabeled/8.png").write_bytes(b"")
+    made = prepare(pets, 8)
+    assert dict(made.unreadable).keys() == {"train/dog/1.png", "unlabeled/8.png"}
+    data = open_folder(pets)
+    assert numbers(data.train_images) == [3, 4, 0, 2, 5, 6, 7]
+    assert data.train_labels.tolist() == [0, 0, 1, 1, -1, -1, -1]
+
+
+def test_the_same_image_in_training_and_test_is_named(pets):
+    put(pets, "test/dog/again.png", 2)
+    assert prepare(pets, 8).twins == (("train/dog/2.png", "test/dog/again.png"),)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda root: (root / "train/empty").mkdir(), "empty is a class without an image"),
+        (lambda root: put(root, "test/bird/x.png", 1), "test images of a class that no training image has: bird"),
+        (lambda root: [path.unlink() for path in root.glob("train/cat/*/*")], "cat is a class without an image"),
+        (lambda root: os.rename(root / "train/cat", root / "unlabeled/cat"), "one class only, dog"),
+        (lambda root: os.rename(root / "train", root / "trained"), "has no labeled image"),
+        (lambda root: (root / "labels.csv").write_text("a,b,c,d\n"), "entry 1 has 4 columns"),
+        (lambda root: (root / "labels.csv").write_text("a.png,cat\n" * 2), "names a file twice: a.png"),
+        (lambda root: (root / "labels.csv").write_text("a.png,cat\n"), "1 entries without an image file: a.png"),
+        (
+            lambda root: (root / "labels.csv").write_text("test/cat/b.png,cat\n"),
+            "no entry for 10 files: test/dog/a.png, train/cat/nested 3/x.png, train/cat/nested 4/x.png and 7 more",
+        ),
+        (lambda root: (root / "labels.csv").write_bytes(b"\xff\xfe\x00"), "labels.csv cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_one_line(pets, harm, words):
+    harm(pets)
+    with pytest.raises(DataError, match=words) as error:
+        scan(pets)
+    assert "\n" not in str(error.value)
+
+
+def test_no_image_that_can_be_read(pets):
+    for path in pets.glob("train/cat/*/*"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"no labeled image of class cat in .* can be read"):
+        prepare(pets, 8)
+    with pytest.raises(DataError, match=r"there is no data in .*; prepare it: remixmatch data prepare .* --size SIZE"):
+        open_folder(pets)
+    with pytest.raises(DataError, match="is not a folder"):
+        scan(pets / "no")
+
+
+def test_a_folder_that_has_changed_is_not_read(pets):
+    prepare(pets, 8)
+    (pets / "unlabeled/8.png").unlink()
+    put(pets, "unlabeled/new.png", 20)
+    put(pets, "train/dog/0.png", 30)
+    with pytest.raises(DataError, match=r"has changed since it was prepared: .*--size 8") as error:
+        open_folder(pets)
+    told = str(error.value)
+    assert "train/dog/0.png is another" in told and "8.png is gone" in told and "new.png is new" in told
+    prepare(pets, 8)
+    assert 20 in numbers(open_folder(pets).train_images)
+
+
+def test_a_cache_is_enough_where_the_folder_has_gone(pets):
+    prepare(pets, 8)
+    os.rename(pets, pets.with_name("moved"))
+    assert len(open_folder(pets).train_images) == 9
+
+
+def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
+    root = tmp_path / "many"
+    for number in range(1200):
+        put(
+            root,
+            f"{'train/a' if number < 5 else 'train/b' if number < 10 else 'unlabeled'}/{number:04}.png",
+            number % 250,
+        )
+    (root / "unlabeled/0300.png").write_bytes(b"nothing")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom pipelines.folder import prepare\n"
+        "def progress(what, done, whole):\n    if done >= 1024:\n        os.kill(os.getpid(), 9)\n"
+        "prepare(Path(sys.argv[1]), 8, progress)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, root], cwd=ROOT).returncode == -9
+    with pytest.raises(DataError, match="there is no data"):
+        open_folder(root)
+    seen, original = [], folder.decode
+    made = []
+
+    def counting(files, *arguments):
+        made.append(len(files))
+        return original(files, *arguments)
+
+    folder.decode = counting
+    try:
+        result = prepare(root, 8, lambda *words: seen.append(words))
+    finally:
+        folder.decode = original
+    assert made[0] == 1198 - 1024, "training images that were not made before"
+    assert dict(result.unreadable).keys() == {"unlabeled/0300.png"}
+    data = open_folder(root)
+    expected = [n % 250 for n in range(1200) if n != 300]
+    tested = numbers(data.test_images)
+    assert sorted(numbers(data.train_images) + tested) == sorted(expected) and len(tested) == 2
+    assert numbers(data.train_images)[-5:] == expected[-5:]
+    assert np.all(data.train_labels[8:] == -1)
