@@ -259,6 +259,14 @@ def _train(argv: list[str]) -> None:
             f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
             f"{summary['train_seconds']:.0f} s; see {output.out}/summary.json, curves.png, views.png"
         )
+        if "paper_error" in summary:
+            deviation = "" if summary["paper_deviation"] is None else f" ± {summary['paper_deviation']:.2f}"
+            other = "" if summary["same_settings_as_paper"] else ", with other settings than the preset's"
+            print(
+                f"test error: paper {summary['paper_error']:.2f}{deviation} % ({summary['paper_source']}), "
+                f"ours {summary['error']:.2f} % (median of the last 20), difference "
+                f"{summary['difference_to_paper']:+.2f} points{other}"
+            )
     distributed.stop()
 
 

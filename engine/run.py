@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 
 from engine import checkpoint, distributed
-from engine.config import Config, check_data, load_config, open_data, validate
+from engine.config import Config, changed_fields, check_data, load_config, open_data, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
 from engine.folder import check_folder, describe, write_text
 from engine.network import Classifier
+from engine.presets import PRESETS, PUBLISHED
 from engine.progress import ProgressLine, read_metrics
 from engine.step import make_network
 from engine.trainer import CHECKPOINTS, Trainer
@@ -121,6 +122,23 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
+def _published(config: Config, accuracy: float) -> dict[str, Any]:
+    """The paper's figure for the preset, and how far this run's test error is from it, in percentage points."""
+    if config.preset not in PUBLISHED:
+        return {}
+    figure = PUBLISHED[config.preset]
+    return {
+        "paper_error": figure.error,
+        "paper_deviation": figure.deviation,
+        "paper_source": figure.source,
+        "error": 100.0 - accuracy,
+        "difference_to_paper": 100.0 - accuracy - figure.error,
+        "same_settings_as_paper": not changed_fields(
+            dataclasses.replace(PRESETS[config.preset], seed=config.seed), config
+        ),
+    }
+
+
 def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     return {
         "preset": config.preset,
@@ -128,6 +146,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "labels": len(trainer.feed.split),
         "k": config.k,
         **trainer.summary(),
+        **_published(config, trainer.summary()["median_last_20"]),
         "ranks": distributed.ranks(),
         "versions": versions(),
         "device": device_name(trainer.execution.device),

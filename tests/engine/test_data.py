@@ -198,3 +198,22 @@ def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):
     say(capsys, "data", "prepare", photos, "--size", 16, "--data-dir", tmp_path / "other")
     assert (tmp_path / "other" / "folders").is_dir() and not data_dir.exists()
     assert cache.data_dir() == tmp_path / "other"
+
+
+def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):
+    folder = data_dir / "cifar10"
+    with cache.writing(folder) as temporary:
+        for part, rows in (("train", 250), ("test", 20)):
+            cache.array(temporary, f"{part}_images", (rows, 32, 32, 3))
+            cache.save(temporary, f"{part}_labels", np.arange(rows) % 10)
+        cache.finish(temporary, "cifar10", tuple("abcdefghij"))
+    told = say(capsys, "train", "cifar10-250", "--out", "run", *QUICK, "--lag", "8")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["paper_error"] == 6.27 and summary["paper_deviation"] == 0.34
+    assert summary["error"] == 100 - summary["median_last_20"]
+    assert summary["difference_to_paper"] == pytest.approx(summary["error"] - 6.27)
+    assert summary["same_settings_as_paper"] is False
+    line = told.splitlines()[-1]
+    error = summary["error"]
+    assert line.startswith(f"test error: paper 6.27 ± 0.34 % (ReMixMatch (arXiv 1911.09785), table 1), ours {error:.2f} %")
+    assert line.endswith(f"difference {error - 6.27:+.2f} points, with other settings than the preset's")
