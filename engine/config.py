@@ -141,8 +141,8 @@ class ExecutionOptions:
     """How a step is executed: operator by operator, with the network compiled by torch.compile, or compiled and the
     whole step captured once as a CUDA graph; auto is graph on a GPU and eager on a CPU."""
     views: Literal["auto", "dali", "fused"] = "auto"
-    """Who makes views: DALI's pipeline, which is for CPUs, or one fused kernel, for images of up to 96x96 pixels; auto
-    is fused on a GPU, DALI on a CPU."""
+    """Who makes views: DALI's pipeline, which is for CPUs, or one fused kernel, for images of up to 256x256 pixels;
+    auto is fused on a GPU, DALI on a CPU."""
     resident: Literal["auto", "device", "host"] = "auto"
     """On a GPU, where the training images lie: on the device; or on the host, from where those of a step are copied
     ahead of time. auto is the device if they take at most half of its free memory."""

@@ -16,7 +16,7 @@ from kernels.photometric import PHOTOMETRIC, Parameters, apply
 # what the numbers in `ops` stand for: a photometric operation, or an affine map; no change is the identity's matrix
 OPS = (*PHOTOMETRIC, "affine")
 CODES = {name: code for code, name in enumerate(OPS)}
-MAX_SIDE = 96
+MAX_SIDE = 256  # coefficients of affine maps are exact in single precision up to here
 
 _AUTOCONTRAST = tl.constexpr(CODES["autocontrast"])
 _BLUR = tl.constexpr(CODES["blur"])

@@ -36,7 +36,7 @@ def _rows(level: np.ndarray, *coefficients: float | np.ndarray) -> np.ndarray:
 def _fixed(rows: np.ndarray) -> np.ndarray:
     """Coefficients as PIL rounds them for maps that rotate or shear: steps and the first centre to 2^-16.
 
-    Positions in images of up to 128 pixels are then exact in DALI's single precision too.
+    In single precision all of it is exact for images of up to 256 pixels; positions as DALI adds them, up to 128.
     """
     rows = rows.reshape(-1, 2, 3)
     first = rows[:, :, 2] + 0.5 * (rows[:, :, 0] + rows[:, :, 1])

@@ -179,8 +179,8 @@ def test_what_auto_means(tiny):
 def test_what_cannot_be_done_is_said(tiny, monkeypatch):
     with pytest.raises(UserError, match=r"--mode graph .* needs a GPU"):
         pick_mode(tiny(mode="graph"), CPU)
-    with pytest.raises(UserError, match="up to 96x96 pixels, these have 224x200"):
-        pick_views(tiny(views="fused"), CPU, (224, 200))
+    with pytest.raises(UserError, match="up to 256x256 pixels, these have 324x200"):
+        pick_views(tiny(views="fused"), CPU, (324, 200))
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         pick_mode(tiny(mode="compile"), CPU)

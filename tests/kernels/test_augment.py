@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.pil_ctaugment import pil_view
-from kernels.augment import CODES, OPS, augment_views, augment_views_reference, launch_augment_views
+from kernels.augment import CODES, MAX_SIDE, OPS, augment_views, augment_views_reference, launch_augment_views
 from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment, geometric
 from pipelines.plan import ViewPlan
@@ -19,6 +19,7 @@ RESCALE = NAMES.index("rescale")
 GEOMETRIC = [NAMES.index(name) for name in geometric.GEOMETRIC]
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 SIZES = ((16, 16), (32, 32), (20, 31), (96, 96))
+LARGE = ((128, 128), (224, 224), (256, 256), (255, 130))
 
 
 @cache
@@ -104,9 +105,9 @@ def test_every_transformation_has_a_code():
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize(("height", "width"), SIZES + LARGE)
 def test_twin_is_pil(height, width, stage):
-    levels = (0.0, 0.21, 0.5, 0.83, BELOW_ONE) if height < 96 else (0.3, 0.97)
+    levels = (0.0, 0.21, 0.5, 0.83, BELOW_ONE) if height < 96 else (0.3, 0.97) if height == 96 else (0.83,)
     views = alone(plan(height, width, levels), stage)
     made = augment_views_reference(*problem(height, width, views)).numpy()
     difference = np.abs(made.astype(int) - by_pil(height, width, views))
@@ -132,14 +133,15 @@ def test_kernel_is_the_twin(interpreter, height, width, levels):
     assert_is_the_twin(interpreter(launch_augment_views, *case), case)
 
 
-def test_kernel_is_the_twin_at_the_largest_size(interpreter):
+@pytest.mark.parametrize("side", [96, MAX_SIDE])
+def test_kernel_is_the_twin_at_large_sizes(interpreter, side):
     """Of every way through the kernel one: filters, curves, a mean, resampling and affine maps."""
-    views = plan(96, 96, (0.7,))
+    views = plan(side, side, (0.7,))
     pairs = [("blur", "equalize"), ("rotate", "sharpness"), ("contrast", "rescale"), ("identity", "cutout")]
     views = views.rows(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
     views.ops[:, 1] = [NAMES.index(second) for _, second in pairs]
     views.levels[:, 1] = 0.9
-    case = problem(96, 96, views)
+    case = problem(side, side, views)
     assert_is_the_twin(interpreter(launch_augment_views, *case), case)
 
 
@@ -196,7 +198,7 @@ ARGUMENTS = ("images", "image", "shift", "flip", "ops", "parameters")
     [
         ({"images": torch.zeros(7, 5, 5, 4, dtype=torch.uint8)}, r"images must be .*, got \(7, 5, 5, 4\)"),
         ({"images": torch.zeros(0, 5, 5, 3, dtype=torch.uint8)}, r"not empty, got \(0, 5, 5, 3\)"),
-        ({"images": torch.zeros(2, 8, 97, 3, dtype=torch.uint8)}, r"at most 96 x 96 pixels, got \(8, 97\)"),
+        ({"images": torch.zeros(2, 8, 257, 3, dtype=torch.uint8)}, r"at most 256 x 256 pixels, got \(8, 257\)"),
         ({"images": torch.zeros(7, 6, 5, 3)}, "images must be uint8 and contiguous, got torch.float32"),
         ({"image": torch.zeros(0, dtype=torch.int64)}, r"image must be \(V >= 1,\), got \(0,\)"),
         ({"image": torch.zeros(4, dtype=torch.int32)}, "image must be .* torch.int64 .* torch.int32"),
@@ -222,7 +224,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("height", "width"), [*SIZES, (5, 7), (2, 1), (96, 17)])
+@pytest.mark.parametrize(("height", "width"), [*SIZES, *LARGE, (5, 7), (2, 1), (96, 17)])
 def test_gpu(height, width, seed):
     levels = (0.0, 0.03, 0.21, 0.25, 0.4999, 0.5, 0.68, 0.83, 0.97, BELOW_ONE)
     views = plan(height, width, levels, seed)

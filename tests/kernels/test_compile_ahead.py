@@ -131,7 +131,9 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("height", "width", "architecture"),
-    [(side, side, architecture) for side in (32, 96) for architecture in ARCHITECTURES] + [(20, 31, 90)],
+    [(side, side, architecture) for side in (32, 96) for architecture in ARCHITECTURES]
+    # every larger side once, and every architecture: a compilation takes seconds
+    + [(20, 31, 90), (128, 128, 80), (224, 224, 90), (256, 256, 100)],
 )
 def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys):
     launch = recorded_launch(

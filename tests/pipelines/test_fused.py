@@ -87,8 +87,8 @@ def test_batches_come_in_order_and_own_their_memory(prefetch, resident):
 
 
 def test_larger_images_are_refused_in_one_line():
-    with pytest.raises(ValueError, match="up to 96x96 pixels, got 97x8") as error:
-        FusedViews(np.zeros((2, 97, 8, 3), np.uint8), np.arange(2), None, 4, 2)
+    with pytest.raises(ValueError, match="up to 256x256 pixels, got 257x8") as error:
+        FusedViews(np.zeros((2, 257, 8, 3), np.uint8), np.arange(2), None, 4, 2)
     assert "\n" not in str(error.value)
 
 
