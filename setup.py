@@ -45,7 +45,18 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
-        "dev": ["timm>=1.0", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "mypy>=1.13", "setuptools>=77"],
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "dev": [
+            "timm>=1.0",
+            "onnx>=1.17",
+            "onnxscript>=0.5",
+            "onnxruntime>=1.20",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "setuptools>=77",
+        ],
     },
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+import numpy as np
 import tyro
 
 from engine import config as configuration
@@ -34,7 +35,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 COMMANDS = {
     "train": "train a preset: remixmatch train PRESET [--seed N] [--out DIR] [--resume] ...",
     "eval": "test accuracy of a run: remixmatch eval DIR [--json]",
-    "predict": "classify images with a run: remixmatch predict DIR IMAGE...",
+    "predict": "classify images with a run: remixmatch predict DIR IMAGE-OR-FOLDER... [--csv FILE]",
+    "export": "the trained model as safetensors, torch.export or ONNX: remixmatch export DIR --to FORMAT",
     "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
@@ -147,9 +149,25 @@ class PredictOptions:
     dir: tyro.conf.Positional[Path]
     """The run's folder."""
     images: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
-    """Image files; other modes become RGB and other sizes are resized, with a warning."""
+    """Image files, and folders of them; other modes become RGB and other sizes are resized, with a warning."""
     json: bool = False
     """Print a JSON object a line."""
+    csv: Path | None = None
+    """Write a table to this file: image, class, and a probability for each class."""
+    batch: int = 256
+    """Images of a folder that are in memory at a time."""
+
+
+@dataclass
+class ExportOptions:
+    """Writes a run's EMA model for others: uint8 images in, class probabilities out."""
+
+    dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    to: Literal["safetensors", "torch", "onnx"] = "safetensors"
+    """Parameters and what rebuilds the network; a program of torch.export; ONNX."""
+    out: Path | None = None
+    """The file; by default model.safetensors, model.pt2 or model.onnx in the run's folder."""
 
 
 @dataclass
@@ -193,6 +211,8 @@ def _dispatch(argv: list[str]) -> None:
         _evaluate(parse(EvalOptions, "eval", argv[1:]))
     elif command == "predict":
         _predict(parse(PredictOptions, "predict", argv[1:]))
+    elif command == "export":
+        _export(parse(ExportOptions, "export", argv[1:]))
     elif command == "data":
         from engine import data
 
@@ -338,19 +358,46 @@ def _evaluate(options: EvalOptions) -> None:
 def _predict(options: PredictOptions) -> None:
     from engine import predict, run
 
-    if not options.images:
-        raise UserError("predict needs at least one image")
+    if options.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {options.batch}")
+    files, many = predict.find_images(options.images)
     _, data, network, device = run.load_ema_model(options.dir, _warn)
-    height, width = data.test_images.shape[1:3]
-    images = [predict.read_image(path, height, width, _warn) for path in options.images]
-    for path, probabilities in zip(options.images, predict.probabilities(network, images, device), strict=True):
-        named = dict(zip(data.classes, probabilities, strict=True))
-        best = max(named, key=named.__getitem__)
-        if options.json:
-            print(json.dumps({"image": str(path), "class": best, "probabilities": named}))
-        else:
-            ranked = sorted(named.items(), key=lambda item: -item[1])
-            print(f"{path}: {best}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})")
+    side = data.sides[0]
+    if not many:  # each of them was named, and is expected to be one
+        images = np.stack([predict.read_image(path, side, _warn) for path in files])
+        found = zip(files, predict.probabilities(network, images, device), strict=True)
+    else:
+        found = predict.classify(network, files, side, device, options.batch, _warn)  # type: ignore[assignment]
+    count = 0
+    if options.csv:
+        count = predict.write_csv(options.csv, data.classes, iter(found))
+        print(f"{options.csv}: {count} of {len(files)} images")
+    else:
+        for path, values in found:
+            count += 1
+            _print_prediction(path, dict(zip(data.classes, map(float, values), strict=True)), options.json)
+    if many and count < len(files):
+        _warn(f"{len(files) - count} of {len(files)} files cannot be read")
+    if not count:
+        raise UserError("no image could be read")
+
+
+def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> None:
+    best = max(named, key=named.__getitem__)
+    if as_json:
+        print(json.dumps({"image": str(path), "class": best, "probabilities": named}))
+        return
+    ranked = sorted(named.items(), key=lambda item: -item[1])
+    print(f"{path}: {best}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})")
+
+
+def _export(options: ExportOptions) -> None:
+    from engine import export, run
+
+    config, data, network, _ = run.load_ema_model(options.dir, _warn)
+    path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
+    export.export(network.cpu().float(), config, data.classes, data.sides, options.to, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(data.classes)} classes, images of {data.sides}")
 
 
 def _warn(text: str) -> None:

@@ -398,12 +398,28 @@ def load_config(path: Path) -> Config:
         UserError: the file is missing, is not JSON, or is of another version of the engine.
     """
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        config = Config(**values)
-        return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
+        return parse_config(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{path.parent} holds no run: there is no {path.name} in it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a configuration of this version: {error}") from None
+
+
+def parse_config(text: str, path: Path) -> Config:
+    """A configuration from what `config_json` gave.
+
+    Args:
+        text: JSON.
+        path: where it was, for a message.
+
+    Raises:
+        UserError: it is not JSON, or of another version of the engine.
+    """
+    try:
+        values: Any = json.loads(text)
+        config = Config(**values)
+        return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
+    except (json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{path} is not a configuration of this version: {error}") from None
 
 

@@ -2,61 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import csv
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.errors import UserError
 from engine.evaluation import class_logits
 from engine.network import Classifier
+from pipelines.decode import SUFFIXES, DecodeError, resized, rgb
 
 
-def read_image(path: Path, height: int, width: int, warn: Callable[[str], None]) -> np.ndarray:
+def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray:
     """Reads an image as the network takes it.
 
-    Turns it as its EXIF data says, lays transparency on black, makes it RGB and resizes it; says so where that
-    changes the size or drops 16-bit depth.
+    Turns it as its EXIF data says, lays transparency on black, makes it RGB, resizes its shorter side and takes the
+    centre; says so where that changes the size or drops 16-bit depth.
 
     Args:
         path: of any format that PIL reads.
-        height: of the network's images, in pixels.
-        width: likewise.
+        side: of the network's images, in pixels.
         warn: called with one line a change.
 
     Returns:
-        (height, width, 3) uint8.
+        (side, side, 3) uint8.
 
     Raises:
         UserError: missing, or not an image that can be decoded.
     """
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+        image, changed = rgb(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error or type(error).__name__})") from None
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        scaled = (values - low) * (255.0 / max(high - low, 1e-12))
-        image = Image.fromarray(scaled.round().astype(np.uint8))
-        warn(f"{path}: mode {opened.mode}, values {low:g} to {high:g} stretched to 0 to 255")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    image = image.convert("RGB")
-    if image.size != (width, height):
-        warn(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {width}x{height}")
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    if changed:
+        warn(f"{path}: {changed}")
+    if image.size != (side, side):
+        warn(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
+    return resized(image, side)
 
 
-def probabilities(network: Classifier, images: Sequence[np.ndarray], device: torch.device) -> list[list[float]]:
-    """Class probabilities of (H, W, 3) uint8 images, one list of L for each."""
-    passes = class_logits(network, np.stack(images), device)
-    return [row for _, logits in passes for row in logits.softmax(-1).tolist()]
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
+    """Files that were named, and all image files below folders that were, sorted; and whether there was a folder.
+
+    Raises:
+        UserError: there is no image file.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        found += sorted(file for file in inside if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    if not found:
+        raise UserError(
+            f"no image file in {', '.join(map(str, paths))}" if paths else "predict needs at least one image"
+        )
+    return found, any(path.is_dir() for path in paths)
+
+
+def classify(
+    network: Classifier, files: Sequence[Path], side: int, device: torch.device, batch: int, warn: Callable[[str], None]
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Class probabilities of image files, a batch in memory at a time.
+
+    Yields:
+        Each file that can be read, in order, with (L,) float32; `warn` is called for the others.
+    """
+
+    def quiet(text: str) -> None:  # of many files, sizes are not worth a line each
+        if len(files) <= batch:
+            warn(text)
+
+    for first in range(0, len(files), batch):
+        read: list[tuple[Path, np.ndarray]] = []
+        for path in files[first : first + batch]:
+            try:
+                read.append((path, read_image(path, side, quiet)))
+            except UserError as error:
+                warn(f"{error}; left out")
+        if read:
+            found = probabilities(network, np.stack([image for _, image in read]), device)
+            yield from zip([path for path, _ in read], found, strict=True)
+
+
+def probabilities(network: Classifier, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Class probabilities of (N, H, W, 3) uint8 images: (N, L) float32."""
+    return np.concatenate([logits.softmax(-1).cpu().numpy() for _, logits in class_logits(network, images, device)])
+
+
+def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]]) -> int:
+    """Writes a line for each file: its name, the class, and a probability for each class. Returns how many.
+
+    Raises:
+        UserError: the file cannot be written; a former one of that name is then left as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "class", *classes])
+            for name, values in rows:
+                table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
+                count += 1
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
