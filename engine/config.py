@@ -225,8 +225,9 @@ class Config(
 FOLDER = "folder:"  # before the path of a folder of images, in the name of a data set
 
 # oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
-# its buffer, with 1 to 7 input channels; with 8 to 40 all of a network's convolutions were right, odd numbers included
-LEAST_WIDTH = 8
+# its buffer, with 1 to 7 input channels, and with 8 to 15 where the side is 80 pixels or more. All other convolutions of
+# networks of 8 to 40 channels were right, odd numbers included
+LEAST_WIDTH, LEAST_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -377,6 +378,11 @@ def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
             f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
         )
     sides = data.sides
+    if config.width < LEAST_WIDTH_LARGE and max(sides) > LARGE_SIDE and not config.backbone:
+        raise UserError(
+            f"--width must be at least {LEAST_WIDTH_LARGE} for images of more than {LARGE_SIDE} pixels, got "
+            f"{config.width}: with fewer channels torch computes wrong gradients on CPUs without AVX-512"
+        )
     if config.max_shift >= min(sides):
         raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
     return data, split

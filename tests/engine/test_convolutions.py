@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config import LEAST_WIDTH, Config
+from engine.config import LEAST_WIDTH, LEAST_WIDTH_LARGE, Config
 from engine.presets import PRESETS
 from engine.step import make_network
 from tests.processes import call
@@ -23,6 +23,7 @@ CONFIGS = [
     Config(),  # WRN-28-2
     Config(dataset="stl10", scales=4, width=64),  # WRN-37-2
     *(Config(dataset="digits", width=width, blocks=1) for width in (LEAST_WIDTH, LEAST_WIDTH + 1, 12)),
+    Config(dataset="stl10", width=LEAST_WIDTH_LARGE, blocks=1),
 ]
 
 

@@ -218,3 +218,11 @@ def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, dat
     assert line.startswith("test error: paper 6.27 ± 0.34 % (ReMixMatch (arXiv 1911.09785), table 1), ours")
     assert f"ours {error:.2f} %" in line
     assert line.endswith(f"difference {error - 6.27:+.2f} points, with other settings than the preset's")
+
+
+def test_narrow_networks_on_large_images_are_refused(capsys, photos):
+    """Whose gradients torch computes wrongly on some CPUs, past its buffers."""
+    say(capsys, "data", "prepare", photos, "--size", 80)
+    flags = [flag for flag in QUICK if flag not in ("--width", "8")]
+    told = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
+    assert "--width must be at least 16 for images of more than 72 pixels, got 8" in told
