@@ -225,8 +225,8 @@ class Config(
 FOLDER = "folder:"  # before the path of a folder of images, in the name of a data set
 
 # oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
-# its buffer, with 1 to 7 input channels, and with 8 to 15 where the side is 80 pixels or more. Others of networks of 8 to
-# 40 channels were right, odd numbers included
+# its buffer, with 1 to 7 input channels, and with 8 to 15 where the side is 80 pixels or more. Others of networks of 8
+# to 40 channels were right, odd numbers included
 LEAST_WIDTH, LEAST_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
 
 

@@ -36,6 +36,10 @@ SHORT = {
     "eval": "",
     "predict": "",
     "doctor": "",
+    "export": "",
+    "data list": "",
+    "data info": "",
+    "data split": "",
     "bench digits": "--presets digits-40 --seeds 0 --steps 2",
     "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     "bench kernels": "--repeats 1 --providers eager --sizes step",
@@ -168,9 +172,15 @@ def readme_commands():
     return [shlex.split(line, comments=True) for line in lines if line.startswith("remixmatch ")]
 
 
+def readme_python():
+    """README's example in Python."""
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return example
+
+
 def kind(command):
-    """What SHORT and LONG call a command: its first word, and a bench's name."""
-    return " ".join(command[1 : 3 if command[1] == "bench" else 2])
+    """What SHORT and LONG call a command: its first word, and the second where there is one for each."""
+    return " ".join(command[1 : 3 if command[1] in ("bench", "data") else 2])
 
 
 def test_every_command_of_readme_is_known():
@@ -193,6 +203,7 @@ def test_readmes_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path
             installed.run(folder, *command, *SHORT[kind(command)].split())
         else:
             installed.run(folder, *command, timeout=3600)
+    installed.run(folder, "python", "-P", "-c", readme_python())
     assert installed.files() == before
     written = {path.stem for path in (folder / "bench-results").iterdir()}
     assert written == {command[2] for command in commands if command[1] == "bench"} - {"report"}
