@@ -279,6 +279,10 @@ def _train(argv: list[str]) -> None:
             f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
             f"{summary['train_seconds']:.0f} s; see {output.out}/summary.json, curves.png, views.png"
         )
+        if "held_out_test_images" in summary:
+            print(
+                f"tested on {summary['held_out_test_images']} labeled images that were held out: there is no test part"
+            )
         if "paper_error" in summary:
             deviation = "" if summary["paper_deviation"] is None else f" ± {summary['paper_deviation']:.2f}"
             other = "" if summary["same_settings_as_paper"] else ", with other settings than the preset's"

@@ -144,6 +144,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "preset": config.preset,
         "seed": config.seed,
         "labels": len(trainer.feed.split),
+        **({"held_out_test_images": trainer.data.held_out} if trainer.data.held_out else {}),
         "k": config.k,
         **trainer.summary(),
         **_published(config, trainer.summary()["median_last_20"]),

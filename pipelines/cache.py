@@ -199,6 +199,7 @@ def open_cache(folder: Path, again: str) -> DataSet:
             unlabeled=np.array(optional["unlabeled"]) if "unlabeled" in optional else None,
             class_order=tuple(found["class_order"]),
             folds=tuple(np.array(fold) for fold in optional.get("folds", ())),
+            held_out=int(found["source"].get("held_out", 0)),
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None

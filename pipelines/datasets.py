@@ -34,6 +34,7 @@ class DataSet:
             paper, the labeled ones included.
         class_order: classes in the order in which the paper's split goes through them; () for ascending.
         folds: published label splits, each rows of the training images; () without any.
+        held_out: how many labeled images were made the test part, where the source has none; 0 otherwise.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DataSet:
     unlabeled: np.ndarray | None = None
     class_order: tuple[int, ...] = ()
     folds: tuple[np.ndarray, ...] = ()
+    held_out: int = 0
 
     @property
     def unlabeled_rows(self) -> np.ndarray:

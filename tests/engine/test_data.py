@@ -226,3 +226,11 @@ def test_narrow_networks_on_large_images_are_refused(capsys, photos):
     flags = [flag for flag in QUICK if flag not in ("--width", "8")]
     told = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
     assert "--width must be at least 16 for images of more than 72 pixels, got 8" in told
+
+
+def test_a_summary_says_that_test_images_were_held_out(capsys, photos, tmp_path):
+    (photos / "test").rename(tmp_path / "elsewhere")
+    assert "2 labeled images are held out" in say(capsys, "data", "prepare", photos, "--size", 16)
+    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    assert "tested on 2 labeled images that were held out" in told
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_test_images"] == 2
