@@ -131,7 +131,7 @@ def test_names_that_are_not_there():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(network="resnet50"), "--network takes wide-resnet or timm:NAME, got 'resnet50'"),
+        (dict(network="resnet50"), "--network takes wide-resnet, timm:NAME or auto, got 'resnet50'"),
         (dict(network="timm:resnet50", bn="split"), "--bn split is for the Wide ResNet"),
         (dict(pretrained=True), "need a model of timm"),
         (dict(network="timm:resnet50", pretrained=True, weights="a"), "two sources of weights"),
