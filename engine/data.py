@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -45,6 +45,9 @@ class PrepareOptions(_Where):
     """Name of a data set, or a folder with train/CLASS/*, unlabeled/* and test/CLASS/*, or with labels.csv."""
     size: int = 0
     """With a folder: side of the images, in pixels; the shorter side is resized to it, the longer one cropped."""
+    decoder: Literal["auto", "cpu", "gpu"] = "auto"
+    """With a folder: where DALI decodes and resizes JPEGs; auto is a GPU where there is one. The two differ by some
+    grey levels, so that one cache is made by one of them."""
     source: Path | None = None
     """A folder in which the original files are looked for before they are downloaded."""
     download: bool = True
@@ -186,7 +189,7 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     if not 8 <= options.size <= 1024:
         raise UserError(f"--size must be from 8 to 1024 pixels, got {options.size}")
     with _progress() as update:
-        made = prepare(root, options.size, update)
+        made = prepare(root, options.size, update, device=_decoder(options.decoder))
     for file, why in made.unreadable[:_SHOWN]:
         _warn(f"{file} is left out: {why}")
     if made.unreadable:
@@ -199,6 +202,16 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
         print(f"{made.listing.held_out} labeled images are held out as the test part: there is no test folder")
     print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
     print(f"train on it: remixmatch train folder --data {options.name}")
+
+
+def _decoder(wanted: str) -> str:
+    if wanted == "cpu":
+        return wanted
+    from torch import cuda
+
+    if wanted == "gpu" and not cuda.is_available():
+        raise UserError("--decoder gpu: torch sees no GPU here; `remixmatch doctor` says what is missing")
+    return "gpu" if cuda.is_available() else "cpu"
 
 
 def _sizes(data: DataSet) -> str:

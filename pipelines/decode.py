@@ -1,8 +1,9 @@
 """Image files to uint8 images of one size, on all cores: DALI decodes and resizes JPEGs, PIL whatever else there is.
 
 Every image is turned as its EXIF data says, resized so that its shorter side has the size wanted, and cropped about its
-centre. DALI and PIL both reduce by an antialiased cubic filter and agree within rounding; JPEGs are decoded by the same
-library. What PIL alone reads as people expect goes by PIL: GIF's first frame, palettes, transparency (laid on black),
+centre. DALI and PIL both resize by an antialiased cubic filter and agree within rounding; on a CPU they decode JPEGs by
+the same library. With a GPU DALI decodes by its hardware decoder where it has one, whose values may differ by some grey
+levels. What PIL alone reads as people expect goes by PIL: GIF's first frame, palettes, transparency (laid on black),
 16 bits a channel (stretched to 8), CMYK, and files that are not what their name says.
 """
 
@@ -69,19 +70,22 @@ def resized(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def decode(files: Sequence[Path], size: int, threads: int = 0) -> Iterator[tuple[int, np.ndarray | str]]:
+def decode(
+    files: Sequence[Path], size: int, threads: int = 0, device: str = "cpu"
+) -> Iterator[tuple[int, np.ndarray | str]]:
     """Decodes files in batches, in order.
 
     Args:
         files: of the formats that PIL reads.
         size: side of the images, in pixels.
         threads: 0 for as many as there are cores.
+        device: "cpu", or "gpu" for DALI to decode and resize JPEGs on the first GPU.
 
     Yields:
         Each file's number with its image, (size, size, 3) uint8, or in words why it cannot be read.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    jpegs = _Jpegs(size, threads)
+    jpegs = _Jpegs(size, threads, device)
     with ThreadPoolExecutor(threads) as pool:
         batches = [range(first, min(first + _BATCH, len(files))) for first in range(0, len(files), _BATCH)]
         read = [pool.submit(_read, files, batches[0])] if batches else []
@@ -136,10 +140,11 @@ class _Jpegs:
     Args:
         size: side of the images.
         threads: DALI's.
+        device: "cpu" or "gpu".
     """
 
-    def __init__(self, size: int, threads: int) -> None:
-        self._size, self._threads = size, threads
+    def __init__(self, size: int, threads: int, device: str) -> None:
+        self._size, self._threads, self._gpu = size, threads, device == "gpu"
         self._pipeline: Any = None
 
     def __call__(self, contents: Sequence[bytes | str]) -> list[np.ndarray | str]:
@@ -153,22 +158,24 @@ class _Jpegs:
         except RuntimeError:
             self._pipeline = None  # which cannot be used any more
             return [""] * len(contents)
-        images = np.asarray(made.as_tensor())
-        return list(images)
+        return list(np.asarray(made.as_cpu().as_tensor()))
 
     def _build(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
 
-        @pipeline_def(batch_size=_BATCH, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
+        device_id = 0 if self._gpu else None
+
+        @pipeline_def(batch_size=_BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
         def graph() -> Any:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
+            images = fn.decoders.image(files, device="mixed" if self._gpu else "cpu", output_type=types.RGB)
             images = fn.resize(
                 images,
                 size=[self._size, self._size],
                 mode="not_smaller",
                 interp_type=types.INTERP_CUBIC,
                 antialias=True,
+                subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
             )
             return fn.crop(images, crop=(self._size, self._size), crop_pos_x=0.5, crop_pos_y=0.5)
 

@@ -191,7 +191,13 @@ def _again(root: Path, size: int | str = "SIZE") -> str:
     return f"remixmatch data prepare {root} --size {size}"
 
 
-def prepare(root: Path, size: int, progress: Progress = lambda what, done, whole: None, threads: int = 0) -> Prepared:
+def prepare(
+    root: Path,
+    size: int,
+    progress: Progress = lambda what, done, whole: None,
+    threads: int = 0,
+    device: str = "cpu",
+) -> Prepared:
     """Decodes a folder's images into its cache, going on where an interrupted call has stopped.
 
     Args:
@@ -199,19 +205,24 @@ def prepare(root: Path, size: int, progress: Progress = lambda what, done, whole
         size: side of the images, in pixels.
         progress: called now and then with what is done, how much of it, of how much.
         threads: 0 for as many as there are cores.
+        device: see `pipelines.decode.decode`.
 
     Raises:
         DataError: the folder is not as it should be, hardly an image can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
     stamps = _stamps(root, listing)
-    key = hashlib.sha256(json.dumps([cache.FORMAT, size, stamps, _plain(listing)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([cache.FORMAT, size, device, stamps, _plain(listing)]).encode()).hexdigest()
+
+    def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
+        return decode([root / name for name in files], size, threads, device)
+
     with cache.writing(folder, key) as temporary:
         unreadable: list[tuple[str, str]] = []
         digests: dict[str, list[bytes]] = {}
         kept: dict[str, list[tuple[str, int]]] = {}
         for part, pairs in (("train", listing.train), ("test", listing.test)):
-            bad = _decode_part(root, temporary, part, [file for file, _ in pairs], size, progress, threads)
+            bad = _decode_part(decoded, temporary, part, [file for file, _ in pairs], size, progress)
             unreadable += [(pairs[row][0], why) for row, why in bad.items()]
             kept[part] = [pair for row, pair in enumerate(pairs) if row not in bad]
             labels = np.array([label for _, label in kept[part]], dtype=np.int64)
@@ -228,7 +239,13 @@ def prepare(root: Path, size: int, progress: Progress = lambda what, done, whole
         twins = [(first[c], kept["test"][row][0]) for row, c in enumerate(digests["test"]) if c in first]
         for journal in temporary.glob("*.journal"):
             journal.unlink()
-        source = {"folder": str(root.resolve()), "size": size, "stamps": stamps, "held_out": listing.held_out}
+        source = {
+            "folder": str(root.resolve()),
+            "size": size,
+            "decoder": device,
+            "stamps": stamps,
+            "held_out": listing.held_out,
+        }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
     return Prepared(folder, listing, tuple(unreadable), tuple(twins))
 
@@ -238,7 +255,12 @@ def _plain(listing: Listing) -> list[object]:
 
 
 def _decode_part(
-    root: Path, temporary: Path, part: str, files: Sequence[str], size: int, progress: Progress, threads: int
+    decoded: Callable[[Sequence[str]], Iterator[tuple[int, np.ndarray | str]]],
+    temporary: Path,
+    part: str,
+    files: Sequence[str],
+    size: int,
+    progress: Progress,
 ) -> dict[int, str]:
     """Fills an array with the images that can be read; returns the others and why they cannot.
 
@@ -263,7 +285,7 @@ def _decode_part(
         if start == 0:
             file.write("[0, {}]\n")
         found = {}
-        for place, image in decode([root / name for name in files[start:]], size, threads):
+        for place, image in decoded(files[start:]):
             if isinstance(image, str):
                 found[start + place] = image
             else:

@@ -44,7 +44,7 @@ class _Prepared:
 
 
 class FusedViews(Views):
-    """`Views` by one kernel, for images of up to 96x96 pixels; on the CPU `submit` makes them itself.
+    """`Views` by one kernel, for images of up to MAX_SIDE pixels a side; on the CPU `submit` makes them itself.
 
     On the GPU neither `submit` nor `collect` waits for it.
 

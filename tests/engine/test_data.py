@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -68,6 +69,9 @@ def test_help_and_mistakes(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
     assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+    if not torch.cuda.is_available():
+        no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
+        assert "--decoder gpu: torch sees no GPU here" in no_gpu
 
 
 def test_list_and_info(capsys, tmp_path):
