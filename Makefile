@@ -6,7 +6,7 @@ RUN_ARGS ?= digits-40
 
 FAULTS ?= 300
 PYTEST := $(BIN)/python -m pytest -n 2
-EMULATED := $(BIN)/python tests/emulator/run.py
+EMULATED := $(BIN)/python -m bench.emulator
 
 .PHONY: run test test-long test-gpu test-emulated test-faults lint emulator results clean
 

@@ -11,8 +11,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
-    packages=["engine", "kernels", "pipelines", "bench"],
-    package_data={"bench": ["results/*.jsonl"]},
+    packages=["engine", "kernels", "pipelines", "bench", "bench.emulator"],
+    package_data={"bench": ["results/*.jsonl"], "bench.emulator": ["*.cpp", "*.h", "site/*.py"]},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],

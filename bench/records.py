@@ -27,6 +27,7 @@ Row = dict[str, Any]
 KEYS = {
     "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
     "baseline": ("k", "batch", "data", "precision"),
+    "count": ("preset", "k", "batch", "target", "precision"),
     "host": ("k", "batch", "lag", "pinned"),
     "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
     "start": ("preset",),

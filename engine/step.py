@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from engine import distributed
+from engine import distributed, parts
 from engine.config import Config
 from engine.network import Classifier, WideResNet
 from engine.optimizers import OPTIMIZERS, load_optimizer
@@ -288,6 +288,7 @@ class Step:
         classes = state.p_model_history.shape[1]
 
         # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
+        parts.begin("assemble")
         views = distributed.gather(data.views)  # (V, H, W, 3) uint8
         rows = assemble_batch(
             views,
@@ -303,10 +304,13 @@ class Step:
         one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
         # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak): the ranks exchange both at once
+        parts.begin("probes")
         passes = [self._logits(self.ema_model, probes)]
         if c.unlabeled:
+            parts.begin("guess")
             trained, weak = trained[: -self.local_batch], trained[-self.local_batch :]
             passes.append(self._logits(partial(self.guess_model, track=False), weak))
+        parts.begin("targets")
         logits = distributed.gather(torch.cat(passes, dim=1))[self.guess_order]  # (B, 2 L), or (B, L) of probes alone
         omega = 1 - (logits[:, :classes].softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
 
@@ -338,18 +342,21 @@ class Step:
         for number, micro_batch in enumerate(zip(*(i.chunk(accumulated) for i in inputs), strict=True), start=1):
             with self._unsynchronised(number < accumulated):
                 terms = self._losses(*micro_batch)
+                parts.begin("backward")
                 state.scaler.scale(terms[0] / accumulated).backward()
             losses += terms.detach() / accumulated
             new_stats += state.network.running_statistics() / accumulated
             state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
 
         # 6. Update of the parameters: Adam, decoupled weight decay
+        parts.begin("update")
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
         with torch.no_grad():
             # 7. Exponential moving average; running statistics are those of the live network
+            parts.begin("ema")
             sums = distributed.mean(torch.cat([new_stats, losses, data.stop]))
             new_stats, losses, stop = sums.split([len(new_stats), len(losses), 1])
             for network in (state.network, state.ema_model):
@@ -357,6 +364,7 @@ class Step:
             self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
 
             # 8. The label marginal p(y) that the next step's alignment reads (3.1)
+            parts.begin("metrics")
             alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
             if not c.class_distribution:
                 state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
@@ -388,8 +396,10 @@ class Step:
             (len(LOSSES),) float32, in their order; 0 for a term that the method does not have.
         """
         c, pool = self.config, self.pool
+        parts.begin("forward")
         with self.autocast:
             logits, rotation_logits = self.train_model(rows)
+        parts.begin("losses")
         loss = loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
         terms = {"loss_x": loss_x}
         if c.unlabeled:

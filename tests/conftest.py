@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from tests.emulator.run import NOT_BUILT, compiler
+from bench.emulator.run import NOT_BUILT, compiler
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, here and in every process that a test starts
 

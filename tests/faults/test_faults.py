@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.run import compiler
+from bench.emulator.run import compiler
 from tests.faults.injections import SCENARIOS, campaign, jump
 from tests.faults.victim import FLAGS
 from tests.processes import finish, start

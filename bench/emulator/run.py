@@ -1,7 +1,7 @@
 """Runs Python on a host without a GPU as if it had one: torch finds an emulated CUDA device.
 
-    python tests/emulator/run.py -m pytest -m "gpu and not hardware"
-    python tests/emulator/run.py -m engine train digits-40 --mode graph
+    python -m bench.emulator -m pytest -m "gpu and not hardware"
+    python -m bench.emulator -m engine train digits-40 --mode graph
 
 What torch calls of CUDA's runtime and of NCCL is taken over (runtime.cpp, collectives.cpp), and its CUDA kernels are
 replaced by its CPU operators over the same memory (operators.cpp). Streams, events, captures and graphs, caching and
@@ -12,8 +12,10 @@ and a capture forbids what CUDA forbids: what a host does wrong with a device sh
 What it cannot show: anything about a kernel (Triton's are replaced by their PyTorch twins, torch.compile goes as far as
 AOTAutograd and leaves out Inductor), DALI on a device, times, and what libraries such as cuDNN do by themselves.
 
-EMULATED_DEVICES is how many devices there are (2). Needs a C++ compiler, without which tests are skipped with that
-reason; built once into build/emulator.
+EMULATED_DEVICES is how many devices there are (2), EMULATED_CAPABILITY, EMULATED_MULTIPROCESSORS and
+EMULATED_MEMORY_GIB what they are like. With EMULATED_IDLE=1 they compute nothing: shapes are right and values are not,
+which is enough to count launches (`bench count`). Needs a C++ compiler, without which tests are skipped with that
+reason; built once, into build/emulator of a checkout, elsewhere into ~/.cache/remixmatch/emulator.
 """
 
 import fcntl
@@ -36,7 +38,8 @@ def build() -> Path:
     """Builds the two libraries, unless they are there for these sources and this torch; returns their folder."""
     content = b"".join((HERE / name).read_bytes() for name in (*SOURCES, "run.py"))
     key = hashlib.sha256(content + importlib.metadata.version("torch").encode()).hexdigest()[:16]
-    folder = ROOT / "build" / "emulator" / key
+    checkout = (ROOT / "pyproject.toml").exists()
+    folder = (ROOT / "build" if checkout else Path.home() / ".cache" / "remixmatch") / "emulator" / key
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,7 +90,8 @@ def environment() -> dict[str, str]:
     return defaults | os.environ | ours
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs Python with the arguments of the command line and an emulated device."""
     if compiler() is None and sys.argv[1:3] == ["-m", "pytest"]:
         variables = os.environ | {NOT_BUILT: "1"}
     else:

@@ -28,7 +28,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t kMemory = size_t{4} << 30;
 constexpr int kPoison = 0xff;           // NaN as a number, far outside as an index
 constexpr size_t kBacklog = 64;         // work given and not begun, at which the device begins unasked
 constexpr auto kLaziness = std::chrono::milliseconds(1);  // until it begins whatever there is
@@ -111,6 +110,8 @@ struct State {
   std::set<Stream*> streams;
   Stream legacy;
   std::set<std::shared_ptr<Capture>> captures;
+  std::vector<std::string> launches;  // names, while they are recorded
+  bool recording = false;
   std::map<const char*, Block> device_blocks, host_blocks;
   std::unordered_map<const void*, std::string> kernels;
   std::mt19937 chance{0};
@@ -132,6 +133,15 @@ thread_local cudaError_t last_error = cudaSuccess;
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 using Lock = std::unique_lock<std::mutex>;
+
+// What a variable says the device has, or what it has without.
+size_t given(const char* variable, size_t otherwise) {
+  const char* value = std::getenv(variable);
+  return value ? std::strtoull(value, nullptr, 10) : otherwise;
+}
+
+size_t memory() { return given("EMULATED_MEMORY_GIB", 4) << 30; }
+int capability() { return static_cast<int>(given("EMULATED_CAPABILITY", 90)); }
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
@@ -206,7 +216,7 @@ void launch(const Graph& graph) {
     }
     const size_t node = ready.back();
     ready.pop_back();
-    attempt(graph.nodes[node].name.c_str(), graph.nodes[node].work);
+    if (graph.nodes[node].work) attempt(graph.nodes[node].name.c_str(), graph.nodes[node].work);
     for (size_t next : after[node])
       if (!--awaited[next]) ready.push_back(next);
   }
@@ -281,7 +291,7 @@ cudaError_t unsafe(const char* what) {
 char* block(size_t bytes) {
   void* at = nullptr;
   if (posix_memalign(&at, 512, bytes ? bytes : 512)) return nullptr;
-  return static_cast<char*>(std::memset(at, kPoison, bytes));
+  return static_cast<char*>(emulated_idle() ? at : std::memset(at, kPoison, bytes));
 }
 
 const Block* around(const std::map<const char*, Block>& blocks, const void* at) {
@@ -293,11 +303,14 @@ const Block* around(const std::map<const char*, Block>& blocks, const void* at) 
 
 bool pageable(const void* at) { return !around(state().device_blocks, at) && !around(state().host_blocks, at); }
 
-cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work) {
+cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work, Cost cost = {}) {
   State& s = state();
   for (const auto& capture : s.captures)
     if (stream == &s.legacy && capture->mode == cudaStreamCaptureModeGlobal)
       return invalidate(name, *capture, cudaErrorStreamCaptureImplicit);
+  if (s.recording)
+    s.launches.push_back(std::string(name) + "\t" + std::to_string(cost.bytes) + "\t" + std::to_string(cost.flops));
+  if (emulated_idle()) work = nullptr;
   if (stream->capture) {
     if (stream->capture->invalid) return fail(cudaErrorStreamCaptureInvalidated);
     auto& nodes = stream->capture->graph->nodes;
@@ -311,9 +324,14 @@ cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work
 
 }  // namespace
 
-cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work) {
+bool emulated_idle() {
+  static const bool idle = given("EMULATED_IDLE", 0);
+  return idle;
+}
+
+cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work, Cost cost) {
   Lock lock(state().lock);
-  return enqueue(stream_of(stream), name, std::move(work));
+  return enqueue(stream_of(stream), name, std::move(work), cost);
 }
 
 extern "C" {
@@ -338,9 +356,10 @@ cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   std::memset(properties, 0, sizeof *properties);
   std::strcpy(properties->name, "emulated device");
-  properties->totalGlobalMem = kMemory;
-  properties->major = 9;
-  properties->multiProcessorCount = 8;
+  properties->totalGlobalMem = memory();
+  properties->major = capability() / 10;
+  properties->minor = capability() % 10;
+  properties->multiProcessorCount = static_cast<int>(given("EMULATED_MULTIPROCESSORS", 8));
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 2048;
@@ -352,7 +371,10 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0, cudaSuccess;
+  *value = 0;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *value = capability() / 10;
+  if (attribute == cudaDevAttrComputeCapabilityMinor) *value = capability() % 10;
+  return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
@@ -368,7 +390,7 @@ cudaError_t cudaMalloc(void** at, size_t bytes) {
   State& s = state();
   Lock lock(s.lock);
   if (auto error = unsafe("cudaMalloc")) return error;
-  if (s.taken + bytes > kMemory || !(*at = block(bytes))) return fail(cudaErrorMemoryAllocation);
+  if (s.taken + bytes > memory() || !(*at = block(bytes))) return fail(cudaErrorMemoryAllocation);
   s.device_blocks[static_cast<char*>(*at)] = {bytes, current_device};
   s.taken += bytes;
   return cudaSuccess;
@@ -409,7 +431,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
-  return *unused = kMemory - state().taken, *total = kMemory, cudaSuccess;
+  return *unused = memory() - state().taken, *total = memory(), cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t on) {
   Lock lock(state().lock);
@@ -605,6 +627,28 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
   auto* kept = reinterpret_cast<std::shared_ptr<void>*>(object);
   reinterpret_cast<Graph*>(graph)->kept.push_back(*kept);
   return flags & cudaGraphUserObjectMove ? cudaUserObjectRelease(object, 1) : cudaSuccess;
+}
+
+// Launches, for those who count them: name, bytes and operations, with tabs between, and marks, which are names alone
+
+void emulated_record() {
+  Lock lock(state().lock);
+  state().launches.clear();
+  state().recording = true;
+}
+int emulated_launch(const char* name, size_t bytes, cudaStream_t stream) {  // of a kernel that is no operator of torch
+  return emulated_enqueue(stream, name, nullptr, {bytes, 0});
+}
+void emulated_mark(const char* name) {  // at its place among the launches
+  Lock lock(state().lock);
+  if (state().recording) state().launches.push_back(name);
+}
+size_t emulated_recorded(char* text, size_t bytes) {  // one name a line; returns how many bytes they take
+  Lock lock(state().lock);
+  std::string all;
+  for (const auto& name : state().launches) all += name + "\n";
+  if (text && bytes > all.size()) std::memcpy(text, all.c_str(), all.size() + 1);
+  return all.size() + 1;
 }
 
 // Kernels: none can be executed, and operators leave none over, except the one that only takes time

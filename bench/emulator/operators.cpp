@@ -66,6 +66,31 @@ size_t bytes_of(const Tensor& tensor) {
   return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size());
 }
 
+// What a call would cost: what it is given is read, what it changes or makes is written, each once.
+Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Values& results) {
+  Cost cost;
+  auto add = [&](const Tensor& tensor) { cost.bytes += tensor.is_cuda() && tensor.numel() ? bytes_of(tensor) : 0; };
+  for (size_t i = 0; i < given.size(); ++i) {
+    const auto* info = schema.arguments()[i].alias_info();
+    each_tensor(given[i], add);
+    if (info && info->isWrite()) each_tensor(given[i], add);
+  }
+  for (size_t r = 0; r < results.size(); ++r)
+    if (!schema.returns()[r].alias_info()) each_tensor(results[r], add);
+  auto tensor = [&](size_t i) { return given[i].toTensor(); };
+  const std::string& name = schema.name();
+  if (name == "aten::convolution")
+    cost.flops = 2 * results[0].toTensor().numel() * (tensor(1).numel() / tensor(1).size(0));
+  if (name == "aten::convolution_backward")  // the gradients of input and weight, where they are asked for
+    for (size_t r = 0; r < 2; ++r)
+      if (results[r].toTensor().defined()) cost.flops += 2 * tensor(0).numel() * (tensor(2).numel() / tensor(2).size(0));
+  if (name == "aten::mm" || name == "aten::addmm") {
+    const size_t first = name == "aten::addmm";
+    cost.flops = 2 * tensor(first).numel() * tensor(first + 1).size(1);
+  }
+  return cost;
+}
+
 // Executes an operator on CPU tensors, below autograd.
 Values execute(const c10::OperatorHandle& op, const Values& arguments) {
   // in half precision CPUs have no arithmetic, and make it up a hundred times slower
@@ -96,6 +121,26 @@ bool waits(const std::string& name, const Values& arguments) {
   return waits;
 }
 
+// Operators without a CUDA kernel of their own: they choose a library, and none has one for a CPU's memory.
+const std::set<std::string>& choosing() {
+  static const std::set<std::string> names{"aten::convolution", "aten::convolution_backward"};
+  return names;
+}
+
+// Results of a convolution shaped as they would be, from those of the first row alone, which are soon computed.
+Values of_one_row(const c10::OperatorHandle& op, Values arguments) {
+  const bool backward = op.schema().name() == "aten::convolution_backward";
+  const int64_t rows = arguments[0].toTensor().size(0);
+  for (int i = 0; i <= backward; ++i) arguments[i] = arguments[i].toTensor().narrow(0, 0, 1);
+  Values results = execute(op, arguments);
+  Tensor first = results[0].toTensor();  // the output, or the gradient of the input, which may not have been asked for
+  if (!first.defined()) return results;
+  auto sizes = first.sizes().vec();
+  sizes[0] = rows;
+  results[0] = at::empty_strided(sizes, first.strides(), first.options());
+  return results;
+}
+
 // Sizes, strides and types of an operator's results depend on no values: they are found with zeros, once.
 const Values& results_like(const c10::OperatorHandle& op, const Values& given, const std::vector<size_t>& grown) {
   static auto* known = new std::unordered_map<std::string, Values>;
@@ -123,7 +168,7 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
       if (t.numel()) std::memset(made.data_ptr(), 0, bytes_of(made));
       return made;
     }));
-  Values results = execute(op, zeros);
+  Values results = emulated_idle() && choosing().count(op.schema().name()) ? of_one_row(op, zeros) : execute(op, zeros);
   for (size_t i : grown) results.push_back(zeros[i]);
   const std::lock_guard<std::mutex> guard(*lock);
   return known->emplace(key.str(), std::move(results)).first->second;
@@ -234,7 +279,7 @@ struct Call {
             if (bytes) std::memcpy(to, result.data_ptr(), bytes);
           });
       }
-    }));
+    }, cost_of(op.schema(), given, promised)));
     return promised;
   }
 };
@@ -258,7 +303,7 @@ Tensor& copy(Tensor& self, const Tensor& source, bool non_blocking) {
   C10_CUDA_CHECK(emulated_enqueue(c10::cuda::getCurrentCUDAStream().stream(), "aten::copy_", [to, from] {
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensor(to).copy_(from);
-  }));
+  }, {bytes_of(self) + bytes_of(source), 0}));
   return self;
 }
 
@@ -290,13 +335,11 @@ torch::Library& library(const std::string& space) {
 
 // Takes the place of the CUDA kernels of torch's operators, and of all of one other namespace, once those are defined.
 extern "C" void emulate_operators(const char* ours) {
-  // without a CUDA kernel of their own: they choose a library, and none has one for a CPU's memory
-  static const std::set<std::string> choosing{"aten::convolution", "aten::convolution_backward"};
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (!op || !name.getNamespace()) continue;
     const std::string space(*name.getNamespace()), rest = name.name.substr(space.size() + 2);
-    const bool torchs = space == "aten" && (choosing.count(name.name) || op->hasKernelForDispatchKey(DispatchKey::CUDA));
+    const bool torchs = space == "aten" && (choosing().count(name.name) || op->hasKernelForDispatchKey(DispatchKey::CUDA));
     if (!torchs && space != ours) continue;
     if (stays(name.name) || !(has_tensors(op->schema().arguments()) || has_tensors(op->schema().returns()))) continue;
     const std::string overload = name.overload_name.empty() ? rest : rest + "." + name.overload_name;

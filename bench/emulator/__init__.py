@@ -1,0 +1,1 @@
+"""An emulated CUDA device, for hosts that have none: see run.py."""
