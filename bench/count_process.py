@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine import execution as engine_execution
 from engine import parts
 from engine.capture import make_step
 from engine.config import Config
@@ -133,8 +134,6 @@ def _record_graphs() -> list[dict[str, Any]]:
 
 
 def _capture(config: Config, sides: list[int], classes: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    from torch._inductor import config as inductor
-
     labels = np.arange(max(config.labels, classes)) % classes
     images = np.zeros((len(labels), *sides, 3), np.uint8)
     data = DataSet(config.dataset, tuple(map(str, range(classes))), images, labels, images[:1], labels[:1])
@@ -146,7 +145,8 @@ def _capture(config: Config, sides: list[int], classes: int, options: dict[str, 
     def mark(part: str) -> None:
         _runtime.emulated_mark(f"{_PART} {part}".encode())
 
-    with _recorded_captures(), parts.listening(mark), inductor.patch(options):
+    engine_execution.INDUCTOR |= options
+    with _recorded_captures(), parts.listening(mark):
         make_step(config, state, feed.rows, execution, feed.example)
     length = _runtime.emulated_recorded(None, 0)
     text = ctypes.create_string_buffer(length)

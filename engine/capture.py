@@ -75,8 +75,7 @@ class CapturedStep:
         Returns:
             Tensors that the next call overwrites, in the order of the current stream.
         """
-        self._static.views.copy_(data.views, non_blocking=True)
-        self._static.packed.copy_(data.packed, non_blocking=True)
+        self._static.copy_(data)
         self._graph.replay()
         return self._output
 

@@ -155,6 +155,11 @@ class ExecutionOptions:
     deterministic: bool = False
     """On a GPU, the same bits in every run: kernels that are chosen by rule and not by their times, and none that add
     by atomics. Off, cuDNN measures its kernels, which is faster. On a CPU bits are the same without it."""
+    stem_channels: Literal[3, 8] = 3
+    """Channels of the rows that a Wide ResNet is given: 8, of which five are zeros, may let cuDNN use tensor cores in
+    the first convolution. Nobody has measured it."""
+    tune: bool = False
+    """On a GPU, have Inductor try more variants of every kernel (coordinate descent): minutes at the start of a run."""
     view_steps: int = 1
     """Steps whose views are made as one batch: small batches cost DALI as much as larger ones."""
     prefetch: int = 2
@@ -251,6 +256,8 @@ def validate(config: Config, ranks: int = 1) -> None:
         raise UserError(f"--bn {config.bn} is for the Wide ResNet; models of timm have --bn joint")
     if not config.backbone and (config.pretrained or config.weights):
         raise UserError("--pretrained and --weights need a model of timm: --network timm:NAME")
+    if config.backbone and config.stem_channels != 3:
+        raise UserError("--stem-channels 8 is for the Wide ResNet; models of timm take 3")
     if config.pretrained and config.weights:
         raise UserError("--pretrained and --weights are two sources of weights: leave out one of them")
     if config.width < LEAST_WIDTH:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from engine.config import Config
 from engine.errors import UserError
 from kernels.augment import MAX_SIDE
+
+# Options of Inductor on a GPU. Per-channel vectors count as reads: with the default of 4, the gradient before each
+# batch norm would be written to memory and read twice. Small kernels that do not depend on one another become one
+INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 12, "combo_kernels": True}
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,22 @@ def pick_resident(config: Config, device: torch.device, images: int) -> bool:
     if device.type != "cuda" or config.resident != "auto":
         return config.resident != "host"
     return 2 * images <= torch.cuda.mem_get_info(device)[0]
+
+
+def compiler(config: Config, device: torch.device) -> Callable[[Any], Any]:
+    """torch.compile as a run has it, for modules and functions that are called with one shape a place.
+
+    An option of INDUCTOR that the installed torch does not have is left out, with a warning.
+    """
+    options = {}
+    if device.type == "cuda":
+        wanted = INDUCTOR | ({"coordinate_descent_tuning": True} if config.tune else {})
+        known = torch._inductor.list_options()  # type: ignore[attr-defined]
+        options = {name: value for name, value in wanted.items() if name in known}
+        if missing := sorted(wanted.keys() - options.keys()):
+            warnings.warn(f"torch {torch.__version__} has no option {', '.join(missing)}: left out", stacklevel=2)
+    # a graph for each shape is faster than one for any number of rows
+    return partial(torch.compile, dynamic=False, options=options or None)
 
 
 def set_numerics(deterministic: bool) -> None:

@@ -129,7 +129,7 @@ class Feed:
         plan = make_plan(self.spec, self.config.seed, 0, self.policy.weights)
         shape = (len(self.rows.views), *self.data.train_images.shape[1:])
         blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
-        return StepInput.to_device(blank, self._numbers(plan), self.execution.device)
+        return StepInput.pack(blank, self._numbers(plan), self.execution.device)
 
     def begin(self, step: int, views: ViewLoader | None = None) -> None:
         """Has the first plans and views made.
@@ -165,7 +165,7 @@ class Feed:
             self._prefetch_plans()
             self._prefetch_views()
         self._training, numbers, made = self._made.popleft()
-        return StepInput.to_device(made, numbers, self.execution.device, stop)
+        return StepInput.pack(made, numbers, self.execution.device, stop)
 
     def put(self, output: StepOutput) -> None:
         """Starts copying the output of the step that `next` gave to the host."""

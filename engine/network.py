@@ -129,6 +129,12 @@ class Classifier(nn.Module):
         if buffers:
             torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))
 
+    @torch.no_grad()
+    def copy_running_statistics(self, other: Classifier) -> None:
+        """Takes those of another network of the same kind."""
+        if buffers := self._statistics():
+            torch._foreach_copy_(buffers, other._statistics())
+
     def _statistics(self) -> list[Tensor]:
         norms = [module for module in self.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
         return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
@@ -199,13 +205,16 @@ class WideResNet(Classifier):
         """Classifies images.
 
         Args:
-            images: (N, 3, H, W) normalised, channels-last in memory.
+            images: (N, 3, H, W) normalised, channels-last in memory; channels after the third are zeros.
             track: in training, whether running statistics of batch norm move.
 
         Returns:
             (N, L) class logits and (N, 4) rotation logits.
         """
-        x = self.stem(images)
+        weight = self.stem.weight
+        if more := images.shape[1] - weight.shape[1]:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, more))
+        x = F.conv2d(images, weight, padding=1)
         for block in self.body:
             x = block(x, track)
         features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))

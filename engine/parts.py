@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # in the order in which a step begins them
-PARTS = ("assemble", "probes", "guess", "targets", "forward", "losses", "backward", "update", "ema", "metrics")
+PARTS = ("assemble", "probes", "guess", "forward", "targets", "losses", "backward", "update", "ema", "metrics")
 
 _listener: Callable[[str], None] | None = None
 

@@ -51,11 +51,12 @@ class Rows:
         gathered: (V,) where each global view row lies once the ranks' views are gathered rank by rank.
         guess_order: (B,) where each image's guess lies once the ranks' guesses are gathered rank by rank.
         pool_target: (P,) for each global pool row, its row in [labels (B); guesses (B)].
+        target: (n M / R,) the same for each trained network row, n of them in a micro-batch; u_1 has its image's.
         source: (N,) gathered view row that each network row shows (module docstring); the same in every step.
         mixed: (P / R,) network rows in which the rows of `pool` are.
         rotated: (B / R,) network rows of the rotated u_1 of `images`; none without unlabeled data.
-        labeled: (B / M,) places of labeled rows within a micro-batch's pool rows, in each the same.
-        unlabeled: places of unlabeled rows, likewise.
+        class_weights: (3, n) float32, shares of a micro-batch's rows in the means loss_x, loss_u and loss_u1.
+        rotation_weights: (n,) float32, likewise in loss_rot.
     """
 
     spec: PlanSpec
@@ -67,11 +68,12 @@ class Rows:
     gathered: np.ndarray
     guess_order: np.ndarray
     pool_target: np.ndarray
+    target: np.ndarray
     source: np.ndarray
     mixed: np.ndarray
     rotated: np.ndarray
-    labeled: np.ndarray
-    unlabeled: np.ndarray
+    class_weights: np.ndarray
+    rotation_weights: np.ndarray
 
 
 def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches: int) -> Rows:
@@ -119,6 +121,16 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
     place = np.arange(trained.size).reshape(accumulation_steps, -1)
 
     pool_rows = np.arange(batch * blocks)
+    pool_target = pool_rows % batch + batch * (pool_rows >= batch)
+    target = pool_target[pool].reshape(accumulation_steps, -1)
+    # what a trained row counts for, the same in every micro-batch: x, u, u_1, rotated u_1
+    term = np.where(first_part < batch, 0, 1)
+    if spec.unlabeled_images:
+        own = batch + images.reshape(accumulation_steps, -1)
+        target = np.concatenate([target, own, own], axis=1)
+        term = np.concatenate([term, np.repeat([2, 3], own.shape[1])])
+    counts = np.bincount(term, minlength=4)
+    shares = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
     return Rows(
         spec=spec,
         ranks=ranks,
@@ -128,12 +140,13 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
         pool=pool,
         gathered=gathered,
         guess_order=guess_order,
-        pool_target=pool_rows % batch + batch * (pool_rows >= batch),
+        pool_target=pool_target,
+        target=target.reshape(-1),
         source=gathered[np.concatenate([trained.reshape(-1), forwarded])],
         mixed=place[:, : pool.size // accumulation_steps].reshape(-1),
         rotated=place[:, (pool.size + images.size) // accumulation_steps :].reshape(-1),
-        labeled=np.flatnonzero(first_part < batch),
-        unlabeled=np.flatnonzero(first_part >= batch),
+        class_weights=shares[:3],
+        rotation_weights=shares[3],
     )
 
 
@@ -146,8 +159,8 @@ class StepPlan:
         partner: (N,) int64, the row mixed into it.
         lam: (N,) float32, share of `source`; 1 outside the pool.
         rotations: (N,) int64, multiples of 90 degrees.
-        target: (P / R,) int64, each row of `Rows.pool`'s row in [labels (B); guesses (B)].
-        partner_target: (P / R,) int64, its partner's.
+        target: (n M / R,) int64, each trained row's row in [labels (B); guesses (B)]: `Rows.target`.
+        partner_target: (n M / R,) int64, its partner's; outside the pool its own.
         labels: (B,) int64, classes of the labeled images of the global batch.
     """
 
@@ -172,6 +185,8 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
     # outside the pool a row is its own partner
     partner, lam, rotations = rows.source.copy(), np.ones(len(rows.source), np.float32), np.zeros_like(rows.source)
     partner[rows.mixed], lam[rows.mixed] = rows.gathered[perm], plan.lam[rows.pool]
+    partner_target = rows.target.copy()
+    partner_target[rows.mixed] = rows.pool_target[perm]
     if rows.spec.unlabeled_images:
         rotations[rows.rotated] = plan.rotations[rows.images]
     return StepPlan(
@@ -179,7 +194,7 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
         partner=partner,
         lam=lam,
         rotations=rotations,
-        target=rows.pool_target[rows.pool],
-        partner_target=rows.pool_target[perm],
+        target=rows.target,
+        partner_target=partner_target,
         labels=labels,
     )

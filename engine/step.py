@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine import distributed, parts
 from engine.config import Config
+from engine.execution import compiler
 from engine.network import Classifier, WideResNet
 from engine.optimizers import OPTIMIZERS, load_optimizer
 from engine.rows import Rows, StepPlan
@@ -160,11 +161,12 @@ _layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's data on the device: one rank's views, and `StepPlan`'s arrays and `stop`, parts of one buffer.
+    """A step's data: one rank's views, on the device, and `StepPlan`'s arrays and `stop`, parts of one buffer.
 
     Attributes:
         views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
-        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all.
+        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all: from pinned memory
+            of the host, where it is until the step takes it.
         stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
             the same one.
     """
@@ -181,24 +183,41 @@ class StepInput:
     stop: Tensor
 
     @classmethod
-    def to_device(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
-        """Copies a step's plan beside its views, and whether this rank has been asked to stop."""
+    def pack(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
+        """A step's plan beside its views, ready for the device, and whether this rank has been asked to stop."""
         arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
         layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))
         buffer = layout.allocate(pinned=device.type == "cuda")
         for name, part in layout.arrays(buffer).items():
             part[:] = arrays[name]
-        return cls._of(views.to(device, non_blocking=True), buffer.to(device, non_blocking=True), layout)
+        return cls._of(views.to(device, non_blocking=True), buffer, layout)
 
     @classmethod
     def _of(cls, views: Tensor, buffer: Tensor, layout: Layout) -> StepInput:
         return cls(views=views, packed=buffer, **layout.tensors(buffer))
 
+    def to(self, device: torch.device) -> StepInput:
+        """The same with the numbers, too, on the device; parts of `packed` stay parts of it."""
+        return (
+            self if self.packed.device == device else self._with(self.views, self.packed.to(device, non_blocking=True))
+        )
+
     def clone(self) -> StepInput:
-        """The same, in memory of its own; the parts of `packed` stay parts of it."""
-        parts = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
-        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in parts.items()))
-        return self._of(self.views.clone(), self.packed.clone(), layout)
+        """The same on the views' device, in memory of its own."""
+        packed = torch.empty_like(self.packed, device=self.views.device)
+        own = self._with(torch.empty_like(self.views), packed)
+        own.copy_(self)
+        return own
+
+    def copy_(self, other: StepInput) -> None:
+        """Takes another input's values, by one copy of the views and one of all numbers."""
+        self.views.copy_(other.views, non_blocking=True)
+        self.packed.copy_(other.packed, non_blocking=True)
+
+    def _with(self, views: Tensor, packed: Tensor) -> StepInput:
+        numbers = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
+        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in numbers.items()))
+        return self._of(views, packed, layout)
 
 
 @dataclass(frozen=True)
@@ -212,11 +231,6 @@ class StepOutput:
 
     metrics: Tensor
     omega: Tensor
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with soft targets, mean over rows: (N, L) logits, (N, L) probabilities to ()."""
-    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
 
 
 class Step:
@@ -242,26 +256,28 @@ class Step:
         def on_device(array) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        self.images = on_device(rows.images)
         self.guess_order = on_device(rows.guess_order)
-        self.labeled_rows, self.unlabeled_rows = on_device(rows.labeled), on_device(rows.unlabeled)
+        self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
         self.accumulation_steps = rows.accumulation_steps  # M / R
         self.local_batch = len(rows.images)  # B / R
-        self.pool = len(rows.pool) // rows.accumulation_steps  # of a micro-batch
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        self.guess_model: nn.Module = state.network
-        self.train_model: nn.Module = state.network
-        self.ema_model: nn.Module = state.ema_model
-        if compiled:
-            # each is called with one shape a pass: a graph for each is faster than one for any number of rows
-            self.guess_model = torch.compile(state.network, dynamic=False)  # type: ignore[assignment]
-            self.train_model = self.guess_model
-            self.ema_model = torch.compile(state.ema_model, dynamic=False)  # type: ignore[assignment]
+        # the passes whose results are needed last run beside the training pass; but ranks that exchange statistics in
+        # both passes at once would wait for one another
+        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
+        self.probing, self.guessing = streams[0], None if config.bn == "sync" else streams[1]
+        compile_ = compiler(config, device) if compiled else lambda function: function
+        self.guess_model: nn.Module = compile_(state.network)
+        self.train_model: nn.Module = self.guess_model
+        self.ema_model: nn.Module = compile_(state.ema_model)
+        self.make_targets, self.losses, self.finish = map(compile_, (self._make_targets, self._losses, self._finish))
+        # with one pass on one rank, running statistics are where they belong when it is done
+        self.one_pass = self.accumulation_steps == 1 and distributed.ranks() == 1
+        self.loss_gradient = torch.tensor(1 / self.accumulation_steps, device=device)
         if distributed.grouped():
             gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
             self.train_model = DistributedDataParallel(
@@ -285,10 +301,10 @@ class Step:
             Metrics and omega of the global batch, still on the device.
         """
         c, state = self.config, self.state
-        classes = state.p_model_history.shape[1]
 
         # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
         parts.begin("assemble")
+        data = data.to(self.device)
         views = distributed.gather(data.views)  # (V, H, W, 3) uint8
         rows = assemble_batch(
             views,
@@ -299,117 +315,189 @@ class Step:
             self.mean,
             self.std,
             self.rows_dtype,
+            c.stem_channels,
         ).to(self.precision)  # (N, 3, H, W)
         trained, probes = rows[: -self.local_batch], rows[-self.local_batch :]
-        one_hot = F.one_hot(data.labels, classes).float()  # (B, L)
 
-        # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak): the ranks exchange both at once
-        parts.begin("probes")
-        passes = [self._logits(self.ema_model, probes)]
+        # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak), both beside the training pass
+        with _on(self.probing):
+            parts.begin("probes")
+            probe_logits = self._logits(self.ema_model, probes)
+        guess_logits = None
         if c.unlabeled:
-            parts.begin("guess")
             trained, weak = trained[: -self.local_batch], trained[-self.local_batch :]
-            passes.append(self._logits(partial(self.guess_model, track=False), weak))
-        parts.begin("targets")
-        logits = distributed.gather(torch.cat(passes, dim=1))[self.guess_order]  # (B, 2 L), or (B, L) of probes alone
-        omega = 1 - (logits[:, :classes].softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+            with _on(self.guessing):
+                parts.begin("guess")
+                guess_logits = self._logits(partial(self.guess_model, track=False), weak)
 
-        # 3. Distribution alignment (3.1) and sharpening: one target for all K + 1 views of an image, which is
-        # augmentation anchoring (3.2.1). The mean of q becomes a row of p_model_history
-        if c.unlabeled:
-            guesses = guess_labels(
-                logits[:, classes:],
-                state.p_model_history,
-                state.step % P_MODEL_STEPS,
-                state.label_marginal,
-                c.temperature,
-                c.align,
-            )  # (B, L)
-            known = torch.cat([one_hot, guesses])
-        else:
-            guesses = known = one_hot
-
-        # 4. Mixup of the targets (MixMatch, 3.3), as the plan has mixed the images
+        losses: list[Tensor] = []
+        new_stats: list[Tensor] = []
+        saved_stats = None if self.one_pass else state.network.running_statistics()
         accumulated = self.accumulation_steps
-        lam = data.lam[: len(trained)].view(accumulated, -1)[:, : self.pool].reshape(-1, 1)
-        targets = lam * known[data.target] + (1 - lam) * known[data.partner_target]  # (P / R, L)
+        rotations = data.rotations[: len(trained)].chunk(accumulated)
+        for number, micro_batch in enumerate(trained.chunk(accumulated)):
+            with self._unsynchronised(number + 1 < accumulated):
+                parts.begin("forward")
+                with self.autocast:
+                    logits, rotation_logits = self.train_model(micro_batch)
 
-        # 5. Losses (3.3) and their gradients, accumulated over the micro-batches
-        inputs = trained, targets, guesses[self.images], data.rotations[: len(trained)]
-        losses = torch.zeros(len(LOSSES), device=self.device)
-        saved_stats = state.network.running_statistics()
-        new_stats = torch.zeros_like(saved_stats)
-        for number, micro_batch in enumerate(zip(*(i.chunk(accumulated) for i in inputs), strict=True), start=1):
-            with self._unsynchronised(number < accumulated):
-                terms = self._losses(*micro_batch)
+                # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
+                # micro-batches: the first losses are the first to need them
+                if number == 0:
+                    parts.begin("targets")
+                    _wait_for(self.guessing)
+                    probe_logits, guess_logits = self._exchange(probe_logits, guess_logits)
+                    targets, guesses = self.make_targets(guess_logits, data)
+
+                # 4. Losses (3.3) and their gradients, accumulated over the micro-batches
+                parts.begin("losses")
+                mixed = targets.chunk(accumulated)[number]
+                loss, terms = self.losses(logits, rotation_logits, mixed, rotations[number])
                 parts.begin("backward")
-                state.scaler.scale(terms[0] / accumulated).backward()
-            losses += terms.detach() / accumulated
-            new_stats += state.network.running_statistics() / accumulated
-            state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
+                state.scaler.scale(loss).backward(self.loss_gradient)
+            losses.append(terms)
+            if saved_stats is not None:
+                new_stats.append(state.network.running_statistics())
+                state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
 
-        # 6. Update of the parameters: Adam, decoupled weight decay
+        # 5. Update of the parameters: Adam, decoupled weight decay
         parts.begin("update")
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
         with torch.no_grad():
-            # 7. Exponential moving average; running statistics are those of the live network
+            # 6. Exponential moving average; running statistics are those of the live network
             parts.begin("ema")
-            sums = distributed.mean(torch.cat([new_stats, losses, data.stop]))
-            new_stats, losses, stop = sums.split([len(new_stats), len(losses), 1])
-            for network in (state.network, state.ema_model):
-                network.set_running_statistics(new_stats)
+            _wait_for(self.probing)
+            mean_losses, stop = losses[0], data.stop
+            if not self.one_pass:
+                local = torch.cat([_mean(new_stats), _mean(losses), data.stop])
+                stats, mean_losses, stop = distributed.mean(local).split([len(new_stats[0]), len(LOSSES), 1])
+                state.network.set_running_statistics(stats)
+            state.ema_model.copy_running_statistics(state.network)
             self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
 
-            # 8. The label marginal p(y) that the next step's alignment reads (3.1)
+            # 7. The label marginal p(y) that the next step's alignment reads (3.1), and what the host is told
             parts.begin("metrics")
-            alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
-            if not c.class_distribution:
-                state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
-            state.step += 1
-            others = torch.stack([guesses.amax(-1).mean(), alignment_gap, omega.mean()])
-        return StepOutput(torch.cat([losses, others, stop]).float(), omega)
+            return StepOutput(*self.finish(mean_losses, stop, probe_logits, guesses, data.labels))
 
     def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
-        """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L) float32."""
+        """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L)."""
         with torch.no_grad(), self.autocast:
-            return torch.cat([network(part)[0].float() for part in rows.chunk(self.accumulation_steps)])
+            logits = [network(part)[0] for part in rows.chunk(self.accumulation_steps)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _exchange(self, probes: Tensor, guesses: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All ranks' logits, rank by rank, by one exchange."""
+        if distributed.ranks() == 1:
+            return probes, guesses
+        _wait_for(self.probing)
+        if guesses is None:
+            return distributed.gather(probes), None
+        both = distributed.gather(torch.stack([probes, guesses], dim=1))  # (B, 2, L)
+        return both[:, 0], both[:, 1]
 
     def _unsynchronised(self, accumulating: bool) -> contextlib.AbstractContextManager:
         """Keeps gradients this rank's while it accumulates: the last micro-batch exchanges the sum."""
         return self.train_model.no_sync() if accumulating and distributed.grouped() else contextlib.nullcontext()  # type: ignore
 
-    def _losses(self, rows: Tensor, targets: Tensor, guesses: Tensor, rotations: Tensor) -> Tensor:
-        """The loss and its terms for one micro-batch of b of the B images (section 3.3).
+    def _make_targets(self, logits: Tensor | None, data: StepInput) -> tuple[Tensor, Tensor]:
+        """Guesses the labels, and mixes all targets (sections 3.1 and 3.2.1; MixMatch, 3.3).
 
-        A term is added here and, for logs, in `LOSSES`.
+        The mean of q becomes a row of p_model_history.
 
         Args:
-            rows: (n, 3, H, W), its pool, u_1 and rotated u_1.
-            targets: (pool rows, L), mixed.
-            guesses: (b, L), of u_1.
+            logits: (B, L) of u_weak over all ranks, rank by rank; None without unlabeled data.
+            data: the step's.
+
+        Returns:
+            Targets of this rank's trained rows, (n M / R, L) float32: for all K + 1 views of an image the same one,
+            which is augmentation anchoring. And the guesses, or without any the labels, (B, L) float32.
+        """
+        c, state = self.config, self.state
+        known = guesses = F.one_hot(data.labels, state.p_model_history.shape[1]).float()  # (B, L)
+        if logits is not None:
+            guesses = guess_labels(
+                logits[self.guess_order].float(),
+                state.p_model_history,
+                state.step % P_MODEL_STEPS,
+                state.label_marginal,
+                c.temperature,
+                c.align,
+            )
+            known = torch.cat([known, guesses])
+        lam = data.lam[: len(data.target), None]
+        return lam * known[data.target] + (1 - lam) * known[data.partner_target], guesses
+
+    def _losses(
+        self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its terms for one micro-batch (section 3.3), each a mean over its rows.
+
+        Every term is a sum over all rows with static weights: taking rows out would cost a GPU a sort on the way back.
+        A term is added here and, for logs, in `LOSSES`; which rows it is of, in `engine.rows`.
+
+        Args:
+            logits: (n, L) of its pool, u_1 and rotated u_1.
+            rotation_logits: (n, 4).
+            targets: (n, L).
             rotations: (n,) int64.
 
         Returns:
-            (len(LOSSES),) float32, in their order; 0 for a term that the method does not have.
+            The loss, and (len(LOSSES),) float32 without gradient, in their order; 0 for a term that the method lacks.
         """
-        c, pool = self.config, self.pool
-        parts.begin("forward")
-        with self.autocast:
-            logits, rotation_logits = self.train_model(rows)
-        parts.begin("losses")
-        loss = loss_x = soft_cross_entropy(logits[self.labeled_rows], targets[self.labeled_rows])
-        terms = {"loss_x": loss_x}
+        c = self.config
+        entropies = -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1)  # (n,)
+        loss_x, loss_u, loss_u1 = (self.class_weights * entropies).sum(-1).unbind()
+        loss = loss_x
+        loss_rot = torch.zeros_like(loss_x)
         if c.unlabeled:
+            turned = F.one_hot(rotations, 4) * F.log_softmax(rotation_logits.float(), dim=-1)
+            loss_rot = -(self.rotation_weights * turned.sum(-1)).sum()
             ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
-            u1, rotated = slice(pool, pool + len(guesses)), slice(pool + len(guesses), None)
-            loss_u = soft_cross_entropy(logits[self.unlabeled_rows], targets[self.unlabeled_rows])
-            loss_u1 = soft_cross_entropy(logits[u1], guesses)
-            loss_rot = F.cross_entropy(rotation_logits[rotated].float(), rotations[rotated])
             loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
-            terms |= {"loss_u": loss_u, "loss_u1": loss_u1, "loss_rot": loss_rot}
-        terms["loss"] = loss
-        zero = torch.zeros_like(loss)
-        return torch.stack([terms.get(name, zero) for name in LOSSES])
+        return loss, torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
+
+    def _finish(
+        self, losses: Tensor, stop: Tensor, probe_logits: Tensor, guesses: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Moves p(y) and the step, and puts together what the host is told: see `StepOutput`.
+
+        Args:
+            losses: (len(LOSSES),) float32, means over the global batch.
+            stop: (1,) float32, likewise over the ranks.
+            probe_logits: (B, L) over all ranks, rank by rank.
+            guesses: (B, L) float32.
+            labels: (B,) int64.
+        """
+        c, state = self.config, self.state
+        one_hot = F.one_hot(labels, guesses.shape[1]).float()
+        omega = 1 - (probe_logits[self.guess_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+        alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
+        others = torch.stack([guesses.amax(-1).mean(), alignment_gap, omega.mean()])
+        if not c.class_distribution:
+            state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
+        state.step.add_(1)
+        return torch.cat([losses, others, stop]).float(), omega
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0]) / len(tensors)
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is within is done on a stream, after all earlier work of the present one; on a CPU at once."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _wait_for(stream: torch.cuda.Stream | None) -> None:
+    """Later work of the present stream is done after all that a stream has been given."""
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)

@@ -21,6 +21,7 @@ def assemble_batch(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    channels: int = 3,
 ) -> torch.Tensor:
     """Write the network's input batch from stored views (paper, section 3.3: mixup and rotations).
 
@@ -39,9 +40,10 @@ def assemble_batch(
         mean: (3,) float32 contiguous, grey levels (0..255).
         std: (3,) float32 contiguous, grey levels.
         dtype: float32, bfloat16 or float16, the type of the result; the arithmetic is float32.
+        channels: of the result, 3 or 8: those after the third are zeros, which a convolution may want for alignment.
 
     Returns:
-        batch: (N, 3, H, W) `dtype` in torch.channels_last, which is (N, H, W, 3) in memory.
+        batch: (N, channels, H, W) `dtype` in torch.channels_last, which is (N, H, W, channels) in memory.
 
     Raises:
         ValueError: a shape, dtype, layout or device other than the above, or a rotation that needs H == W.
@@ -69,7 +71,9 @@ def assemble_batch(
             raise ValueError(f"{name} must be on {views.device}, where views is, got {tensor.device}")
     if dtype not in _BATCH_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return torch.ops.remixmatch.assemble_batch(views, source, partner, lam, rotations, mean, std, dtype)
+    if channels not in (3, 8):
+        raise ValueError(f"channels must be 3 or 8, got {channels}")
+    return torch.ops.remixmatch.assemble_batch(views, source, partner, lam, rotations, mean, std, dtype, channels)
 
 
 def assemble_batch_reference(
@@ -81,6 +85,7 @@ def assemble_batch_reference(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    channels: int = 3,
 ) -> torch.Tensor:
     """State in plain PyTorch what `assemble_batch` computes; same arguments and result, on any device."""
     height, width = views.shape[1:3]
@@ -88,7 +93,7 @@ def assemble_batch_reference(
         raise ValueError(
             f"rotations by 90 degrees need square images, got {height} x {width}; give rotations of 0 and 2"
         )
-    return _mix_and_rotate(views, source, partner, lam, rotations, mean, std, dtype)
+    return _mix_and_rotate(views, source, partner, lam, rotations, mean, std, dtype, channels)
 
 
 def _mix_and_rotate(
@@ -100,6 +105,7 @@ def _mix_and_rotate(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    channels: int = 3,
 ) -> torch.Tensor:
     """Compute the twin without its look at the values of `rotations`, so that it can be traced for a CPU."""
     rows, (height, width) = source.shape[0], views.shape[1:3]
@@ -111,12 +117,12 @@ def _mix_and_rotate(
     orders = torch.stack([at.rot90(k if height == width else k & 2).flatten() for k in range(4)])
     rotated = mixed.gather(1, orders[rotations]).reshape(rows, height, width, 3)
     # norm is affine and the weights sum to one: mixing first and normalising once is the same
-    batch = (rotated - mean) / std
+    batch = torch.nn.functional.pad((rotated - mean) / std, (0, channels - 3))
     return batch.to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
-def _write(a, b, weight, mean, std, to, at, inside):
+def _write(a, b, weight, mean, std, to, at, inside, CHANNELS: tl.constexpr):
     """Mix the grey levels `a` and `b` of an image's elements `at`, normalise them and store them at `to`."""
     scale_0 = 1.0 / tl.load(std)
     scale_1 = 1.0 / tl.load(std + 1)
@@ -124,11 +130,25 @@ def _write(a, b, weight, mean, std, to, at, inside):
     shift_0 = tl.load(mean) * scale_0
     shift_1 = tl.load(mean + 1) * scale_1
     shift_2 = tl.load(mean + 2) * scale_2
-    channel = at.to(tl.uint32) % 3
+    channel = at.to(tl.uint32) % CHANNELS
     scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
     shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
     mixed = weight * a.to(tl.float32) + (1.0 - weight) * b.to(tl.float32)
-    tl.store(to + at, (mixed * scale - shift).to(to.dtype.element_ty), mask=inside)
+    value = mixed * scale - shift
+    if CHANNELS > 3:
+        value = tl.where(channel < 3, value, 0.0)
+    tl.store(to + at, value.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load(row, at, size, CHANNELS: tl.constexpr):
+    """Load the elements `at` below `size` of an image that has CHANNELS when written and 3 where it is stored."""
+    if CHANNELS == 3:
+        value = tl.load(row + at, mask=at < size, other=0)
+    else:
+        stored = at // CHANNELS * 3 + at % CHANNELS
+        value = tl.load(row + stored, mask=(at < size) & (at % CHANNELS < 3), other=0)
+    return value
 
 
 @triton.jit
@@ -140,19 +160,21 @@ def _assemble_kernel(
     rotations,  # (N,)
     mean,  # (3,)
     std,  # (3,)
-    batch,  # (N, H, W, 3) in memory
+    batch,  # (N, H, W, CHANNELS) in memory
     H: tl.constexpr,
     W: tl.constexpr,
+    CHANNELS: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # A program writes one chunk of one image; an image's chunks follow one another, so that what the gather
     # of a rotated image reads again (other bytes of the same sectors) is still in L2.
     SIZE: tl.constexpr = H * W * 3
+    SIZE_WRITTEN: tl.constexpr = H * W * CHANNELS
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
     start = tl.program_id(0) % CHUNKS * BLOCK
     at = start + tl.arange(0, BLOCK)
-    inside = at < SIZE
+    inside = at < SIZE_WRITTEN
 
     source_row = tl.load(source + n)
     partner_row = tl.load(partner + n)
@@ -162,17 +184,17 @@ def _assemble_kernel(
         rotation = rotation & 2  # A rotation by 90 degrees would leave the image.
     mixes = (weight != 1.0) & (source_row != partner_row)
     weight = tl.where(mixes, weight, 1.0)
-    partner_size = tl.where(mixes, SIZE, 0)  # A partner without weight is not read.
+    partner_size = tl.where(mixes, SIZE_WRITTEN, 0)  # A partner without weight is not read.
 
     # Row offsets in int64: 2 ** 31 bytes are only 14 266 views of 224 x 224.
     a_row = views + source_row * SIZE
     b_row = views + partner_row * SIZE
-    to = batch + n * SIZE
+    to = batch + n * SIZE_WRITTEN
     if rotation == 0:
-        # Contiguous: one 128-bit load a thread from each view.
-        a = tl.load(a_row + at, mask=inside, other=0)
-        b = tl.load(b_row + at, mask=at < partner_size, other=0)
-        _write(a, b, weight, mean, std, to, at, inside)
+        # Contiguous with 3 channels: one 128-bit load a thread from each view.
+        a = _load(a_row, at, SIZE_WRITTEN, CHANNELS)
+        b = _load(b_row, at, partner_size, CHANNELS)
+        _write(a, b, weight, mean, std, to, at, inside, CHANNELS)
     else:
         # Pixel (i, j) of the rotated image is pixel first + i * down + j * right of the stored one.
         first = tl.where(rotation == 1, W - 1, tl.where(rotation == 2, H * W - 1, (H - 1) * W))
@@ -182,22 +204,26 @@ def _assemble_kernel(
         # three channels then come in one request. The exchange between lanes, which the wide store needs, is
         # cheaper than three requests.
         lane_at = start + tl.arange(0, BLOCK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        pixel = lane_at // 3
-        stored = (first + pixel // W * down + pixel % W * right) * 3 + lane_at % 3
-        a = tl.reshape(tl.load(a_row + stored, mask=lane_at < SIZE, other=0), [BLOCK])
-        b = tl.reshape(tl.load(b_row + stored, mask=lane_at < partner_size, other=0), [BLOCK])
-        _write(a, b, weight, mean, std, to, at, inside)
+        pixel = lane_at // CHANNELS
+        stored = (first + pixel // W * down + pixel % W * right) * 3 + lane_at % CHANNELS
+        in_a, in_b = lane_at < SIZE_WRITTEN, lane_at < partner_size
+        if CHANNELS > 3:
+            in_a, in_b = in_a & (lane_at % CHANNELS < 3), in_b & (lane_at % CHANNELS < 3)
+        a = tl.reshape(tl.load(a_row + stored, mask=in_a, other=0), [BLOCK])
+        b = tl.reshape(tl.load(b_row + stored, mask=in_b, other=0), [BLOCK])
+        _write(a, b, weight, mean, std, to, at, inside, CHANNELS)
 
 
-def assemble_parameters(height: int, width: int) -> dict[str, Any]:
+def assemble_parameters(height: int, width: int, channels: int = 3) -> dict[str, Any]:
     """Choose the compile-time sizes and the number of warps for images of `height` x `width`."""
-    size = height * width * 3
+    size = height * width * channels
     # 16 elements a thread: one 128-bit load from each of the two views. Small images take small blocks, of
     # which 3 fill a 32 x 32 image exactly; large ones spend less on looking up the row's numbers.
     block = 1024 if size <= 4096 else 2048
     return {
         "H": height,
         "W": width,
+        "CHANNELS": channels,
         "CHUNKS": triton.cdiv(size, block),
         "BLOCK": block,
         "num_warps": block // 512,
@@ -213,10 +239,11 @@ def launch_assemble_batch(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    channels: int = 3,
 ) -> torch.Tensor:
     """Launch the Triton kernel; arguments and result as for `assemble_batch`, unchecked."""
-    parameters = assemble_parameters(*views.shape[1:3])
-    batch = _empty_batch(views, source, partner, lam, rotations, mean, std, dtype)
+    parameters = assemble_parameters(views.shape[1], views.shape[2], channels)
+    batch = _empty_batch(views, source, partner, lam, rotations, mean, std, dtype, channels)
     _assemble_kernel[(source.shape[0] * parameters["CHUNKS"],)](
         views, source, partner, lam, rotations, mean, std, batch, **parameters
     )
@@ -232,8 +259,9 @@ def _empty_batch(
     mean: torch.Tensor,
     std: torch.Tensor,
     dtype: torch.dtype,
+    channels: int = 3,
 ) -> torch.Tensor:
-    shape = (source.shape[0], 3, *views.shape[1:3])
+    shape = (source.shape[0], channels, *views.shape[1:3])
     return torch.empty(shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
 
 

@@ -45,7 +45,7 @@ def trained(config, mode, steps, device=CPU, precision=torch.float32):
     for number in range(steps):
         plan = make_plan(spec, 0, number, initial_weights())
         views = torch.from_numpy(images[plan.views.image + np.where(plan.views.labeled, 0, 40)]).to(device)
-        data = StepInput.to_device(views, step_plan(rows, plan, classes[plan.labeled]), device)
+        data = StepInput.pack(views, step_plan(rows, plan, classes[plan.labeled]), device)
         if step is None:
             step = CapturedStep(make, data) if mode == "graph" else make()
         seen.append(step(data).metrics.clone())
@@ -140,7 +140,7 @@ def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
     rows = arrange(spec, 1, 0, 1, 1)
     plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
-    data = StepInput.to_device(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
+    data = StepInput.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
     for name, array in vars(plan).items():
         part = getattr(data, name)
         np.testing.assert_array_equal(part.numpy(), array)
@@ -154,7 +154,7 @@ def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
     rows = arrange(spec, 1, 0, 1, 1)
     views = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     first, second = (
-        StepInput.to_device(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
+        StepInput.pack(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
         for step, labels in enumerate((np.arange(8), np.arange(8)[::-1].copy()))
     )
     own = first.clone()
@@ -241,7 +241,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
         made.append(weakref.ref(step))
         return step
 
-    captured = CapturedStep(make, StepInput.to_device(views, plan, CPU))
+    captured = CapturedStep(make, StepInput.pack(views, plan, CPU))
     gc.collect()
     assert made[0]() is not None
     del captured
@@ -292,7 +292,7 @@ def test_a_step_never_waits_for_the_device(tiny):
     step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
     plan = make_plan(spec, 0, 0, initial_weights())
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8, device=device)
-    data = StepInput.to_device(views, step_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
+    data = StepInput.pack(views, step_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
     step(data)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -86,3 +86,15 @@ def test_evaluation_reads_running_statistics():
     together = network(images)[0]
     alone = torch.cat([network(image[None])[0] for image in images])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_channels_of_zeros_change_no_logits_and_no_gradient():
+    network = WideResNet(10, scales=2, blocks=1, width=16)
+    rows = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for given in (rows, torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 5))):
+        network.zero_grad()
+        logits, rotation_logits = network(given, False)
+        (logits.square().sum() + rotation_logits.sum()).backward()
+        seen.append([logits, rotation_logits, network.stem.weight.grad.clone()])
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)

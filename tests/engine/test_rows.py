@@ -24,9 +24,17 @@ def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
         assert set(share.images) == set(range(rank, 24, ranks))
         assert set(share.pool % 24) == set(share.images)
         assert share.accumulation_steps == parts // ranks
-        assert len(share.labeled) == 24 // parts and len(share.unlabeled) == 3 * 24 // parts
+        # of x, u, u_1 and rotated u_1, each row counts in one mean, whose shares sum to 1
+        shares_of = np.concatenate([share.class_weights, share.rotation_weights[None]])
+        own = 24 // parts
+        for term, count in zip(shares_of, (own, 3 * own, own, own), strict=True):
+            np.testing.assert_allclose(term[term > 0], 1 / count, rtol=1e-6)
+            assert (term > 0).sum() == count
+        assert ((shares_of > 0).sum(0) == 1).all()
         for part in share.pool.reshape(share.accumulation_steps, -1):
-            assert (part[share.labeled] < 24).all() and (part[share.unlabeled] >= 24).all()
+            np.testing.assert_array_equal(shares_of[0, : len(part)] > 0, part < 24)
+            np.testing.assert_array_equal(shares_of[1, : len(part)] > 0, part >= 24)
+        assert (shares_of[2, -2 * own : -own] > 0).all() and (shares_of[3, -own:] > 0).all()
 
 
 @pytest.mark.parametrize(("groups", "ranks"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 1)])
@@ -65,7 +73,7 @@ def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
                 strict=True,
             )
             for part, (pool, images) in zip(range(rank, parts, ranks), pairs, strict=True):
-                same = (share.labeled, share.unlabeled, trained[part // ranks], pool, images)
+                same = (share.class_weights, share.rotation_weights, trained[part // ranks], pool, images)
                 for array, other in zip(same, rows.setdefault(part, same), strict=True):
                     np.testing.assert_array_equal(array, other)
     assert sorted(rows) == list(range(parts))
@@ -98,13 +106,17 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
             unmixed = np.concatenate([first, rotated])
             np.testing.assert_array_equal(partner[unmixed], source[unmixed])
             assert (step.lam[unmixed] == 1).all()
+            # all K + 1 views of an image share its one target, and so do u_1 and its rotation
+            for shown, target in (
+                (pool, step.target[mixed]), (plan.perm[pool], step.partner_target[mixed]),
+                (own + 2 * 24, step.target[first]), (own + 2 * 24, step.partner_target[first]),
+                (own + 2 * 24, step.target[rotated]), (own + 2 * 24, step.partner_target[rotated]),
+            ):  # fmt: skip
+                np.testing.assert_array_equal(known[target], np.where(shown < 24, shown, 100 + shown % 24))
         expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak, probe
         np.testing.assert_array_equal(source[passed], expected)
         np.testing.assert_array_equal(partner[passed], expected)
         assert (step.lam[passed] == 1).all() and not step.rotations[passed].any()
-        # all K + 1 views of an image share its one target
-        for rows, target in ((share.pool, step.target), (plan.perm[share.pool], step.partner_target)):
-            np.testing.assert_array_equal(known[target], np.where(rows < 24, rows, 100 + rows % 24))
     order = np.concatenate([share.images for share in shares])
     np.testing.assert_array_equal(order[shares[0].guess_order], np.arange(24))
 
@@ -115,4 +127,6 @@ def test_supervised_rows_are_the_labeled_pool_and_the_probes():
     rows = arrange(spec, 1, 0, 1, 1)
     step = step_plan(rows, plan, np.zeros(8, np.int64))
     np.testing.assert_array_equal(step.source, np.arange(16))
-    assert len(rows.unlabeled) == 0 and step.target.max() < 8 and not step.rotations.any()
+    assert step.target.max() < 8 and not step.rotations.any()
+    np.testing.assert_array_equal(rows.class_weights[0], np.full(8, 1 / 8, np.float32))
+    assert not rows.class_weights[1:].any() and not rows.rotation_weights.any()

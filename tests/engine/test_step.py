@@ -42,7 +42,7 @@ class Bench:
         self.step = Step(config, self.state, self.rows, torch.float32)
 
     def run(self):
-        data = StepInput.to_device(self.views[self.rows.views], step_plan(self.rows, self.plan, self.labels), CPU)
+        data = StepInput.pack(self.views[self.rows.views], step_plan(self.rows, self.plan, self.labels), CPU)
         return self.step(data)
 
 

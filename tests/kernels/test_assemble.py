@@ -158,6 +158,14 @@ def test_traced_for_a_gpu():
 NAMES = ("views", "source", "partner", "lam", "rotations", "mean", "std")
 
 
+@pytest.mark.parametrize(("height", "width"), [(5, 5), (32, 32), (4, 12)])
+def test_channels_after_the_third_are_zeros(implementation, height, width):
+    case = problem(9, height, width)
+    padded = implementation(*case, torch.float32, 8)
+    assert padded.shape == (9, 8, height, width) and padded.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(padded[:, :3], implementation(*case, torch.float32)) and not padded[:, 3:].any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -174,6 +182,7 @@ NAMES = ("views", "source", "partner", "lam", "rotations", "mean", "std")
         ({"mean": torch.zeros(1)}, r"mean must be \(3,\) .* got \(1,\)"),
         ({"std": torch.zeros(3, device="meta")}, "std must be on cpu, where views is, got meta"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
+        ({"channels": 4}, "channels must be 3 or 8, got 4"),
     ],
 )
 def test_errors(change, message):

@@ -129,6 +129,14 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
         assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # To nearest.
 
 
+def test_assemble_with_eight_channels(recorded_launch, tmp_path, capsys):
+    rows, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    numbers = (rows, rows, torch.zeros(2), rows, torch.zeros(3), torch.ones(3))
+    launch = recorded_launch(launch_assemble_batch, views, *numbers, torch.bfloat16, 8)
+    registers, code = assert_no_spill(compile_launch(launch, 90), launch, "assemble, 8 channels", tmp_path, capsys)
+    assert registers <= 96 and "STG.E.128" in code
+
+
 @pytest.mark.parametrize(
     ("height", "width", "architecture"),
     [(side, side, architecture) for side in (32, 96) for architecture in ARCHITECTURES]

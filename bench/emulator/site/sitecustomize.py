@@ -1,7 +1,6 @@
 """What every Python does first, once `bench/emulator/run.py` has put this folder on its path."""
 
 import ctypes
-import functools
 import os
 
 import torch
@@ -12,5 +11,10 @@ import kernels.guess  # noqa: F401  (all three for the operators that they defin
 
 ctypes.CDLL(f"{os.environ['EMULATOR']}/operators.so").emulate_operators(b"remixmatch")
 if not os.environ.get("EMULATED_IDLE"):
-    # Inductor would make Triton kernels, which cannot be executed
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    whole = torch.compile
+
+    def without_inductor(model, *, options=None, **others):
+        """Inductor, whose options these are, would make Triton kernels, which cannot be executed."""
+        return whole(model, backend="aot_eager", **others)
+
+    torch.compile = without_inductor  # type: ignore[assignment]
