@@ -1,0 +1,153 @@
+"""`remixmatch bench count`: what a GPU's compiled step launches, against its budget, and what is made of counts."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bench import count, records
+from bench.count import BUDGET, TARGETS, Count, CountOptions, Launch
+from engine.errors import UserError
+from engine.presets import preset
+
+LAUNCHES = (
+    Launch("assemble", "remixmatch::assemble_batch", 300, 0),
+    Launch("forward", "triton triton_red_fused_0", 4000, 0),
+    Launch("forward", "aten::convolution", 2000, 9_000_000),
+    Launch("backward", "aten::convolution_backward", 5000, 18_000_000),
+    Launch("backward", "triton triton_poi_fused_1", 1000, 0),
+    Launch("update", "aten::_fused_adamw_", 700, 0),
+)
+CASE = {"preset": "cifar10-250", "k": 8, "batch": 64, "target": "sm_90", "precision": "bf16"}
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("k", [8, pytest.param(1, marks=pytest.mark.long)])
+def test_the_step_is_within_its_budget(k):
+    """More launches or bytes are a change of `bench/budget.json`, made by `bench count --budget FILE --update`."""
+    budget = json.loads(BUDGET.read_text())
+    if budget["torch"] != torch.__version__.split("+")[0]:
+        pytest.skip(f"the budget is torch {budget['torch']}'s, this is {torch.__version__}")
+    config = dataclasses.replace(preset("cifar10-250"), k=k, precision="bf16")
+    counted = count.count(config, "sm_90", (32, 10)).by_part()
+    assert count.compare_budget(BUDGET, CASE | {"k": k}, counted) == []
+    networks = [counted[part] for part in count.NETWORKS]
+    if k == 8:
+        assert counted["backward"]["bytes"] <= 6.6e9 and sum(part["bytes"] for part in networks) <= 12.3e9
+    assert sum(part["triton"] for part in networks) <= 340
+    outside = [part for name, part in counted.items() if name not in (*count.NETWORKS, "update")]
+    assert sum(part[kind] for part in outside for kind in count.KINDS) <= 40
+    assert sum(part[kind] for part in counted.values() for kind in count.KINDS) <= 580
+
+
+@pytest.mark.compiler
+def test_counts_are_repeated_exactly_and_notice_an_option(tmp_path):
+    config = dataclasses.replace(
+        preset("digits-40"), k=1, batch=8, scales=1, width=16, precision="bf16", lag=16, view_steps=1
+    )
+    one, other = (count.count(config, "sm_80", (16, 10)) for _ in range(2))
+    assert one == other
+    # by hand: 8 labeled, 16 unlabeled pool rows, u_1 and its rotation, in a network of one block of width 16
+    convolutions = [launch for launch in one.launches if launch.part == "forward" and launch.kind == "library"]
+    rows, pixels = 40, 256
+    each = [2 * rows * pixels * 9 * inputs * 16 for inputs in (3, 16, 16)]
+    assert [launch.flops for launch in convolutions] == [*each, 2 * rows * 16 * 10, 2 * rows * 16 * 4]
+    first = 2 * (rows * pixels * (3 + 16) + 9 * 3 * 16)
+    assert convolutions[0].bytes == first, "rows and weights read, result written, in bf16"
+    path = tmp_path / "budget.json"
+    case = CASE | {"preset": "digits-40", "k": 1, "target": "sm_80"}
+    count.write_budget(path, case, one.by_part())
+    assert count.compare_budget(path, case, other.by_part()) == []
+    changed = count.count(config, "sm_80", (16, 10), {"combo_kernels": False})
+    said = count.compare_budget(path, case, changed.by_part())
+    assert len(changed.launches) > len(one.launches)
+    assert any("forward: triton" in line for line in said) and "--update" in said[-1]
+
+
+@pytest.mark.compiler
+@pytest.mark.long
+def test_generated_kernels_are_compiled_for_the_target():
+    config = dataclasses.replace(preset("digits-40"), k=1, batch=8, scales=1, width=16, precision="bf16")
+    counted = count.count(config, "sm_90", (16, 10), cubins=True)
+    names = {launch.name.removeprefix("triton ") for launch in counted.launches if launch.kind == "triton"}
+    assert names <= counted.kernels.keys()
+    for tried in counted.kernels.values():
+        assert tried and all(0 < one["registers"] <= 255 and one["spilled_bytes"] >= 0 for one in tried)
+
+
+def test_parts_add_up_and_the_least_is_what_convolutions_move():
+    by_part = Count(LAUNCHES).by_part()
+    assert list(by_part) == ["assemble", "forward", "backward", "update"]
+    assert by_part["forward"] == {
+        "triton": 1, "library": 1, "operator": 0, "bytes": 6000, "flops": 9_000_000, "least_bytes": 2000
+    }  # fmt: skip
+    assert by_part["update"]["operator"] == 1 and by_part["update"]["least_bytes"] == 700
+
+
+def test_a_prediction_is_bytes_or_operations_and_a_constant_a_launch():
+    device = count.Device("made up", copy_bytes_per_second=1e9, matmul_flops_per_second=1e13, source="")
+    # at a share of a half the convolutions' operations take 1.8 and 3.6 us, their bytes 2 and 5
+    expected = (0.3 + 4 + 2 + 5 + 1 + 0.7) * 1e-6 + 6 * 2e-6
+    assert Count(LAUNCHES).seconds(device, 0.5, 2e-6) == pytest.approx(expected)
+    slower = expected + (9 - 2 + 18 - 5) * 1e-6
+    assert Count(LAUNCHES).seconds(device, 0.1, 2e-6) == pytest.approx(slower)
+
+
+def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def counted(config, target, images, inductor=None, cubins=False):
+        seen.append((config.k, config.batch, target, images, cubins))
+        kernels = {"one": [{"registers": 40, "spilled_bytes": 0}, {"registers": 90, "spilled_bytes": 8}]}
+        return Count(LAUNCHES, kernels if cubins else {})
+
+    monkeypatch.setattr("bench.count.count", counted)
+    out, budget = tmp_path / "count.jsonl", tmp_path / "budget.json"
+    count.main(CountOptions(out=out, k=(1, 4), batch=32, target="sm_90", budget=budget, update=True, cubins=True))
+    assert seen == [(1, 32, "sm_90", (32, 10), True), (4, 32, "sm_90", (32, 10), True)]
+    said = capsys.readouterr().out
+    assert "predicted, not measured, for H100" in said and "6 launches a step" in said
+    assert "at most 90 registers (one); 1 have a configuration that spills" in said
+    first, second = records.read(out)
+    assert (first["k"], second["k"], first["launches"], first["bytes"]) == (1, 4, 6, 13000)
+    assert first["predicted_ms_h100"] > 0 and first["predicted_ms_h200"] > 0
+    count.main(CountOptions(out=out, k=(4,), batch=32, budget=budget))
+    with pytest.raises(SystemExit, match="has no budget for"):
+        count.main(CountOptions(out=out, k=(8,), batch=32, budget=budget))
+    more = (*LAUNCHES, Launch("metrics", "aten::add", 8, 0))
+    monkeypatch.setattr("bench.count.count", lambda *given, **named: Count(more))
+    with pytest.raises(SystemExit, match="K = 4, sm_90, metrics: operator 0 -> 1, bytes 0 -> 8"):
+        count.main(CountOptions(out=out, k=(4,), batch=32, budget=budget))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(preset="cifar"), "unknown preset 'cifar'"),
+        (dict(preset="folder"), "give --side and --classes"),
+        (dict(conv_share=0.0), "--conv-share must be more than 0"),
+        (dict(update=True), "--update needs --budget"),
+        (dict(k=(0,)), "--k must be at least 1"),
+    ],
+)
+def test_what_cannot_be_counted(options, words):
+    with pytest.raises(UserError, match=words):
+        count.main(CountOptions(**options))
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr("bench.count.compiler", lambda: None)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        count.count(preset("digits-40"), "sm_90", (16, 10))
+
+
+def test_a_broken_budget_is_one_line(tmp_path):
+    (tmp_path / "budget.json").write_text("{")
+    with pytest.raises(UserError, match=r"budget.json is not a budget"):
+        count.compare_budget(tmp_path / "budget.json", CASE, {})
+
+
+def test_every_target_names_its_devices():
+    for name, target in TARGETS.items():
+        assert name == f"sm_{target.capability}" and target.devices
