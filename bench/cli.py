@@ -13,6 +13,14 @@ BENCHES = {
     "digits": ("DigitsOptions", "accuracy on handwritten digits over seeds, beside LabelSpreading of scikit-learn"),
     "baseline": ("BaselineOptions", "the same training step in plain PyTorch with a DataLoader, and the ratio to it"),
     "count": ("CountOptions", "launches, bytes and operations of the captured step on a GPU, counted without one"),
+    "variants": (
+        "VariantsOptions",
+        "the captured step with each decision taken otherwise, in turns, and a profile of it",
+    ),
+    "convolutions": (
+        "ConvolutionsOptions",
+        "every convolution of the paper's network alone, against its roofline bound",
+    ),
     "kernels": ("KernelsOptions", "each Triton kernel and its PyTorch twin, against the device's copy bandwidth"),
     "pipelines": ("PipelinesOptions", "strong views a second: DALI, the fused kernel, PIL, torchvision and others"),
     "host": ("HostOptions", "CPU time of a step on the host, by part and thread"),

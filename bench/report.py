@@ -67,6 +67,33 @@ COLUMNS = {
         "predicted on H200, ms": "{predicted_ms_h200:.2f}",
         "measured, ms": "{measured_ms:.2f}",
     },
+    "variants": {
+        "K": "{k}",
+        "B": "{batch}",
+        "variant": "{variant}",
+        "step, ms": "{step_ms:.3f}",
+        "quartiles": "{step_ms_low:.3f} to {step_ms_high:.3f}",
+        "times as long as it is": "{ratio:.3f}",
+        "memory, MiB": "{peak_memory_mib:.0f}",
+    },
+    "replay": {
+        "K": "{k}",
+        "B": "{batch}",
+        "kind": "{kind}",
+        "ms a step": "{ms:.3f}",
+        "share": "{share:.1%}",
+        "kernels": "{kernels:.0f}",
+    },
+    "convolutions": {
+        "shape": "{shape}",
+        "in the network": "{in_network}",
+        "rows": "{rows}",
+        "pass": "{pass}",
+        "measured choice": "{benchmark}",
+        "time, us": "{microseconds:.1f}",
+        "roofline bound, us": "{floor_microseconds:.1f}",
+        "ratio to bound": "{floor_ratio:.2f}",
+    },
     "host": {
         "K": "{k}",
         "B": "{batch}",
@@ -187,6 +214,34 @@ def main(options: ReportOptions) -> None:
 
         charts.draw(rows, options.charts)
     print("\n\n".join(f"## {bench}\n\n{text}" for bench, text in tables.items()))
+    counts = rows.get("count") or records.read(records.RESULTS / "count.jsonl")
+    measured = rows.get("throughput", []) + rows.get("variants", [])
+    if lines := predictions(counts, measured):
+        print("\n## predictions\n\n" + "\n".join(lines))
+
+
+def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
+    """What `bench count` has predicted for a device beside what was measured on it, one line a case.
+
+    Args:
+        counts: rows of `bench count`; the newest of a case counts.
+        measured: rows of `bench throughput` or `bench variants`: those of the captured paper's step are taken.
+    """
+    lines = []
+    newest = {(row["k"], row["batch"]): row for row in counts if row["preset"].startswith("cifar10-")}
+    for row in measured:
+        captured = row.get("variant") == "as it is" or (row.get("mode") == "graph" and row.get("views") == "synthetic")
+        count = newest.get((row["k"], row["batch"]))
+        if not captured or count is None:
+            continue
+        for device in (name.removeprefix("predicted_ms_") for name in count if name.startswith("predicted_ms_")):
+            if device.upper() in row["device"].upper():
+                predicted, found = count[f"predicted_ms_{device}"], row["step_ms"]
+                lines.append(
+                    f"K = {row['k']}, B = {row['batch']}, {row['device']} ({row['bench']}): predicted {predicted:.2f} "
+                    f"ms, measured {found:.2f} ms, {found / predicted:.2f} times as long"
+                )
+    return lines
 
 
 def _write_readme(path: Path, tables: dict[str, str]) -> None:
@@ -210,7 +265,8 @@ def table(bench: str, rows: Sequence[Row]) -> str:
         lines += ["| " + " | ".join(_cell(form, row) for form in columns.values()) + " |" for row in cases]
         versions = cases[-1]["versions"]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in cases))
-        lines += ["", f"Measured on {device}; torch {versions['torch']}, triton {versions['triton']}; {commits}."]
+        how = "Counted" if bench == "count" else f"Measured on {device}"
+        lines += ["", f"{how}; torch {versions['torch']}, triton {versions['triton']}; {commits}."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -1,0 +1,84 @@
+"""One variant of the step that `bench variants` times, in a process of its own; also that of an earlier checkout.
+
+Run by its path, with the packages of a checkout on PYTHONPATH; the first argument is a request in JSON. Says `ready`
+once the step has been compiled and warmed up, then answers each line of its input by a line: `sample N` by the seconds
+a step takes over N of them, `profile N` by what the device did in N steps, `memory` by the MiB it has had at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench import throughput
+from bench.timing import sample
+from engine import execution, step
+from engine.config import Config
+
+
+def main(request: dict[str, Any]) -> None:
+    """Serves one variant.
+
+    Args:
+        request: "config", fields that replace those of the bench's step, unknown ones left out; "inductor", options in
+            place of the engine's, or null; "streams", whether passes may run beside one another; "benchmark", whether
+            cuDNN measures its kernels.
+    """
+    if request["inductor"] is not None and hasattr(execution, "INDUCTOR"):
+        execution.INDUCTOR = request["inductor"]
+    if not request["streams"]:
+        step._on = lambda stream: contextlib.nullcontext()  # type: ignore
+        step._wait_for = lambda stream: None
+    numerics = throughput.set_numerics
+
+    def with_benchmark(deterministic: bool) -> None:
+        numerics(deterministic)
+        torch.backends.cudnn.benchmark = request["benchmark"]
+
+    throughput.set_numerics = with_benchmark
+    cuda = torch.cuda.is_available()
+    known = {field.name for field in dataclasses.fields(Config)}
+    changes = {name: value for name, value in request["config"].items() if name in known}
+    config = dataclasses.replace(throughput.base_config("", cuda), mode="graph" if cuda else "eager", **changes)
+    case = throughput.Case.begin(config, "synthetic")
+    device = case.feed.execution.device
+    case.advance(3 * config.view_steps)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, *number = line.split()
+        if what == "sample":
+            steps = int(number[0]) * config.view_steps
+            answer: Any = sample(lambda steps=steps: case.advance(steps), device, 1) / steps  # type: ignore[misc]
+        elif what == "profile":
+            answer = _profile(case, int(number[0]) * config.view_steps)
+        else:
+            answer = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+        print(json.dumps(answer), flush=True)
+    case.end()
+
+
+def _profile(case: throughput.Case, steps: int) -> list[dict[str, Any]]:
+    """Kernels of so many steps, or on a CPU operators: name, and begin and end in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as profiler:
+        case.advance(steps)
+        if cuda:
+            torch.cuda.synchronize()
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    return [
+        {"name": event.name, "begin": event.time_range.start, "end": event.time_range.end}
+        for event in profiler.events()
+        if event.device_type == wanted and (cuda or event.cpu_parent is None)
+    ]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

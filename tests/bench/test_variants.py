@@ -1,0 +1,148 @@
+"""`bench variants` and `bench convolutions` at sizes of a CPU, and what they make of a device's answers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import convolutions, records, report, variants
+from bench.convolutions import ConvolutionsOptions, Shape
+from bench.timing import Ceilings
+from bench.variants import AS_IT_IS, ROOT, VARIANTS, VariantsOptions
+from engine.errors import UserError
+
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+
+
+@CPU
+def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsys):
+    """The earlier checkout is this one under another name, whose step says so."""
+    before = tmp_path / "before"
+    before.mkdir()
+    for package in ("engine", "kernels", "pipelines", "bench"):
+        (before / package).symlink_to(ROOT / package)
+    out = tmp_path / "variants.jsonl"
+    variants.main(
+        VariantsOptions(out=out, before=before, variants=("one stream",), k=1, batch=4, repeats=2, steps=1, profile=1)
+    )
+    rows = records.read(out)
+    assert [row["variant"] for row in rows] == [AS_IT_IS, "before", "one stream"]
+    assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 and row["k"] == 1 for row in rows)
+    replay = records.read(tmp_path / "replay.jsonl")
+    assert {"convolutions, products", "gaps"} <= {row["kind"] for row in replay}
+    assert "one stream: " in capsys.readouterr().out
+
+
+@CPU
+def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    broken = variants.Variant(config={"precision": "no such"})
+    monkeypatch.setattr("bench.variants.VARIANTS", {AS_IT_IS: VARIANTS[AS_IT_IS], "broken": broken})
+    options = VariantsOptions(
+        out=tmp_path / "rows.jsonl", variants=("broken",), k=1, batch=4, repeats=1, steps=1, profile=0
+    )
+    with pytest.raises(SystemExit, match="failed: broken"):
+        variants.main(options)
+    assert [row["variant"] for row in records.read(options.out)] == [AS_IT_IS]
+    assert "broken: the variant ended with exit code" in capsys.readouterr().err
+
+
+def test_rounds_go_forwards_and_backwards():
+    order = []
+
+    class Process:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, what):
+            order.append((self.name, what))
+            return len(order)
+
+    found = variants.take_turns({name: Process(name) for name in "abc"}, repeats=2, steps=5)
+    assert [name for name, _ in order] == ["a", "b", "c", "c", "b", "a"] and order[0][1] == "sample 5"
+    assert found == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
+
+
+def test_time_by_kind_counts_overlapping_kernels_and_gaps():
+    def kernel(name, begin, end):
+        return {"name": name, "begin": begin, "end": end}
+
+    events = [
+        kernel("sm90_xmma_fprop_implicit_gemm", 0, 100), kernel("triton_red_fused_1", 50, 150),  # beside one another
+        kernel("triton_poi_fused_2", 200, 300), kernel("Memcpy DtoD", 300, 310), kernel("strange", 310, 400),
+    ]  # fmt: skip
+    found = variants.by_kind(events, steps=2)
+    assert found["convolutions, products"] == {"ms": 0.05, "kernels": 0.5, "share": 0.25}
+    assert found["reductions (batch norm)"]["ms"] == 0.05 and found["others"]["ms"] == 0.045
+    assert found["gaps"]["ms"] == pytest.approx(0.025) and found["gaps"]["share"] == pytest.approx(50 / 400)
+    assert variants.by_kind([], 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(repeats=0), "--repeats must be at least 1"),
+        (dict(at_once=0), "--at-once must be at least 1"),
+        (dict(variants=("fast",)), "--variants: there is no 'fast'"),
+        (dict(before=Path("nowhere")), "--before nowhere is no checkout"),
+    ],
+)
+def test_what_cannot_be_compared(options, words):
+    with pytest.raises(UserError, match=words):
+        variants.main(VariantsOptions(**options))
+
+
+def test_shapes_are_those_of_the_papers_network():
+    found = convolutions.shapes()
+    assert sum(found.values()) == 28 and found[Shape(3, 16, 32, 3, 1)] == 1
+    # 4 blocks a group of two convolutions; the first of a group has another input
+    assert found[Shape(32, 32, 32, 3, 1)] == 7 and found[Shape(64, 64, 16, 3, 1)] == 7
+    assert found[Shape(64, 128, 16, 3, 2)] == 1 and found[Shape(64, 128, 16, 1, 2)] == 1
+
+
+def test_every_convolution_is_timed_alone(tmp_path, monkeypatch):
+    limit = Ceilings(copy_bytes_per_second=1e10, matmul_flops_per_second=1e12)
+    monkeypatch.setattr("bench.convolutions.ceilings", lambda device: limit)
+    few = {Shape(3, 16, 32, 3, 1): 1, Shape(32, 64, 32, 1, 2): 1}
+    monkeypatch.setattr("bench.convolutions.shapes", lambda: few)
+    out = tmp_path / "convolutions.jsonl"
+    convolutions.main(ConvolutionsOptions(out=out, rows=2, repeats=1, by_rule=False))
+    rows = records.read(out)
+    assert [row["pass"] for row in rows] == [*convolutions.PASSES] * 3
+    strided = rows[3]
+    itemsize = 2 if torch.cuda.is_available() else 4
+    assert strided["shape"] == "32->64 32x32, 1x1/2" and strided["flops"] == 2 * 2 * 64 * 16 * 16 * 32
+    assert strided["bytes"] == itemsize * (2 * 32 * 32 * 32 + 64 * 32 + 2 * 64 * 16 * 16)
+    assert rows[6]["shape"] == "8->16 32x32, 3x3/1" and rows[6]["in_network"] == 0
+    for row in rows:
+        assert row["floor_ratio"] == pytest.approx(row["microseconds"] / row["floor_microseconds"])
+    with pytest.raises(UserError, match="--rows must be at least 0"):
+        convolutions.main(ConvolutionsOptions(rows=-1))
+
+
+def test_a_prediction_stands_beside_its_measurement():
+    count = dict(preset="cifar10-250", k=8, batch=64, predicted_ms_h100=6.0, predicted_ms_h200=5.0)
+    common = dict(k=8, batch=64, device="NVIDIA H200", step_ms=7.5)
+    measured = [
+        dict(common, bench="variants", variant="as it is"),
+        dict(common, bench="variants", variant="one stream"),
+        dict(common, bench="throughput", mode="graph", views="fused"),
+        dict(common, bench="throughput", mode="graph", views="synthetic", k=4),
+        dict(common, bench="throughput", mode="graph", views="synthetic", device="CPU"),
+    ]
+    (line,) = report.predictions([count], measured)
+    assert line == ("K = 8, B = 64, NVIDIA H200 (variants): predicted 5.00 ms, measured 7.50 ms, 1.50 times as long")
+
+
+def test_environment_of_a_variant_is_its_checkout(monkeypatch):
+    seen = {}
+
+    class Popen:
+        def __init__(self, command, env, cwd, **others):
+            seen.update(command=command, path=env["PYTHONPATH"], cwd=cwd)
+
+    monkeypatch.setattr("bench.variants.subprocess.Popen", Popen)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    variants._Process(variants.Variant(checkout=Path("/there")), {"k": 2})
+    assert seen["path"] == os.pathsep.join(["/there", "elsewhere"]) and str(seen["cwd"]) == "/there"
+    assert "-P" in seen["command"] and '"k": 2' in seen["command"][-1]
