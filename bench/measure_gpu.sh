@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Measures everything on a machine with a GPU, within 8 minutes: GPU tests, then every bench but the digits.
+# Measures everything on a machine with a GPU, within 8 minutes, the largest question first: how long the captured step
+# takes at K = 8, as it is, as it was, and with each decision taken otherwise; where its time goes; other K; every
+# convolution alone; kernels and views; the plain baseline; then the tests for a GPU. It ends with what was predicted and
+# by how much that was wrong.
 #
-#   bench/measure_gpu.sh OUT_FOLDER [--small]
+#   [BEFORE=CHECKOUT] bench/measure_gpu.sh OUT_FOLDER [--small]
 #
-# Rows go to OUT_FOLDER/NAME.jsonl, what was printed to OUT_FOLDER/NAME.log. A part that fails or takes too long is
+# BEFORE is a checkout of an earlier version whose step takes turns with the present one, as git worktree or git archive
+# makes it. Rows go to OUT_FOLDER/NAME.jsonl, what was printed to OUT_FOLDER/NAME.log. A part that fails or takes too long is
 # named at the end, and the others go on. --small measures next to nothing, on a CPU too: it tries out this script.
 # PYTHON names the interpreter (python3), REMIXMATCH_COMMIT the commit where the files came without their history.
 set -uo pipefail
@@ -47,26 +51,31 @@ views=(fused synthetic)
 tests=(tests --ignore=tests/engine/test_gpu_runs.py)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   echo "DALI is not here: going on without it, and without the tests of its views"
-  tests+=(--ignore=tests/pipelines/test_{views,transformations,fused}.py)
+  tests+=(--ignore=tests/pipelines/test_{views,transformations,fused,decode}.py)
 fi
+before=()
+[[ -z ${BEFORE:-} ]] || before=(--before "$BEFORE")
 if [[ $small ]]; then
+  bench variants 90 --variants "one stream" --k 1 --batch 2 --repeats 1 --steps 1 --profile 1 ${before[@]+"${before[@]}"}
+  bench convolutions 60 --rows 1 --repeats 1
   bench kernels 60 --repeats 1 --providers eager --sizes step
   bench pipelines 60 --repeats 1 --rows 16 --batches 1 --threads 1
   bench throughput 60 --repeats 1 --k 1 --modes eager --views "${views[@]}" --steps 2
   bench scaling 60 --ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic
   bench baseline 60 --repeats 1 --k 1 --steps 1 --batch 2 --workers 1
 else
+  # first those that decide; then, with what is left of the time, those that only refine
+  bench variants 190 --k 8 ${before[@]+"${before[@]}"} --variants "Inductor's defaults" "read threshold alone" \
+    "combined kernels alone" "one stream" "8 input channels" "combined kernels, blocks of their own" "cuDNN by rule"
+  bench throughput 110 --k 8 1 16 2 4 --modes graph --views "${views[@]}"
+  bench convolutions 35
+  bench baseline 50 --k 8
+  bench kernels 35
+  bench pipelines 35
   part tests 70 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors "${tests[@]}"
-  bench kernels 50
-  bench pipelines 50
-  # K = 8 first, should time run out
-  bench throughput 150 --k 8 1 2 4 16 --modes eager compile graph --views "${views[@]}"
   # beside the row of the same case above: what --deterministic costs
   part deterministic 30 "$python" -m bench throughput --out "$out/throughput.jsonl" --deterministic \
     --k 8 --modes graph --views "${views[0]}"
-  # last, when compiled code of the engine's step is in its cache
-  bench scaling 40 --rounds 1
-  bench baseline 65 --k 8
 fi
 part report 25 "$python" -m bench report --results "$out" --charts "$out/charts"
 ((${#failed[@]} == 0)) && { echo "all parts succeeded; rows in $out"; exit 0; }

@@ -35,9 +35,11 @@ def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
     done = measure(tmp_path, *["--small"] * small)
     assert done.returncode == 1, done.stderr
     ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench")]
-    assert ran == ["pipelines", "scaling", "baseline", "report"]
+    others = ["baseline", "pipelines"] if not small else ["pipelines", "scaling", "baseline"]
+    assert ran == ["variants", "convolutions", *others, "report"]
     assert ("ran -m pytest" in done.stdout) is not small
-    failed = ["kernels (exit code 7)", "throughput (out of time)"] + ["deterministic (out of time)"] * (not small)
+    broken, killed = "kernels (exit code 7)", "throughput (out of time)"
+    failed = [broken, killed] if small else [killed, broken, "deterministic (out of time)"]
     assert done.stdout.splitlines()[-1] == f"failed: {';'.join(failed)}"
     assert (tmp_path / "out" / "kernels.log").read_text() == "broken\n"
     assert f"--out {tmp_path}/out/pipelines.jsonl" in done.stdout
@@ -48,6 +50,13 @@ def test_it_goes_on_without_dali(tmp_path):
     assert "DALI is not here: going on without it" in done.stdout
     assert "--views fused synthetic" in done.stdout
     assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
+
+
+def test_an_earlier_checkout_takes_turns(tmp_path, monkeypatch):
+    assert "--before" not in measure(tmp_path).stdout
+    monkeypatch.setenv("BEFORE", "/an earlier/checkout")
+    for arguments in ([], ["--small"]):
+        assert "--before /an earlier/checkout" in measure(tmp_path, *arguments).stdout
 
 
 def test_mistakes(tmp_path):
