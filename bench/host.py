@@ -82,7 +82,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
             policy.observe(step, plan.probe_ops, plan.probe_bins, omega[step % lag])
             weights = policy.weights_for(step + lag)
             times.append(time.thread_time())
-            StepInput.pack(made, numbers, device)
+            StepInput.pack(made, numbers, device).to(device)
             times.append(time.thread_time())
             yield dict(zip(PARTS, np.diff(times).tolist(), strict=True))
     finally:

@@ -128,8 +128,10 @@ def compiler(config: Config, device: torch.device) -> Callable[[Any], Any]:
     """
     options = {}
     if device.type == "cuda":
+        from torch import _inductor  # which takes its time, and is for those who compile
+
         wanted = INDUCTOR | ({"coordinate_descent_tuning": True} if config.tune else {})
-        known = torch._inductor.list_options()  # type: ignore[attr-defined]
+        known = _inductor.list_options()
         options = {name: value for name, value in wanted.items() if name in known}
         if missing := sorted(wanted.keys() - options.keys()):
             warnings.warn(f"torch {torch.__version__} has no option {', '.join(missing)}: left out", stacklevel=2)

@@ -1,12 +1,13 @@
-"""What `--deterministic` and its absence tell torch's libraries; and that a whole run does so."""
+"""What torch's libraries and its compiler are told: `--deterministic`, in whole runs too, and Inductor's options."""
 
 import os
+import warnings
 
 import pytest
 import torch
 
-from engine import run
-from engine.execution import set_numerics
+from engine import execution, run
+from engine.execution import compiler, set_numerics
 from tests.processes import final_state
 
 
@@ -37,6 +38,31 @@ def test_deterministic_is_all_or_nothing():
         assert config.deterministic == deterministic
         if deterministic:
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def options_for(config, device, monkeypatch):
+    """With which options torch.compile is called."""
+    seen = {}
+    monkeypatch.setattr("torch.compile", lambda model, **options: seen.update(options))
+    compiler(config, torch.device(device))("a network")
+    assert seen.pop("dynamic") is False
+    return seen["options"]
+
+
+def test_inductors_options_are_for_gpus_and_exist_in_this_torch(tiny, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no option.*")
+        assert options_for(tiny(), "cpu", monkeypatch) is None
+        assert options_for(tiny(), "cuda", monkeypatch) == execution.INDUCTOR
+        tuned = options_for(tiny(tune=True), "cuda", monkeypatch)
+        assert tuned == execution.INDUCTOR | {"coordinate_descent_tuning": True}
+
+
+def test_an_option_that_an_older_torch_lacks_is_left_out_with_a_warning(tiny, monkeypatch):
+    known = torch._inductor.list_options()
+    monkeypatch.setattr("torch._inductor.list_options", lambda: [name for name in known if name != "combo_kernels"])
+    with pytest.warns(UserWarning, match=r"has no option combo_kernels: left out"):
+        assert options_for(tiny(), "cuda", monkeypatch) == {"realize_reads_threshold": 12}
 
 
 def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
