@@ -4,14 +4,15 @@ Three rivals: `plain` is good everyday PyTorch (`bench/plain.py`); `usb` and `to
 write it (`bench/ports.py`), which have K = 2. Beside `plain` the engine trains with the same K, beside the others with
 K = 2 and with every larger K that is asked for.
 
-A rival and the engine take turns, sample by sample, in one process; a ratio is that of their medians. A sample is so
-many steps with nothing pending before and nothing pending after: at its start every prefetched batch of a rival's
-DataLoader, or of the engine's view pipeline, lies ready; its end waits until workers, planner and view pipeline have
-replaced what the steps took. So none works while another is timed, and each makes as many batches as it trains. That
-is fair to a loader that prefetches: where training is slower than loading, batches are made behind the steps, and the
-last one behind the last step; where loading is slower, workers are busy from the start of the sample to its end. No
-sample pays for an empty queue. What is not exact: at the end some workers may idle while another finishes, which is
-less than one batch a sample, the less the more `--steps`; and a batch that is made is not waited for while it is sent.
+A rival and the engine take turns, sample by sample, in one process; a ratio is the median over the repeats of the ratio
+within one. A sample is so many steps with nothing pending before and nothing pending after: at its start every
+prefetched batch of a rival's DataLoader, or of the engine's view pipeline, lies ready; its end waits until workers,
+planner and view pipeline have replaced what the steps took. So none works while another is timed, and each makes as
+many batches as it trains. That is fair to a loader that prefetches: where training is slower than loading, batches are
+made behind the steps, and the last one behind the last step; where loading is slower, workers are busy from the start
+of the sample to its end. No sample pays for an empty queue. What is not exact: at the end some workers may idle while
+another finishes, which is less than one batch a sample, the less the more `--steps`; and a batch that is made is not
+waited for while it is sent.
 
 Where time goes: "networks" is the forward and backward passes alone, of as many rows as the step's, "the rest" of a
 step on views that lie ready is what is left without them, and "views" is what a step takes longer when it has its views
