@@ -11,10 +11,7 @@ from engine.parsing import parse, show_usage
 # by the name of its module, which is imported when it is called for: options, and what is measured
 BENCHES = {
     "digits": ("DigitsOptions", "accuracy on handwritten digits over seeds, beside LabelSpreading of scikit-learn"),
-    "baseline": (
-        "BaselineOptions",
-        "the training step in plain PyTorch and as other libraries write it, in turns",
-    ),
+    "baseline": ("BaselineOptions", "the training step in plain PyTorch and as other libraries write it, in turns"),
     "kernels": ("KernelsOptions", "each Triton kernel and its PyTorch twin, against the device's copy bandwidth"),
     "pipelines": ("PipelinesOptions", "strong views a second: DALI, the fused kernel, PIL, torchvision and others"),
     "host": ("HostOptions", "CPU time of a step on the host, by part and thread"),
