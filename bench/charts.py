@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+_RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
+
 
 def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """Writes throughput.png, kernels.png and pipelines.png; none where its bench has no rows.
@@ -44,12 +46,15 @@ def _throughput(axes: Axes, rows: Mapping[str, list[Row]]) -> None:
         if row.get("micro_batches", 1) > 1:
             name += f", {row['micro_batches']} micro-batches"
         lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
+    rivals: dict[str, dict[int, float]] = {}
     for row in rows.get("baseline", []) if preset == "bench" else []:
-        lines.setdefault(f"plain PyTorch, {row['data']} views, {row['precision']}", []).append(
-            (row["k"], row["images_per_second"])
-        )
+        trainer = row.get("trainer", "plain")  # rows of before there were others have no such column
+        if trainer in _RIVALS:
+            name = f"{_RIVALS[trainer]}, {row['data']} views, {row['precision']}"
+            rivals.setdefault(name, {})[row["k"]] = row["images_per_second"]
+    lines |= {name: list(points.items()) for name, points in rivals.items()}
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "--s" if name.startswith("plain") else "-o", label=name)
+        axes.plot(*zip(*sorted(points), strict=True), "--s" if name in rivals else "-o", label=name)
     ks = sorted({k for points in lines.values() for k, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])

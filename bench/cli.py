@@ -11,7 +11,7 @@ from engine.parsing import parse, show_usage
 # by the name of its module, which is imported when it is called for: options, and what is measured
 BENCHES = {
     "digits": ("DigitsOptions", "accuracy on handwritten digits over seeds, beside LabelSpreading of scikit-learn"),
-    "baseline": ("BaselineOptions", "the same training step in plain PyTorch with a DataLoader, and the ratio to it"),
+    "baseline": ("BaselineOptions", "the training step in plain PyTorch and as other libraries write it, in turns"),
     "count": ("CountOptions", "launches, bytes and operations of the captured step on a GPU, counted without one"),
     "variants": (
         "VariantsOptions",

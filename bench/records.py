@@ -26,7 +26,7 @@ Row = dict[str, Any]
 # of each bench: what tells its rows apart, where a newer row replaces an older one
 KEYS = {
     "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
-    "baseline": ("k", "batch", "data", "precision"),
+    "baseline": ("trainer", "beside", "k", "batch", "data", "precision"),
     "count": ("preset", "k", "batch", "target", "precision"),
     "variants": ("k", "batch", "variant"),
     "replay": ("k", "batch", "kind"),

@@ -26,12 +26,14 @@ class Timing:
         low: lower quartile.
         high: upper quartile.
         host: until the call returned, which on a GPU is before its work is done: what it takes to hand it over.
+        samples: of every repeat, in order: those of one repeat were taken one after another.
     """
 
     seconds: float
     low: float
     high: float
     host: float
+    samples: tuple[float, ...] = ()
 
 
 def measure(
@@ -75,7 +77,7 @@ def measure(
     timings = {}
     for name, times in samples.items():
         median, low, high = np.percentile(times, (50, 25, 75)).tolist()
-        timings[name] = Timing(median, low, high, host[name])
+        timings[name] = Timing(median, low, high, host[name], tuple(times))
     return timings
 
 

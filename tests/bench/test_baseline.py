@@ -1,27 +1,40 @@
-"""The plain PyTorch baseline: it trains, in the shapes that it says, and stands beside the engine."""
+"""The baseline bench: plain PyTorch trains, rivals and engine take turns with nothing pending, rows hold the ratios."""
 
 import dataclasses
+import time
 
+import numpy as np
 import pytest
 import torch
 
-from bench import baseline, records
-from bench.images import NOISE_32
+from bench import baseline, plain, records, report
+from bench.timing import Timing
+from engine import feed as feed_module
+from engine.config import check_data
 from engine.errors import UserError
-from pipelines.datasets import DATASETS
-from pipelines.splits import balanced
+from engine.execution import Execution
+from engine.feed import Feed
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def known_bound(monkeypatch, known_ceilings):
+    """The engine's roofline bound needs no measuring."""
+    monkeypatch.setattr("bench.throughput.ceilings", lambda device: known_ceilings)
 
 
 def tiny(k=2, batch=6):
     return dataclasses.replace(baseline.step_config(k, CPU), batch=batch, width=8)
 
 
+def options(**changes):
+    return baseline.BaselineOptions(**(dict(repeats=1, k=(1,), steps=1, batch=2, workers=1) | changes))
+
+
 def one_batch(config):
-    data = DATASETS[NOISE_32]()
-    split = balanced(data, config.labels, 0)
-    return next(iter(baseline.loader(config, data, split, CPU, workers=0)))
+    (loader,) = plain.loaders(config, *check_data(config), CPU, workers=0)
+    return next(loader)
 
 
 def test_a_batch_has_the_views_of_a_step():
@@ -30,11 +43,11 @@ def test_a_batch_has_the_views_of_a_step():
     assert x.dtype == weak.dtype == strong.dtype == torch.uint8
 
 
-def test_a_step_moves_network_ema_model_and_marginals():
-    trained = baseline.Baseline(tiny(), 10, CPU)
+def test_a_plain_step_moves_network_ema_model_and_marginals():
+    trained = plain.PlainStep(tiny(), *check_data(tiny()), CPU)
     before = [p.clone() for p in trained.network.parameters()]
     batch = one_batch(tiny())
-    losses = [trained.step(*batch) for _ in range(2)]
+    losses = [trained.step(batch) for _ in range(2)]
     assert trained.steps == 2 and all(loss.isfinite() for loss in losses)
     assert all((p != b).any() for p, b in zip(trained.network.parameters(), before, strict=True) if p.ndim > 1)
     averaged = [p for p in trained.ema_model.parameters() if p.ndim > 1]
@@ -43,42 +56,146 @@ def test_a_step_moves_network_ema_model_and_marginals():
     assert (trained.p_model_history[:2] != 0.1).any() and trained.p_data.sum().item() == pytest.approx(1)
 
 
-def run(tmp_path, **options):
+def run(tmp_path, **changes):
     out = tmp_path / "baseline.jsonl"
-    small = dict(out=out, repeats=1, k=(1,), steps=1, batch=2, workers=1)
-    baseline.main(baseline.BaselineOptions(**(small | options)))
+    baseline.main(options(out=out, **changes))
     return records.read(out)
 
 
-def test_rows_stand_beside_the_engine(tmp_path, known_ceilings, monkeypatch, capsys):
-    asked = []
+def test_rivals_and_engine_take_turns(tmp_path, monkeypatch):
+    """Sample by sample, each kind of views by itself; a rival with K = 2 has the engine beside it twice."""
+    turns = []
+    for kind in (baseline.RivalTrainer, baseline.EngineTrainer):
 
-    def measure(config, steps, data="real"):
-        asked.append((config.k, config.batch, steps, data))
-        return {"steps_per_second": 1000.0, "images_per_second": 10_000.0, "floor_ms": 0.5}
+        def advance(self, data, steps, advance=kind.advance):
+            turns.append((self.name, self.config.k, data, steps))
+            advance(self, data, steps)
 
-    monkeypatch.setattr("bench.throughput.measure", measure)
-    rows = run(tmp_path, repeats=2)
-    assert asked == [(1, 2, 2, "synthetic"), (1, 2, 2, "real")]
-    assert [(row["data"], row["workers"]) for row in rows] == [("synthetic", 0), ("real", 1)]
-    for row in rows:
-        assert row["images_per_second"] == pytest.approx(10 * row["steps_per_second"])
-        assert row["engine_ratio"] == pytest.approx(1000 / row["steps_per_second"])
-        assert row["floor_ratio"] == pytest.approx(row["step_ms"] / 0.5)
-    assert "images/s; engine 1000" in capsys.readouterr().out
+        monkeypatch.setattr(kind, "advance", advance)
+    rows = run(tmp_path, k=(3,), repeats=2, steps=3)
+    groups = [("plain", 3), ("engine", 3)], [("usb", 2), ("engine", 2), ("engine", 3)]
+    rounds = [[(*who, data) for data in ("synthetic", "real") for who in group] for group in groups]
+    timed = [turn[:3] for turn in turns if turn[3] == 3]  # two steps are the warm-up of a trainer that was just made
+    assert timed == [turn for round_ in rounds for turn in 3 * round_]  # the first of three is a warm-up, too
+    written = [(row["trainer"], row["k"], row["data"]) for row in rows]
+    assert written == [(*who, data) for group in groups for data in ("real", "synthetic") for who in group]
+    assert [row.get("beside") for row in rows] == 2 * [None, "plain"] + 2 * [None, "usb", "usb"]
+    assert [row["workers"] for row in rows if "beside" not in row] == [1, 0, 1, 0]
+
+
+def test_rows_hold_medians_of_what_was_timed_side_by_side(tmp_path, monkeypatch, capsys):
+    seconds = {  # of samples of two steps
+        "usb K=2 networks": (0.6, 1.2, 0.6),
+        "engine K=2 networks": (0.2, 0.2, 0.2),
+        "engine K=4 networks": (1.0, 1.0, 1.0),
+        "usb K=2 synthetic": (1.0, 2.0, 1.0),
+        "engine K=2 synthetic": (0.5, 0.5, 1.0),
+        "engine K=4 synthetic": (2.0, 2.0, 2.0),
+        "usb K=2 real": (1.2, 2.4, 1.2),
+        "engine K=2 real": (0.6, 0.6, 0.6),
+        "engine K=4 real": (2.0, 2.0, 2.0),
+    }
+
+    def measure(functions, device, repeats, warm_up):
+        assert list(functions) == list(seconds) and repeats == 3
+        return {name: Timing(*np.percentile(s, (50, 25, 75)), 0.0, s) for name, s in seconds.items()}
+
+    monkeypatch.setattr(baseline, "measure", measure)
+    usb, engine, larger = (r for r in run(tmp_path, rivals=("usb",), k=(4,), repeats=3, steps=2) if r["data"] == "real")
+    assert usb["step_ms"] == pytest.approx(600) and usb["step_ms_high"] == pytest.approx(900)
+    assert usb["images_per_second"] == pytest.approx(2 * 6 / 0.6) and usb["floor_ratio"] > 0
+    parts = {name: usb[f"{name}_ms"] for name in ("networks", "rest", "views")}
+    assert parts == pytest.approx({"networks": 300, "rest": 200, "views": 100})
+    assert engine["engine_ratio"] == engine["engine_images_ratio"] == pytest.approx(2)  # of 2, 4 and 2
+    assert (engine["engine_ratio_low"], engine["engine_ratio_high"]) == pytest.approx((2, 3))
+    assert larger["engine_ratio"] == pytest.approx(0.6) and larger["engine_images_ratio"] == pytest.approx(0.8)
+    assert "2.00 [2.00, 3.00] times the steps/s of usb, 2.00 times its images/s" in capsys.readouterr().out
+
+
+def test_parts_and_data_may_be_left_out(tmp_path):
+    rows = run(tmp_path, rivals=("torchssl",), data=("synthetic",), parts=False)
+    assert [row["trainer"] for row in rows] == ["torchssl", "engine"] and {row["data"] for row in rows} == {"synthetic"}
+    assert not any("networks_ms" in row or "views_ms" in row for row in rows)
+
+
+def test_a_rivals_turn_ends_with_nothing_pending(monkeypatch):
+    make = plain.Items.__getitem__
+
+    def slowly(self, item):
+        time.sleep(0.02)
+        return make(self, item)
+
+    monkeypatch.setattr(plain.Items, "__getitem__", slowly)
+    trainer = baseline.RivalTrainer("plain", tiny(), options(data=("real",)), CPU)
+    trainer.advance("real", 2)
+    assert [loader.pending for loader in trainer._loaders] == [0]
+    trainer.close()
+
+
+def test_the_engines_turn_ends_with_nothing_pending(monkeypatch):
+    make_plan = feed_module.make_plan
+
+    def slowly(*arguments):
+        time.sleep(0.1)  # longer than a step
+        return make_plan(*arguments)
+
+    monkeypatch.setattr(feed_module, "make_plan", slowly)
+    trainer = baseline.EngineTrainer(tiny(), options())
+    feed = trainer._feeds["real"]
+    assert feed._settled._pending == feed.config.prefetch == 2
+    trainer.advance("real", 3)
+    assert feed._settled._pending == 0 and len(feed._settled._made) == 2
+    assert feed._planning and all(plans.done() for plans in feed._planning)
+    trainer.close()
+
+
+def test_settling_changes_no_view():
+    config = dataclasses.replace(tiny(), steps=8)
+    data, split = check_data(config)
+    execution = Execution.pick(config, data.train_images.shape)
+    feeds = [kind(config, data, split, execution) for kind in (Feed, baseline.SettledFeed)]
+    for feed in feeds:
+        feed.begin(0)
+    for step in range(config.steps):
+        expected, found = (feed.next() for feed in feeds)
+        for name in ("views", "lam", "labels"):
+            assert torch.equal(getattr(expected, name), getattr(found, name)), (step, name)
+        if step % 3 == 2:
+            feeds[1].settle()
+    for feed in feeds:
+        feed.end()
+
+
+def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
+    committed = records.read(records.RESULTS / "baseline.jsonl")
+    old = [row for row in committed if "trainer" not in row]
+    assert len(old) == 4  # measured one after the other, of plain PyTorch alone
+    now = [row | {"device": old[0]["device"]} for row in run(tmp_path, data=("synthetic",))]
+    table = report.table("baseline", [*old, *now]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")]
+    shown = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+    assert [line["trainer"] for line in shown] == 4 * [""] + ["plain", "engine", "usb", "engine"]
+    assert [line["engine, times"] for line in shown[:4]] == [f"{row['engine_ratio']:.2f}" for row in old]
+    assert [line["engine, times"] != "" for line in shown[4:]] == [False, True, False, True]
+    assert all(float(line["step, ms"]) > 0 for line in shown)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("changes", "message"),
     [
         ({"data": ("fake",)}, "--data: there is no 'fake'; there are real, synthetic"),
+        ({"rivals": ("mine",)}, "--rivals: there is no 'mine'; there are plain, usb, torchssl"),
+        ({"rivals": ()}, "--rivals takes one or more of plain, usb, torchssl"),
+        ({"data": ()}, "--data takes one or more of real, synthetic"),
+        ({"k": ()}, "--k takes one or more numbers"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
+        ({"rivals": ("usb",), "k": (0,)}, "--k must be at least 1, got 0"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )
-def test_mistakes(options, message, tmp_path, known_ceilings):
+def test_mistakes(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        run(tmp_path, **options)
+        run(tmp_path, **changes)
