@@ -45,13 +45,18 @@ SHORT = {
     "bench kernels": "--repeats 1 --providers eager --sizes step",
     "bench pipelines": "--repeats 1 --rows 16 --batches 1 --threads 1",
     "bench host": "--repeats 1 --k 1 --batch 8 --steps 1",
+    "bench convolutions": "--rows 1 --repeats 1",
     "bench throughput": "--repeats 1 --k 1 --modes eager --steps 1",
     "bench scaling": "--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
     "bench start": "--repeats 1",
     "bench report": "",
 }
 # commands that no flag makes short, and why: they are run as written only, with `--long`
-LONG = {"bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill"}
+LONG = {
+    "bench count": "an emulated device is built, and the paper's step is compiled on it: a minute",
+    "bench variants": "eight processes that train, one after another",
+    "bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill",
+}
 
 
 def pip(*arguments):
