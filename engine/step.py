@@ -198,9 +198,9 @@ class StepInput:
 
     def to(self, device: torch.device) -> StepInput:
         """The same with the numbers, too, on the device; parts of `packed` stay parts of it."""
-        return (
-            self if self.packed.device == device else self._with(self.views, self.packed.to(device, non_blocking=True))
-        )
+        if self.packed.device == device:
+            return self
+        return self._with(self.views, self.packed.to(device, non_blocking=True))
 
     def clone(self) -> StepInput:
         """The same on the views' device, in memory of its own."""
@@ -241,7 +241,7 @@ class Step:
         state: changed in place by every call.
         rows: this rank's rows.
         precision: dtype of the network's input and of autocast, which float32 and float64 switch off.
-        compiled: whether the networks go through torch.compile.
+        compiled: whether the networks, targets, losses and metrics go through torch.compile.
     """
 
     def __init__(
@@ -266,8 +266,8 @@ class Step:
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        # the passes whose results are needed last run beside the training pass; but ranks that exchange statistics in
-        # both passes at once would wait for one another
+        # passes whose results are needed late run beside the training pass; but not where two passes exchange
+        # statistics, since collectives of two streams have no common order on all ranks
         streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
         self.probing, self.guessing = streams[0], None if config.bn == "sync" else streams[1]
         compile_ = compiler(config, device) if compiled else lambda function: function
