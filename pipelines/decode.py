@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_BATCH = 64
+BATCH = 64  # images that DALI decodes together
 
 
 class DecodeError(ValueError):
@@ -87,7 +87,7 @@ def decode(
     threads = threads or len(os.sched_getaffinity(0))
     jpegs = _Jpegs(size, threads, device)
     with ThreadPoolExecutor(threads) as pool:
-        batches = [range(first, min(first + _BATCH, len(files))) for first in range(0, len(files), _BATCH)]
+        batches = [range(first, min(first + BATCH, len(files))) for first in range(0, len(files), BATCH)]
         read = [pool.submit(_read, files, batches[0])] if batches else []
         for number, batch in enumerate(batches):
             contents = read.pop().result()
@@ -134,6 +134,31 @@ def _plain_jpeg(content: bytes) -> bool:
     return False
 
 
+def decoded_and_resized(files: Any, size: int, device: str) -> Any:
+    """DALI's nodes from JPEGs to images of one size; for the body of a pipeline.
+
+    Args:
+        files: the node of their bytes, one JPEG a sample.
+        size: side of the images, in pixels.
+        device: "cpu" or "gpu".
+
+    Returns:
+        The node of the images, (size, size, 3) uint8.
+    """
+    from nvidia.dali import fn, types
+
+    images = fn.decoders.image(files, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
+    images = fn.resize(
+        images,
+        size=[size, size],
+        mode="not_smaller",
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+        subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
+    )
+    return fn.crop(images, crop=(size, size), crop_pos_x=0.5, crop_pos_y=0.5)
+
+
 class _Jpegs:
     """Decodes, turns and resizes batches of JPEGs by DALI.
 
@@ -165,19 +190,10 @@ class _Jpegs:
 
         device_id = 0 if self._gpu else None
 
-        @pipeline_def(batch_size=_BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
+        @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
         def graph() -> Any:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(files, device="mixed" if self._gpu else "cpu", output_type=types.RGB)
-            images = fn.resize(
-                images,
-                size=[self._size, self._size],
-                mode="not_smaller",
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-                subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
-            )
-            return fn.crop(images, crop=(self._size, self._size), crop_pos_x=0.5, crop_pos_y=0.5)
+            return decoded_and_resized(files, self._size, "gpu" if self._gpu else "cpu")
 
         pipeline = graph()
         pipeline.build()
