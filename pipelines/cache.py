@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -203,6 +204,18 @@ def open_cache(folder: Path, again: str) -> DataSet:
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
+
+
+def unmap(images: np.ndarray) -> None:
+    """Takes what was read of a memory map out of the process's memory; it is mapped again when it is read again.
+
+    The system's own cache keeps it as long as there is room. Nothing happens to an array that is not mapped.
+    """
+    base: Any = images
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def verify(folder: Path, again: str) -> None:
