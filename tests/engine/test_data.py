@@ -1,22 +1,34 @@
 """`remixmatch data`, the presets of the paper, and training on a folder from `prepare` to `predict`."""
 
+import csv
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from engine import cli
+from bench.images import crops, photographs
+from engine import cli, export
 from engine.config import Config, folder_name, load_config, read_prior, resolve
 from engine.errors import UserError
 from engine.presets import PRESETS, PUBLISHED
 from pipelines import cache, datasets
 from pipelines.datasets import digits
+from pipelines.decode import resized, rgb
+from pipelines.folder import open_folder
 from pipelines.splits import RULES
 
 QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
+# some minutes on a CPU core, with a network and settings like those of digits-40
+LEARNING = [
+    *("--steps", "600", "--batch", "16", "--k", "2", "--width", "16", "--blocks", "1", "--ramp-kimg", "4"),
+    *("--bn-momentum", "0.02", "--ema-decay", "0.99", "--lag", "16", "--view-steps", "4", "--eval-every", "100"),
+    *("--device", "cpu", "--quiet"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +56,21 @@ def fails(capsys, *arguments, code=2):
     return capsys.readouterr().err
 
 
+def write_crops(root, originals, count, sides, labeled):
+    """Crops of photographs, a class each, as `data prepare` takes them: the first ones labeled, a fifth for testing."""
+    for name, photograph in originals.items():
+        for number, image in enumerate(crops(photograph, count, *sides)):
+            part = f"test/{name}" if number % 10 > 7 else f"train/{name}" if number < labeled else "unlabeled"
+            path = root / part / f"{name} {number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=90)
+    return root
+
+
 @pytest.fixture
 def photos(tmp_path):
-    """Crops of two real photographs: classes china and flower, 16 labeled, 24 not, 8 for testing."""
-    root = tmp_path / "photos"
-    chance = np.random.default_rng(0)
-    for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
-        for number in range(24):
-            top, left = chance.integers(0, 427 - 120), chance.integers(0, 640 - 160)
-            part = "train" if number < 8 else "unlabeled" if number < 20 else "test"
-            path = root / part / (name if part != "unlabeled" else "") / f"{name} {number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[top : top + 120, left : left + 160]).save(path, quality=90)
-    return root
+    """Crops of two real photographs: classes china and flower, each with 8 labeled images, 8 others, 4 for testing."""
+    return write_crops(tmp_path / "photos", photographs(), 20, (160, 120), labeled=8)
 
 
 def test_help_and_mistakes(capsys, tmp_path):
@@ -153,21 +167,74 @@ def test_what_depends_on_the_images():
     assert resolve(Config(), digits()) == Config()
 
 
-def test_a_folder_from_prepare_to_predict(capsys, photos, tmp_path):
-    prepared = say(capsys, "data", "prepare", photos, "--size", 16)
-    assert "40 training images, 16 with a label, 8 test images, 2 classes, 16x16" in prepared
-    assert str(photos) in say(capsys, "data", "list")
-    assert "is as it was written" in say(capsys, "data", "info", photos, "--verify")
-    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+def more_photographs():
+    """Those of scikit-learn, and others that come with scikit-image, some of them grey."""
+    folder = Path(find_spec("skimage").origin).parent / "data"
+    files = {
+        "astronaut": "astronaut.png", "Katze": "chelsea.png", "café crème": "coffee.png", "rocket": "rocket.jpg",
+        "retina": "retina.jpg", "motorcycle": "motorcycle_left.png", "brick": "brick.png", "grass": "grass.png",
+    }  # fmt: skip
+    return photographs() | {name: Image.open(folder / file) for name, file in files.items()}
+
+
+def by_export(path, images):
+    """Class probabilities by an exported file: (N, L) float32."""
+    if path.suffix == ".onnx":
+        return onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})[0]
+    if path.suffix == ".safetensors":
+        model, _, _ = export.load_safetensors(path)
+    else:
+        model = torch.export.load(path).module()
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("each", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
+    """Crops of ten photographs: with 200 of each there is enough to learn, with ten all is gone through."""
+    size, flags = ("16", QUICK) if each == 10 else ("32", LEARNING)
+    root = write_crops(tmp_path / "photos", more_photographs(), each, (160, 120), labeled=4)
+    classes = sorted(more_photographs())
+    prepared = say(capsys, "data", "prepare", root, "--size", size)
+    sizes = f"{8 * each} training images, 40 with a label, {2 * each} test images, 10 classes, {size}x{size}"
+    assert sizes in prepared
+    assert str(root) in say(capsys, "data", "list")
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+    told = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
     assert "folder seed 0: test accuracy" in told
     config = load_config(tmp_path / "run" / "config.json")
-    assert config.dataset == folder_name(photos) and config.network == "wide-resnet" and config.max_shift == 2
+    assert (config.dataset, config.network) == (folder_name(root), "wide-resnet") and config.max_shift == int(size) // 8
     split = json.loads((tmp_path / "run" / "split.json").read_text())
-    assert split["labels"] == 16 == len(split["train_rows"]) and set(split["classes"]) == {"china", "flower"}
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 16
+    assert split["labels"] == 40 == len(split["train_rows"]) and sorted(set(split["classes"])) == classes
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 40
+
+    evaluated = json.loads(say(capsys, "eval", "run", "--json"))
+    assert evaluated["images"] == 2 * each
+    if each > 10:
+        assert evaluated["test_accuracy"] > 90
+    say(capsys, "predict", "run", root / "test", "--csv", "out.csv")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["file", "class", *classes] and [row[0] for row in rows] == sorted(map(str, root.glob("test/*/*")))
+    predicted = np.array([row[2:] for row in rows], float)
+    assert [row[1] for row in rows] == [classes[c] for c in predicted.argmax(1)]
+
+    images = np.stack([resized(rgb(Path(row[0]).read_bytes())[0], int(size)) for row in rows])
+    data = open_folder(root)
+    for to in export.SUFFIXES:
+        say(capsys, "export", "run", "--to", to)
+        path = tmp_path / "run" / f"model{export.SUFFIXES[to]}"
+        np.testing.assert_allclose(by_export(path, images), predicted, atol=1e-5, err_msg=to)
+        right = by_export(path, np.asarray(data.test_images)).argmax(1) == data.test_labels
+        assert 100 * right.mean() == pytest.approx(evaluated["test_accuracy"])
+
+
+def test_a_folders_run_goes_on(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "2 images" not in say(capsys, "eval", "run") and "8 images" in say(capsys, "eval", "run")
-    image = photos / "test" / "china" / "china 20.jpg"
+    image = photos / "test" / "china" / "china 8.jpg"
     assert set(json.loads(say(capsys, "predict", "run", image, "--json"))["probabilities"]) == {"china", "flower"}
 
 
