@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +204,44 @@ def test_without_a_network_the_message_says_what_to_put_where(archives, data_dir
     with pytest.raises(DataError, match=r"train_32x32.mat cannot be downloaded: put train_32x32.mat \(MD5 .*\) into"):
         sources.prepare("svhn")
     assert not (data_dir / "svhn").exists()
+
+
+def test_a_disk_that_a_download_fills_is_told(data_dir, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def full(*arguments):
+        Path(arguments[1], arguments[2]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils, "download_url", full)
+    with pytest.raises(DataError, match=r"svhn cannot be written \(No space left on device\)"):
+        sources.prepare("svhn")
+    assert not list((data_dir / "downloads" / "svhn").iterdir())
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_half_a_file_is_fetched_again(archives, data_dir, monkeypatch, download):
+    """Where a download or a copy was interrupted."""
+    import torchvision.datasets.utils as utils
+
+    matlab(archives, monkeypatch, {"train": 3, "test": 3})
+
+    def interrupted(*arguments):
+        place = Path(arguments[1], arguments[2]) if download else Path(arguments[1])
+        place.write_bytes((archives / "train_32x32.mat").read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    def fetched(url, folder, name, md5):
+        Path(folder, name).write_bytes((archives / url.rpartition("/")[2]).read_bytes())
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(*((utils, "download_url") if download else (shutil, "copyfile")), interrupted)
+        sources.prepare("svhn", None if download else archives)
+    monkeypatch.setattr(utils, "download_url", fetched)
+    sources.prepare("svhn", None if download else archives)
+    assert len(DATASETS["svhn"]().train_images) == 3
+    raw = data_dir / "downloads" / "svhn"
+    assert sorted(path.name for path in raw.iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
 
 
 def test_files_that_are_damaged_are_named(archives, data_dir, monkeypatch):
