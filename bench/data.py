@@ -142,7 +142,7 @@ def _preparing(options: DataOptions, folder: Path, device: torch.device) -> dict
     with _data_dir(folder / "data"):
         times = measure(
             {
-                "prepare": lambda: prepare(root, SIDE, threads=threads, device=decoder),
+                "prepare": lambda: prepare(root, SIDE, threads=threads, device=decoder, again=True),
                 "dali": lambda: deque(dali_alone(files, threads, decoder), maxlen=0),
             },
             torch.device("cpu"),  # both end with images on the host

@@ -6,6 +6,7 @@ A mistake of the user's is one line on stderr and exit code 2, without a traceba
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -184,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     without a word, where whoever reads its output has gone.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have letters that it has not
     try:
         try:
             _dispatch(argv)
@@ -339,10 +342,10 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
     if options.data.class_prior:
         prior = configuration.read_prior(options.data.class_prior, data.classes)
         config = dataclasses.replace(config, class_distribution=prior)
-    if options.config.network == "auto" and not options.output.quiet:
-        _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")
     configuration.check_data(config)
     check_folder(config, folder, resume)
+    if options.config.network == "auto" and not options.output.quiet:
+        _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")
     return options.with_config(config)
 
 

@@ -339,6 +339,8 @@ def open_data(name: str) -> DataSet:
         return DATASETS[name]()
     except DataError as error:
         raise UserError(str(error)) from None
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 BATCH = 64  # images that DALI decodes together
@@ -25,6 +25,25 @@ BATCH = 64  # images that DALI decodes together
 
 class DecodeError(ValueError):
     """A file that holds no image that can be read."""
+
+
+def image_files(folder: Path) -> list[str]:
+    """Names, from the folder on, of all files below it that have an image's suffix, sorted; hidden ones are left out.
+
+    Raises:
+        OSError: it, or a folder in it, cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for path, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(path, folder)
+        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.normpath(os.path.join(inside, name)) for name in images]
+    return sorted(found)
 
 
 def rgb(content: bytes) -> tuple[Image.Image, str]:
@@ -44,8 +63,10 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
             mode = opened.mode
             image = ImageOps.exif_transpose(opened)
             image.load()
+    except UnidentifiedImageError:
+        raise DecodeError("it is of no known format") from None
     except Exception as error:  # a damaged file fails in as many ways as there are formats
-        text = str(error).replace(repr(BytesIO), "").splitlines() or [""]
+        text = str(error).splitlines() or [""]
         raise DecodeError(text[0][:100] or type(error).__name__) from None
     changed = ""
     if image.mode.startswith(("I", "F")):

@@ -12,6 +12,8 @@ import csv
 import hashlib
 import json
 import os
+import shlex
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +24,14 @@ import numpy as np
 from pipelines import cache
 from pipelines.cache import DataError
 from pipelines.datasets import DataSet
-from pipelines.decode import SUFFIXES, decode
+from pipelines.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 
 _HELD_OUT = 5  # of so many labeled images of a class one is held out
 _STREAM = 101  # apart from those of plans and splits
 _NAMED = 3  # of many files, so many are named
 TABLE = "labels.csv"
+SAVE_SECONDS = 1.0  # of decoding, at least, before what there is of it is saved
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,11 +74,14 @@ def scan(root: Path) -> Listing:
     """Lists a folder.
 
     Raises:
-        DataError: it is not as the module's docstring says.
+        DataError: it is not as the module's docstring says, or cannot be read.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder")
-    train, test = _from_table(root) if (root / TABLE).exists() else _from_folders(root)
+    try:
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder")
+        train, test = _from_table(root) if (root / TABLE).exists() else _from_folders(root)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
     classes = tuple(sorted({label for _, label in train if label}))
     if len(classes) < 2:
         what = f"one class only, {classes[0]}" if classes else "no labeled image"
@@ -104,7 +110,8 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
     parts: dict[str, list[tuple[str, str]]] = {}
     for part in ("train", "test"):
         parts[part] = []
-        for folder in sorted(path for path in _entries(root / part) if path.is_dir()):
+        classes = sorted((root / part).iterdir()) if (root / part).is_dir() else []
+        for folder in (path for path in classes if path.is_dir() and not path.name.startswith(".")):
             files = [(file, folder.name) for file in _images(root, folder)]
             if not files:
                 raise DataError(f"{folder} is a class without an image")
@@ -146,23 +153,10 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     return parts[""], parts["test"]
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})") from None
-
-
 def _images(root: Path, folder: Path) -> list[str]:
-    """Files below the folder with an image's suffix, sorted; hidden ones left out."""
-    found = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(path).relative_to(root)
-        found += [str(inside / name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+    """Names of the image files in a folder, from `root` on; none where there is no such folder."""
+    inside = folder.relative_to(root)
+    return [os.path.normpath(inside / name) for name in image_files(folder)] if folder.is_dir() else []
 
 
 def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -184,11 +178,12 @@ def _some(names: Sequence[str]) -> str:
 def cache_of(root: Path) -> Path:
     """Where a folder's cache lies."""
     where = root.resolve()
-    return cache.data_dir() / "folders" / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:12]}"
+    return cache.data_dir() / "folders" / f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}"
 
 
-def _again(root: Path, size: int | str = "SIZE") -> str:
-    return f"remixmatch data prepare {root} --size {size}"
+def prepare_command(root: Path, size: int | str = "SIZE") -> str:
+    """The command that prepares a folder."""
+    return f"remixmatch data prepare {shlex.quote(str(root))} --size {size}"
 
 
 def prepare(
@@ -197,8 +192,11 @@ def prepare(
     progress: Progress = lambda what, done, whole: None,
     threads: int = 0,
     device: str = "cpu",
+    again: bool = False,
 ) -> Prepared:
     """Decodes a folder's images into its cache, going on where an interrupted call has stopped.
+
+    A cache that is there is left as it is if the folder has not changed since.
 
     Args:
         root: the folder.
@@ -206,6 +204,7 @@ def prepare(
         progress: called now and then with what is done, how much of it, of how much.
         threads: 0 for as many as there are cores.
         device: see `pipelines.decode.decode`.
+        again: make the cache anew in any case.
 
     Raises:
         DataError: the folder is not as it should be, hardly an image can be read, or the cache cannot be written.
@@ -213,6 +212,8 @@ def prepare(
     listing, folder = scan(root), cache_of(root)
     stamps = _stamps(root, listing)
     key = hashlib.sha256(json.dumps([cache.FORMAT, size, device, stamps, _plain(listing)]).encode()).hexdigest()
+    if not again and (made := _made_before(folder, listing, key)):
+        return made
 
     def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
         return decode([root / name for name in files], size, threads, device)
@@ -245,9 +246,24 @@ def prepare(
             "decoder": device,
             "stamps": stamps,
             "held_out": listing.held_out,
+            "key": key,
+            "unreadable": unreadable,
+            "twins": twins,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
     return Prepared(folder, listing, tuple(unreadable), tuple(twins))
+
+
+def _made_before(folder: Path, listing: Listing, key: str) -> Prepared | None:
+    """What an earlier call has made from the same, if it is whole."""
+    try:
+        source = cache.describe(folder, "")["source"]
+    except DataError:
+        return None
+    if source.get("key") != key:
+        return None
+    unreadable, twins = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
+    return Prepared(folder, listing, unreadable, twins)
 
 
 def _plain(listing: Listing) -> list[object]:
@@ -284,7 +300,7 @@ def _decode_part(
     with journal.open("a", encoding="utf-8") as file:
         if start == 0:
             file.write("[0, {}]\n")
-        found = {}
+        found, due = {}, time.monotonic() + SAVE_SECONDS
         for place, image in decoded(files[start:]):
             if isinstance(image, str):
                 found[start + place] = image
@@ -292,22 +308,26 @@ def _decode_part(
                 images[row] = image
                 row += 1
             done = start + place + 1
-            if done % 512 == 0 or done == len(files):
+            if done == len(files) or (done % BATCH == 0 and time.monotonic() >= due):
                 images.flush()  # type: ignore[attr-defined]
                 file.write(json.dumps([done, found]) + "\n")
                 file.flush()
                 bad |= found
-                found = {}
+                found, due = {}, time.monotonic() + SAVE_SECONDS
                 progress(f"{part} images", done, len(files))
     return bad
 
 
 def _stamps(root: Path, listing: Listing) -> dict[str, str]:
-    """Size and time of change of every file."""
+    """Size and time of change of every file; "" for a link to nowhere, which decoding will tell."""
     stamps = {}
     for file, _ in (*listing.train, *listing.test):
-        found = os.stat(root / file)
-        stamps[file] = f"{found.st_size} {found.st_mtime_ns}"
+        try:
+            found = os.stat(root / file)
+        except OSError:
+            stamps[file] = ""
+        else:
+            stamps[file] = f"{found.st_size} {found.st_mtime_ns}"
     return stamps
 
 
@@ -318,13 +338,17 @@ def open_folder(root: Path) -> DataSet:
         DataError: it has not, or has changed since.
     """
     folder = cache_of(root)
-    found = cache.describe(folder, _again(root))
+    if not root.exists() and not folder.exists():
+        raise DataError(f"{root} is not a folder")
+    found = cache.describe(folder, prepare_command(root))
     size, before = found["source"]["size"], found["source"]["stamps"]
     if root.is_dir():  # without its files, the cache is all that is needed
         changes = list(_changes(before, _stamps(root, scan(root))))
         if changes:
-            raise DataError(f"{root} has changed since it was prepared: {_some(changes)}; {_again(root, size)}")
-    return cache.open_cache(folder, _again(root, size))
+            raise DataError(
+                f"{root} has changed since it was prepared: {_some(changes)}; {prepare_command(root, size)}"
+            )
+    return cache.open_cache(folder, prepare_command(root, size))
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:

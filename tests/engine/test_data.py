@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,7 +55,9 @@ def fails(capsys, *arguments, code=2):
     with pytest.raises(SystemExit) as ended:
         cli.main([str(a) for a in arguments])
     assert ended.value.code == code
-    return capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("remixmatch: ") and len(told.splitlines()) == 1, told
+    return told
 
 
 def write_crops(root, originals, count, sides, labeled):
@@ -83,6 +87,10 @@ def test_help_and_mistakes(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
     assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+    assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
+    assert "cifar-10-python.tar.gz is missing: put" in fails(capsys, "data", "prepare", "cifar10", "--no-download")
+    told = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
+    assert told == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
     if not torch.cuda.is_available():
         no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
         assert "--decoder gpu: torch sees no GPU here" in no_gpu
@@ -243,7 +251,7 @@ def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
     told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "run was begun with other images" in told and len(told.splitlines()) == 1
+    assert "run was begun with other images" in told
 
 
 def test_a_class_prior(capsys, photos, tmp_path):
@@ -263,6 +271,71 @@ def test_a_class_prior(capsys, photos, tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             read_prior(path, ("china", "flower"))
+
+
+def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatch):
+    root = photos.rename(tmp_path / "my photos")
+    prepared = say(capsys, "data", "prepare", root, "--size", 16)
+    assert prepared.endswith(f"train on it: remixmatch train folder --data '{root}'\n")
+    assert say(capsys, "data", "list").splitlines()[-1].startswith(f"{root}: 32 training images")
+    (cached,) = (data_dir / "folders").glob("my*")
+    (data_dir / "folders" / ".other.partial").mkdir()
+    os.truncate(cached / "train_images.npy", 1000)
+    again = "prepare it again: remixmatch data prepare FOLDER --size SIZE"
+    assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes instead of 24704; {again}")
+
+    say(capsys, "data", "prepare", root, "--size", 16)
+    content = bytearray((cached / "train_images.npy").read_bytes())
+    content[-1] ^= 1
+    (cached / "train_images.npy").write_bytes(content)
+    told = fails(capsys, "data", "info", root, "--verify")
+    again = f"remixmatch data prepare '{root}' --size 16 --again"
+    assert told.endswith(f"train_images.npy is damaged: its checksum differs; prepare it again: {again}\n")
+    say(capsys, *shlex.split(again)[1:])
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+
+def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "is_dir", refuse)
+        for command in (["data", "list"], ["data", "info", photos], ["train", "folder", "--data", photos]):
+            assert "cannot be read (Permission denied)" in fails(capsys, *command)
+    monkeypatch.setattr(cache.np, "load", refuse)
+    assert "cannot be read ([Errno 13] Permission denied" in fails(capsys, "data", "info", photos)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "timm:resnet5"], "has no such model; did you mean resnet50"),
+        (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
+        (["--split", "paper", "--labels", 17], "--labels: labels must be from 1 to the 16 that there are, got 17"),
+        (["--split", "balanced", "--labels", 18], "18 labels need 9 images of every class, but class china has 8"),
+        (["--max-shift", 16], "--max-shift must be less than the images' 16 pixels, got 16"),
+        (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
+    ],
+)
+def test_what_a_folder_cannot_be_trained_with(capsys, photos, tmp_path, flags, words):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    network = [] if "--network" in flags else ["--width", 8, "--blocks", 1]
+    told = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
+    assert words in told and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    (photos / "unlabeled" / "china 10.jpg").unlink()
+    told = f"photos has changed since it was prepared: unlabeled/china 10.jpg is gone; remixmatch data prepare {photos}"
+    for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
+        assert f"{told} --size 16" in fails(capsys, *command)
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    assert "8 images" in say(capsys, "eval", "run")
 
 
 def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):
