@@ -342,7 +342,7 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
     if options.data.class_prior:
         prior = configuration.read_prior(options.data.class_prior, data.classes)
         config = dataclasses.replace(config, class_distribution=prior)
-    configuration.check_data(config)
+    configuration.check_data(config, data)
     check_folder(config, folder, resume)
     if options.config.network == "auto" and not options.output.quiet:
         _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")

@@ -364,13 +364,17 @@ def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(found[name] / total for name in classes)
 
 
-def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
+def check_data(config: Config, data: DataSet | None = None) -> tuple[DataSet, np.ndarray]:
     """A configuration's data set, and the training images that keep their label: see `pipelines.splits`.
+
+    Args:
+        config: of a run.
+        data: its data set, where that is open already.
 
     Raises:
         UserError: the configuration asks for what the data set does not have.
     """
-    data = open_data(config.dataset)
+    data = data or open_data(config.dataset)
     try:
         split = RULES[config.split](data, config.labels, config.seed)
     except ValueError as error:

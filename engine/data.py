@@ -190,7 +190,7 @@ def _prepare(options: PrepareOptions) -> None:
 
 
 def _prepare_folder(root: Path, options: PrepareOptions) -> None:
-    from pipelines.folder import prepare
+    from pipelines.folder import prepare, some
 
     if not root.exists():
         raise UserError(f"{options.name} is neither a data set ({', '.join(DATASETS)}) nor a folder")
@@ -206,8 +206,13 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
         _warn(f"{one} and {other} are the same image, in training and in test")
     if made.twins:
         _warn(f"{len(made.twins)} images are in training and in test")
+    if made.strays:
+        _warn(
+            f"{len(made.strays)} image files are left out, since they are neither in train/CLASS/ nor in test/CLASS/ "
+            f"nor in unlabeled/: {some(made.strays)}"
+        )
     if made.listing.held_out:
-        print(f"{made.listing.held_out} labeled images are held out as the test part: there is no test folder")
+        print(f"{made.listing.held_out} labeled images are held out as the test part: there is none")
     print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
     print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}")
 

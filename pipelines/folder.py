@@ -62,12 +62,14 @@ class Prepared:
         listing: what it was made from.
         unreadable: files that were left out, and why.
         twins: pairs of a training and a test file with the same image.
+        strays: image files in the folder that are in no part of it.
     """
 
     cache: Path
     listing: Listing
     unreadable: tuple[tuple[str, str], ...]
     twins: tuple[tuple[str, str], ...]
+    strays: tuple[str, ...]
 
 
 def scan(root: Path) -> Listing:
@@ -88,7 +90,7 @@ def scan(root: Path) -> Listing:
         raise DataError(f"{root} has {what}; it takes two classes, as train/CLASS/... or in {TABLE}")
     unknown = sorted({label for _, label in test} - set(classes))
     if unknown:
-        raise DataError(f"{root}: test images of a class that no training image has: {_some(unknown)}")
+        raise DataError(f"{root}: test images of a class that no training image has: {some(unknown)}")
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     known = [(file, numbers[label]) for file, label in train if label]
     tested = [(file, numbers[label]) for file, label in test]
@@ -126,7 +128,7 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if lines and [word.strip().lower() for word in lines[0][:2]] == ["file", "label"]:
         lines = lines[1:]
     wrong = [number for number, line in enumerate(lines, 1) if len(line) not in (2, 3)]
@@ -135,12 +137,12 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     files = [str(Path(line[0].strip())) for line in lines]
     twice = sorted(file for file, count in Counter(files).items() if count > 1)
     if twice:
-        raise DataError(f"{path} names a file twice: {_some(twice)}")
+        raise DataError(f"{path} names a file twice: {some(twice)}")
     there = set(_images(root, root))
     if missing := sorted(set(files) - there):
-        raise DataError(f"{path} has {len(missing)} entries without an image file: {_some(missing)}")
+        raise DataError(f"{path} has {len(missing)} entries without an image file: {some(missing)}")
     if extra := sorted(there - set(files)):
-        raise DataError(f"{path} has no entry for {len(extra)} files: {_some(extra)}")
+        raise DataError(f"{path} has no entry for {len(extra)} files: {some(extra)}")
     parts: dict[str, list[tuple[str, str]]] = {"": [], "test": []}
     for name, line in sorted(zip(files, lines, strict=True)):
         part = line[2].strip().lower() if len(line) == 3 else ""
@@ -170,7 +172,8 @@ def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tupl
     return kept, [known[row] for row in sorted(tested)]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -210,9 +213,9 @@ def prepare(
         DataError: the folder is not as it should be, hardly an image can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
-    stamps = _stamps(root, listing)
+    stamps, strays = _stamps(root, listing), _strays(root, listing)
     key = hashlib.sha256(json.dumps([cache.FORMAT, size, device, stamps, _plain(listing)]).encode()).hexdigest()
-    if not again and (made := _made_before(folder, listing, key)):
+    if not again and (made := _made_before(folder, listing, key, strays)):
         return made
 
     def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
@@ -231,7 +234,7 @@ def prepare(
                 if part == "train" and not (labels == c).any():
                     raise DataError(f"no labeled image of class {name} in {root} can be read")
             if not len(labels):
-                raise DataError(f"no {part} image in {root} can be read: {_some([why for _, why in unreadable])}")
+                raise DataError(f"no {part} image in {root} can be read: {some([why for _, why in unreadable])}")
             cache.shorten(temporary, f"{part}_images", len(labels))
             cache.save(temporary, f"{part}_labels", labels)
             images = np.load(temporary / f"{part}_images.npy", mmap_mode="r")
@@ -251,10 +254,10 @@ def prepare(
             "twins": twins,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(folder, listing, tuple(unreadable), tuple(twins))
+    return Prepared(folder, listing, tuple(unreadable), tuple(twins), strays)
 
 
-def _made_before(folder: Path, listing: Listing, key: str) -> Prepared | None:
+def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
     """What an earlier call has made from the same, if it is whole."""
     try:
         source = cache.describe(folder, "")["source"]
@@ -263,7 +266,7 @@ def _made_before(folder: Path, listing: Listing, key: str) -> Prepared | None:
     if source.get("key") != key:
         return None
     unreadable, twins = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
-    return Prepared(folder, listing, unreadable, twins)
+    return Prepared(folder, listing, unreadable, twins, strays)
 
 
 def _plain(listing: Listing) -> list[object]:
@@ -318,6 +321,12 @@ def _decode_part(
     return bad
 
 
+def _strays(root: Path, listing: Listing) -> tuple[str, ...]:
+    """Image files that are in no part of the folder, such as those of a folder whose name is misspelt."""
+    known = {file for file, _ in (*listing.train, *listing.test)}
+    return tuple(name for name in _images(root, root) if name not in known)
+
+
 def _stamps(root: Path, listing: Listing) -> dict[str, str]:
     """Size and time of change of every file; "" for a link to nowhere, which decoding will tell."""
     stamps = {}
@@ -345,9 +354,7 @@ def open_folder(root: Path) -> DataSet:
     if root.is_dir():  # without its files, the cache is all that is needed
         changes = list(_changes(before, _stamps(root, scan(root))))
         if changes:
-            raise DataError(
-                f"{root} has changed since it was prepared: {_some(changes)}; {prepare_command(root, size)}"
-            )
+            raise DataError(f"{root} has changed since it was prepared: {some(changes)}; {prepare_command(root, size)}")
     return cache.open_cache(folder, prepare_command(root, size))
 
 

@@ -273,6 +273,21 @@ def test_a_class_prior(capsys, photos, tmp_path):
             read_prior(path, ("china", "flower"))
 
 
+def test_what_is_left_out_is_said(capsys, photos):
+    (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
+    (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
+    (photos / "stray.jpg").write_bytes(b"")
+    for flags in ([], ["--again"], []):
+        capsys.readouterr()
+        cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
+        told = capsys.readouterr().err
+        assert "remixmatch: test/china/half.jpg is left out: image file is truncated" in told
+        assert "remixmatch: 1 files cannot be read and were left out\n" in told
+        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, in training and in test" in told
+        assert "remixmatch: 1 image files are left out, since they are neither in train/CLASS/ " in told
+        assert told.rstrip().endswith("nor in unlabeled/: stray.jpg")
+
+
 def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatch):
     root = photos.rename(tmp_path / "my photos")
     prepared = say(capsys, "data", "prepare", root, "--size", 16)

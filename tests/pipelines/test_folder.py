@@ -51,7 +51,7 @@ def test_labeled_images_come_first_and_classes_are_sorted(pets):
     assert numbers(data.train_images) == [3, 4, 0, 1, 2, 5, 6, 7, 8]
     assert data.train_labels.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert numbers(data.test_images) == [10, 9] and data.test_labels.tolist() == [0, 1]
-    assert made.unreadable == () and made.twins == () and made.listing.held_out == 0
+    assert made.unreadable == () and made.twins == () == made.strays and made.listing.held_out == 0
 
 
 def test_a_table_says_the_same(pets, tmp_path):
@@ -214,6 +214,14 @@ def test_a_folder_that_has_not_changed_is_not_decoded_again(pets, monkeypatch):
 def test_links_to_nowhere_are_left_out(pets):
     (pets / "unlabeled/link.png").symlink_to(pets / "no.png")
     assert prepare(pets, 8).unreadable == (("unlabeled/link.png", "No such file or directory"),)
+    assert len(open_folder(pets).train_images) == 9
+
+
+def test_images_in_no_part_of_the_folder_are_named(pets):
+    put(pets, "unlabelled/1.png", 60)
+    put(pets, "train/x.png", 61)
+    strays = ("train/x.png", "unlabelled/1.png")
+    assert prepare(pets, 8).strays == prepare(pets, 8).strays == strays
     assert len(open_folder(pets).train_images) == 9
 
 
