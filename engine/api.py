@@ -121,5 +121,5 @@ def load(folder: str | Path) -> Model:
     """
     from engine import run
 
-    _, data, network, device = run.load_ema_model(Path(folder))
-    return Model(data.classes, data.sides[0], network, device)
+    trained = run.load_ema_model(Path(folder))
+    return Model(trained.classes, trained.sides[0], trained.network, trained.device)

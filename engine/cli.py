@@ -353,13 +353,23 @@ def _evaluate(options: EvalOptions) -> None:
     from engine import run
     from engine.evaluation import evaluate
 
-    config, data, network, device = run.load_ema_model(options.dir, _warn)
-    accuracy, loss = evaluate(network, data.test_images, data.test_labels, device)
+    trained = run.load_ema_model(options.dir, _warn)
+    config, data = trained.config, configuration.open_data(trained.config.dataset)
+    if (data.classes, data.sides) != (trained.classes, trained.sides):
+        raise UserError(
+            f"{options.dir} was trained on other data: {_kind(trained.classes, trained.sides)}; now there are "
+            f"{_kind(data.classes, data.sides)}; train anew"
+        )
+    accuracy, loss = evaluate(trained.network, data.test_images, data.test_labels, trained.device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:
         print(json.dumps(result))
     else:
         print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(data.test_labels)} images, loss {loss:.4f}")
+
+
+def _kind(classes: Sequence[str], sides: tuple[int, int]) -> str:
+    return f"images of {sides[1]}x{sides[0]} of the classes {', '.join(classes)}"
 
 
 def _predict(options: PredictOptions) -> None:
@@ -368,8 +378,8 @@ def _predict(options: PredictOptions) -> None:
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, got {options.batch}")
     files, many = predict.find_images(options.images)
-    _, data, network, device = run.load_ema_model(options.dir, _warn)
-    side = data.sides[0]
+    trained = run.load_ema_model(options.dir, _warn)
+    network, device, side = trained.network, trained.device, trained.sides[0]
     if not many:  # each of them was named, and is expected to be one
         images = np.stack([predict.read_image(path, side, _warn) for path in files])
         found = zip(files, predict.probabilities(network, images, device), strict=True)
@@ -377,12 +387,12 @@ def _predict(options: PredictOptions) -> None:
         found = predict.classify(network, files, side, device, options.batch, _warn)  # type: ignore[assignment]
     count = 0
     if options.csv:
-        count = predict.write_csv(options.csv, data.classes, iter(found))
+        count = predict.write_csv(options.csv, trained.classes, iter(found))
         print(f"{options.csv}: {count} of {len(files)} images")
     else:
         for path, values in found:
             count += 1
-            _print_prediction(path, dict(zip(data.classes, map(float, values), strict=True)), options.json)
+            _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
     if many and count < len(files):
         _warn(f"{len(files) - count} of {len(files)} files cannot be read")
     if not count:
@@ -401,10 +411,11 @@ def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> Non
 def _export(options: ExportOptions) -> None:
     from engine import export, run
 
-    config, data, network, _ = run.load_ema_model(options.dir, _warn)
+    trained = run.load_ema_model(options.dir, _warn)
     path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
-    export.export(network.cpu().float(), config, data.classes, data.sides, options.to, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(data.classes)} classes, images of {data.sides}")
+    network = trained.network.cpu().float()
+    export.export(network, trained.config, trained.classes, trained.sides, options.to, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {trained.sides}")
 
 
 def _warn(text: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -351,6 +352,40 @@ def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
         assert f"{told} --size 16" in fails(capsys, *command)
     say(capsys, "data", "prepare", photos, "--size", 16)
     assert "8 images" in say(capsys, "eval", "run")
+
+
+def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
+    """Whether the folder has changed, was prepared with other classes and another size, or has gone."""
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    image = shutil.copy(photos / "test/china/china 8.jpg", "image.jpg")
+    predict, evaluate = ["predict", "run", image], ["eval", "run"]
+    predicted = say(capsys, *predict)
+
+    shutil.copytree(photos / "train/china", photos / "train/a third")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "data", "prepare", photos, "--size", 24)
+    assert say(capsys, *predict) == predicted
+    now = "now there are images of 24x24 of the classes a third, china, flower"
+    told = fails(capsys, *evaluate)
+    assert f"run was trained on other data: images of 16x16 of the classes china, flower; {now}" in told
+
+    shutil.rmtree(photos)
+    shutil.rmtree(tmp_path / "data")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "export", "run", "--to", "safetensors")
+    assert export.load_safetensors(tmp_path / "run/model.safetensors")[1:] == (("china", "flower"), (16, 16))
+    assert "photos is not a folder" in fails(capsys, *evaluate)
+
+
+def test_class_names_of_a_run_of_an_earlier_version_are_its_datas(capsys, photos, tmp_path):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    del split["class_names"], split["sides"]
+    (tmp_path / "run/split.json").write_text(json.dumps(split))
+    assert "8 images" in say(capsys, "eval", "run")
+    assert "china" in say(capsys, "predict", "run", photos / "test/china/china 8.jpg")
 
 
 def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):

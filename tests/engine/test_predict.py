@@ -41,7 +41,7 @@ def images():
 @pytest.fixture(scope="module")
 def expected(trained, images):
     """Probabilities by the network itself, image by image."""
-    _, _, network, _ = run.load_ema_model(trained)
+    network = run.load_ema_model(trained).network
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         return torch.cat([network(image[None])[0].softmax(-1) for image in pixels]).numpy()
