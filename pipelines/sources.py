@@ -209,6 +209,7 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
     for folder in filter(None, (source, _DEBIAN)):
         there = folder / path.name
         if not path.exists() and there.exists():
+            _check(there, file)
             shutil.copyfile(there, partial)
             partial.replace(path)
     wanted = f"{path.name} (MD5 {file.md5}, {file.urls[0]})"
@@ -227,6 +228,11 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
                     raise
         else:
             raise DataError(f"{path.name} cannot be downloaded: put {wanted} into {path.parent}")
+    _check(path, file)
+
+
+def _check(path: Path, file: SourceFile) -> None:
+    """Raises DataError where a file has another checksum."""
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "md5").hexdigest()
     if found not in (file.md5, _DEBIAN_MD5.get(path.name)):

@@ -267,6 +267,9 @@ def test_a_class_prior(capsys, photos, tmp_path):
         ('{"flower": 1, "china": 1, "dog": 0}', "differs in dog"),
         ('{"flower": 0, "china": 0}', "not all 0"),
         ('{"flower": "1", "china": 1}', "class names and numbers"),
+        ('{"flower": true, "china": 1}', "class names and numbers"),
+        ('{"flower": Infinity, "china": 1}', "finite numbers"),
+        ('{"flower": NaN, "china": 1}', "finite numbers"),
         ("{", "cannot be read"),
     ]:
         path.write_text(text)
