@@ -224,7 +224,7 @@ def dali_alone(files: list[Path], threads: int, device: str) -> Iterator[np.ndar
 def _data_dir(folder: Path) -> Iterator[None]:
     """Has caches of this process in a folder, for as long as this lasts."""
     before = os.environ.get("REMIXMATCH_DATA")
-    cache.set_data_dir(folder)
+    os.environ["REMIXMATCH_DATA"] = str(folder)
     try:
         yield
     finally:

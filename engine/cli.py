@@ -141,6 +141,8 @@ class EvalOptions:
     """The run's folder."""
     json: bool = False
     """Print a JSON object."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
 
 
 @dataclass
@@ -353,6 +355,7 @@ def _evaluate(options: EvalOptions) -> None:
     from engine import run
     from engine.evaluation import evaluate
 
+    set_data_dir(options.data_dir)
     trained = run.load_ema_model(options.dir, _warn)
     config, data = trained.config, configuration.open_data(trained.config.dataset)
     if (data.classes, data.sides) != (trained.classes, trained.sides):

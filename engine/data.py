@@ -214,7 +214,8 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     if made.listing.held_out:
         print(f"{made.listing.held_out} labeled images are held out as the test part: there is none")
     print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
-    print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}")
+    where = f" --data-dir {shlex.quote(str(options.data_dir))}" if options.data_dir else ""
+    print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}{where}")
 
 
 def _decoder(wanted: str) -> str:
@@ -247,7 +248,7 @@ def _list(options: ListOptions) -> None:
         if path.name.startswith("."):  # a lock, or what is not finished
             continue
         try:
-            data = cache.open_cache(path, "remixmatch data prepare FOLDER --size SIZE")
+            data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size SIZE"))
             print(f"{data.name.removeprefix(FOLDER)}: {_sizes(data)}")
         except cache.DataError as error:
             print(error)
@@ -261,7 +262,7 @@ def _info(options: InfoOptions) -> None:
 
         root = Path(name.removeprefix(FOLDER))
         where = cache_of(root) if name.startswith(FOLDER) else cache.data_dir() / name
-        again = prepare_command(root, data.sides[0]) if name.startswith(FOLDER) else f"remixmatch data prepare {name}"
+        again = prepare_command(root, data.sides[0]) if name.startswith(FOLDER) else cache.prepare_command(name)
         cache.verify(where, f"{again} --again")
         print(f"{where} is as it was written")
     print(_sizes(data))

@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipelines.datasets import DataSet
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
+_flag = ""  # of the command line, with which this process was told where caches lie
 
 
 class DataError(ValueError):
@@ -39,8 +41,20 @@ def data_dir() -> Path:
 
 def set_data_dir(folder: Path | None) -> None:
     """Has this process, and those that it starts, look for caches there; None leaves all as it is."""
+    global _flag
+    _flag = f" --data-dir {shlex.quote(str(folder))}" if folder else ""
     if folder:
         os.environ["REMIXMATCH_DATA"] = str(folder.resolve())
+
+
+def prepare_command(what: str, flags: str = "") -> str:
+    """The command line that prepares a data set or a folder, for a message.
+
+    Args:
+        what: its name, or the folder.
+        flags: besides the place of caches where this process was given one.
+    """
+    return f"remixmatch data prepare {shlex.quote(what)}{flags}{_flag}"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import csv
 import hashlib
 import json
 import os
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -185,8 +184,8 @@ def cache_of(root: Path) -> Path:
 
 
 def prepare_command(root: Path, size: int | str = "SIZE") -> str:
-    """The command that prepares a folder."""
-    return f"remixmatch data prepare {shlex.quote(str(root))} --size {size}"
+    """The command line that prepares a folder, for a message."""
+    return cache.prepare_command(str(root), f" --size {size}")
 
 
 def prepare(

@@ -391,10 +391,19 @@ def test_class_names_of_a_run_of_an_earlier_version_are_its_datas(capsys, photos
     assert "china" in say(capsys, "predict", "run", photos / "test/china/china 8.jpg")
 
 
-def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):
-    say(capsys, "data", "prepare", photos, "--size", 16, "--data-dir", tmp_path / "other")
-    assert (tmp_path / "other" / "folders").is_dir() and not data_dir.exists()
-    assert cache.data_dir() == tmp_path / "other"
+def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
+    flag = ["--data-dir", "an other"]
+    monkeypatch.setattr(cache, "_flag", "")  # so that it is put back
+    told = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
+    assert told.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
+    assert (tmp_path / "an other" / "folders").is_dir() and not data_dir.exists()
+    assert cache.data_dir() == tmp_path / "an other"
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK, *flag)
+    monkeypatch.setenv("REMIXMATCH_DATA", str(data_dir))
+    assert "there is no data in" in fails(capsys, "eval", "run")
+    assert "8 images" in say(capsys, "eval", "run", *flag)
+    told = fails(capsys, "data", "info", "cifar10", *flag)
+    assert told.endswith("prepare it: remixmatch data prepare cifar10 --data-dir 'an other'\n")
 
 
 def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):
