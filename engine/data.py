@@ -30,6 +30,7 @@ SUBCOMMANDS = {
 }
 _SHOWN = 20  # rows of a long list
 _GRID = 10  # images of a class in a picture
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # one of them is there where a GPU can be used
 
 
 @dataclass
@@ -146,15 +147,18 @@ def data_name(given: str) -> str:
 
 @contextmanager
 def _progress():
-    """A bar for each thing that is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bars = Progress(console=Console(stderr=True))
+    """A bar for each thing that is done, from when there is something to show: none stands above a mistake."""
+    bars: Any = None
     tasks: dict[str, Any] = {}
 
     def update(what: str, done: int, whole: int) -> None:
-        bars.start()  # not before: it would leave an empty line above an error
+        nonlocal bars
+        if bars is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bars = Progress(console=Console(stderr=True))
+            bars.start()
         if what not in tasks:
             tasks[what] = bars.add_task(what, total=whole or None)
         bars.update(tasks[what], completed=done, total=whole or None)
@@ -162,7 +166,7 @@ def _progress():
     try:
         yield update
     finally:
-        if tasks:
+        if bars is not None:
             bars.stop()
 
 
@@ -219,8 +223,8 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
 
 
 def _decoder(wanted: str) -> str:
-    if wanted == "cpu":
-        return wanted
+    if wanted == "cpu" or (wanted == "auto" and not any(map(Path.exists, _DRIVERS))):
+        return "cpu"  # without importing torch, which takes a second
     from torch import cuda
 
     if wanted == "gpu" and not cuda.is_available():
