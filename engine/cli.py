@@ -354,14 +354,20 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
 def _evaluate(options: EvalOptions) -> None:
     from engine import run
     from engine.evaluation import evaluate
+    from pipelines.folder import some
 
     set_data_dir(options.data_dir)
     trained = run.load_ema_model(options.dir, _warn)
     config, data = trained.config, configuration.open_data(trained.config.dataset)
     if (data.classes, data.sides) != (trained.classes, trained.sides):
+        was, now = (
+            f"{sides[1]}x{sides[0]} pixels of {len(classes)} classes"
+            for classes, sides in ((trained.classes, trained.sides), (data.classes, data.sides))
+        )
+        differing = sorted(set(trained.classes) ^ set(data.classes))
         raise UserError(
-            f"{options.dir} was trained on other data: {_kind(trained.classes, trained.sides)}; now there are "
-            f"{_kind(data.classes, data.sides)}; train anew"
+            f"{options.dir} was trained on images of {was}, and its data has {now} now"
+            + (f", which differ in {some(differing)}" if differing else "")
         )
     accuracy, loss = evaluate(trained.network, data.test_images, data.test_labels, trained.device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
@@ -369,10 +375,6 @@ def _evaluate(options: EvalOptions) -> None:
         print(json.dumps(result))
     else:
         print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(data.test_labels)} images, loss {loss:.4f}")
-
-
-def _kind(classes: Sequence[str], sides: tuple[int, int]) -> str:
-    return f"images of {sides[1]}x{sides[0]} of the classes {', '.join(classes)}"
 
 
 def _predict(options: PredictOptions) -> None:
@@ -391,7 +393,8 @@ def _predict(options: PredictOptions) -> None:
     count = 0
     if options.csv:
         count = predict.write_csv(options.csv, trained.classes, iter(found))
-        print(f"{options.csv}: {count} of {len(files)} images")
+        if count:
+            print(f"{options.csv}: {count} of {len(files)} images")
     else:
         for path, values in found:
             count += 1
