@@ -12,14 +12,15 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ import torch
 from bench import records
 from bench.images import crops, noise, photographs
 from bench.process import output
-from bench.timing import bench_device, measure
+from bench.timing import bench_device
 from engine.errors import UserError
 from pipelines import cache
 from pipelines.decode import BATCH, decoded_and_resized
@@ -42,6 +43,9 @@ SIDE = 96
 NO_IMAGES = 200  # next to none, to train in a process whose memory the images do not count in
 _LABELED = 5000
 _CHUNK = 1000  # images written at a time
+
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -99,6 +103,22 @@ def main(options: DataOptions) -> None:
         records.append(options.out, records.record("data", device, part=part, **row))
 
 
+def in_turns(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
+    """Calls each function once a round, in every second round backwards, so that none is always the last.
+
+    Returns:
+        For each round what every function has returned.
+    """
+    order = list(functions)
+    return [{name: functions[name]() for name in order[:: -1 if number % 2 else 1]} for number in range(rounds)]
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    begin = time.perf_counter()
+    function(*arguments, **options)
+    return time.perf_counter() - begin
+
+
 def write_cache(folder: Path, images: int, side: int) -> Path:
     """Writes a cache of noise, with ten classes, so many training images and 100 test images, and returns it."""
     with cache.writing(folder) as temporary:
@@ -139,34 +159,27 @@ def _preparing(options: DataOptions, folder: Path, device: torch.device) -> dict
     root, decoder = folder / "photographs", "gpu" if device.type == "cuda" else "cpu"
     files = write_photographs(root, options.files)
     threads = options.threads or len(os.sched_getaffinity(0))
+    deque(dali_alone(files[:BATCH], threads, decoder), maxlen=0)  # imports DALI
+    functions = {
+        "prepare": lambda: _seconds(prepare, root, SIDE, threads=threads, device=decoder, again=True),
+        "dali": lambda: _seconds(deque, dali_alone(files, threads, decoder), maxlen=0),
+    }
     with _data_dir(folder / "data"):
-        times = measure(
-            {
-                "prepare": lambda: prepare(root, SIDE, threads=threads, device=decoder, again=True),
-                "dali": lambda: deque(dali_alone(files, threads, decoder), maxlen=0),
-            },
-            torch.device("cpu"),  # both end with images on the host
-            repeats=options.rounds,
-            warm_up=1,
-        )
+        rounds = in_turns(functions, options.rounds)
     decoded = math.ceil(len(files) / BATCH) * BATCH  # by DALI alone, which fills its last batch
-    rates = {"prepare": len(files) / times["prepare"].seconds, "dali": decoded / times["dali"].seconds}
-    ratio = rates["prepare"] / rates["dali"]
+    row: dict[str, Any] = {
+        "images": len(files), "side": SIDE, "decoder": decoder, "threads": threads, "rounds": options.rounds,
+        "prepare_images_per_second": len(files) / median(taken["prepare"] for taken in rounds),
+        "dali_images_per_second": decoded / median(taken["dali"] for taken in rounds),
+    }  # fmt: skip
+    ratios = [len(files) / taken["prepare"] * taken["dali"] / decoded for taken in rounds]
+    row |= {"prepare_ratio": median(ratios), "least_prepare_ratio": min(ratios), "most_prepare_ratio": max(ratios)}
     print(
         f"preparing {len(files):,} JPEGs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]} to {SIDE}x{SIDE}: "
-        f"{rates['prepare']:.0f} images/s, DALI alone {rates['dali']:.0f}; ratio {ratio:.2f}, wanted: at least "
-        f"{LEAST_PREPARE_RATIO}"
+        f"{row['prepare_images_per_second']:.0f} images/s, DALI alone {row['dali_images_per_second']:.0f}; ratio "
+        f"{row['prepare_ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}), wanted: at least {LEAST_PREPARE_RATIO}"
     )
-    return {
-        "images": len(files), "side": SIDE, "decoder": decoder, "threads": threads, "rounds": options.rounds,
-        "prepare_images_per_second": rates["prepare"],
-        "prepare_images_per_second_low": len(files) / times["prepare"].high,
-        "prepare_images_per_second_high": len(files) / times["prepare"].low,
-        "dali_images_per_second": rates["dali"],
-        "dali_images_per_second_low": decoded / times["dali"].high,
-        "dali_images_per_second_high": decoded / times["dali"].low,
-        "prepare_ratio": ratio,
-    }  # fmt: skip
+    return row
 
 
 def write_photographs(root: Path, count: int) -> list[Path]:
@@ -253,10 +266,8 @@ def train_apart(folder: Path, images: int, steps: int, views: str) -> dict[str, 
 
 def _training(options: DataOptions, folder: Path, device: torch.device) -> dict[str, Any]:
     sizes = NO_IMAGES, options.few_images, options.images
-    rounds: list[dict[int, dict[str, float]]] = []
-    for number in range(options.rounds):
-        order = sizes[:: -1 if number % 2 else 1]  # none of them is always the last
-        rounds.append({images: train_apart(folder, images, options.steps, options.views) for images in order})
+    functions = {images: partial(train_apart, folder, images, options.steps, options.views) for images in sizes}
+    rounds = in_turns(functions, options.rounds)
     none, few, many = (
         {figure: median(taken[images][figure] for taken in rounds) for figure in rounds[0][images]} for images in sizes
     )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bench import data, records, report
-from bench.data import DataOptions, dali_alone, write_cache, write_photographs
+from bench.data import DataOptions, dali_alone, in_turns, write_cache, write_photographs
 from bench.images import crops, photographs
 from engine.errors import UserError
 from pipelines import cache
@@ -37,6 +37,13 @@ def test_a_row_for_each_part(tmp_path, monkeypatch, capsys):
     assert not list(folder.iterdir()) and os.environ["REMIXMATCH_DATA"] == "as it was"
     lines = report.table("data", [opening, preparing, training]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| opening", "| preparing", "| training"]
+
+
+def test_turns_are_taken_forwards_and_backwards():
+    called = []
+    functions = {name: lambda name=name: called.append(name) or len(called) for name in "abc"}
+    rounds = in_turns(functions, 3)
+    assert "".join(called) == "abccbaabc" and rounds[1] == {"c": 4, "b": 5, "a": 6}
 
 
 def test_a_cache_of_noise(tmp_path):
