@@ -51,6 +51,7 @@ setup(
             "onnx>=1.17",
             "onnxscript>=0.5",
             "onnxruntime>=1.20",
+            "scikit-image>=0.25",  # for its photographs
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",

@@ -28,6 +28,7 @@ BENCHES = {
     "scaling": ("ScalingOptions", "steps on 1, 2, ... GPUs or processes, weak and strong, and a model of many"),
     "start": ("StartOptions", "from the command to the first trained step, by part"),
     "restart": ("RestartOptions", "from SIGKILL of a rank to the next step of its group, by part"),
+    "data": ("DataOptions", "opening a cache, preparing a folder beside DALI alone, training on many images"),
     "report": ("ReportOptions", "tables and charts of the measured rows"),
 }
 

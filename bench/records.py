@@ -37,6 +37,7 @@ KEYS = {
     "restart": ("preset", "ranks"),
     "kernels": ("kernel", "size", "provider"),
     "pipelines": ("backend", "rows", "side"),
+    "data": ("part", "images", "few_images", "side", "views", "decoder"),
 }
 
 

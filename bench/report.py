@@ -180,6 +180,20 @@ COLUMNS = {
         "times PIL": "{ratio_to_pil:.2f}",
         "share of copy": "{share_of_copy:.2%}",
     },
+    "data": {
+        "part": "{part}",
+        "images": "{images:,}",
+        "side": "{side}",
+        "open, s": "{open_seconds:.4f}",
+        "prepare, images/s": "{prepare_images_per_second:,.0f}",
+        "DALI alone, images/s": "{dali_images_per_second:,.0f}",
+        "prepare / DALI alone": "{prepare_ratio:.2f}",
+        "views": "{views}",
+        "step, ms": "{step_ms:.1f}",
+        "with fewer images, ms": "{few_step_ms:.1f} ({few_images:,})",
+        "step / with fewer": "{step_ratio:.2f}",
+        "memory for the data, MiB": "{data_memory_mib:.0f}",
+    },
 }
 BENCHES = ("digits", *COLUMNS)
 

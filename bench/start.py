@@ -6,9 +6,6 @@ ends with its first step; beside it `--help`, which waits for nothing but the op
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from bench import records
+from bench.process import output
 from bench.start_process import PARTS
 from bench.timing import bench_device
 
@@ -61,20 +59,10 @@ def start(preset: str) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         begin = time.time()
         cpu, *ends = map(
-            float, _output("bench.start_process", "train", preset, "--out", f"{folder}/run", "--quiet").split()
+            float, output("bench.start_process", "train", preset, "--out", f"{folder}/run", "--quiet").split()
         )
     parts = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
     asked = time.time()
-    _output("engine", "train", preset, "--help")
+    output("engine", "train", preset, "--help")
     times = {"start": ends[-1] - begin, "cpu": cpu, "help": time.time() - asked}
     return dict(zip(PARTS, parts, strict=True)) | times
-
-
-def _output(*command: str) -> str:
-    """What a module prints that is run with these arguments."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr}")
-    return done.stdout

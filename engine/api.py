@@ -102,8 +102,9 @@ def train(
     if data is not None:
         config = dataclasses.replace(config, dataset=configuration.folder_name(data))
     configuration.validate(config)
-    config = configuration.resolve(config, configuration.open_data(config.dataset))
-    configuration.check_data(config)
+    opened = configuration.open_data(config.dataset)
+    config = configuration.resolve(config, opened)
+    configuration.check_data(config, opened)
     folder = Path(out) if out is not None else default_folder(config, resume)
     check_folder(config, folder, resume)
 
@@ -120,5 +121,5 @@ def load(folder: str | Path) -> Model:
     """
     from engine import run
 
-    _, data, network, device = run.load_ema_model(Path(folder))
-    return Model(data.classes, data.sides[0], network, device)
+    trained = run.load_ema_model(Path(folder))
+    return Model(trained.classes, trained.sides[0], trained.network, trained.device)

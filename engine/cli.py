@@ -6,6 +6,7 @@ A mistake of the user's is one line on stderr and exit code 2, without a traceba
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -140,6 +141,8 @@ class EvalOptions:
     """The run's folder."""
     json: bool = False
     """Print a JSON object."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
 
 
 @dataclass
@@ -184,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     without a word, where whoever reads its output has gone.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have letters that it has not
     try:
         try:
             _dispatch(argv)
@@ -339,19 +344,32 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
     if options.data.class_prior:
         prior = configuration.read_prior(options.data.class_prior, data.classes)
         config = dataclasses.replace(config, class_distribution=prior)
+    configuration.check_data(config, data)
+    check_folder(config, folder, resume)
     if options.config.network == "auto" and not options.output.quiet:
         _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")
-    configuration.check_data(config)
-    check_folder(config, folder, resume)
     return options.with_config(config)
 
 
 def _evaluate(options: EvalOptions) -> None:
     from engine import run
     from engine.evaluation import evaluate
+    from pipelines.folder import some
 
-    config, data, network, device = run.load_ema_model(options.dir, _warn)
-    accuracy, loss = evaluate(network, data.test_images, data.test_labels, device)
+    set_data_dir(options.data_dir)
+    trained = run.load_ema_model(options.dir, _warn)
+    config, data = trained.config, configuration.open_data(trained.config.dataset)
+    if (data.classes, data.sides) != (trained.classes, trained.sides):
+        was, now = (
+            f"{sides[1]}x{sides[0]} pixels of {len(classes)} classes"
+            for classes, sides in ((trained.classes, trained.sides), (data.classes, data.sides))
+        )
+        differing = sorted(set(trained.classes) ^ set(data.classes))
+        raise UserError(
+            f"{options.dir} was trained on images of {was}, and its data has {now} now"
+            + (f", which differ in {some(differing)}" if differing else "")
+        )
+    accuracy, loss = evaluate(trained.network, data.test_images, data.test_labels, trained.device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:
         print(json.dumps(result))
@@ -365,8 +383,8 @@ def _predict(options: PredictOptions) -> None:
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, got {options.batch}")
     files, many = predict.find_images(options.images)
-    _, data, network, device = run.load_ema_model(options.dir, _warn)
-    side = data.sides[0]
+    trained = run.load_ema_model(options.dir, _warn)
+    network, device, side = trained.network, trained.device, trained.sides[0]
     if not many:  # each of them was named, and is expected to be one
         images = np.stack([predict.read_image(path, side, _warn) for path in files])
         found = zip(files, predict.probabilities(network, images, device), strict=True)
@@ -374,12 +392,13 @@ def _predict(options: PredictOptions) -> None:
         found = predict.classify(network, files, side, device, options.batch, _warn)  # type: ignore[assignment]
     count = 0
     if options.csv:
-        count = predict.write_csv(options.csv, data.classes, iter(found))
-        print(f"{options.csv}: {count} of {len(files)} images")
+        count = predict.write_csv(options.csv, trained.classes, iter(found))
+        if count:
+            print(f"{options.csv}: {count} of {len(files)} images")
     else:
         for path, values in found:
             count += 1
-            _print_prediction(path, dict(zip(data.classes, map(float, values), strict=True)), options.json)
+            _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
     if many and count < len(files):
         _warn(f"{len(files) - count} of {len(files)} files cannot be read")
     if not count:
@@ -398,10 +417,11 @@ def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> Non
 def _export(options: ExportOptions) -> None:
     from engine import export, run
 
-    config, data, network, _ = run.load_ema_model(options.dir, _warn)
+    trained = run.load_ema_model(options.dir, _warn)
     path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
-    export.export(network.cpu().float(), config, data.classes, data.sides, options.to, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(data.classes)} classes, images of {data.sides}")
+    network = trained.network.cpu().float()
+    export.export(network, trained.config, trained.classes, trained.sides, options.to, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {trained.sides}")
 
 
 def _warn(text: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -346,6 +347,8 @@ def open_data(name: str) -> DataSet:
         return DATASETS[name]()
     except DataError as error:
         raise UserError(str(error)) from None
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
@@ -358,24 +361,28 @@ def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--class-prior {path} cannot be read ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
         raise UserError(f"--class-prior {path} must be a JSON object of class names and numbers")
     if found.keys() != set(classes):
         differing = sorted(found.keys() ^ set(classes))
         raise UserError(f"--class-prior {path} must have the classes of the data; it differs in {', '.join(differing)}")
     total = sum(found.values())
-    if not (min(found.values()) >= 0 and total > 0):
-        raise UserError(f"--class-prior {path} must have numbers of at least 0 that are not all 0")
+    if not (min(found.values()) >= 0 and 0 < total < math.inf):
+        raise UserError(f"--class-prior {path} must have finite numbers of at least 0 that are not all 0")
     return tuple(found[name] / total for name in classes)
 
 
-def check_data(config: Config) -> tuple[DataSet, np.ndarray]:
+def check_data(config: Config, data: DataSet | None = None) -> tuple[DataSet, np.ndarray]:
     """A configuration's data set, and the training images that keep their label: see `pipelines.splits`.
+
+    Args:
+        config: of a run.
+        data: its data set, where that is open already.
 
     Raises:
         UserError: the configuration asks for what the data set does not have.
     """
-    data = open_data(config.dataset)
+    data = data or open_data(config.dataset)
     try:
         split = RULES[config.split](data, config.labels, config.seed)
     except ValueError as error:

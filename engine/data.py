@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ SUBCOMMANDS = {
 }
 _SHOWN = 20  # rows of a long list
 _GRID = 10  # images of a class in a picture
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # one of them is there where a GPU can be used
 
 
 @dataclass
@@ -53,7 +55,7 @@ class PrepareOptions(_Where):
     download: bool = True
     """Whether missing files may be downloaded."""
     again: bool = False
-    """Prepare it anew."""
+    """Prepare it anew, whatever is there."""
 
 
 @dataclass
@@ -132,6 +134,8 @@ def main(argv: Sequence[str]) -> None:
         run(options)
     except cache.DataError as error:
         raise UserError(str(error)) from None
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def data_name(given: str) -> str:
@@ -143,19 +147,27 @@ def data_name(given: str) -> str:
 
 @contextmanager
 def _progress():
-    """A bar for each thing that is done."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """A bar for each thing that is done, from when there is something to show: none stands above a mistake."""
+    bars: Any = None
+    tasks: dict[str, Any] = {}
 
-    with Progress(console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+    def update(what: str, done: int, whole: int) -> None:
+        nonlocal bars
+        if bars is None:
+            from rich.console import Console
+            from rich.progress import Progress
 
-        def update(what: str, done: int, whole: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=whole or None)
-            bars.update(tasks[what], completed=done, total=whole or None)
+            bars = Progress(console=Console(stderr=True))
+            bars.start()
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=whole or None)
+        bars.update(tasks[what], completed=done, total=whole or None)
 
+    try:
         yield update
+    finally:
+        if bars is not None:
+            bars.stop()
 
 
 def _prepare(options: PrepareOptions) -> None:
@@ -182,14 +194,14 @@ def _prepare(options: PrepareOptions) -> None:
 
 
 def _prepare_folder(root: Path, options: PrepareOptions) -> None:
-    from pipelines.folder import prepare
+    from pipelines.folder import prepare, some
 
     if not root.exists():
         raise UserError(f"{options.name} is neither a data set ({', '.join(DATASETS)}) nor a folder")
     if not 8 <= options.size <= 1024:
         raise UserError(f"--size must be from 8 to 1024 pixels, got {options.size}")
     with _progress() as update:
-        made = prepare(root, options.size, update, device=_decoder(options.decoder))
+        made = prepare(root, options.size, update, device=_decoder(options.decoder), again=options.again)
     for file, why in made.unreadable[:_SHOWN]:
         _warn(f"{file} is left out: {why}")
     if made.unreadable:
@@ -198,15 +210,21 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
         _warn(f"{one} and {other} are the same image, in training and in test")
     if made.twins:
         _warn(f"{len(made.twins)} images are in training and in test")
+    if made.strays:
+        _warn(
+            f"{len(made.strays)} image files are left out, since they are neither in train/CLASS/ nor in test/CLASS/ "
+            f"nor in unlabeled/: {some(made.strays)}"
+        )
     if made.listing.held_out:
-        print(f"{made.listing.held_out} labeled images are held out as the test part: there is no test folder")
+        print(f"{made.listing.held_out} labeled images are held out as the test part: there is none")
     print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
-    print(f"train on it: remixmatch train folder --data {options.name}")
+    where = f" --data-dir {shlex.quote(str(options.data_dir))}" if options.data_dir else ""
+    print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}{where}")
 
 
 def _decoder(wanted: str) -> str:
-    if wanted == "cpu":
-        return wanted
+    if wanted == "cpu" or (wanted == "auto" and not any(map(Path.exists, _DRIVERS))):
+        return "cpu"  # without importing torch, which takes a second
     from torch import cuda
 
     if wanted == "gpu" and not cuda.is_available():
@@ -231,9 +249,11 @@ def _list(options: ListOptions) -> None:
             print(f"{name:18} {error}")
     folders = cache.data_dir() / "folders"
     for path in sorted(folders.iterdir()) if folders.is_dir() else ():
+        if path.name.startswith("."):  # a lock, or what is not finished
+            continue
         try:
-            found = cache.describe(path, "")
-            print(f"{found['name'].removeprefix(FOLDER)}: {_sizes(cache.open_cache(path, ''))}")
+            data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size SIZE"))
+            print(f"{data.name.removeprefix(FOLDER)}: {_sizes(data)}")
         except cache.DataError as error:
             print(error)
 
@@ -242,11 +262,12 @@ def _info(options: InfoOptions) -> None:
     name = data_name(options.name)
     data = open_data(name)
     if options.verify and name not in ("digits",):
-        from pipelines.folder import cache_of
+        from pipelines.folder import cache_of, prepare_command
 
-        root = name.removeprefix(FOLDER)
-        where = cache_of(Path(root)) if name.startswith(FOLDER) else cache.data_dir() / name
-        cache.verify(where, f"remixmatch data prepare {root} --again")
+        root = Path(name.removeprefix(FOLDER))
+        where = cache_of(root) if name.startswith(FOLDER) else cache.data_dir() / name
+        again = prepare_command(root, data.sides[0]) if name.startswith(FOLDER) else cache.prepare_command(name)
+        cache.verify(where, f"{again} --again")
         print(f"{where} is as it was written")
     print(_sizes(data))
     print(f"\n{'class':24} {'labeled':>9} {'test':>9}")
@@ -281,7 +302,7 @@ def _draw(data: DataSet, path: Path) -> None:
     try:
         Image.fromarray(grid).save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({error})") from None
+        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _rows(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:

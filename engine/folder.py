@@ -93,8 +93,20 @@ def _split_json(config: Config, split: np.ndarray, data: DataSet) -> str:
         "sha256": digest(split),
         "images_sha256": image_digest(data.train_images, split),
         "classes": [data.classes[c] for c in data.train_labels[split]],
+        "class_names": data.classes,
+        "sides": data.sides,
     }
     return json.dumps(content) + "\n"
+
+
+def read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[int, int]] | None:
+    """A run's class names, and (H, W) of its images; None where an earlier version has not written them."""
+    try:
+        found = json.loads((folder / "split.json").read_text(encoding="utf-8"))
+        height, width = found["sides"]
+        return tuple(found["class_names"]), (height, width)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

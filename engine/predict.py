@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from engine.errors import UserError
 from engine.evaluation import class_logits
 from engine.network import Classifier
-from pipelines.decode import SUFFIXES, DecodeError, resized, rgb
+from pipelines.decode import DecodeError, image_files, resized, rgb
 
 
 def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray:
@@ -50,15 +49,14 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
     """Files that were named, and all image files below folders that were, sorted; and whether there was a folder.
 
     Raises:
-        UserError: there is no image file.
+        UserError: there is no image file, or a folder cannot be read.
     """
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-        found += sorted(file for file in inside if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+        try:
+            found += [path / name for name in image_files(path)] if path.is_dir() else [path]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     if not found:
         raise UserError(
             f"no image file in {', '.join(map(str, paths))}" if paths else "predict needs at least one image"
@@ -99,19 +97,23 @@ def probabilities(network: Classifier, images: np.ndarray, device: torch.device)
 def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]]) -> int:
     """Writes a line for each file: its name, the class, and a probability for each class. Returns how many.
 
+    Without any, nothing is written.
+
     Raises:
         UserError: the file cannot be written; a former one of that name is then left as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     count = 0
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        # names of files need not be text: their bytes are written as they are
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             table = csv.writer(file)
             table.writerow(["file", "class", *classes])
             for name, values in rows:
                 table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
                 count += 1
-        partial.replace(path)
+        if count:
+            partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:

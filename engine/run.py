@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from engine import checkpoint, distributed
 from engine.config import Config, changed_fields, check_data, load_config, open_data, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
-from engine.folder import check_folder, describe, write_text
+from engine.folder import check_folder, describe, read_classes, write_text
 from engine.network import Classifier
 from engine.presets import PRESETS, PUBLISHED
 from engine.progress import ProgressLine, read_metrics
@@ -165,8 +166,27 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     draw_views(trainer.feed, trainer.step, folder / "views.png")
 
 
-def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config, DataSet, Classifier, torch.device]:
-    """The EMA model of a run's newest good checkpoint, in evaluation mode, with its data set.
+@dataclass(frozen=True)
+class Trained:
+    """What a run has trained; its data need not be there any more.
+
+    Attributes:
+        config: of the run.
+        classes: names.
+        sides: (H, W) of the images.
+        network: the EMA model, in evaluation mode.
+        device: where it is.
+    """
+
+    config: Config
+    classes: tuple[str, ...]
+    sides: tuple[int, int]
+    network: Classifier
+    device: torch.device
+
+
+def load_ema_model(folder: Path, warn: Any = lambda text: None) -> Trained:
+    """The EMA model of a run's newest good checkpoint.
 
     Raises:
         UserError: the folder holds no run, or no good checkpoint.
@@ -175,9 +195,13 @@ def load_ema_model(folder: Path, warn: Any = lambda text: None) -> tuple[Config,
     found = checkpoint.load_newest(folder / CHECKPOINTS, warn)
     if found is None:
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
-    data = open_data(config.dataset)
+    described = read_classes(folder)
+    if described is None:
+        data = open_data(config.dataset)
+        described = data.classes, data.sides
+    classes, sides = described
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
-    network = make_network(config, len(data.classes), device, data.sides, trained=True).eval()
+    network = make_network(config, len(classes), device, sides, trained=True).eval()
     network.load_state_dict(found.content["state"]["ema_model"])
-    return config, data, network, device
+    return Trained(config, classes, sides, network, device)

@@ -11,7 +11,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipelines.datasets import DataSet
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
+_flag = ""  # of the command line, with which this process was told where caches lie
 
 
 class DataError(ValueError):
@@ -38,8 +41,20 @@ def data_dir() -> Path:
 
 def set_data_dir(folder: Path | None) -> None:
     """Has this process, and those that it starts, look for caches there; None leaves all as it is."""
+    global _flag
+    _flag = f" --data-dir {shlex.quote(str(folder))}" if folder else ""
     if folder:
         os.environ["REMIXMATCH_DATA"] = str(folder.resolve())
+
+
+def prepare_command(what: str, flags: str = "") -> str:
+    """The command line that prepares a data set or a folder, for a message.
+
+    Args:
+        what: its name, or the folder.
+        flags: besides the place of caches where this process was given one.
+    """
+    return f"remixmatch data prepare {shlex.quote(what)}{flags}{_flag}"
 
 
 @contextlib.contextmanager
@@ -203,6 +218,18 @@ def open_cache(folder: Path, again: str) -> DataSet:
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
+
+
+def unmap(images: np.ndarray) -> None:
+    """Takes what was read of a memory map out of the process's memory; it is mapped again when it is read again.
+
+    The system's own cache keeps it as long as there is room. Nothing happens to an array that is not mapped.
+    """
+    base: Any = images
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def verify(folder: Path, again: str) -> None:

@@ -100,7 +100,7 @@ def prepared(name: str) -> DataSet:
     """
     from pipelines import cache
 
-    return cache.open_cache(cache.data_dir() / name, f"remixmatch data prepare {name}")
+    return cache.open_cache(cache.data_dir() / name, cache.prepare_command(name))
 
 
 PREPARED = ("cifar10", "cifar100", "svhn", "svhn-extra", "stl10", "fashion-mnist", "fashion-mnist-16")

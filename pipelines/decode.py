@@ -17,14 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-_BATCH = 64
+BATCH = 64  # images that DALI decodes together
 
 
 class DecodeError(ValueError):
     """A file that holds no image that can be read."""
+
+
+def image_files(folder: Path) -> list[str]:
+    """Names, from the folder on, of all files below it that have an image's suffix, sorted; hidden ones are left out.
+
+    Raises:
+        OSError: it, or a folder in it, cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for path, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(path, folder)
+        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.normpath(os.path.join(inside, name)) for name in images]
+    return sorted(found)
 
 
 def rgb(content: bytes) -> tuple[Image.Image, str]:
@@ -44,8 +63,10 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
             mode = opened.mode
             image = ImageOps.exif_transpose(opened)
             image.load()
+    except UnidentifiedImageError:
+        raise DecodeError("it is of no known format") from None
     except Exception as error:  # a damaged file fails in as many ways as there are formats
-        text = str(error).replace(repr(BytesIO), "").splitlines() or [""]
+        text = str(error).splitlines() or [""]
         raise DecodeError(text[0][:100] or type(error).__name__) from None
     changed = ""
     if image.mode.startswith(("I", "F")):
@@ -87,7 +108,7 @@ def decode(
     threads = threads or len(os.sched_getaffinity(0))
     jpegs = _Jpegs(size, threads, device)
     with ThreadPoolExecutor(threads) as pool:
-        batches = [range(first, min(first + _BATCH, len(files))) for first in range(0, len(files), _BATCH)]
+        batches = [range(first, min(first + BATCH, len(files))) for first in range(0, len(files), BATCH)]
         read = [pool.submit(_read, files, batches[0])] if batches else []
         for number, batch in enumerate(batches):
             contents = read.pop().result()
@@ -134,6 +155,31 @@ def _plain_jpeg(content: bytes) -> bool:
     return False
 
 
+def decoded_and_resized(files: Any, size: int, device: str) -> Any:
+    """DALI's nodes from JPEGs to images of one size; for the body of a pipeline.
+
+    Args:
+        files: the node of their bytes, one JPEG a sample.
+        size: side of the images, in pixels.
+        device: "cpu" or "gpu".
+
+    Returns:
+        The node of the images, (size, size, 3) uint8.
+    """
+    from nvidia.dali import fn, types
+
+    images = fn.decoders.image(files, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
+    images = fn.resize(
+        images,
+        size=[size, size],
+        mode="not_smaller",
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+        subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
+    )
+    return fn.crop(images, crop=(size, size), crop_pos_x=0.5, crop_pos_y=0.5)
+
+
 class _Jpegs:
     """Decodes, turns and resizes batches of JPEGs by DALI.
 
@@ -165,19 +211,10 @@ class _Jpegs:
 
         device_id = 0 if self._gpu else None
 
-        @pipeline_def(batch_size=_BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
+        @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
         def graph() -> Any:
             files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(files, device="mixed" if self._gpu else "cpu", output_type=types.RGB)
-            images = fn.resize(
-                images,
-                size=[self._size, self._size],
-                mode="not_smaller",
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-                subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
-            )
-            return fn.crop(images, crop=(self._size, self._size), crop_pos_x=0.5, crop_pos_y=0.5)
+            return decoded_and_resized(files, self._size, "gpu" if self._gpu else "cpu")
 
         pipeline = graph()
         pipeline.build()

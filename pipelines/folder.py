@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ import numpy as np
 from pipelines import cache
 from pipelines.cache import DataError
 from pipelines.datasets import DataSet
-from pipelines.decode import SUFFIXES, decode
+from pipelines.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 
 _HELD_OUT = 5  # of so many labeled images of a class one is held out
 _STREAM = 101  # apart from those of plans and splits
 _NAMED = 3  # of many files, so many are named
 TABLE = "labels.csv"
+SAVE_SECONDS = 1.0  # of decoding, at least, before what there is of it is saved
 
 Progress = Callable[[str, int, int], None]
 
@@ -59,30 +61,35 @@ class Prepared:
         listing: what it was made from.
         unreadable: files that were left out, and why.
         twins: pairs of a training and a test file with the same image.
+        strays: image files in the folder that are in no part of it.
     """
 
     cache: Path
     listing: Listing
     unreadable: tuple[tuple[str, str], ...]
     twins: tuple[tuple[str, str], ...]
+    strays: tuple[str, ...]
 
 
 def scan(root: Path) -> Listing:
     """Lists a folder.
 
     Raises:
-        DataError: it is not as the module's docstring says.
+        DataError: it is not as the module's docstring says, or cannot be read.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder")
-    train, test = _from_table(root) if (root / TABLE).exists() else _from_folders(root)
+    try:
+        if not root.is_dir():
+            raise DataError(f"{root} is not a folder")
+        train, test = _from_table(root) if (root / TABLE).exists() else _from_folders(root)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
     classes = tuple(sorted({label for _, label in train if label}))
     if len(classes) < 2:
         what = f"one class only, {classes[0]}" if classes else "no labeled image"
         raise DataError(f"{root} has {what}; it takes two classes, as train/CLASS/... or in {TABLE}")
     unknown = sorted({label for _, label in test} - set(classes))
     if unknown:
-        raise DataError(f"{root}: test images of a class that no training image has: {_some(unknown)}")
+        raise DataError(f"{root}: test images of a class that no training image has: {some(unknown)}")
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     known = [(file, numbers[label]) for file, label in train if label]
     tested = [(file, numbers[label]) for file, label in test]
@@ -104,7 +111,8 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
     parts: dict[str, list[tuple[str, str]]] = {}
     for part in ("train", "test"):
         parts[part] = []
-        for folder in sorted(path for path in _entries(root / part) if path.is_dir()):
+        classes = sorted((root / part).iterdir()) if (root / part).is_dir() else []
+        for folder in (path for path in classes if path.is_dir() and not path.name.startswith(".")):
             files = [(file, folder.name) for file in _images(root, folder)]
             if not files:
                 raise DataError(f"{folder} is a class without an image")
@@ -119,7 +127,7 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({error})") from None
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if lines and [word.strip().lower() for word in lines[0][:2]] == ["file", "label"]:
         lines = lines[1:]
     wrong = [number for number, line in enumerate(lines, 1) if len(line) not in (2, 3)]
@@ -128,12 +136,12 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     files = [str(Path(line[0].strip())) for line in lines]
     twice = sorted(file for file, count in Counter(files).items() if count > 1)
     if twice:
-        raise DataError(f"{path} names a file twice: {_some(twice)}")
+        raise DataError(f"{path} names a file twice: {some(twice)}")
     there = set(_images(root, root))
     if missing := sorted(set(files) - there):
-        raise DataError(f"{path} has {len(missing)} entries without an image file: {_some(missing)}")
+        raise DataError(f"{path} has {len(missing)} entries without an image file: {some(missing)}")
     if extra := sorted(there - set(files)):
-        raise DataError(f"{path} has no entry for {len(extra)} files: {_some(extra)}")
+        raise DataError(f"{path} has no entry for {len(extra)} files: {some(extra)}")
     parts: dict[str, list[tuple[str, str]]] = {"": [], "test": []}
     for name, line in sorted(zip(files, lines, strict=True)):
         part = line[2].strip().lower() if len(line) == 3 else ""
@@ -146,23 +154,10 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     return parts[""], parts["test"]
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read ({error.strerror})") from None
-
-
 def _images(root: Path, folder: Path) -> list[str]:
-    """Files below the folder with an image's suffix, sorted; hidden ones left out."""
-    found = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = Path(path).relative_to(root)
-        found += [str(inside / name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
+    """Names of the image files in a folder, from `root` on; none where there is no such folder."""
+    inside = folder.relative_to(root)
+    return [os.path.normpath(inside / name) for name in image_files(folder)] if folder.is_dir() else []
 
 
 def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -176,7 +171,8 @@ def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tupl
     return kept, [known[row] for row in sorted(tested)]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -184,11 +180,12 @@ def _some(names: Sequence[str]) -> str:
 def cache_of(root: Path) -> Path:
     """Where a folder's cache lies."""
     where = root.resolve()
-    return cache.data_dir() / "folders" / f"{where.name}-{hashlib.sha256(str(where).encode()).hexdigest()[:12]}"
+    return cache.data_dir() / "folders" / f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}"
 
 
-def _again(root: Path, size: int | str = "SIZE") -> str:
-    return f"remixmatch data prepare {root} --size {size}"
+def prepare_command(root: Path, size: int | str = "SIZE") -> str:
+    """The command line that prepares a folder, for a message."""
+    return cache.prepare_command(str(root), f" --size {size}")
 
 
 def prepare(
@@ -197,8 +194,11 @@ def prepare(
     progress: Progress = lambda what, done, whole: None,
     threads: int = 0,
     device: str = "cpu",
+    again: bool = False,
 ) -> Prepared:
     """Decodes a folder's images into its cache, going on where an interrupted call has stopped.
+
+    A cache that is there is left as it is if the folder has not changed since.
 
     Args:
         root: the folder.
@@ -206,13 +206,16 @@ def prepare(
         progress: called now and then with what is done, how much of it, of how much.
         threads: 0 for as many as there are cores.
         device: see `pipelines.decode.decode`.
+        again: make the cache anew in any case.
 
     Raises:
         DataError: the folder is not as it should be, hardly an image can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
-    stamps = _stamps(root, listing)
+    stamps, strays = _stamps(root, listing), _strays(root, listing)
     key = hashlib.sha256(json.dumps([cache.FORMAT, size, device, stamps, _plain(listing)]).encode()).hexdigest()
+    if not again and (made := _made_before(folder, listing, key, strays)):
+        return made
 
     def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
         return decode([root / name for name in files], size, threads, device)
@@ -230,7 +233,7 @@ def prepare(
                 if part == "train" and not (labels == c).any():
                     raise DataError(f"no labeled image of class {name} in {root} can be read")
             if not len(labels):
-                raise DataError(f"no {part} image in {root} can be read: {_some([why for _, why in unreadable])}")
+                raise DataError(f"no {part} image in {root} can be read: {some([why for _, why in unreadable])}")
             cache.shorten(temporary, f"{part}_images", len(labels))
             cache.save(temporary, f"{part}_labels", labels)
             images = np.load(temporary / f"{part}_images.npy", mmap_mode="r")
@@ -245,9 +248,24 @@ def prepare(
             "decoder": device,
             "stamps": stamps,
             "held_out": listing.held_out,
+            "key": key,
+            "unreadable": unreadable,
+            "twins": twins,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(folder, listing, tuple(unreadable), tuple(twins))
+    return Prepared(folder, listing, tuple(unreadable), tuple(twins), strays)
+
+
+def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
+    """What an earlier call has made from the same, if it is whole."""
+    try:
+        source = cache.describe(folder, "")["source"]
+    except DataError:
+        return None
+    if source.get("key") != key:
+        return None
+    unreadable, twins = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
+    return Prepared(folder, listing, unreadable, twins, strays)
 
 
 def _plain(listing: Listing) -> list[object]:
@@ -284,7 +302,7 @@ def _decode_part(
     with journal.open("a", encoding="utf-8") as file:
         if start == 0:
             file.write("[0, {}]\n")
-        found = {}
+        found, due = {}, time.monotonic() + SAVE_SECONDS
         for place, image in decoded(files[start:]):
             if isinstance(image, str):
                 found[start + place] = image
@@ -292,22 +310,32 @@ def _decode_part(
                 images[row] = image
                 row += 1
             done = start + place + 1
-            if done % 512 == 0 or done == len(files):
+            if done == len(files) or (done % BATCH == 0 and time.monotonic() >= due):
                 images.flush()  # type: ignore[attr-defined]
                 file.write(json.dumps([done, found]) + "\n")
                 file.flush()
                 bad |= found
-                found = {}
+                found, due = {}, time.monotonic() + SAVE_SECONDS
                 progress(f"{part} images", done, len(files))
     return bad
 
 
+def _strays(root: Path, listing: Listing) -> tuple[str, ...]:
+    """Image files that are in no part of the folder, such as those of a folder whose name is misspelt."""
+    known = {file for file, _ in (*listing.train, *listing.test)}
+    return tuple(name for name in _images(root, root) if name not in known)
+
+
 def _stamps(root: Path, listing: Listing) -> dict[str, str]:
-    """Size and time of change of every file."""
+    """Size and time of change of every file; "" for a link to nowhere, which decoding will tell."""
     stamps = {}
     for file, _ in (*listing.train, *listing.test):
-        found = os.stat(root / file)
-        stamps[file] = f"{found.st_size} {found.st_mtime_ns}"
+        try:
+            found = os.stat(root / file)
+        except OSError:
+            stamps[file] = ""
+        else:
+            stamps[file] = f"{found.st_size} {found.st_mtime_ns}"
     return stamps
 
 
@@ -318,13 +346,15 @@ def open_folder(root: Path) -> DataSet:
         DataError: it has not, or has changed since.
     """
     folder = cache_of(root)
-    found = cache.describe(folder, _again(root))
+    if not root.exists() and not folder.exists():
+        raise DataError(f"{root} is not a folder")
+    found = cache.describe(folder, prepare_command(root))
     size, before = found["source"]["size"], found["source"]["stamps"]
     if root.is_dir():  # without its files, the cache is all that is needed
         changes = list(_changes(before, _stamps(root, scan(root))))
         if changes:
-            raise DataError(f"{root} has changed since it was prepared: {_some(changes)}; {_again(root, size)}")
-    return cache.open_cache(folder, _again(root, size))
+            raise DataError(f"{root} has changed since it was prepared: {some(changes)}; {prepare_command(root, size)}")
+    return cache.open_cache(folder, prepare_command(root, size))
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:

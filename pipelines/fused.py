@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kernels.augment import CODES, MAX_SIDE, augment_views
-from pipelines import ctaugment, geometric, packed
+from pipelines import cache, ctaugment, geometric, packed
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
@@ -87,6 +87,7 @@ class FusedViews(Views):
                 for first in range(0, len(images), _UPLOADED):  # bounds the host's memory
                     part = torch.from_numpy(np.ascontiguousarray(self._images[first : first + _UPLOADED]))
                     self._resident[first : first + _UPLOADED].copy_(part)
+                    cache.unmap(self._images)
         # compiles the kernel, which must not happen while a CUDA graph is captured
         self._begin(self._prepare(plain_views(rows)))
         self._finish()

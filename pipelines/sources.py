@@ -5,6 +5,7 @@ Images keep the order of their source, which the paper's label splits rest on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -203,11 +204,14 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
     from torchvision.datasets.utils import download_url
 
     path = raw / file.place
+    partial = path.with_name(f".{path.name}.partial")  # what is interrupted leaves nothing under the file's own name
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in filter(None, (source, _DEBIAN)):
         there = folder / path.name
         if not path.exists() and there.exists():
-            shutil.copyfile(there, path)
+            _check(there, file)
+            shutil.copyfile(there, partial)
+            partial.replace(path)
     wanted = f"{path.name} (MD5 {file.md5}, {file.urls[0]})"
     if not path.exists():
         if not download:
@@ -215,12 +219,20 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
         progress(f"downloading {path.name}", 0, 0)
         for url in file.urls:
             try:
-                download_url(url, str(path.parent), path.name, file.md5)
+                download_url(url, str(path.parent), partial.name, file.md5)
+                partial.replace(path)
                 break
-            except Exception:  # of the network, or a checksum
-                path.unlink(missing_ok=True)
+            except Exception as error:  # of the network, or a checksum
+                partial.unlink(missing_ok=True)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
         else:
             raise DataError(f"{path.name} cannot be downloaded: put {wanted} into {path.parent}")
+    _check(path, file)
+
+
+def _check(path: Path, file: SourceFile) -> None:
+    """Raises DataError where a file has another checksum."""
     with path.open("rb") as content:
         found = hashlib.file_digest(content, "md5").hexdigest()
     if found not in (file.md5, _DEBIAN_MD5.get(path.name)):

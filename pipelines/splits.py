@@ -73,8 +73,9 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     known = data.train_labels[data.train_labels >= 0]
     counts = np.bincount(known, minlength=classes)
     if each > counts.min():
+        rarest = data.classes[counts.argmin()]
         raise ValueError(
-            f"{labeled} labels need {each} images of every class, but class {counts.argmin()} has {counts.min()}; "
+            f"{labeled} labels need {each} images of every class, but class {rarest} has {counts.min()}; "
             f"at most {counts.min() * classes} labels"
         )
     rng = stream(seed, _STREAM, 1)
@@ -127,7 +128,7 @@ RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
 def _check(data: DataSet, labeled: int) -> None:
     known = int((data.train_labels >= 0).sum())
     if not 1 <= labeled <= known:
-        raise ValueError(f"labels must be from 1 to the {known} that {data.name} has, got {labeled}")
+        raise ValueError(f"labels must be from 1 to the {known} that there are, got {labeled}")
 
 
 def digest(rows: np.ndarray) -> str:

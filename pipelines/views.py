@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import ctaugment
+from pipelines import cache, ctaugment
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
+
+# of larger sets no more than some hundred images stay mapped, each of which can be a huge page of 2 MiB: otherwise the
+# process's memory would seem to grow with the set
+_MAPPED_BYTES, _MAPPED_ROWS = 2**30, 128
 
 
 def plain_views(rows: int) -> ViewPlan:
@@ -85,6 +89,7 @@ class Views(ABC):
         self.prefetch = prefetch
         self._pending = 0
         self._closed = False
+        self._rows_read = 0
 
     @abstractmethod
     def _prepare(self, views: ViewPlan) -> Any:
@@ -123,7 +128,12 @@ class Views(ABC):
         largest = np.abs(views.shift).max()
         if largest > self.max_shift:
             raise ValueError(f"shifts go up to {self.max_shift} pixels here, the plan has {largest}")
-        return self._prepare(views)
+        prepared = self._prepare(views)
+        self._rows_read += self.rows
+        if self._rows_read >= _MAPPED_ROWS and self._images.nbytes > _MAPPED_BYTES:
+            cache.unmap(self._images)
+            self._rows_read = 0
+        return prepared
 
     def submit(self, prepared: Any) -> None:
         """Hands over a batch: what `prepare` made of its plan.

@@ -49,6 +49,7 @@ SHORT = {
     "bench throughput": "--repeats 1 --k 1 --modes eager --steps 1",
     "bench scaling": "--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
     "bench start": "--repeats 1",
+    "bench data": "--parts opening preparing --repeats 1 --rounds 1 --files 8",
     "bench report": "",
 }
 # commands that no flag makes short, and why: they are run as written only, with `--long`

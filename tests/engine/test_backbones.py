@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from engine import run
 from engine.backbones import Backbone
-from engine.config import Config, load_config, validate
+from engine.config import Config, load_config, open_data, validate
 from engine.errors import UserError
 from engine.evaluation import class_logits
 from engine.step import make_network, make_state
@@ -150,6 +150,7 @@ def test_a_run_trains_is_resumed_bit_for_bit_and_classifies(small, tmp_path):
     one, two = (final_state(tmp_path / name)[1]["state"]["ema_model"] for name in ("run", "straight"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert load_config(tmp_path / "run" / "config.json").network == f"timm:{NAME}"
-    _, data, network, device = run.load_ema_model(tmp_path / "run")
-    logits = next(class_logits(network, data.test_images, device, rows=3))[1]
+    trained = run.load_ema_model(tmp_path / "run")
+    images = open_data(config.dataset).test_images
+    logits = next(class_logits(trained.network, images, trained.device, rows=3))[1]
     assert logits.shape == (3, 10) and logits.isfinite().all()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bench.cli import BENCHES
@@ -189,19 +190,27 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
         assert f"--{flag} " in sections[title], flag
 
 
+HEAVY = ("torch", "triton", "nvidia.dali", "sklearn", "tensorboard", "matplotlib", "rich.progress")
+WATCHED = "\n".join([
+    "import sys",
+    "from engine.cli import main",
+    "try:",
+    "    main(sys.argv[1:])",
+    "finally:",
+    f"    print('heavy:', *(name for name in {HEAVY} if name in sys.modules))",
+])  # fmt: skip
+
+
+def watched(*arguments):
+    """A command in a process of its own, which says at its end what of HEAVY it has imported."""
+    command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
 def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
     """Nothing heavy is imported before the options, the data and the folder are known to be good."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(config_json(preset("digits-40")))
-    heavy = ("torch", "triton", "nvidia.dali", "sklearn", "tensorboard", "matplotlib", "rich.progress")
-    script = "\n".join([
-        "import sys",
-        "from engine.cli import main",
-        "try:",
-        "    main(sys.argv[1:])",
-        "finally:",
-        f"    print('heavy:', *(name for name in {heavy} if name in sys.modules))",
-    ])  # fmt: skip
     for arguments in (
         ["--help"],
         ["train", "--help"],
@@ -213,12 +222,32 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         ["train", "digits-40", "--k", "0"],
         ["train", "digits-40", "--labels", "45"],
         ["train", "digits-40", "--out", str(tmp_path / "run")],
+        ["data", "prepare", "--help"],
+        ["data", "prepare", str(tmp_path), "--size", "8"],
+        ["data", "info", "stl10", "--data-dir", str(tmp_path)],
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        done = watched(*arguments)
         assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
         assert done.stdout.splitlines()[-1] == "heavy:", arguments
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is looked for by torch")
+def test_data_commands_need_no_torch(tmp_path):
+    for number in range(6):
+        path = tmp_path / "pets" / ("train", "test")[number // 4] / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    where = ["--data-dir", tmp_path / "data"]
+    for arguments, imported in (
+        (["prepare", tmp_path / "pets", "--size", 8], "rich.progress"),
+        (["prepare", tmp_path / "pets", "--size", 8], ""),
+        (["info", tmp_path / "pets", "--verify", "--png", tmp_path / "grid.png"], ""),
+        (["list"], ""),
+        (["split", "digits", "--labels", 40], ""),
+    ):
+        done = watched("data", *arguments, *where)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"heavy: {imported}".rstrip(), arguments
 
 
 def test_a_closed_pipe_ends_a_command_quietly():

@@ -1,22 +1,37 @@
 """`remixmatch data`, the presets of the paper, and training on a folder from `prepare` to `predict`."""
 
+import csv
 import json
+import os
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from engine import cli
+from bench.images import crops, photographs
+from engine import cli, export
 from engine.config import Config, folder_name, load_config, read_prior, resolve
 from engine.errors import UserError
 from engine.presets import PRESETS, PUBLISHED
 from pipelines import cache, datasets
 from pipelines.datasets import digits
+from pipelines.decode import resized, rgb
+from pipelines.folder import open_folder
 from pipelines.splits import RULES
 
 QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
+# some minutes on a CPU core, with a network and settings like those of digits-40
+LEARNING = [
+    *("--steps", "600", "--batch", "16", "--k", "2", "--width", "16", "--blocks", "1", "--ramp-kimg", "4"),
+    *("--bn-momentum", "0.02", "--ema-decay", "0.99", "--lag", "16", "--view-steps", "4", "--eval-every", "100"),
+    *("--device", "cpu", "--quiet"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +56,26 @@ def fails(capsys, *arguments, code=2):
     with pytest.raises(SystemExit) as ended:
         cli.main([str(a) for a in arguments])
     assert ended.value.code == code
-    return capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("remixmatch: ") and len(told.splitlines()) == 1, told
+    return told
+
+
+def write_crops(root, originals, count, sides, labeled):
+    """Crops of photographs, a class each, as `data prepare` takes them: the first ones labeled, a fifth for testing."""
+    for name, photograph in originals.items():
+        for number, image in enumerate(crops(photograph, count, *sides)):
+            part = f"test/{name}" if number % 10 > 7 else f"train/{name}" if number < labeled else "unlabeled"
+            path = root / part / f"{name} {number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=90)
+    return root
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Crops of two real photographs: classes china and flower, 16 labeled, 24 not, 8 for testing."""
-    root = tmp_path / "photos"
-    chance = np.random.default_rng(0)
-    for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
-        for number in range(24):
-            top, left = chance.integers(0, 427 - 120), chance.integers(0, 640 - 160)
-            part = "train" if number < 8 else "unlabeled" if number < 20 else "test"
-            path = root / part / (name if part != "unlabeled" else "") / f"{name} {number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[top : top + 120, left : left + 160]).save(path, quality=90)
-    return root
+    """Crops of two real photographs: classes china and flower, each with 8 labeled images, 8 others, 4 for testing."""
+    return write_crops(tmp_path / "photos", photographs(), 20, (160, 120), labeled=8)
 
 
 def test_help_and_mistakes(capsys, tmp_path):
@@ -69,6 +88,10 @@ def test_help_and_mistakes(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
     assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+    assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
+    assert "cifar-10-python.tar.gz is missing: put" in fails(capsys, "data", "prepare", "cifar10", "--no-download")
+    told = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
+    assert told == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
     if not torch.cuda.is_available():
         no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
         assert "--decoder gpu: torch sees no GPU here" in no_gpu
@@ -153,21 +176,74 @@ def test_what_depends_on_the_images():
     assert resolve(Config(), digits()) == Config()
 
 
-def test_a_folder_from_prepare_to_predict(capsys, photos, tmp_path):
-    prepared = say(capsys, "data", "prepare", photos, "--size", 16)
-    assert "40 training images, 16 with a label, 8 test images, 2 classes, 16x16" in prepared
-    assert str(photos) in say(capsys, "data", "list")
-    assert "is as it was written" in say(capsys, "data", "info", photos, "--verify")
-    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+def more_photographs():
+    """Those of scikit-learn, and others that come with scikit-image, some of them grey."""
+    folder = Path(find_spec("skimage").origin).parent / "data"
+    files = {
+        "astronaut": "astronaut.png", "Katze": "chelsea.png", "café crème": "coffee.png", "rocket": "rocket.jpg",
+        "retina": "retina.jpg", "motorcycle": "motorcycle_left.png", "brick": "brick.png", "grass": "grass.png",
+    }  # fmt: skip
+    return photographs() | {name: Image.open(folder / file) for name, file in files.items()}
+
+
+def by_export(path, images):
+    """Class probabilities by an exported file: (N, L) float32."""
+    if path.suffix == ".onnx":
+        return onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})[0]
+    if path.suffix == ".safetensors":
+        model, _, _ = export.load_safetensors(path)
+    else:
+        model = torch.export.load(path).module()
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("each", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
+    """Crops of ten photographs: with 200 of each there is enough to learn, with ten all is gone through."""
+    size, flags = ("16", QUICK) if each == 10 else ("32", LEARNING)
+    root = write_crops(tmp_path / "photos", more_photographs(), each, (160, 120), labeled=4)
+    classes = sorted(more_photographs())
+    prepared = say(capsys, "data", "prepare", root, "--size", size)
+    sizes = f"{8 * each} training images, 40 with a label, {2 * each} test images, 10 classes, {size}x{size}"
+    assert sizes in prepared
+    assert str(root) in say(capsys, "data", "list")
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+    told = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
     assert "folder seed 0: test accuracy" in told
     config = load_config(tmp_path / "run" / "config.json")
-    assert config.dataset == folder_name(photos) and config.network == "wide-resnet" and config.max_shift == 2
+    assert (config.dataset, config.network) == (folder_name(root), "wide-resnet") and config.max_shift == int(size) // 8
     split = json.loads((tmp_path / "run" / "split.json").read_text())
-    assert split["labels"] == 16 == len(split["train_rows"]) and set(split["classes"]) == {"china", "flower"}
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 16
+    assert split["labels"] == 40 == len(split["train_rows"]) and sorted(set(split["classes"])) == classes
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 40
+
+    evaluated = json.loads(say(capsys, "eval", "run", "--json"))
+    assert evaluated["images"] == 2 * each
+    if each > 10:
+        assert evaluated["test_accuracy"] > 90
+    say(capsys, "predict", "run", root / "test", "--csv", "out.csv")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["file", "class", *classes] and [row[0] for row in rows] == sorted(map(str, root.glob("test/*/*")))
+    predicted = np.array([row[2:] for row in rows], float)
+    assert [row[1] for row in rows] == [classes[c] for c in predicted.argmax(1)]
+
+    images = np.stack([resized(rgb(Path(row[0]).read_bytes())[0], int(size)) for row in rows])
+    data = open_folder(root)
+    for to in export.SUFFIXES:
+        say(capsys, "export", "run", "--to", to)
+        path = tmp_path / "run" / f"model{export.SUFFIXES[to]}"
+        np.testing.assert_allclose(by_export(path, images), predicted, atol=1e-5, err_msg=to)
+        right = by_export(path, np.asarray(data.test_images)).argmax(1) == data.test_labels
+        assert 100 * right.mean() == pytest.approx(evaluated["test_accuracy"])
+
+
+def test_a_folders_run_goes_on(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "2 images" not in say(capsys, "eval", "run") and "8 images" in say(capsys, "eval", "run")
-    image = photos / "test" / "china" / "china 20.jpg"
+    image = photos / "test" / "china" / "china 8.jpg"
     assert set(json.loads(say(capsys, "predict", "run", image, "--json"))["probabilities"]) == {"china", "flower"}
 
 
@@ -176,7 +252,7 @@ def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
     told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "run was begun with other images" in told and len(told.splitlines()) == 1
+    assert "run was begun with other images" in told
 
 
 def test_a_class_prior(capsys, photos, tmp_path):
@@ -191,6 +267,9 @@ def test_a_class_prior(capsys, photos, tmp_path):
         ('{"flower": 1, "china": 1, "dog": 0}', "differs in dog"),
         ('{"flower": 0, "china": 0}', "not all 0"),
         ('{"flower": "1", "china": 1}', "class names and numbers"),
+        ('{"flower": true, "china": 1}', "class names and numbers"),
+        ('{"flower": Infinity, "china": 1}', "finite numbers"),
+        ('{"flower": NaN, "china": 1}', "finite numbers"),
         ("{", "cannot be read"),
     ]:
         path.write_text(text)
@@ -198,10 +277,134 @@ def test_a_class_prior(capsys, photos, tmp_path):
             read_prior(path, ("china", "flower"))
 
 
-def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir):
-    say(capsys, "data", "prepare", photos, "--size", 16, "--data-dir", tmp_path / "other")
-    assert (tmp_path / "other" / "folders").is_dir() and not data_dir.exists()
-    assert cache.data_dir() == tmp_path / "other"
+def test_what_is_left_out_is_said(capsys, photos):
+    (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
+    (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
+    (photos / "stray.jpg").write_bytes(b"")
+    for flags in ([], ["--again"], []):
+        capsys.readouterr()
+        cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
+        told = capsys.readouterr().err
+        assert "remixmatch: test/china/half.jpg is left out: image file is truncated" in told
+        assert "remixmatch: 1 files cannot be read and were left out\n" in told
+        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, in training and in test" in told
+        assert "remixmatch: 1 image files are left out, since they are neither in train/CLASS/ " in told
+        assert told.rstrip().endswith("nor in unlabeled/: stray.jpg")
+
+
+def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatch):
+    root = photos.rename(tmp_path / "my photos")
+    prepared = say(capsys, "data", "prepare", root, "--size", 16)
+    assert prepared.endswith(f"train on it: remixmatch train folder --data '{root}'\n")
+    assert say(capsys, "data", "list").splitlines()[-1].startswith(f"{root}: 32 training images")
+    (cached,) = (data_dir / "folders").glob("my*")
+    (data_dir / "folders" / ".other.partial").mkdir()
+    os.truncate(cached / "train_images.npy", 1000)
+    again = "prepare it again: remixmatch data prepare FOLDER --size SIZE"
+    assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes instead of 24704; {again}")
+
+    say(capsys, "data", "prepare", root, "--size", 16)
+    content = bytearray((cached / "train_images.npy").read_bytes())
+    content[-1] ^= 1
+    (cached / "train_images.npy").write_bytes(content)
+    told = fails(capsys, "data", "info", root, "--verify")
+    again = f"remixmatch data prepare '{root}' --size 16 --again"
+    assert told.endswith(f"train_images.npy is damaged: its checksum differs; prepare it again: {again}\n")
+    say(capsys, *shlex.split(again)[1:])
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+
+def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "is_dir", refuse)
+        for command in (["data", "list"], ["data", "info", photos], ["train", "folder", "--data", photos]):
+            assert "cannot be read (Permission denied)" in fails(capsys, *command)
+    monkeypatch.setattr(cache.np, "load", refuse)
+    assert "cannot be read ([Errno 13] Permission denied" in fails(capsys, "data", "info", photos)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "timm:resnet5"], "has no such model; did you mean resnet50"),
+        (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
+        (["--split", "paper", "--labels", 17], "--labels: labels must be from 1 to the 16 that there are, got 17"),
+        (["--split", "balanced", "--labels", 18], "18 labels need 9 images of every class, but class china has 8"),
+        (["--max-shift", 16], "--max-shift must be less than the images' 16 pixels, got 16"),
+        (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
+    ],
+)
+def test_what_a_folder_cannot_be_trained_with(capsys, photos, tmp_path, flags, words):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    network = [] if "--network" in flags else ["--width", 8, "--blocks", 1]
+    told = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
+    assert words in told and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    (photos / "unlabeled" / "china 10.jpg").unlink()
+    told = f"photos has changed since it was prepared: unlabeled/china 10.jpg is gone; remixmatch data prepare {photos}"
+    for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
+        assert f"{told} --size 16" in fails(capsys, *command)
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    assert "8 images" in say(capsys, "eval", "run")
+
+
+def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
+    """Whether the folder has changed, was prepared with other classes and another size, or has gone."""
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    image = shutil.copy(photos / "test/china/china 8.jpg", "image.jpg")
+    predict, evaluate = ["predict", "run", image], ["eval", "run"]
+    predicted = say(capsys, *predict)
+
+    shutil.copytree(photos / "train/china", photos / "train/a third")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "data", "prepare", photos, "--size", 24)
+    assert say(capsys, *predict) == predicted
+    told = (
+        "trained on images of 16x16 pixels of 2 classes, and its data has 24x24 pixels of 3 classes now, which differ"
+    )
+    assert f"{told} in a third" in fails(capsys, *evaluate)
+
+    shutil.rmtree(photos)
+    shutil.rmtree(tmp_path / "data")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "export", "run", "--to", "safetensors")
+    assert export.load_safetensors(tmp_path / "run/model.safetensors")[1:] == (("china", "flower"), (16, 16))
+    assert "photos is not a folder" in fails(capsys, *evaluate)
+
+
+def test_class_names_of_a_run_of_an_earlier_version_are_its_datas(capsys, photos, tmp_path):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    del split["class_names"], split["sides"]
+    (tmp_path / "run/split.json").write_text(json.dumps(split))
+    assert "8 images" in say(capsys, "eval", "run")
+    assert "china" in say(capsys, "predict", "run", photos / "test/china/china 8.jpg")
+
+
+def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
+    flag = ["--data-dir", "an other"]
+    monkeypatch.setattr(cache, "_flag", "")  # so that it is put back
+    told = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
+    assert told.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
+    assert (tmp_path / "an other" / "folders").is_dir() and not data_dir.exists()
+    assert cache.data_dir() == tmp_path / "an other"
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK, *flag)
+    monkeypatch.setenv("REMIXMATCH_DATA", str(data_dir))
+    assert "there is no data in" in fails(capsys, "eval", "run")
+    assert "8 images" in say(capsys, "eval", "run", *flag)
+    told = fails(capsys, "data", "info", "cifar10", *flag)
+    assert told.endswith("prepare it: remixmatch data prepare cifar10 --data-dir 'an other'\n")
 
 
 def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):

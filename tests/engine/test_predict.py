@@ -1,7 +1,9 @@
 """Predictions of files and folders, exports loaded again in their own ways, and the Python API."""
 
 import csv
+import io
 import json
+import os
 
 import numpy as np
 import onnxruntime
@@ -39,7 +41,7 @@ def images():
 @pytest.fixture(scope="module")
 def expected(trained, images):
     """Probabilities by the network itself, image by image."""
-    _, _, network, _ = run.load_ema_model(trained)
+    network = run.load_ema_model(trained).network
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         return torch.cat([network(image[None])[0].softmax(-1) for image in pixels]).numpy()
@@ -85,6 +87,39 @@ def test_folders_and_files_together_as_json_lines(trained, folder, expected, cap
     assert list(rows[-1]["probabilities"].values()) == pytest.approx(expected[3].tolist(), abs=1e-5)
 
 
+def test_names_of_any_bytes_and_letters(trained, tmp_path, images, monkeypatch):
+    names = ["a b.png", os.fsdecode(b"\xff.png"), "é 猫.png"]
+    for name in names:
+        Image.fromarray(images[0]).save(tmp_path / name)
+    content = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(content, encoding="ascii"))
+    cli.main(["predict", str(trained), str(tmp_path)])
+    lines = content.getvalue().decode().splitlines()
+    for line, name in zip(lines, [r"a b", r"\xe9 \u732b", r"\udcff"], strict=True):
+        assert line.startswith(f"{tmp_path}/{name}.png: ")
+    cli.main(["predict", str(trained), str(tmp_path), "--csv", str(tmp_path / "out.csv")])
+    rows = (tmp_path / "out.csv").read_bytes().splitlines()[1:]
+    assert {row.split(b",")[0] for row in rows} == {os.fsencode(tmp_path / name) for name in names}
+
+
+def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(trained, tmp_path, images, monkeypatch):
+    for name in ("a.png", ".b.png", ".hidden/c.png", "d/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(images[0]).save(tmp_path / name)
+    found, several = predict.find_images([tmp_path])
+    assert found == [tmp_path / "a.png", tmp_path / "d" / "e.png"] and several
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path) == str(tmp_path / "d"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"d cannot be read \(Permission denied\)"):
+        predict.find_images([tmp_path])
+
+
 def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
@@ -103,6 +138,10 @@ def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main(["predict", str(trained), *map(str, arguments)])
         assert ended.value.code == 2 and words in capsys.readouterr().err
+    (tmp_path / "before.csv").write_text("as it was")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(trained), str(tmp_path / "bad"), "--csv", str(tmp_path / "before.csv")])
+    assert (tmp_path / "before.csv").read_text() == "as it was"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image file in"):
         predict.find_images([tmp_path / "empty"])

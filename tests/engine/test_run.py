@@ -110,7 +110,7 @@ def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_pat
     assert saved["content"]["policy"]["waiting"], "the policy has such a field, too"
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"omega"', '"probe_match"'))
-    _, _, network, _ = run.load_ema_model(folder, pytest.fail)
+    network = run.load_ema_model(folder, pytest.fail).network
     assert_same(dict(network.state_dict()), dict(saved["content"]["state"]["ema_model"]))
     run.train(dataclasses.replace(config, steps=24), folder, resume=True, quiet=True)
     (one, two) = (final_state(path)[1] for path in (folder, undisturbed))

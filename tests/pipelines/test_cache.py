@@ -172,5 +172,7 @@ def test_where_caches_lie(tmp_path, monkeypatch):
     cache.set_data_dir(None)
     assert "REMIXMATCH_DATA" not in os.environ
     monkeypatch.setenv("REMIXMATCH_DATA", "")  # so that it is put back
+    monkeypatch.setattr(cache, "_flag", "")
     cache.set_data_dir(tmp_path)
     assert cache.data_dir() == tmp_path
+    assert cache.prepare_command("a b", " --size 8") == f"remixmatch data prepare 'a b' --size 8 --data-dir {tmp_path}"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipelines import folder
 from pipelines.cache import DataError
+from pipelines.decode import decode
 from pipelines.folder import open_folder, prepare, scan
 from tests.processes import ROOT
 
@@ -50,7 +51,7 @@ def test_labeled_images_come_first_and_classes_are_sorted(pets):
     assert numbers(data.train_images) == [3, 4, 0, 1, 2, 5, 6, 7, 8]
     assert data.train_labels.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert numbers(data.test_images) == [10, 9] and data.test_labels.tolist() == [0, 1]
-    assert made.unreadable == () and made.twins == () and made.listing.held_out == 0
+    assert made.unreadable == () and made.twins == () == made.strays and made.listing.held_out == 0
 
 
 def test_a_table_says_the_same(pets, tmp_path):
@@ -158,9 +159,10 @@ def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
         )
     (root / "unlabeled/0300.png").write_bytes(b"nothing")
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom pipelines.folder import prepare\n"
+        "import os, sys\nfrom pathlib import Path\nfrom pipelines import folder\n"
         "def progress(what, done, whole):\n    if done >= 1024:\n        os.kill(os.getpid(), 9)\n"
-        "prepare(Path(sys.argv[1]), 8, progress)\n"
+        "folder.SAVE_SECONDS = 0\n"
+        "folder.prepare(Path(sys.argv[1]), 8, progress)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, root], cwd=ROOT).returncode == -9
     with pytest.raises(DataError, match="there is no data"):
@@ -185,3 +187,82 @@ def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
     assert sorted(numbers(data.train_images) + tested) == sorted(expected) and len(tested) == 2
     assert numbers(data.train_images)[-5:] == expected[-5:]
     assert np.all(data.train_labels[8:] == -1)
+    gone_on = description(root)
+    prepare(root, 8, again=True)
+    assert description(root) == gone_on, "undisturbed, with all checksums"
+
+
+def description(root):
+    return (folder.cache_of(root) / "cache.json").read_text()
+
+
+def test_a_folder_that_has_not_changed_is_not_decoded_again(pets, monkeypatch):
+    (pets / "unlabeled/8.png").write_bytes(b"nothing")
+    put(pets, "test/dog/again.png", 2)
+    first, written = prepare(pets, 8), description(pets)
+    assert first.unreadable and first.twins
+    made = []
+    monkeypatch.setattr(folder, "decode", lambda files, *others: made.append(files) or decode(files, *others))
+    assert prepare(pets, 8) == first and made == [] and description(pets) == written
+    assert prepare(pets, 8, again=True) == first and len(made) == 2
+    (folder.cache_of(pets) / "train_labels.npy").unlink()
+    assert prepare(pets, 8) == first and len(made) == 4, "its cache is damaged"
+    prepare(pets, 9)
+    assert len(made) == 6 and open_folder(pets).sides == (9, 9)
+
+
+def test_links_to_nowhere_are_left_out(pets):
+    (pets / "unlabeled/link.png").symlink_to(pets / "no.png")
+    assert prepare(pets, 8).unreadable == (("unlabeled/link.png", "No such file or directory"),)
+    assert len(open_folder(pets).train_images) == 9
+
+
+def test_images_in_no_part_of_the_folder_are_named(pets):
+    put(pets, "unlabelled/1.png", 60)
+    put(pets, "train/x.png", 61)
+    strays = ("train/x.png", "unlabelled/1.png")
+    assert prepare(pets, 8).strays == prepare(pets, 8).strays == strays
+    assert len(open_folder(pets).train_images) == 9
+
+
+def test_hidden_folders_are_not_looked_at(pets):
+    put(pets, "train/.hidden/x.png", 50)
+    put(pets, "train/cat/.hidden/x.png", 51)
+    assert scan(pets).classes == ("cat", "dog") and len(scan(pets).train) == 9
+
+
+@pytest.mark.parametrize("part", ["unlabeled", "train", "train/cat", "train/cat/nested 3"])
+def test_a_part_that_cannot_be_read_is_not_passed_over(pets, monkeypatch, part):
+    def refusing(function):
+        def read(path="."):
+            if os.fspath(path) == str(pets / part):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            return function(path)
+
+        return read
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(DataError, match=rf"pets/{part} cannot be read \(Permission denied\)"):
+        scan(pets)
+
+
+def test_names_of_any_bytes_and_letters(tmp_path, data_dir):
+    root = tmp_path / os.fsdecode(b"p\xff ts")
+    for number, name in enumerate(("a b/1.png", "a b/2.png", "é 猫/3.png", os.fsdecode(b"\xe9/4.png"))):
+        put(root, f"train/{name}", number)
+        put(root, f"test/{name}", number + 10)
+    (root / "train/a b" / os.fsdecode(b"\xfc.png")).write_bytes(b"nothing")
+    made = prepare(root, 8)
+    assert made.unreadable[0][0] == os.fsdecode(b"train/a b/\xfc.png") and prepare(root, 8) == made
+    data = open_folder(root)
+    assert data.classes == ("a b", "é 猫", os.fsdecode(b"\xe9")) and numbers(data.train_images) == [0, 1, 2, 3]
+
+
+def test_commands_in_messages_can_be_pasted(tmp_path, data_dir):
+    root = tmp_path / "my pets"
+    put(root, "train/a/1.png", 1)
+    with pytest.raises(DataError, match="my pets is not a folder"):
+        open_folder(tmp_path / "no" / "my pets")
+    with pytest.raises(DataError, match=r"prepare it: remixmatch data prepare '.*/my pets' --size SIZE$"):
+        open_folder(root)

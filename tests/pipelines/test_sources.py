@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,13 +206,53 @@ def test_without_a_network_the_message_says_what_to_put_where(archives, data_dir
     assert not (data_dir / "svhn").exists()
 
 
+def test_a_disk_that_a_download_fills_is_told(data_dir, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def full(*arguments):
+        Path(arguments[1], arguments[2]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils, "download_url", full)
+    with pytest.raises(DataError, match=r"svhn cannot be written \(No space left on device\)"):
+        sources.prepare("svhn")
+    assert not list((data_dir / "downloads" / "svhn").iterdir())
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_half_a_file_is_fetched_again(archives, data_dir, monkeypatch, download):
+    """Where a download or a copy was interrupted."""
+    import torchvision.datasets.utils as utils
+
+    matlab(archives, monkeypatch, {"train": 3, "test": 3})
+
+    def interrupted(*arguments):
+        place = Path(arguments[1], arguments[2]) if download else Path(arguments[1])
+        place.write_bytes((archives / "train_32x32.mat").read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    def fetched(url, folder, name, md5):
+        Path(folder, name).write_bytes((archives / url.rpartition("/")[2]).read_bytes())
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(*((utils, "download_url") if download else (shutil, "copyfile")), interrupted)
+        sources.prepare("svhn", None if download else archives)
+    monkeypatch.setattr(utils, "download_url", fetched)
+    sources.prepare("svhn", None if download else archives)
+    assert len(DATASETS["svhn"]().train_images) == 3
+    raw = data_dir / "downloads" / "svhn"
+    assert sorted(path.name for path in raw.iterdir()) == ["test_32x32.mat", "train_32x32.mat"]
+
+
 def test_files_that_are_damaged_are_named(archives, data_dir, monkeypatch):
     matlab(archives, monkeypatch, {"train": 3, "test": 3})
     path = archives / "test_32x32.mat"
     content = path.read_bytes()
     path.write_bytes(content[:-7])
-    with pytest.raises(DataError, match=r"test_32x32.mat is damaged: its MD5 is \w{32}, not \w{32}; remove it"):
-        sources.prepare("svhn", archives, download=False)
+    for place in (archives, data_dir / "downloads" / "svhn"):
+        with pytest.raises(DataError, match=rf"^{place}/test_32x32.mat is damaged: its MD5 is \w{{32}}, not \w{{32}};"):
+            sources.prepare("svhn", archives, download=False)
+        shutil.copy(path, data_dir / "downloads" / "svhn")
     # of the right checksum, and of another format
     path.write_bytes(b"no matrices")
     entries = tv.SVHN.split_list | {"test": [*tv.SVHN.split_list["test"][:2], md5(b"no matrices")]}

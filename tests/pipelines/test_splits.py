@@ -126,7 +126,7 @@ def test_more_labels_than_there_are_are_refused():
     with pytest.raises(ValueError, match="class 8 has 138; at most 1380"):
         RULES["balanced"](digits(), 1390, 0)
     assert len(RULES["balanced"](digits(), 1380, 0)) == 1380
-    with pytest.raises(ValueError, match="from 1 to the 1437 that digits has, got 1438"):
+    with pytest.raises(ValueError, match="from 1 to the 1437 that there are, got 1438"):
         RULES["paper"](digits(), 1438, 1)
     with pytest.raises(ValueError, match="need more than the 2 images of class class 1"):
         RULES["paper"](made([0] * 8 + [1] * 2, folds=(np.arange(3),)), 9, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from pipelines import ctaugment, dali, geometric
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
-from pipelines.views import Views
+from pipelines.views import Views, plain_views
 
 SIDE, SHIFT, IMAGES = 32, 4, 24
 GEOMETRIC = [ctaugment.NAMES.index(name) for name in geometric.GEOMETRIC]
@@ -287,3 +289,25 @@ def test_gpu_views_match_the_cpu_ones():
     affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
     assert difference[~affine].max() <= 2, "one level a round"
     assert (difference[affine] > 2).mean() < 0.01
+
+
+def mapped(path) -> int:
+    """Bytes of a file that are in this process's memory."""
+    text = Path("/proc/self/smaps").read_text()
+    parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
+    return sum(1024 * int(re.search(r"^Rss: +(\d+)", part, re.MULTILINE)[1]) for part in parts if str(path) in part)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(DaliViews, {}), (FusedViews, {"resident": False})])
+def test_of_a_large_memory_map_little_stays_in_memory(tmp_path, monkeypatch, kind, options):
+    path = tmp_path / "images.npy"
+    np.save(path, np.zeros((5000, 64, 64, 3), np.uint8))
+    images, left = np.load(path, mmap_mode="c"), {}
+    for most in (2**30, 2**20):
+        monkeypatch.setattr("pipelines.views._MAPPED_BYTES", most)
+        pipeline = kind(images, np.arange(5000), None, 100, 4, **options)
+        for first in range(0, 5000, 100):
+            pipeline.prepare(replace(plain_views(100), image=np.arange(first, first + 100)))
+        left[most] = mapped(path)
+        pipeline.close()
+    assert left[2**30] > 0.9 * images.nbytes and left[2**20] < 0.1 * images.nbytes
