@@ -112,6 +112,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         UserError: no such subcommand, or a mistake in its flags.
+        KeyboardInterrupt: SIGINT came; says how to go on.
     """
     if not argv or argv[0] in ("-h", "--help"):
         show_usage("data COMMAND ...", SUBCOMMANDS, "remixmatch data COMMAND --help says more.")
@@ -136,6 +137,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on from there") from None
 
 
 def data_name(given: str) -> str:

@@ -277,6 +277,15 @@ def test_a_class_prior(capsys, photos, tmp_path):
             read_prior(path, ("china", "flower"))
 
 
+def test_an_interruption_says_how_to_go_on(capsys, photos, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.folder.decode", interrupted)
+    told = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
+    assert told == "remixmatch: interrupted; the same command goes on from there\n"
+
+
 def test_what_is_left_out_is_said(capsys, photos):
     (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
     (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
