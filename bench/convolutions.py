@@ -64,9 +64,7 @@ def shapes(side: int = 32) -> dict[Shape, int]:
         found[shape] = found.get(shape, 0) + 1
 
     network = WideResNet(10).eval()
-    stem = network.stem
-    found[Shape(stem.in_channels, stem.out_channels, side, stem.kernel_size[0], 1)] = 1
-    for module in network.body.modules():
+    for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note)
     with torch.no_grad():

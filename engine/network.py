@@ -211,10 +211,10 @@ class WideResNet(Classifier):
         Returns:
             (N, L) class logits and (N, 4) rotation logits.
         """
-        weight = self.stem.weight
-        if more := images.shape[1] - weight.shape[1]:
-            weight = F.pad(weight, (0, 0, 0, 0, 0, more))
-        x = F.conv2d(images, weight, padding=1)
+        if zeros := images.shape[1] - self.stem.in_channels:
+            x = F.conv2d(images, F.pad(self.stem.weight, (0, 0, 0, 0, 0, zeros)), padding=1)
+        else:
+            x = self.stem(images)
         for block in self.body:
             x = block(x, track)
         features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bench.emulator.run import SOURCES
 from pipelines.datasets import digits
 
 ROOT = Path(__file__).parents[1]
@@ -127,8 +128,9 @@ def test_the_wheel_holds_all_that_it_should(wheel):
         assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     rows = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "results").glob("*.jsonl")}
+    emulator = {f"bench/emulator/{name}" for name in SOURCES}
     assert len(modules) > 50 and rows
-    assert {name for name in names if ".dist-info/" not in name} == modules | rows
+    assert {name for name in names if ".dist-info/" not in name} == modules | rows | emulator
     assert "kernels/__init__.py" not in names
 
 
