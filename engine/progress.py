@@ -138,7 +138,9 @@ class _Board:
         from tensorboard.compat.proto import event_pb2
 
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(self._files)}"
+        # TensorBoard reads files in the order of their names, of which those of one second differ in the number
+        number = f"{os.getpid()}.{next(self._files):06}"
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number}"
         self._path = folder / name
         self._event = event_pb2.Event
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
