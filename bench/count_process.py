@@ -90,11 +90,13 @@ def _pretend(capability: int) -> None:
     import triton
     from torch._inductor import config as inductor
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget
 
     inductor.compile_threads = 1
     inductor.profile_bandwidth = True  # writes each kernel's bytes beside it
     inductor.force_disable_caches = True
+    inductor.use_static_triton_launcher = False  # which would load a compiled kernel
     AsyncCompile.triton = lambda self, name, source, device_str="cuda": _Kernel(name, source)  # type: ignore
     device = torch.device("cuda", 0)
     driver = SimpleNamespace(
@@ -105,6 +107,7 @@ def _pretend(capability: int) -> None:
         is_active=lambda: True,
     )
     triton.runtime.driver.set_active(driver)
+    triton_helpers.set_driver_to_gpu = lambda: None  # the one above is active
     # cuDNN's answer, which gives channels-last results for channels-last rows or weights
     ask = torch._C._conv_determine_backend_memory_format
 
