@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 
 from bench import records, throughput
 from bench.emulator.run import compiler, environment
+from bench.process import output
 from engine.config import Config, validate
 from engine.errors import UserError
 from engine.parts import PARTS
@@ -109,10 +108,12 @@ class Count:
 
     Attributes:
         launches: of a step, in order.
+        graph_bytes: what Inductor itself counts for all that it compiles.
         kernels: by name, where they were compiled: registers and spilled bytes of every candidate configuration.
     """
 
     launches: tuple[Launch, ...]
+    graph_bytes: int = 0
     kernels: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
     def by_part(self) -> dict[str, dict[str, int]]:
@@ -125,6 +126,11 @@ class Count:
                 found[part] |= {what: sum(getattr(launch, what) for launch in own) for what in ("bytes", "flops")}
                 found[part]["least_bytes"] = sum(launch.least for launch in own)
         return found
+
+    def total(self) -> dict[str, int]:
+        """The sums of `by_part` over the parts."""
+        parts = self.by_part().values()
+        return {what: sum(part[what] for part in parts) for what in (*KINDS, "bytes", "least_bytes", "flops")}
 
     def seconds(self, device: Device, share: float, launch_seconds: float) -> float:
         """Predicted time of the step, each launch after the other."""
@@ -172,7 +178,8 @@ def main(options: CountOptions) -> None:
     Raises:
         UserError: a flag that cannot work, or there is no C++ compiler.
     """
-    records.check_least("--launch-us", int(options.launch_us), 0)
+    if options.launch_us < 0:
+        raise UserError(f"--launch-us must be at least 0, got {options.launch_us}")
     if not 0 < options.conv_share <= 1:
         raise UserError(f"--conv-share must be more than 0 and at most 1, got {options.conv_share}")
     if options.update and not options.budget:
@@ -185,17 +192,9 @@ def main(options: CountOptions) -> None:
             "precision": options.precision,
         }  # fmt: skip
         _print(case, counted, options)
-        predicted = {
-            f"predicted_ms_{device.name.split()[0].lower()}": 1e3
-            * counted.seconds(device, options.conv_share, options.launch_us / 1e6)
-            for device in TARGETS[options.target].devices
-        }
-        totals = {
-            what: sum(part[what] for part in counted.by_part().values())
-            for what in (*KINDS, "bytes", "least_bytes", "flops")
-        }
+        predicted = {f"predicted_ms_{name.split()[0].lower()}": ms for name, ms in _predicted(counted, options).items()}
         row = records.record(
-            "count", torch.device("cpu"), **case, launches=len(counted.launches), **totals, **predicted,
+            "count", torch.device("cpu"), **case, launches=len(counted.launches), **counted.total(), **predicted,
             parts=counted.by_part(), **_measured(config),
         )  # fmt: skip
         records.append(options.out, row)
@@ -204,6 +203,12 @@ def main(options: CountOptions) -> None:
             differences += compare(options.budget, case, counted.by_part())
     if differences:
         sys.exit("\n".join(f"remixmatch: {line}" for line in differences))
+
+
+def _predicted(counted: Count, options: CountOptions) -> dict[str, float]:
+    """Milliseconds a step on each device of the target, by name."""
+    assumed = options.conv_share, options.launch_us / 1e6
+    return {device.name: 1e3 * counted.seconds(device, *assumed) for device in TARGETS[options.target].devices}
 
 
 def _configs(options: CountOptions) -> list[Config]:
@@ -251,19 +256,13 @@ def count(
         "config": dataclasses.asdict(config), "sides": (side, side), "classes": classes,
         "capability": of.capability, "options": dict(inductor or {}), "cubins": cubins,
     }  # fmt: skip
-    with TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        device = {
-            "EMULATED_IDLE": "1", "EMULATED_DEVICES": "1", "EMULATED_CAPABILITY": str(of.capability),
-            "EMULATED_MULTIPROCESSORS": str(of.multiprocessors), "EMULATED_MEMORY_GIB": str(of.memory_gib),
-            "COUNT_ANSWER": str(answer),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "bench.count_process", json.dumps(request)]
-        done = subprocess.run(command, env=environment() | device, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the step could not be counted:\n{done.stderr[-4000:]}")
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    return Count(tuple(Launch(**launch) for launch in found["launches"]), found.get("kernels", {}))
+    device = {
+        "EMULATED_IDLE": "1", "EMULATED_DEVICES": "1", "EMULATED_CAPABILITY": str(of.capability),
+        "EMULATED_MULTIPROCESSORS": str(of.multiprocessors), "EMULATED_MEMORY_GIB": str(of.memory_gib),
+    }  # fmt: skip
+    found = json.loads(output("bench.count_process", json.dumps(request), **environment() | device))
+    launches = tuple(Launch(**launch) for launch in found["launches"])
+    return Count(launches, found["graph_bytes"], found.get("kernels", {}))
 
 
 def _measured(config: Config) -> dict[str, float]:
@@ -280,17 +279,16 @@ def _print(case: Mapping[str, Any], counted: Count, options: CountOptions) -> No
     print(f"{case['preset']}, K = {case['k']}, B = {case['batch']}, {case['precision']}, {case['target']}")
     print(f"{'part':10} {'Triton':>7} {'library':>8} {'operator':>9} {'GB':>8} {'least GB':>9} {'GFLOP':>8}")
     by_part = counted.by_part()
-    total = {what: sum(part[what] for part in by_part.values()) for what in (*KINDS, "bytes", "least_bytes", "flops")}
-    for name, part in [*by_part.items(), ("step", total)]:
+    for name, part in [*by_part.items(), ("step", counted.total())]:
         print(
             f"{name:10} {part['triton']:7} {part['library']:8} {part['operator']:9} {part['bytes'] / 1e9:8.3f} "
             f"{part['least_bytes'] / 1e9:9.3f} {part['flops'] / 1e9:8.1f}"
         )
     print(f"{len(counted.launches)} launches a step")
+    predicted = _predicted(counted, options)
     for device in TARGETS[options.target].devices:
-        seconds = counted.seconds(device, options.conv_share, options.launch_us / 1e6)
         print(
-            f"predicted, not measured, for {device.name}: {1e3 * seconds:.2f} ms a step, from a copy of "
+            f"predicted, not measured, for {device.name}: {predicted[device.name]:.2f} ms a step, from a copy of "
             f"{device.copy_bytes_per_second / 1e12:.2f} TB/s and {device.matmul_flops_per_second / 1e12:.0f} TFLOP/s "
             f"({device.source}), convolutions at {options.conv_share:.0%} of that, {options.launch_us:g} us a launch"
         )

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ import torch
 from bench import records
 from bench.images import crops, noise, photographs
 from bench.process import output
-from bench.timing import bench_device
+from bench.timing import bench_device, in_turns
 from engine.errors import UserError
 from pipelines import cache
 from pipelines.decode import BATCH, decoded_and_resized
@@ -43,9 +43,6 @@ SIDE = 96
 NO_IMAGES = 200  # next to none, to train in a process whose memory the images do not count in
 _LABELED = 5000
 _CHUNK = 1000  # images written at a time
-
-Name = TypeVar("Name")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -101,16 +98,6 @@ def main(options: DataOptions) -> None:
         except (cache.DataError, OSError) as error:
             raise UserError(f"--folder: {part} needs a place for its images ({error})") from error
         records.append(options.out, records.record("data", device, part=part, **row))
-
-
-def in_turns(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
-    """Calls each function once a round, in every second round backwards, so that none is always the last.
-
-    Returns:
-        For each round what every function has returned.
-    """
-    order = list(functions)
-    return [{name: functions[name]() for name in order[:: -1 if number % 2 else 1]} for number in range(rounds)]
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any, **options: Any) -> float:

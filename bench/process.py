@@ -1,4 +1,4 @@
-"""Modules run in processes of their own, where a start or a process's memory is what is measured."""
+"""Modules run in processes of their own, where a start, a process's memory or another device is what is measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+
+def search_path(*folders: Path) -> str:
+    """PYTHONPATH for a process that finds modules in these folders first, and then where this one was told to look."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def output(*command: str, **environment: str) -> str:
@@ -18,8 +23,7 @@ def output(*command: str, **environment: str) -> str:
     Raises:
         RuntimeError: it ended with another exit code than 0.
     """
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = os.environ | {"PYTHONPATH": path} | environment
+    variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[1])} | environment
     done = subprocess.run([sys.executable, "-m", *command], env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr}")

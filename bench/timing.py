@@ -7,10 +7,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 _SAMPLE_SECONDS = 1e-3  # shorter functions are called several times a sample: events resolve half a microsecond
 _MOST_CALLS = 100
@@ -79,6 +82,16 @@ def measure(
         median, low, high = np.percentile(times, (50, 25, 75)).tolist()
         timings[name] = Timing(median, low, high, host[name], tuple(times))
     return timings
+
+
+def in_turns(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
+    """Calls each function once a round, in every second round backwards, so that none is always the last.
+
+    Returns:
+        For each round what every function has returned.
+    """
+    order = list(functions)
+    return [{name: functions[name]() for name in order[:: -1 if number % 2 else 1]} for number in range(rounds)]
 
 
 def _wait(device: torch.device) -> None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from bench import records
-from bench.timing import bench_device
+from bench.process import search_path
+from bench.timing import bench_device, in_turns
 from engine.errors import UserError
 from engine.execution import INDUCTOR
 
@@ -101,11 +103,10 @@ class _Process:
             "config": {**config, **variant.config}, "streams": variant.streams, "benchmark": variant.benchmark,
             "inductor": None if variant.inductor is None else dict(variant.inductor),
         }  # fmt: skip
-        path = os.pathsep.join([str(variant.checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
         # by its path and without the script's folder, so that another checkout's packages are found
         command = [sys.executable, "-P", str(ROOT / "bench" / "variant_process.py"), json.dumps(request)]
         self._process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": path}, cwd=variant.checkout, text=True,
+            command, env=os.environ | {"PYTHONPATH": search_path(variant.checkout)}, cwd=variant.checkout, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -207,11 +208,8 @@ def _started(
 
 def take_turns(processes: Mapping[str, Any], repeats: int, steps: int) -> dict[str, list[float]]:
     """Seconds a step of each variant, one sample a round; every second round goes backwards."""
-    samples: dict[str, list[float]] = {name: [] for name in processes}
-    for number in range(repeats):
-        for name in list(processes)[:: 1 if number % 2 == 0 else -1]:
-            samples[name].append(processes[name].ask(f"sample {steps}"))
-    return samples
+    rounds = in_turns({name: partial(one.ask, f"sample {steps}") for name, one in processes.items()}, repeats)
+    return {name: [taken[name] for taken in rounds] for name in processes}
 
 
 def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> dict[str, float]:

@@ -28,6 +28,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.process import search_path
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 NOT_BUILT = "EMULATOR_NOT_BUILT"  # has tests/conftest.py skip what needs the emulated device
@@ -83,10 +85,9 @@ def _compile(result: Path, sources: list[str], flags: list[str], links: list[str
 
 def environment() -> dict[str, str]:
     """This process's environment, and in it what gives every Python that is started an emulated device."""
-    folder = build()
-    path = [str(HERE / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folder, path = build(), search_path(HERE / "site", ROOT)
     defaults = {"EMULATED_DEVICES": "2", "OMP_NUM_THREADS": "1"}
-    ours = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "EMULATOR": str(folder), "PYTHONPATH": os.pathsep.join(path)}
+    ours = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "EMULATOR": str(folder), "PYTHONPATH": path}
     return defaults | os.environ | ours
 
 

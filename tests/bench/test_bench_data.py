@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from bench import data, records, report
-from bench.data import DataOptions, dali_alone, in_turns, write_cache, write_photographs
+from bench.data import DataOptions, dali_alone, write_cache, write_photographs
 from bench.images import crops, photographs
+from bench.timing import in_turns
 from engine.errors import UserError
 from pipelines import cache
 from pipelines.folder import open_folder, prepare, scan

@@ -55,6 +55,8 @@ def test_counts_are_repeated_exactly_and_notice_an_option(tmp_path):
     assert [launch.flops for launch in convolutions] == [*each, 2 * rows * 16 * 10, 2 * rows * 16 * 4]
     first = 2 * (rows * pixels * (3 + 16) + 9 * 3 * 16)
     assert convolutions[0].bytes == first, "rows and weights read, result written, in bf16"
+    compiled = sum(one.bytes for one in one.launches if one.kind != "operator")
+    assert compiled == pytest.approx(one.graph_bytes, rel=0.01), "as Inductor counts whole graphs"
     path = tmp_path / "budget.json"
     case = CASE | {"preset": "digits-40", "k": 1, "target": "sm_80"}
     count.write_budget(path, case, one.by_part())
@@ -100,7 +102,7 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
     def counted(config, target, images, inductor=None, cubins=False):
         seen.append((config.k, config.batch, target, images, cubins))
         kernels = {"one": [{"registers": 40, "spilled_bytes": 0}, {"registers": 90, "spilled_bytes": 8}]}
-        return Count(LAUNCHES, kernels if cubins else {})
+        return Count(LAUNCHES, kernels=kernels if cubins else {})
 
     monkeypatch.setattr("bench.count.count", counted)
     out, budget = tmp_path / "count.jsonl", tmp_path / "budget.json"
@@ -127,6 +129,7 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
         (dict(preset="cifar"), "unknown preset 'cifar'"),
         (dict(preset="folder"), "give --side and --classes"),
         (dict(conv_share=0.0), "--conv-share must be more than 0"),
+        (dict(launch_us=-0.5), "--launch-us must be at least 0"),
         (dict(update=True), "--update needs --budget"),
         (dict(k=(0,)), "--k must be at least 1"),
     ],
