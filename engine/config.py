@@ -28,30 +28,46 @@ from pipelines.splits import RULES
 class MethodOptions:
     """What is learned, from which rows, with which losses. Paper: ReMixMatch (ICLR 2020), section 3."""
 
-    method: Literal["remixmatch", "supervised"] = "remixmatch"
-    """'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup."""
+    method: Literal["remixmatch", "mixmatch", "fixmatch", "uda", "pseudo-label", "supervised"] = "remixmatch"
+    """Sets the other fields of the method, of which each can be given beside it: see engine.methods. 'supervised'
+    trains the same network on the labeled images alone, with the same augmentation and mixup."""
     k: int = 8
-    """K: strong views of every unlabeled image."""
+    """K: strong views of every unlabeled image; with --anchor none all its views, which are weak in MixMatch."""
     batch: int = 64
-    """B: labeled images a step, and as many unlabeled ones, over all ranks."""
+    """B: labeled images a step, over all ranks."""
+    mu: int = 1
+    """Unlabeled images a step, in units of B: FixMatch's mu."""
+    anchor: Literal["trained", "guess-only", "none"] = "trained"
+    """u_weak, of which the label is guessed: trained like the other views, as in ReMixMatch; only guessed of, as in
+    FixMatch and UDA; or not there, as in MixMatch and pseudo-labeling, where the views guess for themselves."""
+    guess: Literal["anchor", "mean"] = "anchor"
+    """The guess is the prediction for u_weak, or the mean of those for all views of the image."""
     temperature: float = 0.5
     """T of the sharpening."""
+    hard_labels: bool = False
+    """A guess becomes the one-hot label of its largest class, instead of being sharpened."""
+    threshold: float = 0.0
+    """Guesses whose largest probability, before sharpening, is less than this are left out of the loss."""
     align: bool = True
     """Distribution alignment of the guessed labels."""
     class_distribution: tuple[float, ...] = ()
     """p(y) where it is known, one probability a class; by default the running marginal of the labeled examples."""
     marginal_decay: float = 0.999
     """Decay of the running label marginal p(y)."""
+    unlabeled_loss: Literal["cross-entropy", "l2", "kl"] = "cross-entropy"
+    """Loss of the mixed unlabeled rows: cross-entropy; squared difference to the softmax, a mean over classes, as in
+    MixMatch; or KL divergence, as in UDA."""
     w_u: float = 1.5
-    """Weight of the mixed unlabeled rows' cross-entropy."""
+    """Weight of the mixed unlabeled rows' loss."""
     w_u1: float = 0.5
-    """Weight of the cross-entropy of u_1, one strong view unmixed."""
+    """Weight of the cross-entropy of u_1, one strong view unmixed; 0 leaves its rows out."""
     w_rot: float = 0.5
-    """Weight of the rotation task."""
+    """Weight of the rotation task; 0 leaves its rows out."""
     ramp_kimg: float = 1024.0
-    """Labeled images, in units of 1024, over which w_u and w_u1 rise linearly from 0."""
+    """Labeled images, in units of 1024, over which w_u and w_u1 rise linearly from 0; 0 for their full weights from
+    the start."""
     mixup_alpha: float = 0.75
-    """Both parameters of mixup's Beta distribution."""
+    """Both parameters of mixup's Beta distribution; 0 for no mixup."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +91,17 @@ class AugmentationOptions:
 
     augment: Literal["ctaugment", "randaugment", "none"] = "ctaugment"
     """Strong augmentation: learned bins, uniform bins, or weak augmentation only."""
+    ctaugment: Literal["paper", "code"] = "paper"
+    """CTAugment as the paper describes it, or as in its authors' code: translations by at most 0.3 and rescaling by at
+    most 0.25 pixels, rotations by whole degrees, levels from the segments between neighbouring bins."""
+    labeled_augment: Literal["strong", "weak", "none"] = "strong"
+    """Augmentation of the labeled training images; strong is what --augment says."""
     max_shift: int = 4
     """Largest translation of a weak view, in pixels; -1 for an eighth of the images' side."""
     flip: bool = True
     """Whether weak views may be mirrored."""
-    weak_anchor: bool = True
-    """Whether the anchor u_weak, of which labels are guessed, is weakly augmented; in the paper all but STL-10's."""
+    anchor_augment: Literal["weak", "none", "strong"] = "weak"
+    """Augmentation of the anchor u_weak, of which labels are guessed: in the paper weak, but none for STL-10."""
     lag: int = 8
     """Steps between a CTAugment probe and the first plan that its outcome moves."""
 
@@ -108,6 +129,9 @@ class NetworkOptions:
     passes, or over the rows of all ranks."""
     bn_groups: int = 1
     """With bn=split: parts into which each pass of B rows is cut; a multiple of the ranks and of the micro-batches."""
+    bn_stats: Literal["all", "pool"] = "all"
+    """Training rows that move the running statistics: all; or the mixup pool alone, as in the authors' code, where
+    u_1 and its rotations do not."""
     bn_momentum: float = 0.001
     """Momentum of the running statistics, in PyTorch's convention."""
 
@@ -246,7 +270,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "w_u": 0, "w_u1": 0, "w_rot": 0,
-        "weight_decay": 0,
+        "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0,
     }  # fmt: skip
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
@@ -266,12 +290,13 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--width must be at least {LEAST_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
             "gradients on CPUs without AVX-512"
         )
-    for name in ("temperature", "mixup_alpha", "lr", "ramp_kimg"):
+    for name in ("temperature", "lr"):
         if not getattr(config, name) > 0:
             raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")
-    for name in ("bn_momentum", "ema_decay", "marginal_decay"):
+    for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
+    _check_method(config)
     _check_name(config.dataset)
     if config.seed >= 2**63:
         raise UserError(f"--seed must be less than 2^63, got {config.seed}")
@@ -300,12 +325,27 @@ def validate(config: Config, ranks: int = 1) -> None:
                 f"--bn-groups must be a multiple of the {shares} and divide --batch {config.batch}, "
                 f"got {config.bn_groups}"
             )
-        if config.unlabeled and config.batch // config.bn_groups < config.k + 2:
+        passes = 1 + config.mu * (config.k + (config.anchor == "trained"))
+        if config.unlabeled and config.batch // config.bn_groups < passes:
             raise UserError(
-                f"--bn split needs at least K + 2 = {config.k + 2} rows a group so that each holds labeled and "
-                f"unlabeled rows; --batch {config.batch} in {config.bn_groups} groups gives "
+                f"--bn split needs at least {passes} rows a group, as many as the pool has blocks, so that each holds "
+                f"labeled and unlabeled rows; --batch {config.batch} in {config.bn_groups} groups gives "
                 f"{config.batch // config.bn_groups}"
             )
+
+
+def _check_method(config: Config) -> None:
+    """Raises UserError where fields of the method contradict each other."""
+    if config.anchor == "none" and config.guess == "anchor":
+        raise UserError("--anchor none leaves no u_weak to guess of: it needs --guess mean")
+    if config.anchor == "guess-only" and config.guess == "mean":
+        raise UserError("--guess mean is over views that are trained: it needs --anchor trained or none")
+    if config.threshold and config.unlabeled_loss == "l2":
+        raise UserError(
+            "--threshold leaves guesses out of a cross-entropy or a KL divergence, not of --unlabeled-loss l2"
+        )
+    if config.bn_stats == "pool" and config.backbone:
+        raise UserError("--bn-stats pool is for the Wide ResNet; models of timm have --bn-stats all")
 
 
 def folder_name(folder: str | Path) -> str:
@@ -437,6 +477,8 @@ def parse_config(text: str, path: Path) -> Config:
     """
     try:
         values: Any = json.loads(text)
+        if "weak_anchor" in values:  # anchor_augment in earlier versions
+            values["anchor_augment"] = "weak" if values.pop("weak_anchor") else "none"
         config = Config(**values)
         return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
     except (json.JSONDecodeError, TypeError) as error:

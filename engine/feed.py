@@ -51,7 +51,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         flip=config.flip,
         augment=config.augment != "none",
         mixup_alpha=config.mixup_alpha,
-        weak_anchor=config.weak_anchor,
+        weak_anchor=config.anchor_augment != "none",
     )
 
 

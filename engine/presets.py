@@ -39,7 +39,7 @@ _CIFAR100 = dataclasses.replace(_FULL, dataset="cifar100")
 _SVHN = dataclasses.replace(_FULL, dataset="svhn", flip=False)
 # the anchor is not augmented
 _STL10 = dataclasses.replace(
-    _FULL, dataset="stl10", labels=1000, k=4, max_shift=12, weak_anchor=False, scales=4, width=64
+    _FULL, dataset="stl10", labels=1000, k=4, max_shift=12, anchor_augment="none", scales=4, width=64
 )
 _FASHION = dataclasses.replace(_FULL, dataset="fashion-mnist")
 

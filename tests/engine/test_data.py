@@ -155,7 +155,7 @@ def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_
             assert config.eval_every * config.batch == 65_536
     assert PRESETS["svhn-40"].flip is False and PRESETS["cifar10-40"].ramp_kimg == 8192
     stl = PRESETS["stl10-1000"]
-    assert (stl.k, stl.weak_anchor, stl.max_shift, stl.depth, stl.width) == (4, False, 12, 37, 64)
+    assert (stl.k, stl.anchor_augment, stl.max_shift, stl.depth, stl.width) == (4, "none", 12, 37, 64)
     assert Config().architecture == "WRN-28-2" and PRESETS["stl10-1000"].architecture == "WRN-37-4"
 
 
