@@ -17,7 +17,7 @@ from engine.errors import UserError
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)
 _ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # of unlabeled images
 
-# MixMatch: arXiv 1905.02249, with CIFAR-10's weight of the L2 loss (SVHN has 250). FixMatch: arXiv 2001.07685. UDA:
+# MixMatch: arXiv 1905.02249, with CIFAR-10's weight of the L2 loss. FixMatch: arXiv 2001.07685. UDA:
 # arXiv 1904.12848, with the temperature, threshold and mu that FixMatch's authors compared it with, and without
 # annealing of the training signal. Pseudo-labeling: Lee 2013, as Oliver et al. 2018 have it
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,6 +71,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},
 }
 
+# what a method's paper has otherwise for a data set
+OF_DATASET: dict[tuple[str, str], dict[str, Any]] = {
+    ("mixmatch", "svhn"): dict(w_u=250.0),
+    ("mixmatch", "svhn-extra"): dict(w_u=250.0),
+}
+
 # Section 4.3 of the paper, and the scripts of its authors' code, which say what its names stand for
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": dict(k=1),
@@ -94,12 +100,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def with_method(config: Config, method: str) -> Config:
-    """A configuration of ReMixMatch turned into another method's.
+    """A configuration of ReMixMatch turned into another method's, for the data set that it names.
 
     Raises:
         UserError: there is none of that name; names the nearest.
     """
-    return dataclasses.replace(config, method=method, **_named(METHODS, method, "method"))  # type: ignore[arg-type]
+    changes = _named(METHODS, method, "method") | OF_DATASET.get((method, config.dataset), {})
+    return dataclasses.replace(config, method=method, **changes)  # type: ignore[arg-type]
 
 
 def ablate(config: Config, *names: str) -> Config:
