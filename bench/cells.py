@@ -219,8 +219,8 @@ def claimable(path: Path) -> bool:
     """Whether a claim was released, or is stale.
 
     One of this machine is stale if neither its worker nor the child that trained for it lives. Numbers of processes are
-    used again, so their starting times have to be the same. One of another machine is stale if there was no sign of life
-    for some time.
+    used again, so their starting times have to be the same. One of another machine is stale if there was no sign of
+    life for some time.
     """
     content = read_json(path)
     if content.get("released"):
@@ -316,11 +316,14 @@ class Stop:
 
     Attributes:
         number: of the signal, 0 before any.
+        event: set with it.
+        children: processes that train, and that the work ends after.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.event = threading.Event()
+        self.children: set[int] = set()
 
     def ask(self, number: int) -> None:
         """Asks for the end; the first signal counts."""
@@ -357,8 +360,8 @@ def work(
 ) -> list[Status]:
     """Trains cells until none is left that is free, each in a process of its own.
 
-    Failures are kept in the cells' folders and stop nothing else. A cell that another machine seems to work on is waited
-    for until that one gives a sign of life or its claim is stale.
+    Failures are kept in the cells' folders and stop nothing else. A cell that another machine seems to work on is
+    waited for until that one gives a sign of life or its claim is stale.
 
     Args:
         root: holds the folders of the cells.
@@ -386,13 +389,16 @@ def work(
 
     with stop.listening(), ThreadPoolExecutor(len(environments), "worker") as pool:
         workers = [pool.submit(_worker, root, cells, each, commit, stop, tried) for each in environments]
-        while not all(each.done() for each in workers):
-            if any(each.done() and each.exception() for each in workers):
-                stop.ask(signal.SIGTERM)
-            show(look())
-            if not stop.event.wait(SHOW_SECONDS):
-                continue
-            time.sleep(POLL_SECONDS)  # the children save
+        try:
+            while not all(each.done() for each in workers):
+                if any(each.done() and each.exception() for each in workers):
+                    stop.ask(signal.SIGTERM)
+                show(look())
+                if stop.event.wait(SHOW_SECONDS):
+                    time.sleep(POLL_SECONDS)  # the children save
+        except BaseException:
+            stop.ask(signal.SIGTERM)
+            raise
     for each in workers:
         each.result()
     statuses = look()
@@ -453,7 +459,7 @@ def _train(folder: Path, cell: Cell, owned: Claim, environment: Mapping[str, str
     variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[1]), PARENT: str(os.getpid())}
     with (folder / "log.txt").open("ab") as log:
         # written by the file's own handle: a run that resumes adds to what was said before
-        code = _attend(command, variables | environment, log, owned, stop)
+        code = _attend(command, {**variables, **environment}, log, owned, stop)
     if code is None or (stop.number and code) or code in _CUT_OFF:
         return
     newest = read_json(folder / "summary.json")
@@ -475,6 +481,7 @@ def _attend(
 ) -> int | None:
     """Runs a command and renews its claim; returns its exit code, or None if the claim was lost."""
     process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    stop.children.add(process.pid)
     try:
         owned.child(process.pid)
         told, renewed = False, time.monotonic()
@@ -494,3 +501,4 @@ def _attend(
         if process.poll() is None:
             process.kill()
             process.wait()
+        stop.children.discard(process.pid)

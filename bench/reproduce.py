@@ -1,7 +1,7 @@
 """`remixmatch reproduce TABLE`: a table of the paper, from runs over methods or ablations, presets and seeds.
 
-Each run is a cell (see `bench.cells`), so that a table can be interrupted, gone on with, and shared among GPUs, machines
-and jobs of Slurm. Cells that say the most come first: one seed of everything before the second of anything.
+Each run is a cell (see `bench.cells`), so that a table can be interrupted, gone on with, and shared among GPUs,
+machines and jobs of Slurm. Cells that say the most come first: one seed of everything before the second of anything.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import dataclasses
 import json
 import os
 import shlex
-import sys
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from bench import tables
@@ -36,6 +38,7 @@ from pipelines.cache import set_data_dir
 
 FULL = "remixmatch"
 OUT = Path("runs") / "reproduce"
+SAVE_SECONDS = 60  # that running cells get to save their step when a job's time is over
 SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every")  # by --steps-scale
 
 BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
@@ -83,7 +86,9 @@ TABLES = {
         (3,),
         "ablation",
     ),
-    "digits": Table("scikit-learn's digits with 40 labels, and baselines", ("digits-40",), (FULL, *BASELINES), (0, 1, 2, 3, 4)),
+    "digits": Table(
+        "scikit-learn's digits with 40 labels, and baselines", ("digits-40",), (FULL, *BASELINES), (0, 1, 2, 3, 4)
+    ),
     "fashion": Table(
         "Fashion-MNIST at 16x16 with 100 labels, and baselines", ("fashion-100-small",), (FULL, *BASELINES)
     ),
@@ -174,8 +179,12 @@ class Entry:
     cell: Cell
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     """Entry point of `remixmatch reproduce`.
+
+    Args:
+        argv: the table, its flags, and after `--` those of all cells.
+        stop: ends the work from elsewhere.
 
     Raises:
         UserError: a table, flag or cell that cannot work.
@@ -197,6 +206,8 @@ def main(argv: Sequence[str]) -> None:
     _check(options)
     set_data_dir(options.data_dir)
     entries = make_entries(TABLES[name], options, flags)
+    if any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries):
+        entries = _with_data(entries)
     out = options.out or default_out(name, options)
     if options.plan:
         _print_plan(entries)
@@ -216,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
         if options.submit != "no":
             _submit(name, argv, options, out)
         else:
-            _run(name, entries, out, options)
+            _run(name, entries, out, options, stop)
 
 
 def _check(options: ReproduceOptions) -> None:
@@ -361,14 +372,15 @@ def _with_data(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def devices(entries: Sequence[Entry]) -> list[str]:
-    """GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them; none if cells are for CPUs."""
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none if all cells are for CPUs."""
     if all(entry.cell.config.device == "cpu" for entry in entries):
         return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    if count and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return [str(number) for number in range(count)]
 
 
 def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
@@ -391,8 +403,8 @@ def _run(name: str, entries: Sequence[Entry], out: Path, options: ReproduceOptio
             statuses = work(out, [entry.cell for entry in entries], own, records.commit(), stop, show)
     except OSError as error:
         raise UserError(
-            f"cannot write {error.filename or out} ({error.strerror or error}); what was saved stays: mend that and give "
-            "the same command again"
+            f"cannot write {error.filename or out} ({error.strerror or error}); what was saved stays: mend that and "
+            "give the same command again"
         ) from error
     counts = _counts(statuses)
     if stop.number:
@@ -405,19 +417,28 @@ def _run(name: str, entries: Sequence[Entry], out: Path, options: ReproduceOptio
 
 
 class _Job:
-    """One worker, as a job of submitit's: called there, and asked to save when its time is nearly over."""
+    """One worker, as a job of submitit's.
+
+    Args:
+        argv: of `main`.
+    """
 
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = list(argv)
 
     def __call__(self) -> None:
-        main(self._argv)
+        self._stop = Stop()
+        main(self._argv, self._stop)
 
     def checkpoint(self) -> Any:
-        """Called by submitit on its signal, in the main thread; the children save when this process ends."""
+        """Called by submitit, in the main thread, when the job's time is nearly over: what it queues again."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        self._stop.ask(signal.SIGTERM)
+        deadline = time.monotonic() + SAVE_SECONDS
+        while self._stop.children and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return DelayedSubmission(_Job(self._argv))
 
 
 def _submit(name: str, argv: Sequence[str], options: ReproduceOptions, out: Path) -> None:
@@ -427,23 +448,366 @@ def _submit(name: str, argv: Sequence[str], options: ReproduceOptions, out: Path
     except ImportError:
         raise UserError("--submit needs submitit: pip install 'remixmatch-engine[slurm]'") from None
     here = argv.index("--") if "--" in argv else len(argv)
-    # the last of two equal flags counts
+    # the last of two equal flags counts; failures were forgotten here, once for all jobs
     own = [*argv[:here], "--submit", "no", "--workers", "1", "--no-retry", "--out", str(out.resolve()), *argv[here:]]
-    executor = submitit.AutoExecutor(folder=out / "jobs", cluster=options.submit)
-    extra: dict[str, Any] = {}
+    # a job that runs out of time is queued again, however often that takes
+    endless = {f"{options.submit}_max_num_timeout": 10_000}
+    executor = submitit.AutoExecutor(folder=out.resolve() / "jobs", cluster=options.submit, **endless)
+    slurm: dict[str, Any] = {}
     if options.submit == "slurm":
+        slurm = {
+            "slurm_signal_delay_s": 2 * SAVE_SECONDS,
+            "slurm_additional_parameters": dict(text.split("=", 1) for text in options.slurm),
+        }
         if options.partition:
-            extra["slurm_partition"] = options.partition
-        extra["slurm_additional_parameters"] = dict(text.split("=", 1) for text in options.slurm)
+            slurm["slurm_partition"] = options.partition
     executor.update_parameters(
         name=f"remixmatch-{name}",
         timeout_min=max(1, round(options.hours * 60)),
+        nodes=1,
+        tasks_per_node=1,
         gpus_per_node=options.gpus,
         cpus_per_task=options.cpus,
-        tasks_per_node=1,
-        nodes=1,
-        **extra,
+        **slurm,
     )
-    jobs = executor.map_array(_Job.__call__, [_Job(own)] * max(options.workers, 1))
+    try:
+        jobs = executor.submit_array([_Job(own)] * max(options.workers, 1))
+    except (OSError, subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+        raise UserError(f"--submit {options.submit}: {' '.join(str(error).split())}") from None
     again = shlex.join(["remixmatch", "reproduce", *argv[:here], "--status", *argv[here:]])
-    print(f"{len(jobs)} jobs submitted ({', '.join(job.job_id for job in jobs)}), their logs in {out / 'jobs'}; watch: {again}")
+    print(f"{len(jobs)} jobs: {', '.join(job.job_id for job in jobs)}; logs in {out / 'jobs'}; watch: {again}")
+
+
+# What is shown
+
+
+class _Progress:
+    """The states of all cells: a table that changes on a terminal, a line for each change elsewhere.
+
+    Args:
+        entries: all cells.
+        workers: of this process, for the time left.
+        live: whether states will come again and again.
+    """
+
+    def __init__(self, entries: Sequence[Entry], workers: int, live: bool = True) -> None:
+        self._entries, self._workers = entries, workers
+        self._console = Console(soft_wrap=True)
+        self._shown: Sequence[tuple[str, str]] = []
+        self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, statuses: Sequence[Status]) -> None:
+        """Takes the states of all cells."""
+        if self._live:
+            self._live.update(self._grid(statuses), refresh=True)
+            return
+        states = [(each.state, each.reason) for each in statuses]
+        for number, (entry, each) in enumerate(zip(self._entries, statuses, strict=True)):
+            known = self._shown[number] if self._shown else ("waiting", "")
+            if states[number] != known:
+                words = f"{entry.cell.name}: {self._words(entry, each)}"
+                print(f"[{_counts(statuses)}] {words}{self._left(statuses)}", flush=True)
+        self._shown = states
+
+    def print_all(self, statuses: Sequence[Status]) -> None:
+        """Prints the state of every cell."""
+        for entry, each in zip(self._entries, statuses, strict=True):
+            print(f"{entry.cell.name}: {self._words(entry, each)}")
+        print(f"{_counts(statuses)}{self._left(statuses)}")
+
+    def _words(self, entry: Entry, each: Status) -> str:
+        steps = entry.cell.config.steps
+        if each.state == "done":
+            median, last = (100 - each.summary[name] for name in ("median_last_20", "test_accuracy"))
+            return f"done, error {median:.2f} % (median of last 20), {last:.2f} % (last)"
+        where = f" on {each.host}" if each.host and each.state == "running" else ""
+        step = f", step {each.step} of {steps}" if each.step else ""
+        return f"{each.state}{where}{step}" + (f": {each.reason}" if each.reason else "")
+
+    def _left(self, statuses: Sequence[Status]) -> str:
+        seconds = time_left([entry.cell.config for entry in self._entries], statuses, self._workers)
+        return "" if seconds is None or not seconds else f"; about {duration(seconds)} left"
+
+    def _grid(self, statuses: Sequence[Status]) -> Grid:
+        grid = Grid(title=f"{_counts(statuses)}{self._left(statuses)}")
+        for name in ("cell", "state"):
+            grid.add_column(name, overflow="fold")
+        # as many as fit: what runs and what failed, then what comes next
+        order = sorted(
+            range(len(statuses)), key=lambda n: ("running", "failed", "waiting", "done").index(statuses[n].state)
+        )
+        room = max(self._console.height - 8, 4)
+        for number in sorted(order[:room]):
+            entry, each = self._entries[number], statuses[number]
+            grid.add_row(escape(entry.cell.name), escape(self._words(entry, each)))
+        if len(order) > room:
+            grid.add_row(f"and {len(order) - room} more", "")
+        return grid
+
+
+def _counts(statuses: Sequence[Status]) -> str:
+    found = [each.state for each in statuses]
+    return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def trained_rows(config: Config) -> int:
+    """Rows that the network is trained on in a step; a term of weight 0 has none."""
+    if not config.unlabeled:
+        return config.batch
+    parts = config.k + (config.anchor == "trained") + (config.w_u1 > 0) + (config.w_rot > 0)
+    return config.batch * (1 + config.mu * parts)
+
+
+def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:
+    """Seconds until all cells are done, by those that are: a row trained takes as long as before; None without any.
+
+    Args:
+        configs: of the cells.
+        statuses: theirs.
+        workers: of this process; if more cells run, others are at work too.
+    """
+    seconds = work_done = left = 0.0
+    for config, each in zip(configs, statuses, strict=True):
+        rows = trained_rows(config)
+        if each.state == "done":
+            seconds += each.summary["train_seconds"]
+            work_done += config.steps * rows
+        elif each.state != "failed":
+            left += max(config.steps - each.step, 0) * rows
+    if not work_done:
+        return None
+    at_once = max(workers, sum(each.state == "running" for each in statuses))
+    return seconds / work_done * left / at_once
+
+
+def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Hours of training on a GPU, as predicted by `remixmatch bench count`, and not measured; evaluations come on top.
+
+    The time of a step is taken as linear in the rows that it trains: a line through the predictions for the smallest
+    and the largest K. None where those are of another network or size of image.
+
+    Args:
+        config: of a run.
+        gpu: "h100" or "h200".
+        rows: of the bench.
+    """
+    small = config.dataset.startswith(("cifar", "svhn")) or config.dataset == "fashion-mnist"  # 32x32
+    if config.architecture != "WRN-28-2" or not small:
+        return None
+    known: dict[int, float] = {}  # milliseconds a step by trained rows; a newer row counts
+    for row in rows:
+        if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
+            counted = dataclasses.replace(PRESETS[row["preset"]], k=row["k"], batch=row["batch"])
+            known[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
+    if len(known) < 2:
+        return None
+    low, high = min(known), max(known)
+    slope = (known[high] - known[low]) / (high - low)
+    milliseconds = known[low] + slope * (trained_rows(config) - low)
+    return max(milliseconds, 0.0) * config.steps / 3.6e6
+
+
+def _print_plan(entries: Sequence[Entry]) -> None:
+    from bench import records
+
+    rows = records.read(records.RESULTS / "count.jsonl")
+    total, unknown = 0.0, 0
+    for entry in entries:
+        config = entry.cell.config
+        hours = predicted_hours(config, "h100", rows)
+        total += hours or 0.0
+        unknown += hours is None
+        words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
+        print(f"{entry.cell.name}: {config.steps:,} steps of {trained_rows(config):,} rows, {words}")
+    print(
+        f"{len(entries)} cells; {total:.1f} H100 hours, predicted from `remixmatch bench count`, not measured, without "
+        f"evaluations" + (f"; no prediction for {unknown} of them" if unknown else "")
+    )
+
+
+# Results
+
+
+def _look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
+    return {entry.cell.digest: status(out, entry.cell) for entry in entries}
+
+
+def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
+    """What a table shows, and whatever keeps it from being the paper's.
+
+    Args:
+        name: of the table.
+        entries: its cells.
+        scale: of the steps.
+    """
+    words = [f"{name}: test error in percent"]
+    fewer = sorted({(each.cell.config.steps, each.base.steps) for each in entries})
+    fewer = [(steps, whole) for steps, whole in fewer if steps != whole]
+    if fewer:
+        counts = ", ".join(f"{steps:,} steps instead of {whole:,}" for steps, whole in fewer)
+        rehearsal = all(steps < whole for steps, whole in fewer)
+        words.append(f"{'REHEARSAL with ' if rehearsal else ''}{counts}")
+    changed: dict[str, None] = {}
+    for each in entries:
+        known = {"steps"} if scale == 1 else set(SCALED)
+        for text in changed_fields(each.base, each.cell.config):
+            if text.split()[0] not in known:
+                changed[text.split()[0] + " " + text.rpartition(" -> ")[2]] = None
+    if changed:
+        words.append(f"other settings than the presets': {', '.join(changed)}")
+    return "; ".join(words)
+
+
+def _write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[str, Status], scale: float) -> None:
+    """Writes table.md and table.json, and prints the table."""
+    lines = make_lines(name, entries, found)
+    states = [(entry, found.get(entry.cell.digest, Status("waiting"))) for entry in entries]
+    notes = [
+        f"Not in the table: {entry.cell.name}, {each.state}" + (f": {each.reason}" if each.reason else "")
+        for entry, each in states
+        if each.state != "done"
+    ]
+    done = [each for _, each in states if each.state == "done"]
+    if done:
+        places = dict.fromkeys(str(each.summary.get("device")) for each in done)
+        torches = dict.fromkeys(str(each.summary.get("versions", {}).get("torch")) for each in done)
+        commits = dict.fromkeys(each.commit or "unknown" for each in done)
+        notes.append(f"Trained on {'; '.join(places)}; torch {', '.join(torches)}; commit {', '.join(commits)}.")
+    head = title(name, entries, scale)
+    text = tables.markdown(head, lines, FULL, notes)
+    content = {
+        "table": name,
+        "title": head,
+        "lines": tables.to_json(lines),
+        "cells": [_cell_json(entry, found.get(entry.cell.digest, Status("waiting")), out) for entry in entries],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "table.md", text)
+        write_text(out / "table.json", json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+    print(text, end="")
+    print(f"\n{out / 'table.md'}, {out / 'table.json'}")
+
+
+def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[tables.Line]:
+    """The rows of a table, preset by preset, from what is done.
+
+    Args:
+        name: of the table.
+        entries: its cells.
+        found: states by the digest of a cell.
+    """
+    runs: dict[tuple[str, str], dict[int, tables.Run]] = {}
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for entry in entries:
+        place = entry.preset, entry.row
+        wanted.setdefault(place, []).append(entry.seed)
+        done = runs.setdefault(place, {})
+        each = found.get(entry.cell.digest)
+        if each and each.state == "done":
+            median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
+            done[entry.seed] = tables.Run(median, last, each.summary["steps"], entry.cell.config.split)
+    figures = ABLATION_FIGURES if TABLES[name].kind == "ablation" else FIGURES
+    return [
+        tables.line(
+            row,
+            preset_name,
+            sorted(wanted[preset_name, row]),
+            runs[preset_name, row],
+            runs.get((preset_name, FULL)) if row != FULL else None,
+            figures.get((preset_name, row)),
+        )
+        for preset_name in dict.fromkeys(entry.preset for entry in entries)
+        for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
+    ]
+
+
+def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
+    split = read_json(out / entry.cell.name / "split.json")
+    return {
+        "row": entry.row,
+        "preset": entry.preset,
+        "seed": entry.seed,
+        "cell": entry.cell.name,
+        "state": each.state,
+        "reason": each.reason,
+        "host": each.host,
+        "commit": each.commit or "unknown",
+        "split_sha256": split.get("sha256"),
+        "summary": dict(each.summary),
+        "config": dataclasses.asdict(entry.cell.config),
+    }
+
+
+def _collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
+    """Adds a row for every cell that is done and has none."""
+    from bench import records
+
+    known = {row.get("cell") for row in records.read(path)}
+    count = 0
+    for entry in entries:
+        each = status(out, entry.cell)
+        if each.state != "done" or entry.cell.digest in known:
+            continue
+        config, when = entry.cell.config, (out / entry.cell.name / "summary.json").stat().st_mtime
+        records.append(path, {
+            "bench": "reproduce",
+            "row": entry.row,
+            "preset": entry.preset,
+            "seed": entry.seed,
+            **{name: each.summary[name] for name in ("steps", "test_accuracy", "median_last_20", "train_seconds")},
+            "cell": entry.cell.digest,
+            "changes": {
+                name: value
+                for name, value in dataclasses.asdict(config).items()
+                if value != getattr(PRESETS[entry.preset], name)
+            },
+            "device": each.summary["device"],
+            "versions": each.summary["versions"],
+            "commit": each.commit or "unknown",
+            "command": shlex.join(["remixmatch", *command(config)]),
+            "date": datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d"),
+        })  # fmt: skip
+        count += 1
+    print(f"{path}: {count} rows added")
+
+
+def collected(paths: Sequence[Path]) -> dict[str, Status]:
+    """Cells that are done, by their digest, from rows that --collect wrote; a later row counts.
+
+    Raises:
+        UserError: a file is missing or has other rows.
+    """
+    from bench import records
+
+    found = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--from {path}: there is no such file")
+        try:
+            for row in records.read(path):
+                if row["bench"] == "reproduce":
+                    found[row["cell"]] = Status("done", row["steps"], row, commit=row["commit"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--from {path} has rows that --collect has not written ({error!r})") from None
+    return found

@@ -183,13 +183,13 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         ]
         rows.append(f"| {' | '.join(cells)} |")
     words = [
-        "Test errors of the EMA model: mean ± sample standard deviation over seeds, each a label split and initial weights "
-        "of its own. Nothing was chosen by test labels: no evaluation, no seed, no setting.",
+        "Test errors of the EMA model: mean ± sample standard deviation over seeds, each with a label split and "
+        "initial weights of its own. No evaluation and no seed was chosen by its test error.",
     ]
     if compared:
         words.append(
-            f"Differences to {full} are in points of the median, over the seeds that both have: their mean and the 95 % "
-            "interval of Student's t for paired samples. One seed has no interval."
+            f"Differences to {full} are in points of the median, over the seeds that both have: their mean and the "
+            "95 % interval of Student's t for paired samples. One seed has no interval."
         )
     return "\n\n".join([f"# {title}", "\n".join(rows), *words, *notes]) + "\n"
 
