@@ -449,17 +449,20 @@ def _undecided(root: Path, cells: Sequence[Cell], seen: dict[Path, float]) -> bo
     return False
 
 
+def train_command(folder: Path, config: Config) -> list[str]:
+    """What trains the run whose config.json is in the folder: the run is exactly the cell, however it was begun."""
+    return [sys.executable, "-m", "engine", "train", config.preset, "--out", str(folder), "--resume", "--quiet"]
+
+
 def _train(folder: Path, cell: Cell, owned: Claim, environment: Mapping[str, str], stop: Stop) -> None:
     """Trains a claimed cell in a process of its own, up to its end or until `stop` asks for the end."""
     begun = folder / "config.json"
     if not begun.exists():
         write_text(begun, config_json(cell.config))
-    # the run takes its configuration from the folder, and so is exactly the cell, however it was begun
-    command = [sys.executable, "-m", "engine", "train", cell.config.preset, "--out", str(folder), "--resume", "--quiet"]
     variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[1]), PARENT: str(os.getpid())}
     with (folder / "log.txt").open("ab") as log:
         # written by the file's own handle: a run that resumes adds to what was said before
-        code = _attend(command, {**variables, **environment}, log, owned, stop)
+        code = _attend(train_command(folder, cell.config), {**variables, **environment}, log, owned, stop)
     if code is None or (stop.number and code) or code in _CUT_OFF:
         return
     newest = read_json(folder / "summary.json")
