@@ -308,13 +308,25 @@ def test_a_child_that_is_told_to_end_is_not_begun_again_at_once(root):
 def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
     """It was asleep, say, and another machine took it for dead."""
     monkeypatch.setattr(cells, "RENEW_SECONDS", 0.1)
-    does(root, "(folder / 'claims' / '2.json').write_text('{\"machine\": \"another\"}'); time.sleep(60)")
+    does(root, "(folder / 'claims' / '2.json').write_text('{\"released\": true}'); time.sleep(60)")
     (cell,) = some(1)
-    began, stop = time.monotonic(), Stop()
-    work(root, [cell], [{}], "commit", stop, show=lambda statuses: None if stop.children else stop.ask(signal.SIGTERM))
-    assert time.monotonic() - began < 30
+    began = time.monotonic()
+    assert finish(root, [cell]) == ["waiting"] and time.monotonic() - began < 30
     assert newest_claim(root / cell.name).name == "2.json" and not (root / cell.name / "failed.json").exists()
-    assert "released" not in read_claim(root, cell)
+    assert not cells.read_json(root / cell.name / "claims" / "1.json")["released"]
+
+
+def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(root, monkeypatch):
+    (cell,) = some(1)
+
+    def late(folder, commit):
+        with monkeypatch.context() as context:
+            context.setattr(cells, "claim", claim)
+            assert finish(root, [cell]) == ["done"]
+        return claim(folder, commit)
+
+    monkeypatch.setattr(cells, "claim", late)
+    assert finish(root, [cell]) == ["done"] and ran(root) == [cell.name]
 
 
 @pytest.mark.parametrize("alive", [False, True])
