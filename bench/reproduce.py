@@ -7,6 +7,7 @@ machines and jobs of Slurm. Cells that say the most come first: one seed of ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -40,6 +41,7 @@ FULL = "remixmatch"
 OUT = Path("runs") / "reproduce"
 SAVE_SECONDS = 60  # that running cells get to save their step when a job's time is over
 SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every")  # by --steps-scale
+_NO_SEED = -1  # which no flag can be equal to
 
 BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
 
@@ -292,7 +294,9 @@ def make_entries(table: Table, options: ReproduceOptions, flags: Sequence[str]) 
                     base = ablate(whole, row)
                     if base == whole:  # K as the preset has it
                         continue
-                config = scaled(_with_flags(base, flags), options.steps_scale)
+                unseeded = dataclasses.replace(base, seed=_NO_SEED)
+                changed = dataclasses.replace(_with_flags(unseeded, tuple(flags)), seed=seed)
+                config = scaled(changed, options.steps_scale)
                 label = f"{name}-{row}-seed{seed}"
                 try:
                     validate(config)
@@ -316,8 +320,9 @@ def _check_different(entries: Sequence[Entry]) -> None:
             )
 
 
-def _with_flags(config: Config, flags: Sequence[str]) -> Config:
-    """A configuration with flags of `remixmatch train`.
+@functools.cache  # it takes as long for each seed
+def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
+    """A configuration, without its seed, with flags of `remixmatch train`.
 
     Raises:
         UserError: a flag that is not one of a cell's settings.
