@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,6 @@ from bench.cells import STATES, Cell, Status, Stop, forget_failures, read_json, 
 from engine import cli
 from engine.config import Config, changed_fields, check_data, open_data, resolve, validate
 from engine.errors import Stopped, UserError
-from engine.folder import write_text
 from engine.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.parsing import parse, show_usage
 from engine.presets import PRESETS, PUBLISHED, Figure, command, preset
@@ -414,8 +414,8 @@ def _run(name: str, entries: Sequence[Entry], out: Path, options: ReproduceOptio
     counts = _counts(statuses)
     if stop.number:
         raise Stopped(f"{counts}; what was running is saved, the same command goes on with it", stop.number)
-    found = {entry.cell.digest: each for entry, each in zip(entries, statuses, strict=True)}
-    _write_tables(name, entries, out, found, options.steps_scale)
+    # looked at anew: another worker may have ended since
+    _write_tables(name, entries, out, _look(out, entries), options.steps_scale)
     failed = sum(each.state == "failed" for each in statuses)
     if failed:
         raise UserError(f"{failed} of {len(statuses)} cells failed, for reasons above; --retry tries them again")
@@ -706,12 +706,19 @@ def _write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "table.md", text)
-        write_text(out / "table.json", json.dumps(content, indent=1) + "\n")
+        _replace(out / "table.md", text)
+        _replace(out / "table.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
     print(text, end="")
     print(f"\n{out / 'table.md'}, {out / 'table.json'}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file as a whole, which several workers may do at once."""
+    partial = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[tables.Line]:

@@ -17,6 +17,7 @@ from torchvision import datasets as tv
 from bench import cells, records, reproduce, tables
 from bench.cells import Status, status
 from bench.reproduce import TABLES, ReproduceOptions, make_entries, trained_rows
+from engine.checkpoint import list_checkpoints
 from engine.config import config_json
 from engine.errors import UserError
 from engine.methods import ABLATIONS, METHODS
@@ -363,18 +364,16 @@ def made_up_cifar(tmp_path, monkeypatch):
     sources.prepare("cifar10", folder, download=False)
 
 
-# cells of 40 steps with 20 evaluations; batch norm over groups needs K + 2 labeled images
-SMALL = [
-    "--",
-    *("--steps", "20000", "--batch", "10", "--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"),
-]
+# cells of 20 steps, each followed by an evaluation; batch norm over groups needs K + 2 labeled images
+SMALL = ["--", *("--steps", "10000", "--eval-every", "512", "--checkpoint-every", "2000", "--batch", "10")]
+SMALL += ["--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"]
 
 
 def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
-    assert len(found) == 17 and {entry.cell.config.steps for entry in found} == {40}
+    assert len(found) == 17 and {entry.cell.config.steps for entry in found} == {20}
 
     def states():
         return [status(out, entry.cell).state for entry in found]
@@ -397,7 +396,8 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     }
     begun = [entry for entry in found if claims_of(out, entry) and entry.cell.name not in before]
     assert 4 <= len(before) < 17 and begun, states()
-    saved = {entry.cell.name for entry in begun if checkpoints(entry)}
+    saved = {entry.cell.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
+    assert saved
 
     process = start(log, *words)
     assert process.wait(SECONDS) == 0, log.read_text()
@@ -409,27 +409,32 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
         if entry.cell.name in before:
             assert (folder / "summary.json").stat().st_mtime_ns == before[entry.cell.name]
         evaluated = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "test_accuracy" in row]
-        assert evaluated == list(range(2, 41, 2))
+        assert evaluated == list(range(1, 21))
         assert not (folder / "failed.json").exists()
-    for name in saved:  # gone on with, not begun again
-        assert json.loads((out / name / "summary.json").read_text())["steps"] == 40
+        if entry.cell.name in saved:  # gone on with, and not begun again
+            kept = {path.stat().st_mtime_ns for path in checkpoints(entry)}
+            assert saved[entry.cell.name] in kept or min(kept) > saved[entry.cell.name]
+            assert "starting from step 0" not in (folder / "log.txt").read_text()
     text = (out / "table.md").read_text()
-    assert "REHEARSAL with 40 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
+    assert "REHEARSAL with 20 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
     assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 17
     assert "one seed: no interval" in text and "Not in the table" not in text
 
 
 DIGITS = ["digits", "--seeds", "0", "--methods", "supervised"]
-QUICK = ["--", *("--batch", "8", "--width", "8", "--device", "cpu", "--eval-every", "100", "--checkpoint-every", "100")]
+QUICK = [
+    "--",
+    *("--batch", "8", "--width", "8", "--device", "cpu", "--eval-every", "100", "--checkpoint-every", "9999"),
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
-    (entry,) = entries("digits", *QUICK[1:], "--steps", "400", seeds=(0,), methods=("supervised",))
+    (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), methods=("supervised",))
     folder = out / entry.cell.name
-    process = start(log, *words, "400")
+    process = start(log, *words, "800")
     until(lambda: cells.last_step(folder / "metrics.jsonl") >= 40, process, log)
     os.kill(process.pid, number)
     code = process.wait(60)
@@ -439,33 +444,35 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number):
     while cells.started(pid) == began:
         assert number == signal.SIGKILL and time.monotonic() < deadline, "it trains on"
         time.sleep(0.05)
-    name = "SIGHUP" if number == signal.SIGKILL else "SIGTERM"
-    assert f"{name}: step " in (folder / "log.txt").read_text()
+    # nothing else would have saved it
+    (saved,) = (int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints"))
+    assert 40 <= saved < 800 and saved >= cells.last_step(folder / "metrics.jsonl")
     assert status(out, entry.cell).state == "waiting"
     if number == signal.SIGTERM:
         assert "1 waiting; what was running is saved" in log.read_text()
     reached = cells.last_step(folder / "metrics.jsonl")
-    process = start(log, *words, "400")
+    process = start(log, *words, "800")
     assert process.wait(SECONDS) == 0, log.read_text()
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    assert steps == list(range(20, 401, 20)) and 40 <= reached < 400
+    assert steps == list(range(20, 801, 20)) and 40 <= reached < 800
     assert len(claims_of(out, entry)) == 2 and status(out, entry.cell).state == "done"
 
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
-def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_path, capfd):
+def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_path):
     out = tmp_path / "out"
-    flags = [*QUICK, "--steps", "200"]
+    flags = [*QUICK, "--steps", "800"]
     words = ["digits", "--seeds", "0", "1", "--methods", "supervised", "--out", str(out)]
     found = entries("digits", *flags[1:], seeds=(0, 1), methods=("supervised",))
     submit = [*words, "--submit", "local", "--workers", "2", "--gpus", "0", *flags]
     script = f"from bench.reproduce import main; main({submit!r})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 jobs: ") and "--status" in done.stdout
+    said = tmp_path / "said.txt"
+    with said.open("wb") as file:  # no pipe, which the jobs would keep open
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, stdout=file, stderr=file, timeout=SECONDS
+        )
+    assert done.returncode == 0 and said.read_text().startswith("2 jobs: ") and "--status" in said.read_text()
 
     def states():
         return [status(out, entry.cell).state for entry in found]
