@@ -263,17 +263,17 @@ class Step:
         self.guess_order, self.probe_order = on_device(rows.guess_order), on_device(rows.probe_order)
         self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
         self.accumulation_steps = rows.accumulation_steps  # M / R
-        passes = len(rows.target), rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
-        self.passes = passes  # rows to train, to guess of, and of probes
+        guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
+        self.passes = len(rows.target), guessed, probed  # rows of each
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        # passes whose results are needed late run beside the training pass; but not where two passes exchange
-        # statistics, since collectives of two streams have no common order on all ranks
-        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
+        # passes whose results are needed late run beside the training pass, where there are any; but not where two
+        # passes exchange statistics, since collectives of two streams have no common order on all ranks
+        streams = [torch.cuda.Stream(device) if device.type == "cuda" and rows else None for rows in (probed, guessed)]
         self.probing, self.guessing = streams[0], None if config.bn == "sync" else streams[1]
         compile_ = compiler(config, device) if compiled else lambda function: function
         self.guess_model: nn.Module = compile_(state.network)
