@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from engine import cli, methods
-from engine.config import validate
+from engine.api import train
+from engine.config import load_config, validate
 from engine.errors import UserError
 from engine.feed import arrange_rows, plan_spec
 from engine.methods import ABLATIONS, METHODS, ablate, with_method
@@ -310,3 +311,10 @@ def test_compiled_steps_of_other_methods_are_eager_ones(tiny, method):
     for mine, theirs in zip(eager.state.network.parameters(), compiled.state.network.parameters(), strict=True):
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_api_trains_methods_and_ablations(tmp_path):
+    small = dict(steps=1, batch=8, width=8, device="cpu")
+    train("digits-40", out=tmp_path / "run", method="fixmatch", mu=1, ablate=["no-alignment", "k=4"], **small)
+    expected = ablate(with_method(preset("digits-40"), "fixmatch"), "no-alignment", "k=4")
+    assert load_config(tmp_path / "run" / "config.json") == dataclasses.replace(expected, mu=1, **small)
