@@ -13,9 +13,11 @@ from engine.api import train
 from engine.config import load_config, validate
 from engine.errors import UserError
 from engine.feed import arrange_rows, plan_spec
+from engine.folder import default_folder
 from engine.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.presets import PRESETS, preset
 from engine.rows import step_plan
+from engine.run import _published
 from engine.step import METRICS, Step, StepInput, make_state
 from pipelines.ctaugment import initial_weights
 from pipelines.datasets import DataSet
@@ -318,3 +320,12 @@ def test_the_api_trains_methods_and_ablations(tmp_path):
     train("digits-40", out=tmp_path / "run", method="fixmatch", mu=1, ablate=["no-alignment", "k=4"], **small)
     expected = ablate(with_method(preset("digits-40"), "fixmatch"), "no-alignment", "k=4")
     assert load_config(tmp_path / "run" / "config.json") == dataclasses.replace(expected, mu=1, **small)
+
+
+def test_runs_of_other_methods_have_folders_and_figures_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = preset("cifar10-250")
+    assert str(default_folder(config, resume=False)) == "runs/cifar10-250-seed0"
+    assert str(default_folder(with_method(config, "fixmatch"), resume=False)) == "runs/cifar10-250-fixmatch-seed0"
+    assert str(default_folder(preset("digits-40-supervised"), resume=False)) == "runs/digits-40-supervised-seed0"
+    assert _published(config, 94.0)["paper_error"] == 6.27 and not _published(with_method(config, "fixmatch"), 94.0)
