@@ -52,6 +52,8 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         augment=config.augment != "none",
         mixup_alpha=config.mixup_alpha,
         weak_anchor=config.anchor_augment != "none",
+        ctaugment=config.ctaugment,
+        side=min(data.sides),
     )
 
 
