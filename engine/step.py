@@ -260,6 +260,9 @@ class Step:
         self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
         self.accumulation_steps = rows.accumulation_steps  # M / R
         self.local_batch = len(rows.images)  # B / R
+        # a micro-batch begins with its pool; models of timm do not know this argument
+        pool_rows = len(rows.pool) // rows.accumulation_steps
+        self.statistics = {"stats_rows": pool_rows} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
@@ -339,7 +342,7 @@ class Step:
             with self._unsynchronised(number + 1 < accumulated):
                 parts.begin("forward")
                 with self.autocast:
-                    logits, rotation_logits = self.train_model(micro_batch)
+                    logits, rotation_logits = self.train_model(micro_batch, **self.statistics)
 
                 # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
                 # micro-batches: the first losses are the first to need them
