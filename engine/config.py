@@ -132,7 +132,7 @@ class NetworkOptions:
     """With bn=split: parts into which each pass of B rows is cut; a multiple of the ranks and of the micro-batches."""
     bn_stats: Literal["all", "pool"] = "all"
     """Training rows that move the running statistics: all; or the mixup pool alone, as in the authors' code, where
-    u_1 and its rotations do not."""
+    u_1 and its rotations do not. There the last of the pool's passes moves them, here the mean over the pool."""
     bn_momentum: float = 0.001
     """Momentum of the running statistics, in PyTorch's convention."""
 
