@@ -265,6 +265,9 @@ class Step:
         self.accumulation_steps = rows.accumulation_steps  # M / R
         guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
         self.passes = len(rows.target), guessed, probed  # rows of each
+        # a micro-batch begins with its pool; models of timm do not know this argument
+        pool_rows = len(rows.pool) // rows.accumulation_steps
+        self.statistics = {"stats_rows": pool_rows} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
@@ -344,7 +347,7 @@ class Step:
             with self._unsynchronised(number + 1 < accumulated):
                 parts.begin("forward")
                 with self.autocast:
-                    logits, rotation_logits = self.train_model(micro_batch)
+                    logits, rotation_logits = self.train_model(micro_batch, **self.statistics)
 
                 # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
                 # micro-batches: the first losses are the first to need them
