@@ -235,24 +235,27 @@ SMALL = dict(batch=8, width=8, k=1, steps=350, device="cpu")
 COLLAPSE = dict(align=False, w_u=100.0, ramp_kimg=0.01)
 
 
+WRONG_PRIOR = (*[0.0] * 5, *[0.2] * 5)
+
+
+def failing(name, expected, long=False, **changes):
+    return pytest.param(changes, expected, id=name, marks=[pytest.mark.long] if long else [])
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        pytest.param(dict(), None, id="healthy"),
-        pytest.param(COLLAPSE, r"guesses collapse: \d\d% .* class \d, .*--no-align, --w-u 100", id="collapse"),
-        pytest.param(dict(temperature=100.0), r"prior: .* 0.10\d, and 0.10\d .*--temperature 100", id="prior"),
-        pytest.param(dict(lr=1e-9), r"not learned: loss_x is 2.[3-5]\d, and .* 2.30; .*--lr 1e-09", id="no-steps"),
-        pytest.param(dict(lr=1.0), r"not learned: loss_x is .*--lr 1,", id="large-steps", marks=pytest.mark.long),
-        pytest.param(dict(weight_decay=100.0), r"not learned: loss_x is 2.3.*--weight-decay 100", id="decay", marks=pytest.mark.long),
-        pytest.param(
-            dict(class_distribution=(0.0,) * 5 + (0.2,) * 5),
-            r"alignment does not bring .* p\(y\) 0.000 .*--class-distribution",
-            id="ratio",
-        ),
-        pytest.param(dict(ema_decay=0.99999), r"EMA model.*--ema-decay 0.99999", id="ema"),
-        pytest.param(dict(bn_momentum=1e-6), r"EMA model.*--bn-momentum 1e-06", id="running-statistics", marks=pytest.mark.long),
+        failing("healthy", None),
+        failing("collapse", r"guesses collapse: \d\d% .* class \d, .*--no-align, --w-u 100", **COLLAPSE),
+        failing("prior", r"prior: .* 0.10\d, and 0.10\d .*--temperature 100", temperature=100.0),
+        failing("ratio", r"does not bring .* p\(y\) 0.000 .*--class-distribution", class_distribution=WRONG_PRIOR),
+        failing("no-steps", r"not learned: loss_x is 2.[3-5]\d, and .* 2.30; .*--lr 1e-09", lr=1e-9),
+        failing("large-steps", r"not learned: loss_x is .*--lr 1,", lr=1.0, long=True),
+        failing("decay", r"not learned: loss_x is 2.3.*--weight-decay 100", weight_decay=100.0, long=True),
+        failing("ema", r"EMA model.*--ema-decay 0.99999", ema_decay=0.99999),
+        failing("running-statistics", r"EMA model.*--bn-momentum 1e-06", bn_momentum=1e-6, long=True),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_was_made_to_fail_says_why(tmp_path, capfd, changes, expected):
     config = dataclasses.replace(preset("digits-40"), **(SMALL | changes))
     run.train(config, tmp_path / "run", quiet=True)
