@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from engine import config as configuration
-from engine import launch, presets
+from engine import launch, methods, presets
 from engine.config import folder_name
 from engine.errors import RankError, Stopped, UserError
 from engine.folder import check_folder, default_folder
@@ -57,6 +57,18 @@ class _Folder:
 @dataclass(frozen=True)
 class _OutputOptions(configuration.OutputOptions, _Folder):
     """Where the run goes, and what is written on the way."""
+
+
+@dataclass(frozen=True)
+class _Ablations:
+    ablate: tuple[str, ...] = ()
+    """Ablations of the paper by name, such as k=4, no-rotation, no-alignment or mean-guess; an unknown name lists
+    them. Each sets fields that are flags, too."""
+
+
+@dataclass(frozen=True)
+class _MethodOptions(configuration.MethodOptions, _Ablations):
+    """What is learned, from which rows, with which losses. Paper: ReMixMatch (ICLR 2020), section 3."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class TrainOptions:
     """Trains a preset, or what the flags make of it."""
 
     preset: tyro.conf.Suppress[str]
-    method: configuration.MethodOptions
+    method: _MethodOptions
     data: _DataOptions
     augmentation: configuration.AugmentationOptions
     network: configuration.NetworkOptions
@@ -243,7 +255,7 @@ def _train(argv: list[str]) -> None:
         if not argv:
             raise UserError("train needs a preset")
         return
-    options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(presets.preset(argv[0])))
+    options = _parse_train(argv, presets.preset(argv[0]))
     _check_ranks(options)
     set_data_dir(options.data.data_dir)
     configuration.validate(options.config)
@@ -299,6 +311,20 @@ def _train(argv: list[str]) -> None:
     distributed.stop()
 
 
+def _parse_train(argv: list[str], base: configuration.Config) -> TrainOptions:
+    """The options over a configuration. Method and ablations set other fields, which flags of their own override."""
+
+    def parsed(config: configuration.Config) -> TrainOptions:
+        return parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(config))
+
+    options = parsed(base)
+    method, ablations = options.method.method, options.method.ablate
+    if method == base.method and not ablations:
+        return options
+    changed = base if method == base.method else methods.with_method(base, method)
+    return parsed(methods.ablate(changed, *ablations))
+
+
 def _check_ranks(options: TrainOptions) -> None:
     execution = options.execution
     for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
@@ -336,7 +362,7 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
         preset = options.config.preset
         if begun.preset != preset:
             raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
-        options = parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(begun))
+        options = _parse_train(argv, begun)
     options = dataclasses.replace(options, output=dataclasses.replace(options.output, out=folder, resume=resume))
     configuration.validate(options.config, options.execution.gpus)
     data = configuration.open_data(options.config.dataset)

@@ -23,7 +23,7 @@ from engine import distributed
 from engine.config import Config
 from engine.execution import Execution
 from engine.imports import uncollected
-from engine.rows import StepPlan, arrange, step_plan
+from engine.rows import Rows, StepPlan, arrange, step_plan
 from engine.step import METRICS, StepInput, StepOutput
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import DataSet
@@ -51,7 +51,26 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         flip=config.flip,
         augment=config.augment != "none",
         mixup_alpha=config.mixup_alpha,
-        weak_anchor=config.anchor_augment != "none",
+        mu=config.mu,
+        anchor=config.anchor,
+        anchor_augment=config.anchor_augment,
+        labeled_augment=config.labeled_augment,
+        probes=config.augment == "ctaugment",
+    )
+
+
+def arrange_rows(config: Config, spec: PlanSpec, rank: int, ranks: int) -> Rows:
+    """The rows of a rank of a run."""
+    micro_batches = config.micro_batches_of(ranks)
+    return arrange(
+        spec,
+        config.bn_groups if config.bn == "split" else micro_batches,
+        rank,
+        ranks,
+        micro_batches,
+        unmixed=config.w_u1 > 0,
+        rotated=config.w_rot > 0,
+        mean_guess=config.guess == "mean",
     )
 
 
@@ -60,7 +79,7 @@ class _Pending:
     """A step whose output is being copied to the host."""
 
     plan: Plan
-    metrics: Tensor  # (9,) float32, on the host once `arrived`
+    metrics: Tensor  # (len(METRICS),) float32, on the host once `arrived`
     omega: Tensor  # (B,) float32, likewise
     arrived: torch.cuda.Event | None
 
@@ -103,10 +122,7 @@ class Feed:
     ) -> None:
         self.config, self.data, self.split, self.execution = config, data, split, execution
         self.spec = plan_spec(config, data, split)
-        ranks = distributed.ranks()
-        micro_batches = config.micro_batches_of(ranks)
-        groups = config.bn_groups if config.bn == "split" else micro_batches
-        self.rows = arrange(self.spec, groups, distributed.rank(), ranks, micro_batches)
+        self.rows = arrange_rows(config, self.spec, distributed.rank(), distributed.ranks())
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.waited_seconds = 0.0
         self._on_metrics = on_metrics
@@ -122,7 +138,7 @@ class Feed:
     @property
     def images_per_step(self) -> int:
         """Rows of the training pass over all ranks: the mixup pool, u_1, and rotated u_1."""
-        return self.spec.batch * (self.spec.pool_blocks + (2 if self.config.unlabeled else 0))
+        return len(self.rows.target) * distributed.ranks()
 
     def example(self) -> StepInput:
         """An input of the shapes of all steps, its views black."""

@@ -14,10 +14,11 @@ from typing import Any
 from engine.config import Config
 from engine.errors import UserError
 
+MIXMATCH_SVHN_W_U = 250.0  # of the L2 loss, where other data sets have 75
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)
 _ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # of unlabeled images
 
-# MixMatch: arXiv 1905.02249, with CIFAR-10's weight of the L2 loss (SVHN has 250). FixMatch: arXiv 2001.07685. UDA:
+# MixMatch: arXiv 1905.02249, with CIFAR-10's weight of the L2 loss. FixMatch: arXiv 2001.07685. UDA:
 # arXiv 1904.12848, with the temperature, threshold and mu that FixMatch's authors compared it with, and without
 # annealing of the training signal. Pseudo-labeling: Lee 2013, as Oliver et al. 2018 have it
 METHODS: dict[str, dict[str, Any]] = {
@@ -99,7 +100,10 @@ def with_method(config: Config, method: str) -> Config:
     Raises:
         UserError: there is none of that name; names the nearest.
     """
-    return dataclasses.replace(config, method=method, **_named(METHODS, method, "method"))  # type: ignore[arg-type]
+    changes = dict(_named(METHODS, method, "method"))
+    if method == "mixmatch" and config.dataset.startswith("svhn"):
+        changes["w_u"] = MIXMATCH_SVHN_W_U
+    return dataclasses.replace(config, method=method, **changes)  # type: ignore[arg-type]
 
 
 def ablate(config: Config, *names: str) -> Config:

@@ -69,10 +69,9 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
     spec, config, data = feed.spec, feed.config, feed.data
     shown_rows = data.unlabeled_rows if spec.unlabeled_images else feed.split
     plan = make_plan(spec, config.seed, step, feed.policy.weights_for(step))
-    weak, first = (1, 2) if spec.unlabeled_images else (None, 0)
+    weak = list(spec.anchor_blocks[:1])
     shown = min(GRID_ROWS, spec.batch)
-    strong = min(GRID_STRONG, config.k if spec.unlabeled_images else 1)
-    blocks = ([weak] if weak else []) + list(range(first, first + strong))
+    blocks = weak + (list(spec.strong_blocks[:: spec.mu]) or [0])[:GRID_STRONG]  # of the first B images
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
     chosen = plan.views.rows(rows)
     pipeline = DaliViews(
@@ -102,7 +101,7 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
             axis = axes[row, column + 1]
             axis.imshow(views[column, row])
             number = column * shown + row
-            caption = "weak" if block == weak else describe(chosen.ops[number], chosen.levels[number])
+            caption = "weak" if block in weak else describe(chosen.ops[number], chosen.levels[number])
             axis.set_title(caption.replace(", ", "\n"), fontsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -15,16 +15,20 @@ The network's input of a rank with b = B / R images, from the first row to the l
     b            u_weak            guess_model, no gradient   the guess
     b            x_probe           ema_model, no gradient     CTAugment's omega
 
-Without unlabeled data the pool is x_strong alone, and x_probe follows it. With gradient accumulation, a step's images
-are cut into M micro-batches, R of them at least: micro-batch m has images m, m + M, ... of every block, and is trained
-on rank m mod R, which so has images r, r + R, ... The first three parts are then there once for each of a rank's
-micro-batches, one micro-batch after another:
+Parts that a method does not have are left out: without unlabeled data the pool is x_strong alone, and x_probe follows
+it; a term of weight 0 has no rows; where nothing learns from probes, there are none. Other methods move u_weak out of
+the pool, or have none and guess of u_1 ... u_K, see `pipelines/plan.py`. With mu unlabeled images for a labeled one,
+every unlabeled block above is mu blocks of B, one after another.
 
-    pool | u_1 | rotated u_1 || pool | u_1 | rotated u_1 || ... || u_weak | x_probe
+With gradient accumulation, a step's images are cut into M micro-batches, R of them at least: micro-batch m has images
+m, m + M, ... of every block, and is trained on rank m mod R, which so has images r, r + R, ... The first three parts
+are then there once for each of a rank's micro-batches, one micro-batch after another, and so is the fourth:
+
+    pool | u_1 | rotated u_1 || pool | u_1 | rotated u_1 || ... || u_weak || u_weak || ... || x_probe
 
 For batch norm over groups (`bn = "split"`) consecutive rows share statistics, so order is what makes the groups. The
 paper's code interleaves: each of its K + 2 passes over the pool holds labeled and unlabeled rows alike. Here image
-i = G * t + j of view block v goes to group (j, (v + t) mod (K + 2)): a Latin square, so that a group has one view of
+i = G * t + j of pool block v goes to group (j, (v + t) mod (K + 2)): a Latin square, so that a group has one view of
 each of its images, and labeled rows whenever it has at least K + 2 rows.
 """
 
@@ -39,7 +43,7 @@ from pipelines.plan import Plan, PlanSpec, rank_rows
 
 @dataclass(frozen=True)
 class Rows:
-    """Row numbers of one rank, all int64. P = B * pool blocks.
+    """Row numbers of one rank, all int64. P = B * pool blocks, U = mu B, n rows are trained in a micro-batch.
 
     Attributes:
         spec: what the plans are drawn for.
@@ -49,12 +53,16 @@ class Rows:
         images: (B / R,) positions in the batch that are this rank's, micro-batch by micro-batch.
         pool: (P / R,) global pool rows that it trains, micro-batch by micro-batch.
         gathered: (V,) where each global view row lies once the ranks' views are gathered rank by rank.
-        guess_order: (B,) where each image's guess lies once the ranks' guesses are gathered rank by rank.
-        pool_target: (P,) for each global pool row, its row in [labels (B); guesses (B)].
-        target: (n M / R,) the same for each trained network row, n of them in a micro-batch; u_1 has its image's.
+        guess_order: (g, U) where the logits of each of an image's g views that are guessed of lie, once those of the
+            ranks are gathered rank by rank; g is 1 for an anchor. Empty without unlabeled data.
+        probe_order: (B,) the same for the probes; empty without any.
+        pool_source: (P,) the gathered view row of each global pool row.
+        pool_target: (P,) for each global pool row, its row in [labels (B); guesses (U)].
+        target: (n M / R,) the same for each trained network row; u_1 has its image's.
         source: (N,) gathered view row that each network row shows (module docstring); the same in every step.
         mixed: (P / R,) network rows in which the rows of `pool` are.
-        rotated: (B / R,) network rows of the rotated u_1 of `images`; none without unlabeled data.
+        rotated: (U / R,) network rows of the rotated u_1; none without the rotation task.
+        rotations: (U / R,) which of the plan's rotations they have.
         class_weights: (3, n) float32, shares of a micro-batch's rows in the means loss_x, loss_u and loss_u1.
         rotation_weights: (n,) float32, likewise in loss_rot.
     """
@@ -67,16 +75,28 @@ class Rows:
     pool: np.ndarray
     gathered: np.ndarray
     guess_order: np.ndarray
+    probe_order: np.ndarray
+    pool_source: np.ndarray
     pool_target: np.ndarray
     target: np.ndarray
     source: np.ndarray
     mixed: np.ndarray
     rotated: np.ndarray
+    rotations: np.ndarray
     class_weights: np.ndarray
     rotation_weights: np.ndarray
 
 
-def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches: int) -> Rows:
+def arrange(
+    spec: PlanSpec,
+    bn_groups: int,
+    rank: int,
+    ranks: int,
+    micro_batches: int,
+    unmixed: bool = True,
+    rotated: bool = True,
+    mean_guess: bool = False,
+) -> Rows:
     """Lays out one rank's rows.
 
     Args:
@@ -85,9 +105,12 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
         rank: r.
         ranks: R.
         micro_batches: M, a multiple of `ranks`.
+        unmixed: whether u_1 is trained as it is, too.
+        rotated: whether the rotated u_1 is.
+        mean_guess: the label is guessed of all unlabeled views of the pool, and not of u_weak.
     """
     batch, blocks = spec.batch, spec.pool_blocks
-    per_group = batch // bn_groups
+    per_group, accumulation_steps = batch // bn_groups, micro_batches // ranks
 
     def images_of(some_rank: int) -> np.ndarray:
         """The micro-batches m = r, r + R, ..., each the groups j = m, m + M, ..., each of images j, j + G, ..."""
@@ -95,56 +118,69 @@ def arrange(spec: PlanSpec, bn_groups: int, rank: int, ranks: int, micro_batches
         groups = (own[:, None] + np.arange(0, bn_groups, micro_batches)).reshape(-1, 1)
         return (groups + bn_groups * np.arange(per_group)).reshape(-1)
 
-    images = images_of(rank)
-    t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, n)
-    block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, n)
-    pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(-1)
+    def rows_of(some_rank: int, some_blocks: np.ndarray) -> np.ndarray:
+        """Rows of blocks of B, micro-batch by micro-batch: (M / R, rows)."""
+        own = images_of(some_rank).reshape(accumulation_steps, 1, -1)
+        return (own + batch * some_blocks[:, None]).reshape(accumulation_steps, -1)
 
-    accumulation_steps = micro_batches // ranks
-    first_part = pool.reshape(accumulation_steps, -1)[0]  # the Latin square is that of every group
+    def order(some_blocks: np.ndarray) -> np.ndarray:
+        """Where each row of the blocks lies among all ranks' `rows_of`: (blocks * B,)."""
+        lying = np.concatenate([rows_of(r, some_blocks).reshape(-1) for r in range(ranks)])
+        return np.argsort(lying)  # the blocks ascend
+
+    images = images_of(rank)
+    t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, per_group)
+    block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, per_group)
+    pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(accumulation_steps, -1)
 
     gathered = np.empty(batch * spec.blocks, dtype=np.int64)
     gathered[np.concatenate([rank_rows(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
         batch * spec.blocks
     )
-    guess_order = np.empty(batch, dtype=np.int64)
-    guess_order[np.concatenate([images_of(r) for r in range(ranks)])] = np.arange(batch)
+
+    # blocks of views: those that labels are guessed of, u_1's, and the probes'
+    unlabeled = np.arange(spec.mu) if spec.unlabeled_images else np.arange(0)
+    of_guess = spec.pool_views[1:] if mean_guess else np.array(spec.anchor_blocks, dtype=np.int64)
+    of_u1 = spec.strong_blocks.start + unlabeled
+    of_probes = np.arange(spec.blocks)[spec.strong_blocks.stop :]
 
     # the network's rows: one micro-batch a line, then what is only passed forward
-    trained, forwarded = pool.reshape(accumulation_steps, -1), images + batch * blocks
-    if spec.unlabeled_images:
-        first = (images + 2 * batch).reshape(accumulation_steps, -1)
-        trained, forwarded = (
-            np.concatenate([trained, first, first], axis=1),
-            np.concatenate([images + batch, forwarded]),
-        )
+    views = (spec.pool_views[:, None] * batch + np.arange(batch)).reshape(-1)  # of each pool row
+    u1 = rows_of(rank, of_u1)
+    trained = np.concatenate([views[pool]] + [u1] * unmixed + [u1] * rotated, axis=1)
     place = np.arange(trained.size).reshape(accumulation_steps, -1)
 
-    pool_rows = np.arange(batch * blocks)
-    pool_target = pool_rows % batch + batch * (pool_rows >= batch)
-    target = pool_target[pool].reshape(accumulation_steps, -1)
+    number = np.arange(batch * blocks) // batch - 1  # of the unlabeled block, -1 for the labeled
+    pool_target = np.arange(batch * blocks) % batch + batch * np.where(number < 0, 0, 1 + number % spec.mu)
+    guess_of_u1 = rows_of(rank, 1 + unlabeled)
+    target = np.concatenate([pool_target[pool]] + [guess_of_u1] * (unmixed + rotated), axis=1)
+
     # what a trained row counts for, the same in every micro-batch: x, u, u_1, rotated u_1
-    term = np.where(first_part < batch, 0, 1)
-    if spec.unlabeled_images:
-        own = batch + images.reshape(accumulation_steps, -1)
-        target = np.concatenate([target, own, own], axis=1)
-        term = np.concatenate([term, np.repeat([2, 3], own.shape[1])])
+    of_extra = [2] * unmixed + [3] * rotated
+    term = np.concatenate([np.where(pool[0] < batch, 0, 1), np.repeat(of_extra, u1.shape[1])]).astype(np.int64)
     counts = np.bincount(term, minlength=4)
     shares = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    forwarded = [rows_of(rank, some_blocks).reshape(-1) for some_blocks in (of_guess, of_probes)]
+    turned = guess_of_u1 - batch
     return Rows(
         spec=spec,
         ranks=ranks,
         accumulation_steps=accumulation_steps,
         views=rank_rows(spec.blocks, batch, rank, ranks),
         images=images,
-        pool=pool,
+        pool=pool.reshape(-1),
         gathered=gathered,
-        guess_order=guess_order,
+        guess_order=order(of_guess).reshape(-1, batch * len(unlabeled))
+        if len(of_guess)
+        else np.empty((0, 0), np.int64),
+        probe_order=order(of_probes),
+        pool_source=gathered[views],
         pool_target=pool_target,
         target=target.reshape(-1),
-        source=gathered[np.concatenate([trained.reshape(-1), forwarded])],
-        mixed=place[:, : pool.size // accumulation_steps].reshape(-1),
-        rotated=place[:, (pool.size + images.size) // accumulation_steps :].reshape(-1),
+        source=gathered[np.concatenate([trained.reshape(-1), *forwarded])],
+        mixed=place[:, : pool.shape[1]].reshape(-1),
+        rotated=place[:, trained.shape[1] - rotated * u1.shape[1] :].reshape(-1),
+        rotations=turned.reshape(-1) if rotated else turned[:0].reshape(-1),
         class_weights=shares[:3],
         rotation_weights=shares[3],
     )
@@ -159,7 +195,7 @@ class StepPlan:
         partner: (N,) int64, the row mixed into it.
         lam: (N,) float32, share of `source`; 1 outside the pool.
         rotations: (N,) int64, multiples of 90 degrees.
-        target: (n M / R,) int64, each trained row's row in [labels (B); guesses (B)]: `Rows.target`.
+        target: (n M / R,) int64, each trained row's row in [labels (B); guesses (mu B)]: `Rows.target`.
         partner_target: (n M / R,) int64, its partner's; outside the pool its own.
         labels: (B,) int64, classes of the labeled images of the global batch.
     """
@@ -184,11 +220,10 @@ def step_plan(rows: Rows, plan: Plan, labels: np.ndarray) -> StepPlan:
     perm = plan.perm[rows.pool]
     # outside the pool a row is its own partner
     partner, lam, rotations = rows.source.copy(), np.ones(len(rows.source), np.float32), np.zeros_like(rows.source)
-    partner[rows.mixed], lam[rows.mixed] = rows.gathered[perm], plan.lam[rows.pool]
+    partner[rows.mixed], lam[rows.mixed] = rows.pool_source[perm], plan.lam[rows.pool]
     partner_target = rows.target.copy()
     partner_target[rows.mixed] = rows.pool_target[perm]
-    if rows.spec.unlabeled_images:
-        rotations[rows.rotated] = plan.rotations[rows.images]
+    rotations[rows.rotated] = plan.rotations[rows.rotations]
     return StepPlan(
         source=rows.source,
         partner=partner,

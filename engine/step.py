@@ -5,6 +5,9 @@ arrive as uint8 views that are already augmented, every random number as a tenso
 random numbers or waits for the host. Which rows of the batch are which is drawn in `engine/rows.py`. Sections in
 comments are the paper's (arXiv 1911.09785).
 
+Other methods (`engine/methods.py`) are the same step with other fields of the configuration: other rows, another guess,
+another loss of unlabeled rows. There are U = mu B unlabeled images then, for FixMatch's mu.
+
 Gradient accumulation: the networks take the rows in M micro-batches over all ranks, by default one a rank. A rank that
 has several computes what as many ranks compute together: the same statistics, guesses and gradients, for M = 2 bit for
 bit.
@@ -43,7 +46,7 @@ _BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for grante
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
 LOSSES = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")  # the sum and its terms; `Step._losses` computes them
-METRICS = (*LOSSES, "confidence", "alignment_gap", "omega", "stop")
+METRICS = (*LOSSES, "confidence", "guesses_used", "alignment_gap", "omega", "stop")
 
 
 @dataclass
@@ -139,7 +142,7 @@ def make_state(config: Config, classes: int, device: torch.device, sides: tuple[
     network = make_network(config, classes, device, sides)
     ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
     ema_model.load_state_dict(network.state_dict())
-    network.rotation_head.requires_grad_(config.unlabeled)  # which alone has a rotation task
+    network.rotation_head.requires_grad_(config.unlabeled and config.w_rot > 0)
     weights, others = decayed_parameters(network)
     groups = [
         {"params": weights, "weight_decay": config.weight_decay},
@@ -226,7 +229,8 @@ class StepOutput:
 
     Attributes:
         metrics: (len(METRICS),) float32, in their order: means over the global batch, "stop" over the ranks.
-        omega: (B,) float32, how well f_ema classifies each labeled image's CTAugment probe, in the order of the batch.
+        omega: (B,) float32, how well f_ema classifies each labeled image's CTAugment probe, in the order of the batch;
+            none where CTAugment does not learn.
     """
 
     metrics: Tensor
@@ -256,19 +260,20 @@ class Step:
         def on_device(array) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        self.guess_order = on_device(rows.guess_order)
+        self.guess_order, self.probe_order = on_device(rows.guess_order), on_device(rows.probe_order)
         self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
         self.accumulation_steps = rows.accumulation_steps  # M / R
-        self.local_batch = len(rows.images)  # B / R
+        guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
+        self.passes = len(rows.target), guessed, probed  # rows of each
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        # passes whose results are needed late run beside the training pass; but not where two passes exchange
-        # statistics, since collectives of two streams have no common order on all ranks
-        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
+        # passes whose results are needed late run beside the training pass, where there are any; but not where two
+        # passes exchange statistics, since collectives of two streams have no common order on all ranks
+        streams = [torch.cuda.Stream(device) if device.type == "cuda" and rows else None for rows in (probed, guessed)]
         self.probing, self.guessing = streams[0], None if config.bn == "sync" else streams[1]
         compile_ = compiler(config, device) if compiled else lambda function: function
         self.guess_model: nn.Module = compile_(state.network)
@@ -317,15 +322,15 @@ class Step:
             self.rows_dtype,
             c.stem_channels,
         ).to(self.precision)  # (N, 3, H, W)
-        trained, probes = rows[: -self.local_batch], rows[-self.local_batch :]
+        trained, weak, probes = rows.split(self.passes)
 
         # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak), both beside the training pass
-        with _on(self.probing):
-            parts.begin("probes")
-            probe_logits = self._logits(self.ema_model, probes)
-        guess_logits = None
-        if c.unlabeled:
-            trained, weak = trained[: -self.local_batch], trained[-self.local_batch :]
+        probe_logits = guess_logits = None
+        if len(probes):
+            with _on(self.probing):
+                parts.begin("probes")
+                probe_logits = self._logits(self.ema_model, probes)
+        if len(weak):
             with _on(self.guessing):
                 parts.begin("guess")
                 guess_logits = self._logits(partial(self.guess_model, track=False), weak)
@@ -388,15 +393,15 @@ class Step:
             logits = [network(part)[0] for part in rows.chunk(self.accumulation_steps)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _exchange(self, probes: Tensor, guesses: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """All ranks' logits, rank by rank, by one exchange."""
-        if distributed.ranks() == 1:
-            return probes, guesses
+    def _exchange(self, *logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All ranks' logits of the probes and of the guess, rank by rank, by one exchange."""
+        there = [part for part in logits if part is not None]
+        if distributed.ranks() == 1 or not there:
+            return logits
         _wait_for(self.probing)
-        if guesses is None:
-            return distributed.gather(probes), None
-        both = distributed.gather(torch.stack([probes, guesses], dim=1))  # (B, 2, L)
-        return both[:, 0], both[:, 1]
+        everyones = distributed.gather(torch.cat(there)).unflatten(0, (distributed.ranks(), -1))
+        gathered = iter([part.flatten(0, 1) for part in everyones.split([len(part) for part in there], dim=1)])
+        return tuple(None if part is None else next(gathered) for part in logits)
 
     def _unsynchronised(self, accumulating: bool) -> contextlib.AbstractContextManager:
         """Keeps gradients this rank's while it accumulates: the last micro-batch exchanges the sum."""
@@ -408,24 +413,38 @@ class Step:
         The mean of q becomes a row of p_model_history.
 
         Args:
-            logits: (B, L) of u_weak over all ranks, rank by rank; None without unlabeled data.
+            logits: (g U, L) over all ranks, rank by rank: of u_weak, or of all g views of an image; None without
+                unlabeled data.
             data: the step's.
 
         Returns:
             Targets of this rank's trained rows, (n M / R, L) float32: for all K + 1 views of an image the same one,
-            which is augmentation anchoring. And the guesses, or without any the labels, (B, L) float32.
+            which is augmentation anchoring. And the guesses, (U, L) float32, zeros where one is left out; or without
+            any the labels, (B, L).
         """
         c, state = self.config, self.state
         known = guesses = F.one_hot(data.labels, state.p_model_history.shape[1]).float()  # (B, L)
         if logits is not None:
+            of_views = logits[self.guess_order].float()  # (g, U, L)
+            # the logarithm of the mean prediction has that prediction as its softmax; of one view, logits are as good
+            q = of_views[0] if len(of_views) == 1 else of_views.log_softmax(-1).logsumexp(0)  # (U, L)
+            confident = c.hard_labels or c.threshold > 0  # what is looked at before sharpening
             guesses = guess_labels(
-                logits[self.guess_order].float(),
+                q,
                 state.p_model_history,
                 state.step % P_MODEL_STEPS,
                 state.label_marginal,
-                c.temperature,
+                1.0 if confident else c.temperature,
                 c.align,
             )
+            if confident:
+                largest, classes = guesses.max(-1, keepdim=True)
+                if c.hard_labels:
+                    guesses = torch.zeros_like(guesses).scatter(-1, classes, 1.0)
+                else:
+                    sharpened = guesses.pow(1 / c.temperature)
+                    guesses = sharpened / sharpened.sum(-1, keepdim=True)
+                guesses = guesses * (largest >= c.threshold)
             known = torch.cat([known, guesses])
         lam = data.lam[: len(data.target), None]
         return lam * known[data.target] + (1 - lam) * known[data.partner_target], guesses
@@ -448,34 +467,44 @@ class Step:
             The loss, and (len(LOSSES),) float32 without gradient, in their order; 0 for a term that the method lacks.
         """
         c = self.config
-        entropies = -(targets * F.log_softmax(logits.float(), dim=-1)).sum(-1)  # (n,)
+        log_p = F.log_softmax(logits.float(), dim=-1)
+        entropies = -(targets * log_p).sum(-1)  # (n,)
         loss_x, loss_u, loss_u1 = (self.class_weights * entropies).sum(-1).unbind()
         loss = loss_x
         loss_rot = torch.zeros_like(loss_x)
         if c.unlabeled:
-            turned = F.one_hot(rotations, 4) * F.log_softmax(rotation_logits.float(), dim=-1)
-            loss_rot = -(self.rotation_weights * turned.sum(-1)).sum()
-            ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1)
+            if c.unlabeled_loss == "l2":
+                loss_u = (self.class_weights[1] * (log_p.exp() - targets).square().mean(-1)).sum()
+            if c.unlabeled_loss == "kl":  # less the targets' own entropy
+                loss_u = loss_u + (self.class_weights[1] * torch.xlogy(targets, targets).sum(-1)).sum()
+            if c.w_rot:
+                turned = F.one_hot(rotations, 4) * F.log_softmax(rotation_logits.float(), dim=-1)
+                loss_rot = -(self.rotation_weights * turned.sum(-1)).sum()
+            ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1) if c.ramp_kimg else 1.0
             loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
         return loss, torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
 
     def _finish(
-        self, losses: Tensor, stop: Tensor, probe_logits: Tensor, guesses: Tensor, labels: Tensor
+        self, losses: Tensor, stop: Tensor, probe_logits: Tensor | None, guesses: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Moves p(y) and the step, and puts together what the host is told: see `StepOutput`.
 
         Args:
             losses: (len(LOSSES),) float32, means over the global batch.
             stop: (1,) float32, likewise over the ranks.
-            probe_logits: (B, L) over all ranks, rank by rank.
-            guesses: (B, L) float32.
+            probe_logits: (B, L) over all ranks, rank by rank; None without probes.
+            guesses: (U, L) float32, zeros where one is left out; without unlabeled data the labels.
             labels: (B,) int64.
         """
         c, state = self.config, self.state
         one_hot = F.one_hot(labels, guesses.shape[1]).float()
-        omega = 1 - (probe_logits[self.guess_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+        omega = losses.new_zeros(0)
+        if probe_logits is not None:
+            omega = 1 - (probe_logits[self.probe_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
         alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
-        others = torch.stack([guesses.amax(-1).mean(), alignment_gap, omega.mean()])
+        used = guesses.sum(-1).mean()
+        confidence = guesses.amax(-1).mean() / used.clamp(min=1e-9) if c.threshold else guesses.amax(-1).mean()
+        others = torch.stack([confidence, used, alignment_gap, omega.mean() if len(omega) else used.new_zeros(())])
         if not c.class_distribution:
             state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
         state.step.add_(1)

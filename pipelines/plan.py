@@ -3,20 +3,22 @@
 Numbers come from counter-based Philox streams keyed by seed and purpose and positioned at the step, so no generator
 state is ever kept: step 70 000 can be planned without the 69 999 before it, on any number of ranks, and twice alike.
 
-Views are rows of one list. With B labeled and B unlabeled images and K strong views they are, in blocks of B:
+Views are rows of one list. With B labeled and mu B unlabeled images and K strong views they are, in blocks:
 
     x_strong | u_weak | u_1 | ... | u_K | x_probe
 
-The first K + 2 blocks are the mixup pool (ReMixMatch, algorithm 1), the last one feeds CTAugment. Without unlabeled
-data (`unlabeled_images=0`) the blocks are x_strong and x_probe.
+The first K + 2 blocks are the mixup pool (ReMixMatch, algorithm 1), the last one feeds CTAugment, and is there where
+CTAugment learns. Methods without augmentation anchoring have no u_weak; others do not train it, so that it is not in
+the pool. Without unlabeled data (`unlabeled_images=0`) the blocks are x_strong and x_probe. A block of mu B unlabeled
+images is mu blocks of B, one after another, so that all blocks are shared by the ranks alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,15 +34,19 @@ class PlanSpec:
     """What a plan is drawn for; the same for every step of a run.
 
     Attributes:
-        batch: B, labeled images a step over all ranks, and as many unlabeled ones.
+        batch: B, labeled images a step over all ranks.
         k: K, strong views of an unlabeled image; at least 1.
         labeled_images: size of the labeled set.
         unlabeled_images: size of the unlabeled set; 0 trains on labeled images alone.
         max_shift: largest weak translation, in pixels, along each axis.
         flip: whether weak views may be mirrored.
         augment: False leaves strong views with their weak augmentation only.
-        mixup_alpha: both parameters of mixup's Beta distribution.
-        weak_anchor: False leaves u_weak, of which the label is guessed, as the image is.
+        mixup_alpha: both parameters of mixup's Beta distribution; 0 for no mixup.
+        mu: unlabeled images a step, in units of B.
+        anchor: whether u_weak is in the pool, is there for the guess alone, or is not there.
+        anchor_augment: of u_weak, of which the label is guessed.
+        labeled_augment: of x_strong.
+        probes: whether there are probes for CTAugment.
     """
 
     batch: int
@@ -51,17 +57,51 @@ class PlanSpec:
     flip: bool
     augment: bool = True
     mixup_alpha: float = 0.75
-    weak_anchor: bool = True
+    mu: int = 1
+    anchor: Literal["trained", "guess-only", "none"] = "trained"
+    anchor_augment: Literal["weak", "none", "strong"] = "weak"
+    labeled_augment: Literal["strong", "weak", "none"] = "strong"
+    probes: bool = True
+
+    @cached_property
+    def anchor_blocks(self) -> range:
+        """Blocks of B view rows that are u_weak's: mu, or none."""
+        return range(1, 1 + self.mu) if self.unlabeled_images and self.anchor != "none" else range(1, 1)
+
+    @cached_property
+    def strong_blocks(self) -> range:
+        """Blocks of B view rows that are u_1's to u_K's: K mu, or none without unlabeled data."""
+        first = self.anchor_blocks.stop
+        return range(first, first + self.k * self.mu if self.unlabeled_images else first)
+
+    @cached_property
+    def pool_views(self) -> np.ndarray:
+        """The mixup pool's blocks of B view rows, in its order: int64, at first that of x_strong."""
+        anchor = self.anchor_blocks if self.anchor == "trained" else ()
+        return np.array([0, *anchor, *self.strong_blocks])
 
     @property
     def pool_blocks(self) -> int:
-        """Blocks of B rows in the mixup pool: K + 2, or 1 without unlabeled data."""
-        return self.k + 2 if self.unlabeled_images else 1
+        """Blocks of B rows in the mixup pool: K + 2 for ReMixMatch, 1 without unlabeled data."""
+        return len(self.pool_views)
 
     @property
     def blocks(self) -> int:
-        """Blocks of B view rows: the pool's and the probes'."""
-        return self.pool_blocks + 1
+        """Blocks of B view rows: of images to train on or to guess of, and the probes'."""
+        return self.strong_blocks.stop + self.probes
+
+    @cached_property
+    def strongly_augmented(self) -> np.ndarray:
+        """View rows whose images are strongly augmented, but for the probes: int64."""
+        blocks = np.array(
+            [
+                *([0] if self.labeled_augment == "strong" else []),
+                *(self.anchor_blocks if self.anchor_augment == "strong" else []),
+                *self.strong_blocks,
+            ],
+            dtype=np.int64,
+        )
+        return (blocks[:, None] * self.batch + np.arange(self.batch)).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -106,13 +146,13 @@ class Plan:
     Attributes:
         step: the step it is for.
         labeled: (B,) int64, rows of the labeled set.
-        unlabeled: (B,) int64, rows of the unlabeled set; empty without unlabeled data.
+        unlabeled: (mu B,) int64, rows of the unlabeled set; empty without unlabeled data.
         views: B * blocks view rows, in the order of the module's docstring.
-        lam: (P,) float32 in [0.5, 1], one mixup coefficient a pool row.
-        perm: (P,) int64, partner of each pool row.
-        rotations: (B,) int64, multiples of 90 degrees for the rotation task, each for a quarter of the batch.
-        probe_ops: (B, 2) int64, transformations of the probes.
-        probe_bins: (B, 2, 2) int64, their bins, -1 where there is no such parameter.
+        lam: (P,) float32 in [0.5, 1], one mixup coefficient a pool row; 1 without mixup.
+        perm: (P,) int64, partner of each pool row; itself without mixup.
+        rotations: (mu B,) int64, multiples of 90 degrees for the rotation task, each for a quarter of the images.
+        probe_ops: (B, 2) int64, transformations of the probes; none without probes.
+        probe_bins: (B, 2, 2) int64, their bins, -1 where there is no such parameter; likewise.
     """
 
     step: int
@@ -202,45 +242,54 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
         The step's plan, over the global batch: ranks execute rows of it and draw nothing themselves.
     """
     batch, rows = spec.batch, spec.batch * spec.blocks
-    pool = batch * spec.pool_blocks
     labeled = drawn_images(seed, _LABELED_ORDER, step, batch, spec.labeled_images)
     unlabeled = np.empty(0, dtype=np.int64)
     if spec.unlabeled_images:
-        unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, batch, spec.unlabeled_images)
+        unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, spec.mu * batch, spec.unlabeled_images)
     # the blocks x_strong and x_probe are labeled; what is between them, if anything, is not
+    end = batch * spec.strong_blocks.stop
     image, is_labeled = np.empty(rows, dtype=np.int64), np.zeros(rows, dtype=bool)
-    image[:batch] = image[pool:] = labeled
-    is_labeled[:batch] = is_labeled[pool:] = True
-    image[batch:pool] = np.tile(unlabeled, spec.k + 1)
+    image[:batch] = labeled
+    if spec.probes:
+        image[end:] = labeled
+    is_labeled[:batch] = is_labeled[end:] = True
+    if spec.unlabeled_images:
+        image[batch:end].reshape(-1, len(unlabeled))[:] = unlabeled
 
     weak = stream(seed, _WEAK, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, size=(rows, 2), dtype=np.int32, endpoint=True)
     flip = weak.integers(2, size=rows, dtype=np.int32) * np.int32(spec.flip)
-    if spec.unlabeled_images and not spec.weak_anchor:
-        shift[batch : 2 * batch] = flip[batch : 2 * batch] = 0
+    if spec.labeled_augment == "none":
+        shift[:batch] = flip[:batch] = 0
+    if spec.anchor_augment == "none":
+        anchor = slice(batch, batch * spec.anchor_blocks.stop)
+        shift[anchor] = flip[anchor] = 0
 
     ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32)
     levels = np.zeros((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS), dtype=np.float32)
     centre = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
     if spec.augment:
-        strong = pool - batch if spec.unlabeled_images else pool  # all rows of the pool but u_weak's
+        strong = spec.strongly_augmented
         edges = ctaugment.bin_edges(ctaugment.bin_probabilities(weights))
-        *drawn, _ = _draw_ops(stream(seed, _STRONG, step), strong, edges)
+        *drawn, _ = _draw_ops(stream(seed, _STRONG, step), len(strong), edges)
         for of_views, of_strong in zip((ops, levels, centre), drawn, strict=True):
-            of_views[:batch], of_views[2 * batch : pool] = of_strong[:batch], of_strong[batch:]
-    probe_ops, probe_levels, probe_centre, probe_bins = _draw_ops(stream(seed, _PROBE, step), batch, _UNIFORM_EDGES)
-    ops[pool:], levels[pool:], centre[pool:] = probe_ops, probe_levels, probe_centre
+            of_views[strong] = of_strong
+    probes = batch if spec.probes else 0
+    probe_ops, probe_levels, probe_centre, probe_bins = _draw_ops(stream(seed, _PROBE, step), probes, _UNIFORM_EDGES)
+    ops[end:], levels[end:], centre[end:] = probe_ops, probe_levels, probe_centre
 
-    mixup = stream(seed, _MIXUP, step)
-    lam = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool)
+    mixup, pool = stream(seed, _MIXUP, step), batch * spec.pool_blocks
+    lam, perm = np.ones(pool), np.arange(pool)
+    if spec.mixup_alpha:
+        lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool), mixup.permutation(pool)
     return Plan(
         step=step,
         labeled=labeled,
         unlabeled=unlabeled,
         views=ViewPlan(image, is_labeled, shift, flip, ops, levels, centre),
         lam=np.maximum(lam, 1.0 - lam).astype(np.float32),
-        perm=mixup.permutation(pool),
-        rotations=stream(seed, _ROTATION, step).permutation(np.arange(batch) % 4),
+        perm=perm,
+        rotations=stream(seed, _ROTATION, step).permutation(np.arange(spec.mu * batch) % 4),
         probe_ops=probe_ops,
         probe_bins=probe_bins,
     )

@@ -56,6 +56,13 @@ def test_a_captured_run_is_an_eager_one(one, tmp_path, patch):
     assert_close(one, train(tmp_path / "graph", 1, *STEPS, "--mode", "graph", patch=patch))
 
 
+@pytest.mark.parametrize("method", ["mixmatch", "fixmatch", "supervised"])
+def test_captured_runs_of_other_methods_are_eager_ones(tmp_path, method):
+    """Without probes, without u_weak in the pool, with several blocks of unlabeled images, or with none."""
+    flags = ("--method", method, "--mu", 2 if method == "fixmatch" else 1, "--steps", 10, "--mode")
+    assert_close(train(tmp_path / "eager", 0, *flags, "eager"), train(tmp_path / "graph", 1, *flags, "graph"))
+
+
 def test_a_captured_run_is_gone_on_with(one, tmp_path):
     folder = tmp_path / "run"
     for steps, gpus in ((5, 0), (10, 1), (20, 1)):

@@ -84,6 +84,14 @@ def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):
     assert_close(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
 
+@pytest.mark.parametrize(
+    "flags", [("--method", "fixmatch", "--mu", 2), ("--method", "mixmatch"), ("--ablate", "mean-guess")]
+)
+def test_two_ranks_of_other_methods_are_one_with_two_micro_batches_bit_for_bit(tmp_path, flags):
+    flags = (*flags, *IN_TURN, "--steps", 10)
+    assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
+
+
 def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
     joint = train(tmp_path / "joint", 1, "--bn", "joint", "--steps", 10)
     assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", "--steps", 10))

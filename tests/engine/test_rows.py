@@ -118,7 +118,8 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
         np.testing.assert_array_equal(partner[passed], expected)
         assert (step.lam[passed] == 1).all() and not step.rotations[passed].any()
     order = np.concatenate([share.images for share in shares])
-    np.testing.assert_array_equal(order[shares[0].guess_order], np.arange(24))
+    np.testing.assert_array_equal(order[shares[0].guess_order], np.arange(24)[None])
+    np.testing.assert_array_equal(order[shares[0].probe_order], np.arange(24))
 
 
 def test_supervised_rows_are_the_labeled_pool_and_the_probes():
@@ -130,3 +131,76 @@ def test_supervised_rows_are_the_labeled_pool_and_the_probes():
     assert step.target.max() < 8 and not step.rotations.any()
     np.testing.assert_array_equal(rows.class_weights[0], np.full(8, 1 / 8, np.float32))
     assert not rows.class_weights[1:].any() and not rows.rotation_weights.any()
+
+
+OTHERS = {
+    "fixmatch": (dict(anchor="guess-only", mu=3, k=1, mixup_alpha=0.0), dict(unmixed=False, rotated=False)),
+    "two strong views": (dict(anchor="guess-only", mu=2, k=2), dict(unmixed=False, rotated=False)),
+    "mixmatch": (dict(anchor="none", k=2, probes=False), dict(unmixed=False, rotated=False, mean_guess=True)),
+    "mean guess": (dict(k=2), dict(mean_guess=True)),
+    "mu": (dict(mu=2), dict()),
+    "no u_1": (dict(), dict(unmixed=False)),
+    "no rotation": (dict(), dict(rotated=False)),
+}
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 2), (1, 2), (2, 4)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
+    """Each row is named by what it shows, (block, image), and so is each target and each guess."""
+    changes, passed = OTHERS[name]
+    spec = dataclasses.replace(SPEC, **changes)
+    plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
+    batch, unlabeled = spec.batch, spec.mu * spec.batch
+    anchor = [] if spec.anchor == "none" else ["u_weak"]
+    views = [("x", i) for i in range(batch)]
+    views += [(block, i) for block in anchor + [f"u_{k + 1}" for k in range(spec.k)] for i in range(unlabeled)]
+    views += [("probe", i) for i in range(batch)] if spec.probes else []
+    pool = [view for view in views if view[0] != "probe" and (view[0] != "u_weak" or spec.anchor == "trained")]
+    known = [("x", i) for i in range(batch)] + [("u", i) for i in range(unlabeled)]
+    of_pool = [("x" if block == "x" else "u", i) for block, i in pool]
+    of_guess = [v for v in pool if v[0] != "x"] if passed.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
+
+    shares = [arrange(spec, parts, rank, ranks, parts, **passed) for rank in range(ranks)]
+    gathered = [views[row] for share in shares for row in share.views]
+    trained, guessed, probed = [], [], []
+    for share in shares:
+        step = step_plan(share, plan, np.zeros(batch, np.int64))
+        rows = len(share.target)
+        own_guesses = len(of_guess) // ranks
+        shown = [gathered[row] for row in step.source]
+        guessed += shown[rows : rows + own_guesses]
+        probed += shown[rows + own_guesses :]
+        for row, number in zip(share.mixed, share.pool, strict=True):
+            partner = plan.perm[number]
+            assert shown[row] == pool[number] and gathered[step.partner[row]] == pool[partner]
+            assert known[step.target[row]] == of_pool[number] and known[step.partner_target[row]] == of_pool[partner]
+            trained.append(pool[number])
+        terms = np.concatenate([share.class_weights, share.rotation_weights[None]])
+        micro_batches = np.arange(rows).reshape(share.accumulation_steps, -1)
+        for weights, what in zip(terms, ("x", "u", "u_1", "rotated"), strict=True):
+            for micro_batch in micro_batches:
+                counted = micro_batch[weights > 0]
+                images = [shown[row][1] for row in counted]
+                if what in ("x", "u"):
+                    assert all((shown[row][0] == "x") == (what == "x") and row in share.mixed for row in counted)
+                elif passed.get("unmixed" if what == "u_1" else "rotated", True):
+                    assert {shown[row][0] for row in counted} == {"u_1"} and len(images) == unlabeled // parts
+                    assert all(known[step.target[row]] == ("u", shown[row][1]) for row in counted)
+                    turns = plan.rotations[images] if what == "rotated" else np.zeros(len(images))
+                    np.testing.assert_array_equal(step.rotations[counted], turns)
+                else:
+                    assert not len(counted)
+                if len(counted):
+                    np.testing.assert_allclose(weights[weights > 0], 1 / len(counted), rtol=1e-6)
+        # the guess of a micro-batch is of its own images
+        for part in range(share.accumulation_steps):
+            size = own_guesses // share.accumulation_steps
+            of_part = shown[rows + part * size : rows + (part + 1) * size]
+            own = {known[target] for target in step.target.reshape(share.accumulation_steps, -1)[part]}
+            assert {("u", image) for _, image in of_part} == {each for each in own if each[0] == "u"}
+    assert sorted(trained) == sorted(pool)
+    ordered = [[guessed[place] for place in of_view] for of_view in shares[0].guess_order]
+    assert [view for of_view in ordered for view in of_view] == of_guess
+    assert all([image for _, image in of_view] == list(range(unlabeled)) for of_view in ordered)
+    assert [probed[place] for place in shares[0].probe_order] == [v for v in views if v[0] == "probe"]

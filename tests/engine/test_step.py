@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.rows import arrange, step_plan
+from engine.feed import arrange_rows
+from engine.rows import step_plan
 from engine.step import LOSSES, METRICS, P_MODEL_STEPS, Step, StepInput, decayed_parameters, make_state
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
@@ -25,8 +26,7 @@ class Bench:
         self.spec = PlanSpec(
             config.batch, config.k, 20, 50 if config.unlabeled else 0, max_shift=1, flip=False, mixup_alpha=0.75
         )
-        parts = config.micro_batches_of(1)
-        self.rows = arrange(self.spec, config.bn_groups if config.bn == "split" else parts, 0, 1, parts)
+        self.rows = arrange_rows(config, self.spec, 0, 1)
         self.state = make_state(config, CLASSES, CPU)
         # neither network nor marginals at their start, where much would cancel
         rng = torch.Generator().manual_seed(1)
@@ -128,7 +128,7 @@ def reference(bench):
 @pytest.mark.parametrize("start", [0, 37, 4000])
 @pytest.mark.parametrize(
     "changes",
-    [dict(), dict(k=5, w_rot=2.0, w_u1=0.0), dict(align=False, temperature=1.0), dict(method="supervised")],
+    [dict(), dict(k=5, w_rot=2.0, w_u1=1.0), dict(align=False, temperature=1.0), dict(method="supervised")],
     ids=lambda changes: ",".join(changes) or "remixmatch",
 )
 def test_step_computes_the_papers_algorithm(tiny, changes, start):

@@ -50,44 +50,52 @@ def slow_ops(rng, rows, weights):
 
 def slow_plan(spec, seed, step, weights):
     """Every array of a plan, row by row, from the module's docstring and the order in which each stream is drawn."""
-    batch, k = spec.batch, spec.k if spec.unlabeled_images else -1  # -1: neither u_weak nor u_1 .. u_K
-    blocks = ["x_strong", *["u_weak"] * (k >= 0), *["u"] * max(k, 0), "x_probe"]
+    batch, unlabeled_batch = spec.batch, spec.mu * spec.batch
+    blocks = [("x_strong", batch)]  # name and rows of each
+    if spec.unlabeled_images:
+        blocks += [] if spec.anchor == "none" else [("u_weak", unlabeled_batch)]
+        blocks += [("u", unlabeled_batch)] * spec.k
+    blocks += [("x_probe", batch)] if spec.probes else []
+    names = [name for name, rows in blocks for _ in range(rows)]
 
-    def images(purpose, count):
-        places = [divmod(step * batch + row, count) for row in range(batch)]
+    def images(purpose, count, drawn):
+        places = [divmod(step * drawn + row, count) for row in range(drawn)]
         return np.array([generator(seed, purpose, epoch).permutation(count)[place] for epoch, place in places], int)
 
-    labeled = images(0, spec.labeled_images)
-    unlabeled = images(1, spec.unlabeled_images) if spec.unlabeled_images else np.zeros(0, int)
-    rows, pool = batch * len(blocks), batch * (len(blocks) - 1)
+    labeled = images(0, spec.labeled_images, batch)
+    unlabeled = images(1, spec.unlabeled_images, unlabeled_batch) if spec.unlabeled_images else np.zeros(0, int)
+    rows, probed = len(names), batch if spec.probes else 0
+    not_pooled = ("x_probe",) if spec.anchor == "trained" else ("x_probe", "u_weak")
+    pool = sum(name not in not_pooled for name in names)
     weak, mixup = generator(seed, 2, step), generator(seed, 5, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, (rows, 2), np.int32, endpoint=True)
     flip = weak.integers(2, size=rows, dtype=np.int32) * spec.flip
+    augment = {"u": "strong", "u_weak": spec.anchor_augment, "x_strong": spec.labeled_augment, "x_probe": "weak"}
     for row in range(rows):
-        if blocks[row // batch] == "u_weak" and not spec.weak_anchor:
+        if augment[names[row]] == "none":
             shift[row], flip[row] = 0, 0
-    strong = [
-        block * batch + row for block, name in enumerate(blocks) for row in range(batch) if name in ("x_strong", "u")
-    ]
+    strong = [row for row in range(rows) if augment[names[row]] == "strong"]
     identity = np.zeros((rows, 2), np.int32), np.zeros((rows, 2, 2), np.float32), np.zeros((rows, 2, 2), np.float32)
     if spec.augment:
         drawn = slow_ops(generator(seed, 3, step), len(strong), weights)
         for row, *numbers in zip(strong, *drawn[:3], strict=True):
             identity[0][row], identity[1][row], identity[2][row] = numbers
-    probes = slow_ops(generator(seed, 4, step), batch, ctaugment.initial_weights())
+    probes = slow_ops(generator(seed, 4, step), probed, ctaugment.initial_weights())
     for all_rows, of_probes in zip(identity, probes[:3], strict=True):
-        all_rows[pool:] = of_probes
-    lam = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, pool)
+        all_rows[rows - probed :] = of_probes
+    lam, perm = [1.0] * pool, np.arange(pool)
+    if spec.mixup_alpha:
+        lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, pool), mixup.permutation(pool)
     return {
         "labeled": labeled,
         "unlabeled": unlabeled,
         "lam": np.array([max(value, 1 - value) for value in lam], np.float32),
-        "perm": mixup.permutation(pool),
-        "rotations": generator(seed, 6, step).permutation([row % 4 for row in range(batch)]),
+        "perm": perm,
+        "rotations": generator(seed, 6, step).permutation([row % 4 for row in range(unlabeled_batch)]),
         "probe_ops": probes[0],
         "probe_bins": probes[3],
-        "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name in blocks]),
-        "views.labeled": np.repeat([name.startswith("x") for name in blocks], batch),
+        "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name, _ in blocks]),
+        "views.labeled": np.array([name.startswith("x") for name in names]),
         "views.shift": shift,
         "views.flip": flip,
         "views.ops": identity[0],
@@ -102,8 +110,16 @@ def slow_plan(spec, seed, step, weights):
         {},
         dict(k=1, flip=False),
         dict(augment=False),
-        dict(weak_anchor=False),
-        dict(unlabeled_images=0, weak_anchor=False),
+        dict(anchor_augment="none"),
+        dict(unlabeled_images=0, anchor_augment="none"),
+        dict(anchor_augment="strong"),
+        dict(labeled_augment="weak"),
+        dict(unlabeled_images=0, labeled_augment="none", probes=False),
+        dict(anchor="none", augment=False, labeled_augment="weak", probes=False, k=2),
+        dict(anchor="guess-only", mu=3, mixup_alpha=0.0, labeled_augment="weak"),
+        dict(anchor="guess-only", mu=2, anchor_augment="strong", k=2),
+        dict(mu=2, k=2),
+        dict(probes=False),
         dict(unlabeled_images=0),
         dict(unlabeled_images=0, augment=False),
         dict(labeled_images=3, unlabeled_images=17, mixup_alpha=0.3),
