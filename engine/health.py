@@ -25,6 +25,7 @@ HOLD = 128  # steps over which all looks must see the same; p~(y) itself is the 
 COLLAPSED = 0.5, 0.4  # p~(y) of one class, and how much more that is than its p(y)
 RATIO = 10.0  # p(y) / p~(y), or its inverse, of a class that is hardly guessed, or too much
 LOST_CLASSES = 0.2  # share of all classes that are hardly guessed
+USED = 0.01  # share of guesses that reach the threshold
 INFORMED = 0.04  # confidence between that of equal guesses (0) and certainty (1)
 FLAT = 0.95  # loss_x as a share of what guessing by the labels' frequencies costs
 AGREEMENT = 0.3  # of the network and f_ema, between that of chance (0) and that of equals (1): Cohen's kappa
@@ -89,7 +90,7 @@ class Health:
         self._said: list[str] = []
         self._since: dict[str, int] = {}  # the first look of those in a row that saw a kind of failure
         self._looked = self._compared = 0  # the last step at which
-        self._sums = {"loss_x": 0.0, "confidence": 0.0}  # over the steps since the last look
+        self._sums = dict.fromkeys(("loss_x", "confidence", "guesses_used"), 0.0)  # over the steps since the last look
         self._steps = 0  # of which there are so many
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,11 +132,11 @@ class Health:
             A line for the kind of failure that is there, if it has been for long enough and was not said before; of
             several kinds for the first of `_found`. Otherwise none.
         """
-        loss_x, confidence = (self._sums[name] / self._steps for name in ("loss_x", "confidence"))
+        means = {name: value / self._steps for name, value in self._sums.items()}
         self._sums, self._steps, self._looked = dict.fromkeys(self._sums, 0.0), 0, seen.step
         if seen.agreement is not None:
             self._compared = seen.step
-        found = self._found(seen, loss_x, confidence) if seen.step >= self.late else {}
+        found = self._found(seen, means) if seen.step >= self.late else {}
         self._since = {kind: self._since.get(kind, seen.step) for kind in found}
         for kind, text in found.items():
             # one comparison of f_ema is enough: they are rare, and of many images
@@ -146,19 +147,20 @@ class Health:
             return [f"step {seen.step}: {text}"]
         return []
 
-    def _found(self, seen: Look, loss_x: float, confidence: float) -> dict[str, str]:
+    def _found(self, seen: Look, means: Mapping[str, float]) -> dict[str, str]:
         """What is wrong at this look, by its kind, causes before their results.
 
         Where guesses collapse, labels are not learned any more; where labels are not learned, guesses say nothing and
         their marginals are arbitrary; and the EMA of a network that is in any such trouble says nothing about itself.
         """
-        found = {"flat": self._flat(loss_x), "ema": self._ema_far(seen)}
+        found = {"flat": self._flat(means["loss_x"]), "ema": self._ema_far(seen)}
         if self.config.unlabeled:
             p_model = np.asarray(seen.p_model)
             found = {
                 "collapse": self._collapse(p_model),
                 "flat": found["flat"],
-                "prior": self._prior(p_model, np.asarray(seen.label_marginal), confidence),
+                "unused": self._unused(means["guesses_used"]),
+                "prior": self._prior(p_model, np.asarray(seen.label_marginal), means["confidence"]),
                 "ratio": self._ratio_stuck(p_model),
                 "ema": found["ema"],
             }
@@ -167,8 +169,8 @@ class Health:
     def _collapse(self, p_model: np.ndarray) -> str:
         """Whether most guesses are of one class, or several classes are hardly guessed, and labels say otherwise."""
         c, p_data = self.config, self.p_data
-        align = "--align" if c.align else "--no-align"
-        advice = f"look at {align}, --w-u {c.w_u:g}, --ramp-kimg {c.ramp_kimg:g} and --lr {c.lr:g}"
+        align = "on" if c.align else "off"
+        advice = f"look at --align ({align}), --w-u {c.w_u:g}, --ramp-kimg {c.ramp_kimg:g} and --lr {c.lr:g}"
         most = int((p_model - p_data).argmax())
         mass, excess = COLLAPSED
         if p_model[most] >= mass and p_model[most] - p_data[most] >= excess:
@@ -200,15 +202,27 @@ class Health:
             "whether images have their own labels (remixmatch data info --png)"
         )
 
+    def _unused(self, used: float) -> str:
+        """Whether nearly all guesses are below the threshold, so that the run is one on labeled images alone."""
+        if not self.config.threshold or used >= USED:
+            return ""
+        return (
+            f"hardly a guess is used: {used:.1%} of them reach --threshold {self.config.threshold:g}; look at that, "
+            f"--lr {self.config.lr:g} and --labels {self.config.labels}"
+        )
+
     def _prior(self, p_model: np.ndarray, label_marginal: np.ndarray, confidence: float) -> str:
         """Whether guesses hardly differ from image to image.
 
         If every image had the guess p~(y), alignment would turn it into p(y), and sharpening that into p(y)^(1/T),
         normalised. The largest entry of this is the confidence that would be logged. Where guesses differ, each is more
-        certain of some class, and the mean of their largest entries lies above it. Hard labels are not sharpened.
+        certain of some class, and the mean of their largest entries lies above it. That says nothing where labels are
+        hard, or where only confident guesses count: see `_unused`.
         """
         c = self.config
-        sharp = (label_marginal if c.align else p_model) ** (1.0 if c.hard_labels else 1 / c.temperature)
+        if c.hard_labels or c.threshold:
+            return ""
+        sharp = (label_marginal if c.align else p_model) ** (1 / c.temperature)
         same = sharp.max() / sharp.sum()
         # where one class has nearly everything, equal guesses and certain ones look alike
         if same > 0.9 or confidence >= same + INFORMED * (1 - same):

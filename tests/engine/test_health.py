@@ -14,7 +14,7 @@ from engine.presets import PRESETS, preset
 
 CLASSES = tuple("0123456789")
 UNIFORM = (0.1,) * 10
-GOOD = dict(loss_x=0.6, confidence=0.9)
+GOOD = dict(loss_x=0.6, confidence=0.9, guesses_used=1.0)
 
 
 def watched(counts=(4,) * 10, **changes):
@@ -53,6 +53,7 @@ def shares(*first):
         dict(confidence=0.15),
         dict(loss_x=0.94 * np.log(10)),
         dict(agreement=(0.5, 0.2)),
+        dict(guesses_used=0.0),  # without a threshold
         dict(agreement=(1.0, 1.0)),
     ],
 )
@@ -63,7 +64,7 @@ def test_a_healthy_run_is_left_alone(seen):
 @pytest.mark.parametrize(
     ("seen", "what"),
     [
-        (dict(p_model=shares(0.6)), r"guesses collapse: 60% .* class 0, whose share .* is 10%; .*--align, --w-u 1.5"),
+        (dict(p_model=shares(0.6)), r"guesses collapse: 60% .* class 0, whose .* is 10%; .*--align \(on\), --w-u 1.5"),
         (dict(p_model=shares(0.005, 0.005)), r"guesses collapse: 2 of 10 classes \(0, 1\) have less than a tenth"),
         (dict(confidence=0.11), r"no more than the prior: .* confidence is 0.110, and 0.100 .*--temperature 0.5"),
         (dict(p_model=shares(0.005)), r"does not bring .* class 0 has p\(y\) 0.100 and p~\(y\) 0.005, a ratio of 20"),
@@ -142,9 +143,15 @@ def test_confidence_is_compared_with_that_of_equal_guesses_after_alignment_and_s
     assert (
         len(warnings(watched(counts, align=False), 50, label_marginal=UNIFORM, p_model=marginal, confidence=sharp)) == 1
     )
-    # one-hot labels are of confidence 1, whatever was guessed; the largest q is not sharpened
-    assert warnings(watched(counts, hard_labels=True), 50, **seen, confidence=1.0) == []
-    assert len(warnings(watched(counts, hard_labels=True), 50, **seen, confidence=0.5)) == 1
+    # hard labels have confidence 1 or 0, whatever was guessed
+    assert warnings(watched(counts, hard_labels=True), 50, **seen, confidence=sharp) == []
+
+
+def test_with_a_threshold_it_counts_how_many_guesses_are_used():
+    fixmatch = dict(hard_labels=True, threshold=0.95, align=False)
+    (line,) = warnings(watched(**fixmatch), 50, guesses_used=0.004, confidence=0.0)
+    assert "hardly a guess is used: 0.4% of them reach --threshold 0.95" in line
+    assert warnings(watched(**fixmatch), 50, guesses_used=0.02, confidence=0.0) == []
 
 
 @pytest.mark.parametrize(
@@ -203,7 +210,7 @@ def test_a_resumed_run_says_what_an_undisturbed_one_says():
     expected = warnings(straight, 14, loss_x=2.3)
     assert warnings(before, 14, loss_x=2.3) == expected == []
     for each in (straight, before):
-        each.add(dict(loss_x=2.5, confidence=0.5))
+        each.add(GOOD | dict(loss_x=2.5))
     after = watched()
     after.load_state_dict(before.state_dict())
     assert after.state_dict() == straight.state_dict()
@@ -246,9 +253,10 @@ def failing(name, expected, long=False, **changes):
     ("changes", "expected"),
     [
         failing("healthy", None),
-        failing("collapse", r"guesses collapse: \d\d% .* class \d, .*--no-align, --w-u 100", **COLLAPSE),
+        failing("collapse", r"guesses collapse: \d\d% .* class \d, .*--align \(off\), --w-u 100", **COLLAPSE),
         failing("prior", r"prior: .* 0.10\d, and 0.10\d .*--temperature 100", temperature=100.0),
         failing("ratio", r"does not bring .* p\(y\) 0.000 .*--class-distribution", class_distribution=WRONG_PRIOR),
+        failing("threshold", r"hardly a guess is used: 0.0% .*--threshold 1", threshold=1.0, long=True),
         failing("no-steps", r"not learned: loss_x is 2.[3-5]\d, and .* 2.30; .*--lr 1e-09", lr=1e-9),
         failing("large-steps", r"not learned: loss_x is .*--lr 1,", lr=1.0, long=True),
         failing("decay", r"not learned: loss_x is 2.3.*--weight-decay 100", weight_decay=100.0, long=True),
