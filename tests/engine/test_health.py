@@ -220,6 +220,16 @@ def test_a_resumed_run_says_what_an_undisturbed_one_says():
     assert warnings(again, 10, start=2500, loss_x=2.3) == []
 
 
+def test_what_a_run_has_said_is_in_its_checkpoint(tmp_path, capfd, tiny, monkeypatch):
+    monkeypatch.setattr(health, "HOLD", 8)
+    monkeypatch.setattr(health, "EVERY", 4)
+    config = tiny(lr=1e-9, eval_every=4, steps=32)
+    run.train(config, tmp_path / "run", quiet=True)
+    assert "step 16: the labels are not learned" in capfd.readouterr().err
+    run.train(dataclasses.replace(config, steps=48), tmp_path / "run", resume=True, quiet=True)
+    assert capfd.readouterr().err == ""
+
+
 def test_agreement_is_of_the_training_mode_and_moves_nothing():
     network, ema_model = (WideResNet(10, 3, 1, 8, seed=seed) for seed in (0, 0))
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
