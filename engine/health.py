@@ -1,7 +1,7 @@
-"""Tells a run that does not learn, while it goes on: five kinds of failure, each said once a run, in one line.
+"""Tells a run that does not learn, while it goes on: six kinds of failure, each said once a run, in one line.
 
 Nothing here is a part of the step. The trainer looks at evaluations, where all metrics have been read back anyway: at
-means of the logged metrics, p(y), p~(y), and now and then at how far f_ema is from the network. All of these are equal
+means of the metrics, p(y), p~(y), and now and then at how far f_ema is from the network. All of these are equal
 on all ranks, and no test label is among them.
 
 Thresholds are far from what healthy runs show once they have had time to learn (`Health.late`), and something has to be

@@ -196,6 +196,13 @@ def test_images_fill_the_groups_of_batch_norm():
     assert len(compared_images(images, 64)) == 64 and set(compared_images(images, 64).ravel()) == set(range(10))
 
 
+def test_agreement_with_batch_norm_over_groups():
+    network, ema_model = (WideResNet(10, 3, 1, 8, rows_per_group=24) for _ in range(2))
+    images = np.zeros((watched(bn="split", batch=24, bn_groups=1).images, 16, 16, 3), np.uint8)
+    share, by_chance = agreement(network, ema_model.eval(), images, "cpu")
+    assert share == by_chance, "to either network all black images are of one class"
+
+
 def test_looks_are_at_least_some_steps_apart():
     watch = watched()
     for step in range(1, 201):
