@@ -30,6 +30,7 @@ from bench.emulator.run import compiler, environment
 from bench.process import output
 from engine.config import Config, validate
 from engine.errors import UserError
+from engine.methods import ablate, with_method
 from engine.parts import PARTS
 from engine.presets import preset
 
@@ -147,8 +148,12 @@ class CountOptions:
     """Rows are added to this file."""
     preset: str = "cifar10-250"
     """What is trained."""
+    methods: tuple[str, ...] = ()
+    """Methods, such as fixmatch; by default the preset's."""
+    ablate: tuple[str, ...] = ()
+    """Ablations, each by itself, such as no-rotation."""
     k: tuple[int, ...] = ()
-    """Strong views of an unlabeled image; by default the preset's."""
+    """Strong views of an unlabeled image; by default the preset's, or the method's."""
     batch: int = 0
     """B; by default the preset's."""
     target: Literal["sm_80", "sm_90", "sm_100"] = "sm_90"
@@ -185,11 +190,11 @@ def main(options: CountOptions) -> None:
     if options.update and not options.budget:
         raise UserError("--update needs --budget FILE")
     differences: list[str] = []
-    for config in _configs(options):
+    for varied, config in _configs(options):
         counted = count(config, options.target, _images(config, options), cubins=options.cubins)
         case = {
             "preset": config.preset, "k": config.k, "batch": config.batch, "target": options.target,
-            "precision": options.precision,
+            "precision": options.precision, **varied,
         }  # fmt: skip
         _print(case, counted, options)
         predicted = {f"predicted_ms_{name.split()[0].lower()}": ms for name, ms in _predicted(counted, options).items()}
@@ -211,14 +216,20 @@ def _predicted(counted: Count, options: CountOptions) -> dict[str, float]:
     return {device.name: 1e3 * counted.seconds(device, *assumed) for device in TARGETS[options.target].devices}
 
 
-def _configs(options: CountOptions) -> list[Config]:
+def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
+    """Each case: the method or ablation that it has by name, and its configuration."""
     base = dataclasses.replace(preset(options.preset), precision=options.precision)
     if options.batch:
         base = dataclasses.replace(base, batch=options.batch)
-    configs = [dataclasses.replace(base, k=k) for k in options.k or (base.k,)]
-    for config in configs:
+    named: list[tuple[dict[str, str], Config]] = [
+        *(({"method": name}, with_method(base, name)) for name in options.methods),
+        *(({"ablate": name}, ablate(base, name)) for name in options.ablate),
+    ]
+    named = named or [({}, base)]
+    cases = [(varied, dataclasses.replace(one, k=k)) for varied, one in named for k in options.k or (one.k,)]
+    for _, config in cases:
         validate(config)
-    return configs
+    return cases
 
 
 def _images(config: Config, options: CountOptions) -> tuple[int, int]:
@@ -276,7 +287,9 @@ def _measured(config: Config) -> dict[str, float]:
 
 
 def _print(case: Mapping[str, Any], counted: Count, options: CountOptions) -> None:
-    print(f"{case['preset']}, K = {case['k']}, B = {case['batch']}, {case['precision']}, {case['target']}")
+    varied = [case[key] for key in ("method", "ablate") if key in case]
+    shown = [case["preset"], *varied, f"K = {case['k']}", f"B = {case['batch']}", case["precision"], case["target"]]
+    print(", ".join(shown))
     print(f"{'part':10} {'Triton':>7} {'library':>8} {'operator':>9} {'GB':>8} {'least GB':>9} {'GFLOP':>8}")
     by_part = counted.by_part()
     for name, part in [*by_part.items(), ("step", counted.total())]:

@@ -1,7 +1,8 @@
 """CTAugment's views made one at a time with PIL: oracle of the DALI graph's tests and yardstick of its speed.
 
 ReMixMatch (ICLR 2020), section 3.2.2. Written as one would without any thought of batches: one function a
-transformation, from an RGB image and its level to an RGB image. Levels are fractions in [0, 1).
+transformation, from an RGB image and its level to an RGB image. Levels are fractions in [0, 1). The five that are
+different in the authors' code are there a second time, as that has them.
 """
 
 from __future__ import annotations
@@ -132,13 +133,53 @@ def translate_y(image: Image.Image, level: float) -> Image.Image:
 FUNCTIONS: dict[str, Callable[..., Image.Image]] = {name: globals()[name] for name in ctaugment.NAMES}
 
 
-def transformed(image: Image.Image, op: int, levels: Sequence[float], centre: Sequence[float]) -> Image.Image:
-    """One transformation, by its index in `ctaugment.TRANSFORMATIONS`."""
+def code_cutout(image: Image.Image, level: float, centre: Sequence[float]) -> Image.Image:
+    """As many grey pixels before the centre's as from it on, clipped at the border."""
+    width, height = image.size
+    half = (1 + math.floor(0.499 * level * min(height, width))) // 2
+    y, x = math.floor(centre[0] * height), math.floor(centre[1] * width)
+    pixels = np.array(image)
+    pixels[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = GREY
+    return Image.fromarray(pixels)
+
+
+def code_rescale(image: Image.Image, level: float, chosen: float) -> Image.Image:
+    """A quarter of `level` pixels less on each side, as PIL crops that; all filters, whatever their order, agree."""
+    width, height = image.size
+    margin = 0.25 * level
+    cropped = image.crop((margin, margin, width - margin, height - margin))  # type: ignore[arg-type]
+    return cropped.resize(image.size, FILTERS[math.floor(5.99 * chosen)])
+
+
+def code_rotate(image: Image.Image, level: float) -> Image.Image:
+    return image.rotate(int(np.round(_signed(level) * 45)))
+
+
+def code_translate_x(image: Image.Image, level: float) -> Image.Image:
+    return _affine(image, 1, 0, _signed(level) * 0.3, 0, 1, 0)
+
+
+def code_translate_y(image: Image.Image, level: float) -> Image.Image:
+    return _affine(image, 1, 0, 0, 0, 1, _signed(level) * 0.3)
+
+
+OF_CODE = ("cutout", "rescale", "rotate", "translate_x", "translate_y")  # which differ there
+CODE_FUNCTIONS = FUNCTIONS | {name: globals()[f"code_{name}"] for name in OF_CODE}
+
+
+def transformed(
+    image: Image.Image,
+    op: int,
+    levels: Sequence[float],
+    centre: Sequence[float],
+    functions: dict[str, Callable[..., Image.Image]] = FUNCTIONS,
+) -> Image.Image:
+    """One transformation, by its index in `ctaugment.TRANSFORMATIONS`, of the paper or of `CODE_FUNCTIONS`."""
     name = ctaugment.NAMES[op]
     arguments: list[Any] = [float(level) for level in levels[: len(ctaugment.TRANSFORMATIONS[op].bins)]]
     if name == "cutout":
         arguments.append(centre)
-    return FUNCTIONS[name](image, *arguments)
+    return functions[name](image, *arguments)
 
 
 def weak(image: np.ndarray, shift: Sequence[int], flip: int) -> np.ndarray:

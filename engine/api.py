@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import config as configuration
+from engine import methods
 from engine.errors import UserError
 from engine.folder import check_folder, default_folder
 from engine.presets import preset as find_preset
@@ -81,7 +82,12 @@ class Model:
 
 
 def train(
-    preset: str, data: str | Path | None = None, out: str | Path | None = None, resume: bool = False, **fields: Any
+    preset: str,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    ablate: Sequence[str] = (),
+    **fields: Any,
 ) -> Run:
     """Trains a preset, as `remixmatch train` does, in this process.
 
@@ -90,7 +96,8 @@ def train(
         data: with preset "folder", a prepared folder of images.
         out: the run's folder; by default runs/PRESET-seedN.
         resume: go on with the run in `out`.
-        fields: of `engine.config.Config`, such as seed=1 or steps=500.
+        ablate: names of ablations, see `engine.methods`.
+        fields: of `engine.config.Config`, such as seed=1 or steps=500; method="fixmatch" sets its other fields, too.
 
     Raises:
         UserError: a value that cannot work, data that is not there, or a folder that holds another run.
@@ -98,7 +105,10 @@ def train(
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(configuration.Config)})
     if unknown:
         raise UserError(f"no field of the configuration: {', '.join(unknown)}")
-    config = dataclasses.replace(find_preset(preset), **fields)
+    config = find_preset(preset)
+    if fields.get("method", config.method) != config.method:
+        config = methods.with_method(config, fields["method"])
+    config = dataclasses.replace(methods.ablate(config, *ablate), **fields)
     if data is not None:
         config = dataclasses.replace(config, dataset=configuration.folder_name(data))
     configuration.validate(config)

@@ -93,7 +93,8 @@ class AugmentationOptions:
     """Strong augmentation: learned bins, uniform bins, or weak augmentation only."""
     ctaugment: Literal["paper", "code"] = "paper"
     """CTAugment as the paper describes it, or as in its authors' code: translations by at most 0.3 and rescaling by at
-    most 0.25 pixels, rotations by whole degrees, levels from the segments between neighbouring bins."""
+    most 0.25 pixels, which change no pixel; rotations by whole degrees; cutouts of an even number of pixels; and levels
+    from the segments between neighbouring bins. Which of the two gave the paper's figures is not known."""
     labeled_augment: Literal["strong", "weak", "none"] = "strong"
     """Augmentation of the labeled training images; strong is what --augment says."""
     max_shift: int = 4
@@ -131,7 +132,7 @@ class NetworkOptions:
     """With bn=split: parts into which each pass of B rows is cut; a multiple of the ranks and of the micro-batches."""
     bn_stats: Literal["all", "pool"] = "all"
     """Training rows that move the running statistics: all; or the mixup pool alone, as in the authors' code, where
-    u_1 and its rotations do not."""
+    u_1 and its rotations do not. There the last of the pool's passes moves them, here the mean over the pool."""
     bn_momentum: float = 0.001
     """Momentum of the running statistics, in PyTorch's convention."""
 

@@ -33,16 +33,19 @@ def class_logits(
         Which images a pass took, and their logits: (n, L) float32 on the device.
     """
     assert not network.training
-    mean, std = (torch.tensor(levels, device=device) for levels in (network.mean, network.std))
-    dtype = next(network.parameters()).dtype
     for start in range(0, len(images), rows):
         passed = slice(start, start + rows)
-        views = torch.from_numpy(np.ascontiguousarray(images[passed])).to(device)
-        own = torch.arange(len(views), device=device)
-        batch = assemble_batch(
-            views, own, own, torch.ones(len(views), device=device), torch.zeros_like(own), mean, std, torch.float32
-        )
-        yield passed, network(batch.to(dtype))[0].float()
+        yield passed, network(_normalised(network, images[passed], device))[0].float()
+
+
+def _normalised(network: Classifier, images: np.ndarray, device: torch.device) -> Tensor:
+    """(n, H, W, 3) uint8 to the network's (n, 3, H, W) input."""
+    mean, std = (torch.tensor(levels, device=device) for levels in (network.mean, network.std))
+    views = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    own = torch.arange(len(views), device=device)
+    ones, zeros = torch.ones(len(views), device=device), torch.zeros_like(own)
+    rows = assemble_batch(views, own, own, ones, zeros, mean, std, torch.float32)
+    return rows.to(next(network.parameters()).dtype)
 
 
 def evaluate(network: Classifier, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
@@ -58,6 +61,26 @@ def evaluate(network: Classifier, images: np.ndarray, labels: np.ndarray, device
         sums += torch.stack([right, F.cross_entropy(logits, truth[passed], reduction="sum").double()])
     right, loss = distributed.total(sums) / len(labels)
     return 100.0 * right.item(), loss.item()
+
+
+@torch.no_grad()
+def agreement(
+    network: Classifier, ema_model: Classifier, images: np.ndarray, device: torch.device
+) -> tuple[float, float]:
+    """Share of (n, H, W, 3) uint8 images that f and f_ema classify alike, and what it would be by chance.
+
+    By chance: if each gave as many images to every class as it does, but to any images. f is in training mode and
+    leaves its running statistics alone, as when it guesses labels. With batch norm over groups n is a multiple of
+    their rows; with batch norm over ranks all of them have to call this together.
+    """
+    batch = _normalised(network, images, device)
+    logits, ema_logits = network(batch, track=False)[0], ema_model(batch)[0]
+    guessed, ema_guessed = (
+        F.one_hot(each.argmax(-1), each.shape[1]).float() for each in (logits, ema_logits)
+    )  # (n, L)
+    both = torch.stack([(guessed * ema_guessed).sum(1).mean(), guessed.mean(0) @ ema_guessed.mean(0)])
+    share, by_chance = both.tolist()
+    return share, by_chance
 
 
 def median_of_last(accuracies: list[float]) -> float:

@@ -56,6 +56,8 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         anchor_augment=config.anchor_augment,
         labeled_augment=config.labeled_augment,
         probes=config.augment == "ctaugment",
+        ctaugment=config.ctaugment,
+        side=min(data.sides),
     )
 
 

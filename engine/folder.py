@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.config import Config, changed_fields, config_json, load_config
 from engine.errors import UserError
+from engine.presets import PRESETS
 from pipelines.datasets import DataSet
 from pipelines.splits import digest, image_digest
 
@@ -22,9 +23,12 @@ RUNS = Path("runs")
 def default_folder(config: Config, resume: bool) -> Path:
     """Where a run goes that names no folder: `runs/PRESET-seedN`, numbered on for a repetition.
 
+    With another method than the preset's, its name follows the preset's.
+
     Resuming takes the newest of them.
     """
-    name = f"{config.preset}-seed{config.seed}"
+    another = config.preset in PRESETS and PRESETS[config.preset].method != config.method
+    name = f"{config.preset}{f'-{config.method}' if another else ''}-seed{config.seed}"
     folders = [RUNS / name]
     while folders[-1].exists():
         folders.append(RUNS / f"{name}-{len(folders) + 1}")

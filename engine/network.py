@@ -22,7 +22,9 @@ class BatchNorm(nn.Module):
     """Batch norm whose training statistics are over all rows, over equal groups of consecutive rows, or over all ranks.
 
     The paper's code runs the training batch in several passes, each with statistics of its own; one pass over groups
-    computes the same. Running statistics move once a pass, by the mean over the groups.
+    computes the same. Running statistics move once a pass, by the mean over the groups; or over those of the pass's
+    first rows alone, which does not change what is normalised by what. In the authors' code they move by the last of
+    the K + 2 interleaved passes over the mixup pool: the pool's mean has the same expectation, and less noise.
 
     Args:
         channels: C.
@@ -45,31 +47,63 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Tensor, track: bool) -> Tensor:
-        """Normalises (N, C, H, W); in training, `track` says whether running statistics move."""
+    def forward(self, x: Tensor, track: bool, stats_rows: int | None = None) -> Tensor:
+        """Normalises (N, C, H, W).
+
+        Args:
+            x: the rows.
+            track: in training, whether running statistics move.
+            stats_rows: how many rows, the first of all and whole groups, they move by; None for all.
+        """
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS)
+        counted = x.shape[0] if stats_rows is None else stats_rows
+        apart = track and counted < x.shape[0]
         over_ranks = self.over_ranks and distributed.ranks() > 1
         if not over_ranks and self.rows_per_group in (None, x.shape[0]):
             mean, var = (self.running_mean, self.running_var) if track else (None, None)
+            if apart:
+                # for its side effect, which is all that a compiler leaves of it: torch.var_mean takes ten times as long
+                # on a CPU
+                with torch.no_grad():
+                    F.batch_norm(x[:counted], mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
+                mean = var = None
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
         at_least_single = x.to(torch.promote_types(x.dtype, torch.float32))
         grouped = at_least_single.unflatten(0, (-1, self.rows_per_group or x.shape[0]))  # (G, n, C, H, W)
-        var, mean = torch.var_mean(grouped, dim=(1, 3, 4), correction=0, keepdim=True)
-        count = grouped[0].numel() // grouped.shape[2]
+        mean, var = _moments(grouped)
+        rows, groups = grouped.shape[1], counted // grouped.shape[1]
+        moving = mean[:groups], var[:groups]  # what running statistics move by
         if over_ranks:
-            means, variances = distributed.stack(torch.stack([mean, var])).unbind(1)  # each (R, 1, 1, C, 1, 1)
-            mean = means.mean(0)
-            var = variances.mean(0) + (means - mean).square().mean(0)
-            count *= distributed.ranks()
+            local = [mean, var]
+            if apart:
+                with torch.no_grad():
+                    local += _moments(grouped[:, :counted])
+            exchanged = distributed.stack(torch.stack(local)).unbind(1)  # each (R, 1, 1, C, 1, 1)
+            mean, var = _combined(*exchanged[:2])
+            moving = _combined(*exchanged[2:]) if apart else (mean, var)
+            rows = counted * distributed.ranks()
         if track:
             with torch.no_grad():
-                unbiased = var.mean(0).flatten() * (count / (count - 1))
-                self.running_mean.lerp_(mean.mean(0).flatten(), self.momentum)
+                count = rows * x[0, 0].numel()
+                unbiased = moving[1].mean(0).flatten() * (count / (count - 1))
+                self.running_mean.lerp_(moving[0].mean(0).flatten(), self.momentum)
                 self.running_var.lerp_(unbiased, self.momentum)
         scale = torch.rsqrt(var + _BN_EPS) * self.weight[:, None, None]
         shift = self.bias[:, None, None] - mean * scale
         return (grouped * scale + shift).flatten(0, 1).to(x.dtype)
+
+
+def _moments(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each group: (G, n, C, H, W) to twice (G, 1, C, 1, 1)."""
+    var, mean = torch.var_mean(grouped, dim=(1, 3, 4), correction=0, keepdim=True)
+    return mean, var
+
+
+def _combined(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of all ranks' rows together, from each rank's: (R, ...) to (...)."""
+    mean = means.mean(0)
+    return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
 class ResidualBlock(nn.Module):
@@ -93,11 +127,11 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
-    def forward(self, x: Tensor, track: bool) -> Tensor:
+    def forward(self, x: Tensor, track: bool, stats_rows: int | None = None) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        activated = F.leaky_relu(self.norm1(x, track), _SLOPE)
+        activated = F.leaky_relu(self.norm1(x, track, stats_rows), _SLOPE)
         residual = self.conv1(activated)
-        residual = self.conv2(F.leaky_relu(self.norm2(residual, track), _SLOPE))
+        residual = self.conv2(F.leaky_relu(self.norm2(residual, track, stats_rows), _SLOPE))
         carried = activated if self.activate_first else x
         if self.shortcut is not None:
             carried = self.shortcut(carried)
@@ -201,12 +235,13 @@ class WideResNet(Classifier):
             elif isinstance(module, nn.Linear):
                 initialise_linear(module, generator)
 
-    def forward(self, images: Tensor, track: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, track: bool = True, stats_rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Classifies images.
 
         Args:
             images: (N, 3, H, W) normalised, channels-last in memory; channels after the third are zeros.
             track: in training, whether running statistics of batch norm move.
+            stats_rows: how many of the first rows they move by; None for all. See `BatchNorm.forward`.
 
         Returns:
             (N, L) class logits and (N, 4) rotation logits.
@@ -216,6 +251,6 @@ class WideResNet(Classifier):
         else:
             x = self.stem(images)
         for block in self.body:
-            x = block(x, track)
-        features = F.leaky_relu(self.norm(x, track), _SLOPE).mean((2, 3))
+            x = block(x, track, stats_rows)
+        features = F.leaky_relu(self.norm(x, track, stats_rows), _SLOPE).mean((2, 3))
         return self.head(features), self.rotation_head(features)

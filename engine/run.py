@@ -124,8 +124,11 @@ def device_name(device: torch.device) -> str:
 
 
 def _published(config: Config, accuracy: float) -> dict[str, Any]:
-    """The paper's figure for the preset, and how far this run's test error is from it, in percentage points."""
-    if config.preset not in PUBLISHED:
+    """The paper's figure for the preset, and how far this run's test error is from it, in percentage points.
+
+    Figures are of ReMixMatch: other methods have none.
+    """
+    if config.preset not in PUBLISHED or config.method != "remixmatch":
         return {}
     figure = PUBLISHED[config.preset]
     return {
@@ -143,6 +146,7 @@ def _published(config: Config, accuracy: float) -> dict[str, Any]:
 def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
     return {
         "preset": config.preset,
+        "method": config.method,
         "seed": config.seed,
         "labels": len(trainer.feed.split),
         **({"held_out_test_images": trainer.data.held_out} if trainer.data.held_out else {}),

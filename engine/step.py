@@ -263,17 +263,20 @@ class Step:
         self.guess_order, self.probe_order = on_device(rows.guess_order), on_device(rows.probe_order)
         self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
         self.accumulation_steps = rows.accumulation_steps  # M / R
-        passes = len(rows.target), rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
-        self.passes = passes  # rows to train, to guess of, and of probes
+        guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
+        self.passes = len(rows.target), guessed, probed  # rows of each
+        # a micro-batch begins with its pool; models of timm do not know this argument
+        pool_rows = len(rows.pool) // rows.accumulation_steps
+        self.statistics = {"stats_rows": pool_rows} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.rows_dtype = torch.float32 if full else precision
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
-        # passes whose results are needed late run beside the training pass; but not where two passes exchange
-        # statistics, since collectives of two streams have no common order on all ranks
-        streams = [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2)]
+        # passes whose results are needed late run beside the training pass, where there are any; but not where two
+        # passes exchange statistics, since collectives of two streams have no common order on all ranks
+        streams = [torch.cuda.Stream(device) if device.type == "cuda" and rows else None for rows in (probed, guessed)]
         self.probing, self.guessing = streams[0], None if config.bn == "sync" else streams[1]
         compile_ = compiler(config, device) if compiled else lambda function: function
         self.guess_model: nn.Module = compile_(state.network)
@@ -344,7 +347,7 @@ class Step:
             with self._unsynchronised(number + 1 < accumulated):
                 parts.begin("forward")
                 with self.autocast:
-                    logits, rotation_logits = self.train_model(micro_batch)
+                    logits, rotation_logits = self.train_model(micro_batch, **self.statistics)
 
                 # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
                 # micro-batches: the first losses are the first to need them

@@ -20,10 +20,11 @@ from engine import checkpoint, distributed
 from engine.capture import make_step
 from engine.config import Config
 from engine.errors import Stopped, UserError
-from engine.evaluation import evaluate, median_of_last
+from engine.evaluation import agreement, evaluate, median_of_last
 from engine.execution import Execution, set_numerics
 from engine.feed import Feed
 from engine.guard import StopRequest, Watchdog
+from engine.health import Health, Look, compared_images
 from engine.progress import MetricsLog, ProgressLine
 from engine.step import LOSSES, StepInput, StepOutput, TrainState, make_state
 from pipelines.datasets import DataSet
@@ -67,6 +68,8 @@ class Trainer:
         self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder, known_by)
         self.known_by = known_by
         self.timeout, self.check_ranks = timeout, check_ranks
+        counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
+        self.health = Health(config, data.classes, counts, self.feed.images_per_step)
         self.accuracies: list[float] = []
         self.train_seconds = 0.0
         self.step = 0
@@ -92,6 +95,8 @@ class Trainer:
             )
         self.state.load_state_dict(content["state"])
         self.feed.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
+        if "health" in content:  # not in checkpoints of earlier versions
+            self.health.load_state_dict(content["health"])
         self.accuracies = list(content["accuracies"])
         self.train_seconds = content["train_seconds"]
         self.step = found.step
@@ -114,6 +119,7 @@ class Trainer:
         content = {
             "state": self.state.state_dict(),
             "policy": _map_leaves(self.feed.policy.state_dict(), np.ndarray, torch.from_numpy),
+            "health": self.health.state_dict(),
             "accuracies": self.accuracies,
             "train_seconds": self.train_seconds,
             "micro_batches": self.micro_batches,
@@ -189,6 +195,7 @@ class Trainer:
         if not all(map(math.isfinite, values.values())):
             terms = ", ".join(f"{name} {values[name]:.4g}" for name in LOSSES)
             raise self._diverged(step, f"the loss is not finite ({terms})")
+        self.health.add(values)
         if (step + 1) % self.config.log_every == 0:
             if self._log:
                 self._log.add(step + 1, **values)
@@ -206,10 +213,23 @@ class Trainer:
             self._shown = {"test %": accuracy}
             if self._log:
                 self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
+            if self.health.due(self.step):
+                self._look()
         if self.check_ranks and self.step % self.check_ranks == 0:
             self._compare_ranks()
         if last or self.step % c.checkpoint_every == 0 or self.saver.due:
             self.save(last)
+
+    def _look(self) -> None:
+        """Warns where the run does not learn. All ranks see the same, and all take part in what they compare."""
+        state, compared = self.state, None
+        marginals = torch.stack([state.p_model_history.mean(0), state.label_marginal])
+        if self.health.comparing(self.step):
+            images = compared_images(self.data.train_images, self.health.images)
+            compared = agreement(state.network, state.ema_model, images, self.execution.device)
+        p_model, label_marginal = marginals.tolist()
+        for warning in self.health.look(Look(self.step, p_model, label_marginal, compared)):
+            self.progress.warn(warning)
 
     def _compare_ranks(self) -> None:
         """Raises UserError where a bit of a rank's state is not as on rank 0."""

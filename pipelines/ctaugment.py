@@ -4,6 +4,10 @@ ReMixMatch (ICLR 2020), section 3.2.2. The policy's whole state is one array of 
 `weights: (T, 2, 17) float64`, for T transformations of at most two parameters of at most 17 bins each.
 Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are
 `kernels/photometric.py`'s and the matrices of `geometric.py`; all follow the one table below.
+
+The authors' code differs from the paper in how levels are drawn and in what five transformations do at a level. What it
+does is at the end of this file, as functions of a plan's numbers: levels drawn its way, and levels at which the paper's
+transformations do what its own do.
 """
 
 from __future__ import annotations
@@ -57,6 +61,9 @@ BINS = np.zeros((len(TRANSFORMATIONS), MAX_PARAMETERS), dtype=np.int64)
 for _row, _transformation in enumerate(TRANSFORMATIONS):
     BINS[_row, : len(_transformation.bins)] = _transformation.bins
 _BIN_EXISTS = np.arange(MAX_BINS) < BINS[..., None]  # (T, 2, 17) bool
+# segments between neighbouring bins, likewise: (T, 2) int64
+SEGMENTS = np.maximum(BINS - 1, 0)
+_SEGMENT_EXISTS = np.arange(MAX_BINS - 1) < SEGMENTS[..., None]  # (T, 2, 16) bool
 
 
 def initial_weights() -> np.ndarray:
@@ -80,19 +87,22 @@ def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: floa
     raised = np.where(_BIN_EXISTS, weights + (1.0 - decay), 0.0)
     peak = raised.max(axis=-1, keepdims=True)
     normalised = np.divide(raised, peak, out=np.zeros_like(raised), where=peak > 0)
-    kept = np.where(normalised >= threshold, normalised, 0.0)
-    total = kept.sum(axis=-1, keepdims=True)
-    return np.divide(kept, total, out=np.zeros_like(kept), where=total > 0)
+    return _shares(np.where(normalised >= threshold, normalised, 0.0))
+
+
+def _shares(weights: np.ndarray) -> np.ndarray:
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
 def bin_edges(probabilities: np.ndarray) -> np.ndarray:
     """Where each bin begins in [0, 1), from its predecessors' probabilities: what `draw_bins` takes.
 
     Args:
-        probabilities: (T, 2, 17) float64, see `bin_probabilities`.
+        probabilities: (T, 2, n) float64, see `bin_probabilities` and `segment_probabilities`.
 
     Returns:
-        (17, T, 2) float64, rising along the first axis; inf after the last bin with any probability, and for parameters
+        (n, T, 2) float64, rising along the first axis; inf after the last bin with any probability, and for parameters
         that do not exist.
     """
     cumulative = np.cumsum(np.moveaxis(probabilities, -1, 0), axis=0)
@@ -107,7 +117,7 @@ def draw_bins(edges: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.nda
     """Bins by inverting the cumulative distribution of each drawn transformation's parameters.
 
     Args:
-        edges: (17, T, 2) float64, see `bin_edges`.
+        edges: (n, T, 2) float64, see `bin_edges`.
         ops: (...,) int64, indices into `TRANSFORMATIONS`.
         uniform: (..., 2) float64 in [0, 1), one number a parameter.
 
@@ -227,3 +237,80 @@ def describe(ops: Iterable[int], levels: np.ndarray) -> str:
         shown = " ".join(f"{level:.2f}" for level in op_levels[: len(TRANSFORMATIONS[op].bins)])
         parts.append(f"{NAMES[op]} {shown}".rstrip())
     return ", ".join(parts)
+
+
+# ---------------------------------------------------------------- as in the authors' code
+_ROTATE, _CUTOUT = NAMES.index("rotate"), NAMES.index("cutout")
+_UNMOVING = np.array([name in ("rescale", "translate_x", "translate_y") for name in NAMES])
+
+
+def _whole_degrees() -> np.ndarray:
+    """Levels of rotate at -45, -44, ..., 45 degrees: (91, 2) float32 in [0, 1), whose sums are exact to 2^-48."""
+    level = np.arange(91) / 90
+    first = np.minimum(np.floor(level * 2**24), 2**24 - 1) / 2**24
+    return np.stack([first, level - first], axis=-1).astype(np.float32)
+
+
+_WHOLE_DEGREES = _whole_degrees()
+
+
+def segment_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """Probability of each segment between neighbouring bins, from which the authors' code draws: the sum of both bins'.
+
+    Args:
+        probabilities: (T, 2, 17) float64, see `bin_probabilities`.
+
+    Returns:
+        (T, 2, 16) float64; rows of existing parameters sum to 1, the others are 0.
+    """
+    return _shares(np.where(_SEGMENT_EXISTS, probabilities[..., 1:] + probabilities[..., :-1], 0.0))
+
+
+def code_probe_bins(ops: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Bins that the authors' code updates for a probe's levels, which it draws from all of [0, 1).
+
+    Args:
+        ops: (..., 2) int64, indices into `TRANSFORMATIONS`.
+        levels: (..., 2, 2) float32 in [0, 1).
+
+    Returns:
+        (..., 2, 2) int64; -1 where the transformation has no such parameter.
+    """
+    bins = BINS.take(ops, axis=0)
+    return np.where(bins > 0, (levels.astype(np.float64) * bins * 0.999).astype(np.int64), -1)
+
+
+def code_effects(ops: np.ndarray, levels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Transformations of the paper that do what those of the authors' code do at the given levels.
+
+    Of those that differ, the code
+
+    - translates by (2 v - 1) * 0.3 pixels, which leaves every pixel the nearest to its place;
+    - rescales what is left when 0.25 v pixels are cut off each side, for which PIL takes the whole image;
+    - rotates by (2 v - 1) * 45 degrees, rounded to whole ones;
+    - cuts out 2 floor(s / 2) pixels along each axis where the paper has s = 1 + floor(0.499 v side): for 1, none.
+
+    Args:
+        ops: (V, 2) int, indices into `TRANSFORMATIONS`.
+        levels: (V, 2, 2) float32 in [0, 1).
+        side: min(H, W) of the images.
+
+    Returns:
+        Both again, new arrays. What leaves the image as it is has become the identity, which costs a view nothing. The
+        second level of rotate is what single precision cannot hold of the first.
+    """
+    ops, levels = ops.copy(), levels.copy()
+    flat, of_flat = ops.reshape(-1), levels.reshape(-1, MAX_PARAMETERS)
+    rotated, cut = np.flatnonzero(flat == _ROTATE), np.flatnonzero(flat == _CUTOUT)
+    degrees = np.rint((2.0 * of_flat[rotated, 0].astype(np.float64) - 1.0) * 45.0).astype(np.int64)
+    of_flat[rotated] = _WHOLE_DEGREES.take(degrees + 45, axis=0)
+
+    scale = 0.499 * side
+    pixels = 1.0 + np.floor(scale * of_flat[cut, 0].astype(np.float64))
+    odd = pixels % 2 == 1
+    of_flat[cut[odd], 0] = np.maximum(pixels[odd] - 1.5, 0.0) / scale  # the middle of the levels of one pixel less
+    flat[cut[pixels == 1]] = IDENTITY
+
+    flat[_UNMOVING.take(flat)] = IDENTITY
+    of_flat[flat == IDENTITY] = 0.0
+    return ops, levels

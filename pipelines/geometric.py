@@ -18,7 +18,7 @@ GEOMETRIC: dict[str, Matrix] = {}
 
 
 def geometric(matrix: Matrix) -> Matrix:
-    """Registers a function of (level (n,) float64 in [-1, 1), H, W) to PIL's AFFINE coefficients, (n, 6).
+    """Registers a function of (level (n,) float64 in [-1, 1], H, W) to PIL's AFFINE coefficients, (n, 6).
 
     Output (x, y) comes from input (a x + b y + c, d x + e y + f); outside is black.
     """
@@ -84,7 +84,8 @@ def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: 
 
     Args:
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
-        levels: (V, 2, 2) float32 in [0, 1).
+        levels: (V, 2, 2) float32 in [0, 1). The level of a geometric operation is the sum of both, see
+            `ctaugment.code_effects`.
         centre: (V, 2, 2) float32 in [0, 1).
         height: H.
         width: W.
@@ -96,10 +97,10 @@ def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: 
     numbers = np.zeros((*ops.shape, 6), dtype=np.float32)
     numbers[..., 0], numbers[..., 1:3], numbers[..., 3:5] = ops, levels, centre
     # places in a flat list cost less than masks of two dimensions
-    flat, level, into = ops.reshape(-1), levels.reshape(-1, 2)[:, 0], numbers.reshape(-1, 6)
+    flat, level, into = ops.reshape(-1), levels.reshape(-1, 2), numbers.reshape(-1, 6)
     into[np.flatnonzero(flat == ctaugment.IDENTITY)] = _UNMOVED
     for name, function in GEOMETRIC.items():
         chosen = np.flatnonzero(flat == NAMES.index(name))
         if len(chosen):
-            into[chosen] = function(2.0 * level[chosen].astype(np.float64) - 1.0, height, width)
+            into[chosen] = function(2.0 * level[chosen].astype(np.float64).sum(axis=1) - 1.0, height, width)
     return numbers

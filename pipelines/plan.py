@@ -47,6 +47,8 @@ class PlanSpec:
         anchor_augment: of u_weak, of which the label is guessed.
         labeled_augment: of x_strong.
         probes: whether there are probes for CTAugment.
+        ctaugment: "paper", or "code" for levels and effects as in the authors' code: see `pipelines.ctaugment`.
+        side: min(H, W) of the images, which cutout of "code" depends on.
     """
 
     batch: int
@@ -62,6 +64,8 @@ class PlanSpec:
     anchor_augment: Literal["weak", "none", "strong"] = "weak"
     labeled_augment: Literal["strong", "weak", "none"] = "strong"
     probes: bool = True
+    ctaugment: Literal["paper", "code"] = "paper"
+    side: int = 32
 
     @cached_property
     def anchor_blocks(self) -> range:
@@ -114,7 +118,8 @@ class ViewPlan:
         shift: (V, 2) int32, weak translation (dy, dx) in pixels.
         flip: (V,) int32, 1 where the image is mirrored.
         ops: (V, 2) int32, indices into `ctaugment.TRANSFORMATIONS`, applied left to right.
-        levels: (V, 2, 2) float32 in [0, 1), level of each parameter; 0 where there is none.
+        levels: (V, 2, 2) float32 in [0, 1), level of each parameter; 0 where there is none, but for the second of
+            rotate under "code" (`ctaugment.code_effects`).
         centre: (V, 2, 2) float32 in [0, 1), cutout's centre (y, x) as a fraction of the sides.
     """
 
@@ -151,7 +156,7 @@ class Plan:
         lam: (P,) float32 in [0.5, 1], one mixup coefficient a pool row; 1 without mixup.
         perm: (P,) int64, partner of each pool row; itself without mixup.
         rotations: (mu B,) int64, multiples of 90 degrees for the rotation task, each for a quarter of the images.
-        probe_ops: (B, 2) int64, transformations of the probes; none without probes.
+        probe_ops: (B, 2) int64, transformations of the probes, as drawn; none without probes.
         probe_bins: (B, 2, 2) int64, their bins, -1 where there is no such parameter; likewise.
     """
 
@@ -211,18 +216,27 @@ def drawn_images(seed: int, purpose: int, step: int, batch: int, images: int) ->
 
 
 _LARGEST_LEVEL = np.nextafter(np.float32(1), np.float32(0))
-_BINS_OR_ONE = np.maximum(ctaugment.BINS, 1)
+_BINS_OR_ONE, _SEGMENTS_OR_ONE = np.maximum(ctaugment.BINS, 1), np.maximum(ctaugment.SEGMENTS, 1)
 # probes draw from all bins alike, whatever the weights: that is how a dropped bin can come back
 _UNIFORM_EDGES = ctaugment.bin_edges(ctaugment.bin_probabilities(ctaugment.initial_weights()))
 
 
-def _draw_ops(rng: np.random.Generator, rows: int, edges: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `Plan` for shapes."""
+def _draw_ops(
+    rng: np.random.Generator, rows: int, edges: np.ndarray, counts: np.ndarray = _BINS_OR_ONE
+) -> tuple[np.ndarray, ...]:
+    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `Plan` for shapes.
+
+    Args:
+        rng: of one purpose and step.
+        rows: how many.
+        edges: of bins, or of the segments between them: see `ctaugment.bin_edges`.
+        counts: (T, 2) int64, how many of them each parameter has, at least 1.
+    """
     ops = rng.integers(len(ctaugment.TRANSFORMATIONS), size=(rows, OPS_PER_VIEW))
     uniform = rng.random((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS))
     bins = ctaugment.draw_bins(edges, ops, uniform)
     inside = rng.random(bins.shape)
-    levels = np.where(bins >= 0, (bins + inside) / _BINS_OR_ONE.take(ops, axis=0), 0.0).astype(np.float32)
+    levels = np.where(bins >= 0, (bins + inside) / counts.take(ops, axis=0), 0.0).astype(np.float32)
     # float32 rounds the last sliver of the last bin up to 1, which would name a bin that does not exist
     np.minimum(levels, _LARGEST_LEVEL, out=levels)
     centre = rng.random((rows, OPS_PER_VIEW, 2), dtype=np.float32)
@@ -270,13 +284,18 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
     centre = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
     if spec.augment:
         strong = spec.strongly_augmented
-        edges = ctaugment.bin_edges(ctaugment.bin_probabilities(weights))
-        *drawn, _ = _draw_ops(stream(seed, _STRONG, step), len(strong), edges)
+        probabilities, counts = ctaugment.bin_probabilities(weights), _BINS_OR_ONE
+        if spec.ctaugment == "code":
+            probabilities, counts = ctaugment.segment_probabilities(probabilities), _SEGMENTS_OR_ONE
+        *drawn, _ = _draw_ops(stream(seed, _STRONG, step), len(strong), ctaugment.bin_edges(probabilities), counts)
         for of_views, of_strong in zip((ops, levels, centre), drawn, strict=True):
             of_views[strong] = of_strong
     probes = batch if spec.probes else 0
     probe_ops, probe_levels, probe_centre, probe_bins = _draw_ops(stream(seed, _PROBE, step), probes, _UNIFORM_EDGES)
     ops[end:], levels[end:], centre[end:] = probe_ops, probe_levels, probe_centre
+    if spec.ctaugment == "code":
+        probe_bins = ctaugment.code_probe_bins(probe_ops, probe_levels)
+        ops, levels = ctaugment.code_effects(ops, levels, spec.side)
 
     mixup, pool = stream(seed, _MIXUP, step), batch * spec.pool_blocks
     lam, perm = np.ones(pool), np.arange(pool)

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from engine.config import Config, changed_fields, config_json, load_config, validate
 from engine.errors import UserError
+from engine.feed import plan_spec
 from engine.presets import PRESETS, preset
+from pipelines.datasets import digits
 
 
 def test_every_preset_is_valid_and_carries_its_name():
@@ -74,6 +77,13 @@ def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
     assert [config.micro_batches_of(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
     with pytest.raises(UserError, match="--micro-batches must be a multiple of the 2 ranks, got 3"):
         validate(dataclasses.replace(config, batch=12, micro_batches=3), ranks=2)
+
+
+def test_plans_are_drawn_for_the_ctaugment_of_the_configuration(tiny):
+    data, split = digits(), np.arange(40)
+    for ctaugment in ("paper", "code"):
+        spec = plan_spec(tiny(ctaugment=ctaugment), data, split)
+        assert (spec.ctaugment, spec.side) == (ctaugment, 16)
 
 
 def test_configuration_survives_the_file(tmp_path):

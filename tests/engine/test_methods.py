@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from engine import cli, methods
-from engine.config import validate
+from engine.api import train
+from engine.config import load_config, validate
 from engine.errors import UserError
 from engine.feed import arrange_rows, plan_spec
+from engine.folder import default_folder
 from engine.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.presets import PRESETS, preset
 from engine.rows import step_plan
+from engine.run import _published
 from engine.step import METRICS, Step, StepInput, make_state
 from pipelines.ctaugment import initial_weights
 from pipelines.datasets import DataSet
@@ -38,7 +41,7 @@ def config_of(tiny):
 class Bench:
     """One step of a method on made-up views, its gradients kept, and all that a plain form needs."""
 
-    def __init__(self, config):
+    def __init__(self, config, precision=torch.float64, compiled=False):
         validate(config)
         rng = torch.Generator().manual_seed(3)
         images = np.zeros((60, 8, 8, 3), np.uint8)
@@ -56,7 +59,7 @@ class Bench:
         self.before = copy.deepcopy(state)
         views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
         rows = arrange_rows(config, spec, 0, 1)
-        step = Step(config, state, rows, torch.float64)
+        step = Step(config, state, rows, precision, compiled)
         state.optimizer.step, state.optimizer.zero_grad = lambda: None, lambda: None  # gradients stay where they are
         output = step(StepInput.pack(views[rows.views], step_plan(rows, self.plan, self.labels), CPU))
         self.metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
@@ -97,7 +100,7 @@ class Bench:
     def assert_same(self, network, loss_x, loss_u, loss_u1=0.0, loss_rot=0.0, loss=None):
         """Losses, and the gradient of every parameter."""
         loss.backward()
-        expected = [float(each) for each in (loss, loss_x, loss_u, loss_u1, loss_rot)]
+        expected = [float(torch.as_tensor(each).detach()) for each in (loss, loss_x, loss_u, loss_u1, loss_rot)]
         found = [self.metrics[name] for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
         for (name, mine), theirs in zip(self.state.network.named_parameters(), network.parameters(), strict=True):
@@ -297,3 +300,32 @@ def test_fields_that_contradict_each_other(tiny, changes, message):
 def test_an_unknown_method_is_named_with_the_nearest():
     with pytest.raises(UserError, match="unknown method 'fixmach'; did you mean fixmatch"):
         methods.with_method(preset("digits-40"), "fixmach")
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("method", ["fixmatch", pytest.param("mixmatch", marks=pytest.mark.long)])
+def test_compiled_steps_of_other_methods_are_eager_ones(tiny, method):
+    torch._dynamo.reset()
+    config = with_method(tiny(scales=1, blocks=1, ramp_kimg=1.0), method)
+    eager, compiled = (Bench(config, torch.float32, compiled) for compiled in (False, True))
+    for name, value in eager.metrics.items():
+        assert compiled.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for mine, theirs in zip(eager.state.network.parameters(), compiled.state.network.parameters(), strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_api_trains_methods_and_ablations(tmp_path):
+    small = dict(steps=1, batch=8, width=8, device="cpu")
+    train("digits-40", out=tmp_path / "run", method="fixmatch", mu=1, ablate=["no-alignment", "k=4"], **small)
+    expected = ablate(with_method(preset("digits-40"), "fixmatch"), "no-alignment", "k=4")
+    assert load_config(tmp_path / "run" / "config.json") == dataclasses.replace(expected, mu=1, **small)
+
+
+def test_runs_of_other_methods_have_folders_and_figures_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = preset("cifar10-250")
+    assert str(default_folder(config, resume=False)) == "runs/cifar10-250-seed0"
+    assert str(default_folder(with_method(config, "fixmatch"), resume=False)) == "runs/cifar10-250-fixmatch-seed0"
+    assert str(default_folder(preset("digits-40-supervised"), resume=False)) == "runs/digits-40-supervised-seed0"
+    assert _published(config, 94.0)["paper_error"] == 6.27 and not _published(with_method(config, "fixmatch"), 94.0)

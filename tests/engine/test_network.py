@@ -1,5 +1,6 @@
 """The paper's networks, and batch norm over groups."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from engine.network import BatchNorm, WideResNet
+from tests.running_statistics import moved_by_first_rows
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,56 @@ def test_untracked_passes_leave_running_statistics_alone(rows_per_group):
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
     network(torch.randn(8, 3, 8, 8))
     assert not any(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+
+
+@pytest.mark.parametrize("rows_per_group", [None, 2, 4])
+def test_running_statistics_of_the_first_rows_alone(rows_per_group):
+    """They are those rows', and outputs and gradients have the bits of a pass whose statistics are all rows'."""
+    network = WideResNet(3, 2, 1, 8, bn_momentum=0.1, rows_per_group=rows_per_group).double()
+    images = torch.randn(12, 3, 8, 8, dtype=torch.float64) * torch.linspace(0.2, 3, 12)[:, None, None, None]
+    images = images.contiguous(memory_format=torch.channels_last)
+    expected, by_all = (moved_by_first_rows(network, images, first, 0.1) for first in (8, 12))
+    seen = []
+    for first, statistics in ((None, by_all), (12, by_all), (8, expected)):
+        one = copy.deepcopy(network)
+        logits, rotation_logits = one(images, stats_rows=first)
+        (logits.square().sum() + rotation_logits.sum()).backward()
+        torch.testing.assert_close(one.running_statistics(), statistics, atol=1e-12, rtol=1e-12)
+        seen.append([logits, rotation_logits, *(p.grad for p in one.parameters())])
+    assert (expected - by_all).abs().max() > 1e-3
+    for all_rows, own in zip(seen[0], seen[2], strict=True):
+        assert torch.equal(all_rows, own)
+    before = network.running_statistics()
+    network(images, track=False, stats_rows=8)
+    network.eval()(images, stats_rows=8)
+    assert torch.equal(network.running_statistics(), before)
+
+
+@pytest.mark.parametrize("rows_per_group", [None, 4])
+def test_running_statistics_of_a_pass_in_half_precision_are_of_its_rows(rows_per_group):
+    norm = BatchNorm(5, 1.0, rows_per_group)
+    x = (3 * torch.randn(12, 5, 4, 4) + 1).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x, True, 8).dtype == torch.bfloat16
+    groups = x[:8].float().unflatten(0, (-1, rows_per_group or 8))
+    torch.testing.assert_close(norm.running_mean, groups.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(norm.running_var, groups.var((1, 3, 4)).mean(0))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("rows_per_group", [None, 4])
+def test_compiled_running_statistics_of_the_first_rows(rows_per_group):
+    torch._dynamo.reset()
+    eager = BatchNorm(8, 0.1, rows_per_group)
+    compiled = torch.compile(copy.deepcopy(eager), dynamic=False, fullgraph=True)
+    outputs = []
+    for norm in (eager, compiled):
+        x = torch.randn(12, 8, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        out = norm(x, True, stats_rows=8)
+        out.sin().sum().backward()
+        outputs.append([out, x.grad, *norm.buffers()])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_evaluation_reads_running_statistics():

@@ -69,6 +69,11 @@ def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit(in_turn, steps, tm
     assert_same_bits(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", steps))
 
 
+def test_two_ranks_have_the_pools_statistics_of_two_micro_batches_bit_for_bit(tmp_path):
+    flags = (*IN_TURN, "--bn", "joint", "--bn-stats", "pool", "--bn-momentum", "0.1", "--steps", 3)
+    assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
+
+
 def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, steps, tmp_path):
     go_on(tmp_path / "run", steps, (2, 1, 2), *IN_TURN)
     assert_same_bits(in_turn, tmp_path / "run")
@@ -92,9 +97,11 @@ def test_two_ranks_of_other_methods_are_one_with_two_micro_batches_bit_for_bit(t
     assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
 
-def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path):
-    joint = train(tmp_path / "joint", 1, "--bn", "joint", "--steps", 10)
-    assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", "--steps", 10))
+@pytest.mark.parametrize("statistics", ["all", "pool"])
+def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path, statistics):
+    flags = ("--bn-stats", statistics, "--bn-momentum", "0.1", "--steps", 10)
+    joint = train(tmp_path / "joint", 1, "--bn", "joint", *flags)
+    assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", *flags))
 
 
 @pytest.mark.compiler

@@ -13,6 +13,7 @@ from engine.rows import step_plan
 from engine.step import LOSSES, METRICS, P_MODEL_STEPS, Step, StepInput, decayed_parameters, make_state
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
+from tests.running_statistics import moved_by_first_rows
 
 CLASSES = 5
 CPU = torch.device("cpu")
@@ -259,6 +260,61 @@ def test_micro_batches_have_statistics_of_their_own(tiny):
     whole, parts = Bench(tiny()), Bench(tiny(micro_batches=2))
     one, other = whole.run().metrics[0], parts.run().metrics[0]
     assert one != other and one == pytest.approx(other.item(), rel=0.1)
+
+
+def pool_statistics(bench):
+    """Every batch norm's running statistics after a step in which the pool's rows alone move them, by plain passes."""
+    c, plan, batch = bench.config, bench.plan, bench.config.batch
+    x = (bench.views.double() / 127.5 - 1).permute(0, 3, 1, 2)
+    lam, pool = torch.from_numpy(plan.lam).double()[:, None, None, None], batch * bench.spec.pool_blocks
+    mixed = lam * x[:pool] + (1 - lam) * x[plan.perm]
+    groups = c.bn_groups if c.bn == "split" else c.micro_batches
+    moved = []
+    for part in range(c.micro_batches):
+        rows = bench.rows.pool.reshape(c.micro_batches, -1)[part]
+        trained = mixed[rows]
+        if c.unlabeled:
+            own = np.concatenate([np.arange(group, batch, groups) for group in range(part, groups, c.micro_batches)])
+            assert set(rows % batch) == set(own)
+            first = x[2 * batch + own]
+            rotated = [
+                torch.rot90(one, int(turn), (1, 2)) for one, turn in zip(first, plan.rotations[own], strict=True)
+            ]
+            trained = torch.cat([trained, first, torch.stack(rotated)])
+        moved.append(moved_by_first_rows(bench.state.network, trained, len(rows), c.bn_momentum))
+    return torch.stack(moved).mean(0)  # as over ranks
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(micro_batches=2),
+        dict(micro_batches=4, k=1),
+        dict(bn="split", bn_groups=2),
+        dict(bn="split", bn_groups=4, batch=16),
+        dict(bn="split", bn_groups=4, batch=16, micro_batches=2),
+        dict(bn="sync"),
+        dict(method="supervised"),
+    ],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()) or "joint",
+)
+def test_running_statistics_of_the_pool(tiny, changes):
+    """They move by the pool's rows alone, and nothing else of the step changes by a bit."""
+    config = tiny(precision="fp64", bn_momentum=0.1, **changes)
+    every, pool = Bench(config), Bench(dataclasses.replace(config, bn_stats="pool"))
+    expected = pool_statistics(pool)
+    for bench in (every, pool):
+        bench.step = Step(bench.config, bench.state, bench.rows, torch.float64)
+    a, b = every.run(), pool.run()
+    found = pool.state.network.running_statistics()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(pool.state.ema_model.running_statistics(), found)
+    if config.unlabeled:
+        assert (every.state.network.running_statistics() - expected).abs().max() > 1e-3
+    assert torch.equal(a.metrics, b.metrics) and torch.equal(a.omega, b.omega)
+    for one, other in zip(every.state.network.parameters(), pool.state.network.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def guesses_of(bench, x):

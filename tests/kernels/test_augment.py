@@ -1,13 +1,15 @@
 """`augment_views`: PIL, the PyTorch twin, the kernel and the operator agree, view by view."""
 
+import dataclasses
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.pil_ctaugment import pil_view
+from bench.pil_ctaugment import CODE_FUNCTIONS, pil_view, transformed
 from kernels.augment import CODES, MAX_SIDE, OPS, augment_views, augment_views_reference, launch_augment_views
 from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment, geometric
@@ -131,6 +133,21 @@ def test_twin_of_two_transformations_is_pil():
 def test_kernel_is_the_twin(interpreter, height, width, levels):
     case = problem(height, width, plan(height, width, levels))
     assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+
+
+@pytest.mark.parametrize(("height", "width", "levels"), [(16, 16, (0.0, 0.13, 0.31, 0.77, BELOW_ONE)), (9, 14, (0.6,))])
+def test_kernel_does_what_the_authors_code_does(interpreter, height, width, levels):
+    drawn = alone(plan(height, width, levels), 0)
+    ops, effects = ctaugment.code_effects(drawn.ops, drawn.levels, min(height, width))
+    views = dataclasses.replace(drawn, ops=ops, levels=effects, shift=0 * drawn.shift, flip=0 * drawn.flip)
+    case = problem(height, width, views)
+    made = interpreter(launch_augment_views, *case).numpy()
+    for row, (op, given, centre) in enumerate(
+        zip(drawn.ops[:, 0], drawn.levels[:, 0], drawn.centre[:, 0], strict=True)
+    ):
+        image = Image.fromarray(pictures(height, width)[drawn.image[row]])
+        expected = np.asarray(transformed(image, op, given, centre, CODE_FUNCTIONS))
+        np.testing.assert_array_equal(made[row], expected, err_msg=f"{NAMES[op]} {given}")
 
 
 @pytest.mark.parametrize("side", [96, MAX_SIDE])

@@ -32,6 +32,8 @@ def test_parameters_are_those_of_each_view_alone(rows, height, width):
     chance = np.random.default_rng(rows)
     ops = chance.integers(len(NAMES), size=(rows, 2)).astype(np.int32)
     levels, centre = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
+    moving = np.isin(ops, [NAMES.index(name) for name in geometric.GEOMETRIC])
+    levels[moving, 1] *= 2**-24  # what single precision cannot hold of their level
     made = geometric.parameters(ops, levels, centre, height, width)
     assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
     for at in np.ndindex(rows, 2):
@@ -40,5 +42,5 @@ def test_parameters_are_those_of_each_view_alone(rows, height, width):
         if name == "identity":
             expected = [1, 0, 0, 0, 1, 0]
         elif name in geometric.GEOMETRIC:
-            expected = matrix(name, float(levels[at][0]), height, width)
+            expected = matrix(name, float(levels[at][0]) + float(levels[at][1]), height, width)
         np.testing.assert_array_equal(made[at], np.array(expected, np.float32), err_msg=name)

@@ -1,7 +1,10 @@
 """The plan: pure, complete, distributed as the paper says, and the same for any number of ranks."""
 
 import dataclasses
+import math
 from collections import Counter
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,10 +27,15 @@ def generator(seed, purpose, position):
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
 
 
-def slow_bin(weights, uniform):
-    """One parameter's bin, by the formulas of the paper's section 3.2.2: `weights` of its existing bins alone."""
+def slow_bin(weights, uniform, segments=False):
+    """One parameter's bin, by the formulas of the paper's section 3.2.2: `weights` of its existing bins alone.
+
+    Or the segment between two of them, as in the authors' code.
+    """
     raised = [weight + 0.01 for weight in weights]
     kept = [m / max(raised) if m / max(raised) >= 0.8 else 0.0 for m in raised]
+    if segments:
+        kept = [first + second for first, second in pairwise(kept)]
     begin = 0.0
     for chosen, share in enumerate(kept):
         begin += share / sum(kept)
@@ -36,16 +44,43 @@ def slow_bin(weights, uniform):
     return max(chosen for chosen, share in enumerate(kept) if share)
 
 
-def slow_ops(rng, rows, weights):
-    """Transformations, levels, centres and bins of some rows, number by number."""
+def slow_ops(rng, rows, weights, segments=False):
+    """Transformations, levels, centres and bins (or segments between them) of some rows, number by number."""
     ops, uniform, inside = rng.integers(19, size=(rows, 2)), rng.random((rows, 2, 2)), rng.random((rows, 2, 2))
     levels, bins = np.zeros((rows, 2, 2), np.float32), np.full((rows, 2, 2), -1)
     for row, stage in np.ndindex(rows, 2):
         for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, stage]].bins):
             at = row, stage, parameter
-            bins[at] = slow_bin(weights[ops[row, stage], parameter, :count].tolist(), uniform[at])
-            levels[at] = min(np.float32((bins[at] + inside[at]) / count), np.float32(1 - 2**-24))
+            bins[at] = slow_bin(weights[ops[row, stage], parameter, :count].tolist(), uniform[at], segments)
+            levels[at] = min(np.float32((bins[at] + inside[at]) / (count - segments)), np.float32(1 - 2**-24))
     return ops, levels, rng.random((rows, 2, 2), dtype=np.float32), bins
+
+
+def slow_code_bins(ops, levels):
+    """The bins that the authors' code updates for a probe's levels."""
+    bins = np.full(levels.shape, -1)
+    for row, stage in np.ndindex(ops.shape):
+        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, stage]].bins):
+            bins[row, stage, parameter] = int(float(levels[row, stage, parameter]) * count * 0.999)
+    return bins
+
+
+def slow_code_effect(op, levels, side):
+    """One transformation with levels at which it does what the authors' code does."""
+    name, level, nothing = ctaugment.NAMES[op], float(levels[0]), (ctaugment.IDENTITY, (0, 0))
+    if name in ("translate_x", "translate_y", "rescale"):
+        return nothing
+    if name == "rotate":
+        level = Fraction(45 + round((2 * level - 1) * 45), 90)
+        first = Fraction(min(math.floor(level * 2**24), 2**24 - 1), 2**24)
+        return op, (float(first), float(level - first))
+    if name == "cutout":
+        pixels = 1 + math.floor(0.499 * side * level)
+        if pixels == 1:
+            return nothing
+        if pixels % 2:
+            return op, ((pixels - 1.5) / (0.499 * side), 0)
+    return op, levels
 
 
 def slow_plan(spec, seed, step, weights):
@@ -77,12 +112,17 @@ def slow_plan(spec, seed, step, weights):
     strong = [row for row in range(rows) if augment[names[row]] == "strong"]
     identity = np.zeros((rows, 2), np.int32), np.zeros((rows, 2, 2), np.float32), np.zeros((rows, 2, 2), np.float32)
     if spec.augment:
-        drawn = slow_ops(generator(seed, 3, step), len(strong), weights)
+        drawn = slow_ops(generator(seed, 3, step), len(strong), weights, spec.ctaugment == "code")
         for row, *numbers in zip(strong, *drawn[:3], strict=True):
             identity[0][row], identity[1][row], identity[2][row] = numbers
     probes = slow_ops(generator(seed, 4, step), probed, ctaugment.initial_weights())
     for all_rows, of_probes in zip(identity, probes[:3], strict=True):
         all_rows[rows - probed :] = of_probes
+    probe_bins = probes[3]
+    if spec.ctaugment == "code":
+        probe_bins = slow_code_bins(*probes[:2])
+        for at in np.ndindex(rows, 2):
+            identity[0][at], identity[1][at] = slow_code_effect(identity[0][at], identity[1][at], spec.side)
     lam, perm = [1.0] * pool, np.arange(pool)
     if spec.mixup_alpha:
         lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, pool), mixup.permutation(pool)
@@ -93,7 +133,7 @@ def slow_plan(spec, seed, step, weights):
         "perm": perm,
         "rotations": generator(seed, 6, step).permutation([row % 4 for row in range(unlabeled_batch)]),
         "probe_ops": probes[0],
-        "probe_bins": probes[3],
+        "probe_bins": probe_bins,
         "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name, _ in blocks]),
         "views.labeled": np.array([name.startswith("x") for name in names]),
         "views.shift": shift,
@@ -124,6 +164,9 @@ def slow_plan(spec, seed, step, weights):
         dict(unlabeled_images=0, augment=False),
         dict(labeled_images=3, unlabeled_images=17, mixup_alpha=0.3),
         dict(batch=1, k=2, labeled_images=1, unlabeled_images=1, max_shift=0),
+        dict(ctaugment="code"),
+        dict(ctaugment="code", side=7, unlabeled_images=0),
+        dict(ctaugment="code", side=96, augment=False),
     ],
 )
 def test_every_array_is_that_of_a_slow_plan(changes):
