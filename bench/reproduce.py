@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from bench import tables
-from bench.cells import STATES, Cell, Status, Stop, forget_failures, read_json, status, work
+from bench.cells import STATES, UNHASHED, Cell, Status, Stop, forget_failures, read_json, status, work
 from engine import cli
 from engine.config import Config, changed_fields, check_data, open_data, resolve, validate
 from engine.errors import Stopped, UserError
@@ -671,7 +671,7 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
         words.append(f"{'REHEARSAL with ' if rehearsal else ''}{counts}")
     changed: dict[str, None] = {}
     for each in entries:
-        known = {"steps"} if scale == 1 else set(SCALED)
+        known = UNHASHED | ({"steps"} if scale == 1 else set(SCALED))
         for text in changed_fields(each.base, each.cell.config):
             if text.split()[0] not in known:
                 changed[text.split()[0] + " " + text.rpartition(" -> ")[2]] = None

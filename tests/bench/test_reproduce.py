@@ -110,7 +110,7 @@ def test_titles_say_what_is_not_the_papers():
     found = entries("cifar10", steps_scale=0.01)
     words = "cifar10: test error in percent; REHEARSAL with 10,486 steps instead of 1,048,576"
     assert reproduce.title("cifar10", found, 0.01) == words
-    found = entries("cifar10", "--width", "8", "--no-flip", steps_scale=0.01)
+    found = entries("cifar10", "--width", "8", "--no-flip", "--device", "cpu", steps_scale=0.01)
     assert reproduce.title("cifar10", found, 0.01) == f"{words}; other settings than the presets': flip False, width 8"
     found = entries("digits", "--steps", "100", "--eval-every", "5")
     assert reproduce.title("digits", found) == (
