@@ -249,7 +249,8 @@ def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
         measured: rows of `bench throughput` or `bench variants`: those of the captured paper's step are taken.
     """
     lines = []
-    newest = {(row["k"], row["batch"]): row for row in counts if row["preset"].startswith("cifar10-")}
+    papers = [row for row in counts if row["preset"].startswith("cifar10-") and not row.keys() & {"method", "ablate"}]
+    newest = {(row["k"], row["batch"]): row for row in papers}
     for row in measured:
         captured = row.get("variant") == "as it is" or (row.get("mode") == "graph" and row.get("views") == "synthetic")
         count = newest.get((row["k"], row["batch"]))
