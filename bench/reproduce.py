@@ -605,8 +605,9 @@ def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: in
 def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Hours of training on a GPU, as predicted by `remixmatch bench count`, and not measured; evaluations come on top.
 
-    The time of a step is taken as linear in the rows that it trains: a line through the predictions for the smallest
-    and the largest K. None where those are of another network or size of image.
+    The time of a step is taken as linear in the rows that it trains, as steep as between ReMixMatch's smallest and
+    largest K, and from the nearest count of the method itself, where there is one. None where counts are of another
+    network or size of image.
 
     Args:
         config: of a run.
@@ -616,16 +617,20 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
     small = config.dataset.startswith(("cifar", "svhn")) or config.dataset == "fashion-mnist"  # 32x32
     if config.architecture != "WRN-28-2" or not small:
         return None
-    known: dict[int, float] = {}  # milliseconds a step by trained rows; a newer row counts
+    known: dict[str, dict[int, float]] = {}  # milliseconds a step by method and trained rows; a newer row counts
     for row in rows:
         if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
-            counted = dataclasses.replace(PRESETS[row["preset"]], k=row["k"], batch=row["batch"])
-            known[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
-    if len(known) < 2:
+            counted = with_method(PRESETS[row["preset"]], row.get("method", FULL))
+            counted = ablate(counted, row["ablate"]) if "ablate" in row else counted
+            counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
+            known.setdefault(counted.method, {})[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
+    full = known.get(FULL, {})
+    if len(full) < 2:
         return None
-    low, high = min(known), max(known)
-    slope = (known[high] - known[low]) / (high - low)
-    milliseconds = known[low] + slope * (trained_rows(config) - low)
+    slope = (full[max(full)] - full[min(full)]) / (max(full) - min(full))
+    trained, own = trained_rows(config), known.get(config.method, full)
+    nearest = min(own, key=lambda counted: abs(counted - trained))
+    milliseconds = own[nearest] + slope * (trained - nearest)
     return max(milliseconds, 0.0) * config.steps / 3.6e6
 
 

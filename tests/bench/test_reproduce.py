@@ -20,7 +20,7 @@ from bench.reproduce import TABLES, ReproduceOptions, make_entries, trained_rows
 from engine.checkpoint import list_checkpoints
 from engine.config import config_json
 from engine.errors import UserError
-from engine.methods import ABLATIONS, METHODS
+from engine.methods import ABLATIONS, METHODS, with_method
 from engine.presets import PRESETS, preset
 from engine.progress import read_metrics
 from pipelines import datasets, sources
@@ -298,11 +298,19 @@ def test_time_left_is_by_the_rows_that_were_trained():
 
 def test_predicted_times_go_through_those_of_bench_count():
     rows = records.read(records.RESULTS / "count.jsonl")
+    rows = [row for row in rows if not row.keys() & {"method", "ablate"}]  # K = 1 and 8
     base, one, three = (dataclasses.replace(preset("cifar10-250"), k=k, seed=5) for k in (8, 1, 3))
     known = {row["k"]: row["predicted_ms_h100"] for row in rows}
     hours = [reproduce.predicted_hours(config, "h100", rows) for config in (one, three, base)]
     assert hours[0] == pytest.approx(known[1] * 2**20 / 3.6e6) and hours[2] == pytest.approx(known[8] * 2**20 / 3.6e6)
     assert hours[1] == pytest.approx(hours[0] + (hours[2] - hours[0]) * 2 / 7)
+    # 8 B rows of FixMatch are counted; with K = 3 it has 22 B, and ReMixMatch from K = 1 to 8 has 7 B more
+    fixmatch = with_method(base, "fixmatch")
+    counted = {"bench": "count", "preset": "cifar10-250", "method": "fixmatch", "k": 1, "batch": 64}
+    more = [*rows, counted | {"predicted_ms_h100": 9.0}]
+    found = [reproduce.predicted_hours(dataclasses.replace(fixmatch, k=k), "h100", more) for k in (1, 3)]
+    expected = [9.0, 9.0 + 14 / 7 * (known[8] - known[1])]
+    assert found == pytest.approx([ms * 2**20 / 3.6e6 for ms in expected])
     assert reproduce.predicted_hours(preset("stl10-1000"), "h100", rows) is None
     assert reproduce.predicted_hours(preset("digits-40"), "h100", rows) is None
     assert reproduce.predicted_hours(base, "h100", []) is None
