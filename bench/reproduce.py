@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -605,8 +606,8 @@ def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: in
 def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Hours of training on a GPU, as predicted by `remixmatch bench count`, and not measured; evaluations come on top.
 
-    The time of a step is taken as linear in the rows that it trains: a line through the predictions for the smallest
-    and the largest K. None where those are of another network or size of image.
+    The time of a step is interpolated linearly in the rows that it trains, between the predictions for the same method
+    and other K. None where there are none for the method, for the network or for the size of the images.
 
     Args:
         config: of a run.
@@ -618,14 +619,21 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
         return None
     known: dict[int, float] = {}  # milliseconds a step by trained rows; a newer row counts
     for row in rows:
-        if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
-            counted = dataclasses.replace(PRESETS[row["preset"]], k=row["k"], batch=row["batch"])
+        counts = row.get("bench") == "count" and row["preset"] == "cifar10-250" and "ablate" not in row
+        if counts and row.get("method", FULL) == config.method and f"predicted_ms_{gpu}" in row:
+            counted = with_method(PRESETS[row["preset"]], config.method)
+            counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
             known[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
-    if len(known) < 2:
+    trained = trained_rows(config)
+    if trained in known:
+        milliseconds = known[trained]
+    elif len(known) > 1:
+        counts_of_rows = sorted(known)
+        upper = min(max(bisect_left(counts_of_rows, trained), 1), len(counts_of_rows) - 1)
+        low, high = counts_of_rows[upper - 1], counts_of_rows[upper]
+        milliseconds = known[low] + (known[high] - known[low]) / (high - low) * (trained - low)
+    else:
         return None
-    low, high = min(known), max(known)
-    slope = (known[high] - known[low]) / (high - low)
-    milliseconds = known[low] + slope * (trained_rows(config) - low)
     return max(milliseconds, 0.0) * config.steps / 3.6e6
 
 

@@ -20,7 +20,7 @@ from bench.reproduce import TABLES, ReproduceOptions, make_entries, trained_rows
 from engine.checkpoint import list_checkpoints
 from engine.config import config_json
 from engine.errors import UserError
-from engine.methods import ABLATIONS, METHODS
+from engine.methods import ABLATIONS, METHODS, with_method
 from engine.presets import PRESETS, preset
 from engine.progress import read_metrics
 from pipelines import datasets, sources
@@ -297,15 +297,30 @@ def test_time_left_is_by_the_rows_that_were_trained():
 
 
 def test_predicted_times_go_through_those_of_bench_count():
-    rows = records.read(records.RESULTS / "count.jsonl")
-    base, one, three = (dataclasses.replace(preset("cifar10-250"), k=k, seed=5) for k in (8, 1, 3))
-    known = {row["k"]: row["predicted_ms_h100"] for row in rows}
-    hours = [reproduce.predicted_hours(config, "h100", rows) for config in (one, three, base)]
-    assert hours[0] == pytest.approx(known[1] * 2**20 / 3.6e6) and hours[2] == pytest.approx(known[8] * 2**20 / 3.6e6)
-    assert hours[1] == pytest.approx(hours[0] + (hours[2] - hours[0]) * 2 / 7)
-    assert reproduce.predicted_hours(preset("stl10-1000"), "h100", rows) is None
-    assert reproduce.predicted_hours(preset("digits-40"), "h100", rows) is None
-    assert reproduce.predicted_hours(base, "h100", []) is None
+    base = preset("cifar10-250")
+    rows = [
+        dict(bench="count", preset="cifar10-250", k=k, batch=64, predicted_ms_h100=ms) for k, ms in ((1, 9), (8, 10))
+    ]
+    rows += [row | {"predicted_ms_h100": row["predicted_ms_h100"] - 6} for row in rows]  # newer ones: 3 and 4
+    rows += [
+        rows[0] | {"method": "fixmatch", "predicted_ms_h100": 6},
+        rows[0] | {"ablate": "l2", "predicted_ms_h100": 99},
+    ]
+    hour = 3.6e6 / 2**20
+
+    def milliseconds(config):
+        hours = reproduce.predicted_hours(config, "h100", rows)
+        return None if hours is None else hours * hour
+
+    of_k = [milliseconds(dataclasses.replace(base, k=k, seed=5)) for k in (1, 3, 8, 15)]
+    assert of_k == [pytest.approx(ms) for ms in (3, 3 + 2 / 7, 4, 5)]
+    assert milliseconds(with_method(preset("svhn-40"), "fixmatch")) == pytest.approx(6)
+    assert milliseconds(dataclasses.replace(with_method(base, "fixmatch"), mu=3)) is None, "one point is no line"
+    assert milliseconds(with_method(base, "uda")) is None
+    assert milliseconds(preset("stl10-1000")) is None and milliseconds(preset("digits-40")) is None
+    measured = records.read(records.RESULTS / "count.jsonl")
+    for entry in [*entries("cifar10"), *entries("ablation")]:
+        assert 0.1 < reproduce.predicted_hours(entry.cell.config, "h100", measured) < 10
 
 
 def test_the_plan_says_that_it_is_predicted(capsys):
