@@ -95,18 +95,19 @@ class VariantsOptions:
     """Steps that are profiled; 0 for none."""
 
 
-class _Process:
-    """A variant that waits for its turn."""
+class Process:
+    """A step in a process of its own, which waits for its turn.
 
-    def __init__(self, variant: Variant, config: Mapping[str, Any]) -> None:
-        request = {
-            "config": {**config, **variant.config}, "streams": variant.streams, "benchmark": variant.benchmark,
-            "inductor": None if variant.inductor is None else dict(variant.inductor),
-        }  # fmt: skip
+    Args:
+        request: see `bench.variant_process`.
+        checkout: whose step it is.
+    """
+
+    def __init__(self, request: Mapping[str, Any], checkout: Path = ROOT) -> None:
         # by its path and without the script's folder, so that another checkout's packages are found
         command = [sys.executable, "-P", str(ROOT / "bench" / "variant_process.py"), json.dumps(request)]
         self._process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": search_path(variant.checkout)}, cwd=variant.checkout, text=True,
+            command, env=os.environ | {"PYTHONPATH": search_path(checkout)}, cwd=checkout, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -140,6 +141,14 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _process(variant: Variant, config: Mapping[str, Any]) -> Process:
+    request = {
+        "config": {**config, **variant.config}, "streams": variant.streams, "benchmark": variant.benchmark,
+        "inductor": None if variant.inductor is None else dict(variant.inductor),
+    }  # fmt: skip
+    return Process(request, variant.checkout)
 
 
 def main(options: VariantsOptions) -> None:
@@ -183,13 +192,13 @@ def main(options: VariantsOptions) -> None:
 @contextmanager
 def _started(
     variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
-) -> Iterator[dict[str, _Process]]:
+) -> Iterator[dict[str, Process]]:
     """Starts variants, some at a time, and gives those that are ready."""
-    processes: dict[str, _Process] = {}
+    processes: dict[str, Process] = {}
     try:
         names = list(variants)
         for first in range(0, len(names), at_once):
-            group = {name: _Process(variants[name], config) for name in names[first : first + at_once]}
+            group = {name: _process(variants[name], config) for name in names[first : first + at_once]}
             processes |= group
             for name, process in group.items():
                 try:

@@ -1,4 +1,4 @@
-"""The command line: `remixmatch train | eval | predict | doctor | reproduce | bench`.
+"""The command line: `remixmatch train | eval | predict | doctor | reproduce | ablate | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2, without a traceback.
 """
@@ -41,6 +41,7 @@ COMMANDS = {
     "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
     "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
+    "ablate": "what each component costs and what it brings: remixmatch ablate PRESET [--time-only] ...",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 

@@ -143,6 +143,6 @@ def test_environment_of_a_variant_is_its_checkout(monkeypatch):
 
     monkeypatch.setattr("bench.variants.subprocess.Popen", Popen)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    variants._Process(variants.Variant(checkout=Path("/there")), {"k": 2})
+    variants._process(variants.Variant(checkout=Path("/there")), {"k": 2})
     assert seen["path"] == os.pathsep.join(["/there", "elsewhere"]) and str(seen["cwd"]) == "/there"
     assert "-P" in seen["command"] and '"k": 2' in seen["command"][-1]
