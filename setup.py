@@ -62,6 +62,6 @@ setup(
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
-        "remixmatch.commands": ["bench=bench.cli:main"],
+        "remixmatch.commands": ["bench=bench.cli:main", "profile=bench.profile:main"],
     },
 )

@@ -15,13 +15,14 @@ from engine.errors import Stopped
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
+def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str = "engine") -> None:
     """Runs `python -m engine` as a group of ranks on this machine, by torchrun, and waits for its end.
 
     Args:
         arguments: of each rank's command line.
         ranks: processes.
         max_restarts: how often a group that lost a rank is started again.
+        module: what each rank runs instead of engine.
 
     Raises:
         SystemExit: the group failed, with the exit code of the rank that failed first.
@@ -43,7 +44,7 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
         raise SignalException("SIGINT", signal.SIGINT)
 
     signal.signal(signal.SIGINT, interrupt)
-    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "engine"]
+    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", module]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:
