@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from bench import records
-from bench.count import KINDS as LAUNCH_KINDS
+from bench import count, records
 from bench.timing import ceilings, in_turns
 from bench.trace import DEVICE, STEPS, analyse, attribute, learn, read
 from engine import cli, distributed, launch, methods, parts, presets
@@ -332,7 +331,7 @@ def _measure(options: ProfileOptions, trace_file: Path, memory_file: Path) -> di
     device = pick_device(options.config)
     learned: list[tuple[str, str]] = []
     with _training(options, warm_up, memory_file) as trainer:
-        execution = trainer.execution
+        execution, images = trainer.execution, (trainer.data.sides[0], len(trainer.data.classes))
         _wait(device)
         begin = time.perf_counter()
         _advance(trainer, steps)
@@ -352,7 +351,7 @@ def _measure(options: ProfileOptions, trace_file: Path, memory_file: Path) -> di
     config = options.config
     mark = _mark_seconds()
     found = analyse(events, steps, learned, view_threads_ms)
-    _add_counts(found["ranges"], counted(config, execution), device)
+    _add_counts(found["ranges"], counted(config, execution, images), device)
     return {
         "preset": config.preset, "method": config.method, "k": config.k, "batch": config.batch,
         "mode": execution.mode, "precision": str(execution.precision).removeprefix("torch."),
@@ -402,13 +401,18 @@ _LAUNCHED = {
     field.name
     for options in (configuration.MethodOptions, configuration.AugmentationOptions, configuration.NetworkOptions)
     for field in dataclasses.fields(options)
-} - {"class_distribution", "marginal_decay", "lag", "pretrained", "weights"} | {"dataset", "stem_channels", "optimizer"}
+} - {"class_distribution", "marginal_decay", "lag", "pretrained", "weights"} | {"stem_channels", "optimizer"}
 
 
-def counted(config: Config, execution: Execution) -> Mapping[str, Mapping[str, Any]]:
+def counted(config: Config, execution: Execution, images: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
     """The parts of the newest row of `bench count` for this very step, the user's before the project's; or nothing.
 
     What is counted is the compiled step on one rank.
+
+    Args:
+        config: of the step.
+        execution: likewise.
+        images: their side in pixels, and how many classes they have.
     """
     if execution.mode == "eager" or config.micro_batches_of(distributed.ranks()) > 1:
         return {}
@@ -420,7 +424,8 @@ def counted(config: Config, execution: Execution) -> Mapping[str, Mapping[str, A
         of = methods.with_method(of, row["method"]) if "method" in row else of
         of = methods.ablate(of, row["ablate"]) if "ablate" in row else of
         theirs = dataclasses.asdict(dataclasses.replace(of, k=row["k"], batch=row["batch"]))
-        if names[row["precision"]] == execution.precision and all(own[name] == theirs[name] for name in _LAUNCHED):
+        same = names[row["precision"]] == execution.precision and count.IMAGES.get(of.dataset) == images
+        if same and all(own[name] == theirs[name] for name in _LAUNCHED):
             return row["parts"]
     return {}
 
@@ -433,7 +438,7 @@ def _add_counts(
         part, limit = counts[name], ceilings(device)
         bound = max(part["least_bytes"] / limit.copy_bytes_per_second, part["flops"] / limit.matmul_flops_per_second)
         ranges[name] |= {
-            "counted_launches": sum(part[kind] for kind in LAUNCH_KINDS), "bytes": part["bytes"],
+            "counted_launches": sum(part[kind] for kind in count.KINDS), "bytes": part["bytes"],
             "bound_ms": 1e3 * bound,
         }  # fmt: skip
 

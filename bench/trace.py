@@ -106,7 +106,7 @@ def without(some: Spans, others: Spans) -> Spans:
                 break
             if other_begin > begin:
                 found.append((begin, other_begin))
-            begin = max(begin, other_end)
+            begin = other_end
         if begin < end:
             found.append((begin, end))
     return found
