@@ -49,6 +49,7 @@ from pipelines.cache import set_data_dir
 MOST_STEPS = 1000  # of a step's thousands of events each
 TRACE, MEMORY, RESULT = "rank{}.trace.json.gz", "rank{}.memory.pickle", "profile.json"
 _MARKS = 20_000  # a sample of what a mark costs
+_PATIENCE = 10.0  # seconds for a plan to be finished
 _HISTORY = 100_000  # allocations that a snapshot of the memory remembers
 
 
@@ -58,6 +59,14 @@ class _OptimisationOptions(configuration.OptimisationOptions):
 
     steps: int = 40
     """Steps that are profiled, in whole batches of views."""
+
+
+@dataclass(frozen=True)
+class _OutputOptions(cli._OutputOptions):
+    """Where the profile goes. What a run writes on the way is not written."""
+
+    out: Path | None = None
+    """The profile's folder; by default runs/profile-PRESET, numbered on if that exists."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class ProfileOptions(cli.TrainOptions):
     """Profiles the training step of a preset, or of what the flags make of it."""
 
     optimisation: _OptimisationOptions
+    output: _OutputOptions
     profiling: _ProfilingOptions
 
 
@@ -186,8 +196,12 @@ class Ranges:
             self._busy.add(threading.get_ident())
 
     def finish(self) -> None:
-        """Waits until no thread has a range: one that is open when the recording ends has no end."""
-        while self._busy:
+        """Waits until no thread has a range: one that is open when the recording ends has no end.
+
+        For some seconds at most: a thread may have failed.
+        """
+        until = time.monotonic() + _PATIENCE
+        while self._busy and time.monotonic() < until:
             time.sleep(1e-4)
 
 
@@ -341,8 +355,9 @@ def _measure(options: ProfileOptions, trace_file: Path, memory_file: Path) -> di
         trace, marks = record(lambda: _advance(trainer, steps), device)
         view_threads_ms = 1e3 * (_view_threads() - threads) / steps
         if isinstance(trainer.execute, CapturedStep):
-            trainer.execute.launch_by_launch()  # what is lazily made is there then
-            learned = learn(read(record(trainer.execute.launch_by_launch, device)[0]))
+            with suppress(torch.OutOfMemoryError):  # beside the graph's own memory; nothing is attributed then
+                trainer.execute.launch_by_launch()  # what is lazily made is there then
+                learned = learn(read(record(trainer.execute.launch_by_launch, device)[0]))
     events = read(trace)
     for event, part in attribute(events, learned)[0]:
         trace["traceEvents"][event.place].setdefault("args", {})["range"] = part
@@ -470,7 +485,7 @@ def text(row: Mapping[str, Any]) -> str:
         f"nobody listens, the {row['marks']:.0f} of a step {row['marks_share']:.4%} of it",
         "ms and share: the training loop's thread; threads: its planner's; GB, bound: by `bench count`, where it has "
         "this step",
-        *_captured_words(row),
+        *_device_words(row),
         "",
         f"{dearest:50} {'ms':>9} {'share':>7} {'calls':>8}",
     ]
@@ -503,14 +518,14 @@ def text(row: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _captured_words(row: Mapping[str, Any]) -> list[str]:
-    if row["mode"] != "graph":
+def _device_words(row: Mapping[str, Any]) -> list[str]:
+    """How kernels came to their ranges, or that there are none to tell of."""
+    captured = row["mode"] == "graph"
+    if row["on_gpu"] and not row["kernels_reported"]:
+        of = "the operators that were captured, by the same step executed launch by launch" if captured else "operators"
+        return [f"this device reports no kernels: neither times nor gaps; launches are {of}"]
+    if not captured:
         return []
-    if "attribution" not in row:
-        return [
-            "captured step: this device reports no kernels; launches are the operators that were captured, by the same "
-            "step executed launch by launch"
-        ]
     how = row["attribution"]
     return [
         f"captured step: of its kernels {how['name']} have their range by their name, {how['order']} by order among "

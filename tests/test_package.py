@@ -41,6 +41,7 @@ SHORT = {
     "data list": "",
     "data info": "",
     "data split": "",
+    "profile": "--steps 8 --warm-up 1",
     "bench digits": "--presets digits-40 --seeds 0 --steps 2",
     "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     "bench kernels": "--repeats 1 --providers eager --sizes step",

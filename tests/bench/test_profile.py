@@ -262,6 +262,36 @@ def test_each_thread_has_one_range_at_a_time_and_the_last_is_waited_for():
     thread.join()
 
 
+def test_the_tables_of_a_gpu_show_kernels_gaps_counts_and_how_a_graph_was_read():
+    row = analyse(BY_HAND, steps=2)
+    row |= dict(
+        preset="cifar10-250", method="remixmatch", k=8, batch=64, mode="graph", precision="bfloat16", views="fused",
+        ranks=1, device="a GPU", steps=2, unprofiled_step_ms=0.9, marks=7.0, mark_ns=20.0, marks_share=1e-5,
+        kernels_reported=True, on_gpu=True, attribution={"name": 300, "order": 170, "not at all": 3},
+    )  # fmt: skip
+    row["ranges"]["forward"] |= {"bytes": 5e9, "bound_ms": 0.125}
+    lines = profile.text(row).splitlines()
+
+    def cells(name):
+        (line,) = (line for line in lines if line[:16].strip() == name)
+        return line[16:].split()
+
+    assert cells("range") == ["ms", "share", "threads", "launches", "device", "ms", "GB", "bound", "ms"]
+    assert cells("forward") == ["0.225", "22.5%", "0.000", "1.0", "0.145", "5.000", "0.125"]
+    assert cells("backward") == ["0.400", "40.0%", "0.000", "1.0", "0.450"]
+    printed = "\n".join(lines)
+    for words in (
+        "1.00 ms a step over 2 under the profiler, 0.90 ms without it",
+        "300 have their range by their name, 170 by order among those of one name, 3 none",
+        "the device does nothing for 0.405 ms a step (40.5%), while the host is in",
+        "  backward             0.150 ms in 0.5 gaps, the longest of 0.300 ms",
+        "plan: 0.045 ms of work a step, 0.000 of it hidden; 0.050 ms are waited for",
+        "dearest kernels",
+        "reductions (batch norm)",
+    ):
+        assert words in printed, words
+
+
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
     """A profile of digits-40 on the CPU, and what was printed; the preset's own steps, since shares are tested."""
@@ -473,7 +503,7 @@ def test_a_captured_step_on_the_emulated_device(tmp_path, capsys):
     row = json.loads((out / "profile.json").read_text())
     printed = capsys.readouterr().out
     assert row["mode"] == "graph" and not row["kernels_reported"]
-    assert "captured step: this device reports no kernels; launches are the operators that were captured" in printed
+    assert "this device reports no kernels: neither times nor gaps; launches are the operators that were" in printed
     launches = {name: part["launches"] for name, part in row["ranges"].items()}
     assert all(launches[part] > 0 for part in parts.PARTS) and row["ranges"]["replay"]["ms"] > 0
     assert row["ranges"]["forward"]["ms"] == 0, "which the host has nothing to do with"
