@@ -460,62 +460,73 @@ def _add_counts(
 
 def text(row: Mapping[str, Any]) -> str:
     """The tables of a profile, as they are printed."""
-    gpu = row["kernels_reported"]
+    gpu, counted = row["kernels_reported"], any("bytes" in part for part in row["ranges"].values())
+    ranks = f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}"
+    heads = ["range", "ms", "share", "threads, ms", "launches" if row["on_gpu"] else "operators"]
+    heads += ["device, ms"] * gpu + ["GB", "bound, ms"] * counted
+    ranges = []
+    for name, part in row["ranges"].items():
+        cells = [name, f"{part['ms']:.3f}", f"{part['share']:.1%}", f"{part['threads_ms']:.3f}"]
+        cells += [f"{part['launches']:.1f}"] + [f"{part['device_ms']:.3f}"] * gpu
+        if counted:
+            known = "bytes" in part
+            cells += [f"{part['bytes'] / 1e9:.3f}", f"{part['bound_ms']:.3f}"] if known else ["", ""]
+        ranges.append(cells)
     lines = [
         f"{row['preset']}, {row['method']}, K = {row['k']}, B = {row['batch']}, {row['mode']}, {row['precision']}, "
-        f"{row['views']} views, {row['ranks']} rank{'s' * (row['ranks'] > 1)}, {row['device']}",
+        f"{row['views']} views, {ranks}, {row['device']}",
         f"{row['step_ms']:.2f} ms a step over {row['steps']} under the profiler, "
         f"{row['unprofiled_step_ms']:.2f} ms without it",
         "",
-    ]
-    dearest = "dearest kernels" if gpu else "dearest operators, without what they call"
-    what = "launches" if gpu or row["on_gpu"] else "operators"
-    lines.append(
-        f"{'range':16} {'ms':>9} {'share':>7} {'threads':>9} {what:>9}"
-        + f" {'device ms':>10}" * gpu + f" {'GB':>8} {'bound ms':>9}"
-    )  # fmt: skip
-    for name, part in row["ranges"].items():
-        line = f"{name:16} {part['ms']:9.3f} {part['share']:7.1%} {part['threads_ms']:9.3f} {part['launches']:9.1f}"
-        line += f" {part['device_ms']:10.3f}" * gpu
-        if "bytes" in part:
-            line += f" {part['bytes'] / 1e9:8.3f} {part['bound_ms']:9.3f}"
-        lines.append(line.rstrip())
-    lines += [
+        *_table(heads, ranges),
+        "ms and share are of the training loop's thread, threads of its planner's"
+        + ("; GB and roofline bound by `bench count`" if counted else ""),
         f"{row['named_share']:.1%} of the loop's time is in named ranges; a mark costs {row['mark_ns']:.0f} ns where "
         f"nobody listens, the {row['marks']:.0f} of a step {row['marks_share']:.4%} of it",
-        "ms and share: the training loop's thread; threads: its planner's; GB, bound: by `bench count`, where it has "
-        "this step",
         *_device_words(row),
         "",
-        f"{dearest:50} {'ms':>9} {'share':>7} {'calls':>8}",
-    ]
-    lines += [
-        f"{one['name'][:50]:50} {one['ms']:9.3f} {one['share']:7.1%} {one['calls']:8.1f}" for one in row["operators"]
+        *_dearest_table("kernel" if gpu else "operator, without what it calls", "calls", row["operators"]),
     ]
     if "kinds" in row:
-        lines += ["", f"{'kind of kernel':50} {'ms':>9} {'share':>7} {'kernels':>8}"]
-        lines += [
-            f"{name:50} {one['ms']:9.3f} {one['share']:7.1%} {one['kernels']:8.1f}"
-            for name, one in row["kinds"].items()
-        ]
+        kinds = [{"name": name, **one} for name, one in row["kinds"].items()]
+        lines += ["", *_dearest_table("kind of kernel", "kernels", kinds)]
+    lines.append("")
     if "gaps" in row:
         gaps = row["gaps"]
-        lines += [
-            "",
-            f"the device does nothing for {gaps['ms']:.3f} ms a step ({gaps['share']:.1%}), while the host is in",
-        ]
-        lines += [
-            f"  {name:16} {one['ms']:9.3f} ms in {one['gaps']:.1f} gaps, the longest of {one['longest_ms']:.3f} ms"
-            for name, one in gaps["ranges"].items()
-        ]
+        lines.append(
+            f"the device does nothing for {gaps['ms']:.3f} ms a step ({gaps['share']:.1%}), while the host is in"
+        )
+        lines += _table(
+            ["range", "ms", "gaps", "longest, ms"],
+            [
+                [name, f"{one['ms']:.3f}", f"{one['gaps']:.1f}", f"{one['longest_ms']:.3f}"]
+                for name, one in gaps["ranges"].items()
+            ],
+        )
     elif not row["on_gpu"]:
-        lines += ["", "no gaps: on a CPU the host is the device"]
+        lines.append("no gaps: on a CPU the host is the device")
     lines += [
         f"{name}: {one['worked_ms']:.3f} ms of work a step, {one['hidden_ms']:.3f} of it hidden; "
         f"{one['waited_ms']:.3f} ms are waited for"
         for name, one in row["hidden"].items()
     ]
     return "\n".join(lines)
+
+
+def _dearest_table(name: str, number: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [[one["name"][:60], f"{one['ms']:.3f}", f"{one['share']:.1%}", f"{one[number]:.1f}"] for one in rows]
+    return _table([name, "ms", "share", number], cells)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with a first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    return [
+        "  ".join(
+            [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for cells in (heads, *rows)
+    ]
 
 
 def _device_words(row: Mapping[str, Any]) -> list[str]:
