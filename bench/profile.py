@@ -435,6 +435,8 @@ def counted(config: Config, execution: Execution, images: tuple[int, int]) -> Ma
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     rows = [row for folder in (records.RESULTS, records.OUT) for row in records.read(folder / "count.jsonl")]
     for row in reversed(rows):
+        if row["preset"] not in presets.PRESETS:  # of another version
+            continue
         of = presets.preset(row["preset"])
         of = methods.with_method(of, row["method"]) if "method" in row else of
         of = methods.ablate(of, row["ablate"]) if "ablate" in row else of

@@ -462,7 +462,8 @@ def test_counts_are_those_of_the_newest_row_of_the_same_step(tmp_path, monkeypat
     assert found(images=(96, 10)) == found(images=(32, 100)) == {}
     assert found(execution=Execution(torch.device("cpu"), torch.bfloat16, "eager", "fused")) == {}
     assert found(execution=Execution(torch.device("cpu"), torch.float32, "graph", "fused")) == {}
-    records.append(tmp_path / "users" / "count.jsonl", row(8))
+    for changes in ({}, {"preset": "of another version"}):
+        records.append(tmp_path / "users" / "count.jsonl", row(8, **changes))
     assert found() == {"forward": 8}
 
 
