@@ -64,6 +64,14 @@ setup(
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
-        "remixmatch.commands": ["bench=bench.cli:main", "reproduce=bench.reproduce:main", "ablate=bench.ablate:main"],
+        "remixmatch.commands": [
+            f"{name}=bench.{module}:main"
+            for name, module in {
+                "bench": "cli",
+                "reproduce": "reproduce",
+                "ablate": "ablate",
+                "profile": "profile",
+            }.items()
+        ],
     },
 )

@@ -73,20 +73,12 @@ def main(request: dict[str, Any]) -> None:
 
 def _profile(case: throughput.Case, steps: int) -> list[dict[str, Any]]:
     """Kernels of so many steps, or on a CPU operators: name, and begin and end in microseconds."""
-    from torch.profiler import ProfilerActivity, profile
+    from bench.profile import record  # which an earlier checkout, that nobody profiles, may not have
+    from bench.trace import DEVICE, outermost, read
 
-    cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with profile(activities=activities) as profiler:
-        case.advance(steps)
-        if cuda:
-            torch.cuda.synchronize()
-    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    return [
-        {"name": event.name, "begin": event.time_range.start, "end": event.time_range.end}
-        for event in profiler.events()
-        if event.device_type == wanted and (cuda or event.cpu_parent is None)
-    ]
+    events = read(record(lambda: case.advance(steps), case.feed.execution.device)[0])
+    kernels = [event for event in events if event.kind == DEVICE]
+    return [{"name": event.name, "begin": event.begin, "end": event.end} for event in kernels or outermost(events)]
 
 
 if __name__ == "__main__":

@@ -26,25 +26,12 @@ import numpy as np
 from bench import records
 from bench.process import search_path
 from bench.timing import bench_device, in_turns
+from bench.trace import by_kind
 from engine.errors import UserError
 from engine.execution import INDUCTOR
 
 ROOT = Path(__file__).parents[1]
 AS_IT_IS, BEFORE = "as it is", "before"
-
-# by what a kernel's name contains, the first that fits
-KINDS = {
-    "engine's own": ("_assemble_kernel", "_guess_kernel", "_augment"),
-    "reductions (batch norm)": ("triton_red", "triton_per"),
-    "pointwise and combined": ("triton_",),
-    "optimiser and average": ("multi_tensor", "adam", "foreach"),
-    "convolutions, products": (
-        *("conv", "xmma", "cudnn", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "nchwToNhwc", "nhwcToNchw", "sm90_"),
-        *("sm80_", "addmm", "mm"),
-    ),
-    "copies": ("Memcpy", "Memset", "copy"),
-}
-OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -227,31 +214,3 @@ def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> di
     return {
         "step_ms": middle, "step_ms_low": low, "step_ms_high": high, "ratio": ratio, "peak_memory_mib": memory
     }  # fmt: skip
-
-
-def by_kind(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[str, float]]:
-    """Time and kernels a step by kind, the largest first, and the gaps.
-
-    Args:
-        events: kernels with name, begin and end in microseconds; those of several streams may overlap.
-        steps: so many steps they are of.
-
-    Returns:
-        For each kind "ms" and "kernels" a step, and "share" of the time from the first kernel to the last.
-    """
-    if not events:
-        return {}
-    found: dict[str, list[float]] = {}
-    for event in events:
-        kind = next((kind for kind, words in KINDS.items() if any(word in event["name"] for word in words)), OTHERS)
-        found.setdefault(kind, []).append(event["end"] - event["begin"])
-    whole = max(event["end"] for event in events) - min(event["begin"] for event in events)
-    busy, until = 0.0, float("-inf")
-    for event in sorted(events, key=lambda event: event["begin"]):
-        busy += max(event["end"] - max(event["begin"], until), 0.0)
-        until = max(until, event["end"])
-    rows = {
-        kind: {"ms": sum(times) / 1e3 / steps, "kernels": len(times) / steps, "share": sum(times) / whole}
-        for kind, times in sorted(found.items(), key=lambda pair: -sum(pair[1]))
-    }
-    return rows | {"gaps": {"ms": (whole - busy) / 1e3 / steps, "kernels": 0.0, "share": 1 - busy / whole}}
