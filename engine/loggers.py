@@ -8,7 +8,6 @@ a logger lacks of metrics.jsonl is given to it, and a client, which cannot take 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -18,13 +17,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from engine.folder import write_text
 
 CLOSE_SECONDS = 60.0  # that a client is given at the end of a run
+OPEN_SECONDS = 30.0  # that wandb is given to reach its server, before it is tried again
 PROJECT = "remixmatch"  # in which the clients show a run
 
 
@@ -207,28 +207,45 @@ class Client:
     def _work(self) -> None:
         rows: list[Row] = []
         client: _Open | None = None
-        new: Sequence[Row] | None = ()
-        while new is not None:
-            new = self._queue.get()
-            rows += new or ()
-            try:
+        new: list[Sequence[Row] | None] = []
+        while None not in new:
+            # with all that came while the client was busy, such as waiting for a server that is not there
+            new = [self._queue.get(), *(self._queue.get() for _ in range(self._queue.qsize()))]
+            rows += [row for each in new for row in each or ()]
+            before = client
+            with self._forgiving():
                 client = client or self._open()
-                while rows:
-                    client.log(rows[0])
-                    last = rows.pop(0).step
-                    if not rows:
-                        _remember(self._folder, self._name, run=self._run, step=last)
-                if new is None:
-                    client.finish()
-            except (Exception, SystemExit) as error:  # whatever a client fails by, training goes on
-                self._fail(str(error).strip().partition("\n")[0] or type(error).__name__)
+                self._give(client, rows)
+            if client is not before and client:
+                self._say(f"{self._name}: {client.where}")
+        if client:
+            with self._forgiving():
+                client.finish()
+
+    def _give(self, client: _Open, rows: list[Row]) -> None:
+        """Has the client log rows, and takes those off that it has taken."""
+        last = 0
+        try:
+            while rows:
+                client.log(rows[0])
+                last = rows.pop(0).step
+        finally:
+            if last:
+                _remember(self._folder, self._name, run=self._run, step=last)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Whatever a client fails by, training goes on; what it prints is kept from the terminal."""
+        try:
+            with _quiet():
+                yield
+        except (Exception, SystemExit) as error:
+            self._fail(str(error).strip().partition("\n")[0] or type(error).__name__)
 
     def _open(self) -> _Open:
         self._run = self._run or _logged(self._folder, self._name).get("run") or uuid.uuid4().hex[:8]
         _remember(self._folder, self._name, run=self._run)
-        client = _OPEN[self._name](self._folder.resolve(), self._run, dict(self._config))
-        self._say(f"{self._name}: {client.where}")
-        return client
+        return _OPEN[self._name](self._folder.resolve(), self._run, dict(self._config))
 
     def _fail(self, what: str) -> None:
         if not self._failed:
@@ -247,9 +264,6 @@ class _Open(NamedTuple):
 def _open_wandb(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
     import wandb
 
-    # without a terminal it would raise this itself; with one it would ask, in a thread whose question nobody expects
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-        raise RuntimeError("no API key: wandb login, or WANDB_MODE=offline")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=folder.name,
@@ -258,7 +272,7 @@ def _open_wandb(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
         dir=folder,
         config=config,
         reinit="create_new",  # not into a run that the caller of engine.api may have open
-        settings=wandb.Settings(silent=True, console="off"),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=OPEN_SECONDS),
     )
 
     def log(row: Row) -> None:
@@ -273,32 +287,41 @@ def _open_trackio(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
     import trackio
 
     # known by its name, which of two folders may be one
-    with _quiet():
-        run = trackio.init(PROJECT, name=f"{folder.name}-{run_id}", resume="allow", config=config, embed=False)
-
-    def finish() -> None:
-        with _quiet():
-            run.finish()
-
-    return _Open(f"trackio show --project {PROJECT}", lambda row: run.log(dict(row.values), step=row.step), finish)
+    run = trackio.init(PROJECT, name=f"{folder.name}-{run_id}", resume="allow", config=config, embed=False)
+    where = f"trackio show --project {PROJECT}"
+    return _Open(where, lambda row: run.log(dict(row.values), step=row.step), run.finish)
 
 
 _OPEN: dict[str, Callable[[Path, str, dict[str, Any]], _Open]] = {"wandb": _open_wandb, "trackio": _open_trackio}
 
 
-class _Others(io.TextIOBase):
-    """stdout, but for what the thread that made this writes."""
+class _Others:
+    """A stream, but for what the thread that made this writes, to which it is no terminal."""
 
-    def __init__(self) -> None:
-        self._out, self._thread = sys.stdout, threading.get_ident()
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def _mine(self) -> bool:
+        return threading.get_ident() == self._thread
 
     def write(self, text: str) -> int:
-        return len(text) if threading.get_ident() == self._thread else self._out.write(text)
+        return len(text) if self._mine() else self._stream.write(text)
 
-    def flush(self) -> None:
-        self._out.flush()
+    def isatty(self) -> bool:
+        return not self._mine() and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """stdout is for results: trackio writes to it, and has no option against that."""
-    return contextlib.redirect_stdout(_Others())
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps this thread's words from the terminal: stdout is for results, and stderr for the progress of the run.
+
+    wandb asks for a missing key on a terminal, and raises without one; nobody would expect the question in the middle
+    of a run.
+    """
+    out: Any = _Others(sys.stdout)
+    err: Any = _Others(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield

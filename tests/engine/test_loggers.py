@@ -19,7 +19,7 @@ from engine import checkpoint, cli, loggers, run
 from engine.config import validate
 from engine.errors import UserError
 from engine.loggers import Row
-from engine.progress import MetricsLog, read_metrics
+from engine.progress import MetricsLog, ProgressLine, read_metrics
 from engine.trainer import CHECKPOINTS
 from tests.engine.test_progress import board
 from tests.engine.test_run import TINY_FLAGS, assert_same
@@ -191,7 +191,7 @@ def test_wandb_without_a_key_is_a_warning_and_asks_nothing(tmp_path, alone):
     train = ["train", "digits-40", "--steps", 2, "--out", folder, *TINY_FLAGS, "--log", "wandb"]
     assert finish([start(log, *train, **alone | {"WANDB_MODE": "online"})]) == [0], log.read_text()
     warning, summary = log.read_text().splitlines()
-    assert "--log wandb failed (no API key: wandb login, or WANDB_MODE=offline)" in warning
+    assert "--log wandb failed (No API key configured. Use `wandb login` to log in.)" in warning
     assert "test accuracy" in summary and [row[0] for row in merged(folder)] == [1, 2]
 
 
@@ -225,9 +225,9 @@ class Stub:
         ([("open", RuntimeError("no server\nat all"))], 4, 1),
         ([("log 2", ConnectionError("no server"))], 4, 1),
         ([("log 2", SystemExit("no server"))], 4, 1),
-        ([("log 1", OSError(28, "no server")), ("log 3", ValueError("no server"))], 4, 1),
+        ([("log 1", OSError(28, "no server")), ("log 3", ValueError("no server"))], 2, 1),
         ([("finish", RuntimeError("no server"))], 4, 0),
-        ([("open", RuntimeError("no server"))] * 3, 0, 0),
+        ([("open", RuntimeError("no server"))] * 2, 0, 0),
     ],
 )
 def test_a_client_that_fails_is_one_warning_and_is_tried_again(tmp_path, monkeypatch, failures, logged, finished):
@@ -237,6 +237,8 @@ def test_a_client_that_fails_is_one_warning_and_is_tried_again(tmp_path, monkeyp
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log._flush()  # of steps 1 and 2
+    while not said and loggers._logged(tmp_path, "wandb").get("step") != 2:
+        time.sleep(0.01)
     log.add(4, loss=4.0)
     log.close()
     assert [row.step for row in stub.rows] == list(range(1, logged + 1)) and stub.finished == finished
@@ -246,8 +248,21 @@ def test_a_client_that_fails_is_one_warning_and_is_tried_again(tmp_path, monkeyp
     assert loggers._logged(tmp_path, "wandb").get("step", 0) == logged
 
 
+def test_where_a_client_shows_the_run_and_why_it_fails_is_said(tmp_path, monkeypatch, capfd):
+    """Though nothing is heard of what the client itself prints."""
+    stub = Stub(("finish", RuntimeError("no server")))
+    stub.log = lambda row: print("of the client", file=sys.stderr)
+    monkeypatch.setitem(loggers._OPEN, "wandb", stub)
+    progress = ProgressLine(steps=1)
+    log = MetricsLog(tmp_path, 0, progress.warn, "wandb", say=progress.say)
+    log.add(1, loss=1.0)
+    log.close()
+    where, warning = capfd.readouterr().err.splitlines()
+    assert where == "wandb: here" and "failed (no server)" in warning
+
+
 def test_what_a_client_lacks_at_the_end_it_has_after_resuming(tmp_path, monkeypatch):
-    monkeypatch.setitem(loggers._OPEN, "wandb", Stub(*[("open", RuntimeError("no server"))] * 2))
+    monkeypatch.setitem(loggers._OPEN, "wandb", Stub(("open", RuntimeError("no server"))))
     log = MetricsLog(tmp_path, 0, lambda text: None, "wandb")
     log.add(1, loss=1.0)
     log.close()
@@ -361,13 +376,18 @@ def test_a_folder_of_a_clients_name_is_not_the_client(tiny, tmp_path, monkeypatc
         validate(tiny(log="wandb"))
 
 
-def test_what_another_thread_prints_meanwhile_is_printed(capsys):
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_another_thread_prints_meanwhile_is_printed(capsys, name):
+    def print_it(text):
+        print(text, file=getattr(sys, name))
+
     with loggers._quiet():
-        print("of the client")
-        other = threading.Thread(target=print, args=("of the run",))
+        print_it("of the client")
+        other = threading.Thread(target=print_it, args=("of the run",))
         other.start()
         other.join()
-    assert capsys.readouterr().out == "of the run\n"
+        assert not getattr(sys, name).isatty()
+    assert getattr(capsys.readouterr(), name[3:]) == "of the run\n"
 
 
 def test_rows_are_given_with_the_time_when_they_came(tmp_path, monkeypatch):
