@@ -45,6 +45,8 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
+        "wandb": ["wandb>=0.31"],
+        "trackio": ["trackio>=0.43"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "slurm": ["submitit>=1.5"],
         "dev": [
@@ -54,6 +56,7 @@ setup(
             "onnxscript>=0.5",
             "onnxruntime>=1.20",
             "scikit-image>=0.25",  # for its photographs
+            "wandb>=0.31",  # trackio not: it takes an older pillow than the tested one
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",

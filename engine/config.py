@@ -3,18 +3,20 @@
 Defaults are the paper's (K, B, T, p(y), loss weights, ramp, mixup, CTAugment, WRN-28-2, batch norm's momentum, Adam,
 EMA), but for `labels`, `steps`, `lag` and what says where and how to compute; a preset names what it changes.
 Every field is a flag of `remixmatch train` with its help and default, in sections. A run is its configuration, and
-resumes only under the one that it began with. Two runs with equal configurations on one machine are equal bit for bit:
-on a CPU with equal numbers of threads, on a GPU with `deterministic`.
+resumes only under the one that it began with, but for more `steps` and another `log`. Two runs with equal
+configurations on one machine are equal bit for bit: on a CPU with equal numbers of threads, on a GPU with
+`deterministic`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
@@ -142,7 +144,7 @@ class OptimisationOptions:
     """How long, and how fast, parameters and their exponential moving average (EMA) move."""
 
     steps: int = 1000
-    """Training steps. A finished run may be resumed with more of them; nothing else may change."""
+    """Training steps. A finished run may be resumed with more of them; nothing else but --log may change."""
     lr: float = 0.002
     """Adam's learning rate, constant."""
     weight_decay: float = 0.02
@@ -206,6 +208,10 @@ class OutputOptions:
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 3
     """Checkpoints kept."""
+    log: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    """Where metrics go beside metrics.jsonl: TensorBoard's files; Weights & Biases or trackio, by their own clients
+    (pip install 'remixmatch-engine[wandb]' or [trackio]); or nowhere. A run may be resumed with another one, which is
+    then given all rows so far."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +304,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
     _check_method(config)
+    _check_log(config.log)
     _check_name(config.dataset)
     if config.seed >= 2**63:
         raise UserError(f"--seed must be less than 2^63, got {config.seed}")
@@ -347,6 +354,16 @@ def _check_method(config: Config) -> None:
         )
     if config.bn_stats == "pool" and config.backbone:
         raise UserError("--bn-stats pool is for the Wide ResNet; models of timm have --bn-stats all")
+
+
+def _check_log(name: str) -> None:
+    known = get_args(get_type_hints(OutputOptions)["log"])
+    if name not in known:
+        raise UserError(f"--log takes {', '.join(known)}, got '{name}'")
+    if name in ("wandb", "trackio"):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, such as wandb leaves where it is used
+            raise UserError(f"--log {name} needs {name}: pip install 'remixmatch-engine[{name}]'")
 
 
 def folder_name(folder: str | Path) -> str:

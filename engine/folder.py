@@ -71,7 +71,7 @@ def describe(config: Config, folder: Path, data: DataSet, split: np.ndarray) -> 
 
 
 def _check_same_run(old: Config, new: Config, folder: Path) -> None:
-    differing = changed_fields(dataclasses.replace(old, steps=new.steps), new)
+    differing = changed_fields(dataclasses.replace(old, steps=new.steps, log=new.log), new)
     if differing:
         raise UserError(f"{folder} was begun with another configuration: {'; '.join(differing)}")
     if new.steps < old.steps:

@@ -1,27 +1,26 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and a line on the terminal."""
+"""What a run tells while it goes on: metrics.jsonl, and a line on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from engine.loggers import Logger, Row, open_logger
+
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
-BOARD_SECONDS = 30.0  # between flushes of TensorBoard's file
+FLUSH_SECONDS = 30.0  # between the moments when a logger is given its rows
 
 
 class MetricsLog:
-    """Rows of metrics in a JSON-lines file and in TensorBoard; each row has its `step`.
+    """Rows of metrics in a JSON-lines file and in a logger; each row has its `step`.
 
     Resuming drops the rows of steps that will be trained again, so that a file reads like one undisturbed run. What
     cannot be written while training goes on is kept, and written once that can be done.
@@ -30,19 +29,35 @@ class MetricsLog:
         folder: the run's.
         step: steps done when the run starts or resumes.
         warn: called with one line when writing fails.
+        log: name of the logger, see `engine.loggers`; "none" for the file alone.
+        config: what it is told of the run.
+        say: called with one line that tells where it shows the run.
 
     Raises:
         OSError: it cannot be written to begin with.
     """
 
-    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        warn: Callable[[str], None],
+        log: str = "tensorboard",
+        config: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._folder, self._path = folder, folder / "metrics.jsonl"
         self._warn = warn
-        self._lines = [json.dumps(row) + "\n" for row in read_metrics(self._path) if row["step"] <= step]
+        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        self._lines = [json.dumps(row) + "\n" for row in rows]
         self._file: IO[str] | None = None
-        self._board: _Board | None = None
-        self._flushed = step + 1  # the first step that TensorBoard's file does not surely have
-        self._unflushed: list[tuple[float, dict[str, float]]] = []  # beside each row the time when it came, in s
+        self._logger: Logger | None = None
+        self._logged = 0  # the last step of which the logger had the rows to begin with
+        self._unlogged: list[Row] = []
+        if log != "none":
+            self._logger, self._logged = open_logger(log, folder, step, config or {}, warn, say)
+            for row in rows:
+                self._queue(row)
         self._trouble = False
         self._open()
 
@@ -53,14 +68,23 @@ class MetricsLog:
         partial.write_text("".join(self._lines), encoding="utf-8")
         partial.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._next_flush = time.monotonic() + BOARD_SECONDS
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
 
     def add(self, step: int, **values: float) -> None:
-        """Adds one row."""
+        """Adds one row, of no earlier step than the row before."""
         row: dict[str, float] = {"step": step, **values}
         self._lines.append(json.dumps(row) + "\n")
-        self._unflushed.append((time.time(), row))
+        self._queue(row)
         self._try(self._append)
+
+    def _queue(self, row: Mapping[str, float]) -> None:
+        """Keeps a row for the logger, as one with what else there is of its step: clients have one row a step."""
+        step = int(row["step"])
+        if self._logger is None or step <= self._logged:
+            return
+        if not self._unlogged or self._unlogged[-1].step < step:
+            self._unlogged.append(Row(time.time(), step, {}))
+        self._unlogged[-1].values.update((name, value) for name, value in row.items() if name != "step")
 
     def catch_up(self) -> None:
         """Writes what could not be written when it was added, if that can be done now."""
@@ -87,20 +111,19 @@ class MetricsLog:
         else:
             self._trouble = False
 
-    def _flush(self) -> None:
-        if self._board is None:
-            self._board = _Board(self._folder / "tensorboard", self._flushed)
-        self._board.write(self._unflushed)
-        if self._unflushed:
-            self._flushed = int(self._unflushed[-1][1]["step"]) + 1
-        self._unflushed.clear()
-        self._next_flush = time.monotonic() + BOARD_SECONDS
+    def _flush(self, last: bool = False) -> None:
+        """Gives the logger its rows; without `last` not those of the newest step, of which there may be more."""
+        count = len(self._unlogged) if last else max(0, len(self._unlogged) - 1)
+        if self._logger:
+            self._logger.write(self._unlogged[:count])
+        del self._unlogged[:count]
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
 
     def _let_go(self) -> None:
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
-        self._file = self._board = None
+        self._file = None
 
     def close(self) -> None:
         """Writes what is left.
@@ -112,61 +135,15 @@ class MetricsLog:
             try:
                 if self._file is None:
                     self._open()
-                self._flush()
+                self._flush(last=True)
             except OSError:  # its folder may have gone
                 self._let_go()
                 self._open()
-                self._flush()
+                self._flush(last=True)
         finally:
             self._let_go()
-
-
-class _Board:
-    """A file of TensorBoard's, which nothing but `write` writes to.
-
-    Its own writer has a thread that writes, and that an error ends with a traceback.
-
-    Args:
-        folder: made if missing.
-        step: what earlier files say of this step and later ones is to be forgotten.
-    """
-
-    _files = itertools.count()
-
-    def __init__(self, folder: Path, step: int) -> None:
-        # imported when there is something to write: that takes half a second, for which no step should wait
-        from tensorboard.compat.proto import event_pb2
-
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names, of which those of one second differ in the number
-        number = f"{os.getpid()}.{next(self._files):06}"
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number}"
-        self._path = folder / name
-        self._event = event_pb2.Event
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        now = time.time()
-        self._append([
-            self._event(wall_time=now, file_version="brain.Event:2"),
-            self._event(wall_time=now, step=step, session_log=start),
-        ])  # fmt: skip
-
-    def write(self, rows: Iterable[tuple[float, Mapping[str, float]]]) -> None:
-        """Adds rows, each with its time in s; after an error the file is good up to there, and takes no more."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        events = []
-        for when, row in rows:
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step"]
-            events.append(self._event(wall_time=when, step=int(row["step"]), summary=Summary(value=values)))
-        self._append(events)
-
-    def _append(self, events: Iterable[Any]) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        with self._path.open("ab") as file:
-            records = RecordWriter(file)
-            for event in events:
-                records.write(event.SerializeToString())
+            if self._logger:
+                self._logger.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """A run: begun or resumed in its folder, finished, and read back.
 
-config.json  split.json  metrics.jsonl  tensorboard/  checkpoints/  summary.json
+config.json  split.json  metrics.jsonl  tensorboard/  logged.json  checkpoints/  summary.json
 curves.png  views.png  ema.safetensors
 """
 
@@ -138,7 +138,7 @@ def _published(config: Config, accuracy: float) -> dict[str, Any]:
         "error": 100.0 - accuracy,
         "difference_to_paper": 100.0 - accuracy - figure.error,
         "same_settings_as_paper": not changed_fields(
-            dataclasses.replace(PRESETS[config.preset], seed=config.seed), config
+            dataclasses.replace(PRESETS[config.preset], seed=config.seed, log=config.log), config
         ),
     }
 

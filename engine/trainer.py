@@ -64,7 +64,7 @@ class Trainer:
         self.micro_batches = config.micro_batches_of(distributed.ranks())
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
         known_by = asdict(config)
-        del known_by["steps"]  # a run may be given more of them
+        del known_by["steps"], known_by["log"]  # a run may be given more steps, and be logged elsewhere
         self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder, known_by)
         self.known_by = known_by
         self.timeout, self.check_ranks = timeout, check_ranks
@@ -141,7 +141,9 @@ class Trainer:
             UserError: the loss is not finite, or something cannot be written; what was saved stays.
             Stopped: SIGTERM, SIGINT or SIGHUP came, to some rank; the step reached is saved.
         """
-        self._log = MetricsLog(self.folder, self.step, self.progress.warn) if distributed.rank() == 0 else None
+        if distributed.rank() == 0:
+            c, tell = self.config, self.progress
+            self._log = MetricsLog(self.folder, self.step, tell.warn, c.log, asdict(c), tell.say)
         begin, cpu_begin = time.monotonic() - self.train_seconds, time.process_time() - self.cpu_seconds
         several = distributed.ranks() > 1
         guard = Watchdog(self.timeout, distributed.rank(), self._stop) if several else nullcontext()

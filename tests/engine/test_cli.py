@@ -190,7 +190,7 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
         assert f"--{flag} " in sections[title], flag
 
 
-HEAVY = ("torch", "triton", "nvidia.dali", "sklearn", "tensorboard", "matplotlib", "rich.progress")
+HEAVY = ("torch", "triton", "nvidia.dali", "sklearn", "tensorboard", "wandb", "trackio", "matplotlib", "rich.progress")
 WATCHED = "\n".join([
     "import sys",
     "from engine.cli import main",

@@ -20,7 +20,7 @@ def board(folder):
 @pytest.mark.parametrize("first", [0, 9])
 def test_tensorboard_reads_the_rows_and_forgets_those_of_steps_that_were_trained_again(tmp_path, monkeypatch, first):
     """Also where a process's tenth file follows its ninth within a second."""
-    monkeypatch.setattr("engine.progress._Board._files", itertools.count(first))
+    monkeypatch.setattr("engine.loggers.Board._files", itertools.count(first))
     log = MetricsLog(tmp_path, 0, pytest.fail)
     for step in range(1, 6):
         log.add(step, loss=0.5 * step)

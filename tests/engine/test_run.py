@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_writes_all_that_it_promises(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     assert names == {
-        "config.json", "split.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json",
+        "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
         "curves.png", "views.png", "ema.safetensors",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())

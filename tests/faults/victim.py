@@ -331,7 +331,7 @@ def check_finished(run, content):
     """A finished run's folder holds all that it should, whole, and nothing half."""
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "split.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json",
+        "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
         "curves.png", "views.png", "ema.safetensors",
     }  # fmt: skip
     for picture in ("curves.png", "views.png"):
