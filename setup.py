@@ -46,8 +46,10 @@ setup(
     extras_require={
         "timm": ["timm>=1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "slurm": ["submitit>=1.5"],
         "dev": [
             "timm>=1.0",
+            "submitit>=1.5",
             "onnx>=1.17",
             "onnxscript>=0.5",
             "onnxruntime>=1.20",
@@ -62,6 +64,6 @@ setup(
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
-        "remixmatch.commands": ["bench=bench.cli:main"],
+        "remixmatch.commands": ["bench=bench.cli:main", "reproduce=bench.reproduce:main"],
     },
 )

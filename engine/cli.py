@@ -1,4 +1,4 @@
-"""The command line: `remixmatch train | eval | predict | doctor | bench`.
+"""The command line: `remixmatch train | eval | predict | doctor | reproduce | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2, without a traceback.
 """
@@ -40,6 +40,7 @@ COMMANDS = {
     "export": "the trained model as safetensors, torch.export or ONNX: remixmatch export DIR --to FORMAT",
     "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
+    "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 

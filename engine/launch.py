@@ -13,6 +13,7 @@ from typing import NoReturn
 from engine.errors import Stopped
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PARENT = "REMIXMATCH_PARENT"  # the variable that names the process without which this one should not train on
 
 
 def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
@@ -67,10 +68,14 @@ def restarted() -> bool:
 
 
 def end_with_parent() -> None:
-    """Has the system send SIGHUP to this process when torchrun is killed, so that no rank trains on by itself.
+    """Has the system send SIGHUP to this process when torchrun, or whoever else asked for that, is killed.
 
-    It may come several times, once for each thread of torchrun's that ends.
+    So no rank, and no cell of a table, trains on by itself. The signal may come several times, once for each thread of
+    the parent's that ends.
     """
-    if under_torchrun() and sys.platform == "linux":
+    parent = os.environ.pop(PARENT, "")  # not for processes that this one starts
+    if (under_torchrun() or parent) and sys.platform == "linux":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
+    if parent and os.getppid() != int(parent):  # it was gone before the system was asked
+        raise Stopped("the process that started this one is gone", signal.SIGHUP)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engine.config import Config
 from engine.errors import UserError
+from engine.methods import with_method
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,28 @@ def preset(name: str) -> Config:
     near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
     raise UserError(f"unknown preset '{name}'; {hint}")
+
+
+def command(config: Config) -> list[str]:
+    """Arguments of `remixmatch` that train exactly this configuration: `train PRESET --flag value ...`.
+
+    Flags are the fields that differ from the preset, or from the method of `--method` over it.
+
+    Raises:
+        UserError: there is no preset or method of the configuration's names.
+    """
+    base = preset(config.preset)
+    words = ["train", config.preset]
+    if config.method != base.method:
+        base = with_method(base, config.method)
+        words += ["--method", config.method]
+    for field in dataclasses.fields(Config):
+        name, value = field.name, getattr(config, field.name)
+        if value == getattr(base, name) or name == "preset":
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
