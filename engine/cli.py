@@ -1,4 +1,4 @@
-"""The command line: `remixmatch train | eval | predict | doctor | reproduce | bench`.
+"""The command line: `remixmatch train | eval | predict | doctor | reproduce | report | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2, without a traceback.
 """
@@ -41,6 +41,7 @@ COMMANDS = {
     "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
     "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
+    "report": "runs, or a folder of reproduce, as one HTML page: remixmatch report RUN... [--out FILE]",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 
