@@ -74,6 +74,10 @@ setup(
     entry_points={
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
-        "remixmatch.commands": ["bench=bench.cli:main", "reproduce=bench.reproduce:main", "report=bench.pages.command:main"],
+        "remixmatch.commands": [
+            "bench=bench.cli:main",
+            "reproduce=bench.reproduce:main",
+            "report=bench.pages.command:main",
+        ],
     },
 )

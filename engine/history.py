@@ -49,10 +49,13 @@ class History:
 
     def __init__(self, folder: Path, step: int, every: int, warn: Callable[[str], None]) -> None:
         self._path, self._every, self._warn = folder / HISTORY, every, warn
-        self._rows = [(row["step"], _line(row)) for row in read_history(folder) if row["step"] <= step]
+        found = read_history(folder)
+        self._rows = [(row["step"], _line(row)) for row in found if row["step"] <= step]
         first = self._rows[0][0] // every if self._rows and self._rows[0][0] % every == 0 else 1
         self._stride = first & -first  # evaluations between rows that stay, a power of two
         self._trouble = False
+        if len(self._rows) < len(found):
+            self._write()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Adds a row. The newest is always there, even if it will not stay."""
@@ -63,10 +66,14 @@ class History:
         while len(rows) > MOST_ROWS:
             self._stride *= 2
             rows[:-1] = [row for row in rows[:-1] if row[0] % (self._every * self._stride) == 0]
-        self.write()
+        self._write()
 
-    def write(self) -> None:
-        """Writes all rows, if that can be done."""
+    def catch_up(self) -> None:
+        """Writes all rows where they are not in the file, if that can be done now."""
+        if self._trouble or (self._rows and not self._path.exists()):
+            self._write()
+
+    def _write(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._path, "".join(line for _, line in self._rows))

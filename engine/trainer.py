@@ -117,6 +117,8 @@ class Trainer:
         self.feed.drain(self.step)
         if self._log:
             self._log.catch_up()  # no row may be missing before the step that a run is resumed from
+        if self._history:
+            self._history.catch_up()
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
             raise self._diverged(self.step - 1, "the update left parameters that are not finite")
         content = {
@@ -164,6 +166,8 @@ class Trainer:
                     raise Stopped(f"{name}: step {self.step} is saved in {self.folder}; go on with --resume", number)
         finally:
             self.end()
+            if self._history:
+                self._history.catch_up()
             if self._log:
                 self._log.close()
 

@@ -23,6 +23,7 @@ COLOURS = ("#3b82f6", "#d97706", "#16a34a", "#a855f7", "#ef4444", "#0d9488", "#e
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 BLUE, ORANGE, GREY = COLOURS[0], COLOURS[1], COLOURS[-1]
 MOST_POINTS = 150  # of a line
+FEW_POINTS = 16  # of a line whose points are shown
 MOST_TIMES = 32  # columns of a heat map
 MOST_CLASSES = 20  # of a chart over classes
 MOST_TABLE_ROWS = 16
@@ -71,13 +72,13 @@ def lines(
         return None
     drawn = {name: thinned(*each) for name, each in series.items()}
     names = list(drawn)
-    values = [{"k": name, "s": steps, "v": [short(v) for v in found]} for name, (steps, found) in drawn.items()]
-    points = sum(len(each["s"]) for each in values)
-    chart = (
+    values = [
+        {"k": name, "s": steps, "v": [short(v) for v in found], "few": len(steps) <= FEW_POINTS}
+        for name, (steps, found) in drawn.items()
+    ]
+    base = (
         alt.Chart(alt.InlineData(values=values))
         .transform_flatten(["s", "v"])
-        # points that nobody sees, so that a finger or a mouse finds them
-        .mark_line(strokeWidth=1.6, clip=True, point={"size": 60, "opacity": 0} if 1 < points < 1000 else True)
         .encode(
             x=alt.X("s:Q", title="step", scale=alt.Scale(nice=False), axis=_step_axis()),
             y=alt.Y("v:Q", title=unit, scale=alt.Scale(domain=limits) if limits else alt.Scale(zero=False)),
@@ -85,6 +86,11 @@ def lines(
             **_colours(names, "stroke"),
         )
     )
+    # points that nobody sees, so that a finger or a mouse finds them
+    points = {"size": 60, "opacity": 0} if sum(len(each["s"]) for each in values) < 1000 else False
+    chart: Any = base.mark_line(strokeWidth=1.6, clip=True, point=points)
+    if any(each["few"] for each in values):
+        chart += base.mark_point(filled=True, size=28, opacity=1).transform_filter("datum.few")
     ends = [f"{name} {value(each[1][0])} at step {each[0][0]:,} and {value(each[1][-1])} at step {each[0][-1]:,}"
             for name, each in series.items()]  # fmt: skip
     text = f"{title}, in {unit}, over steps: {'; '.join(ends[:8])}" + ("; and more" if len(ends) > 8 else "") + "."
@@ -502,7 +508,7 @@ def _colours(names: Sequence[str], symbol: str = "circle") -> dict[str, Any]:
 
 def _columns(names: Sequence[str]) -> int:
     """Columns of a legend that is not wider than a phone."""
-    return max(1, min(len(names), 44 // (max(map(len, names)) + 5)))
+    return max(1, min(len(names), 250 // (7 * max(map(len, names)) + 34)))
 
 
 def _legend(columns: int, **changes: Any) -> alt.Legend:

@@ -158,7 +158,7 @@ def library() -> str:
     major, minor, *_ = VEGALITE_VERSION.split(".")
     known = vl_convert.get_vegalite_versions()
     version = f"{major}.{minor}"
-    script = vl_convert.javascript_bundle(vl_version=version if version in known else known[-1])
+    script = vl_convert.javascript_bundle(None, vl_version=version if version in known else known[-1])
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -370,6 +370,7 @@ def _profile(run: Run) -> Section:
 def _provenance(run: Run) -> Section:
     c, summary, split = run.config, run.summary, run.split
     rows: list[tuple[str, str]] = [
+        ("folder", run.folder.resolve().name),
         ("label split", f"{c.split}, seed {c.seed}, {split.get('labels', c.labels)} labels"),
         ("its SHA-256", str(split.get("sha256", "unknown"))),
         ("SHA-256 of the labeled images", str(split.get("images_sha256", "unknown"))),

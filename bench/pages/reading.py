@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,11 @@ def read(paths: Sequence[Path]) -> Found:
         if inside != [path]:
             tables.append(read_object(path / "table.json"))
     table = tables[0] if len(paths) == 1 and tables else {}
-    rows = _rows_of(table)
+    cells = _cells_of(table)
+    rows = {name: str(cell["row"]) for name, cell in cells.items()}
     configs = {folder: load_config(folder / "config.json") for folder in folders}
     groups = _groups(configs, rows)
-    names = _names(list(folders))
+    names = _names(list(folders), cells)
     runs = [_read_run(folder, names[folder], groups[folder], configs[folder]) for folder in folders]
     # the reference first, and the runs of a group together
     order = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
@@ -168,20 +169,29 @@ def read_profile(path: Path) -> list[tuple[str, float]]:
     return sorted(found, key=lambda each: -each[1])
 
 
-def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """The last parts of the folders' paths, as many as tell them apart."""
+def _names(folders: Sequence[Path], cells: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
+    """Row and seed of a table's cells; otherwise the last parts of the folders' paths, as many as tell them apart."""
+    presets = {cell.get("preset") for cell in cells.values()}
+    if all(folder.name in cells for folder in folders):
+        found = {}
+        for folder in folders:
+            cell = cells[folder.name]
+            words = [f"{cell.get('preset')}"] if len(presets) > 1 else []
+            found[folder] = " ".join([*words, str(cell["row"]), "seed", str(cell.get("seed"))])
+        if len(set(found.values())) == len(folders):
+            return found
     for parts in range(1, max(len(folder.resolve().parts) for folder in folders)):
-        names = {folder: "/".join(folder.resolve().parts[-parts:]) for folder in folders}
-        if len(set(names.values())) == len(folders):
+        found = {folder: "/".join(folder.resolve().parts[-parts:]) for folder in folders}
+        if len(set(found.values())) == len(folders):
             break
-    return names
+    return found
 
 
-def _rows_of(table: dict[str, Any]) -> dict[str, str]:
-    """Rows of a table by the name of the cell's folder."""
+def _cells_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cells of a table by the names of their folders."""
     cells = table.get("cells")
     return {
-        str(cell["cell"]): str(cell["row"])
+        str(cell["cell"]): cell
         for cell in (cells if isinstance(cells, list) else ())
         if isinstance(cell, dict) and {"cell", "row"} <= cell.keys()
     }

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint
+from engine.history import read_history
 from engine.progress import read_metrics
 from engine.trainer import CHECKPOINTS
 from tests.processes import ROOT, command, final_state, finish, start, start_ranks
@@ -315,6 +316,8 @@ class Victim:
             outcome.bits = bits
         assert bits == 0, f"{bits} bits differ after {self._of_this_run}"
         assert read_metrics(self.run / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
+        assert read_history(self.run) == read_history(reference) != []
+        assert (self.run / "results.npz").read_bytes() == (reference / "results.npz").read_bytes()
         check_finished(self.run, found[1])
         self._new_run()
 
@@ -332,7 +335,7 @@ def check_finished(run, content):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json",
-        "curves.png", "views.png", "ema.safetensors",
+        "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
     }  # fmt: skip
     for picture in ("curves.png", "views.png"):
         assert (run / picture).read_bytes().endswith(b"IEND\xaeB`\x82"), picture
