@@ -72,7 +72,7 @@ def lines(
         return None
     drawn = {name: thinned(*each) for name, each in series.items()}
     names = list(drawn)
-    values = [
+    values: list[dict[str, Any]] = [
         {"k": name, "s": steps, "v": [short(v) for v in found], "few": len(steps) <= FEW_POINTS}
         for name, (steps, found) in drawn.items()
     ]
@@ -220,9 +220,10 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
     times = _spaced(len(steps), MOST_TIMES)
     place, labels, rows, values = 0, {}, [], []
     for label, name, number, count in parameters:
-        weights = np.array([bins[t].get(name, [[]] * (number + 1))[number] for t in times])  # (S, bins)
-        if weights.shape != (len(times), count):
+        found = [bins[t].get(name, [[]] * (number + 1))[number] for t in times]
+        if any(len(each) != count for each in found):
             return None  # a folder in which versions were mixed
+        weights = np.array(found)  # (S, bins)
         raised = weights + 0.01
         relative = raised / raised.max(1, keepdims=True)
         for b in range(count):
@@ -341,7 +342,7 @@ def recall(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     note = f"The {len(shown)} classes of {len(classes)} with the lowest recall." if len(shown) < len(classes) else ""
     rows = [[classes[c], f"{found[c]:.1f} %", str(int(np.diag(confusion)[c])), str(int(totals[c]))] for c in shown]
     head = ["class", "recall", "right", "test images"]
-    return Chart("Recall by class", text, _spec(chart, max(110, 20 * len(shown))), head, rows, note)
+    return Chart("Recall by class", text, _spec(chart, max(110, 26 * len(shown) + 20)), head, rows, note)
 
 
 def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:

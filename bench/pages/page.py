@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -32,7 +32,11 @@ MANY = 8  # runs of which a page has fewer pictures, and lines are those of grou
 LOSSLESS_SIDE = 32  # of pictures that stay PNGs, in pixels
 PIXELATED_SIDE = 48  # of pictures that are enlarged pixel by pixel
 
+MOST_LINES = 24  # of a chart
+
 _INTERVALS = 10  # of confidence
+
+Line = tuple[list[float], list[float]]  # steps and values
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,8 @@ def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which may stand in an HTML page."""
     major, minor, *_ = VEGALITE_VERSION.split(".")
     known = vl_convert.get_vegalite_versions()
-    version = f"{major}.{minor}"
-    script = vl_convert.javascript_bundle(None, vl_version=version if version in known else known[-1])
+    version = f"{major}.{minor}" if f"{major}.{minor}" in known else known[-1]
+    script = vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]  # its stub forgets a default
     return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -235,8 +239,7 @@ def _guesses(run: Run) -> Section:
         "confidence of the same": (steps, [100 * each["confidence"] for _, each in compared]),
         "right, not seen by training": (steps, [100 * each["accuracy"] for _, each in compared]),
     }
-    batch, means = run.series("confidence")
-    series = {"confidence in training": (batch, [100 * m for m in means]), **known}
+    series = {"confidence in training": _percents(run, "confidence"), **known}
     words = ""
     if compared:
         words = (
@@ -252,13 +255,17 @@ def _guesses(run: Run) -> Section:
         points[f"guesses at step {steps[-1]:,}"] = compared[-1][1]["bins"]
     if run.results:
         points["EMA model, test images"] = intervals(run.results)
-    used = charts.lines("Guesses that count", "%", _percent(run, "guesses_used")) if run.config.threshold else None
+    used = (
+        charts.lines("Guesses that count", "%", {"used": _percents(run, "guesses_used")})
+        if run.config.threshold
+        else None
+    )
     return Section("Guesses", _charts(over_time, charts.calibration(points), used))
 
 
-def _percent(run: Run, name: str) -> charts.Series:
+def _percents(run: Run, name: str) -> Line:
     steps, values = run.series(name)
-    return {name.replace("_", " "): (steps, [100 * each for each in values])}
+    return steps, [100 * each for each in values]
 
 
 def intervals(results: dict[str, np.ndarray]) -> list[tuple[int, int]]:
@@ -275,7 +282,10 @@ def _alignment(run: Run) -> Section:
     align = "on" if run.config.align else "off in this run"
     note = f"p~(y) is the mean guess, p(y) the labels' marginal; distribution alignment is {align}."
     gap = charts.lines(
-        "Distance of p~(y) from p(y)", "%", _percent(run, "alignment_gap"), "Half the sum of the differences."
+        "Distance of p~(y) from p(y)",
+        "%",
+        {"distance": _percents(run, "alignment_gap")},
+        "Half the sum of the differences.",
     )
     rows = [row for row in run.history if row.get("p_model") and row.get("label_marginal")]
     if not rows or len(rows[-1]["p_model"]) != len(run.classes):
@@ -545,48 +555,51 @@ def _settings(runs: Sequence[Run]) -> Grid:
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    """Each measure of all runs in one chart; where they are many, a line is the mean of a group."""
-    made = []
-    measures = [
-        ("Test accuracy", "%", "test_accuracy", 1.0),
-        ("Test loss", "nats", "test_loss", 1.0),
-        ("Loss of the labeled rows", "nats", "loss_x", 1.0),
-        ("Confidence of the guesses", "%", "confidence", 100.0),
-        ("Distance of p~(y) from p(y)", "%", "alignment_gap", 100.0),
-        ("CTAugment's omega", "omega", "omega", 1.0),
-    ]
-    of_groups = len(runs) > MANY and len({run.group for run in runs}) < len(runs)
-    for title, unit, name, factor in measures:
-        series: dict[str, tuple[list[float], list[float]]] = {}
-        for run in runs:
-            if name in ("confidence", "alignment_gap") and not run.config.unlabeled:
-                continue
-            if name == "omega" and run.config.augment != "ctaugment":
-                continue
-            steps, values = run.series(name)
-            if steps:
-                series[run.name] = (steps, [factor * each for each in values])
-        if of_groups:
-            series = group_means(series, {run.name: run.group for run in runs})
-        made.append(charts.lines(title, unit, series, "Means over the runs of a group." if of_groups else ""))
-    guessed = {}
-    for run in runs:
-        known = [(row["step"], 100 * row["guesses"]["accuracy"]) for row in run.history if row.get("guesses")]
-        guessed[run.name] = ([step for step, _ in known], [share for _, share in known])
-    if of_groups:
-        guessed = group_means(guessed, {run.name: run.group for run in runs})
-    made.append(charts.lines("Guesses that are right", "%", guessed,
-                             "Of unlabeled training images, with labels that training does not see."))  # fmt: skip
-    return Section("Curves", _charts(*made))
+    """Each measure of all runs in one chart."""
+    unlabeled = [run for run in runs if run.config.unlabeled]
+    learning = [run for run in runs if run.config.augment == "ctaugment"]
+    drawn = [
+        _curve("Test accuracy", "%", {run: run.series("test_accuracy") for run in runs}),
+        _curve("Test loss", "nats", {run: run.series("test_loss") for run in runs}),
+        _curve("Loss of the labeled rows", "nats", {run: run.series("loss_x") for run in runs}),
+        _curve("Confidence of the guesses", "%", {run: _percents(run, "confidence") for run in unlabeled}),
+        _curve(
+            "Guesses that are right", "%", {run: _right(run) for run in unlabeled},
+            "Of unlabeled training images, by labels that are not seen by training.",
+        ),
+        _curve("Distance of p~(y) from p(y)", "%", {run: _percents(run, "alignment_gap") for run in unlabeled}),
+        _curve("CTAugment's omega", "omega", {run: run.series("omega") for run in learning}),
+    ]  # fmt: skip
+    return Section("Curves", _charts(*drawn))
 
 
-def group_means(
-    series: dict[str, tuple[list[float], list[float]]], groups: dict[str, str]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Means over the lines of a group, at the steps that all of them have."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for group in dict.fromkeys(groups[name] for name in series):
-        members = [dict(zip(*series[name], strict=True)) for name in series if groups[name] == group]
-        steps = sorted(set.intersection(*map(set, members)))
-        found[group] = (steps, [mean(each[step] for each in members) for step in steps])
-    return found
+def _right(run: Run) -> Line:
+    known = [(row["step"], 100 * row["guesses"]["accuracy"]) for row in run.history if row.get("guesses")]
+    return [step for step, _ in known], [share for _, share in known]
+
+
+def _curve(title: str, unit: str, series: dict[Run, Line], note: str = "") -> Chart | None:
+    """A line for each run; of many runs the mean of each group, or the range of the one group that there is."""
+    known = {run: line for run, line in series.items() if line[0]}
+    groups: dict[str, list[Line]] = {}
+    for run, line in known.items():
+        groups.setdefault(run.group, []).append(line)
+    found = {run.name: line for run, line in known.items()}
+    if len(known) > MANY and len(groups) == 1:
+        kinds: dict[str, Callable[[Iterable[float]], Any]] = {"highest": max, "mean": mean, "lowest": min}
+        found = {name: over_runs(list(known.values()), kind) for name, kind in kinds.items()}
+        note = f"{note} Over {len(known)} runs, step by step.".strip()
+    elif len(known) > MANY and len(groups) < len(known):
+        found = {group: over_runs(lines, mean) for group, lines in groups.items()}
+        note = f"{note} Means over the runs of a group.".strip()
+    if len(found) > MOST_LINES:
+        note = f"{note} The first {MOST_LINES} of {len(found)}.".strip()
+        found = dict(itertools.islice(found.items(), MOST_LINES))
+    return charts.lines(title, unit, found, note)
+
+
+def over_runs(lines: Sequence[Line], kind: Callable[[Iterable[float]], Any]) -> Line:
+    """One line for several, at the steps that all of them have."""
+    members = [dict(zip(*line, strict=True)) for line in lines]
+    steps = sorted(set.intersection(*map(set, members)))
+    return steps, [kind(each[step] for each in members) for step in steps]

@@ -22,7 +22,7 @@ REFERENCE = "remixmatch"  # the row of a table that others are compared with
 NAMED = ("preset", "method", "seed")  # fields that a group's name says, or that differ within it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run, as far as it has gone.
 
