@@ -543,13 +543,20 @@ def _spec(chart: Any, height: int) -> dict[str, Any]:
 
 
 CONFIG = {
-    "aria": False,  # the page describes each chart as one image
+    "mark": {"aria": False},  # the page describes each chart as one image
     "background": "transparent",
     "font": "system-ui, sans-serif",
     "autosize": {"type": "fit-x", "contains": "padding"},
     "view": {"stroke": None},
-    "axis": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "gridWidth": 1, "tickSize": 3},
-    "legend": {"labelFontSize": 12, "symbolStrokeWidth": 2.5, "rowPadding": 4, "columnPadding": 14},
+    "axis": {
+        "aria": False,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "gridWidth": 1,
+        "tickSize": 3,
+    },
+    "legend": {"aria": False, "labelFontSize": 12, "symbolStrokeWidth": 2.5, "rowPadding": 4, "columnPadding": 14},
 }
 
 

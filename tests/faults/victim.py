@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -318,7 +319,8 @@ class Victim:
         assert read_metrics(self.run / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
         assert read_history(self.run) == read_history(reference) != []
         results, others = read_results(self.run), read_results(reference)
-        assert results.keys() == others.keys() and all((results[name] == others[name]).all() for name in results)
+        for name in others.keys() - {"views", "captions"}:  # of which some processes draw fewer
+            assert np.array_equal(results[name], others[name]), name
         check_finished(self.run, found[1])
         self._new_run()
 
