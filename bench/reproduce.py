@@ -743,7 +743,9 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         each = found.get(entry.cell.digest)
         if each and each.state == "done":
             median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
-            done[entry.seed] = tables.Run(median, last, each.summary["steps"], entry.cell.config.split)
+            done[entry.seed] = tables.Run(
+                median, last, each.summary["steps"], entry.cell.config.split, _seconds(each.summary)
+            )
     figures = ABLATION_FIGURES if TABLES[name].kind == "ablation" else FIGURES
     return [
         tables.line(
@@ -757,6 +759,11 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         for preset_name in dict.fromkeys(entry.preset for entry in entries)
         for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
     ]
+
+
+def _seconds(summary: Mapping[str, Any]) -> float | None:
+    """Of training: the CPU's time where it trained; None in rows of earlier versions, which say the clock's alone."""
+    return summary.get("cpu_seconds") if summary["device"].startswith("CPU") else summary["train_seconds"]
 
 
 def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
@@ -793,6 +800,7 @@ def _collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
             "preset": entry.preset,
             "seed": entry.seed,
             **{name: each.summary[name] for name in ("steps", "test_accuracy", "median_last_20", "train_seconds")},
+            "cpu_seconds": each.summary.get("cpu_seconds"),
             "cell": entry.cell.digest,
             "changes": {
                 name: value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from engine.presets import Figure
@@ -26,12 +26,15 @@ class Run:
         last: error of the last evaluation, in percent.
         steps: that it was trained.
         split: rule by which its seed chose the labeled images.
+        seconds: of training, evaluations included: on a CPU of its time in all threads, which other work on the machine
+            does not change much; None where that is not known.
     """
 
     median: float
     last: float
     steps: int
     split: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Line:
         to_full: difference to the full method.
         steps: of the runs.
         split: their rule.
+        seconds: their median; None where none is known.
     """
 
     row: str
@@ -88,6 +92,7 @@ class Line:
     to_full: Difference | None
     steps: tuple[int, ...]
     split: tuple[str, ...]
+    seconds: float | None
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -151,7 +156,13 @@ def line(
         to_full=None if full is None else difference(medians, {seed: run.median for seed, run in full.items()}),
         steps=tuple(sorted({run.steps for run in runs.values()})),
         split=tuple(sorted({run.split for run in runs.values()})),
+        seconds=median_or_none([run.seconds for run in runs.values() if run.seconds is not None]),
     )
+
+
+def median_or_none(values: Sequence[float]) -> float | None:
+    """Median; None of nothing."""
+    return median(values) if values else None
 
 
 def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] = ()) -> str:
@@ -166,6 +177,8 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
     compared = any(each.to_full for each in lines)
     head = ["preset", "method", "seeds", "error, %: median of last 20", "last evaluation", "paper", "ours - paper"]
     head += [f"difference to {full}"] if compared else []
+    timed = any(each.seconds is not None for each in lines)
+    head += ["minutes a run"] if timed else []
     head += ["steps", "split"]
     rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for each in lines:
@@ -178,6 +191,7 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
             _paper(each.paper),
             "" if each.to_paper is None else f"{each.to_paper:+.2f}",
             *([_difference(each.to_full)] if compared else []),
+            *(["" if each.seconds is None else f"{each.seconds / 60:.1f}"] if timed else []),
             ", ".join(f"{steps:,}" for steps in each.steps),
             ", ".join(each.split),
         ]
@@ -191,6 +205,8 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
             f"Differences to {full} are in points of the median, over the seeds that both have: their mean and the "
             "95 % interval of Student's t for paired samples. One seed has no interval."
         )
+    if timed:
+        words.append("Minutes are the median over the runs; on a CPU, of its time in all threads.")
     return "\n\n".join([f"# {title}", "\n".join(rows), *words, *notes]) + "\n"
 
 

@@ -73,7 +73,7 @@ class Trainer:
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)
         self.guessed = guessed_images(config, data, split, self.feed.images_per_step)
         self.accuracies: list[float] = []
-        self.train_seconds = 0.0
+        self.train_seconds = self.cpu_seconds = 0.0
         self.step = 0
         self._execute: Callable[[StepInput], StepOutput] | None = None
         self._log: MetricsLog | None = None
@@ -102,6 +102,7 @@ class Trainer:
             self.health.load_state_dict(content["health"])
         self.accuracies = list(content["accuracies"])
         self.train_seconds = content["train_seconds"]
+        self.cpu_seconds = content.get("cpu_seconds", 0.0)  # not in checkpoints of earlier versions
         self.step = found.step
         return True
 
@@ -127,6 +128,7 @@ class Trainer:
             "health": self.health.state_dict(),
             "accuracies": self.accuracies,
             "train_seconds": self.train_seconds,
+            "cpu_seconds": self.cpu_seconds,
             "micro_batches": self.micro_batches,
         }
         if last:
@@ -147,7 +149,7 @@ class Trainer:
         if distributed.rank() == 0:
             self._log = MetricsLog(self.folder, self.step, self.progress.warn)
             self._history = History(self.folder, self.step, self.config.eval_every, self.progress.warn)
-        begin = time.monotonic() - self.train_seconds
+        begin, cpu_begin = time.monotonic() - self.train_seconds, time.process_time() - self.cpu_seconds
         several = distributed.ranks() > 1
         guard = Watchdog(self.timeout, distributed.rank(), self._stop) if several else nullcontext()
         try:
@@ -157,7 +159,7 @@ class Trainer:
                     if watchdog:
                         watchdog.alive(f"step {self.step}")
                     self.advance()
-                    self.train_seconds = time.monotonic() - begin
+                    self.train_seconds, self.cpu_seconds = time.monotonic() - begin, time.process_time() - cpu_begin
                     self._after_step()
                 if self.step < self.config.steps:
                     self.save(last=True)
@@ -270,12 +272,13 @@ class Trainer:
                 )
 
     def summary(self) -> dict[str, Any]:
-        """Results so far, for summary.json: accuracies in percent, times in seconds."""
+        """Results so far, for summary.json: accuracies in percent, times in seconds, that of the CPU in all threads."""
         return {
             "steps": self.step,
             "test_accuracy": self.accuracies[-1],
             "median_last_20": median_of_last(self.accuracies),
             "train_seconds": self.train_seconds,
+            "cpu_seconds": self.cpu_seconds,
             "images_per_second": self.step * self.feed.images_per_step / self.train_seconds,
         }
 

@@ -156,7 +156,7 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
                 "k:N",
                 title=None,
                 scale=alt.Scale(domain=["guessed more", "guessed less"], range=[ORANGE, BLUE]),
-                legend=_legend(2),
+                legend=_legend(2 if _longest(classes) <= 8 else 1),
             ),
             opacity=alt.Opacity("a:Q", scale=alt.Scale(domain=[0, largest], range=[0.03, 1]), legend=None),
             tooltip=[_tip("c:N", "class"), _tip("s:O", "step"), _tip("v:Q", "p~(y) - p(y), points")],
@@ -185,6 +185,7 @@ def marginal_bars(step: int, p_model: np.ndarray, p_labels: np.ndarray, classes:
     names = [numbered(c, classes) for c in shown]
     kinds = {"p~(y), guessed": p_model, "p(y), labels": p_labels}
     values = [{"c": numbered(c, classes), "k": k, "v": short(100 * p[c])} for k, p in kinds.items() for c in shown]
+    legend = _legend(2 if _longest(classes) <= 8 else 1)
     chart = (
         alt.Chart(alt.InlineData(values=values))
         .mark_point(filled=True, size=70, opacity=1)
@@ -192,9 +193,9 @@ def marginal_bars(step: int, p_model: np.ndarray, p_labels: np.ndarray, classes:
             x=alt.X("v:Q", title="share, %", scale=alt.Scale(zero=True)),
             y=_class_axis("c", names, "class"),
             color=alt.Color(
-                "k:N", title=None, scale=alt.Scale(domain=list(kinds), range=[ORANGE, BLUE]), legend=_legend(2)
+                "k:N", title=None, scale=alt.Scale(domain=list(kinds), range=[ORANGE, BLUE]), legend=legend
             ),
-            shape=alt.Shape("k:N", scale=alt.Scale(domain=list(kinds), range=["circle", "diamond"]), legend=_legend(2)),
+            shape=alt.Shape("k:N", scale=alt.Scale(domain=list(kinds), range=["circle", "diamond"]), legend=legend),
             tooltip=[_tip("c:N", "class"), _tip("k:N", "of"), _tip("v:Q", "share, %")],
         )
     )
@@ -362,7 +363,13 @@ def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
             "p:N",
             title="predicted",
             scale=alt.Scale(domain=names),
-            axis=alt.Axis(orient="top", labelExpr=_LABEL, labelAngle=0 if _brief(classes) else -60, labelLimit=90),
+            axis=alt.Axis(
+                orient="top",
+                labelExpr=_LABEL,
+                labelAngle=0 if _longest(classes) <= 3 else -90,
+                labelLimit=90,
+                labelOverlap="greedy",
+            ),
         ),
         y=_class_axis("t", names, "true class"),
     )
@@ -480,8 +487,8 @@ def numbered(number: int, classes: Sequence[str]) -> str:
     return f"{number}: {classes[number]}"
 
 
-def _brief(names: Sequence[str]) -> bool:
-    return max(map(len, names)) <= 3
+def _longest(names: Sequence[str]) -> int:
+    return max(map(len, names))
 
 
 def _class_axis(field: str, names: Sequence[str], title: str) -> alt.Y:

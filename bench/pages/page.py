@@ -303,6 +303,7 @@ def _augmentation(run: Run) -> Section:
     omega = charts.lines(
         "Probes: how well they are classified", "omega", {"omega": run.series("omega")},
         "1 - half the sum of the differences between f_ema's prediction and the label, a mean over the labeled images.",
+        (0, 1),
     )  # fmt: skip
     rows = [row for row in run.history if row.get("bins")]
     found = charts.bins_map([row["step"] for row in rows], [row["bins"] for row in rows]) if rows else None

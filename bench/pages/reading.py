@@ -161,11 +161,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_profile(path: Path) -> list[tuple[str, float]]:
     """Names and shares of the ranges of a profile, the largest first; none where there are none."""
-    found: list[tuple[str, float]] = []
-    for value in read_object(path).values():
-        for row in value if isinstance(value, list) else ():
-            if isinstance(row, dict) and isinstance(row.get("share"), (int, float)) and "name" in row:
-                found.append((str(row["name"]), float(row["share"])))
+    ranges = read_object(path).get("ranges")
+    found = [
+        (name, part["share"])
+        for name, part in (ranges.items() if isinstance(ranges, dict) else ())
+        if isinstance(part, dict) and isinstance(part.get("share"), (int, float))
+    ]
     return sorted(found, key=lambda each: -each[1])
 
 

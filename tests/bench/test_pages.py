@@ -6,13 +6,11 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.pages import charts, command, page, reading
-from engine import cli
 from engine.errors import UserError
 from tests.bench.report_runs import make_run, make_table
 
@@ -108,7 +106,7 @@ def test_names_are_data(tmp_path):
     other = make_run(tmp_path / "other", classes=HOSTILE, seed=1)
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(summary | {"device": HOSTILE[1], "commit": HOSTILE[2]}))
-    (run / "profile.json").write_text(json.dumps({"ranges": [{"name": HOSTILE[0], "share": 0.5}]}))
+    (run / "profile.json").write_text(json.dumps({"ranges": {HOSTILE[0]: {"share": 0.5}}}))
     for paths, harmless in (([run], [other]), ([run, other], [make_run(tmp_path / "plain"), other])):
         text = rendered(*paths, title=HOSTILE[0])
         seen, plain = Seen(text), Seen(rendered(*harmless))
@@ -227,8 +225,8 @@ def test_equal_names_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"ranges": [{"name": "forward", "share": 0.4}, {"name": "backward", "share": 0.5}]}, ["backward", "forward"]),
-        ({"a": 1, "b": [1, {"name": "x"}, {"name": "y", "share": "z"}]}, []),
+        ({"ranges": {"forward": {"ms": 1.0, "share": 0.4}, "backward": {"share": 0.5}}}, ["backward", "forward"]),
+        ({"ranges": {"x": 1, "y": {"ms": 2}, "z": {"share": "1"}}}, []),
         ([1], []),
     ],
 )
@@ -293,12 +291,6 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     assert "is not a configuration of this version" in told(begun)
     monkeypatch.setattr(command, "NEEDED", ("altair", "no_such_package"))
     assert told(run) == "report needs no_such_package: pip install 'remixmatch-engine[report]'"
-
-
-def test_the_command_is_known_and_its_templates_are_packaged():
-    assert "remixmatch report RUN" in cli.COMMANDS["report"]
-    setup = (Path(page.__file__).parents[2] / "setup.py").read_text()
-    assert '"report=bench.pages.command:main"' in setup and '"bench.pages": ["templates/*"]' in setup
 
 
 def test_a_mistake_needs_no_torch(tmp_path):

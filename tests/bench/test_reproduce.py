@@ -206,6 +206,19 @@ def test_one_seed_has_no_interval_and_says_so():
     )
 
 
+def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
+    runs = {seed: tables.Run(6.0, 6.5, 100, "paper", seconds) for seed, seconds in ((1, 60.0), (2, 600.0), (3, 90.0))}
+    timed, unknown = (
+        tables.line(row, "p", (1, 2, 3), of_row, None, None)
+        for row, of_row in (("remixmatch", runs), ("uda", {1: tables.Run(6.0, 6.5, 100, "paper")}))
+    )
+    rows = tables.markdown("title", [timed, unknown], "remixmatch").splitlines()
+    assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
+    assert reproduce._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
+    assert reproduce._seconds({"device": "CPU, one", "train_seconds": 9.0}) is None
+    assert reproduce._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
+
+
 # Results
 
 
@@ -220,13 +233,13 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
     assert text in capsys.readouterr().out and text.startswith("# cifar10: test error in percent\n")
     rows = [line for line in text.splitlines() if line.startswith("| cifar10-250")]
     assert rows[0] == (
-        "| cifar10-250 | remixmatch | 3 (1 2 3) | 7.00 ± 1.00 | 6.00 ± 1.00 | 6.27 ± 0.34 | +0.73 |  "
+        "| cifar10-250 | remixmatch | 3 (1 2 3) | 7.00 ± 1.00 | 6.00 ± 1.00 | 6.27 ± 0.34 | +0.73 |  | 0.2 "
         "| 1,048,576 | paper |"
     )
     assert rows[1].startswith(
         "| cifar10-250 | mixmatch | 2 of 3 (1 2) | 12.00 ± 1.41 | 11.00 ± 1.41 | 11.08 | +0.92 | +4.50 ["
     )
-    assert "of 2 pairs | 1,048,576 | paper |" in rows[1]
+    assert "of 2 pairs | 0.2 | 1,048,576 | paper |" in rows[1]
     assert f"Not in the table: {found[5].cell.name}, waiting" in text and "Trained on a device; torch 9.9" in text
     kept = json.loads((out / "table.json").read_text())
     assert [line["row"] for line in kept["lines"]] == ["remixmatch", "mixmatch"]
@@ -394,7 +407,19 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
         return states().count("done") >= 4 and any(map(checkpoints, running))
 
     process = start(log, *words, start_new_session=True)
-    until(in_the_middle, process, log)
+
+    def held_in_the_middle():
+        """Looks again at what no longer moves: a cell may have ended between two looks."""
+        if not in_the_middle():
+            return False
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        if in_the_middle():
+            return True
+        os.killpg(process.pid, signal.SIGCONT)
+        return False
+
+    until(held_in_the_middle, process, log)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {

@@ -348,9 +348,13 @@ def check_finished(run, content):
 
 
 def differing_bits(a, b):
-    """How many bits differ between nested containers of tensors and values; train_seconds alone may differ."""
+    """How many bits differ between nested containers of tensors and values; times alone may differ."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return sum(differing_bits(a.get(key), b.get(key)) for key in a.keys() | b.keys() if key != "train_seconds")
+        return sum(
+            differing_bits(a.get(key), b.get(key))
+            for key in a.keys() | b.keys()
+            if key not in ("train_seconds", "cpu_seconds")
+        )
     if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
         return sum(differing_bits(x, y) for x, y in zip(a, b, strict=True))
     one, other = _bytes(a), _bytes(b)
