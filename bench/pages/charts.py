@@ -15,7 +15,6 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from engine.step import LOSSES
 from pipelines.ctaugment import THRESHOLD
 
 # on white and on black the contrast of each is 3:1 at least
@@ -117,9 +116,9 @@ def _line_table(series: Series) -> tuple[list[str], list[list[str]]]:
 
 
 def losses(series: Series) -> Chart | None:
-    """The loss and its terms."""
-    named = {name.removeprefix("loss_") if name != "loss" else "sum": series[name] for name in LOSSES if name in series}
-    named = {name: each for name, each in named.items() if any(each[1])}
+    """The loss and its terms, by their names in metrics."""
+    named = {"sum" if name == "loss" else name.removeprefix("loss_"): each for name, each in series.items()}
+    named = {name: each for name, each in named.items() if any(each[1])}  # 0 where the method lacks a term
     note = (
         "Terms and their weighted sum: x of the labeled rows, u of the mixed unlabeled rows, u1 of one strong view "
         "unmixed, rot of the rotation task."

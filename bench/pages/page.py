@@ -225,7 +225,8 @@ def _learning(run: Run) -> Section:
         "Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, "Of the EMA model, which is what counts.",
         best="highest",
     )  # fmt: skip
-    losses = charts.losses({name: run.series(name) for name in charts.LOSSES})
+    terms = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
+    losses = charts.losses({name: run.series(name) for name in terms})
     test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
     return Section("Accuracy and losses", _charts(accuracy, losses, test_loss))
 

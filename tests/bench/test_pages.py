@@ -293,11 +293,16 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     assert told(run) == "report needs no_such_package: pip install 'remixmatch-engine[report]'"
 
 
-def test_a_mistake_needs_no_torch(tmp_path):
-    """Nor what draws: it is told within a fraction of a second."""
+def test_neither_a_page_nor_a_mistake_needs_torch(tmp_path):
+    """Whose import takes longer than the rest."""
+    run = make_run(tmp_path / "run")
     code = (
-        "import sys; from bench.pages import command; from engine.errors import UserError\n"
-        "try: command.main(['nowhere'])\n"
-        "except UserError: sys.exit(len({'torch', 'altair'} & sys.modules.keys()))"
+        "import sys; from bench.pages import command, page; from engine.errors import UserError\n"
+        "page.library = lambda: ''\n"
+        "try: command.main(sys.argv[1:])\n"
+        "except UserError: sys.exit(len({'torch', 'altair'} & sys.modules.keys()))\n"
+        "assert 'altair' in sys.modules and 'torch' not in sys.modules"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, run]).returncode == 0
+    code = code.replace("command, page;", "command;").replace("page.library = lambda: ''\n", "")
+    assert subprocess.run([sys.executable, "-c", code, "nowhere"]).returncode == 0
