@@ -9,7 +9,10 @@ async function draw(within) {
     plot.dataset.drawn = "begun";
     const spec = JSON.parse(document.getElementById(plot.dataset.spec).textContent);
     try {
-      await vegaEmbed(plot, spec, options);
+      // inside, since Vega gives its own element a role and a name, which here is the text beside the chart
+      const drawing = plot.appendChild(document.createElement("div"));
+      drawing.setAttribute("aria-hidden", "true");
+      await vegaEmbed(drawing, spec, options);
       plot.dataset.drawn = "yes";
     } catch (error) {
       plot.textContent = "This chart could not be drawn; its data is below.";
