@@ -114,7 +114,8 @@ def guess_quality(
     if config.align:
         guesses = guesses * (state.label_marginal + EPSILON) / (state.p_model_history.mean(0) + EPSILON)
     sharp = guesses ** (1 if config.hard_labels else 1 / config.temperature)
-    confidence, classes = (sharp / sharp.sum(-1, keepdim=True)).cpu().max(-1)
+    # of a network that has diverged, which the trainer tells later, there are NaN
+    confidence, classes = (sharp / sharp.sum(-1, keepdim=True)).nan_to_num(0.0).cpu().max(-1)
     right = classes.numpy() == labels
     interval = np.minimum((confidence.numpy() * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
     counts = [np.bincount(interval[each], minlength=CONFIDENCE_BINS) for each in (slice(None), right)]

@@ -28,6 +28,8 @@ MOST_PREDICTIONS = 50_000
 MOST_ERRORS = 24
 LARGEST_SIDE = 96  # of a stored picture, in pixels
 
+_ARRAYS = ("labels", "predicted", "confidence", "test_images", "errors", "error_images", "views", "captions")
+
 # guesses are made of 128 to 256 images, after 100 times as many rows were trained: a pass without gradient costs about
 # a third of a trained row's three, so this takes a third of a percent of a run's time
 _LEAST_IMAGES, _MOST_IMAGES, _ROWS_AN_IMAGE = 128, 256, 100
@@ -227,9 +229,9 @@ def _small(images: np.ndarray) -> np.ndarray:
 
 
 def read_results(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a run's results.npz; None where it is missing or damaged, as in a run that goes on."""
+    """The arrays that `save_results` has written; None where they are missing or damaged, as in a run that goes on."""
     try:
         with np.load(folder / RESULTS, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+            return {name: found[name] for name in _ARRAYS}
     except Exception:  # a damaged file fails in as many ways as there are bytes
         return None

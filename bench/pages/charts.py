@@ -7,6 +7,7 @@ they are seen on white and on black; where a colour stands for a number, the num
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -66,7 +67,8 @@ def lines(
         limits: of the vertical axis; by default what the values need.
         best: "highest" or "lowest" to say when that was.
     """
-    series = {name: each for name, each in series.items() if len(each[0])}
+    series = {name: _finite(*each) for name, each in series.items()}
+    series = {name: each for name, each in series.items() if each[0]}
     if not series:
         return None
     drawn = {name: thinned(*each) for name, each in series.items()}
@@ -98,6 +100,12 @@ def lines(
         place = found.index(choose(found))
         text += f" The {best} is {value(found[place])} at step {steps[place]:,}."
     return Chart(title, text, _spec(chart, 240), *_line_table(drawn), note)
+
+
+def _finite(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Without what a run that diverged has in its last rows."""
+    kept = [n for n, each in enumerate(values) if math.isfinite(each)]
+    return [steps[n] for n in kept], [values[n] for n in kept]
 
 
 def _line_table(series: Series) -> tuple[list[str], list[list[str]]]:
@@ -223,7 +231,7 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
         found = [bins[t].get(name, [[]] * (number + 1))[number] for t in times]
         if any(len(each) != count for each in found):
             return None  # a folder in which versions were mixed
-        weights = np.array(found)  # (S, bins)
+        weights = np.nan_to_num(np.array(found, dtype=np.float64))  # (S, bins)
         raised = weights + 0.01
         relative = raised / raised.max(1, keepdims=True)
         for b in range(count):

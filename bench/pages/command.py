@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ import tyro
 
 from bench.pages.reading import read
 from engine.errors import UserError
-from engine.folder import write_text
+from engine.folder import write_bytes
 from engine.parsing import parse
 
 NEEDED = ("altair", "vl_convert", "jinja2")
@@ -47,10 +48,13 @@ def main(argv: Sequence[str]) -> None:
     from bench.pages.page import render  # needs what was looked for above
 
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    content = render(found, options.title, f"Written by remixmatch report on {date}.")
+    page = render(found, options.title, f"Written by remixmatch report on {date}.")
+    content = page.encode("utf-8", "replace")  # names of folders may be none of UTF-8
     try:
-        write_text(out, content)
+        write_bytes(out, content)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror or error})") from None
     runs = "1 run" if len(found.runs) == 1 else f"{len(found.runs)} runs"
-    print(f"{out}: {runs}, {len(content.encode()) / 1e6:.1f} MB")
+    print(f"{out}: {runs}, {len(content) / 1e6:.1f} MB")
+    for each in found.left_out:
+        print(f"remixmatch: {each}", file=sys.stderr)

@@ -289,9 +289,11 @@ def _alignment(run: Run) -> Section:
         "Half the sum of the differences.",
     )
     rows = [row for row in run.history if row.get("p_model") and row.get("label_marginal")]
-    if not rows or len(rows[-1]["p_model"]) != len(run.classes):
+    if not rows or any(len(row["p_model"]) != len(run.classes) for row in rows):
         return Section("Alignment", _charts(gap), note)
-    p_model, p_labels = (np.array([row[name] for row in rows]) for name in ("p_model", "label_marginal"))
+    p_model, p_labels = (
+        np.nan_to_num(np.array([row[name] for row in rows], dtype=np.float64)) for name in ("p_model", "label_marginal")
+    )
     steps = [row["step"] for row in rows]
     bars = charts.marginal_bars(steps[-1], p_model[-1], p_labels[-1], run.classes)
     over_time = charts.marginal_map(steps, p_model, p_labels, run.classes)
@@ -333,7 +335,7 @@ def _errors(run: Run, many: bool) -> Section:
     for row, image in list(zip(results["errors"], results["error_images"], strict=True))[:shown]:
         truth, guess = (run.classes[int(results[name][row])] for name in ("labels", "predicted"))
         sure = f"{100 * float(results['confidence'][row]):.0f} %"
-        text = f"test image {int(row) * (total // kept)}: is {truth}, predicted {guess} with {sure}"
+        text = f"test image {int(row) * -(-total // kept)}: is {truth}, predicted {guess} with {sure}"
         pictures.append(Picture(data_uri(image), text, [f"is {truth}", f"predicted {guess}", sure]))
     if pictures:
         side = max(results["error_images"].shape[1:3])
@@ -500,37 +502,24 @@ def _results(found: Found) -> Section:
             f"{run.last_step:,}", f"{run.split.get('labels', run.config.labels):,}",
             duration(run.summary["train_seconds"]) if run.done else "",
         ])  # fmt: skip
-    head = [
-        "run",
-        "group",
-        "seed",
-        "error, %",
-        "last",
-        "difference, points",
-        "steps",
-        "labels",
-        "time",
-    ]
+    head = ["run", "group", "seed", "error, %", "last", "difference, points", "steps", "labels", "time"]  # fmt: skip
     parts: list[Chart | Gallery | Grid] = []
-    ended = [run for run in runs if run.error is not None]
-    groups: dict[str, list[tuple[str, float]]] = {}
-    for run in ended:
-        name = run.group if len({r.group for r in ended}) > 1 else run.name
-        groups.setdefault(name, []).append((run.name, run.error or 0.0))
+    ended = [(run, run.error) for run in runs if run.error is not None]
+    alone = len({run.group for run, _ in ended}) == 1
+    names = {run: run.name if alone else run.group for run, _ in ended}
     if ended:
-        lowest = min(ended, key=lambda run: run.error or 0.0)
-        text = f"Test errors of {len(ended)} runs. The lowest is {lowest.error:.2f} %, of {lowest.name}."
-        paper = {run.group: run.summary["paper_error"] for run in ended if "paper_error" in run.summary}
+        groups: dict[str, list[tuple[str, float]]] = {}
+        for run, error in ended:
+            groups.setdefault(names[run], []).append((run.name, error))
+        best, lowest = min(ended, key=lambda each: each[1])
+        text = f"Test errors of {len(ended)} runs. The lowest is {lowest:.2f} %, of {best.name}."
+        paper = {names[run]: run.summary["paper_error"] for run, _ in ended if "paper_error" in run.summary}
         note = "A dot is a run, the tick the mean" + (", the diamond the paper's figure." if paper else ".")
         parts.append(charts.dots("Test error", "error, %", groups, text, note, marks=paper))
     if apart:
         ends = [f"{group} {mean(pair.points for pair in pairs):+.2f}" for group, pairs in apart.items()]
         text = f"Differences of test errors in points: {'; '.join(ends[:10])}."
-        references = dict.fromkeys(
-            pair.other.group if len(groups) < len(ended) else pair.other.name
-            for pairs in apart.values()
-            for pair in pairs
-        )
+        references = dict.fromkeys(names[pair.other] for pairs in apart.values() for pair in pairs)
         note = f"To {', '.join(references)}, for the same seed where seeds differ: to the right errors are higher."
         drawn = {
             group: [(f"{pair.run.name} - {pair.other.name}", pair.points) for pair in pairs]

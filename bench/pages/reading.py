@@ -19,6 +19,7 @@ from engine.presets import PRESETS
 from engine.progress import read_metrics
 
 REFERENCE = "remixmatch"  # the row of a table that others are compared with
+SUMMED_UP = {"steps", "test_accuracy", "median_last_20", "train_seconds", "images_per_second"}
 NAMED = ("preset", "method", "seed")  # fields that a group's name says, or that differ within it
 
 
@@ -58,13 +59,12 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether it has reached its end."""
-        return bool(self.summary)
+        return self.summary.keys() >= SUMMED_UP
 
     @property
     def error(self) -> float | None:
         """Test error in percent, the median over the last 20 evaluations; None before the end."""
-        median = self.summary.get("median_last_20")
-        return None if median is None else 100.0 - median
+        return 100.0 - self.summary["median_last_20"] if self.done else None
 
     @property
     def last_step(self) -> int:
@@ -106,7 +106,7 @@ def read(paths: Sequence[Path]) -> Found:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder")
         inside = [path] if (path / "config.json").is_file() else _runs_in(path)
-        begun = [folder for folder in inside if read_metrics(folder / "metrics.jsonl")]
+        begun = [folder for folder in inside if read_rows(folder)]
         if not inside:
             raise UserError(f"{path} holds no run: there is no config.json in it or in a folder in it")
         if not begun:
@@ -136,18 +136,27 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path, name: str, group: str, config: Config) -> Run:
+    split, results = read_object(folder / "split.json"), read_results(folder)
+    if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
+        results = None  # of other classes
     return Run(
         folder=folder,
         name=name,
         group=group,
         config=config,
         summary=read_object(folder / "summary.json"),
-        split=read_object(folder / "split.json"),
-        metrics=read_metrics(folder / "metrics.jsonl"),
+        split=split,
+        metrics=read_rows(folder),
         history=read_history(folder),
-        results=read_results(folder) or {},
+        results=results or {},
         profile=read_profile(folder / "profile.json"),
     )
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl that are rows."""
+    found = read_metrics(folder / "metrics.jsonl")
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`remixmatch report`: what is on the page; how it looks and behaves in a browser is in test_pages_in_browser.py."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -150,6 +151,34 @@ def test_a_run_of_an_older_version(tmp_path):
     assert "CTAugment's bins" not in report(tmp_path, run).words
 
 
+def test_a_run_that_diverged_and_damaged_files(tmp_path):
+    """What is not finite is left out of charts, and what is no row of files."""
+    run = make_run(tmp_path / "run", done=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 32, "loss": NaN, "test_loss": Infinity}\n[1]\n{"loss": 1}\n{"st')
+    rows = reading.read_history(run)
+    rows[-1]["p_model"][0] = rows[-1]["bins"]["blur"][0][3] = float("nan")
+    (run / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text('{"steps": 60}')
+    (run / "split.json").write_text("{")
+    seen = report(tmp_path, run)
+    specs = [content for name, content in seen.scripts.items() if name.endswith("-spec")]
+    assert len(specs) > 5 and not [each for each in specs if "NaN" in each or "Infinity" in each]
+    assert "not finished" in seen.words
+
+
+def test_results_of_other_classes_are_not_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    split = json.loads((run / "split.json").read_text())
+    (run / "split.json").write_text(json.dumps(split | {"class_names": ["cat", "dog"]}))
+    assert "Confusion matrix" not in report(tmp_path, run).words
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path, capsys):
+    run = make_run(tmp_path / os.fsdecode(b"r\xffn"))
+    assert "r?n" in report(tmp_path, run).words
+
+
 def test_a_supervised_run_has_no_guesses(tmp_path):
     seen = report(tmp_path, make_run(tmp_path / "run", method="supervised"))
     assert "A supervised run guesses no labels." in seen.words and "p~(y)" not in seen.words
@@ -167,13 +196,14 @@ def test_charts_are_bounded_by_the_number_of_classes(tmp_path, count):
     assert largest <= 400
 
 
-def test_a_folder_of_reproduce(tmp_path):
+def test_a_folder_of_reproduce(tmp_path, capsys):
     seen = report(tmp_path, make_table(tmp_path / "table"))
     for words in (
         "digits: test error in percent", "6.05 ± 0.07", "+1.00 [+0.50, +1.50]", "remixmatch seed 0", "fixmatch seed 1",
         "digits-40-uda-seed0-9876543210 has not begun", "Settings that differ from those of remixmatch",
     ):  # fmt: skip
         assert words in seen.words, words
+    assert "digits-40-uda-seed0-9876543210 has not begun" in capsys.readouterr().err
     assert seen.words.index("remixmatch seed 0") < seen.words.index("fixmatch seed 0")
     assert len([each for each in seen.all("details") if each.get("class") == "run"]) == 4
 

@@ -145,6 +145,17 @@ def test_the_quality_of_guesses_by_hand(tiny):
     assert (counts[:, 0] == np.histogram(q.max(1), 10, (0, 1))[0]).all()
 
 
+def test_a_network_that_has_diverged_is_not_the_histories_matter(tiny):
+    """The trainer says so, at the next checkpoint at the latest."""
+    config, data = tiny(), digits()
+    state = make_state(config, 10, torch.device("cpu"), (16, 16))
+    for parameter in state.network.parameters():
+        parameter.data.fill_(float("nan"))
+    images, labels = data.train_images[:64], data.train_labels[:64]
+    found = evaluation.guess_quality(config, state, images, labels, torch.device("cpu"))
+    assert found["confidence"] == 0 and found["bins"][0][0] == 64
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 12 steps with 6 evaluations."""
