@@ -75,9 +75,14 @@ setup(
         "console_scripts": ["remixmatch=engine.cli:main"],
         # commands of packages above the engine, which it finds by name and never imports
         "remixmatch.commands": [
-            "bench=bench.cli:main",
-            "reproduce=bench.reproduce:main",
-            "report=bench.pages.command:main",
+            f"{name}=bench.{module}:main"
+            for name, module in {
+                "bench": "cli",
+                "reproduce": "reproduce",
+                "ablate": "ablate",
+                "profile": "profile",
+                "report": "pages.command",
+            }.items()
         ],
     },
 )

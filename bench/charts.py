@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -34,6 +35,46 @@ def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
         axes.set_title(device, fontsize="small")
         figure.savefig(folder / f"{bench}.png", dpi=120)
         plt.close(figure)
+
+
+def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
+    """Draws a step's time beside the full method's, and where they were trained the difference in test error.
+
+    Args:
+        variants: of `bench.ablate`, those without a cost left out.
+        title: of the chart.
+        path: of the PNG.
+    """
+    timed = [variant for variant in variants if variant.cost]
+    trained = [variant for variant in timed if variant.line.to_full]
+    if trained:
+        figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        for variant in trained:
+            at, found = variant.cost["ratio"], variant.line.to_full
+            sides = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
+            axes.errorbar(at, found.mean, yerr=sides, fmt="o", capsize=3)
+            axes.annotate(variant.name, (at, found.mean), (6, 4), textcoords="offset points", fontsize="small")
+        axes.set(
+            xlabel="time a step, times the full method's", ylabel="test error less the full method's, points (95 %)",
+            xscale="log",
+        )  # fmt: skip
+        axes.set_yscale("symlog", linthresh=2)
+    else:
+        figure, axes = plt.subplots(figsize=(8, 0.35 * len(timed) + 1.2), layout="constrained")
+        ordered = sorted(timed, key=lambda variant: variant.cost["ratio"])
+        ratios = [variant.cost["ratio"] for variant in ordered]
+        sides = [
+            [ratio - variant.cost["ratio_low"] for ratio, variant in zip(ratios, ordered, strict=True)],
+            [variant.cost["ratio_high"] - ratio for ratio, variant in zip(ratios, ordered, strict=True)],
+        ]
+        axes.barh([variant.name for variant in ordered], ratios, xerr=sides, capsize=3)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_xlabel("time a step, times the full method's")
+    axes.set_title(title, fontsize="small", wrap=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _throughput(axes: Axes, rows: Mapping[str, list[Row]]) -> None:

@@ -40,7 +40,7 @@ LIBRARIES = ("aten::convolution", "aten::convolution_backward", "aten::mm", "ate
 KINDS = ("triton", "library", "operator")
 
 # (side, classes), so that a preset can be counted without its data
-_IMAGES = {
+IMAGES = {
     "digits": (16, 10), "fashion-mnist-16": (16, 10), "fashion-mnist": (32, 10), "cifar10": (32, 10),
     "cifar100": (32, 100), "svhn": (32, 10), "svhn-extra": (32, 10), "stl10": (96, 10),
 }  # fmt: skip
@@ -233,7 +233,7 @@ def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
 
 
 def _images(config: Config, options: CountOptions) -> tuple[int, int]:
-    side, classes = _IMAGES.get(config.dataset, (0, 0))
+    side, classes = IMAGES.get(config.dataset, (0, 0))
     side, classes = options.side or side, options.classes or classes
     if not side or not classes:
         raise UserError(f"preset {config.preset} has images of any size: give --side and --classes")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures everything on a machine with a GPU, within 8 minutes, the largest question first: how long the captured step
-# takes at K = 8, as it is, as it was, and with each decision taken otherwise; where its time goes; other K; every
-# convolution alone; kernels and views; the plain baseline; then the tests for a GPU. It ends with what was predicted and
-# by how much that was wrong.
+# takes at K = 8, as it is, as it was, and with each decision taken otherwise; where its time goes, by kind of kernel and
+# by named range (OUT_FOLDER/profile); other K; every convolution alone; kernels and views; the plain baseline; then the
+# tests for a GPU. It ends with what was predicted and by how much that was wrong.
 #
 #   [BEFORE=CHECKOUT] bench/measure_gpu.sh OUT_FOLDER [--small]
 #
@@ -46,6 +46,14 @@ bench() {
   part "$name" "$limit" "$python" -m bench "$name" --out "$out/$name.jsonl" "$@"
 }
 
+# profile SECONDS FLAGS...: the paper's step by named range, its trace and its table
+profile() {
+  local limit=$1
+  shift
+  rm -f "$out/profile/profile.json"  # of an earlier time, which would not be written over
+  part profile "$limit" "$python" -m bench.profile cifar10-250 --dataset noise-32 --split balanced --out "$out/profile" "$@"
+}
+
 views=(fused synthetic)
 # whole runs, most of whose time goes into starting processes, are left to make test-gpu
 tests=(tests --ignore=tests/engine/test_gpu_runs.py)
@@ -57,6 +65,7 @@ before=()
 [[ -z ${BEFORE:-} ]] || before=(--before "$BEFORE")
 if [[ $small ]]; then
   bench variants 90 --variants "one stream" --k 1 --batch 2 --repeats 1 --steps 1 --profile 1 ${before[@]+"${before[@]}"}
+  profile 60 --k 1 --batch 2 --steps 1 --warm-up 1
   bench convolutions 60 --rows 1 --repeats 1
   bench kernels 60 --repeats 1 --providers eager --sizes step
   bench pipelines 60 --repeats 1 --rows 16 --batches 1 --threads 1
@@ -68,6 +77,7 @@ else
   bench variants 190 --k 8 ${before[@]+"${before[@]}"} --variants "Inductor's defaults" "read threshold alone" \
     "combined kernels alone" "one stream" "8 input channels" "combined kernels, blocks of their own" "cuDNN by rule"
   bench throughput 110 --k 8 1 16 2 4 --modes graph --views "${views[@]}"
+  profile 40 --k 8
   bench convolutions 35
   bench baseline 50 --k 8
   bench kernels 35

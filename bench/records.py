@@ -24,7 +24,7 @@ Row = dict[str, Any]
 KEYS = {
     "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
     "baseline": ("trainer", "beside", "k", "batch", "data", "precision"),
-    "count": ("preset", "k", "batch", "target", "precision"),
+    "count": ("preset", "method", "ablate", "k", "batch", "target", "precision"),
     "variants": ("k", "batch", "variant"),
     "replay": ("k", "batch", "kind"),
     "convolutions": ("shape", "rows", "pass", "benchmark"),

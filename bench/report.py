@@ -58,6 +58,8 @@ COLUMNS = {
     },
     "count": {
         "preset": "{preset}",
+        "method": "{method}",
+        "ablation": "{ablate}",
         "K": "{k}",
         "B": "{batch}",
         "target": "{target}",

@@ -205,11 +205,11 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     here = rest.index("--") if "--" in rest else len(rest)
     own, flags = rest[:here], rest[here + 1 :]
     options: ReproduceOptions = parse(ReproduceOptions, f"reproduce {name}", own)
-    _check(options)
+    check(options)
     set_data_dir(options.data_dir)
     entries = make_entries(TABLES[name], options, flags)
     if any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries):
-        entries = _with_data(entries)
+        entries = with_data(entries)
     out = options.out or default_out(name, options)
     if options.plan:
         _print_plan(entries)
@@ -221,18 +221,23 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     elif options.collect:
         _collect(entries, out, options.collect)
     elif options.tables:
-        _write_tables(name, entries, out, _look(out, entries), options.steps_scale)
+        _write_tables(name, entries, out, look(out, entries), options.steps_scale)
     else:
-        entries = _with_data(entries)
-        if options.retry:
-            forget_failures(out, [entry.cell for entry in entries])
+        entries = with_data(entries)
         if options.submit != "no":
+            if options.retry:
+                forget_failures(out, [entry.cell for entry in entries])
             _submit(name, argv, options, out)
-        else:
-            _run(name, entries, out, options, stop)
+            return
+        failed = train(entries, out, options, stop)
+        # looked at anew: another worker may have ended since
+        _write_tables(name, entries, out, look(out, entries), options.steps_scale)
+        if failed:
+            raise UserError(failed)
 
 
-def _check(options: ReproduceOptions) -> None:
+def check(options: ReproduceOptions) -> None:
+    """Raises UserError where a flag cannot work."""
     from math import isfinite
 
     if not (isfinite(options.steps_scale) and options.steps_scale > 0):
@@ -355,7 +360,7 @@ def scaled(config: Config, scale: float) -> Config:
     return dataclasses.replace(config, steps=steps, ramp_kimg=config.ramp_kimg * scale, **whole)  # type: ignore[arg-type]
 
 
-def _with_data(entries: Sequence[Entry]) -> list[Entry]:
+def with_data(entries: Sequence[Entry]) -> list[Entry]:
     """The cells with what depends on their images.
 
     Raises:
@@ -398,10 +403,21 @@ def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // workers, 1))}] * workers
 
 
-def _run(name: str, entries: Sequence[Entry], out: Path, options: ReproduceOptions, stop: Stop | None = None) -> None:
+def train(entries: Sequence[Entry], out: Path, options: ReproduceOptions, stop: Stop | None = None) -> str:
+    """Trains the cells that are not done, and shows how far they are.
+
+    Returns:
+        What cannot be gone on with: how many cells failed; "" if none did.
+
+    Raises:
+        UserError: the folder cannot be written.
+        Stopped: a signal came; what was running is saved.
+    """
     from bench import records
 
     stop = stop or Stop()
+    if options.retry:
+        forget_failures(out, [entry.cell for entry in entries])
     own = environments(options.workers, devices(entries))
     try:
         with _Progress(entries, len(own)) as show:
@@ -411,14 +427,11 @@ def _run(name: str, entries: Sequence[Entry], out: Path, options: ReproduceOptio
             f"cannot write {error.filename or out} ({error.strerror or error}); what was saved stays: mend that and "
             "give the same command again"
         ) from error
-    counts = _counts(statuses)
     if stop.number:
+        counts = _counts(statuses)
         raise Stopped(f"{counts}; what was running is saved, the same command goes on with it", stop.number)
-    # looked at anew: another worker may have ended since
-    _write_tables(name, entries, out, _look(out, entries), options.steps_scale)
     failed = sum(each.state == "failed" for each in statuses)
-    if failed:
-        raise UserError(f"{failed} of {len(statuses)} cells failed, for reasons above; --retry tries them again")
+    return f"{failed} of {len(statuses)} cells failed, for reasons above; --retry tries them again" if failed else ""
 
 
 class _Job:
@@ -655,7 +668,8 @@ def _print_plan(entries: Sequence[Entry]) -> None:
 # Results
 
 
-def _look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
+def look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
+    """What is known of each cell, by its digest."""
     return {entry.cell.digest: status(out, entry.cell) for entry in entries}
 
 

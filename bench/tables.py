@@ -186,11 +186,11 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
             each.preset,
             each.row,
             _seeds(each),
-            _spread(each.median),
-            _spread(each.last),
+            shown_spread(each.median),
+            shown_spread(each.last),
             _paper(each.paper),
             "" if each.to_paper is None else f"{each.to_paper:+.2f}",
-            *([_difference(each.to_full)] if compared else []),
+            *([shown_difference(each.to_full)] if compared else []),
             *(["" if each.seconds is None else f"{each.seconds / 60:.1f}"] if timed else []),
             ", ".join(f"{steps:,}" for steps in each.steps),
             ", ".join(each.split),
@@ -223,7 +223,8 @@ def _seeds(each: Line) -> str:
     return f"{count} ({names})"
 
 
-def _spread(found: Spread | None) -> str:
+def shown_spread(found: Spread | None) -> str:
+    """Mean ± deviation; empty of nothing."""
     if found is None:
         return ""
     return f"{found.mean:.2f}" + (", one seed" if found.deviation is None else f" ± {found.deviation:.2f}")
@@ -235,7 +236,8 @@ def _paper(figure: Figure | None) -> str:
     return f"{figure.error:.2f}" + ("" if figure.deviation is None else f" ± {figure.deviation:.2f}")
 
 
-def _difference(found: Difference | None) -> str:
+def shown_difference(found: Difference | None) -> str:
+    """A difference with its interval; empty of nothing."""
     if found is None:
         return ""
     if found.low is None:

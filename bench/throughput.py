@@ -129,7 +129,7 @@ class Case:
         limit = ceilings(execution.device)
         macs, activations = network_cost(config, self.feed.data.sides)
         trained = self.feed.images_per_step
-        forward = 2 * config.batch if config.unlabeled else config.batch  # guesses and probes
+        forward = len(self.feed.rows.source) - len(self.feed.rows.target)  # guesses and probes
         arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
         rows = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
         traffic = execution.precision.itemsize * activations * rows / limit.copy_bytes_per_second

@@ -26,25 +26,12 @@ import numpy as np
 from bench import records
 from bench.process import search_path
 from bench.timing import bench_device, in_turns
+from bench.trace import by_kind
 from engine.errors import UserError
 from engine.execution import INDUCTOR
 
 ROOT = Path(__file__).parents[1]
 AS_IT_IS, BEFORE = "as it is", "before"
-
-# by what a kernel's name contains, the first that fits
-KINDS = {
-    "engine's own": ("_assemble_kernel", "_guess_kernel", "_augment"),
-    "reductions (batch norm)": ("triton_red", "triton_per"),
-    "pointwise and combined": ("triton_",),
-    "optimiser and average": ("multi_tensor", "adam", "foreach"),
-    "convolutions, products": (
-        *("conv", "xmma", "cudnn", "cutlass", "gemm", "wgrad", "dgrad", "fprop", "nchwToNhwc", "nhwcToNchw", "sm90_"),
-        *("sm80_", "addmm", "mm"),
-    ),
-    "copies": ("Memcpy", "Memset", "copy"),
-}
-OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -95,18 +82,19 @@ class VariantsOptions:
     """Steps that are profiled; 0 for none."""
 
 
-class _Process:
-    """A variant that waits for its turn."""
+class Process:
+    """A step in a process of its own, which waits for its turn.
 
-    def __init__(self, variant: Variant, config: Mapping[str, Any]) -> None:
-        request = {
-            "config": {**config, **variant.config}, "streams": variant.streams, "benchmark": variant.benchmark,
-            "inductor": None if variant.inductor is None else dict(variant.inductor),
-        }  # fmt: skip
+    Args:
+        request: see `bench.variant_process`.
+        checkout: whose step it is.
+    """
+
+    def __init__(self, request: Mapping[str, Any], checkout: Path = ROOT) -> None:
         # by its path and without the script's folder, so that another checkout's packages are found
         command = [sys.executable, "-P", str(ROOT / "bench" / "variant_process.py"), json.dumps(request)]
         self._process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": search_path(variant.checkout)}, cwd=variant.checkout, text=True,
+            command, env=os.environ | {"PYTHONPATH": search_path(checkout)}, cwd=checkout, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -140,6 +128,14 @@ class _Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _process(variant: Variant, config: Mapping[str, Any]) -> Process:
+    request = {
+        "config": {**config, **variant.config}, "streams": variant.streams, "benchmark": variant.benchmark,
+        "inductor": None if variant.inductor is None else dict(variant.inductor),
+    }  # fmt: skip
+    return Process(request, variant.checkout)
 
 
 def main(options: VariantsOptions) -> None:
@@ -183,13 +179,13 @@ def main(options: VariantsOptions) -> None:
 @contextmanager
 def _started(
     variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
-) -> Iterator[dict[str, _Process]]:
+) -> Iterator[dict[str, Process]]:
     """Starts variants, some at a time, and gives those that are ready."""
-    processes: dict[str, _Process] = {}
+    processes: dict[str, Process] = {}
     try:
         names = list(variants)
         for first in range(0, len(names), at_once):
-            group = {name: _Process(variants[name], config) for name in names[first : first + at_once]}
+            group = {name: _process(variants[name], config) for name in names[first : first + at_once]}
             processes |= group
             for name, process in group.items():
                 try:
@@ -218,31 +214,3 @@ def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> di
     return {
         "step_ms": middle, "step_ms_low": low, "step_ms_high": high, "ratio": ratio, "peak_memory_mib": memory
     }  # fmt: skip
-
-
-def by_kind(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[str, float]]:
-    """Time and kernels a step by kind, the largest first, and the gaps.
-
-    Args:
-        events: kernels with name, begin and end in microseconds; those of several streams may overlap.
-        steps: so many steps they are of.
-
-    Returns:
-        For each kind "ms" and "kernels" a step, and "share" of the time from the first kernel to the last.
-    """
-    if not events:
-        return {}
-    found: dict[str, list[float]] = {}
-    for event in events:
-        kind = next((kind for kind, words in KINDS.items() if any(word in event["name"] for word in words)), OTHERS)
-        found.setdefault(kind, []).append(event["end"] - event["begin"])
-    whole = max(event["end"] for event in events) - min(event["begin"] for event in events)
-    busy, until = 0.0, float("-inf")
-    for event in sorted(events, key=lambda event: event["begin"]):
-        busy += max(event["end"] - max(event["begin"], until), 0.0)
-        until = max(until, event["end"])
-    rows = {
-        kind: {"ms": sum(times) / 1e3 / steps, "kernels": len(times) / steps, "share": sum(times) / whole}
-        for kind, times in sorted(found.items(), key=lambda pair: -sum(pair[1]))
-    }
-    return rows | {"gaps": {"ms": (whole - busy) / 1e3 / steps, "kernels": 0.0, "share": 1 - busy / whole}}

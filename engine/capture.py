@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import distributed
+from engine import distributed, parts
 from engine.config import Config
 from engine.execution import Execution
 from engine.rows import Rows
@@ -53,7 +53,7 @@ class CapturedStep:
 
     def __init__(self, make: Callable[[], Step], example: StepInput) -> None:
         self._static = example.clone()
-        stream = torch.cuda.Stream()
+        self._stream = stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # made here, since DistributedDataParallel's hooks run on the stream on which they were made; and kept,
@@ -76,8 +76,16 @@ class CapturedStep:
             Tensors that the next call overwrites, in the order of the current stream.
         """
         self._static.copy_(data)
+        parts.begin("replay")
         self._graph.replay()
         return self._output
+
+    def launch_by_launch(self) -> None:
+        """Trains a step on the last input once more, as it was captured, so that its parts can be told apart."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._step(self._static)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
 
 class Snapshot:

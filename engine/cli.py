@@ -1,4 +1,4 @@
-"""The command line: `remixmatch train | eval | predict | doctor | reproduce | report | bench`.
+"""The command line: `remixmatch train | eval | predict | doctor | reproduce | ablate | report | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2, without a traceback.
 """
@@ -11,11 +11,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 import numpy as np
 import tyro
@@ -41,6 +41,8 @@ COMMANDS = {
     "data": "data sets and folders of images: prepare, list, info, split, check-split",
     "doctor": "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
     "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
+    "ablate": "what each component costs and what it brings: remixmatch ablate PRESET [--time-only] ...",
+    "profile": "where a training step's time goes: remixmatch profile PRESET [flags of train]",
     "report": "runs, or a folder of reproduce, as one HTML page: remixmatch report RUN... [--out FILE]",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
@@ -119,7 +121,7 @@ class TrainOptions:
     output: _OutputOptions
 
     @classmethod
-    def of(cls, config: configuration.Config) -> TrainOptions:
+    def of(cls, config: configuration.Config) -> Self:
         """The options whose values are a configuration's, and otherwise the defaults."""
         sections = {}
         for name, section in get_type_hints(cls, include_extras=True).items():
@@ -128,13 +130,28 @@ class TrainOptions:
                 sections[name] = section(**{field: getattr(config, field) for field in known})
         return cls(preset=config.preset, **sections)
 
-    def with_config(self, config: configuration.Config) -> TrainOptions:
+    def with_config(self, config: configuration.Config) -> Self:
         """These options with the values of a configuration."""
         sections = {name: section for name, section in vars(self).items() if dataclasses.is_dataclass(section)}
         for name, section in sections.items():
             known = {field: getattr(config, field) for field in vars(section).keys() & vars(config).keys()}
             sections[name] = dataclasses.replace(section, **known)  # type: ignore[type-var]
         return dataclasses.replace(self, **sections)  # type: ignore[arg-type]
+
+    def resolved(self) -> Self:
+        """These options with what the data say: sides, network, marginal.
+
+        Raises:
+            UserError: there are no such data, or the configuration does not fit them.
+        """
+        configuration.validate(self.config, self.execution.gpus)
+        data = configuration.open_data(self.config.dataset)
+        config = configuration.resolve(self.config, data)
+        if self.data.class_prior:
+            prior = configuration.read_prior(self.data.class_prior, data.classes)
+            config = dataclasses.replace(config, class_distribution=prior)
+        configuration.check_data(config, data)
+        return self.with_config(config)
 
     @property
     def config(self) -> configuration.Config:
@@ -145,6 +162,9 @@ class TrainOptions:
         if self.data.data:
             values["dataset"] = folder_name(self.data.data)
         return configuration.Config(**{name: values[name] for name in vars(configuration.Config())})
+
+
+Options = TypeVar("Options", bound=TrainOptions)
 
 
 @dataclass
@@ -195,17 +215,21 @@ class DoctorOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `remixmatch`.
+    """Entry point of `remixmatch`; see `guarded` for its exit codes."""
+    guarded(_dispatch, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def guarded(command: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Calls a command with its arguments.
 
     Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal; so it does, and
     without a word, where whoever reads its output has gone.
     """
-    argv = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have letters that it has not
     try:
         try:
-            _dispatch(argv)
+            command(argv)
         finally:
             sys.stdout.flush()  # here, where a reader who has gone can be met, and not when Python ends
     except BrokenPipeError:
@@ -257,8 +281,8 @@ def _train(argv: list[str]) -> None:
         if not argv:
             raise UserError("train needs a preset")
         return
-    options = _parse_train(argv, presets.preset(argv[0]))
-    _check_ranks(options)
+    options: TrainOptions = parse_train(argv, presets.preset(argv[0]))
+    check_ranks(options)
     set_data_dir(options.data.data_dir)
     configuration.validate(options.config)
     launch.end_with_parent()
@@ -272,7 +296,7 @@ def _train(argv: list[str]) -> None:
         from engine.execution import pick_device
 
     if launching:
-        _check_places(options)
+        check_places(options)
         # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
         arguments = ["train", *argv, "--out", str(options.output.out)]
         launch.launch(arguments, options.execution.gpus, options.execution.max_restarts)
@@ -313,11 +337,23 @@ def _train(argv: list[str]) -> None:
     distributed.stop()
 
 
-def _parse_train(argv: list[str], base: configuration.Config) -> TrainOptions:
-    """The options over a configuration. Method and ablations set other fields, which flags of their own override."""
+def parse_train(
+    argv: list[str],
+    base: configuration.Config,
+    kind: type[Options] = TrainOptions,  # type: ignore[assignment]
+    command: str = "train",
+) -> Options:
+    """The options over a configuration. Method and ablations set other fields, which flags of their own override.
 
-    def parsed(config: configuration.Config) -> TrainOptions:
-        return parse(TrainOptions, f"train {argv[0]}", argv[1:], default=TrainOptions.of(config))
+    Args:
+        argv: the preset, and flags.
+        base: what flags are over.
+        kind: of the options.
+        command: that they are of.
+    """
+
+    def parsed(config: configuration.Config) -> Options:
+        return parse(kind, f"{command} {argv[0]}", argv[1:], default=kind.of(config))
 
     options = parsed(base)
     method, ablations = options.method.method, options.method.ablate
@@ -327,7 +363,8 @@ def _parse_train(argv: list[str], base: configuration.Config) -> TrainOptions:
     return parsed(methods.ablate(changed, *ablations))
 
 
-def _check_ranks(options: TrainOptions) -> None:
+def check_ranks(options: TrainOptions) -> None:
+    """Raises UserError where a flag of ranks cannot work."""
     execution = options.execution
     for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
         if getattr(execution, flag) < least:
@@ -339,7 +376,8 @@ def _check_ranks(options: TrainOptions) -> None:
         raise UserError(f"--gpus {execution.gpus} under a torchrun of {local}: leave out one of the two")
 
 
-def _check_places(options: TrainOptions) -> None:
+def check_places(options: TrainOptions) -> None:
+    """Raises UserError where there are fewer GPUs than ranks."""
     import torch
 
     from engine.execution import pick_device
@@ -364,19 +402,15 @@ def _settled(options: TrainOptions, argv: list[str], resume: bool) -> TrainOptio
         preset = options.config.preset
         if begun.preset != preset:
             raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
-        options = _parse_train(argv, begun)
+        options = parse_train(argv, begun)
     options = dataclasses.replace(options, output=dataclasses.replace(options.output, out=folder, resume=resume))
-    configuration.validate(options.config, options.execution.gpus)
-    data = configuration.open_data(options.config.dataset)
-    config = configuration.resolve(options.config, data)
-    if options.data.class_prior:
-        prior = configuration.read_prior(options.data.class_prior, data.classes)
-        config = dataclasses.replace(config, class_distribution=prior)
-    configuration.check_data(config, data)
+    settled = options.resolved()
+    config = settled.config
     check_folder(config, folder, resume)
     if options.config.network == "auto" and not options.output.quiet:
-        _warn(f"--network auto: {config.architecture} for images of {data.sides[1]}x{data.sides[0]} pixels")
-    return options.with_config(config)
+        sides = configuration.open_data(config.dataset).sides
+        _warn(f"--network auto: {config.architecture} for images of {sides[1]}x{sides[0]} pixels")
+    return settled
 
 
 def _evaluate(options: EvalOptions) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import distributed
+from engine import distributed, parts
 from engine.config import Config
 from engine.execution import Execution
 from engine.imports import uncollected
@@ -176,18 +176,21 @@ class Feed:
             stop: this rank has been asked to stop, see `StepInput`.
         """
         if not self._made:
+            parts.begin("wait for views")
             batch = self._ready.popleft()
             views = self._views.collect().chunk(self.config.view_steps)
             self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
             # later views are begun before this step trains, so that both go on at once
             self._prefetch_plans()
             self._prefetch_views()
+        parts.begin("numbers")
         self._training, numbers, made = self._made.popleft()
         return StepInput.pack(made, numbers, self.execution.device, stop)
 
     def put(self, output: StepOutput) -> None:
         """Starts copying the output of the step that `next` gave to the host."""
         assert self._training is not None, "put follows next"
+        parts.begin("metrics")
         metrics, omega = output.metrics, output.omega
         arrived = None
         if self.execution.device.type == "cuda":
@@ -196,17 +199,21 @@ class Feed:
             arrived.record()
         self._pending.append(_Pending(self._training, metrics, omega, arrived))
         self._training = None
+        parts.end()
 
     def drain(self, end: int) -> None:
         """Waits for the output of every step before `end`: omega goes to the policy, metrics to `on_metrics`."""
         while self._pending and self._pending[0].plan.step < end:
             done = self._pending.popleft()
             if done.arrived is not None:
+                parts.begin("wait for device")
                 begin = time.perf_counter()
                 done.arrived.synchronize()
                 self.waited_seconds += time.perf_counter() - begin
+            parts.begin("drain")
             self._on_metrics(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
             self.policy.observe(done.plan.step, done.plan.probe_ops, done.plan.probe_bins, done.omega.numpy())
+        parts.end()
 
     def end(self) -> None:
         """Waits for what is being made and releases it."""
@@ -233,18 +240,26 @@ class Feed:
         if first >= self.config.steps:
             return  # the last batch may reach past the run's end: those plans are never executed
         self.drain(end - self.config.lag)
+        parts.begin("plan")
         weights = [self.policy.weights_for(step) for step in range(first, end)]
         self._planning.append(self._planner.submit(self._plan, first, weights))
         self._planned = end
 
     def _plan(self, first: int, weights: list[np.ndarray]) -> _Planned:
+        parts.begin("plan")
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
         views = stack([plan.views.rows(self.rows.views) for plan in plans])
-        return _Planned(plans, [self._numbers(plan) for plan in plans], self._views.prepare(views))
+        numbers = [self._numbers(plan) for plan in plans]
+        parts.begin("views")
+        prepared = self._views.prepare(views)
+        parts.end()
+        return _Planned(plans, numbers, prepared)
 
     def _prefetch_views(self) -> None:
         if self._planning:
+            parts.begin("wait for plan")
             batch = self._planning.popleft().result()
+            parts.begin("views")
             self._views.submit(batch.views)
             self._ready.append(batch)

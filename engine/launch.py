@@ -16,13 +16,14 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PARENT = "REMIXMATCH_PARENT"  # the variable that names the process without which this one should not train on
 
 
-def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
+def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str = "engine") -> None:
     """Runs `python -m engine` as a group of ranks on this machine, by torchrun, and waits for its end.
 
     Args:
         arguments: of each rank's command line.
         ranks: processes.
         max_restarts: how often a group that lost a rank is started again.
+        module: what each rank runs instead of engine.
 
     Raises:
         SystemExit: the group failed, with the exit code of the rank that failed first.
@@ -44,7 +45,7 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int) -> None:
         raise SignalException("SIGINT", signal.SIGINT)
 
     signal.signal(signal.SIGINT, interrupt)
-    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "engine"]
+    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", module]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:

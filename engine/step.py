@@ -311,9 +311,11 @@ class Step:
         c, state = self.config, self.state
 
         # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
-        parts.begin("assemble")
+        parts.begin("numbers")
         data = data.to(self.device)
+        parts.begin("exchange")
         views = distributed.gather(data.views)  # (V, H, W, 3) uint8
+        parts.begin("assemble")
         rows = assemble_batch(
             views,
             data.source,
@@ -352,9 +354,10 @@ class Step:
                 # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
                 # micro-batches: the first losses are the first to need them
                 if number == 0:
-                    parts.begin("targets")
+                    parts.begin("exchange")
                     _wait_for(self.guessing)
                     probe_logits, guess_logits = self._exchange(probe_logits, guess_logits)
+                    parts.begin("targets")
                     targets, guesses = self.make_targets(guess_logits, data)
 
                 # 4. Losses (3.3) and their gradients, accumulated over the micro-batches
@@ -381,7 +384,10 @@ class Step:
             mean_losses, stop = losses[0], data.stop
             if not self.one_pass:
                 local = torch.cat([_mean(new_stats), _mean(losses), data.stop])
-                stats, mean_losses, stop = distributed.mean(local).split([len(new_stats[0]), len(LOSSES), 1])
+                parts.begin("exchange")
+                everyones = distributed.mean(local)
+                parts.begin("ema")
+                stats, mean_losses, stop = everyones.split([len(new_stats[0]), len(LOSSES), 1])
                 state.network.set_running_statistics(stats)
             state.ema_model.copy_running_statistics(state.network)
             self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)

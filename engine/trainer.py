@@ -75,7 +75,7 @@ class Trainer:
         self.accuracies: list[float] = []
         self.train_seconds = self.cpu_seconds = 0.0
         self.step = 0
-        self._execute: Callable[[StepInput], StepOutput] | None = None
+        self.execute: Callable[[StepInput], StepOutput] | None = None
         self._log: MetricsLog | None = None
         self._history: History | None = None
         self._shown: dict[str, float] = {}
@@ -185,19 +185,19 @@ class Trainer:
 
     def begin(self) -> None:
         """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views."""
-        self._execute = make_step(self.config, self.state, self.feed.rows, self.execution, self.feed.example)
+        self.execute = make_step(self.config, self.state, self.feed.rows, self.execution, self.feed.example)
         self.feed.begin(self.step)
 
     def advance(self) -> None:
         """Trains one step. Returns when it is on its way."""
-        assert self._execute is not None, "advance follows begin"
-        self.feed.put(self._execute(self.feed.next(stop=self._stop.number != 0)))
+        assert self.execute is not None, "advance follows begin"
+        self.feed.put(self.execute(self.feed.next(stop=self._stop.number != 0)))
         self.step += 1
 
     def end(self) -> None:
         """Waits for what is being made and releases it."""
         self.feed.end()
-        self._execute = None  # NCCL does not release a group whose collectives a graph still holds
+        self.execute = None  # NCCL does not release a group whose collectives a graph still holds
 
     def _log_step(self, step: int, values: dict[str, float]) -> None:
         """Logs a step's metrics; see `Feed`."""

@@ -43,6 +43,7 @@ SHORT = {
     "data info": "",
     "data split": "",
     "reproduce": "--seeds 0 --methods remixmatch -- --steps 8 --eval-every 4",
+    "profile": "--steps 8 --warm-up 1",
     "bench digits": "--presets digits-40 --seeds 0 --steps 2",
     "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     "bench kernels": "--repeats 1 --providers eager --sizes step",

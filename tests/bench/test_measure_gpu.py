@@ -34,9 +34,10 @@ def measure(tmp_path, *arguments, dali=0):
 def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
     done = measure(tmp_path, *["--small"] * small)
     assert done.returncode == 1, done.stderr
-    ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench")]
+    ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench ")]
     others = ["baseline", "pipelines"] if not small else ["pipelines", "scaling", "baseline"]
     assert ran == ["variants", "convolutions", *others, "report"]
+    assert "ran -m bench.profile cifar10-250 --dataset noise-32" in done.stdout
     assert ("ran -m pytest" in done.stdout) is not small
     broken, killed = "kernels (exit code 7)", "throughput (out of time)"
     failed = [broken, killed] if small else [killed, broken, "deterministic (out of time)"]

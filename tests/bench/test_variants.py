@@ -9,6 +9,7 @@ import torch
 from bench import convolutions, records, report, variants
 from bench.convolutions import ConvolutionsOptions, Shape
 from bench.timing import Ceilings
+from bench.trace import by_kind
 from bench.variants import AS_IT_IS, ROOT, VARIANTS, VariantsOptions
 from engine.errors import UserError
 
@@ -71,11 +72,11 @@ def test_time_by_kind_counts_overlapping_kernels_and_gaps():
         kernel("sm90_xmma_fprop_implicit_gemm", 0, 100), kernel("triton_red_fused_1", 50, 150),  # beside one another
         kernel("triton_poi_fused_2", 200, 300), kernel("Memcpy DtoD", 300, 310), kernel("strange", 310, 400),
     ]  # fmt: skip
-    found = variants.by_kind(events, steps=2)
+    found = by_kind(events, steps=2)
     assert found["convolutions, products"] == {"ms": 0.05, "kernels": 0.5, "share": 0.25}
     assert found["reductions (batch norm)"]["ms"] == 0.05 and found["others"]["ms"] == 0.045
     assert found["gaps"]["ms"] == pytest.approx(0.025) and found["gaps"]["share"] == pytest.approx(50 / 400)
-    assert variants.by_kind([], 1) == {}
+    assert by_kind([], 1) == {}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,6 @@ def test_environment_of_a_variant_is_its_checkout(monkeypatch):
 
     monkeypatch.setattr("bench.variants.subprocess.Popen", Popen)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    variants._Process(variants.Variant(checkout=Path("/there")), {"k": 2})
+    variants._process(variants.Variant(checkout=Path("/there")), {"k": 2})
     assert seen["path"] == os.pathsep.join(["/there", "elsewhere"]) and str(seen["cwd"]) == "/there"
     assert "-P" in seen["command"] and '"k": 2' in seen["command"][-1]

@@ -257,7 +257,7 @@ def test_every_ablation_changes_the_paper_s_preset_and_is_valid(name):
 
 
 def parsed(*flags):
-    return cli._parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
+    return cli.parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
 
 
 def test_flags_override_the_method_and_the_ablations_that_they_name():

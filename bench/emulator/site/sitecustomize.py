@@ -18,3 +18,6 @@ if not os.environ.get("EMULATED_IDLE"):
         return whole(model, backend="aot_eager", **others)
 
     torch.compile = without_inductor  # type: ignore[assignment]
+
+# CUPTI asks the driver itself, which is not emulated: what a device does cannot be profiled
+torch.profiler.supported_activities = lambda: {torch.profiler.ProfilerActivity.CPU}
