@@ -43,7 +43,7 @@ COMMANDS = {
     "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
     "ablate": "what each component costs and what it brings: remixmatch ablate PRESET [--time-only] ...",
     "profile": "where a training step's time goes: remixmatch profile PRESET [flags of train]",
-    "report": "runs, or a folder of reproduce, as one HTML page: remixmatch report RUN... [--out FILE]",
+    "report": "runs, or a folder of reproduce or ablate, as an HTML page: remixmatch report RUN... [--out FILE]",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 

@@ -411,6 +411,8 @@ def compare(found: Found) -> list[Section]:
     sections = []
     if found.table.get("lines"):
         sections.append(_table_section(found))
+    if found.table.get("costs"):
+        sections.append(_costs(found.table["costs"]))
     sections.append(_results(found))
     sections.append(_curves(runs))
     return sections
@@ -438,6 +440,36 @@ def _table_section(found: Found) -> Section:
         "with the 95 % interval of Student's t."
     )
     return Section("Table", [Grid("Errors over seeds", head, rows, note)])
+
+
+def _costs(variants: Sequence[dict[str, str]]) -> Section:
+    """What `remixmatch ablate` has measured of each variant's step."""
+    columns = {
+        "ms a step": ("step_ms", ".2f"), "times the full method": ("ratio", ".2f"), "images/s": ("images_per_second", ",.0f"),
+        "MiB": ("memory_mib", ",.0f"), "launches": ("launches", ",.0f"), "GB": ("gigabytes", ".2f"),
+    }  # fmt: skip
+    shown = {title: each for title, each in columns.items() if any(_number(row, each[0]) for row in variants)}
+    rows = [
+        [row["variant"], *("" if (found := _number(row, name)) is None else format(found, form) for name, form in
+                           shown.values())]
+        for row in variants
+    ]  # fmt: skip
+    ratios = {row["variant"]: ratio for row in variants if (ratio := _number(row, "ratio")) is not None}
+    parts: list[Chart | Gallery | Grid] = []
+    if ratios:
+        slowest = max(ratios, key=ratios.__getitem__)
+        text = f"Time of a step. The longest is that of {slowest}: {ratios[slowest]:.2f} times the full method's."
+        drawn = {name: [(name, ratio)] for name, ratio in ratios.items()}
+        parts.append(charts.dots("Time of a step", "times the full method's", drawn, text))
+    note = "Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."
+    return Section("Cost", [*parts, Grid("Cost of each variant", ["variant", *shown], rows, note)])
+
+
+def _number(row: dict[str, str], name: str) -> float | None:
+    try:
+        return float(row[name])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _pm(centre: float | None, deviation: float | None) -> str:

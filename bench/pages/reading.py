@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -83,7 +84,8 @@ class Found:
 
     Attributes:
         runs: at least one.
-        table: content of table.json of a folder of `reproduce`; empty without one.
+        table: content of table.json of a folder of `reproduce`; of a folder of `ablate` its "cells", and "costs" as in
+            ablate.csv; empty without either.
         left_out: folders that hold a run which has not begun, in words.
     """
 
@@ -115,7 +117,7 @@ def read(paths: Sequence[Path]) -> Found:
         left_out += [f"{folder.name} has not begun, or failed before its first row" for folder in waiting]
         folders.update((folder, path) for folder in begun)
         if inside != [path]:
-            tables.append(read_object(path / "table.json"))
+            tables.append(read_object(path / "table.json") or read_ablation(path, inside))
     table = tables[0] if len(paths) == 1 and tables else {}
     cells = _cells_of(table)
     rows = {name: str(cell["row"]) for name, cell in cells.items()}
@@ -166,6 +168,23 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
+    """Cells of a folder of `ablate`, and one row of ablate.csv a variant; empty without such a file.
+
+    Args:
+        folder: holds ablate.csv.
+        cells: folders of runs, whose names end in what the file knows them by.
+    """
+    try:
+        with (folder / "ablate.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if {"cell", "variant", "preset", "seed"} <= row.keys()]
+    except (OSError, ValueError, csv.Error):
+        return {}
+    names = {cell.name.rpartition("-")[2]: cell.name for cell in cells}
+    known = [{**row, "cell": names[row["cell"]], "row": row["variant"]} for row in rows if row["cell"] in names]
+    return {"cells": known, "costs": list({row["variant"]: row for row in rows}.values())}
 
 
 def read_profile(path: Path) -> list[tuple[str, float]]:

@@ -69,13 +69,16 @@ def make_run(
     return folder
 
 
-def make_table(folder, rows=("remixmatch", "fixmatch"), seeds=(0, 1)):
-    """Writes a folder as `remixmatch reproduce` does: a run for each cell, one of them not begun, and table.json."""
+def make_table(folder, rows=("remixmatch", "fixmatch"), seeds=(0, 1), method=""):
+    """Writes a folder as `remixmatch reproduce` does: a run for each cell, one of them not begun, and table.json.
+
+    Rows are methods, or other names if one is given.
+    """
     cells, lines = [], []
     for number, row in enumerate(rows):
         for seed in seeds:
             name = f"digits-40-{row}-seed{seed}-0123456789"
-            make_run(folder / name, seed=seed, method=row, error=5.0 + number + 0.1 * seed)
+            make_run(folder / name, seed=seed, method=method or row, error=5.0 + number + 0.1 * seed)
             cells.append({"cell": name, "row": row, "preset": "digits-40", "seed": seed, "state": "done"})
         full = {"mean": 1.0, "low": 0.5, "high": 1.5, "seeds": list(seeds)} if number else None
         lines.append({

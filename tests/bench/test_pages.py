@@ -208,6 +208,22 @@ def test_a_folder_of_reproduce(tmp_path, capsys):
     assert len([each for each in seen.all("details") if each.get("class") == "run"]) == 4
 
 
+def test_a_folder_of_ablate(tmp_path):
+    folder = make_table(tmp_path / "ablate", ("remixmatch", "k=1"), (0,), method="remixmatch")
+    (folder / "table.json").unlink()
+    (folder / "ablate.csv").write_text(
+        "preset,variant,seed,cell,error_median,step_ms,ratio,ratio_low,launches\n"
+        "digits-40,remixmatch,0,0123456789,6.0,10.5,1,1,\ndigits-40,k=1,0,k1,7.0,7.25,0.69,0.6,\n"
+    )
+    (folder / "digits-40-k=1-seed0-0123456789").rename(folder / "digits-40-k=1-seed0-k1")
+    seen = report(tmp_path, folder)
+    for words in ("Time of a step", "Cost of each variant", "7.25", "0.69", "k=1 seed 0", "remixmatch seed 0", "+1.00"):
+        assert words in seen.words, words
+    assert "launches" not in seen.words
+    (folder / "ablate.csv").write_text("x\n1\n")
+    assert "Cost" not in report(tmp_path, folder).words
+
+
 def test_differences_are_to_the_same_seed_of_the_first_group(tmp_path):
     runs = [
         make_run(tmp_path / "a0", seed=0, error=5.0),
