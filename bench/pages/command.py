@@ -21,7 +21,7 @@ NEEDED = ("altair", "vl_convert", "jinja2")
 
 @dataclass
 class ReportOptions:
-    """Writes one self-contained HTML page about a run, several runs, or a folder of `remixmatch reproduce` or `ablate`."""
+    """Writes one self-contained HTML page about a run, several runs, or a folder of `reproduce` or `ablate`."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
     """Folders of runs, or folders that hold such folders."""
