@@ -446,7 +446,8 @@ def _costs(variants: Sequence[dict[str, str]]) -> Section:
     """What `remixmatch ablate` has measured of each variant's step."""
     columns = {
         "ms a step": ("step_ms", ".2f"), "times the full method": ("ratio", ".2f"),
-        "images/s": ("images_per_second", ",.0f"), "MiB": ("memory_mib", ",.0f"), "launches": ("launches", ",.0f"), "GB": ("gigabytes", ".2f"),
+        "images/s": ("images_per_second", ",.0f"), "MiB": ("memory_mib", ",.0f"),
+        "launches": ("launches", ",.0f"), "GB": ("gigabytes", ".2f"),
     }  # fmt: skip
     shown = {title: each for title, each in columns.items() if any(_number(row, each[0]) for row in variants)}
     rows = [
