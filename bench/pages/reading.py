@@ -102,7 +102,7 @@ def read(paths: Sequence[Path]) -> Found:
     """
     if not paths:
         raise UserError("report needs a run's folder, or a folder of runs")
-    folders: dict[Path, Path] = {}  # and the path under which each was given
+    folders: dict[Path, None] = {}
     tables, left_out = [], []
     for path in paths:
         if not path.is_dir():
@@ -115,7 +115,7 @@ def read(paths: Sequence[Path]) -> Found:
             raise UserError(f"{path} has nothing to report yet: no row is in metrics.jsonl")
         waiting = [folder for folder in inside if folder not in begun]
         left_out += [f"{folder.name} has not begun, or failed before its first row" for folder in waiting]
-        folders.update((folder, path) for folder in begun)
+        folders |= dict.fromkeys(begun)
         if inside != [path]:
             tables.append(read_object(path / "table.json") or read_ablation(path, inside))
     table = tables[0] if len(paths) == 1 and tables else {}
