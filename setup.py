@@ -11,8 +11,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
-    packages=["engine", "kernels", "pipelines", "bench", "bench.emulator"],
-    package_data={"bench": ["results/*.jsonl"], "bench.emulator": ["*.cpp", "*.h", "site/*.py"]},
+    packages=["engine", "kernels", "pipelines", "bench", "bench.emulator", "bench.pages"],
+    package_data={
+        "bench": ["results/*.jsonl"],
+        "bench.emulator": ["*.cpp", "*.h", "site/*.py"],
+        "bench.pages": ["templates/*"],
+    },
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
@@ -49,9 +53,15 @@ setup(
         "trackio": ["trackio>=0.43"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "slurm": ["submitit>=1.5"],
+        "report": ["altair>=6.0", "vl-convert-python>=1.8", "jinja2>=3.1"],
         "dev": [
             "timm>=1.0",
             "submitit>=1.5",
+            "altair>=6.0",
+            "vl-convert-python>=1.8",
+            "jinja2>=3.1",
+            "playwright>=1.50",  # drives a browser of the system's; none is downloaded
+            "axe-playwright-python>=0.1.4",
             "onnx>=1.17",
             "onnxscript>=0.5",
             "onnxruntime>=1.20",
@@ -74,6 +84,7 @@ setup(
                 "reproduce": "reproduce",
                 "ablate": "ablate",
                 "profile": "profile",
+                "report": "pages.command",
             }.items()
         ],
     },

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import os
-import subprocess
 import sys
 import traceback
 from collections import defaultdict
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.run import device_name, versions
+from engine.run import commit, device_name, versions
 
 RESULTS = Path(__file__).parent / "results"  # the project's own rows, which come with the package
 OUT = Path("bench-results")  # a user's, in the current folder
@@ -39,27 +36,6 @@ KEYS = {
     "pipelines": ("backend", "rows", "side"),
     "data": ("part", "images", "few_images", "side", "views", "decoder"),
 }
-
-
-@functools.cache
-def commit() -> str:
-    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout.
-
-    Where files were copied without their history, the variable REMIXMATCH_COMMIT can name it.
-    """
-    if given := os.environ.get("REMIXMATCH_COMMIT"):
-        return given
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is that of whoever installed us
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def record(bench: str, device: Any, **values: Any) -> Row:

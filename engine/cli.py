@@ -1,4 +1,4 @@
-"""The command line: `remixmatch train | eval | predict | doctor | reproduce | ablate | bench`.
+"""The command line: `remixmatch train | eval | predict | doctor | reproduce | ablate | report | bench`.
 
 A mistake of the user's is one line on stderr and exit code 2, without a traceback.
 """
@@ -43,6 +43,7 @@ COMMANDS = {
     "reproduce": "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
     "ablate": "what each component costs and what it brings: remixmatch ablate PRESET [--time-only] ...",
     "profile": "where a training step's time goes: remixmatch profile PRESET [flags of train]",
+    "report": "runs, or a folder of reproduce or ablate, as an HTML page: remixmatch report RUN... [--out FILE]",
     "bench": "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
 }
 

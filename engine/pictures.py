@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 import numpy as np
 
+from engine.history import Views
 from engine.step import LOSSES
 from pipelines.ctaugment import describe
 from pipelines.dali import DaliViews
@@ -56,15 +57,14 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_views(feed: Feed, step: int, path: Path) -> None:
-    """Draws the first unlabeled images of a step: image, weak view, and strong views with their names.
+def make_views(feed: Feed, step: int) -> Views:
+    """The first unlabeled images of a step: image, weak view, and strong views with their names.
 
     Labeled images and their strong view where the method has no unlabeled ones.
 
     Args:
         feed: of the run; knows every probe that the step's plan may know.
-        step: whose plan is drawn.
-        path: of the PNG.
+        step: whose plan it is.
     """
     spec, config, data = feed.spec, feed.config, feed.data
     shown_rows = data.unlabeled_rows if spec.unlabeled_images else feed.split
@@ -86,22 +86,34 @@ def draw_views(feed: Feed, step: int, path: Path) -> None:
         views = pipeline.collect().numpy().reshape(len(blocks), shown, *data.sides, 3)
     finally:
         pipeline.close()
+    images = data.train_images[shown_rows[chosen.image[:shown]]]
+    captions = [
+        ["image"]
+        + [
+            "weak" if block in weak else describe(chosen.ops[number], chosen.levels[number])
+            for block, number in zip(blocks, range(row, len(rows), shown), strict=True)
+        ]
+        for row in range(shown)
+    ]
+    return Views(np.concatenate([images[:, None], views.swapaxes(0, 1)], axis=1), captions)
 
-    columns = 1 + len(blocks)
+
+def draw_views(views: Views, path: Path) -> None:
+    """Draws views, a row for each image, with their captions.
+
+    Args:
+        views: of `make_views`.
+        path: of the PNG.
+    """
+    shown, columns = views.images.shape[:2]
     # places are given: to have them found takes seconds for so many pictures
     places = dict(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (2.15 * shown), wspace=0.1, hspace=0.3)
     figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), gridspec_kw=places)
-    axes = np.asarray(axes).reshape(shown, columns)
-    for axis in axes.flat:
+    for number, axis in enumerate(np.asarray(axes).flat):
+        row, column = divmod(number, columns)
         axis.set_axis_off()
-    for row in range(shown):
-        axes[row, 0].imshow(data.train_images[shown_rows[chosen.image[row]]])
-        axes[row, 0].set_title("image" if row == 0 else "", fontsize=8)
-        for column, block in enumerate(blocks):
-            axis = axes[row, column + 1]
-            axis.imshow(views[column, row])
-            number = column * shown + row
-            caption = "weak" if block in weak else describe(chosen.ops[number], chosen.levels[number])
-            axis.set_title(caption.replace(", ", "\n"), fontsize=7)
+        axis.imshow(views.images[row, column])
+        caption = views.captions[row][column] if row == 0 or column else ""
+        axis.set_title(caption.replace(", ", "\n"), fontsize=7 if column else 8)
     figure.savefig(path, dpi=100)
     plt.close(figure)

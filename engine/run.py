@@ -1,16 +1,18 @@
 """A run: begun or resumed in its folder, finished, and read back.
 
-config.json  split.json  metrics.jsonl  tensorboard/  logged.json  checkpoints/  summary.json
-curves.png  views.png  ema.safetensors
+config.json  split.json  metrics.jsonl  history.jsonl  tensorboard/  logged.json  checkpoints/  summary.json
+curves.png  views.png  results.npz  ema.safetensors
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, history, predict
 from engine.config import Config, changed_fields, check_data, load_config, open_data, validate
 from engine.errors import UserError
 from engine.execution import pick_device, set_numerics
@@ -94,6 +96,7 @@ def train(
 
 def _begin(config: Config, folder: Path, resume: bool, data: DataSet, split: np.ndarray) -> bool:
     begun = check_folder(config, folder, resume)
+    commit()  # what trains is what was there at the start, whatever is committed meanwhile
     describe(config, folder, data, split)
     return begun
 
@@ -109,6 +112,27 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "missing"
     return found
+
+
+@functools.cache
+def commit() -> str:
+    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout.
+
+    Where files were copied without their history, the variable REMIXMATCH_COMMIT can name it.
+    """
+    if given := os.environ.get("REMIXMATCH_COMMIT"):
+        return given
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is that of whoever installed us
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def device_name(device: torch.device) -> str:
@@ -156,18 +180,24 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "ranks": distributed.ranks(),
         "versions": versions(),
         "device": device_name(trainer.execution.device),
+        "commit": commit(),
     }
 
 
 def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
-    from engine.pictures import draw_curves, draw_views  # matplotlib takes a second that only the end should pay
+    # matplotlib takes a second that only the end should pay
+    from engine.pictures import draw_curves, draw_views, make_views
 
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
     save_file(tensors, folder / "ema.safetensors")
     (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
-    draw_views(trainer.feed, trainer.step, folder / "views.png")
+    views = make_views(trainer.feed, trainer.step)
+    draw_views(views, folder / "views.png")
+    data, rows = trainer.data, history.predicted_rows(trainer.data)
+    probabilities = predict.probabilities(trainer.state.ema_model, data.test_images[rows], trainer.execution.device)
+    history.save_results(folder, probabilities, rows, data, views)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from engine import checkpoint, distributed
 from engine.capture import make_step
 from engine.config import Config
 from engine.errors import Stopped, UserError
-from engine.evaluation import agreement, evaluate, median_of_last
+from engine.evaluation import agreement, evaluate, guess_quality, median_of_last
 from engine.execution import Execution, set_numerics
 from engine.feed import Feed
 from engine.guard import StopRequest, Watchdog
 from engine.health import Health, Look, compared_images
+from engine.history import History, guessed_images, named_bins
 from engine.progress import MetricsLog, ProgressLine
 from engine.step import LOSSES, StepInput, StepOutput, TrainState, make_state
 from pipelines.datasets import DataSet
@@ -70,11 +71,13 @@ class Trainer:
         self.timeout, self.check_ranks = timeout, check_ranks
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)
+        self.guessed = guessed_images(config, data, split, self.feed.images_per_step)
         self.accuracies: list[float] = []
         self.train_seconds = self.cpu_seconds = 0.0
         self.step = 0
         self.execute: Callable[[StepInput], StepOutput] | None = None
         self._log: MetricsLog | None = None
+        self._history: History | None = None
         self._shown: dict[str, float] = {}
         self._stop = StopRequest()
         self._stop_at: int | None = None  # the step before which all ranks stop
@@ -115,6 +118,8 @@ class Trainer:
         self.feed.drain(self.step)
         if self._log:
             self._log.catch_up()  # no row may be missing before the step that a run is resumed from
+        if self._history:
+            self._history.catch_up()
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
             raise self._diverged(self.step - 1, "the update left parameters that are not finite")
         content = {
@@ -144,6 +149,7 @@ class Trainer:
         if distributed.rank() == 0:
             c, tell = self.config, self.progress
             self._log = MetricsLog(self.folder, self.step, tell.warn, c.log, asdict(c), tell.say)
+            self._history = History(self.folder, self.step, c.eval_every, tell.warn)
         begin, cpu_begin = time.monotonic() - self.train_seconds, time.process_time() - self.cpu_seconds
         several = distributed.ranks() > 1
         guard = Watchdog(self.timeout, distributed.rank(), self._stop) if several else nullcontext()
@@ -163,6 +169,8 @@ class Trainer:
                     raise Stopped(f"{name}: step {self.step} is saved in {self.folder}; go on with --resume", number)
         finally:
             self.end()
+            if self._history:
+                self._history.catch_up()
             if self._log:
                 self._log.close()
 
@@ -217,23 +225,38 @@ class Trainer:
             self._shown = {"test %": accuracy}
             if self._log:
                 self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
+            marginals = torch.stack([self.state.p_model_history.mean(0), self.state.label_marginal]).tolist()
             if self.health.due(self.step):
-                self._look()
+                self._look(*marginals)
+            self._remember(*marginals)
         if self.check_ranks and self.step % self.check_ranks == 0:
             self._compare_ranks()
         if last or self.step % c.checkpoint_every == 0 or self.saver.due:
             self.save(last)
 
-    def _look(self) -> None:
+    def _look(self, p_model: list[float], label_marginal: list[float]) -> None:
         """Warns where the run does not learn. All ranks see the same, and all take part in what they compare."""
         state, compared = self.state, None
-        marginals = torch.stack([state.p_model_history.mean(0), state.label_marginal])
         if self.health.comparing(self.step):
             images = compared_images(self.data.train_images, self.health.images)
             compared = agreement(state.network, state.ema_model, images, self.execution.device)
-        p_model, label_marginal = marginals.tolist()
         for warning in self.health.look(Look(self.step, p_model, label_marginal, compared)):
             self.progress.warn(warning)
+
+    def _remember(self, p_model: list[float], label_marginal: list[float]) -> None:
+        """Adds to the history what a report shows of this moment. All ranks take part in the guesses."""
+        values: dict[str, Any] = {}
+        if self.config.unlabeled:
+            values["p_model"], values["label_marginal"] = (
+                [round(p, 5) for p in each] for each in (p_model, label_marginal)
+            )
+        if self.feed.policy.learn:
+            values["bins"] = named_bins(self.feed.policy.weights)
+        if self.guessed.due(self.step, self.config):
+            images, labels = (each[self.guessed.rows] for each in (self.data.train_images, self.data.train_labels))
+            values["guesses"] = guess_quality(self.config, self.state, images, labels, self.execution.device)
+        if self._history:
+            self._history.add(self.step, values)
 
     def _compare_ranks(self) -> None:
         """Raises UserError where a bit of a rank's state is not as on rank 0."""

@@ -38,6 +38,7 @@ SHORT = {
     "predict": "",
     "doctor": "",
     "export": "",
+    "report": "",
     "data list": "",
     "data info": "",
     "data split": "",
@@ -131,8 +132,9 @@ def test_the_wheel_holds_all_that_it_should(wheel):
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     rows = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "results").glob("*.jsonl")}
     emulator = {f"bench/emulator/{name}" for name in SOURCES}
-    assert len(modules) > 50 and rows
-    assert {name for name in names if ".dist-info/" not in name} == modules | rows | emulator
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "pages" / "templates").iterdir()}
+    assert len(modules) > 50 and rows and templates
+    assert {name for name in names if ".dist-info/" not in name} == modules | rows | emulator | templates
     assert "kernels/__init__.py" not in names
 
 

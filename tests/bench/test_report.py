@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import cli, digits, records, report
+from engine import run
 from engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -145,8 +146,8 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
     monkeypatch.delenv("REMIXMATCH_COMMIT", raising=False)
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert records.commit.__wrapped__() == "unknown"
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run.commit.__wrapped__() == "unknown"
 
 
 def test_readme_shows_the_table_of_the_committed_results():

@@ -52,7 +52,7 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
-        "curves.png", "views.png", "ema.safetensors",
+        "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
     }  # fmt: skip
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["preset"] == "digits-40" and summary["seed"] == 0 and summary["labels"] == 40

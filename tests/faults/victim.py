@@ -10,10 +10,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint
+from engine.history import read_history, read_results
 from engine.progress import read_metrics
 from engine.trainer import CHECKPOINTS
 from tests.processes import ROOT, command, final_state, finish, start, start_ranks
@@ -315,6 +317,10 @@ class Victim:
             outcome.bits = bits
         assert bits == 0, f"{bits} bits differ after {self._of_this_run}"
         assert read_metrics(self.run / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
+        assert read_history(self.run) == read_history(reference) != []
+        results, others = read_results(self.run), read_results(reference)
+        for name in others.keys() - {"views", "captions"}:  # of which some processes draw fewer
+            assert np.array_equal(results[name], others[name]), name
         check_finished(self.run, found[1])
         self._new_run()
 
@@ -332,7 +338,7 @@ def check_finished(run, content):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
-        "curves.png", "views.png", "ema.safetensors",
+        "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
     }  # fmt: skip
     for picture in ("curves.png", "views.png"):
         assert (run / picture).read_bytes().endswith(b"IEND\xaeB`\x82"), picture

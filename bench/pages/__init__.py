@@ -1,0 +1,1 @@
+"""`remixmatch report`: runs as one self-contained HTML page."""
