@@ -47,6 +47,7 @@ setup(
         "timm": ["timm>=1.0"],
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "slurm": ["submitit>=1.5"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "latex2mathml>=3.77"],
         "dev": [
             "timm>=1.0",
             "submitit>=1.5",
@@ -59,6 +60,9 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "setuptools>=77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "latex2mathml>=3.77",
         ],
     },
     entry_points={
