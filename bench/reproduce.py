@@ -760,7 +760,8 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
             done[entry.seed] = tables.Run(
                 median, last, each.summary["steps"], entry.cell.config.split, _seconds(each.summary)
             )
-    figures = ABLATION_FIGURES if TABLES[name].kind == "ablation" else FIGURES
+    ablation = TABLES[name].kind == "ablation"
+    figures = ABLATION_FIGURES if ablation else FIGURES
     return [
         tables.line(
             row,
@@ -769,10 +770,24 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
             runs[preset_name, row],
             runs.get((preset_name, FULL)) if row != FULL else None,
             figures.get((preset_name, row)),
+            papers_difference(row, preset(preset_name).k) if ablation else None,
         )
         for preset_name in dict.fromkeys(entry.preset for entry in entries)
         for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
     ]
+
+
+def papers_difference(row: str, k: int) -> float | None:
+    """How much an ablation adds to the paper's error, in points; None where the paper does not say.
+
+    Args:
+        row: its name.
+        k: K of the full method that it is compared with: the paper has other ablations at K = 8 alone.
+    """
+    errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
+    errors["k=8"] = errors[FULL]
+    beside = f"k={k}" if row.startswith("k=") else FULL
+    return errors[row] - errors[beside] if row != FULL and row in errors and beside in errors else None
 
 
 def _seconds(summary: Mapping[str, Any]) -> float | None:

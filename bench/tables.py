@@ -76,6 +76,7 @@ class Line:
         paper: the published figure.
         to_paper: difference of the means, in points.
         to_full: difference to the full method.
+        papers_difference: what that is in the paper, perhaps on other data, in points.
         steps: of the runs.
         split: their rule.
         seconds: their median; None where none is known.
@@ -93,6 +94,17 @@ class Line:
     steps: tuple[int, ...]
     split: tuple[str, ...]
     seconds: float | None
+    papers_difference: float | None = None
+
+    @property
+    def sign(self) -> str:
+        """Whether the difference to the full method has the sign that it has in the paper."""
+        found, papers = self.to_full, self.papers_difference
+        if found is None or papers is None:
+            return ""
+        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+            return "not told"
+        return "same" if found.mean * papers > 0 else "opposite"
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -131,6 +143,7 @@ def line(
     runs: Mapping[int, Run],
     full: Mapping[int, Run] | None,
     paper: Figure | None,
+    papers_difference: float | None = None,
 ) -> Line:
     """One row of a table.
 
@@ -141,6 +154,7 @@ def line(
         runs: finished ones, by seed.
         full: those of the full method for the same preset; None where this row is the full method.
         paper: the published figure.
+        papers_difference: see `Line`.
     """
     medians = {seed: run.median for seed, run in runs.items()}
     median = spread(list(medians.values()))
@@ -157,6 +171,7 @@ def line(
         steps=tuple(sorted({run.steps for run in runs.values()})),
         split=tuple(sorted({run.split for run in runs.values()})),
         seconds=median_or_none([run.seconds for run in runs.values() if run.seconds is not None]),
+        papers_difference=papers_difference,
     )
 
 
@@ -176,7 +191,9 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
     """
     compared = any(each.to_full for each in lines)
     head = ["preset", "method", "seeds", "error, %: median of last 20", "last evaluation", "paper", "ours - paper"]
+    signed = any(each.papers_difference is not None for each in lines)
     head += [f"difference to {full}"] if compared else []
+    head += ["difference in the paper", "sign"] if signed else []
     timed = any(each.seconds is not None for each in lines)
     head += ["minutes a run"] if timed else []
     head += ["steps", "split"]
@@ -191,6 +208,11 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
             _paper(each.paper),
             "" if each.to_paper is None else f"{each.to_paper:+.2f}",
             *([shown_difference(each.to_full)] if compared else []),
+            *(
+                ["" if each.papers_difference is None else f"{each.papers_difference:+.2f}", each.sign]
+                if signed
+                else []
+            ),
             *(["" if each.seconds is None else f"{each.seconds / 60:.1f}"] if timed else []),
             ", ".join(f"{steps:,}" for steps in each.steps),
             ", ".join(each.split),
@@ -204,6 +226,11 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         words.append(
             f"Differences to {full} are in points of the median, over the seeds that both have: their mean and the "
             "95 % interval of Student's t for paired samples. One seed has no interval."
+        )
+    if signed:
+        words.append(
+            "Differences in the paper are on CIFAR-10 with 250 labels, one split; those of K are to the K that the "
+            'preset has. A sign is "not told" where the interval holds 0, or there is none.'
         )
     if timed:
         words.append("Minutes are the median over the runs; on a CPU, of its time in all threads.")

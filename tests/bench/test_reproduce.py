@@ -219,6 +219,23 @@ def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
     assert reproduce._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
 
 
+def test_differences_stand_beside_the_papers(tmp_path):
+    assert reproduce.papers_difference("l2", 8) == pytest.approx(11.34) == reproduce.papers_difference("l2", 2)
+    assert reproduce.papers_difference("k=1", 8) == pytest.approx(1.38)
+    assert reproduce.papers_difference("k=1", 2) == pytest.approx(0.58)
+    assert reproduce.papers_difference("k=8", 2) == pytest.approx(-0.80)
+    assert reproduce.papers_difference("mean-guess", 2) is None and reproduce.papers_difference("remixmatch", 8) is None
+    full = {1: 10.0, 2: 12.0, 3: 11.0}
+    signs = {}
+    for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "not told": (1.0, -1.0, 0.5)}.items():
+        runs = {seed: tables.Run(full[seed] + worse[seed - 1], 0.0, 1, "paper") for seed in full}
+        of_full = {seed: tables.Run(error, 0.0, 1, "paper") for seed, error in full.items()}
+        signs[name] = tables.line("l2", "p", (1, 2, 3), runs, of_full, None, papers_difference=11.34)
+    assert [line.sign for line in signs.values()] == list(signs)
+    text = tables.markdown("title", list(signs.values()), "remixmatch")
+    assert "| difference in the paper | sign |" in text and "of 3 pairs | +11.34 | opposite |" in text
+
+
 # Results
 
 
