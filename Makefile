@@ -50,9 +50,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the pages of docs/ as a site in build/site; a warning is an error. The variable silences an advertisement of the theme's
+# the pages of docs/ as a site in build/site; a warning is an error. The variable silences a notice of the theme's
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # every figure of the tables of digits: three presets and LabelSpreading, five seeds each
 results: $(VENV)/installed

@@ -47,8 +47,6 @@ SHORT = {
     "data check-split": "",
     "reproduce": "--seeds 0 --methods remixmatch -- --steps 8 --eval-every 4",
     "profile": "--steps 8 --warm-up 1",
-    "ablate": "--axes no-rotation --time-only --no-count --repeats 1 --seconds 0.1",
-    "bench digits": "--presets digits-40 --seeds 0 --steps 2",
     "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     "bench kernels": "--repeats 1 --providers eager --sizes step",
     "bench pipelines": "--repeats 1 --rows 16 --batches 1 --threads 1",
@@ -62,6 +60,7 @@ SHORT = {
 }
 # commands that no flag makes short, and why: they are run as written only, with `--long`
 LONG = {
+    "ablate": "four processes that train at least, two by two in turns: half a minute",
     "bench count": "an emulated device is built, and the paper's step is compiled on it: a minute",
     "bench variants": "eight processes that train, one after another",
     "bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill",
