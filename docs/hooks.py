@@ -183,7 +183,8 @@ def on_files(files: Any, config: Any) -> Any:
         fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=2))
         fence = max(fence, "```", key=len)
         language = LANGUAGES.get(Path(path).suffix, "text")
-        shown = f'---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fence}{language} linenums="1"\n{text}{fence}\n'
+        head = f"---\nhide: [toc]\nsearch:\n  exclude: true\n---\n\n# {path}\n"
+        shown = f'{head}\n{fence}{language} linenums="1"\n{text}{fence}\n'
         files.append(File.generated(config, in_site(path), content=shown, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
