@@ -49,6 +49,7 @@ def examples():
 
 
 def inline():
-    """Code in the text, beside blocks."""
-    outside = [re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE) for text in TEXTS.values()]
+    """Code in the text, beside blocks and comments."""
+    hidden = re.compile(r"^```.*?^```$|<!--.*?-->", re.DOTALL | re.MULTILINE)
+    outside = [hidden.sub("", text) for text in TEXTS.values()]
     return [code for text in outside for code in re.findall(r"`([^`\n]+)`", text)]
