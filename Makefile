@@ -8,7 +8,7 @@ FAULTS ?= 300
 PYTEST := $(BIN)/python -m pytest -n 2
 EMULATED := $(BIN)/python -m bench.emulator
 
-.PHONY: run test test-long test-gpu test-emulated test-faults lint emulator results clean
+.PHONY: run test test-long test-gpu test-emulated test-faults lint docs emulator results clean
 
 # rebuilt when a requirement or a tested version changes
 $(VENV)/installed: setup.py constraints.txt
@@ -50,10 +50,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# every figure of the README's table: three presets and LabelSpreading, five seeds each
+# the pages of docs/ as a site in build/site; a warning is an error. The variable silences a notice of the theme's
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# every figure of the tables of digits: three presets and LabelSpreading, five seeds each
 results: $(VENV)/installed
 	$(BIN)/remixmatch bench digits --out bench/results/digits.jsonl
-	$(BIN)/remixmatch bench report --results bench/results --readme README.md
+	$(BIN)/remixmatch bench report --results bench/results --readme docs/results.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

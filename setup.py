@@ -54,6 +54,7 @@ setup(
         "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "slurm": ["submitit>=1.5"],
         "report": ["altair>=6.0", "vl-convert-python>=1.8", "jinja2>=3.1"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "latex2mathml>=3.77"],
         "dev": [
             "timm>=1.0",
             "submitit>=1.5",
@@ -72,6 +73,9 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "setuptools>=77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "latex2mathml>=3.77",
         ],
     },
     entry_points={

@@ -1,4 +1,4 @@
-"""`remixmatch bench report`: tables and charts from the rows of benches, tables also in the README."""
+"""`remixmatch bench report`: tables and charts from the rows of benches, tables also in docs/results.md."""
 
 from __future__ import annotations
 
@@ -209,16 +209,17 @@ class ReportOptions:
     """The folder of the benches' rows, in a file a bench: digits.jsonl, throughput.jsonl and so on. By default
     bench-results where that is a folder, otherwise the measurements that come with the package."""
     readme: Path | None = None
-    """Replace the tables in this file, between their markers: digits, and performance where it has such markers."""
+    """Replace the tables in this file, README or another page, between their markers: digits, and performance where it
+    has such markers."""
     charts: Path | None = None
     """Draw PNG charts into this folder."""
 
 
 def main(options: ReportOptions) -> None:
-    """Prints the tables, puts them into a README and draws charts.
+    """Prints the tables, puts them into a page and draws charts.
 
     Raises:
-        UserError: no results yet, or a README without the markers.
+        UserError: no results yet, or a page without the markers.
     """
     results = options.results or (records.OUT if records.OUT.is_dir() else records.RESULTS)
     rows = {bench: records.read(results / f"{bench}.jsonl") for bench in BENCHES}

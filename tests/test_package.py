@@ -1,11 +1,11 @@
-"""The wheel: what is in it, that it shares an environment with Hugging Face's `kernels`, and README's commands from it.
+"""The wheel: what is in it, that it shares an environment with Hugging Face's `kernels`, and the commands of README and
+the pages of docs/ from it.
 
 It is installed into environments of their own, which find torch and the like in the one that runs the tests, but not
 its editable install of the checkout: .pth files are only read in an environment's own folder.
 """
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +20,7 @@ from PIL import Image
 
 from bench.emulator.run import SOURCES
 from pipelines.datasets import digits
+from tests import pages
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "kernels", "pipelines", "bench")
@@ -31,9 +32,10 @@ THEIR_MODULES = [
     *("validate", "variants", "verify"),
 ]
 
-# flags with which a command of README is over within seconds; they are added to it
+# flags with which a command of README or a page is over within seconds; they are added to it
 SHORT = {
     "train": "--steps 8 --eval-every 4 --checkpoint-every 4",
+    "train folder": "--steps 2 --batch 2 --k 1 --width 16 --blocks 1 --lag 3 --eval-every 2",
     "eval": "",
     "predict": "",
     "doctor": "",
@@ -42,9 +44,10 @@ SHORT = {
     "data list": "",
     "data info": "",
     "data split": "",
+    "data prepare": "",
+    "data check-split": "",
     "reproduce": "--seeds 0 --methods remixmatch -- --steps 8 --eval-every 4",
     "profile": "--steps 8 --warm-up 1",
-    "bench digits": "--presets digits-40 --seeds 0 --steps 2",
     "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     "bench kernels": "--repeats 1 --providers eager --sizes step",
     "bench pipelines": "--repeats 1 --rows 16 --batches 1 --threads 1",
@@ -58,10 +61,14 @@ SHORT = {
 }
 # commands that no flag makes short, and why: they are run as written only, with `--long`
 LONG = {
+    "ablate": "four processes that train at least, two by two in turns: half a minute",
     "bench count": "an emulated device is built, and the paper's step is compiled on it: a minute",
     "bench variants": "eight processes that train, one after another",
     "bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill",
 }
+
+# those that train for hours: never run as written
+HOURS = {"train folder"}
 
 
 def pip(*arguments):
@@ -98,6 +105,7 @@ class Installed:
         """Runs a command of the environment in a folder, on the CPU, and returns what it prints."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+        environment["REMIXMATCH_DATA"] = str(Path(folder) / "data")
         # found by the new PATH, not by ours
         program = shutil.which(command[0], path=environment["PATH"])
         assert program == str(self.folder / "bin" / command[0])
@@ -177,45 +185,52 @@ def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel
     assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
 
 
-def readme_commands():
-    """The commands in README's blocks of code that begin with `remixmatch`, in their order, without comments."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("remixmatch ")]
-
-
-def readme_python():
-    """README's example in Python."""
-    (example,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    return example
-
-
 def kind(command):
     """What SHORT and LONG call a command: its first word, and the second where there is one for each."""
-    return " ".join(command[1 : 3 if command[1] in ("bench", "data") else 2])
+    two = command[1] in ("bench", "data") or command[1:3] == ["train", "folder"]
+    return " ".join(command[1 : 3 if two else 2])
 
 
-def test_every_command_of_readme_is_known():
-    commands = readme_commands()
+def test_every_command_of_the_pages_is_known():
+    commands = pages.commands()
     assert commands
     unknown = [shlex.join(command) for command in commands if kind(command) not in SHORT | LONG]
-    assert not unknown, "tests/test_package.py runs README's commands: enter in SHORT which flags make these short"
+    assert not unknown, "tests/test_package.py runs the pages' commands: enter in SHORT which flags make these short"
+
+
+def some_images(folder):
+    """What the pages' commands are about: an image, a folder of images with and without labels, and one to classify."""
+    images, labels = digits().test_images, digits().test_labels
+
+    def save(path, number, side=100):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number]).resize((side, side)).save(path)
+
+    save(folder / "image.png", 0, images.shape[1])
+    for number in range(24):
+        part = ("train", "test", "unlabeled")[number % 3]
+        where = (
+            folder / "pets" / part if part == "unlabeled" else folder / "pets" / part / f"class {labels[number] % 2}"
+        )
+        save(where / f"{number}.jpg", number)
+    save(folder / "new" / "1.jpg", 30)
 
 
 @pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.long)], ids=["short", "as written"])
-def test_readmes_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, short):
-    commands = [command for command in readme_commands() if not short or kind(command) not in LONG]
+def test_the_pages_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, short):
+    commands = [command for command in pages.commands() if not short or kind(command) not in LONG]
     installed = install(tmp_path / "environment", wheel)
     before = installed.files()
     folder = tmp_path / "empty"
     folder.mkdir()
-    Image.fromarray(digits().test_images[0]).save(folder / "image.png")
+    some_images(folder)
     for command in commands:
-        if short:
+        if short or kind(command) in HOURS:
             installed.run(folder, *command, *SHORT[kind(command)].split())
         else:
             installed.run(folder, *command, timeout=3600)
-    installed.run(folder, "python", "-P", "-c", readme_python())
+    for example in pages.examples():
+        installed.run(folder, "python", "-P", "-c", example)
     assert installed.files() == before
     written = {path.stem for path in (folder / "bench-results").iterdir()}
     assert written == {command[2] for command in commands if command[1] == "bench"} - {"report"}

@@ -150,10 +150,10 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
     assert run.commit.__wrapped__() == "unknown"
 
 
-def test_readme_shows_the_table_of_the_committed_results():
+def test_the_page_of_results_shows_the_table_of_the_committed_rows():
     rows = records.read(records.RESULTS / "digits.jsonl")
     assert rows
-    assert f"{report.BEGIN}\n{report.digits_table(rows)}\n{report.END}" in (ROOT / "README.md").read_text()
+    assert f"{report.BEGIN}\n{report.digits_table(rows)}\n{report.END}" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_every_committed_row_says_how_it_was_measured():

@@ -1,0 +1,162 @@
+"""The pages of docs/ and their site: it builds without a warning, needs no other host, and its links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from bench.cli import BENCHES
+from engine.cli import COMMANDS
+from tests.pages import ROOT, TEXTS, blocks, hooks, inline, lines
+
+SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights", "make_plan", "_mix_and_rotate")
+
+
+# of which elements a browser fetches which attribute by itself
+FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "object": "data"}
+QUOTES = [quote for text in TEXTS.values() for quote in hooks.quotes(text)]
+
+
+class Page(HTMLParser):
+    """What a page of the site loads, where its links lead, and what can be linked to in it."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.loads, self.links, self.anchors, self.classes, self.equations = [], [], {""}, set(), 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.anchors |= {given[name] for name in ("id", "name") if given.get(name)}
+        self.classes |= set((given.get("class") or "").split())
+        self.equations += tag == "math" and given["display"] == "block"
+        if given.get(FETCHED.get(tag)):
+            self.loads.append(given[FETCHED[tag]])
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    # with --quiet mkdocs counts no warnings, and --strict has no effect
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = (done.stdout + done.stderr).splitlines()
+    assert all(line.startswith("INFO") for line in said), said
+    return folder
+
+
+def test_the_site_loads_nothing_from_other_hosts(site):
+    for path in site.rglob("*.html"):
+        page = Page(path)
+        assert page.loads, path
+        assert not [url for url in page.loads if urlsplit(url).scheme or url.startswith("//")], path
+        assert "mermaid" not in page.classes, "the theme fetches what draws these diagrams from another host"
+    for path in site.rglob("*.css"):
+        urls = re.findall(r"(?:url\(|@import\s*)[\"']?(https?:|//)", path.read_text(encoding="utf-8"))
+        assert not urls, path
+
+
+def test_every_link_leads_somewhere(site):
+    found = {path.resolve(): Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    assert len(found) > len(TEXTS)
+    for path, page in found.items():
+        for link in page.links + page.loads:
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.is_file(), f"{path.name}: {link}"
+            if target in found:
+                assert unquote(parts.fragment) in found[target].anchors, f"{path.name}: {link}"
+
+
+def test_ten_equations_stand_beside_their_code(site):
+    text = TEXTS["docs/method.md"]
+    sections = re.split(r"^## (\d+)\. .*$", text, flags=re.M)[1:]
+    assert sections[::2] == [str(number) for number in range(1, 11)]
+    for section in sections[1::2]:
+        assert [language for language, _ in blocks(section)].count("math") == 1
+        assert hooks.quotes(section)
+    page = Page(site / "method.html")
+    assert page.equations == 10
+    assert "$`" not in (site / "method.html").read_text() and "$<code>" not in (site / "method.html").read_text()
+    names = {quote.name.split(".")[0] for quote in hooks.quotes(text)}
+    assert names >= set(SHOWN)
+
+
+@pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: f"{quote.path}-{quote.name}")
+def test_the_source_still_has_what_a_page_quotes(quote):
+    first, last = hooks.find(quote)
+    assert last - first + 1 == len(quote.code.splitlines())
+
+
+def test_every_block_of_python_in_the_method_is_a_quote():
+    text = TEXTS["docs/method.md"]
+    python = [code for language, code in blocks(text) if language == "python"]
+    assert python == [quote.code for quote in hooks.quotes(text)]
+
+
+def test_a_quote_that_the_source_has_not_is_refused():
+    quote = hooks.Quote("kernels/guess.py", "guess_labels_reference", "return (log_q / temperature).softmax(dim=1)\n")
+    assert hooks.find(quote)
+    for changed in (
+        {"code": "return (log_q * temperature).softmax(dim=1)\n"},
+        {"name": "guess_labels"},  # another function of the file
+        {"code": "# Each of two lines is there.\nreturn (log_q / temperature).softmax(dim=1)\n"},
+    ):
+        with pytest.raises(ValueError, match="has no longer the lines"):
+            hooks.find(hooks.Quote(**vars(quote) | changed))
+    with pytest.raises(ValueError, match="has no guessing"):
+        hooks.find(hooks.Quote("kernels/guess.py", "guessing", "x\n"))
+
+
+def test_a_link_to_no_file_is_a_warning(caplog):
+    class File:
+        src_uri = "quick-start.md"
+
+    class Shown:
+        file = File
+
+    text = "[a](gpus.md) [b](../engine/step.py) [c](../engine/stop.py) `[d](no.md)`\n"
+    made = hooks.on_page_markdown(text, Shown, None, None)
+    assert made.startswith("[a](gpus.md) [b](source/engine/step.py.md)") and made.endswith("`[d](no.md)`\n")
+    (record,) = caplog.records
+    assert record.name.startswith("mkdocs.") and "docs/quick-start.md links to ../engine/stop.py" in record.message
+
+
+def test_commands_in_the_text_exist():
+    for code in inline():
+        words = code.split()
+        if words[0] == "remixmatch" and len(words) > 1:
+            assert words[1] in COMMANDS, code
+            assert words[1] != "bench" or words[2] in BENCHES, code
+        if words[:1] == ["bench"] and len(words) > 1:
+            assert words[1] in BENCHES, code
+
+
+def test_targets_of_make_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = [code.split()[1] for code in [*inline(), *lines()] if re.match(r"make [a-z]", code)]
+    assert set(named) >= {"run", "test", "docs", "lint"} and set(named) <= targets
+
+
+def test_readme_is_read_in_two_minutes():
+    readme = TEXTS["README.md"]
+    assert len(readme.splitlines()) <= 120
+    assert "](docs/views.png)" in readme
+    # each page but those that others lead to
+    assert set(re.findall(r"\]\((docs/[\w-]+\.md)", readme)) == TEXTS.keys() - {"README.md"}
+
+
+def test_figures_of_readme_stand_with_the_results():
+    figures = re.findall(r"\d+\.\d ± \d\.\d", TEXTS["README.md"])
+    assert len(figures) >= 4
+    assert not [figure for figure in figures if figure not in TEXTS["docs/results.md"]]
