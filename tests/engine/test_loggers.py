@@ -305,11 +305,11 @@ def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, mon
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_none_writes_metrics_alone(tiny, tmp_path):
+def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
     run.train(tiny(log="none"), tmp_path / "run", quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "split.json", "metrics.jsonl", "checkpoints", "summary.json",
-        "curves.png", "views.png", "ema.safetensors",
+        "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
     }  # fmt: skip
 
 

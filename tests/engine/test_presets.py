@@ -12,7 +12,7 @@ from engine.presets import PRESETS, command
 
 def read_back(words):
     assert words[0] == "train"
-    return cli._parse_train(words[1:], PRESETS[words[1]]).config
+    return cli.parse_train(words[1:], PRESETS[words[1]]).config
 
 
 @pytest.mark.parametrize("name", PRESETS)
