@@ -370,14 +370,18 @@ def test_what_is_broken_off_leaves_nothing_that_looks_whole(where, broken, tmp_p
 def test_an_interrupt_ends_it_with_one_line(tmp_path):
     command = [sys.executable, "-m", "bench.profile", "digits-40", "--device", "cpu", "--warm-up", "100000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True
-    )
-    while not (tmp_path / "out" / "profile").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+        [*command, "--out", str(tmp_path / "out")], cwd=ROOT, env=_environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which what runs the tests may have ignored
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "out" / "profile").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and errors == "remixmatch: interrupted: no profile is written\n"
     assert not (tmp_path / "out").exists()
 
