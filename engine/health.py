@@ -18,6 +18,7 @@ import numpy as np
 
 from engine.config import Config
 from kernels.guess import EPSILON
+from pipelines.cache import read_rows
 
 EVERY = 32  # steps between two looks, at least: a mean over fewer is mostly noise
 HOLD = 128  # steps over which all looks must see the same; p~(y) itself is the mean of so many
@@ -275,4 +276,4 @@ class Health:
 
 def compared_images(images: np.ndarray, count: int) -> np.ndarray:
     """So many images, evenly spaced, some more than once where there are fewer: (N, H, W, 3) to (count, H, W, 3)."""
-    return images[np.linspace(0, len(images) - 1, count).astype(np.int64)]
+    return read_rows(images, np.linspace(0, len(images) - 1, count).astype(np.int64))

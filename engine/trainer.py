@@ -28,6 +28,7 @@ from engine.health import Health, Look, compared_images
 from engine.history import History, guessed_images, named_bins
 from engine.progress import MetricsLog, ProgressLine
 from engine.step import LOSSES, StepInput, StepOutput, TrainState, make_state
+from pipelines.cache import read_rows
 from pipelines.datasets import DataSet
 
 CHECKPOINTS = "checkpoints"
@@ -253,7 +254,8 @@ class Trainer:
         if self.feed.policy.learn:
             values["bins"] = named_bins(self.feed.policy.weights)
         if self.guessed.due(self.step, self.config):
-            images, labels = (each[self.guessed.rows] for each in (self.data.train_images, self.data.train_labels))
+            images = read_rows(self.data.train_images, self.guessed.rows)
+            labels = self.data.train_labels[self.guessed.rows]
             values["guesses"] = guess_quality(self.config, self.state, images, labels, self.execution.device)
         if self._history:
             self._history.add(self.step, values)

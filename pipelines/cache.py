@@ -232,6 +232,23 @@ def unmap(images: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
+_LARGE_BYTES, _AT_ONCE = 2**28, 32
+
+
+def read_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some images, copied: (N, H, W, 3) and (n,) int64 to (n, H, W, 3).
+
+    Of a large memory map no more than some tens of images are mapped at a time, each of which can be a huge page.
+    """
+    if images.nbytes <= _LARGE_BYTES:
+        return images[rows]
+    parts = []
+    for first in range(0, len(rows), _AT_ONCE):
+        parts.append(images[rows[first : first + _AT_ONCE]])
+        unmap(images)
+    return np.concatenate(parts) if parts else images[rows]
+
+
 def verify(folder: Path, again: str) -> None:
     """Compares the contents of a cache's files with their checksums.
 

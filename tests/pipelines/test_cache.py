@@ -176,3 +176,15 @@ def test_where_caches_lie(tmp_path, monkeypatch):
     cache.set_data_dir(tmp_path)
     assert cache.data_dir() == tmp_path
     assert cache.prepare_command("a b", " --size 8") == f"remixmatch data prepare 'a b' --size 8 --data-dir {tmp_path}"
+
+
+@pytest.mark.parametrize("large", [0, 2**40])
+def test_rows_are_copies_of_those_asked_for(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(cache, "_LARGE_BYTES", large)
+    whole = np.random.default_rng(0).integers(256, size=(100, 4, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", whole)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    for rows in (np.arange(99, 0, -1), np.array([5, 5, 0]), np.arange(0)):
+        found = cache.read_rows(mapped, rows)
+        np.testing.assert_array_equal(found, whole[rows])
+        assert found.flags.owndata or found.base is None or not np.shares_memory(found, mapped)
