@@ -321,7 +321,13 @@ def _quiet() -> Iterator[None]:
     wandb asks for a missing key on a terminal, and raises without one; nobody would expect the question in the middle
     of a run.
     """
-    out: Any = _Others(sys.stdout)
-    err: Any = _Others(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    ours = {name: _Others(stream) for name, stream in before.items()}
+    for name, stream in ours.items():
+        setattr(sys, name, stream)
+    try:
         yield
+    finally:
+        for name, stream in ours.items():
+            if getattr(sys, name) is stream:  # where a client hangs, others may have replaced it in the meantime
+                setattr(sys, name, before[name])

@@ -4,6 +4,7 @@ Clients are the real ones, offline, in processes of their own. trackio is not am
 """
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -377,7 +378,7 @@ def test_a_folder_of_a_clients_name_is_not_the_client(tiny, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_what_another_thread_prints_meanwhile_is_printed(capsys, name):
+def test_what_another_thread_prints_meanwhile_is_printed(capsys, monkeypatch, name):
     def print_it(text):
         print(text, file=getattr(sys, name))
 
@@ -387,6 +388,10 @@ def test_what_another_thread_prints_meanwhile_is_printed(capsys, name):
         other.start()
         other.join()
         assert not getattr(sys, name).isatty()
+    assert not isinstance(getattr(sys, name), loggers._Others)
+    with loggers._quiet():
+        monkeypatch.setattr(sys, name, replaced := io.StringIO())
+    assert getattr(sys, name) is replaced, "by others, in the meantime"
     assert getattr(capsys.readouterr(), name[3:]) == "of the run\n"
 
 
