@@ -45,7 +45,8 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
         raise SignalException("SIGINT", signal.SIGINT)
 
     signal.signal(signal.SIGINT, interrupt)
-    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", module]
+    # without the two dashes torchrun would take our --log for one of its own flags that begin so
+    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "--", module]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:

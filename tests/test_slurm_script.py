@@ -56,7 +56,7 @@ def test_every_node_gets_one_torchrun_that_meets_at_the_first(submit):
     assert calls[2] == f"torchrun {torchrun}"
     assert torchrun.startswith("--nnodes 3 --nproc-per-node gpu --max-restarts 3 ")
     assert "--rdzv-backend c10d --rdzv-endpoint node7:24567 --rdzv-id 1234567" in torchrun
-    assert torchrun.endswith(f"-m engine train digits-40 --out {submit.folder} --resume --seed 3")
+    assert torchrun.endswith(f"-m -- engine train digits-40 --out {submit.folder} --resume --seed 3")
 
 
 def test_workers_meet_at_a_store_of_their_own(submit):

@@ -1,5 +1,6 @@
 """Several ranks: the run of one, on any number of them; settings that they have; what they do with a mistake."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from engine import cli, distributed
+from engine import cli, distributed, launch
 from engine.errors import UserError
 from engine.progress import ProgressLine, read_metrics
 from engine.trainer import Trainer, digests
@@ -225,6 +226,20 @@ def test_mistakes_are_told_before_a_rank_is_started(capfd, tmp_path, flags, mess
     assert ended.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line and not list(tmp_path.iterdir())
+
+
+def test_torchrun_takes_none_of_our_flags_for_its_own(monkeypatch):
+    """Its --log-dir and others begin like our --log."""
+    taken = []
+    monkeypatch.setattr("torch.distributed.run.run", taken.append)
+    monkeypatch.setattr("os.environ", dict(os.environ))  # to which it adds
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        launch.launch(["train", "digits-40", "--log", "none"], 2, 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert taken[0].module and taken[0].training_script == "engine"
+    assert taken[0].training_script_args == ["train", "digits-40", "--log", "none"]
 
 
 def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
