@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -186,6 +187,16 @@ def test_a_run_may_be_resumed_with_a_client_that_then_has_all_of_it(tmp_path, al
     assert len(said) == 2 and all(line.startswith("digits-40 seed 0: test accuracy") for line in said)
 
 
+def test_wandb_is_asked_to_go_on_with_the_run_and_leaves_others_alone(tmp_path, monkeypatch):
+    """What shows with its server alone, or where engine.api is called within another run of wandb's."""
+    given = {}
+    client = SimpleNamespace(offline=False, url="https://wandb.example/run", log=None, finish=None)
+    stub = SimpleNamespace(init=lambda **options: given.update(options) or client, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    assert loggers._open_wandb(tmp_path, "abc", {"k": 8}).where == "https://wandb.example/run"
+    assert (given["id"], given["resume"], given["reinit"]) == ("abc", "allow", "create_new")
+
+
 def test_wandb_without_a_key_is_a_warning_and_asks_nothing(tmp_path, alone):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'remixmatch-engine[wandb]'")
     log, folder = tmp_path / "log", tmp_path / "run"
@@ -238,7 +249,8 @@ def test_a_client_that_fails_is_one_warning_and_is_tried_again(tmp_path, monkeyp
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log._flush()  # of steps 1 and 2
-    while not said and loggers._logged(tmp_path, "wandb").get("step") != 2:
+    end = time.monotonic() + 10
+    while not said and loggers._logged(tmp_path, "wandb").get("step") != 2 and time.monotonic() < end:
         time.sleep(0.01)
     log.add(4, loss=4.0)
     log.close()
