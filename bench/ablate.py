@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from bench import cells, records, reproduce, tables
 from bench.count import count
@@ -33,6 +34,7 @@ from engine.parsing import parse, show_usage
 from pipelines.cache import set_data_dir
 
 OUT = Path("runs") / "ablate"
+MEASURED = "measured.jsonl"  # costs and counts, in its folder
 FULL = reproduce.FULL
 TARGET = "sm_90"  # whose launches and bytes are counted
 
@@ -76,6 +78,10 @@ class AblateOptions:
     """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
     retry: bool = False
     """Try cells again that failed."""
+    rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    """Make table and chart from rows in these files, written by --collect here or of reproduce; run nothing."""
+    collect: Path | None = None
+    """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +143,29 @@ def main(argv: Sequence[str]) -> None:
     )  # fmt: skip
     reproduce.check(training)
     entries = reproduce.make_entries(reproduce.TABLES["ablation"], training, rest[here + 1 :])
-    entries = reproduce.with_data(entries)
+    if not options.rows or reproduce.needs_data(entries):
+        entries = reproduce.with_data(entries)
     out = options.out or OUT / "-".join([name] + [f"steps{options.steps_scale:g}"] * (options.steps_scale != 1))
     configs: dict[str, Config] = {}
     for entry in entries:
         configs.setdefault(entry.row, entry.cell.config)
     if len(configs) == 1:
         raise UserError(f"--axes {' '.join(options.axes)}: the preset is so already, which leaves nothing to compare")
+    measured, failed = out / MEASURED, ""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        costs = _once(out / "costs.jsonl", configs, lambda row: time_step(configs[row], configs[FULL], options))
-        counts = _once(out / "counts.jsonl", configs, lambda row: _counted(configs[row])) if options.count else {}
-        failed = "" if options.time_only else reproduce.train(entries, out, training)
-        write(name, entries, costs, counts, out, options)
+        if options.collect:
+            _collect(entries, configs, out, options.collect)
+            return
+        if options.rows:
+            found = reproduce.collected(options.rows)
+            rows = [row for path in options.rows for row in records.read(path)]
+            costs, counts = (_known(rows, kind, configs) for kind in ("costs", "counts"))
+        else:
+            costs = _once(measured, "costs", configs, lambda row: time_step(configs[row], configs[FULL], options))
+            counts = _once(measured, "counts", configs, lambda row: _counted(configs[row])) if options.count else {}
+            failed = "" if options.time_only else reproduce.train(entries, out, training)
+            found = reproduce.look(out, entries)
+        write(name, entries, found, costs, counts, out, options)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
     if failed:
@@ -170,34 +186,67 @@ def variants_of(axes: Sequence[str]) -> list[str]:
     return list(wanted)
 
 
-def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, dict[str, Any]]:
+def _keys(configs: Mapping[str, Config]) -> dict[str, str]:
+    """What variants are known by in rows: their configuration, whatever its seed."""
+    return {row: cells.digest(dataclasses.replace(config, seed=0)) for row, config in configs.items()}
+
+
+def _known(rows: Sequence[records.Row], kind: str, configs: Mapping[str, Config]) -> dict[str, records.Row]:
+    """The last row of each variant that some rows have.
+
+    Args:
+        rows: of whatever bench.
+        kind: "costs" or "counts".
+        configs: by the name of the variant.
+    """
+    keys = _keys(configs)
+    # a ratio is to the full method of its time
+    found = {
+        row["cell"]: row
+        for row in rows
+        if row["bench"] == "ablate" and row.get("kind") == kind and row["full"] == keys[FULL]
+    }
+    return {variant: found[key] for variant, key in keys.items() if key in found}
+
+
+def _once(path: Path, kind: str, configs: Mapping[str, Config], measure: Any) -> dict[str, records.Row]:
     """What was measured of each variant: read from a file, or measured and added to it.
 
     What cannot be measured is said, left out, and tried again the next time.
 
     Args:
-        path: JSON lines. Rows are known by the configuration, whatever its seed.
+        path: of the rows.
+        kind: of the figures, see `_known`.
         configs: by the name of the variant, the full method first.
         measure: called with a name, gives figures.
     """
-    keys = {row: cells.digest(dataclasses.replace(config, seed=0)) for row, config in configs.items()}
-    known = {found["cell"]: found for found in records.read(path)}
-    for row, key in keys.items():
-        # a ratio is to the full method of its time
-        if key in known and known[key]["full"] == keys[FULL]:
+    keys, known = _keys(configs), _known(records.read(path), kind, configs)
+    for variant in configs:
+        if variant in known:
             continue
         try:
-            figures = measure(row)
+            figures = measure(variant)
         except (RuntimeError, UserError) as error:
-            print(
-                f"remixmatch: {row}: {path.stem} cannot be measured ({' '.join(str(error).split())})", file=sys.stderr
-            )
+            print(f"remixmatch: {variant}: {kind} cannot be measured ({' '.join(str(error).split())})", file=sys.stderr)
             continue
-        device = pick_device(configs[row])
-        known[key] = records.record("ablate", device, cell=key, full=keys[FULL], variant=row, **figures)
-        records.append(path, known[key])
-        print(f"{row}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
-    return {row: known[key] for row, key in keys.items() if key in known}
+        device = pick_device(configs[variant])
+        known[variant] = records.record(
+            "ablate", device, kind=kind, preset=configs[variant].preset, variant=variant, cell=keys[variant],
+            full=keys[FULL], **figures,
+        )  # fmt: skip
+        records.append(path, known[variant])
+        print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    return {variant: known[variant] for variant in configs if variant in known}
+
+
+def _collect(entries: Sequence[reproduce.Entry], configs: Mapping[str, Config], out: Path, path: Path) -> None:
+    """Adds a row for every cell that is done, and every variant that is measured, and has none."""
+    there, measured = records.read(path), records.read(out / MEASURED)
+    for kind in ("costs", "counts"):
+        for row in _known(measured, kind, configs).values():
+            if row not in there:
+                records.append(path, row)
+    reproduce.collect(entries, out, path)
 
 
 def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str, float]:
@@ -253,15 +302,16 @@ def _counted(config: Config) -> dict[str, float]:
 def write(
     name: str,
     entries: Sequence[reproduce.Entry],
+    found: Mapping[str, cells.Status],
     costs: Mapping[str, Mapping[str, Any]],
     counts: Mapping[str, Mapping[str, Any]],
     out: Path,
     options: AblateOptions,
 ) -> None:
     """Writes ablate.csv, table.md and chart.png from what is known, and prints the table."""
-    found = reproduce.look(out, entries)
     lines = reproduce.make_lines("ablation", entries, found)
     variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "ablate.csv", _csv(name, entries, found, variants))
     title = reproduce.title(f"{name}, ablated", entries, options.steps_scale)
     text = markdown(title, variants)
@@ -281,8 +331,8 @@ def _csv(
     of_variant = {variant.name: variant for variant in variants}
     rows = []
     for entry in entries:
-        variant, each = of_variant[entry.row], found[entry.cell.digest]
-        done = each.summary if each.state == "done" else {}
+        variant, each = of_variant[entry.row], found.get(entry.cell.digest)
+        done = each.summary if each and each.state == "done" else {}
         rows.append({
             "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.cell.digest,
             "error_median": 100 - done["median_last_20"] if done else "",

@@ -208,7 +208,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     check(options)
     set_data_dir(options.data_dir)
     entries = make_entries(TABLES[name], options, flags)
-    if any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries):
+    if needs_data(entries):
         entries = with_data(entries)
     out = options.out or default_out(name, options)
     if options.plan:
@@ -219,7 +219,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         show = _Progress(entries, 1, live=False)
         show.print_all([status(out, entry.cell) for entry in entries])
     elif options.collect:
-        _collect(entries, out, options.collect)
+        collect(entries, out, options.collect)
     elif options.tables:
         _write_tables(name, entries, out, look(out, entries), options.steps_scale)
     else:
@@ -358,6 +358,11 @@ def scaled(config: Config, scale: float) -> Config:
     whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
     steps = max(1, round(config.steps * scale))
     return dataclasses.replace(config, steps=steps, ramp_kimg=config.ramp_kimg * scale, **whole)  # type: ignore[arg-type]
+
+
+def needs_data(entries: Sequence[Entry]) -> bool:
+    """Whether the data decide what a cell is."""
+    return any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries)
 
 
 def with_data(entries: Sequence[Entry]) -> list[Entry]:
@@ -812,8 +817,14 @@ def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
     }
 
 
-def _collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
-    """Adds a row for every cell that is done and has none."""
+def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
+    """Adds a row for every cell that is done and has none.
+
+    Args:
+        entries: the cells.
+        out: their folder.
+        path: of the rows.
+    """
     from bench import records
 
     known = {row.get("cell") for row in records.read(path)}

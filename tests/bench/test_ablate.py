@@ -87,7 +87,7 @@ def test_time_only_trains_nothing_and_times_once(costs, tmp_path, capsys):
     del costs[:]
     run(tmp_path, "--time-only")
     assert costs == [(2, 0.5)], "what could not be measured alone is tried again"
-    kept = records.read(tmp_path / "costs.jsonl")
+    kept = records.read(tmp_path / "measured.jsonl")
     assert [row["variant"] for row in kept] == ["remixmatch", "k=1", "k=8"] and kept[0]["device"].startswith("CPU")
 
 
@@ -121,6 +121,31 @@ def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
     with (tmp_path / "ablate.csv").open() as file:
         rows = {(row["variant"], row["seed"]): row for row in csv.DictReader(file)}
     assert rows["k=1", "2"]["error_last"] == "12.0" and rows["k=1", "2"]["step_ms"] == "5.0"
+
+
+def test_collected_rows_make_the_same_table_and_chart_elsewhere(costs, tmp_path, monkeypatch, capsys):
+    words = ["--axes", "k=1", "k=8", "--seeds", "1", "2"]
+    options = reproduce.ReproduceOptions(seeds=(1, 2), methods=("remixmatch", "k=1", "k=8"), preset=("digits-40",))
+    entries = reproduce.make_entries(reproduce.TABLES["ablation"], options, SMALL[1:])
+    for number, entry in enumerate(entries[:5]):
+        finish(tmp_path / "here", entry, 90.0 - number)
+    monkeypatch.setattr(reproduce, "work", _done)
+    monkeypatch.setattr(ablate, "_counted", lambda config: {"launches": 300.0 + config.k, "gigabytes": 1.5})
+    ablate.main(["digits-40", *words, "--out", str(tmp_path / "here"), *SMALL])
+    rows = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        ablate.main(["digits-40", *words, "--out", str(tmp_path / "here"), "--collect", str(rows), *SMALL])
+    assert [row["bench"] for row in records.read(rows)] == ["ablate"] * 6 + ["reproduce"] * 5, "none of them twice"
+
+    monkeypatch.setattr(ablate, "time_step", None)
+    monkeypatch.setattr(reproduce, "train", None)
+    ablate.main(["digits-40", *words, "--out", str(tmp_path / "there"), "--from", str(rows), *SMALL])
+    for name in ("table.md", "ablate.csv"):
+        assert (tmp_path / "there" / name).read_text() == (tmp_path / "here" / name).read_text()
+    assert "| 302 | 1.50 |" in (tmp_path / "there" / "table.md").read_text()
+    assert (tmp_path / "there" / "chart.png").exists()
+    with pytest.raises(UserError, match=r"--from .*none\.jsonl: there is no such file"):
+        ablate.main(["digits-40", "--from", str(tmp_path / "none.jsonl"), *SMALL])
 
 
 def _done(root, cells, *_):
