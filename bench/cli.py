@@ -29,6 +29,10 @@ BENCHES = {
     "start": ("StartOptions", "from the command to the first trained step, by part"),
     "restart": ("RestartOptions", "from SIGKILL of a rank to the next step of its group, by part"),
     "data": ("DataOptions", "opening a cache, preparing a folder beside DALI alone, training on many images"),
+    "opening": (
+        "OpeningOptions",
+        "a page of `remixmatch report`: its size, and how long a browser takes to draw it",
+    ),
     "report": ("ReportOptions", "tables and charts of the measured rows"),
 }
 

@@ -34,6 +34,7 @@ KEYS = {
     "restart": ("preset", "ranks"),
     "kernels": ("kernel", "size", "provider"),
     "pipelines": ("backend", "rows", "side"),
+    "opening": ("runs",),
     "data": ("part", "images", "few_images", "side", "views", "decoder"),
 }
 

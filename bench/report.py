@@ -182,6 +182,14 @@ COLUMNS = {
         "times PIL": "{ratio_to_pil:.2f}",
         "share of copy": "{share_of_copy:.2%}",
     },
+    "opening": {
+        "runs on the page": "{runs}",
+        "MB": "{megabytes:.2f}",
+        "written in, s": "{write_seconds:.1f}",
+        "drawn at 1 400 pixels, s": "{desk_seconds:.2f}",
+        "at 360, s": "{phone_seconds:.2f}",
+        "browser": "{browser}",
+    },
     "data": {
         "part": "{part}",
         "images": "{images:,}",

@@ -1,30 +1,24 @@
 """Pages of `remixmatch report` in a real browser: Debian's chromium, driven by playwright, which downloads none."""
 
-import os
 import re
-import shutil
 
 import pytest
 
+from bench import opening, records
 from bench.pages import page, reading
+from bench.process import output
 from tests.bench.report_runs import make_run, make_table
 
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "plain")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SCHEMES, WIDTHS = ("light", "dark"), (360, 1400)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("needs a browser: apt-get install chromium")
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with driver.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=program, args=flags)
+    if problem := opening.missing():
+        pytest.skip(f"needs {problem}")
+    with opening.launch() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(f"file://{path}{fragment}")
-        self.page.wait_for_selector("html[data-drawn=yes]", timeout=60_000)
+        opening.wait_until_drawn(self.page)
 
     def __enter__(self):
         return self
@@ -176,3 +170,16 @@ def test_without_scripts_data_and_images_are_there(browser, one):
     shown.click("text=Data of Test accuracy")
     assert shown.is_visible("td >> text=95")
     context.close()
+
+
+def test_the_bench_writes_a_row(tmp_path, capsys):
+    """In a browser of its own: playwright has one at a time."""
+    if problem := opening.missing():
+        pytest.skip(f"needs {problem}")
+    run = make_run(tmp_path / "run")
+    said = output("engine", "bench", "opening", str(run), "--out", str(tmp_path / "rows"), "--repeats", "1")
+    assert "all charts drawn in" in said
+    (row,) = records.read(tmp_path / "rows")
+    assert row["runs"] == 1 and 0.5 < row["megabytes"] < 5 and row["browser"].startswith("chromium ")
+    assert min(row["desk_seconds"], row["phone_seconds"], row["write_seconds"]) > 0
+    assert not (run / "report.html").exists()
