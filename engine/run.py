@@ -188,7 +188,6 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     # matplotlib takes a second that only the end should pay
     from engine.pictures import draw_curves, draw_views, make_views
 
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
     save_file(tensors, folder / "ema.safetensors")
     (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
@@ -198,6 +197,8 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     data, rows = trainer.data, history.predicted_rows(trainer.data)
     probabilities = predict.probabilities(trainer.state.ema_model, data.test_images[rows], trainer.execution.device)
     history.save_results(folder, probabilities, rows, data, views)
+    # last, since who finds it takes the run for done, and nobody would make the other files any more
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

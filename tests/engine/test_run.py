@@ -72,6 +72,23 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     assert any((undisturbed / "tensorboard").iterdir())
 
 
+def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeypatch):
+    """Who finds a summary takes the run for done: whatever cuts off its end, resuming makes all that is missing."""
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device", "results.npz")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run.history, "save_results", full_disk)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = run.train(config, tmp_path / "run", resume=True, quiet=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in undisturbed.iterdir()}
+    assert summary["steps"] == 6
+
+
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
     run.train(config, tmp_path / "run", quiet=True)
