@@ -317,7 +317,7 @@ def write(
     text = markdown(title, variants)
     write_text(out / "table.md", text)
     print(text, end="")
-    if any(variant.cost for variant in variants):
+    if any(variant.cost or variant.line.to_full for variant in variants):
         from bench import charts  # matplotlib takes a second
 
         charts.cost_and_benefit(variants, title, out / "chart.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+FEW_POINTS = 10  # of error: larger differences are drawn logarithmically
 _RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
 
 
@@ -38,43 +40,51 @@ def draw(rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
 
 
 def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
-    """Draws a step's time beside the full method's, and where they were trained the difference in test error.
+    """Draws what variants bring and what they cost, a line each: the difference in test error, and a step's time.
 
     Args:
-        variants: of `bench.ablate`, those without a cost left out.
+        variants: of `bench.ablate`; those that are neither trained nor timed are left out.
         title: of the chart.
         path: of the PNG.
     """
-    timed = [variant for variant in variants if variant.cost]
-    trained = [variant for variant in timed if variant.line.to_full]
-    if trained:
-        figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.axvline(1, color="grey", linewidth=0.8)
-        for variant in trained:
-            at, found = variant.cost["ratio"], variant.line.to_full
-            sides = None if found.low is None else [[found.mean - found.low], [found.high - found.mean]]
-            axes.errorbar(at, found.mean, yerr=sides, fmt="o", capsize=3)
-            axes.annotate(variant.name, (at, found.mean), (6, 4), textcoords="offset points", fontsize="small")
-        axes.set(
-            xlabel="time a step, times the full method's", ylabel="test error less the full method's, points (95 %)",
-            xscale="log",
-        )  # fmt: skip
-        axes.set_yscale("symlog", linthresh=2)
-    else:
-        figure, axes = plt.subplots(figsize=(8, 0.35 * len(timed) + 1.2), layout="constrained")
-        ordered = sorted(timed, key=lambda variant: variant.cost["ratio"])
-        ratios = [variant.cost["ratio"] for variant in ordered]
-        sides = [
-            [ratio - variant.cost["ratio_low"] for ratio, variant in zip(ratios, ordered, strict=True)],
-            [variant.cost["ratio_high"] - ratio for ratio, variant in zip(ratios, ordered, strict=True)],
-        ]
-        axes.barh([variant.name for variant in ordered], ratios, xerr=sides, capsize=3)
-        axes.axvline(1, color="grey", linewidth=0.8)
-        axes.set_xlabel("time a step, times the full method's")
-    axes.set_title(title, fontsize="small", wrap=True)
+    found = [(each.name, each.line.to_full, each.cost) for each in variants]
+    found = [each for each in found if each[1] or each[2]]
+    # the worst at the top; below, what was only timed, the dearest first
+    found.sort(key=lambda each: (each[1].mean if each[1] else -math.inf, each[2].get("ratio", 0.0)))
+    benefit, cost = any(each[1] for each in found), any(each[2] for each in found)
+    figure, panels = plt.subplots(
+        1, benefit + cost, sharey=True, squeeze=False, figsize=(4 + 3 * (benefit + cost), 0.32 * len(found) + 1.6),
+        layout="constrained",
+    )  # fmt: skip
+    left, right = panels[0, 0], panels[0, -1]
+    for place, (_, difference, timed) in enumerate(found):
+        if difference:
+            _point(left, place, difference.mean, difference.low, difference.high)
+        if timed:
+            _point(right, place, timed["ratio"], timed["ratio_low"], timed["ratio_high"])
+    left.set_yticks(range(len(found)), [name for name, *_ in found])
+    if benefit:
+        left.axvline(0, color="grey", linewidth=0.8)
+        left.set_xlabel("test error less the full method's, points, 95 %")
+        if max(map(abs, left.get_xlim())) > FEW_POINTS:
+            left.set_xscale("symlog", linthresh=FEW_POINTS / 2)
+    if cost:
+        right.axvline(1, color="grey", linewidth=0.8)
+        right.set_xlabel("time a step, times the full method's, quartiles")
+        right.set_xscale("log")
+    for axes in panels[0]:
+        axes.grid(axis="x", alpha=0.3)
+        axes.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}" if cost else "")
+    figure.suptitle(title, fontsize="small", wrap=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _point(axes: Axes, place: int, value: float, low: float | None, high: float | None) -> None:
+    """One value with its interval, where it has one."""
+    sides = None if low is None or high is None else [[value - low], [high - value]]
+    axes.errorbar(value, place, xerr=sides, fmt="o", capsize=3, color="tab:blue")
 
 
 def _throughput(axes: Axes, rows: Mapping[str, list[Row]]) -> None:
