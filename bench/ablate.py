@@ -41,11 +41,11 @@ TARGET = "sm_90"  # whose launches and bytes are counted
 # what can be asked for by one word
 AXES: dict[str, tuple[str, ...]] = {
     "k": ("k=1", "k=2", "k=4", "k=8", "k=16"),
-    "losses": ("no-rotation", "no-premixup", "l2"),
+    "losses": ("no-rotation", "no-premixup", "no-mixup", "l2"),
     "alignment": ("no-alignment",),
     "augmentation": ("no-strong", "no-weak", "randaugment", "ctaugment-code"),
     "guess": ("mean-guess", "weak-only"),
-    "batch-norm": ("bn-split", "bn-stats-pool"),
+    "averages": ("no-ema", "bn-split", "bn-stats-pool"),
 }
 assert sorted(name for names in AXES.values() for name in names) == sorted(ABLATIONS)
 

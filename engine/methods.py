@@ -72,7 +72,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},
 }
 
-# Section 4.3 of the paper, and the scripts of its authors' code, which say what its names stand for
+# Section 4.3 of the paper, and the scripts of its authors' code, which say what its names stand for; the last five are
+# ours: two more components, and the authors' code where it differs from the paper
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": dict(k=1),
     "k=2": dict(k=2),
@@ -88,6 +89,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "randaugment": dict(augment="randaugment"),
     "weak-only": dict(augment="none", guess="mean"),
     "mean-guess": dict(guess="mean"),
+    "no-mixup": dict(mixup_alpha=0.0),
+    "no-ema": dict(ema_decay=0.0),
     "bn-split": dict(bn="split"),
     "bn-stats-pool": dict(bn_stats="pool"),
     "ctaugment-code": dict(ctaugment="code"),

@@ -23,7 +23,7 @@ def line(row, errors, full=None):
 def test_axes_name_every_ablation_once():
     assert variants_of(tuple(AXES)) == [name for names in AXES.values() for name in names]
     assert sorted(variants_of(tuple(AXES))) == sorted(ABLATIONS)
-    assert variants_of(("no-rotation", "losses", "k=4")) == ["no-rotation", "no-premixup", "l2", "k=4"]
+    assert variants_of(("no-rotation", "losses", "k=4")) == ["no-rotation", "no-premixup", "no-mixup", "l2", "k=4"]
     with pytest.raises(UserError, match="--axes: there is no 'loss'; there are k, losses"):
         variants_of(("loss",))
 

@@ -411,7 +411,7 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
-    assert len(found) == 17 and {entry.cell.config.steps for entry in found} == {20}
+    assert len(found) == 19 and {entry.cell.config.steps for entry in found} == {20}
 
     def states():
         return [status(out, entry.cell).state for entry in found]
@@ -445,13 +445,13 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
         if state == "done"
     }
     begun = [entry for entry in found if claims_of(out, entry) and entry.cell.name not in before]
-    assert 4 <= len(before) < 17 and begun, states()
+    assert 4 <= len(before) < 19 and begun, states()
     saved = {entry.cell.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
     assert saved
 
     process = start(log, *words)
     assert process.wait(SECONDS) == 0, log.read_text()
-    assert states() == ["done"] * 17, log.read_text()
+    assert states() == ["done"] * 19, log.read_text()
     for entry in found:
         folder, claims = out / entry.cell.name, claims_of(out, entry)
         # none lost, and none done twice
@@ -467,7 +467,7 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
             assert "starting from step 0" not in (folder / "log.txt").read_text()
     text = (out / "table.md").read_text()
     assert "REHEARSAL with 20 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
-    assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 17
+    assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 19
     assert "one seed: no interval" in text and "Not in the table" not in text
 
 

@@ -195,7 +195,8 @@ def test_supervised_is_cross_entropy_with_or_without_mixup(config_of, labeled_au
 
 
 @pytest.mark.parametrize("names", [["no-rotation"], ["no-premixup"], ["no-rotation", "no-premixup"], ["l2"],
-                                   ["mean-guess"], ["weak-only"], ["no-alignment"], ["k=4"]], ids=" ".join)  # fmt: skip
+                                   ["no-mixup"], ["mean-guess"], ["weak-only"], ["no-alignment"],
+                                   ["k=4"]], ids=" ".join)  # fmt: skip
 def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
     bench = Bench(config_of("remixmatch", *names))
     u_weak, u_1, *others = bench.u
@@ -220,6 +221,16 @@ def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
     loss = loss_x + weight * bench.ramp * loss_u + 0.5 * bench.ramp * loss_u1 + 0.5 * loss_rot
     bench.assert_same(network, loss_x, loss_u, loss_u1, loss_rot, loss)
     assert len(others) == (3 if "k=4" in names else 1)
+
+
+def test_without_an_average_the_network_itself_is_evaluated(config_of):
+    plain, averaged = (Bench(config_of("remixmatch", *names)).state for names in (["no-ema"], []))
+    for state, same in ((plain, True), (averaged, False)):
+        pairs = zip(state.ema_model.parameters(), state.network.parameters(), strict=True)
+        assert all(torch.equal(ema, own) for ema, own in pairs) == same
+    for state in (plain, averaged):
+        pairs = zip(state.ema_model.buffers(), state.network.buffers(), strict=True)
+        assert all(torch.equal(ema, own) for ema, own in pairs)
 
 
 def test_augmentation_ablations_change_the_views_that_their_names_say(config_of):
