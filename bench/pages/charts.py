@@ -440,7 +440,8 @@ def dots(
     names = list(groups)
     values = [{"g": group, "k": name, "v": short(v)} for group, found in groups.items() for name, v in found]
     means = [{"g": group, "v": short(mean(v for _, v in found))} for group, found in groups.items()]
-    x = alt.X("v:Q", title=unit, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    # room for a dot at either end, which would lie on the names otherwise
+    x = alt.X("v:Q", title=unit, scale=alt.Scale(zero=False, padding=10), axis=alt.Axis(tickCount=5))
     y = _name_axis("g", names)
     layers: list[Any] = []
     if zero:

@@ -84,8 +84,8 @@ class Found:
 
     Attributes:
         runs: at least one.
-        table: content of table.json of a folder of `reproduce`; of a folder of `ablate` its "cells", and "costs" as in
-            ablate.csv; empty without either.
+        table: content of table.json of a folder of `reproduce`; of a folder of `ablate` its "title" and "cells", and
+            "costs" as in ablate.csv; empty without either.
         left_out: folders that hold a run which has not begun, in words.
     """
 
@@ -120,6 +120,8 @@ def read(paths: Sequence[Path]) -> Found:
             tables.append(read_object(path / "table.json") or read_ablation(path, inside))
     table = tables[0] if len(paths) == 1 and tables else {}
     cells = _cells_of(table)
+    places = {name: place for place, name in enumerate(cells)}
+    folders = dict.fromkeys(sorted(folders, key=lambda folder: places.get(folder.name, len(places))))  # as in the table
     rows = {name: str(cell["row"]) for name, cell in cells.items()}
     configs = {folder: load_config(folder / "config.json") for folder in folders}
     groups = _groups(configs, rows)
@@ -184,7 +186,8 @@ def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
         return {}
     names = {cell.name.rpartition("-")[2]: cell.name for cell in cells}
     known = [{**row, "cell": names[row["cell"]], "row": row["variant"]} for row in rows if row["cell"] in names]
-    return {"cells": known, "costs": list({row["variant"]: row for row in rows}.values())}
+    title = f"{', '.join(dict.fromkeys(row['preset'] for row in rows))}, ablated"
+    return {"title": title, "cells": known, "costs": list({row["variant"]: row for row in rows}.values())}
 
 
 def read_profile(path: Path) -> list[tuple[str, float]]:

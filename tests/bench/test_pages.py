@@ -208,6 +208,12 @@ def test_a_folder_of_reproduce(tmp_path, capsys):
     assert len([each for each in seen.all("details") if each.get("class") == "run"]) == 4
 
 
+def test_runs_stand_as_in_their_table_whatever_their_folders_are_called(tmp_path):
+    folder = make_table(tmp_path / "table", ("remixmatch", "uda", "fixmatch"))
+    names = [run.name for run in reading.read([folder]).runs]
+    assert names == [f"{row} seed {seed}" for row in ("remixmatch", "uda", "fixmatch") for seed in (0, 1)]
+
+
 def test_a_folder_of_ablate(tmp_path):
     folder = make_table(tmp_path / "ablate", ("remixmatch", "k=1"), (0,), method="remixmatch")
     (folder / "table.json").unlink()
@@ -217,7 +223,16 @@ def test_a_folder_of_ablate(tmp_path):
     )
     (folder / "digits-40-k=1-seed0-0123456789").rename(folder / "digits-40-k=1-seed0-k1")
     seen = report(tmp_path, folder)
-    for words in ("Time of a step", "Cost of each variant", "7.25", "0.69", "k=1 seed 0", "remixmatch seed 0", "+1.00"):
+    for words in (
+        "digits-40, ablated",
+        "Time of a step",
+        "Cost of each variant",
+        "7.25",
+        "0.69",
+        "k=1 seed 0",
+        "remixmatch seed 0",
+        "+1.00",
+    ):
         assert words in seen.words, words
     assert "launches" not in seen.words
     (folder / "ablate.csv").write_text("x\n1\n")
