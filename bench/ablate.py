@@ -373,6 +373,8 @@ def markdown(title: str, variants: Sequence[Variant]) -> str:
             row += [f"{counts['launches']:.0f}", f"{counts['gigabytes']:.2f}"] if counts else ["", ""]
         if trained:
             price = "" if variant.price is None else f"{variant.price:.2f}"
+            if price and not tables.told(line.to_full):
+                price = f"({price})"
             row += [tables.shown_spread(line.median), tables.shown_difference(line.to_full), price]
         rows.append(f"| {' | '.join(row)} |")
     words = ["Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."]
@@ -384,7 +386,8 @@ def markdown(title: str, variants: Sequence[Variant]) -> str:
             f"Errors are of the test images, the median of the last 20 evaluations, mean ± standard deviation over "
             f"{len(seeds)} seeds. Differences are to the full method, paired by seed, with the 95 % interval of "
             "Student's t. The last column is what a point of error costs in milliseconds a step, where of the variant "
-            "and the full method the dearer one has the smaller error."
+            "and the full method the dearer one has the smaller error; in brackets where the interval holds 0, or "
+            "there is none."
         )
     device = next((variant.cost["device"] for variant in variants if variant.cost), "")
     words.append(f"Timed on {device}." if device else "")

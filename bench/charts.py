@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-FEW_POINTS = 10  # of error: larger differences are drawn logarithmically
+FEW_POINTS = 20  # of error: larger differences are drawn logarithmically
 _RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
 
 
@@ -67,7 +67,7 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
         left.axvline(0, color="grey", linewidth=0.8)
         left.set_xlabel("test error less the full method's, points, 95 %")
         if max(map(abs, left.get_xlim())) > FEW_POINTS:
-            left.set_xscale("symlog", linthresh=FEW_POINTS / 2)
+            left.set_xscale("symlog", linthresh=FEW_POINTS / 4)
     if cost:
         right.axvline(1, color="grey", linewidth=0.8)
         right.set_xlabel("time a step, times the full method's, quartiles")

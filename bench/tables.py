@@ -102,9 +102,14 @@ class Line:
         found, papers = self.to_full, self.papers_difference
         if found is None or papers is None:
             return ""
-        if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        if not told(found):
             return "not told"
         return "same" if found.mean * papers > 0 else "opposite"
+
+
+def told(found: Difference | None) -> bool:
+    """Whether a difference is told from 0: its interval does not hold it."""
+    return found is not None and found.low is not None and found.high is not None and not found.low <= 0 <= found.high
 
 
 def spread(values: Sequence[float]) -> Spread | None:

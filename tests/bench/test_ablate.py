@@ -13,6 +13,8 @@ from tests.bench.test_reproduce import finish
 
 SMALL = ["--", "--batch", "8", "--width", "8", "--steps", "40", "--device", "cpu"]
 
+COST = {"ratio_low": 0.4, "ratio_high": 0.6, "images_per_second": 100.0, "memory_mib": 500.0, "device": "CPU"}
+
 
 def line(row, errors, full=None):
     runs = {seed: tables.Run(error, error, 40, "balanced") for seed, error in errors.items()}
@@ -46,6 +48,13 @@ def test_a_price_is_what_the_dearer_pays_for_a_point(ratio, worse, price):
     assert variant.price == (None if price is None else pytest.approx(price))
     assert Variant("l2", {}, {}, compared).price is None
     assert Variant("l2", {"step_ms": 10.0, "ratio": ratio}, {}, line("l2", full)).price is None
+
+
+@pytest.mark.parametrize(("errors", "price"), [({1: 23, 2: 21, 3: 22}, "(10.00)"), ({1: 21, 2: 23, 3: 22}, "10.00")])
+def test_a_price_is_in_brackets_where_the_difference_may_be_none(errors, price):
+    compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})  # a point on average: of 3, -1 and 1, or of 1, 1 and 1
+    table = ablate.markdown("a title", [Variant("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)])
+    assert f" of 3 pairs | {price} |" in table
 
 
 @pytest.fixture
