@@ -27,7 +27,7 @@ from pipelines import datasets, sources
 from tests.pipelines.test_sources import cifar
 from tests.processes import ROOT, command
 
-SECONDS = 240  # after which something hangs
+SECONDS = 1200  # after which something hangs: a slow machine with other work takes minutes for twenty cells
 
 
 @pytest.fixture(autouse=True)
@@ -373,10 +373,23 @@ def test_workers_share_gpus_or_cores(monkeypatch):
 # Whole runs, each cell a process that trains
 
 
-def start(log, *words, **options):
-    with open(log, "ab") as file:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command("reproduce", *words), env=environment, stdout=file, stderr=file, **options)
+@pytest.fixture
+def start():
+    """Starts the command; what still runs when a test is over is killed, and with it its cells."""
+    started = []
+
+    def start(log, *words, **options):
+        with open(log, "ab") as file:
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            started.append(
+                subprocess.Popen(command("reproduce", *words), env=environment, stdout=file, stderr=file, **options)
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def until(condition, process, log):
@@ -407,7 +420,7 @@ SMALL = ["--", *("--steps", "10000", "--eval-every", "512", "--checkpoint-every"
 SMALL += ["--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"]
 
 
-def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_path):
+def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_path, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
@@ -479,7 +492,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number):
+def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
     (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), methods=("supervised",))
@@ -487,10 +500,10 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number):
     process = start(log, *words, "800")
     until(lambda: cells.last_step(folder / "metrics.jsonl") >= 40, process, log)
     os.kill(process.pid, number)
-    code = process.wait(60)
+    code = process.wait(SECONDS)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     pid, began = claims_of(out, entry)[0]["child"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + SECONDS
     while cells.started(pid) == began:
         assert number == signal.SIGKILL and time.monotonic() < deadline, "it trains on"
         time.sleep(0.05)
