@@ -63,6 +63,7 @@ SHORT = {
 LONG = {
     "ablate": "four processes that train at least, two by two in turns: half a minute",
     "bench count": "an emulated device is built, and the paper's step is compiled on it: a minute",
+    "bench opening": "a browser, which not every machine has; it is tested where there is one",
     "bench variants": "eight processes that train, one after another",
     "bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill",
 }
