@@ -79,7 +79,7 @@ class AblateOptions:
     retry: bool = False
     """Try cells again that failed."""
     rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Make table and chart from rows in these files, written by --collect here or of reproduce; run nothing."""
+    """Make table and chart from rows in these files, which --collect wrote, here or of reproduce; run nothing."""
     collect: Path | None = None
     """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
 
@@ -373,7 +373,7 @@ def markdown(title: str, variants: Sequence[Variant]) -> str:
             row += [f"{counts['launches']:.0f}", f"{counts['gigabytes']:.2f}"] if counts else ["", ""]
         if trained:
             price = "" if variant.price is None else f"{variant.price:.2f}"
-            if price and not tables.told(line.to_full):
+            if price and line.to_full and not line.to_full.told:
                 price = f"({price})"
             row += [tables.shown_spread(line.median), tables.shown_difference(line.to_full), price]
         rows.append(f"| {' | '.join(row)} |")

@@ -72,10 +72,10 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
         right.axvline(1, color="grey", linewidth=0.8)
         right.set_xlabel("time a step, times the full method's, quartiles")
         right.set_xscale("log")
+        right.xaxis.set_minor_formatter("{x:g}")
     for axes in panels[0]:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_formatter("{x:g}" if cost else "")
     figure.suptitle(title, fontsize="small", wrap=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

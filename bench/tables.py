@@ -61,6 +61,11 @@ class Difference:
     high: float | None
     seeds: tuple[int, ...]
 
+    @property
+    def told(self) -> bool:
+        """Whether it is told from 0: there is an interval, and it does not hold 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True)
 class Line:
@@ -102,14 +107,9 @@ class Line:
         found, papers = self.to_full, self.papers_difference
         if found is None or papers is None:
             return ""
-        if not told(found):
+        if not found.told:
             return "not told"
         return "same" if found.mean * papers > 0 else "opposite"
-
-
-def told(found: Difference | None) -> bool:
-    """Whether a difference is told from 0: its interval does not hold it."""
-    return found is not None and found.low is not None and found.high is not None and not found.low <= 0 <= found.high
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from bench.pages.reading import read
+from bench.pages.reading import Found, read
 from engine.errors import UserError
 from engine.folder import write_bytes
 from engine.parsing import parse
@@ -37,7 +37,18 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: a folder holds no run that has begun, a package is missing, or the file cannot be written.
     """
-    options: ReportOptions = parse(ReportOptions, "report", list(argv))
+    write(parse(ReportOptions, "report", list(argv)))
+
+
+def write(options: ReportOptions) -> Found:
+    """Writes the page, and says how large it is.
+
+    Returns:
+        What it is about.
+
+    Raises:
+        UserError: see `main`.
+    """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"report needs {', '.join(missing)}: pip install 'remixmatch-engine[report]'")
@@ -58,3 +69,4 @@ def main(argv: Sequence[str]) -> None:
     print(f"{out}: {runs}, {len(content) / 1e6:.1f} MB")
     for each in found.left_out:
         print(f"remixmatch: {each}", file=sys.stderr)
+    return found

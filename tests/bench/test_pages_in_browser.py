@@ -9,14 +9,15 @@ from bench.pages import page, reading
 from bench.process import output
 from tests.bench.report_runs import make_run, make_table
 
+if problem := opening.missing():
+    pytest.skip(f"needs {problem}", allow_module_level=True)
+
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "plain")
 SCHEMES, WIDTHS = ("light", "dark"), (360, 1400)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if problem := opening.missing():
-        pytest.skip(f"needs {problem}")
     with opening.launch() as found:
         yield found
 
@@ -172,10 +173,8 @@ def test_without_scripts_data_and_images_are_there(browser, one):
     context.close()
 
 
-def test_the_bench_writes_a_row(tmp_path, capsys):
+def test_the_bench_writes_a_row(tmp_path):
     """In a browser of its own: playwright has one at a time."""
-    if problem := opening.missing():
-        pytest.skip(f"needs {problem}")
     run = make_run(tmp_path / "run")
     said = output("engine", "bench", "opening", str(run), "--out", str(tmp_path / "rows"), "--repeats", "1")
     assert "all charts drawn in" in said
