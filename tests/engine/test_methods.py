@@ -205,6 +205,7 @@ def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
         q = torch.stack(bench.guess(torch.cat(bench.u)).chunk(len(bench.u))).mean(0)
     target = sharpen(q if "no-alignment" in names else bench.align(q), 0.5)
     images, targets = bench.mix([bench.x, *bench.u], [bench.one_hot] + [target] * len(bench.u))
+    assert torch.equal(images, torch.cat([bench.x, *bench.u])) == ("no-mixup" in names)
     premixup, rotation = "no-premixup" not in names, "no-rotation" not in names
     turned = [torch.rot90(image, int(k), (1, 2)) for image, k in zip(u_1, bench.plan.rotations, strict=True)]
     network, batch = bench.network(), len(bench.x)
