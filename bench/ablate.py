@@ -69,7 +69,8 @@ class AblateOptions:
     seconds: float = 0.5
     """At least so long is a sample."""
     steps_scale: float = 1.0
-    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints and log; the title says so."""
+    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
+    and batch norm average; the title says so."""
     out: Path | None = None
     """Folder of the cells and results; by default runs/ablate/PRESET. Cells may be shared by several machines."""
     data_dir: Path | None = None

@@ -40,7 +40,8 @@ from pipelines.cache import set_data_dir
 FULL = "remixmatch"
 OUT = Path("runs") / "reproduce"
 SAVE_SECONDS = 60  # that running cells get to save their step when a job's time is over
-SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every")  # by --steps-scale
+# by --steps-scale
+SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
 _NO_SEED = -1  # which no flag can be equal to
 
 BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
@@ -129,7 +130,8 @@ class ReproduceOptions:
     preset: tuple[str, ...] = ()
     """Presets, in place of the table's."""
     steps_scale: float = 1.0
-    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints and log; the title says so."""
+    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
+    and batch norm average; the title says so."""
     out: Path | None = None
     """Folder of the cells and the table; by default runs/reproduce/TABLE. May be shared by several machines."""
     data_dir: Path | None = None
@@ -350,14 +352,23 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
 def scaled(config: Config, scale: float) -> Config:
     """A configuration with so many times its steps, and with the ramp and all that happens every so many steps.
 
-    There are as many evaluations as before, so that the median is over as many. Nothing else changes: what a run of
-    fewer steps would want of the learning rate or the EMA is another question.
+    There are as many evaluations as before, so that the median is over as many, and the EMA and the running statistics
+    of batch norm reach back over the same share of the training: an EMA of 1 000 steps would still be its initial
+    weights at the end of a short rehearsal. What a run of fewer steps would want of the learning rate is another
+    question, and left alone.
     """
     if scale == 1:
         return config
     whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
-    steps = max(1, round(config.steps * scale))
-    return dataclasses.replace(config, steps=steps, ramp_kimg=config.ramp_kimg * scale, **whole)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        config,
+        steps=max(1, round(config.steps * scale)),
+        ramp_kimg=config.ramp_kimg * scale,
+        # what is left of a weight after a given share of the steps stays the same
+        ema_decay=config.ema_decay ** (1 / scale),
+        bn_momentum=1 - (1 - config.bn_momentum) ** (1 / scale),
+        **whole,  # type: ignore[arg-type]
+    )
 
 
 def needs_data(entries: Sequence[Entry]) -> bool:

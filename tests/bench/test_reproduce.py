@@ -92,10 +92,28 @@ def test_a_rehearsal_is_evaluated_as_often(name, scale):
         assert config.steps == max(1, round(base.steps * scale)) and config.ramp_kimg == base.ramp_kimg * scale
         evaluations = math.ceil(config.steps / config.eval_every)
         assert evaluations >= min(20, config.steps)
-        changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every"}
+        changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum"}
         assert dataclasses.replace(config, **{name: getattr(base, name) for name in changed}) == base
         assert min(config.eval_every, config.log_every, config.checkpoint_every) >= 1
     assert reproduce.scaled(base, 1e-9).steps == 1 and reproduce.scaled(base, 1) is base
+
+
+def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
+    """After a tenth of the steps as much is left of what an average began with."""
+
+    def config_of(scale, *flags):
+        (entry,) = entries("digits", *flags, methods=("remixmatch",), seeds=(1,), steps_scale=scale)
+        return entry.cell.config
+
+    left, flags = {}, ("--steps", "8000", "--ema-decay", "0.999", "--bn-momentum", "0.01")
+    for config in (config_of(1, *flags), config_of(0.25, *flags)):
+        average = running = 1.0
+        for _ in range(config.steps // 10):
+            average *= config.ema_decay
+            running -= config.bn_momentum * running
+        left[config.steps] = average, running
+    assert left[2000] == pytest.approx(left[8000], rel=1e-9) and left[8000][0] == pytest.approx(0.4491, abs=1e-4)
+    assert config_of(0.25, "--ema-decay", "0").ema_decay == 0
 
 
 def test_flags_are_part_of_every_cell_and_steps_are_scaled_after_them():
