@@ -275,7 +275,8 @@ def test_where_a_client_shows_the_run_and_why_it_fails_is_said(tmp_path, monkeyp
 
 
 def test_what_a_client_lacks_at_the_end_it_has_after_resuming(tmp_path, monkeypatch):
-    monkeypatch.setitem(loggers._OPEN, "wandb", Stub(("open", RuntimeError("no server"))))
+    # with its row, and again at the end, if that was not known yet
+    monkeypatch.setitem(loggers._OPEN, "wandb", Stub(*[("open", RuntimeError("no server"))] * 2))
     log = MetricsLog(tmp_path, 0, lambda text: None, "wandb")
     log.add(1, loss=1.0)
     log.close()
