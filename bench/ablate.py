@@ -22,8 +22,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from bench import cells, records, reproduce, tables
+from bench import cells, paper_tables, records, reproduce, table_results, tables
+from bench.cell_progress import trained_rows
 from bench.count import count
+from bench.paper_tables import FULL, Entry
 from bench.variants import Process, take_turns
 from engine.config import Config, open_data
 from engine.errors import UserError
@@ -35,7 +37,6 @@ from pipelines.cache import set_data_dir
 
 OUT = Path("runs") / "ablate"
 MEASURED = "measured.jsonl"  # costs and counts, in its folder
-FULL = reproduce.FULL
 TARGET = "sm_90"  # whose launches and bytes are counted
 
 # what can be asked for by one word
@@ -139,13 +140,19 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--seconds must be more than 0, got {options.seconds}")
     set_data_dir(options.data_dir)
     training = reproduce.ReproduceOptions(
-        seeds=options.seeds, methods=(FULL, *variants_of(options.axes)), preset=(name,),
-        steps_scale=options.steps_scale, workers=options.workers, retry=options.retry,
-    )  # fmt: skip
+        seeds=options.seeds, steps_scale=options.steps_scale, workers=options.workers, retry=options.retry
+    )
     reproduce.check(training)
-    entries = reproduce.make_entries(reproduce.TABLES["ablation"], training, rest[here + 1 :])
-    if not options.rows or reproduce.needs_data(entries):
-        entries = reproduce.with_data(entries)
+    entries = paper_tables.make_entries(
+        paper_tables.TABLES["ablation"],
+        rest[here + 1 :],
+        options.seeds,
+        (FULL, *variants_of(options.axes)),
+        (name,),
+        options.steps_scale,
+    )
+    if not options.rows or paper_tables.needs_data(entries):
+        entries = paper_tables.with_data(entries)
     out = options.out or OUT / "-".join([name] + [f"steps{options.steps_scale:g}"] * (options.steps_scale != 1))
     configs: dict[str, Config] = {}
     for entry in entries:
@@ -158,14 +165,14 @@ def main(argv: Sequence[str]) -> None:
             _collect(entries, configs, out, options.collect)
             return
         if options.rows:
-            found = reproduce.collected(options.rows)
+            found = table_results.collected(options.rows)
             rows = [row for path in options.rows for row in records.read(path)]
             costs, counts = (_known(rows, kind, configs) for kind in ("costs", "counts"))
         else:
             costs = _once(measured, "costs", configs, lambda row: time_step(configs[row], configs[FULL], options))
             counts = _once(measured, "counts", configs, lambda row: _counted(configs[row])) if options.count else {}
             failed = "" if options.time_only else reproduce.train(entries, out, training)
-            found = reproduce.look(out, entries)
+            found = table_results.look(out, entries)
         write(name, entries, found, costs, counts, out, options)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
@@ -240,14 +247,14 @@ def _once(path: Path, kind: str, configs: Mapping[str, Config], measure: Any) ->
     return {variant: known[variant] for variant in configs if variant in known}
 
 
-def _collect(entries: Sequence[reproduce.Entry], configs: Mapping[str, Config], out: Path, path: Path) -> None:
+def _collect(entries: Sequence[Entry], configs: Mapping[str, Config], out: Path, path: Path) -> None:
     """Adds a row for every cell that is done, and every variant that is measured, and has none."""
     there, measured = records.read(path), records.read(out / MEASURED)
     for kind in ("costs", "counts"):
         for row in _known(measured, kind, configs).values():
             if row not in there:
                 records.append(path, row)
-    reproduce.collect(entries, out, path)
+    table_results.collect(entries, out, path)
 
 
 def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str, float]:
@@ -277,7 +284,7 @@ def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str,
     seconds = median(taken["variant"])
     return {
         "step_ms": 1e3 * seconds, "ratio": median(ratios), "ratio_low": low, "ratio_high": high,
-        "images_per_second": reproduce.trained_rows(config) / seconds, "memory_mib": memory,
+        "images_per_second": trained_rows(config) / seconds, "memory_mib": memory,
     }  # fmt: skip
 
 
@@ -302,7 +309,7 @@ def _counted(config: Config) -> dict[str, float]:
 
 def write(
     name: str,
-    entries: Sequence[reproduce.Entry],
+    entries: Sequence[Entry],
     found: Mapping[str, cells.Status],
     costs: Mapping[str, Mapping[str, Any]],
     counts: Mapping[str, Mapping[str, Any]],
@@ -310,11 +317,11 @@ def write(
     options: AblateOptions,
 ) -> None:
     """Writes ablate.csv, table.md and chart.png from what is known, and prints the table."""
-    lines = reproduce.make_lines("ablation", entries, found)
+    lines = table_results.make_lines("ablation", entries, found)
     variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "ablate.csv", _csv(name, entries, found, variants))
-    title = reproduce.title(f"{name}, ablated", entries, options.steps_scale)
+    title = table_results.title(f"{name}, ablated", entries, options.steps_scale)
     text = markdown(title, variants)
     write_text(out / "table.md", text)
     print(text, end="")
@@ -325,9 +332,7 @@ def write(
     print(f"\n{out / 'table.md'}, ablate.csv, chart.png")
 
 
-def _csv(
-    name: str, entries: Sequence[reproduce.Entry], found: Mapping[str, cells.Status], variants: Sequence[Variant]
-) -> str:
+def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, cells.Status], variants: Sequence[Variant]) -> str:
     """One row a variant and seed; errors are empty where nothing was trained."""
     of_variant = {variant.name: variant for variant in variants}
     rows = []

@@ -7,6 +7,7 @@ from PIL import Image
 
 from bench import ablate, records, reproduce, tables
 from bench.ablate import AXES, Variant, variants_of
+from bench.paper_tables import TABLES, make_entries
 from engine.errors import UserError
 from engine.methods import ABLATIONS
 from tests.bench.test_reproduce import finish
@@ -111,8 +112,7 @@ def test_other_settings_are_timed_anew(costs, tmp_path):
 
 def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
     words = ["--axes", "k=1", "k=8", "--seeds", "1", "2", "3"]
-    options = reproduce.ReproduceOptions(seeds=(1, 2, 3), methods=("remixmatch", "k=1", "k=8"), preset=("digits-40",))
-    entries = reproduce.make_entries(reproduce.TABLES["ablation"], options, SMALL[1:])
+    entries = ablations(SMALL[1:], (1, 2, 3), ("remixmatch", "k=1", "k=8"))
     accuracies = {"remixmatch": (90, 91, 92), "k=1": (85, 88, 88), "k=8": (91, 92, 93)}
     for entry in entries:
         finish(tmp_path, entry, float(accuracies[entry.row][entry.seed - 1]))
@@ -134,8 +134,7 @@ def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
 
 def test_collected_rows_make_the_same_table_and_chart_elsewhere(costs, tmp_path, monkeypatch, capsys):
     words = ["--axes", "k=1", "k=8", "--seeds", "1", "2"]
-    options = reproduce.ReproduceOptions(seeds=(1, 2), methods=("remixmatch", "k=1", "k=8"), preset=("digits-40",))
-    entries = reproduce.make_entries(reproduce.TABLES["ablation"], options, SMALL[1:])
+    entries = ablations(SMALL[1:], (1, 2), ("remixmatch", "k=1", "k=8"))
     for number, entry in enumerate(entries[:5]):
         finish(tmp_path / "here", entry, 90.0 - number)
     monkeypatch.setattr(reproduce, "work", _done)
@@ -157,6 +156,10 @@ def test_collected_rows_make_the_same_table_and_chart_elsewhere(costs, tmp_path,
         ablate.main(["digits-40", "--from", str(tmp_path / "none.jsonl"), *SMALL])
 
 
+def ablations(flags, seeds, rows):
+    return make_entries(TABLES["ablation"], flags, seeds, rows, ("digits-40",))
+
+
 def _done(root, cells, *_):
     from bench.cells import status
 
@@ -164,12 +167,7 @@ def _done(root, cells, *_):
 
 
 def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
-    entries = reproduce.make_entries(
-        reproduce.TABLES["ablation"],
-        reproduce.ReproduceOptions(seeds=(1,), methods=("remixmatch", "no-rotation"), preset=("digits-40",)),
-        SMALL[1:],
-    )
-    full, other = (entry.cell.config for entry in entries)
+    full, other = (entry.cell.config for entry in ablations(SMALL[1:], (1,), ("remixmatch", "no-rotation")))
     options = ablate.AblateOptions(repeats=3, seconds=0.01)
     cost = ablate.time_step(other, full, options)
     assert cost["ratio_low"] <= cost["ratio"] <= cost["ratio_high"] and cost["step_ms"] > 0

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torchvision import datasets as tv
 
-from bench import cells, records, reproduce, tables
+from bench import cell_progress, cells, paper_tables, records, reproduce, table_results, tables
+from bench.cell_progress import trained_rows
 from bench.cells import Status, status
-from bench.reproduce import TABLES, ReproduceOptions, make_entries, trained_rows
+from bench.paper_tables import TABLES, make_entries
 from engine.checkpoint import list_checkpoints
 from engine.config import config_json
 from engine.errors import UserError
@@ -41,7 +42,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def entries(name, *flags, **options):
-    return make_entries(TABLES[name], ReproduceOptions(**options), flags)
+    return make_entries(TABLES[name], flags, **options)
 
 
 def finish(out, entry, accuracy, median=None, step=None):
@@ -75,12 +76,12 @@ def test_one_seed_of_everything_comes_before_the_second_of_anything(name):
 def test_tables_have_the_papers_rows_and_seeds():
     assert len(entries("cifar10")) == len(entries("svhn")) == 3 * 6 * 5
     assert {entry.row for entry in entries("digits")} == set(METHODS)
-    assert [entry.seed for entry in entries("digits", methods=("uda",))] == [0, 1, 2, 3, 4]
+    assert [entry.seed for entry in entries("digits", rows=("uda",))] == [0, 1, 2, 3, 4]
     ablations = {entry.row for entry in entries("ablation")}
     assert ablations == {"remixmatch", *ABLATIONS} - {"k=8"} and {entry.seed for entry in entries("ablation")} == {3}
-    small = entries("ablation", preset=("fashion-100-small",), seeds=(1, 2))
+    small = entries("ablation", presets=("fashion-100-small",), seeds=(1, 2))
     assert {entry.row for entry in small} == {"remixmatch", *ABLATIONS} - {"k=2"}, "K is 2 there"
-    mixmatch = entries("svhn", methods=("mixmatch",), seeds=(1,))
+    mixmatch = entries("svhn", rows=("mixmatch",), seeds=(1,))
     assert {entry.cell.config.w_u for entry in mixmatch} == {250.0}
 
 
@@ -95,14 +96,14 @@ def test_a_rehearsal_is_evaluated_as_often(name, scale):
         changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum"}
         assert dataclasses.replace(config, **{name: getattr(base, name) for name in changed}) == base
         assert min(config.eval_every, config.log_every, config.checkpoint_every) >= 1
-    assert reproduce.scaled(base, 1e-9).steps == 1 and reproduce.scaled(base, 1) is base
+    assert paper_tables.scaled(base, 1e-9).steps == 1 and paper_tables.scaled(base, 1) is base
 
 
 def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
     """After a tenth of the steps as much is left of what an average began with."""
 
     def config_of(scale, *flags):
-        (entry,) = entries("digits", *flags, methods=("remixmatch",), seeds=(1,), steps_scale=scale)
+        (entry,) = entries("digits", *flags, rows=("remixmatch",), seeds=(1,), steps_scale=scale)
         return entry.cell.config
 
     left, flags = {}, ("--steps", "8000", "--ema-decay", "0.999", "--bn-momentum", "0.01")
@@ -117,26 +118,28 @@ def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
 
 
 def test_flags_are_part_of_every_cell_and_steps_are_scaled_after_them():
-    (plain,) = entries("digits", seeds=(1,), methods=("fixmatch",))
-    (entry,) = entries("digits", "--batch", "4", "--steps", "1000", seeds=(1,), methods=("fixmatch",), steps_scale=0.1)
+    (plain,) = entries("digits", seeds=(1,), rows=("fixmatch",))
+    (entry,) = entries("digits", "--batch", "4", "--steps", "1000", seeds=(1,), rows=("fixmatch",), steps_scale=0.1)
     assert entry.cell.config.batch == 4 and entry.cell.config.steps == 100 and entry.base == plain.base
     assert entry.cell.config.mu == 7 and entry.cell.digest != plain.cell.digest
 
 
 def test_titles_say_what_is_not_the_papers():
-    assert reproduce.title("cifar10", entries("cifar10")) == "cifar10: test error in percent"
+    assert table_results.title("cifar10", entries("cifar10")) == "cifar10: test error in percent"
     found = entries("cifar10", steps_scale=0.01)
     words = "cifar10: test error in percent; REHEARSAL with 10,486 steps instead of 1,048,576"
-    assert reproduce.title("cifar10", found, 0.01) == words
+    assert table_results.title("cifar10", found, 0.01) == words
     found = entries("cifar10", "--width", "8", "--no-flip", "--device", "cpu", steps_scale=0.01)
-    assert reproduce.title("cifar10", found, 0.01) == f"{words}; other settings than the presets': flip False, width 8"
+    assert (
+        table_results.title("cifar10", found, 0.01) == f"{words}; other settings than the presets': flip False, width 8"
+    )
     found = entries("digits", "--steps", "100", "--eval-every", "5")
-    assert reproduce.title("digits", found) == (
+    assert table_results.title("digits", found) == (
         "digits: test error in percent; REHEARSAL with 100 steps instead of 2,500; "
         "other settings than the presets': eval_every 5"
     )
     more = entries("digits", steps_scale=2.0)
-    assert reproduce.title("digits", more, 2.0) == "digits: test error in percent; 5,000 steps instead of 2,500"
+    assert table_results.title("digits", more, 2.0) == "digits: test error in percent; 5,000 steps instead of 2,500"
 
 
 @pytest.mark.parametrize(
@@ -232,17 +235,20 @@ def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
     )
     rows = tables.markdown("title", [timed, unknown], "remixmatch").splitlines()
     assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
-    assert reproduce._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
-    assert reproduce._seconds({"device": "CPU, one", "train_seconds": 9.0}) is None
-    assert reproduce._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
+    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
+    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0}) is None
+    assert table_results._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
 
 
 def test_differences_stand_beside_the_papers(tmp_path):
-    assert reproduce.papers_difference("l2", 8) == pytest.approx(11.34) == reproduce.papers_difference("l2", 2)
-    assert reproduce.papers_difference("k=1", 8) == pytest.approx(1.38)
-    assert reproduce.papers_difference("k=1", 2) == pytest.approx(0.58)
-    assert reproduce.papers_difference("k=8", 2) == pytest.approx(-0.80)
-    assert reproduce.papers_difference("mean-guess", 2) is None and reproduce.papers_difference("remixmatch", 8) is None
+    assert paper_tables.papers_difference("l2", 8) == pytest.approx(11.34) == paper_tables.papers_difference("l2", 2)
+    assert paper_tables.papers_difference("k=1", 8) == pytest.approx(1.38)
+    assert paper_tables.papers_difference("k=1", 2) == pytest.approx(0.58)
+    assert paper_tables.papers_difference("k=8", 2) == pytest.approx(-0.80)
+    assert (
+        paper_tables.papers_difference("mean-guess", 2) is None
+        and paper_tables.papers_difference("remixmatch", 8) is None
+    )
     full = {1: 10.0, 2: 12.0, 3: 11.0}
     signs = {}
     for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "not told": (1.0, -1.0, 0.5)}.items():
@@ -259,7 +265,7 @@ def test_differences_stand_beside_the_papers(tmp_path):
 
 def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
     out = tmp_path / "out"
-    found = entries("cifar10", methods=("remixmatch", "mixmatch"), preset=("cifar10-250",), seeds=(1, 2, 3))
+    found = entries("cifar10", rows=("remixmatch", "mixmatch"), presets=("cifar10-250",), seeds=(1, 2, 3))
     for entry, accuracy in zip(found, (94.0, 90.0, 93.0, 88.0, 95.0), strict=False):
         finish(out, entry, accuracy)
     words = ["cifar10", "--methods", "mixmatch", "remixmatch", "--preset", "cifar10-250", "--seeds", "1", "2", "3"]
@@ -297,21 +303,21 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
 
 def test_ablations_have_figures_of_their_own_split():
     found = entries("ablation")
-    lines = reproduce.make_lines("ablation", found, {})
+    lines = table_results.make_lines("ablation", found, {})
     figures = {line.row: line.paper.error for line in lines if line.paper}
     assert figures["remixmatch"] == 5.94 and figures["no-weak"] == 29.36 and len(figures) == 11
     assert not any(
-        line.paper for line in reproduce.make_lines("ablation", entries("ablation", preset=("cifar10-40",)), {})
+        line.paper for line in table_results.make_lines("ablation", entries("ablation", presets=("cifar10-40",)), {})
     )
-    for known in (reproduce.FIGURES, reproduce.ABLATION_FIGURES):
+    for known in (paper_tables.FIGURES, paper_tables.ABLATION_FIGURES):
         for name, row in known:
             assert name in PRESETS and (row in METHODS or row in ABLATIONS)
 
 
 def test_states_are_shown_one_a_line(tmp_path, capsys):
-    found = entries("digits", methods=("remixmatch", "uda"), seeds=(0, 1))
+    found = entries("digits", rows=("remixmatch", "uda"), seeds=(0, 1))
     done = Status("done", 2500, {"median_last_20": 96.5, "test_accuracy": 97.0, "train_seconds": 60.0})
-    show = reproduce._Progress([*found], 2)
+    show = cell_progress.Progress([*found], 2)
     waiting = [Status("waiting")] * 4
     for statuses in (waiting, [Status("running", host="here"), *waiting[1:]], [Status("running", 50), *waiting[1:]]):
         show(statuses)
@@ -327,7 +333,7 @@ def test_states_are_shown_one_a_line(tmp_path, capsys):
     first, second, counts = capsys.readouterr().out.splitlines()
     assert first.endswith("done, error 4.00 % (median of last 20), 3.00 % (last)") and second.endswith(": waiting")
     assert counts == "1 done, 1 waiting; about 10 s left"
-    grid = reproduce._Progress(found, 1)._grid([done, *waiting[1:]])
+    grid = cell_progress.Progress(found, 1)._grid([done, *waiting[1:]])
     assert grid.row_count == 4 and "1 done, 3 waiting" in grid.title
 
 
@@ -335,13 +341,13 @@ def test_time_left_is_by_the_rows_that_were_trained():
     base = preset("cifar10-250")
     half = dataclasses.replace(base, steps=base.steps // 2)
     done = Status("done", base.steps, {"train_seconds": 100.0})
-    assert reproduce.time_left([base, half], [Status("waiting")] * 2, 1) is None
-    assert reproduce.time_left([base, half], [done, Status("waiting")], 1) == pytest.approx(50)
-    assert reproduce.time_left([base, half], [done, Status("running", base.steps // 4)], 2) == pytest.approx(12.5)
-    assert reproduce.time_left([base, half], [done, Status("failed")], 1) == 0
+    assert cell_progress.time_left([base, half], [Status("waiting")] * 2, 1) is None
+    assert cell_progress.time_left([base, half], [done, Status("waiting")], 1) == pytest.approx(50)
+    assert cell_progress.time_left([base, half], [done, Status("running", base.steps // 4)], 2) == pytest.approx(12.5)
+    assert cell_progress.time_left([base, half], [done, Status("failed")], 1) == 0
     assert trained_rows(base) == 64 * 12 and trained_rows(dataclasses.replace(base, method="supervised")) == 64
     assert trained_rows(dataclasses.replace(base, anchor="guess-only", mu=7, k=1, w_u1=0.0, w_rot=0.0)) == 64 * 8
-    assert [reproduce.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]
+    assert [cell_progress.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]
 
 
 def test_predicted_times_go_through_those_of_bench_count():
@@ -349,19 +355,19 @@ def test_predicted_times_go_through_those_of_bench_count():
     rows = [row for row in rows if not row.keys() & {"method", "ablate"}]  # K = 1 and 8
     base, one, three = (dataclasses.replace(preset("cifar10-250"), k=k, seed=5) for k in (8, 1, 3))
     known = {row["k"]: row["predicted_ms_h100"] for row in rows}
-    hours = [reproduce.predicted_hours(config, "h100", rows) for config in (one, three, base)]
+    hours = [cell_progress.predicted_hours(config, "h100", rows) for config in (one, three, base)]
     assert hours[0] == pytest.approx(known[1] * 2**20 / 3.6e6) and hours[2] == pytest.approx(known[8] * 2**20 / 3.6e6)
     assert hours[1] == pytest.approx(hours[0] + (hours[2] - hours[0]) * 2 / 7)
     # 8 B rows of FixMatch are counted; with K = 3 it has 22 B, and ReMixMatch from K = 1 to 8 has 7 B more
     fixmatch = with_method(base, "fixmatch")
     counted = {"bench": "count", "preset": "cifar10-250", "method": "fixmatch", "k": 1, "batch": 64}
     more = [*rows, counted | {"predicted_ms_h100": 9.0}]
-    found = [reproduce.predicted_hours(dataclasses.replace(fixmatch, k=k), "h100", more) for k in (1, 3)]
+    found = [cell_progress.predicted_hours(dataclasses.replace(fixmatch, k=k), "h100", more) for k in (1, 3)]
     expected = [9.0, 9.0 + 14 / 7 * (known[8] - known[1])]
     assert found == pytest.approx([ms * 2**20 / 3.6e6 for ms in expected])
-    assert reproduce.predicted_hours(preset("stl10-1000"), "h100", rows) is None
-    assert reproduce.predicted_hours(preset("digits-40"), "h100", rows) is None
-    assert reproduce.predicted_hours(base, "h100", []) is None
+    assert cell_progress.predicted_hours(preset("stl10-1000"), "h100", rows) is None
+    assert cell_progress.predicted_hours(preset("digits-40"), "h100", rows) is None
+    assert cell_progress.predicted_hours(base, "h100", []) is None
 
 
 def test_the_plan_says_that_it_is_predicted(capsys):
@@ -513,7 +519,7 @@ QUICK = [
 def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
-    (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), methods=("supervised",))
+    (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), rows=("supervised",))
     folder = out / entry.cell.name
     process = start(log, *words, "800")
     until(lambda: cells.last_step(folder / "metrics.jsonl") >= 40, process, log)
@@ -544,7 +550,7 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
     out = tmp_path / "out"
     flags = [*QUICK, "--steps", "800"]
     words = ["digits", "--seeds", "0", "1", "--methods", "supervised", "--out", str(out)]
-    found = entries("digits", *flags[1:], seeds=(0, 1), methods=("supervised",))
+    found = entries("digits", *flags[1:], seeds=(0, 1), rows=("supervised",))
     submit = [*words, "--submit", "local", "--workers", "2", "--gpus", "0", *flags]
     script = f"from bench.reproduce import main; main({submit!r})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -581,3 +587,33 @@ def test_submitting_without_submitit_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'remixmatch-engine\[slurm\]'"):
         reproduce.main(["digits", "--submit", "local"])
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
+@pytest.mark.parametrize(("cluster", "seen"), [("local", ["0", "1", "0"]), ("slurm", ["slurm's"] * 3)])
+def test_jobs_of_one_machine_share_its_gpus(cluster, seen, monkeypatch):
+    import submitit
+
+    given = []
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit_array(self, jobs):
+            given.extend(jobs)
+            return []
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    reproduce.main(["digits", "--submit", cluster, "--workers", "3"])
+    found = []
+    monkeypatch.setattr(reproduce, "main", lambda *_: found.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    for job in given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "slurm's")
+        job()
+    assert found == seen
