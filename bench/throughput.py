@@ -26,7 +26,7 @@ from bench.timing import measure as measure_times
 from engine.capture import make_step
 from engine.config import Config, check_data, validate
 from engine.errors import UserError
-from engine.execution import Execution, set_numerics
+from engine.execution import Execution, keep_freed_memory, set_numerics
 from engine.feed import Feed
 from engine.network import BatchNorm, ResidualBlock, WideResNet
 from engine.presets import preset
@@ -88,6 +88,7 @@ class Case:
         data, split = check_data(config)
         execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
+        keep_freed_memory(execution.device)
         feed = Feed(config, data, split, execution)
         state = make_state(config, len(data.classes), execution.device, data.sides)
         execute = make_step(config, state, feed.rows, execution, feed.example)

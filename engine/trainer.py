@@ -21,7 +21,7 @@ from engine.capture import make_step
 from engine.config import Config
 from engine.errors import Stopped, UserError
 from engine.evaluation import agreement, evaluate, guess_quality, median_of_last
-from engine.execution import Execution, set_numerics
+from engine.execution import Execution, keep_freed_memory, set_numerics
 from engine.feed import Feed
 from engine.guard import StopRequest, Watchdog
 from engine.health import Health, Look, compared_images
@@ -62,6 +62,7 @@ class Trainer:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         self.execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
+        keep_freed_memory(self.execution.device)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(distributed.ranks())
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)

@@ -1,14 +1,17 @@
-"""What torch's libraries and its compiler are told: `--deterministic`, in whole runs too, and Inductor's options."""
+"""What torch's libraries, its compiler and malloc are told, in whole runs too."""
 
 import os
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 
-from engine import execution, run
+from engine import execution, run, trainer
 from engine.execution import compiler, set_numerics
-from tests.processes import final_state
+from tests.processes import ROOT, final_state
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +78,45 @@ def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
         assert chosen() == (not deterministic, not deterministic)
     one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+FAULTS = """
+import resource, torch
+from engine.execution import keep_freed_memory
+
+def faults():
+    for _ in range(20):
+        torch.ones(2**24)  # 64 MiB, of which a page is 4 KiB or 2 MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+keep_freed_memory(torch.device("cuda"))
+print(faults())
+keep_freed_memory(torch.device("cpu"))
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_memory_that_a_step_on_a_cpu_frees_is_taken_again_without_the_kernel():
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, on_a_gpu, after = map(int, done.stdout.split())
+    pages = 5 * 32
+    assert before >= pages <= on_a_gpu and after < pages / 5
+
+
+def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", seen.append)
+    run.train(tiny(steps=2), tmp_path, quiet=True)
+    assert seen == [torch.device("cpu")]
 
 
 @pytest.mark.gpu
