@@ -10,7 +10,7 @@ from bench.ablate import AXES, Variant, variants_of
 from bench.paper_tables import TABLES, make_entries
 from engine.errors import UserError
 from engine.methods import ABLATIONS
-from tests.bench.test_reproduce import finish
+from tests.bench.made_cells import finish
 
 SMALL = ["--", "--batch", "8", "--width", "8", "--steps", "40", "--device", "cpu"]
 
