@@ -157,6 +157,6 @@ def test_readme_is_read_in_two_minutes():
 
 
 def test_figures_of_readme_stand_with_the_results():
-    figures = re.findall(r"\d+\.\d ± \d\.\d", TEXTS["README.md"])
-    assert len(figures) >= 4
+    figures = re.findall(r"\d+\.\d+ ± \d+\.\d+", TEXTS["README.md"])
+    assert len(figures) >= 12
     assert not [figure for figure in figures if figure not in TEXTS["docs/results.md"]]
