@@ -147,8 +147,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """Lets this process keep the memory that it frees, for the next step, where the step is on a CPU.
 
     torch keeps a GPU's memory itself. On a CPU every activation is malloc's, and glibc returns what is freed to the
-    kernel, which clears each page before it gives it again: about a tenth of a step's time.
-    Less than 2 GiB is kept. Where malloc is another library's, nothing changes.
+    kernel, which clears each page before it gives it again: about a tenth of a step's time. What is free at the end of
+    the heap still goes back once it is 2 GiB. Where malloc is another library's, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type == "cpu" and mallopt is not None:

@@ -10,7 +10,7 @@ def entries(name, *flags, **options):
     return make_entries(TABLES[name], flags, **options)
 
 
-def finish(out, entry, accuracy, median=None, step=None):
+def finish(out, entry, accuracy, median=None):
     """Leaves what a finished run leaves."""
     folder = out / entry.cell.name
     folder.mkdir(parents=True)
