@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +72,15 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     for picture in ("curves.png", "views.png"):
         assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
     assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
+    """Its picture shows its own views, which are DALI's but for edges."""
+    run.train(tiny(views="dali"), tmp_path / "dali", quiet=True)
+    monkeypatch.setitem(sys.modules, "pipelines.dali", None)  # as if it could not be imported
+    run.train(tiny(views="fused"), tmp_path / "fused", quiet=True)
+    expected, made = (np.load(tmp_path / name / "results.npz")["views"] for name in ("dali", "fused"))
+    assert made.shape == expected.shape and np.isclose(made, expected, atol=2).mean() > 0.9
 
 
 def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeypatch):
