@@ -125,7 +125,8 @@ def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], re
     floor = max(moved / limit.copy_bytes_per_second, flops / limit.matmul_flops_per_second)
     found = []
     for benchmark in choices:
-        with torch.backends.cudnn.flags(benchmark=benchmark, allow_tf32=False):
+        # by default these flags would switch cuDNN off
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
             timings = measure(functions, device, repeats, queued=True)
         found += [
             {

@@ -76,8 +76,8 @@ class VariantsOptions:
     """Rounds."""
     steps: int = 20
     """Steps a sample."""
-    at_once: int = 3
-    """Variants that are compiled at the same time."""
+    at_once: int = max(len(os.sched_getaffinity(0)) // 2, 1)
+    """Variants that are compiled at the same time; by default half as many as there are cores."""
     profile: int = 3
     """Steps that are profiled; 0 for none."""
 

@@ -267,6 +267,8 @@ def _dispatch(argv: list[str]) -> None:
         sys.exit(0 if report() else 1)
     elif command in COMMANDS and (found := entry_points(group="remixmatch.commands", name=command)):
         next(iter(found)).load()(argv[1:])
+    elif command in COMMANDS:
+        raise UserError(f"'{command}' is found once the engine is installed; in a checkout: pip install -e .")
     else:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
 

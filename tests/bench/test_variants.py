@@ -121,6 +121,20 @@ def test_every_convolution_is_timed_alone(tmp_path, monkeypatch):
         convolutions.main(ConvolutionsOptions(rows=-1))
 
 
+def test_a_gpus_convolutions_are_cudnns(monkeypatch):
+    """Whose flags, as a context, switch cuDNN off by default: torch's own kernels are a hundred times as slow."""
+    seen = []
+
+    def measure(functions, *args, **kwargs):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32))
+        return {}
+
+    monkeypatch.setattr("bench.convolutions.measure", measure)
+    monkeypatch.setattr("bench.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
+    convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1)
+    assert seen == [(True, True, False), (True, False, False)]
+
+
 def test_a_prediction_stands_beside_its_measurement():
     count = dict(preset="cifar10-250", k=8, batch=64, predicted_ms_h100=6.0, predicted_ms_h200=5.0)
     common = dict(k=8, batch=64, device="NVIDIA H200", step_ms=7.5)

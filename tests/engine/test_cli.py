@@ -64,6 +64,11 @@ def test_mistakes_before_a_run_write_nothing(capfd, tmp_path, monkeypatch, argum
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkout_that_is_not_installed_says_so(capfd, monkeypatch):
+    monkeypatch.setattr(cli, "entry_points", lambda **_: ())
+    assert "'reproduce' is found once the engine is installed" in fails(capfd, "reproduce", "digits")
+
+
 def test_mistakes_with_folders(capfd, tmp_path, trained):
     before = sorted(trained.rglob("*"))
     assert "holds a run already" in fails(capfd, "train", "digits-40", "--out", trained)
