@@ -260,7 +260,11 @@ def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
         measured: rows of `bench throughput` or `bench variants`: those of the captured paper's step are taken.
     """
     lines = []
-    papers = [row for row in counts if row["preset"].startswith("cifar10-") and not row.keys() & {"method", "ablate"}]
+    papers = [
+        row
+        for row in counts
+        if row["preset"].startswith("cifar10-") and "method" not in row and row.get("ablate", "k=").startswith("k=")
+    ]
     newest = {(row["k"], row["batch"]): row for row in papers}
     for row in measured:
         captured = row.get("variant") == "as it is" or (row.get("mode") == "graph" and row.get("views") == "synthetic")

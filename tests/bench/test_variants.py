@@ -145,8 +145,11 @@ def test_a_prediction_stands_beside_its_measurement():
         dict(common, bench="throughput", mode="graph", views="synthetic", k=4),
         dict(common, bench="throughput", mode="graph", views="synthetic", device="CPU"),
     ]
-    (line,) = report.predictions([count], measured)
+    others = [dict(count, ablate="no-rotation"), dict(count, method="mixmatch")]
+    (line,) = report.predictions([count, *others], measured)
     assert line == ("K = 8, B = 64, NVIDIA H200 (variants): predicted 5.00 ms, measured 7.50 ms, 1.50 times as long")
+    of_another_k = dict(count, k=4, ablate="k=4", predicted_ms_h200=6.0)
+    assert len(report.predictions([count, *others, of_another_k], measured)) == 2
 
 
 def test_environment_of_a_variant_is_its_checkout(monkeypatch):
