@@ -43,28 +43,32 @@ def named(cell):
 
 
 def columns(head):
-    """What the columns show: (preset, kind of figure), the preset being the last that was named up to there."""
-    preset, found = None, []
+    """What the columns show: (preset, steps, kind of figure), preset and steps being the last named up to there.
+
+    Steps are the preset's where a head names none.
+    """
+    preset, steps, found = None, 0, []
     for cell in head:
         # the longest, since names begin with others
-        preset = max((name for name in PRESETS if name in cell), key=len, default=preset)
-        found.append((preset, next((kind for word, kind in KINDS.items() if word in cell), None)))
+        if name := max((name for name in PRESETS if name in cell), key=len, default=None):
+            said = re.search(r"(\d[\d ]*) steps", cell)
+            preset, steps = name, int(said[1].replace(" ", "")) if said else PRESETS[name].steps
+        found.append((preset, steps, next((kind for word, kind in KINDS.items() if word in cell), None)))
     return found
 
 
-def runs(file, preset, row):
+def runs(file, preset, steps, row):
     """Rows of trained cells."""
-    return [
-        each for each in ROWS[file] if each["bench"] == "reproduce" and each["preset"] == preset and each["row"] == row
-    ]
+    case = {"bench": "reproduce", "preset": preset, "steps": steps, "row": row}
+    return [each for each in ROWS[file] if case.items() <= each.items()]
 
 
-def errors(file, preset, row):
+def errors(file, preset, steps, row):
     """Median test errors by seed."""
-    return {each["seed"]: 100 - each["median_last_20"] for each in runs(file, preset, row)}
+    return {each["seed"]: 100 - each["median_last_20"] for each in runs(file, preset, steps, row)}
 
 
-def figures(file, preset, row, kind):
+def figures(file, preset, steps, row, kind):
     """What a cell has to show."""
     if kind in ("ratio", "counts"):
         names = {"ratio": ("costs", "ratio"), "counts": ("counts", "launches", "gigabytes")}[kind]
@@ -75,10 +79,10 @@ def figures(file, preset, row, kind):
         ]
         return [found[-1][name] for name in names[1:]] if found else []
     if kind == "minutes":  # the least and the most; rows of early runs say the clock's alone
-        taken = [each["cpu_seconds"] / 60 for each in runs(file, preset, row) if each.get("cpu_seconds")]
+        taken = [each["cpu_seconds"] / 60 for each in runs(file, preset, steps, row) if each.get("cpu_seconds")]
         ends = min(taken), max(taken)
         return ends if round(ends[0], 1) < round(ends[1], 1) else ends[:1]
-    own, full = errors(file, preset, row), errors(file, preset, "remixmatch")
+    own, full = errors(file, preset, steps, row), errors(file, preset, steps, "remixmatch")
     if kind == "worst":
         return [max(own.values())] if own else []
     if kind == "error":
@@ -97,9 +101,9 @@ def checked(page):
         for line in lines:
             if (place := named(line[0])) is None:
                 continue
-            for cell, (preset, kind) in zip(line[1:], kinds[1:], strict=True):
+            for cell, (preset, steps, kind) in zip(line[1:], kinds[1:], strict=True):
                 if preset and kind:
-                    yield line[0], cell, figures(place[0], preset, place[1], kind)
+                    yield line[0], cell, figures(place[0], preset, steps, place[1], kind)
 
 
 @pytest.mark.parametrize(("page", "least"), [("README.md", 70), ("docs/results.md", 187)])
@@ -118,7 +122,7 @@ def test_every_variant_that_was_measured_stands_in_the_results():
     shown = {
         (preset, place[1])
         for head, *lines in tables(TEXTS["docs/results.md"])
-        for preset, _ in columns(head)
+        for preset, *_ in columns(head)
         for place in map(named, (line[0] for line in lines))
         if place
     }
