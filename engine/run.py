@@ -78,7 +78,6 @@ def train(
                 progress.say(f"resuming {folder} from step {trainer.step}")
             else:
                 progress.say(f"{folder} has no good checkpoint; starting from step 0")
-        progress.start(trainer.step, trainer.feed.images_per_step)
         try:
             trainer.run()
         finally:

@@ -157,7 +157,10 @@ class Trainer:
         guard = Watchdog(self.timeout, distributed.rank(), self._stop) if several else nullcontext()
         try:
             with self._stop.listening(), guard as watchdog:
+                if self.execution.mode != "eager":
+                    self.progress.say("compiling the step: a minute or so the first time, less from torch's cache")
                 self.begin()
+                self.progress.start(self.step, self.feed.images_per_step)  # what compiling takes is not speed
                 while self.step < self.config.steps and not self._stopping():
                     if watchdog:
                         watchdog.alive(f"step {self.step}")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine import checkpoint, run
+from engine.capture import make_step
 from engine.config import load_config
 from engine.errors import UserError
 from engine.feed import Feed
-from engine.progress import read_metrics
+from engine.progress import ProgressLine, read_metrics
 from engine.trainer import CHECKPOINTS
 from tests.processes import final_state, finish, start
 
@@ -72,6 +73,21 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     for picture in ("curves.png", "views.png"):
         assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
     assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, capfd):
+    order, start = [], ProgressLine.start
+
+    def made(config, state, rows, execution, example):
+        order.append("made")
+        return make_step(config, state, rows, dataclasses.replace(execution, mode="eager"), example)
+
+    monkeypatch.setattr("engine.trainer.make_step", made)
+    monkeypatch.setattr(ProgressLine, "start", lambda self, *given: order.append("start") or start(self, *given))
+    run.train(tiny(), tmp_path / "eager")
+    assert "compiling" not in capfd.readouterr().err
+    run.train(tiny(mode="compile"), tmp_path / "compiled")
+    assert "compiling the step" in capfd.readouterr().err and order == ["made", "start"] * 2
 
 
 def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
