@@ -23,7 +23,8 @@ from kernels.augment import MAX_SIDE
 INDUCTOR: dict[str, Any] = {"realize_reads_threshold": 12, "combo_kernels": True}
 
 # of glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT = 32 * 2**20  # bytes; no higher threshold is taken
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,14 @@ def keep_freed_memory(device: torch.device) -> None:
     """Lets this process keep the memory that it frees, for the next step, where the step is on a CPU.
 
     torch keeps a GPU's memory itself. On a CPU every activation is malloc's, and glibc returns what is freed to the
-    kernel, which clears each page before it gives it again: about a tenth of a step's time. What is free at the end of
-    the heap still goes back once it is 2 GiB. Where malloc is another library's, nothing changes.
+    kernel, which clears each page before it gives it again: about a tenth of a step's time. Blocks of more than 32 MiB,
+    such as an evaluation of large images has, still go back: between smaller ones they would leave gaps in the heap.
+    So does what is free at its end once it is 1 GiB. Where malloc is another library's, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if device.type == "cpu" and mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)  # no block is mapped by itself, which would be unmapped when it is freed
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)  # a block that is mapped by itself is unmapped when it is freed
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def set_numerics(deterministic: bool) -> None:

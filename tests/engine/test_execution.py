@@ -84,19 +84,21 @@ FAULTS = """
 import resource, torch
 from engine.execution import keep_freed_memory
 
-def faults():
+def faults(blocks, mib):
+    # a page is 4 KiB or 2 MiB
     for _ in range(20):
-        torch.ones(2**24)  # 64 MiB, of which a page is 4 KiB or 2 MiB
+        [torch.ones(mib * 2**18) for _ in range(blocks)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        torch.ones(2**24)
+        [torch.ones(mib * 2**18) for _ in range(blocks)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults())
+print(faults(8, 16))
 keep_freed_memory(torch.device("cuda"))
-print(faults())
+print(faults(8, 16))
 keep_freed_memory(torch.device("cpu"))
-print(faults())
+print(faults(8, 16))
+print(faults(1, 256))  # for which the heap has no room
 """
 
 
@@ -107,9 +109,9 @@ def test_memory_that_a_step_on_a_cpu_frees_is_taken_again_without_the_kernel():
         [sys.executable, "-c", FAULTS], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    before, on_a_gpu, after = map(int, done.stdout.split())
-    pages = 5 * 32
-    assert before >= pages <= on_a_gpu and after < pages / 5
+    before, on_a_gpu, after, of_a_large_block = map(int, done.stdout.split())
+    pages = 5 * 64
+    assert before >= pages <= on_a_gpu and after < pages / 5 and of_a_large_block >= pages
 
 
 def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
