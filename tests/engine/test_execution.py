@@ -1,7 +1,7 @@
 """What torch's libraries, its compiler and malloc are told, in whole runs too."""
 
+import ctypes
 import os
-import platform
 import subprocess
 import sys
 import warnings
@@ -80,38 +80,44 @@ def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-FAULTS = """
-import resource, torch
+BLOCKS = """
+import ctypes, sys, torch
 from engine.execution import keep_freed_memory
 
-def faults(blocks, mib):
-    # a page is 4 KiB or 2 MiB
-    for _ in range(20):
-        [torch.ones(mib * 2**18) for _ in range(blocks)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        [torch.ones(mib * 2**18) for _ in range(blocks)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-print(faults(8, 16))
-keep_freed_memory(torch.device("cuda"))
-print(faults(8, 16))
-keep_freed_memory(torch.device("cpu"))
-print(faults(8, 16))
-print(faults(1, 256))  # for which the heap has no room
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+
+def mapped(blocks, mib):
+    # how many of so many blocks at once are mapped each by itself
+    before = libc.mallinfo2().hblks
+    alive = [torch.ones(mib * 2**18) for _ in range(blocks)]
+    return libc.mallinfo2().hblks - before
+
+if len(sys.argv) > 1:
+    keep_freed_memory(torch.device(sys.argv[1]))
+print(mapped(8, 24), libc.mallinfo2().arena >> 20, mapped(1, 512))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_memory_that_a_step_on_a_cpu_frees_is_taken_again_without_the_kernel():
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc is not glibc's, or an early one of it")
+def test_memory_that_a_step_on_a_cpu_frees_is_kept_but_for_large_blocks():
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    before, on_a_gpu, after, of_a_large_block = map(int, done.stdout.split())
-    pages = 5 * 64
-    assert before >= pages <= on_a_gpu and after < pages / 5 and of_a_large_block >= pages
+
+    def blocks(*arguments):
+        command = [sys.executable, "-c", BLOCKS, *arguments]
+        done = subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return map(int, done.stdout.split())
+
+    for arguments in ((), ("cuda",)):
+        each, heap, large = blocks(*arguments)
+        assert (each, large) == (8, 1) and heap < 8 * 24
+    each, heap, large = blocks("cpu")
+    assert (each, large) == (0, 1) and heap >= 8 * 24
 
 
 def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
