@@ -160,7 +160,7 @@ class SettledFeed(Feed):
 
     def begin(self, step: int, views: ViewLoader | None = None) -> None:
         """See `Feed.begin`."""
-        self._settled = SettledViews(views or self._make_views())
+        self._settled = SettledViews(views or self.make_views())
         super().begin(step, self._settled)
 
     def settle(self) -> None:

@@ -158,7 +158,7 @@ class Feed:
         """
         c, device = self.config, self.execution.device
         self._planned = step
-        self._views = views or self._make_views()
+        self._views = views or self.make_views()
         self._closing.callback(self._views.close)
         # pinned memory belongs to a thread's present device
         own_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
@@ -219,10 +219,16 @@ class Feed:
         """Waits for what is being made and releases it."""
         self._closing.close()
 
-    def _make_views(self) -> ViewLoader:
-        c, device = self.config, self.execution.device
+    def make_views(self, rows: int = 0, device: torch.device | None = None) -> ViewLoader:
+        """What makes the run's views, by the run's backend.
+
+        Args:
+            rows: of a batch; by default those of `view_steps` steps.
+            device: where; by default the run's.
+        """
+        c, device = self.config, device or self.execution.device
+        rows = rows or len(self.rows.views) * c.view_steps
         images = (self.data.train_images, self.split, self.data.unlabeled_rows if c.unlabeled else None)
-        rows = len(self.rows.views) * c.view_steps
         if self.execution.views == "fused":
             kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
             return FusedViews(*images, rows, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)

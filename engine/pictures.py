@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+import torch
 
 from engine.history import Views
 from engine.step import LOSSES
 from pipelines.ctaugment import describe
-from pipelines.fused import FusedViews
 from pipelines.plan import make_plan
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
-    from engine.feed import Feed, ViewLoader
+    from engine.feed import Feed
 
 GRID_ROWS = 6
 GRID_STRONG = 8
@@ -74,19 +74,13 @@ def make_views(feed: Feed, step: int) -> Views:
     blocks = weak + (list(spec.strong_blocks[:: spec.mu]) or [0])[:GRID_STRONG]  # of the first B images
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
     chosen = plan.views.rows(rows)
-    images = (data.train_images, feed.split, data.unlabeled_rows if spec.unlabeled_images else None)
-    if feed.execution.views == "fused":
-        pipeline: ViewLoader = FusedViews(*images, rows=len(rows), max_shift=spec.max_shift)
-    else:
-        from pipelines.dali import DaliViews  # takes images of any side
-
-        pipeline = DaliViews(*images, rows=len(rows), max_shift=spec.max_shift)
+    pipeline = feed.make_views(len(rows), torch.device("cpu"))
     try:
         pipeline.submit(pipeline.prepare(chosen))
         views = pipeline.collect().numpy().reshape(len(blocks), shown, *data.sides, 3)
     finally:
         pipeline.close()
-    originals = data.train_images[shown_rows[chosen.image[:shown]]]
+    images = data.train_images[shown_rows[chosen.image[:shown]]]
     captions = [
         ["image"]
         + [
@@ -95,7 +89,7 @@ def make_views(feed: Feed, step: int) -> Views:
         ]
         for row in range(shown)
     ]
-    return Views(np.concatenate([originals[:, None], views.swapaxes(0, 1)], axis=1), captions)
+    return Views(np.concatenate([images[:, None], views.swapaxes(0, 1)], axis=1), captions)
 
 
 def draw_views(views: Views, path: Path) -> None:
