@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="remixmatch-engine",
@@ -11,12 +11,8 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
-    packages=["engine", "kernels", "pipelines", "bench", "bench.emulator", "bench.pages"],
-    package_data={
-        "bench": ["results/*.jsonl"],
-        "bench.emulator": ["*.cpp", "*.h", "site/*.py"],
-        "bench.pages": ["templates/*"],
-    },
+    packages=["kernels", *find_packages(include=["engine*", "pipelines", "bench*"])],
+    package_data={"bench": ["results/count.jsonl"], "engine.report": ["templates/*"]},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],
@@ -78,18 +74,5 @@ setup(
             "latex2mathml>=3.77",
         ],
     },
-    entry_points={
-        "console_scripts": ["remixmatch=engine.cli:main"],
-        # commands of packages above the engine, which it finds by name and never imports
-        "remixmatch.commands": [
-            f"{name}=bench.{module}:main"
-            for name, module in {
-                "bench": "cli",
-                "reproduce": "reproduce",
-                "ablate": "ablate",
-                "profile": "profile",
-                "report": "pages.command",
-            }.items()
-        ],
-    },
+    entry_points={"console_scripts": ["remixmatch=engine.commands.main:main"]},
 )

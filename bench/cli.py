@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
+from engine.commands.parsing import parse, show_usage
 from engine.errors import UserError
-from engine.parsing import parse, show_usage
 
 # by the name of its module, which is imported when it is called for: options, and what is measured
 BENCHES = {
@@ -37,6 +38,12 @@ BENCHES = {
 }
 
 
+def module(name: str) -> str:
+    """The module of a bench, which lies in one of the folders here."""
+    (path,) = Path(__file__).parent.glob(f"**/{name}.py")
+    return ".".join(["bench", *path.relative_to(Path(__file__).parent).with_suffix("").parts])
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the bench that the first word names.
 
@@ -51,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
         return
     if argv[0] not in BENCHES:
         raise UserError(f"bench takes one of {', '.join(BENCHES)}")
-    bench = import_module(f"bench.{argv[0]}")
+    bench = import_module(module(argv[0]))
     options = parse(getattr(bench, BENCHES[argv[0]][0]), f"bench {argv[0]}", list(argv[1:]))
 
-    from bench import records
+    from engine.measuring import records
 
     records.commit()  # what runs is what was there at the start, whatever is committed meanwhile
     bench.main(options)

@@ -52,12 +52,12 @@ profile() {
   local limit=$1
   shift
   rm -f "$out/profile/profile.json"  # of an earlier time, which would not be written over
-  part profile "$limit" "$python" -m bench.profile cifar10-250 --dataset noise-32 --split balanced --out "$out/profile" "$@"
+  part profile "$limit" "$python" -m engine.studies.profile cifar10-250 --dataset noise-32 --split balanced --out "$out/profile" "$@"
 }
 
 views=(fused synthetic)
 # whole runs, most of whose time goes into starting processes, are left to make test-gpu
-tests=(tests --ignore=tests/engine/test_gpu_runs.py)
+tests=(tests --ignore=tests/engine/training/test_gpu_runs.py)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
   echo "DALI is not here: going on without it, and without the tests of its views"
   tests+=(--ignore=tests/pipelines/test_{views,transformations,ctaugment_code,fused,decode}.py)

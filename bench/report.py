@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench import records
-from bench.records import Row
 from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.records import Row
 
 BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digits table -->"
 LOW_ACCURACY = 96  # percent; runs of digits-40 below it have taken one style of writing for another digit

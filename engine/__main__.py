@@ -1,5 +1,5 @@
 """`python -m engine` is `remixmatch`: what torchrun starts."""
 
-from engine.cli import main
+from engine.commands.main import main
 
 main()

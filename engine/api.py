@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import config as configuration
-from engine import methods
+from engine.config import config as configuration
+from engine.config import methods
+from engine.config.presets import preset as find_preset
 from engine.errors import UserError
-from engine.folder import check_folder, default_folder
-from engine.presets import preset as find_preset
+from engine.runs.folder import check_folder, default_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from engine.network import Classifier
+    from engine.models.wide_resnet import Classifier
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Model:
             UserError: an image cannot be read.
             ValueError: an array of another shape or dtype.
         """
-        from engine import predict
+        from engine.inference import predict
 
         if not isinstance(images, np.ndarray):
             files, _ = predict.find_images([Path(path) for path in images])
@@ -96,7 +96,7 @@ def train(
         data: with preset "folder", a prepared folder of images.
         out: the run's folder; by default runs/PRESET-seedN.
         resume: go on with the run in `out`.
-        ablate: names of ablations, see `engine.methods`.
+        ablate: names of ablations, see `engine.config.methods`.
         fields: of `engine.config.Config`, such as seed=1 or steps=500; method="fixmatch" sets its other fields, too.
 
     Raises:

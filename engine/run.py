@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from engine import checkpoint, distributed, history, predict
-from engine.config import Config, changed_fields, check_data, load_config, open_data, validate
+from engine.config.config import Config, changed_fields, check_data, load_config, open_data, validate
+from engine.config.presets import PRESETS, PUBLISHED
+from engine.distributed import collectives
 from engine.errors import UserError
-from engine.execution import pick_device, set_numerics
-from engine.folder import check_folder, describe, read_classes, write_text
-from engine.network import Classifier
-from engine.presets import PRESETS, PUBLISHED
-from engine.progress import ProgressLine, read_metrics
-from engine.step import make_network
-from engine.trainer import CHECKPOINTS, Trainer
-from pipelines.datasets import DataSet
+from engine.inference import predict
+from engine.models.wide_resnet import Classifier
+from engine.runs import checkpoint, history
+from engine.runs.folder import check_folder, describe, read_classes, write_text
+from engine.runs.progress import ProgressLine, read_metrics
+from engine.training.execution import pick_device, set_numerics
+from engine.training.step import make_network
+from engine.training.trainer import CHECKPOINTS, Trainer
+from pipelines.data_set import DataSet
 
 
 def train(
@@ -61,10 +63,10 @@ def train(
             not be written.
         Stopped: see `Trainer.run`.
     """
-    validate(config, distributed.ranks())
+    validate(config, collectives.ranks())
     data, split = check_data(config)
     try:
-        progress = ProgressLine(config.steps, quiet, silent=distributed.rank() > 0)
+        progress = ProgressLine(config.steps, quiet, silent=collectives.rank() > 0)
 
         def prepare_folder() -> None:
             if not (folder / "config.json").exists():
@@ -72,7 +74,7 @@ def train(
 
         trainer = Trainer(config, data, split, folder, progress, prepare_folder, timeout, check_ranks)
         # written to only now, when nothing is left that the user may have to be told of
-        begun = distributed.on_first(lambda: _begin(config, folder, resume, data, split))
+        begun = collectives.on_first(lambda: _begin(config, folder, resume, data, split))
         if begun:
             if trainer.resume():
                 progress.say(f"resuming {folder} from step {trainer.step}")
@@ -83,7 +85,7 @@ def train(
         finally:
             progress.close()
         summary = _summary(config, trainer)
-        distributed.on_first(lambda: _finish(folder, summary, trainer))
+        collectives.on_first(lambda: _finish(folder, summary, trainer))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise UserError(
@@ -176,7 +178,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
         "k": config.k,
         **trainer.summary(),
         **_published(config, trainer.summary()["median_last_20"]),
-        "ranks": distributed.ranks(),
+        "ranks": collectives.ranks(),
         "versions": versions(),
         "device": device_name(trainer.execution.device),
         "commit": commit(),
@@ -185,7 +187,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     # matplotlib takes a second that only the end should pay
-    from engine.pictures import draw_curves, draw_views, make_views
+    from engine.runs.pictures import draw_curves, draw_views, make_views
 
     tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
     save_file(tensors, folder / "ema.safetensors")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets import DataSet
+from pipelines.data_set import DataSet
 
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"

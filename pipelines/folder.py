@@ -22,7 +22,7 @@ import numpy as np
 
 from pipelines import cache
 from pipelines.cache import DataError
-from pipelines.datasets import DataSet
+from pipelines.data_set import DataSet
 from pipelines.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets import DataSet
+from pipelines.data_set import DataSet
 from pipelines.plan import stream
 
 _STREAM = 100  # apart from the streams of plans

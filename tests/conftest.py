@@ -9,6 +9,7 @@ import os
 import pytest
 
 from bench.emulator.run import NOT_BUILT, compiler
+from pipelines import datasets
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, here and in every process that a test starts
 
@@ -31,3 +32,13 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a C++ compiler: install g++")
     if item.get_closest_marker("long") and not item.config.getoption("--long"):
         pytest.skip("takes long: make test-long")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder, and none of the user's data."""
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    datasets.prepared.cache_clear()
+    yield
+    datasets.prepared.cache_clear()

@@ -15,15 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
-from engine.progress import read_metrics
-from engine.trainer import CHECKPOINTS, digests
+from engine.runs import checkpoint
+from engine.runs.progress import read_metrics
+from engine.training.trainer import CHECKPOINTS, digests
 
 ROOT = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("engine.cli", "engine.run", "engine.launch", "engine.pictures", "pipelines.dali", "torch._inductor.utils"),
+        *(
+            "engine.commands.main",
+            "engine.run",
+            "engine.distributed.launch",
+            "engine.runs.pictures",
+            "pipelines.dali",
+            "torch._inductor.utils",
+        ),
         *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"),
         "tests.processes",
     ]
@@ -41,7 +48,7 @@ def start(log, *arguments, patch=None, **environment):
     Args:
         log: a file, to which what it prints is added.
         arguments: of the command line.
-        patch: values of module attributes by name, such as {"engine.checkpoint.RETRY_SECONDS": 0.2}.
+        patch: values of module attributes by name, such as {"engine.runs.checkpoint.RETRY_SECONDS": 0.2}.
         environment: variables that it has beside those of the server.
     """
     process = _context.Process(
@@ -83,7 +90,7 @@ def _command(log, arguments, patch, environment):
     for name, value in patch.items():
         module, attribute = name.rsplit(".", 1)
         setattr(importlib.import_module(module), attribute, value)
-    from engine import cli
+    from engine.commands import main as cli
 
     cli.main(arguments)
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from bench.cli import BENCHES
-from engine.cli import COMMANDS
+from engine.commands.main import COMMANDS
 from tests.pages import ROOT, TEXTS, blocks, hooks, inline, lines
 
 SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights", "make_plan", "_mix_and_rotate")
@@ -125,9 +125,9 @@ def test_a_link_to_no_file_is_a_warning(caplog):
     class Shown:
         file = File
 
-    text = "[a](gpus.md) [b](../engine/step.py) [c](../engine/stop.py) `[d](no.md)`\n"
+    text = "[a](gpus.md) [b](../engine/training/step.py) [c](../engine/stop.py) `[d](no.md)`\n"
     made = hooks.on_page_markdown(text, Shown, None, None)
-    assert made.startswith("[a](gpus.md) [b](source/engine/step.py.md)") and made.endswith("`[d](no.md)`\n")
+    assert made.startswith("[a](gpus.md) [b](source/engine/training/step.py.md)") and made.endswith("`[d](no.md)`\n")
     (record,) = caplog.records
     assert record.name.startswith("mkdocs.") and "docs/quick-start.md links to ../engine/stop.py" in record.message
 
@@ -151,7 +151,7 @@ def test_targets_of_make_exist():
 def test_readme_is_read_in_two_minutes():
     readme = TEXTS["README.md"]
     assert len(readme.splitlines()) <= 120
-    assert "](docs/views.png)" in readme
+    assert "](docs/images/views.png)" in readme
     # each page but those that others lead to
     assert set(re.findall(r"\]\((docs/[\w-]+\.md)", readme)) == TEXTS.keys() - {"README.md"}
 

@@ -179,10 +179,14 @@ def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel
                 if not name.endswith("/RECORD"):  # to which an installer adds
                     assert (installed.site / name).read_bytes() == archive.read(name), name
     script = (
-        "import kernels, kernels.guess, engine.step\n"
-        "print(kernels.__file__, kernels.guess.__file__, engine.step.__file__, kernels.THEIRS, kernels.NAME, sep='\\n')"
+        "import kernels, kernels.guess, engine.training.step\n"
+        "files = [module.__file__ for module in (kernels, kernels.guess, engine.training.step)]\n"
+        "print(*files, kernels.THEIRS, kernels.NAME, sep='\\n')"
     )
-    files = [str(installed.site / module) for module in ("kernels/__init__.py", "kernels/guess.py", "engine/step.py")]
+    files = [
+        str(installed.site / module)
+        for module in ("kernels/__init__.py", "kernels/guess.py", "engine/training/step.py")
+    ]
     assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
 
 

@@ -7,9 +7,9 @@ from statistics import mean, stdev
 import pytest
 from scipy.stats import t as student
 
-from bench import records
-from engine.methods import ABLATIONS, METHODS
-from engine.presets import PRESETS
+from engine.config.methods import ABLATIONS, METHODS
+from engine.config.presets import PRESETS
+from engine.measuring import records
 from tests.pages import TEXTS
 
 ROWS = {name: records.read(records.RESULTS / f"{name}.jsonl") for name in ("ablate", "reproduce")}

@@ -28,7 +28,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.process import search_path
+from engine.measuring.process import search_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from bench.timing import Ceilings
-from pipelines import datasets
+from engine.measuring.timing import Ceilings
 
 CEILINGS = Ceilings(copy_bytes_per_second=1e10, matmul_flops_per_second=1e12)
 
@@ -21,16 +20,6 @@ def one_thread():
 @pytest.fixture
 def known_ceilings(monkeypatch):
     """Ceilings that need no measuring."""
-    for bench in ("kernels", "pipelines", "baseline"):
+    for bench in ("step.kernels", "step.pipelines", "rivals.baseline"):
         monkeypatch.setattr(f"bench.{bench}.ceilings", lambda device: CEILINGS)
     return CEILINGS
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """An empty folder, and none of the user's data."""
-    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
-    monkeypatch.chdir(tmp_path)
-    datasets.prepared.cache_clear()
-    yield
-    datasets.prepared.cache_clear()

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from bench import baseline, plain, records, report
-from bench.timing import Timing
-from engine import feed as feed_module
-from engine.config import check_data
+from bench import report
+from bench.rivals import baseline, plain
+from engine.config.config import check_data
 from engine.errors import UserError
-from engine.execution import Execution
-from engine.feed import Feed
+from engine.measuring import records
+from engine.measuring.timing import Timing
+from engine.training import feed as feed_module
+from engine.training.execution import Execution
+from engine.training.feed import Feed
 
 CPU = torch.device("cpu")
 
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def known_bound(monkeypatch, known_ceilings):
     """The engine's roofline bound needs no measuring."""
-    monkeypatch.setattr("bench.throughput.ceilings", lambda device: known_ceilings)
+    monkeypatch.setattr("bench.step.throughput.ceilings", lambda device: known_ceilings)
 
 
 def tiny(k=2, batch=6):

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import data, records, report
-from bench.data import DataOptions, dali_alone, write_cache, write_photographs
+from bench import report
 from bench.images import crops, photographs
-from bench.timing import in_turns
+from bench.runs import data
+from bench.runs.data import DataOptions, dali_alone, write_cache, write_photographs
 from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.timing import in_turns
 from pipelines import cache
 from pipelines.folder import open_folder, prepare, scan
 

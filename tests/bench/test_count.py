@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from bench import count, records
-from bench.count import BUDGET, TARGETS, Count, CountOptions, Launch
+from bench.step import count
+from bench.step.count import BUDGET, TARGETS, Count, CountOptions, Launch
+from engine.config.presets import preset
 from engine.errors import UserError
-from engine.presets import preset
+from engine.measuring import records
 
 LAUNCHES = (
     Launch("assemble", "remixmatch::assemble_batch", 300, 0),
@@ -104,7 +105,7 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
         kernels = {"one": [{"registers": 40, "spilled_bytes": 0}, {"registers": 90, "spilled_bytes": 8}]}
         return Count(LAUNCHES, kernels=kernels if cubins else {})
 
-    monkeypatch.setattr("bench.count.count", counted)
+    monkeypatch.setattr("bench.step.count.count", counted)
     out, budget = tmp_path / "count.jsonl", tmp_path / "budget.json"
     count.main(CountOptions(out=out, k=(1, 4), batch=32, target="sm_90", budget=budget, update=True, cubins=True))
     assert seen == [(1, 32, "sm_90", (32, 10), True), (4, 32, "sm_90", (32, 10), True)]
@@ -118,7 +119,7 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="has no budget for"):
         count.main(CountOptions(out=out, k=(8,), batch=32, budget=budget))
     more = (*LAUNCHES, Launch("metrics", "aten::add", 8, 0))
-    monkeypatch.setattr("bench.count.count", lambda *given, **named: Count(more))
+    monkeypatch.setattr("bench.step.count.count", lambda *given, **named: Count(more))
     with pytest.raises(SystemExit, match="K = 4, sm_90, metrics: operator 0 -> 1, bytes 0 -> 8"):
         count.main(CountOptions(out=out, k=(4,), batch=32, budget=budget))
 
@@ -140,7 +141,7 @@ def test_what_cannot_be_counted(options, words):
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr("bench.count.compiler", lambda: None)
+    monkeypatch.setattr("bench.step.count.compiler", lambda: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         count.count(preset("digits-40"), "sm_90", (16, 10))
 

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from bench import host, records, report
+from bench import report
+from bench.step import host
 from engine.errors import UserError
+from engine.measuring import records
 from pipelines.ctaugment import CTAugmentPolicy, initial_weights
 from pipelines.plan import make_plan
 

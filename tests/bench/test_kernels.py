@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from bench import kernels, records
+from bench.step import kernels
 from engine.errors import UserError
+from engine.measuring import records
 
 CPU = torch.device("cpu")
 TINY = kernels.Size(batch=4, k=1, side=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from bench import loaders
+from bench.rivals import loaders
 
 
 class Slow(Dataset):

@@ -37,7 +37,7 @@ def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
     ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench ")]
     order = "variants convolutions pipelines scaling baseline report"
     assert ran == (order if small else "variants baseline convolutions pipelines report").split()
-    assert "ran -m bench.profile cifar10-250 --dataset noise-32" in done.stdout
+    assert "ran -m engine.studies.profile cifar10-250 --dataset noise-32" in done.stdout
     assert ("ran -m pytest -q -m gpu" in done.stdout) is not small
     assert ("-n 8 --dist worksteal tests" in done.stdout) is not small
     broken, killed = "kernels (exit code 7)", "throughput (out of time)"

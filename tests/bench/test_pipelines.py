@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import pipelines, records
+from bench.step import pipelines
 from engine.errors import UserError
+from engine.measuring import records
 from pipelines import ctaugment
 
 pytestmark = pytest.mark.usefixtures("known_ceilings")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import baseline, ports
-from engine.network import WideResNet
+from bench.rivals import baseline, ports
+from engine.models.wide_resnet import WideResNet
 from pipelines.datasets import DATASETS
 from pipelines.splits import balanced
 

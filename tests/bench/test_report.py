@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli, digits, records, report
+from bench import cli, report
+from bench.runs import digits
 from engine import run
 from engine.errors import UserError
+from engine.measuring import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,7 +139,7 @@ def test_rows_are_those_of_the_current_folder_or_else_the_packages(tmp_path, mon
 
 @pytest.mark.parametrize("bench", [name for name in cli.BENCHES if name != "report"])
 def test_a_bench_writes_to_the_current_folder_unless_told_otherwise(bench):
-    options = getattr(importlib.import_module(f"bench.{bench}"), cli.BENCHES[bench][0])()
+    options = getattr(importlib.import_module(cli.module(bench)), cli.BENCHES[bench][0])()
     assert options.out == Path("bench-results", f"{bench}.jsonl")
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from bench import records, restart
+from bench.ranks import restart
 from engine.errors import UserError
+from engine.measuring import records
 
 
 @pytest.mark.long

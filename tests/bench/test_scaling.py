@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench import records, report, scaling, scaling_rank
-from bench.scaling import Group
-from bench.scaling_rank import CaseSpec, Job
-from bench.throughput import Case, base_config
-from engine import distributed
+from bench import report
+from bench.ranks import scaling
+from bench.ranks import scaling_worker as scaling_rank
+from bench.ranks.scaling import Group
+from bench.ranks.scaling_worker import CaseSpec, Job
+from bench.step.throughput import base_config
+from engine.config.presets import preset
+from engine.distributed import collectives
 from engine.errors import UserError
-from engine.presets import preset
+from engine.measuring import records
+from engine.measuring.steps import TimedSteps
 
 CPU = torch.device("cpu")
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
@@ -28,7 +32,7 @@ def tiny(name="", cuda=False):
 @pytest.fixture
 def cheap(monkeypatch):
     """What is trained costs next to nothing."""
-    monkeypatch.setattr("bench.scaling.base_config", lambda name, cuda: base_config("", True) if cuda else tiny())
+    monkeypatch.setattr("bench.ranks.scaling.base_config", lambda name, cuda: base_config("", True) if cuda else tiny())
 
 
 def in_this_process(monkeypatch, job):
@@ -42,7 +46,7 @@ def in_this_process(monkeypatch, job):
         try:
             return scaling_rank.work(Job.from_json(job.to_json()))
         finally:
-            distributed.stop()
+            collectives.stop()
 
 
 def run(tmp_path, **options):
@@ -110,11 +114,11 @@ def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
         recorded.append(("all-gather", gathered.nbytes))
         gathered.copy_(torch.cat([rows, rows]))
 
-    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    monkeypatch.setattr(collectives, "ranks", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", all_gather)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t: recorded.append(("all-reduce", t.nbytes)))
     config = dataclasses.replace(tiny(), method=method)
-    case = Case.begin(config, "synthetic")
+    case = TimedSteps.begin(config, "synthetic")
     try:
         case.advance(2)
         trained = [p for p in case.state.network.parameters() if p.requires_grad]
@@ -205,7 +209,7 @@ def test_an_interrupt_ends_the_launcher(monkeypatch):
         def communicate(self, *args, **kwargs):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("bench.scaling.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("bench.ranks.scaling.subprocess.Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         scaling.launch(2, 1, Job(tiny(), "dali", (), (), 1, 1))
     assert started[0].returncode == -15
@@ -259,7 +263,7 @@ def test_mistakes(options, message, tmp_path, cheap):
 
 
 def test_more_ranks_than_gpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.scaling.bench_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("bench.ranks.scaling.bench_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--ranks: 2 ranks need as many GPUs, and torch sees 1"):
         run(tmp_path)

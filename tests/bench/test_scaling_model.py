@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench.scaling_model import (
+from bench.ranks.scaling_model import (
     Cluster,
     Collective,
     Link,

@@ -2,9 +2,10 @@
 
 import pytest
 
-from bench import records, start
-from bench.start_process import PARTS
+from bench.runs import start
+from bench.runs.start_worker import PARTS
 from engine.errors import UserError
+from engine.measuring import records
 
 
 def test_a_start_is_timed_by_part(tmp_path, capsys):

@@ -5,17 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from bench import records, throughput
-from engine.config import Config
+from bench.step import throughput
+from engine.config.config import Config
 from engine.errors import UserError
+from engine.measuring import records
 
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch, known_ceilings):
     """A bench of a network that costs next to nothing."""
     tiny = dataclasses.replace(throughput.base_config("digits-40", False), batch=4, width=8, view_steps=2, lag=6)
-    monkeypatch.setattr("bench.throughput.base_config", lambda name, cuda: tiny)
-    monkeypatch.setattr("bench.throughput.ceilings", lambda device: known_ceilings)
+    monkeypatch.setattr("bench.step.throughput.base_config", lambda name, cuda: tiny)
+    monkeypatch.setattr("bench.step.throughput.ceilings", lambda device: known_ceilings)
     return tiny
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import convolutions, records, report, variants
-from bench.convolutions import ConvolutionsOptions, Shape
-from bench.timing import Ceilings
-from bench.trace import by_kind
-from bench.variants import AS_IT_IS, ROOT, VARIANTS, VariantsOptions
+from bench import report
+from bench.step import convolutions, variants
+from bench.step.convolutions import ConvolutionsOptions, Shape
+from bench.step.variants import AS_IT_IS, ROOT, VARIANTS, VariantsOptions
 from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.timing import Ceilings
+from engine.measuring.trace import by_kind
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
 
@@ -38,14 +40,14 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
 @CPU
 def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     broken = variants.Variant(config={"precision": "no such"})
-    monkeypatch.setattr("bench.variants.VARIANTS", {AS_IT_IS: VARIANTS[AS_IT_IS], "broken": broken})
+    monkeypatch.setattr("bench.step.variants.VARIANTS", {AS_IT_IS: VARIANTS[AS_IT_IS], "broken": broken})
     options = VariantsOptions(
         out=tmp_path / "rows.jsonl", variants=("broken",), k=1, batch=4, repeats=1, steps=1, profile=0
     )
     with pytest.raises(SystemExit, match="failed: broken"):
         variants.main(options)
     assert [row["variant"] for row in records.read(options.out)] == [AS_IT_IS]
-    assert "broken: the variant ended with exit code" in capsys.readouterr().err
+    assert "broken: the step ended with exit code" in capsys.readouterr().err
 
 
 def test_rounds_go_forwards_and_backwards():
@@ -103,9 +105,9 @@ def test_shapes_are_those_of_the_papers_network():
 
 def test_every_convolution_is_timed_alone(tmp_path, monkeypatch):
     limit = Ceilings(copy_bytes_per_second=1e10, matmul_flops_per_second=1e12)
-    monkeypatch.setattr("bench.convolutions.ceilings", lambda device: limit)
+    monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: limit)
     few = {Shape(3, 16, 32, 3, 1): 1, Shape(32, 64, 32, 1, 2): 1}
-    monkeypatch.setattr("bench.convolutions.shapes", lambda: few)
+    monkeypatch.setattr("bench.step.convolutions.shapes", lambda: few)
     out = tmp_path / "convolutions.jsonl"
     convolutions.main(ConvolutionsOptions(out=out, rows=2, repeats=1, by_rule=False))
     rows = records.read(out)
@@ -129,8 +131,8 @@ def test_a_gpus_convolutions_are_cudnns(monkeypatch):
         seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32))
         return {}
 
-    monkeypatch.setattr("bench.convolutions.measure", measure)
-    monkeypatch.setattr("bench.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
+    monkeypatch.setattr("bench.step.convolutions.measure", measure)
+    monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
     convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1)
     assert seen == [(True, True, False), (True, False, False)]
 
@@ -159,8 +161,8 @@ def test_environment_of_a_variant_is_its_checkout(monkeypatch):
         def __init__(self, command, env, cwd, **others):
             seen.update(command=command, path=env["PYTHONPATH"], cwd=cwd)
 
-    monkeypatch.setattr("bench.variants.subprocess.Popen", Popen)
+    monkeypatch.setattr("engine.measuring.step_worker.subprocess.Popen", Popen)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    variants._process(variants.Variant(checkout=Path("/there")), {"k": 2})
+    variants._worker(variants.Variant(checkout=Path("/there")), {"k": 2})
     assert seen["path"] == os.pathsep.join(["/there", "elsewhere"]) and str(seen["cwd"]) == "/there"
     assert "-P" in seen["command"] and '"k": 2' in seen["command"][-1]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from engine.presets import preset
+from engine.config.presets import preset
 
 
 @pytest.fixture

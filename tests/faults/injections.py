@@ -15,9 +15,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from bench.restart import ranks_of
-from engine import checkpoint
-from engine.trainer import CHECKPOINTS
+from bench.ranks.restart import ranks_of
+from engine.runs import checkpoint
+from engine.training.trainer import CHECKPOINTS
 from tests.faults.victim import FLAGS, INTERVAL, SPLIT, STEPS, Ended, Spawned, Victim
 from tests.processes import finish, start
 

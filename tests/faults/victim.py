@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from engine import checkpoint
-from engine.history import read_history, read_results
-from engine.progress import read_metrics
-from engine.trainer import CHECKPOINTS
+from engine.runs import checkpoint
+from engine.runs.history import read_history, read_results
+from engine.runs.progress import read_metrics
+from engine.training.trainer import CHECKPOINTS
 from tests.processes import ROOT, command, final_state, finish, start, start_ranks
 
 STEPS, INTERVAL = 48, 3
@@ -30,10 +30,10 @@ FLAGS = [
 SPLIT = ["--bn", "split", "--bn-groups", 2]
 # failed writes are tried again often, and at the end not for long; a small picture is as good as a large one
 PATCH = {
-    "engine.checkpoint.RETRY_SECONDS": 0.2,
-    "engine.checkpoint.PATIENCE_SECONDS": 1.0,
-    "engine.pictures.GRID_ROWS": 1,
-    "engine.pictures.GRID_STRONG": 2,
+    "engine.runs.checkpoint.RETRY_SECONDS": 0.2,
+    "engine.runs.checkpoint.PATIENCE_SECONDS": 1.0,
+    "engine.runs.pictures.GRID_ROWS": 1,
+    "engine.runs.pictures.GRID_STRONG": 2,
 }
 LONG = 180  # seconds after which something hangs
 

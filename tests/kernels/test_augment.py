@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.pil_ctaugment import CODE_FUNCTIONS, pil_view, transformed
 from kernels.augment import CODES, MAX_SIDE, OPS, augment_views, augment_views_reference, launch_augment_views
 from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment, geometric
 from pipelines.plan import ViewPlan
+from pipelines.reference_ctaugment import CODE_FUNCTIONS, pil_view, transformed
 
 NAMES = ctaugment.NAMES
 CODE = np.array([CODES.get(name, CODES["affine"]) for name in NAMES], dtype=np.int32)

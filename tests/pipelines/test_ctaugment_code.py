@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.pil_ctaugment import CODE_FUNCTIONS, OF_CODE, transformed
 from pipelines import ctaugment, geometric
 from pipelines.ctaugment import CTAugmentPolicy, code_effects
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
+from pipelines.reference_ctaugment import CODE_FUNCTIONS, OF_CODE, transformed
 
 NAMES = ctaugment.NAMES
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from bench import pil_ctaugment
 from kernels import photometric
-from pipelines import ctaugment, geometric
+from pipelines import ctaugment, geometric, reference_ctaugment
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import ViewPlan
@@ -98,7 +97,7 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     pipeline.close()
     expected = np.stack(
         [
-            np.asarray(pil_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_centre))
+            np.asarray(reference_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_centre))
             for op, which, row_levels, row_centre in zip(ops, image, both, centre, strict=True)
         ]
     )
@@ -107,7 +106,7 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
 
 def test_every_transformation_is_there_once():
     assert sorted([*geometric.GEOMETRIC, *photometric.PHOTOMETRIC, "identity"]) == sorted(NAMES)
-    assert set(pil_ctaugment.FUNCTIONS) == set(NAMES)
+    assert set(reference_ctaugment.FUNCTIONS) == set(NAMES)
 
 
 @pytest.mark.parametrize("height, width", SIDES)
@@ -165,7 +164,7 @@ def test_images_smaller_than_a_filter(side):
         made = photometric.apply(name, images, given).numpy().astype(int)
         for row in range(3):
             image = Image.fromarray(images[row].numpy())
-            expected = pil_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
+            expected = reference_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
             assert np.abs(made[row] - np.asarray(expected)).max() <= 1, name
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.pil_ctaugment import pil_view, weak
 from pipelines import ctaugment, dali, geometric
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
+from pipelines.reference_ctaugment import pil_view, weak
 from pipelines.views import Views, plain_views
 
 SIDE, SHIFT, IMAGES = 32, 4, 24

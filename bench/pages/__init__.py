@@ -1,1 +1,0 @@
-"""`remixmatch report`: runs as one self-contained HTML page."""

@@ -1,0 +1,468 @@
+"""`remixmatch bench scaling`: training steps on 1, 2, ... ranks, what their collectives cost, and a model beside it.
+
+Weak scaling keeps B a rank, strong scaling keeps B over all ranks. Each group of ranks is launched by torchrun and
+measures its cases in turn, sample by sample; groups take turns round by round, since no two of them may run at once.
+Rows are measurements. What the model predicts is printed with its assumptions and never becomes a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from bench.ranks.scaling_model import (
+    ASSUMED_CLUSTERS,
+    ASSUMPTIONS,
+    Cluster,
+    Collective,
+    Work,
+    all_reduce_seconds,
+    fit_line,
+    fit_link,
+    predict,
+)
+from bench.ranks.scaling_worker import CaseSpec, Job
+from bench.step.throughput import base_config
+from engine.config.config import Config, validate
+from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.records import newest
+from engine.measuring.steps import VIEWS
+from engine.measuring.timing import bench_device
+from engine.training.execution import pick_mode
+from engine.training.feed import plan_spec
+from engine.training.step import make_state
+from pipelines.datasets import DATASETS
+
+SCALINGS = ("weak", "strong")
+_REDUCED_SIZES = (2**12, 2**18, 2**20, 2**23)  # bytes of the all-reduces that tell latency from bandwidth
+_LABELS = {"one rank": "", "one rank, its share": ", its share of the batch", "weak": ", weak", "strong": ", strong"}
+# of a GPU's step where none was measured: seconds at K = 8 and B = 64, and the share in which rows have no part
+_TARGET, _FIXED = 6e-3, 0.25
+_SPLIT = f"{_FIXED:.0%} of it assumed not to depend on rows"
+
+
+@dataclass
+class Group:
+    """What ranks that train together have measured.
+
+    Attributes:
+        ranks: R.
+        steps: seconds a step, a list a case over all samples of all rounds; of rank 0, as all else.
+        reduces: seconds of an all-reduce, by its bytes, likewise.
+        facts: mode and precision; rows trained for each of the B images; backend of the collectives, and in how many
+            buckets gradients are reduced.
+    """
+
+    ranks: int
+    steps: dict[CaseSpec, list[float]] = field(default_factory=dict)
+    reduces: dict[int, list[float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, job: Job, result: Mapping[str, Any]) -> None:
+        """Takes in a round: what `bench.ranks.scaling_worker.work` gave for a job."""
+        for spec, samples in zip(job.cases, result["steps"], strict=True):
+            self.steps.setdefault(spec, []).extend(samples)
+        for size, samples in zip(job.sizes, result["reduces"], strict=True):
+            self.reduces.setdefault(size, []).extend(samples)
+        self.facts = result["facts"]
+
+
+@dataclass
+class ScalingOptions:
+    """Times training steps on 1, 2, ... ranks of this machine."""
+
+    out: Path = records.OUT / "scaling.jsonl"
+    """Rows are added to this file."""
+    ranks: tuple[int, ...] = ()
+    """Sizes of the groups; by default powers of two up to the number of GPUs, or of cores without one."""
+    scaling: tuple[str, ...] = SCALINGS
+    """weak: --batch images a rank; strong: --batch images over all ranks."""
+    rounds: int = 3
+    """Times that every group is launched, in turn; the median is over all of them."""
+    repeats: int = 5
+    """Samples a round."""
+    preset: str = ""
+    """What is trained; by default the paper's step (WRN-28-2, 32x32, B = 64) with a GPU and digits-40 without."""
+    batch: int | None = None
+    """B of one rank; by default the preset's."""
+    k: int | None = None
+    """Strong views of an unlabeled image; by default the preset's."""
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """As in a run."""
+    views: str = ""
+    """fused, dali or synthetic; by default fused with a GPU and DALI's without."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As in a run."""
+    steps: int | None = None
+    """Steps a sample; by default 20 with a GPU and 8 without."""
+
+
+def main(options: ScalingOptions) -> None:
+    """Launches every group in turn, writes rows, and prints the model's figures beside them.
+
+    Raises:
+        UserError: a flag that cannot work.
+    """
+    device = bench_device()
+    cuda = device.type == "cuda"
+    cores = len(os.sched_getaffinity(0))
+    places = torch.cuda.device_count() if cuda else cores
+    ranks = sorted(set(options.ranks)) or [2**n for n in range(places.bit_length())]
+    records.check_least("--ranks", ranks, 1)
+    if cuda and ranks[-1] > places:
+        raise UserError(f"--ranks: {ranks[-1]} ranks need as many GPUs, and torch sees {places}")
+    records.check_choice("--scaling", options.scaling, SCALINGS)
+    if not options.scaling:
+        raise UserError(f"--scaling takes one or more of {', '.join(SCALINGS)}")
+    records.check_least("--rounds", options.rounds, 1)
+    records.check_least("--repeats", options.repeats, 1)
+    steps = options.steps if options.steps is not None else (20 if cuda else 8)
+    records.check_least("--steps", steps, 1)
+    views = options.views or ("fused" if cuda else "dali")
+    records.check_choice("--views", [views], VIEWS)
+    given = {"batch": options.batch, "k": options.k, "mode": options.mode, "precision": options.precision}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(base_config(options.preset, cuda), **changes)
+    pick_mode(config, device)
+    cases = {r: case_specs(config.batch, r, ranks[-1], options.scaling) for r in ranks}
+    for r in ranks:
+        for spec in cases[r]:
+            validate(dataclasses.replace(config, batch=spec.batch), r if spec.grouped else 1)
+
+    # as many threads for one rank as for each of several: else one rank by itself would have the whole machine
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(cores // ranks[-1], 1))
+    torch.set_num_threads(threads)  # rows name the device by them
+    print(f"groups of {_words(ranks)} ranks, {threads} threads a rank", flush=True)
+    moved = step_bytes(config)
+    sizes = tuple(sorted({*_REDUCED_SIZES, moved.gradients.bytes(config.batch)}))
+    whole = -(-steps // config.view_steps) * config.view_steps
+    groups = {r: Group(r) for r in ranks}
+    failures = records.Failures()
+    failed: set[int] = set()
+    for number in range(1, options.rounds + 1):
+        for r in ranks:
+            if r in failed:  # as it will again
+                continue
+            failed.add(r)
+            with failures.part(_ranks(r)):
+                job = Job(config, views, tuple(cases[r]), sizes if r > 1 else (), whole, options.repeats)
+                groups[r].add(job, launch(r, threads, job))
+                failed.remove(r)
+                print(f"round {number} of {options.rounds}: {_ranks(r)} done", flush=True)
+    common = {"preset": config.preset, "k": config.k, "views": views, "threads": threads, "rounds": options.rounds}
+    measured = [group for group in groups.values() if group.steps]
+    rows = make_rows(measured, config.batch, moved, common)
+    for row in rows:
+        records.append(options.out, records.record("scaling", device, **row))
+        print(_line(row), flush=True)
+    _compare(measured, rows, moved, config.batch)
+    _predict(rows if cuda and not options.preset else [], config)
+    failures.finish()
+
+
+def case_specs(batch: int, ranks: int, most: int, scaling: Sequence[str]) -> list[CaseSpec]:
+    """What a group of so many ranks times.
+
+    Args:
+        batch: B of one rank.
+        ranks: of the group.
+        most: ranks of the largest group, whose share of B one rank trains too: what of a step does not depend on rows.
+        scaling: of SCALINGS.
+    """
+    if ranks == 1:
+        own = [CaseSpec(batch, grouped=False), CaseSpec(batch)]
+        return own + [CaseSpec(batch // most)] * (most > 1 and "strong" in scaling)
+    batches = [batch * ranks] * ("weak" in scaling) + [batch] * ("strong" in scaling)
+    return [
+        spec for b in batches for spec in (CaseSpec(b), CaseSpec(b, reduced=False), CaseSpec(b // ranks, grouped=False))
+    ]
+
+
+def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
+    """Has so many ranks of this machine do a job, and gives what rank 0 measured: see `scaling_worker.work`.
+
+    Raises:
+        RuntimeError: a rank failed; has the end of what they said.
+    """
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks import what this process has imported
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line has it
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "job.json").write_text(job.to_json(), encoding="utf-8")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "bench.ranks.scaling_worker", folder]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as launcher:
+            try:
+                said, _ = launcher.communicate()
+            except BaseException:
+                launcher.terminate()  # upon which it ends its ranks; killed, it would leave them behind
+                raise
+        if launcher.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with exit code {launcher.returncode}:\n{said[-8000:]}")
+        return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What a step's collectives move.
+
+    Attributes:
+        gradients: the all-reduce behind backward.
+        others: views and logits gathered, buffers and metrics reduced.
+    """
+
+    gradients: Collective
+    others: tuple[Collective, ...]
+
+
+def step_bytes(config: Config) -> StepBytes:
+    """The collectives of a configuration's step; the same on any number of ranks above one."""
+    data = DATASETS[config.dataset]()
+    spec = plan_spec(config, data, np.zeros(config.labels, np.int64))
+    classes = len(data.classes)
+    network = make_state(config, classes, torch.device("cpu")).network
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    others = [Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes)]
+    passes = 2 if config.unlabeled else 1  # guess and probe
+    metrics = 6  # five losses and "stop": what else is shown is the same on all ranks
+    reduced = sum(b.numel() for b in network.buffers()) + metrics
+    others += [
+        Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),
+        Collective("buffers and metrics", "all-reduce", 4 * reduced),
+    ]
+    return StepBytes(Collective("gradients", "all-reduce", 4 * trained), tuple(others))
+
+
+def make_rows(groups: Sequence[Group], batch: int, moved: StepBytes, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for every case that trains as a run does.
+
+    Args:
+        groups: measured.
+        batch: B of one rank.
+        moved: the collectives.
+        common: what all rows say, `rounds` among it.
+    """
+    one = next((group.steps[CaseSpec(batch, grouped=False)] for group in groups if group.ranks == 1), None)
+    rows = []
+    for group in groups:
+        for spec, samples in group.steps.items():
+            if not spec.reduced or (not spec.grouped and group.ranks > 1):  # columns of the others' rows
+                continue
+            step, low, high = np.percentile(samples, (50, 25, 75)).tolist()
+            row = dict(common) | {"scaling": _kind(spec, group.ranks, batch), "ranks": group.ranks, "ddp": spec.grouped}
+            row |= {"batch": spec.batch, "mode": group.facts["mode"], "precision": group.facts["precision"]}
+            row |= {
+                "samples": len(samples),
+                "step_ms": 1e3 * step,
+                "step_ms_low": 1e3 * low,
+                "step_ms_high": 1e3 * high,
+            }
+            row["images_per_second"] = spec.batch * group.facts["rows_per_image"] / step
+            if one and spec.batch in (batch, batch * group.ranks):
+                row |= _against_one(group, spec, samples, one, batch, common["rounds"])
+            if group.ranks > 1:
+                row |= _communication(group, spec, samples, moved)
+            rows.append(row)
+    return rows
+
+
+def _kind(spec: CaseSpec, ranks: int, batch: int) -> str:
+    if ranks == 1:
+        return "one rank" if spec.batch == batch else "one rank, its share"
+    return "strong" if spec.batch == batch else "weak"
+
+
+def _against_one(
+    group: Group, spec: CaseSpec, samples: Sequence[float], one: Sequence[float], batch: int, rounds: int
+) -> dict[str, Any]:
+    """Images a second and rank, against one rank without a group; within a round by itself, too."""
+    share = spec.batch / (group.ranks * batch)
+
+    def efficiency(of: Any, against: Any) -> float:
+        return share * float(np.median(against)) / float(np.median(of))
+
+    figures: dict[str, Any] = {
+        "one_rank_images_per_second": batch * group.facts["rows_per_image"] / float(np.median(one)),
+        "efficiency": efficiency(samples, one),
+    }
+    if len(samples) == len(one):
+        pairs = zip(np.array_split(samples, rounds), np.array_split(one, rounds), strict=True)
+        figures["efficiency_by_round"] = [efficiency(*pair) for pair in pairs]
+    if group.ranks == 1 and spec.grouped:  # the two took turns, sample by sample
+        ratios = 100 * (np.asarray(samples) / np.asarray(one) - 1)
+        low, high = np.percentile(ratios, (25, 75)).tolist()
+        overhead = 100 * float(np.median(samples) / np.median(one) - 1)
+        figures |= {"ddp_overhead_percent": overhead, "ddp_overhead_low": low, "ddp_overhead_high": high}
+    return figures
+
+
+def _communication(group: Group, spec: CaseSpec, samples: Sequence[float], moved: StepBytes) -> dict[str, Any]:
+    """What ranks cost one another without a word between them, the gradients' all-reduce, how much of it backward
+    hides, and the other collectives' bytes."""
+    size = moved.gradients.bytes(spec.batch)
+    reduce, low, high = np.percentile(group.reduces[size], (50, 25, 75)).tolist()
+    apart = group.steps[dataclasses.replace(spec, reduced=False)]
+    saved = np.asarray(samples) - np.asarray(apart)
+    spread = max(float(np.subtract(*np.percentile(times, (75, 25)))) for times in (saved, samples))
+    hidden = 1 - float(np.median(samples) - np.median(apart)) / reduce
+    return {
+        "beside_step_ms": 1e3 * float(np.median(group.steps[CaseSpec(spec.batch // group.ranks, grouped=False)])),
+        "all_reduce_bytes": size,
+        "all_reduce_ms": 1e3 * reduce,
+        "all_reduce_ms_low": 1e3 * low,
+        "all_reduce_ms_high": 1e3 * high,
+        "unreduced_step_ms": 1e3 * float(np.median(apart)),
+        "overlap": min(max(hidden, 0.0), 1.0),
+        "overlap_spread_ms": 1e3 * spread,
+        "overlap_noise": "noise" if reduce < spread else "",
+        "backend": group.facts["backend"],
+        "gradient_buckets": group.facts["gradient_buckets"],
+        "other_collectives": len(moved.others),
+        "other_bytes": {each.name: each.bytes(spec.batch) for each in moved.others},
+        "other_total_bytes": sum(each.bytes(spec.batch) for each in moved.others),
+    }
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = (
+        f"{_ranks(row['ranks'])}{_LABELS[row['scaling']]}, B = {row['batch']}{'' if row['ddp'] else ', no group'}: "
+        f"{row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, {row['step_ms_high']:.2f}], "
+        f"{row['images_per_second']:,.0f} images/s"
+    )
+    if row["ddp"] and "efficiency" in row:
+        by_round = ", ".join(f"{each:.1%}" for each in row.get("efficiency_by_round", []))
+        text += f", efficiency {row['efficiency']:.1%} (by round {by_round})"
+    if "ddp_overhead_percent" in row:
+        text += (
+            f", DistributedDataParallel costs {row['ddp_overhead_percent']:+.1f} % "
+            f"[{row['ddp_overhead_low']:+.1f}, {row['ddp_overhead_high']:+.1f}]"
+        )
+    if "all_reduce_ms" in row:
+        noise = f" (noise: times spread by {row['overlap_spread_ms']:.2f} ms)" if row["overlap_noise"] else ""
+        others = ", ".join(f"{name} {size:,}" for name, size in row["other_bytes"].items())
+        text += (
+            f"\n  as many rows on ranks that train apart, beside one another: {row['beside_step_ms']:.2f} ms a step\n"
+            f"  all-reduce of {row['all_reduce_bytes']:,} bytes of gradients {row['all_reduce_ms']:.2f} ms, "
+            f"{row['overlap']:.0%} of it behind backward{noise}\n"
+            f"  {row['other_collectives']} other collectives, bytes: {others}"
+        )
+    return text
+
+
+def _compare(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], moved: StepBytes, batch: int) -> None:
+    """Calibrates the model on one rank and on bare all-reduces, and prints its steps beside those measured."""
+    work = _measured_work(rows, moved)
+    points = [(size, group.ranks, float(np.median(t))) for group in groups for size, t in group.reduces.items()]
+    if work is None or not points:
+        return
+    sizes, ranks, times = zip(*points, strict=True)
+    link = fit_link(sizes, ranks, times)
+    cluster = Cluster(link)
+    print(
+        f"\nmodel, calibrated in this run: {_cost(work)} on one rank with a group; a link of "
+        f"{link.bytes_per_second / 1e9:.3g} GB/s and {1e6 * link.latency:.0f} us; nothing overlaps, and ranks do not "
+        "get in one another's way"
+    )
+    for size, r, seconds in points:
+        fitted = 1e3 * all_reduce_seconds(size, r, cluster)
+        print(f"  all-reduce of {size:,} bytes, {_ranks(r)}: {1e3 * seconds:.3f} ms, fitted {fitted:.3f} ms")
+    for row in rows:
+        if row["ranks"] == 1:
+            continue
+        made = predict(work, cluster, row["ranks"], row["batch"], batch)
+        beside = row["beside_step_ms"] + 1e3 * (made.seconds - made.compute)
+        print(
+            f"  {_ranks(row['ranks'])}, {row['scaling']}: predicted {1e3 * made.seconds:.2f} ms a step "
+            f"(compute {1e3 * made.compute:.2f}, gradients {1e3 * made.gradients:.2f}, other collectives "
+            f"{1e3 * made.others:.2f}), measured {row['step_ms']:.2f} ms, "
+            f"{100 * (row['step_ms'] / (1e3 * made.seconds) - 1):+.0f} %; with compute as measured beside one another, "
+            f"{beside:.2f} ms, {100 * (row['step_ms'] / beside - 1):+.0f} %"
+        )
+
+
+def _measured_work(rows: Sequence[Mapping[str, Any]], moved: StepBytes) -> Work | None:
+    """A step's cost on one rank of a group, from the batches measured there."""
+    one = [(row["batch"], row["step_ms"] / 1e3) for row in rows if row["ranks"] == 1 and row["ddp"]]
+    if not one:
+        return None
+    return Work(*fit_line(*zip(*one, strict=True)), moved.gradients, moved.others)
+
+
+def _predict(rows: Sequence[Mapping[str, Any]], config: Config) -> None:
+    """Prints what the model makes of the paper's step on many GPUs; rows are those that this run has of that step."""
+    paper = base_config("", True)
+    moved = step_bytes(paper)
+    work = _measured_work(rows, moved) if (config.batch, config.k) == (paper.batch, paper.k) else None
+    source = f"measured in this run, {rows[0]['mode']}" if rows else ""
+    if work is None:
+        work, source = assumed_work(moved, records.read(records.RESULTS / "throughput.jsonl"), paper)
+    elif not work.fixed:
+        work, source = _split(work.per_image * paper.batch, moved, paper), f"{source}, {_SPLIT}"
+    print(
+        f"\npredicted, not measured: WRN-28-2 on 32x32, K = {paper.k}, B = {paper.batch}, "
+        f"{moved.gradients.fixed_bytes / 1e6:.2f} MB of gradients\nassumptions:\n"
+        f"  one GPU's step: {_cost(work)}; {source}\n{ASSUMPTIONS}"
+    )
+    for name, (ranks, cluster) in ASSUMED_CLUSTERS.items():
+        for kind, batch in (("weak", paper.batch * ranks), ("strong", paper.batch)):
+            made = predict(work, cluster, ranks, batch, paper.batch)
+            views = moved.others[0].seconds(batch, ranks, cluster)
+            print(
+                f"  {name}, {kind}, B = {batch}: predicted {1e3 * made.seconds:.2f} ms a step "
+                f"(compute {1e3 * made.compute:.2f}, gradients {1e3 * made.gradients:.2f}, views {1e3 * views:.2f}, "
+                f"other collectives {1e3 * (made.others - views):.2f}), efficiency {made.efficiency:.0%}"
+            )
+
+
+def assumed_work(moved: StepBytes, rows: Sequence[dict[str, Any]], paper: Config) -> tuple[Work, str]:
+    """The step of one GPU, and where that is from: rows of `bench throughput` on a GPU, else the design's target.
+
+    Args:
+        moved: the collectives.
+        rows: of throughput.jsonl.
+        paper: the configuration whose step it is.
+    """
+    wanted = {"preset": paper.preset, "batch": paper.batch, "mode": "graph", "views": "fused", "precision": "bfloat16"}
+    for device, found in reversed(newest("throughput", rows).items()):
+        steps = {row["k"]: row["step_ms"] / 1e3 for row in found if wanted.items() <= row.items()}
+        if device.startswith("CPU") or paper.k not in steps:
+            continue
+        source = f"`bench throughput` on {device}"
+        if len(steps) == 1:
+            return _split(steps[paper.k], moved, paper), f"{source}, {_SPLIT}"
+        # K + 4 rows an image are trained, and two more go forward alone, for a third of the cost
+        fixed, _ = fit_line([k + 4 + 2 / 3 for k in steps], list(steps.values()))
+        work = Work(fixed, (steps[paper.k] - fixed) / paper.batch, moved.gradients, moved.others)
+        return work, f"{source}, over K = {_words(sorted(steps))}"
+    return _split(_TARGET, moved, paper), f"the design's target of {1e3 * _TARGET:.0f} ms, an assumption; {_SPLIT}"
+
+
+def _split(step: float, moved: StepBytes, paper: Config) -> Work:
+    return Work(_FIXED * step, (1 - _FIXED) * step / paper.batch, moved.gradients, moved.others)
+
+
+def _cost(work: Work) -> str:
+    return f"{1e3 * work.fixed:.2f} ms + {1e3 * work.per_image:.3g} ms an image of B"
+
+
+def _words(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"

@@ -1,0 +1,1 @@
+"""The step of other trainers, beside the engine's."""

@@ -1,0 +1,324 @@
+"""ReMixMatch's step as TorchSSL and USB write it: a rival of `bench baseline`, with K = 2.
+
+These two PyTorch libraries are what ReMixMatch is mostly trained with. Written from their sources (TorchSSL at f26e1d4,
+USB at 1ef4cbe), for one device, with no code of the engine but `Config`, from which sizes and loss weights are taken.
+As in them:
+
+- labeled images are augmented weakly; an unlabeled one has a weak and two strong views, by PIL in the workers of two
+  DataLoaders, whose batches are normalised floats in pageable memory; the first strong view is also rotated there;
+- each batch of B rows has a forward pass of its own, with its own statistics of batch norm: the guess, the K + 2 parts
+  of the mixed pool, u_1, rotated u_1. Only the first part moves running statistics, which are saved and put back
+  around the others. In USB that part is the labeled rows alone; TorchSSL interleaves rows of all parts;
+- p~(y) is a moving average that has seen the present batch, p(y) the marginal of the label split;
+- mixup has one lambda for the whole batch, drawn on the host;
+- SGD with Nesterov momentum and a cosine schedule; the EMA goes parameter by parameter; the host reads the losses of
+  every step;
+- on a GPU, autocast to fp16 with a loss scaler, which is their option `amp`; tensors are not channels-last.
+
+Left out, in their favour: two forward passes of USB whose logits no loss reads, copies of the EMA into a second
+network, synchronisation before and after a step for their log, and logging itself. The network has the engine's shape:
+theirs differ in the blocks where the width changes, whose first convolution takes its input before batch norm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from bench.rivals.loaders import EndlessLoader
+from engine.config.config import Config
+from pipelines.data_set import DataSet
+
+K = 2
+LR, MOMENTUM, WEIGHT_DECAY = 0.03, 0.9, 5e-4
+_COSINE = 7 / 16  # of half a period, over the whole training
+_WARM_UP = 1 / 64  # of the training: the ramp of the unlabeled losses
+_P_MODEL_DECAY = 0.999
+
+# RandAugment of FixMatch: 3 of these in a row, each with a value between its bounds, then cutout
+_OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, float], ...] = (
+    (lambda image, _: ImageOps.autocontrast(image), 0, 1),
+    (lambda image, v: ImageEnhance.Brightness(image).enhance(v), 0.05, 0.95),
+    (lambda image, v: ImageEnhance.Color(image).enhance(v), 0.05, 0.95),
+    (lambda image, v: ImageEnhance.Contrast(image).enhance(v), 0.05, 0.95),
+    (lambda image, _: ImageOps.equalize(image), 0, 1),
+    (lambda image, _: image, 0, 1),
+    (lambda image, v: ImageOps.posterize(image, int(v)), 4, 8),
+    (lambda image, v: image.rotate(v), -30, 30),
+    (lambda image, v: ImageEnhance.Sharpness(image).enhance(v), 0.05, 0.95),
+    (lambda image, v: _affine(image, (1, v, 0, 0, 1, 0)), -0.3, 0.3),
+    (lambda image, v: _affine(image, (1, 0, 0, v, 1, 0)), -0.3, 0.3),
+    (lambda image, v: ImageOps.solarize(image, int(v)), 0, 256),
+    (lambda image, v: _affine(image, (1, 0, v * image.width, 0, 1, 0)), -0.3, 0.3),
+    (lambda image, v: _affine(image, (1, 0, 0, 0, 1, v * image.height)), -0.3, 0.3),
+)
+_OPERATIONS_PER_VIEW = 3
+_LARGEST_CUTOUT = 0.5  # of the side
+_GREY = (125, 123, 114)
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)
+
+
+def randaugment(image: Image.Image) -> Image.Image:
+    """A strong view of an RGB image, from Python's own random numbers, of which each worker has a stream."""
+    for operation, low, high in random.choices(_OPERATIONS, k=_OPERATIONS_PER_VIEW):
+        image = operation(image, random.uniform(low, high))
+    side = random.uniform(0, _LARGEST_CUTOUT) * image.width
+    left, top = (max(0.0, random.uniform(0, length) - side / 2) for length in image.size)
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle((left, top, min(left + side, image.width), min(top + side, image.height)), _GREY)
+    return image
+
+
+def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Compose]:
+    """The weak and the strong augmentation: PIL image to (3, side, side) float32 in [-1, 1]."""
+    weak = [transforms.RandomCrop(side, padding=config.max_shift, padding_mode="reflect")]
+    weak += [transforms.RandomHorizontalFlip()] * config.flip
+    to_tensor = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    strong = [*weak, transforms.Lambda(randaugment), *to_tensor]
+    return transforms.Compose([*weak, *to_tensor]), transforms.Compose(strong)
+
+
+class LabeledImages(Dataset):
+    """A labeled image's weak view (3, H, W) float32, and its class."""
+
+    def __init__(self, data: DataSet, split: np.ndarray, config: Config) -> None:
+        self.data, self.split = data, split
+        self.weak, _ = _views(data.sides[0], config)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        row = self.split[item]
+        return self.weak(Image.fromarray(self.data.train_images[row])), int(self.data.train_labels[row])
+
+
+class UnlabeledImages(Dataset):
+    """An image's weak view, two strong ones and the first of them rotated, (3, H, W) float32 each, and by how many
+    quarters of a turn."""
+
+    def __init__(self, data: DataSet, config: Config) -> None:
+        self.data, self.rows = data, data.unlabeled_rows
+        self.weak, self.strong = _views(data.sides[0], config)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        image = Image.fromarray(self.data.train_images[self.rows[item]])
+        weak, u1, u2 = self.weak(image), self.strong(image), self.strong(image)
+        quarters = random.randrange(4)
+        return weak, u1, u2, transforms.functional.rotate(u1, 90 * quarters), quarters
+
+
+def loaders(
+    config: Config, data: DataSet, split: np.ndarray, device: torch.device, workers: int
+) -> list[EndlessLoader]:
+    """Two, of labeled and of unlabeled images; the first, with one view an image, has one worker beside the others."""
+    return [
+        EndlessLoader(LabeledImages(data, split, config), config.batch, min(workers, 1)),
+        EndlessLoader(UnlabeledImages(data, config), config.batch, workers),
+    ]
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and leaky ReLU, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, activate_first: bool, momentum: float) -> None:
+        super().__init__()
+        self.activate_first = activate_first
+        self.bn1 = nn.BatchNorm2d(inputs, eps=1e-3, momentum=momentum)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs, eps=1e-3, momentum=momentum)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
+        self.relu = nn.LeakyReLU(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        activated = self.relu(self.bn1(x))
+        residual = self.conv2(self.relu(self.bn2(self.conv1(activated))))
+        return self.shortcut(activated if self.activate_first else x) + residual
+
+
+class PortNetwork(nn.Module):
+    """A Wide ResNet of torch's own layers, WRN-28-2 with `Config`'s defaults, and a second head for rotations."""
+
+    def __init__(self, classes: int, config: Config) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        blocks: list[nn.Module] = []
+        channels = 16
+        for number in range(config.scales * config.blocks):
+            scale, block = divmod(number, config.blocks)
+            outputs, stride = config.width << scale, 2 if scale and not block else 1
+            blocks.append(_Block(channels, outputs, stride, number == 0, config.bn_momentum))
+            channels = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(channels, eps=1e-3, momentum=config.bn_momentum)
+        self.relu = nn.LeakyReLU(0.1)
+        self.head = nn.Linear(channels, classes)
+        self.rotation_head = nn.Linear(channels, 4)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="leaky_relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) to class logits (N, L) and rotation logits (N, 4)."""
+        features = self.relu(self.bn(self.blocks(self.stem(images))))
+        features = F.adaptive_avg_pool2d(features, 1).flatten(1)
+        return self.head(features), self.rotation_head(features)
+
+
+@contextlib.contextmanager
+def kept_statistics(network: nn.Module) -> Iterator[None]:
+    """Passes in here normalise by their own rows, and leave running statistics as they were."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    saved = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, saved, strict=True):
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = buffers
+
+
+def interleave(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Swaps the i-th part of the first batch with that of the i-th batch, so that the first has rows of all n; applied
+    twice it changes nothing. n tensors (B, ...) to as many."""
+    parts = [list(batch.tensor_split(len(batches))) for batch in batches]
+    for i in range(1, len(batches)):
+        parts[0][i], parts[i][i] = parts[i][i], parts[0][i]
+    return [torch.cat(part) for part in parts]
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows: (N, L) logits, (N, L) probabilities to ()."""
+    return torch.sum(-targets * F.log_softmax(logits.float(), dim=-1), dim=1).mean()
+
+
+class PortStep:
+    """Network, EMA, optimiser and marginals, and the step that changes them.
+
+    Args:
+        config: B, the network, steps of the training, loss weights, T and mixup's alpha.
+        data: what is trained on.
+        split: rows of the training images that keep their label.
+        device: where.
+        interleaved: TorchSSL's order of the mixed pool; otherwise USB's.
+
+    Attributes:
+        ema: the EMA of the parameters and the network's own buffers, by name, as a state dict of it.
+        p_model: p~(y), (L,) float32; None before the first step.
+    """
+
+    def __init__(
+        self, config: Config, data: DataSet, split: np.ndarray, device: torch.device, interleaved: bool = False
+    ) -> None:
+        self.config, self.device, self.interleaved = config, device, interleaved
+        self.classes = len(data.classes)
+        self.network: nn.Module = PortNetwork(self.classes, config).to(device)
+        self.ema = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
+        weights = [p for p in self.network.parameters() if p.ndim > 1]
+        others = [p for p in self.network.parameters() if p.ndim <= 1]
+        groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, nesterov=True)
+        cosine = _COSINE * math.pi / config.steps
+        self.scheduler = LambdaLR(self.optimizer, lambda step: max(0.0, math.cos(cosine * step)))
+        amp = device.type == "cuda"
+        self.autocast = torch.autocast(device.type, torch.float16, enabled=amp)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp)
+        counts = np.bincount(data.train_labels[split], minlength=self.classes)
+        self.p_target = torch.tensor(counts / counts.sum(), dtype=torch.float32, device=device)
+        self.p_model: Tensor | None = None
+        self.steps = 0
+
+    def step(self, labeled: Sequence[Tensor], unlabeled: Sequence[Tensor]) -> dict[str, float]:
+        """One step.
+
+        Args:
+            labeled: x (B, 3, H, W) float32 and y (B,) int64.
+            unlabeled: u_weak, u_1, u_2 and rotated u_1, (B, 3, H, W) float32 each, and (B,) int64 quarters of a turn.
+
+        Returns:
+            The loss and its terms, without their weights.
+        """
+        c = self.config
+        x, y = (t.to(self.device) for t in labeled)
+        weak, u1, u2, rotated, quarters = (t.to(self.device) for t in unlabeled)
+        with self.autocast:
+            guess = self._guess(weak)
+            one_hot = F.one_hot(y, self.classes).float()
+            mixed, targets = self._mixup(torch.cat([x, u1, u2, weak]), torch.cat([one_hot, guess, guess, guess]))
+            parts = list(mixed.split(len(x)))
+            if self.interleaved:
+                parts = interleave(parts)
+            logits = [self.network(parts[0])[0]]
+            with kept_statistics(self.network):
+                logits += [self.network(part)[0] for part in parts[1:]]
+                logits_u1, _ = self.network(u1)
+                _, logits_rot = self.network(rotated)
+            if self.interleaved:
+                logits = interleave(logits)
+            loss_x = soft_cross_entropy(logits[0], targets[: len(x)])
+            loss_u = soft_cross_entropy(torch.cat(logits[1:]), targets[len(x) :])
+            loss_u1 = soft_cross_entropy(logits_u1, guess)
+            loss_rot = F.cross_entropy(logits_rot.float(), quarters)
+            ramp = min(1.0, self.steps / (_WARM_UP * c.steps))
+            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.network.zero_grad()
+        self._update_ema()
+        self.steps += 1
+        terms = {"loss": loss, "loss_x": loss_x, "loss_u": loss_u, "loss_u1": loss_u1, "loss_rot": loss_rot}
+        return {name: term.item() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def _guess(self, weak: Tensor) -> Tensor:
+        """Aligned and sharpened labels of weak views: (B, 3, H, W) to (B, L)."""
+        with kept_statistics(self.network):
+            logits, _ = self.network(weak)
+        q = torch.softmax(logits.float(), dim=-1)
+        if self.p_model is None:
+            self.p_model = q.mean(0)
+        else:
+            self.p_model = _P_MODEL_DECAY * self.p_model + (1 - _P_MODEL_DECAY) * q.mean(0)
+        q = q * (self.p_target + 1e-6) / (self.p_model + 1e-6)
+        q = q / q.sum(dim=-1, keepdim=True)
+        q = q ** (1 / self.config.temperature)
+        return q / q.sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def _mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes every row with one of the same pool: (N, 3, H, W) and (N, L) to the same."""
+        lam = np.random.beta(self.config.mixup_alpha, self.config.mixup_alpha)
+        lam = max(lam, 1 - lam)
+        partner = torch.randperm(len(images)).to(self.device)
+        return lam * images + (1 - lam) * images[partner], lam * targets + (1 - lam) * targets[partner]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = self.config.ema_decay
+        for name, parameter in self.network.named_parameters():
+            self.ema[name] = (1 - decay) * parameter + decay * self.ema[name]
+        for name, buffer in self.network.named_buffers():
+            self.ema[name] = buffer.clone()

@@ -1,0 +1,1 @@
+"""Benches of whole runs: start, data, accuracy, report."""

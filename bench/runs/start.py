@@ -1,0 +1,68 @@
+"""`remixmatch bench start`: from the command to the first trained step, and where that time goes.
+
+A real `remixmatch train` in a process of its own (`start_worker.py`), which says when it has come how far and
+ends with its first step; beside it `--help`, which waits for nothing but the options.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from bench.runs.start_worker import PARTS
+from engine.measuring import records
+from engine.measuring.process import output
+from engine.measuring.timing import bench_device
+
+
+@dataclass
+class StartOptions:
+    """Times starts of a run."""
+
+    out: Path = records.OUT / "start.jsonl"
+    """Rows are added to this file."""
+    repeats: int = 5
+    """Starts; the median counts."""
+    preset: str = "digits-40"
+    """What is trained."""
+
+
+def main(options: StartOptions) -> None:
+    """Starts the run again and again, and writes a row.
+
+    Raises:
+        UserError: a flag that cannot work.
+        RuntimeError: a start failed.
+    """
+    records.check_least("--repeats", options.repeats, 1)
+    device = bench_device()
+    starts = [start(options.preset) for _ in range(options.repeats)]
+    row = {f"{name}_seconds": median(each[name] for each in starts) for name in (*PARTS, "start", "cpu", "help")}
+    where = {"preset": options.preset, "repeats": options.repeats}
+    records.append(options.out, records.record("start", device, **where, **row))
+    parts = ", ".join(f"{name} {row[f'{name}_seconds']:.2f} s" for name in PARTS)
+    print(
+        f"{options.preset}: {row['start_seconds']:.2f} s to the first trained step ({parts}), "
+        f"{row['cpu_seconds']:.2f} s of them on a CPU; --help {row['help_seconds']:.2f} s"
+    )
+
+
+def start(preset: str) -> dict[str, float]:
+    """Starts a run once.
+
+    Returns:
+        Seconds of each of PARTS; "start", their sum; "cpu", the process's own CPU time; "help", of `--help`.
+    """
+    with TemporaryDirectory() as folder:
+        begin = time.time()
+        cpu, *ends = map(
+            float, output("bench.runs.start_worker", "train", preset, "--out", f"{folder}/run", "--quiet").split()
+        )
+    parts = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
+    asked = time.time()
+    output("engine", "train", preset, "--help")
+    times = {"start": ends[-1] - begin, "cpu": cpu, "help": time.time() - asked}
+    return dict(zip(PARTS, parts, strict=True)) | times

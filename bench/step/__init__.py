@@ -1,0 +1,1 @@
+"""Benches of the training step and its parts."""

@@ -1,0 +1,314 @@
+"""`remixmatch bench pipelines`: strong views a second, by what makes them.
+
+One call of a backend makes `batches` batches of views, from none pending to none pending, so that no backend works
+in the background of another's time; what can be made ahead within a call is. Numbers are drawn before (ours) or on the
+way (theirs). Every row stands beside a single process of PIL in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.timing import bench_device, ceilings, measure
+from pipelines import ctaugment
+from pipelines.datasets import noise
+from pipelines.plan import PlanSpec, ViewPlan, make_plan
+from pipelines.reference_ctaugment import pil_view
+
+IMAGES, MAX_SHIFT, K = 2048, 4, 8
+_LOADER_BATCH = 64
+
+
+class NotHereError(Exception):
+    """A backend cannot run on this machine; the words say why."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a backend has to make.
+
+    Attributes:
+        images: (2048, side, side, 3) uint8.
+        plans: one a batch, of strong views only.
+        device: where they are wanted.
+        threads: CPU threads or processes that a backend of several may have.
+    """
+
+    images: np.ndarray
+    plans: Sequence[ViewPlan]
+    device: torch.device
+    threads: int
+
+    @property
+    def rows(self) -> int:
+        """Views a batch."""
+        return len(self.plans[0].image)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to make views, ready to be timed.
+
+    Attributes:
+        run: makes every batch of the task and waits for the last.
+        what: what it does, and where, in a few words.
+        close: ends threads and processes.
+    """
+
+    run: Callable[[], Any]
+    what: str
+    close: Callable[[], Any] = lambda: None
+
+
+def make_task(rows: int, side: int, batches: int, device: torch.device, threads: int) -> Task:
+    """Plans of the strong views of unlabeled images, as a training step has them."""
+    spec = PlanSpec(rows // K, K, IMAGES, IMAGES, MAX_SHIFT, flip=True)
+    strong = np.arange(2 * spec.batch, (K + 2) * spec.batch)
+    weights = ctaugment.initial_weights()
+    plans = [make_plan(spec, 0, step, weights).views.rows(strong) for step in range(batches)]
+    return Task(noise(IMAGES, side), plans, device, threads)
+
+
+def pil(task: Task) -> Backend:
+    """The same CTAugment plans, view by view in this process."""
+
+    def run() -> None:
+        for plan in task.plans:
+            rows = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.centre, strict=True)
+            np.stack([pil_view(task.images[image], *numbers) for image, *numbers in rows])
+
+    return Backend(run, "CTAugment, PIL, one process")
+
+
+def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
+    """A pipeline with prepare, submit, collect and close, kept as full as it lets itself be."""
+
+    def run() -> None:
+        for plan in task.plans[:prefetch]:
+            pipeline.submit(pipeline.prepare(plan))
+        for plan in task.plans[prefetch:]:
+            pipeline.collect()
+            pipeline.submit(pipeline.prepare(plan))
+        for _ in task.plans[:prefetch]:
+            pipeline.collect()
+
+    return Backend(run, what, pipeline.close)
+
+
+def _dali(task: Task, threads: int) -> Backend:
+    views = _module("pipelines.dali", "nvidia.dali")
+    pipeline = views.DaliViews(task.images, *_every_image(task), task.rows, MAX_SHIFT, threads, prefetch=2)
+    return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
+
+
+def _every_image(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """All images are labeled, and unlabeled ones as well."""
+    return np.arange(len(task.images)), np.arange(len(task.images))
+
+
+def fused(task: Task) -> Backend:
+    """All of a view in one kernel, from images that lie on the device; on a CPU its twin."""
+    views = _module("pipelines.fused")
+    device = "gpu" if task.device.type == "cuda" else "cpu"
+    pipeline = views.FusedViews(
+        task.images, *_every_image(task), task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
+    )
+    return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
+
+
+def randaugment(side: int) -> v2.Compose:
+    """Weak, then two operations drawn anew for every image: PIL image to (3, side, side) uint8."""
+    return v2.Compose([
+        v2.RandomCrop(side, padding=MAX_SHIFT, padding_mode="reflect"),
+        v2.RandomHorizontalFlip(),
+        v2.RandAugment(num_ops=2),
+        v2.PILToTensor(),
+    ])  # fmt: skip
+
+
+class StrongViews(Dataset):
+    """One view an item: torchvision's RandAugment of a PIL image."""
+
+    def __init__(self, images: np.ndarray, length: int) -> None:
+        self.images, self.length = images, length
+        self.transform = randaugment(images.shape[1])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int) -> torch.Tensor:
+        return self.transform(Image.fromarray(self.images[item % len(self.images)]))
+
+
+def torchvision(task: Task) -> Backend:
+    """What most would write: a DataLoader with a worker a core, its batches copied to the device."""
+    loader = DataLoader(
+        StrongViews(task.images, task.rows * len(task.plans)),
+        batch_size=min(_LOADER_BATCH, task.rows),
+        num_workers=task.threads,
+        persistent_workers=True,
+        pin_memory=task.device.type == "cuda",
+    )
+
+    def run() -> None:
+        for batch in loader:
+            batch.to(task.device, non_blocking=True)
+
+    # workers end with the loader, and the loader with this
+    return Backend(run, f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers")
+
+
+def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str) -> Backend:
+    """A library that works on float batches on the device, where the images lie."""
+    images = torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().to(task.device)
+    rows = [torch.from_numpy(plan.image).to(task.device) for plan in task.plans]
+
+    def run() -> None:
+        for chosen in rows:
+            transform(images[chosen].float() / 255)
+
+    return Backend(run, what)
+
+
+def kornia(task: Task) -> Backend:
+    """Kornia's crop, flip and RandAugment, which draws its two operations for the batch, not for an image."""
+    k = _module("kornia.augmentation")
+    transform = k.AugmentationSequential(
+        k.RandomCrop(task.images.shape[1:3], padding=MAX_SHIFT, padding_mode="reflect"),
+        k.RandomHorizontalFlip(),
+        k.auto.RandAugment(n=2, m=10),
+    )
+    return _on_tensors(task, transform, f"RandAugment of kornia, same operations for a batch, on the {task.device}")
+
+
+def triton_augment(task: Task) -> Backend:
+    """Its one fused chain, the same operations for every image: no equalize, autocontrast, filters or cutout."""
+    if task.device.type != "cuda":
+        raise NotHereError("needs a GPU")
+    ta = _module("triton_augment")
+    transform = ta.TritonFusedAugment(
+        horizontal_flip_p=0.5, degrees=45, translate=(0.3, 0.3), scale=(0.5, 1.0), shear=17, brightness=(0.1, 2.0),
+        contrast=(0.1, 2.0), saturation=(0.1, 2.0),
+    )  # fmt: skip
+    return _on_tensors(task, transform, "affine, flip and colour jitter of triton-augment in one launch, on the GPU")
+
+
+def _module(name: str, needs: str | None = None) -> Any:
+    """Imports a module; it, or what it needs, may be missing, and nothing else may."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if f"{needs or name}.".startswith(f"{error.name}."):
+            raise NotHereError("not installed") from None
+        raise
+
+
+BACKENDS: dict[str, Callable[[Task], Backend]] = {
+    "pil": pil,
+    "torchvision": torchvision,
+    "dali-cpu-1": lambda task: _dali(task, 1),
+    "dali-cpu": lambda task: _dali(task, task.threads),
+    "fused": fused,
+    "kornia": kornia,
+    "triton-augment": triton_augment,
+}
+
+
+@dataclass
+class PipelinesOptions:
+    """Times what makes strong views: ours, and what a user would take instead."""
+
+    out: Path = records.OUT / "pipelines.jsonl"
+    """Rows are added to this file."""
+    repeats: int = 5
+    """Samples of each; the median counts."""
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    """Backends to time; pil is always there, for the ratio."""
+    rows: int = 512
+    """Views a batch, a multiple of 8: 512 are the strong views of a step with B = 64 and K = 8."""
+    side: int = 32
+    """Height and width of the images."""
+    batches: int | None = None
+    """Batches a sample; by default 8 with a GPU and 2 without."""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads or worker processes of backends that have several; by default all cores."""
+
+
+def main(options: PipelinesOptions) -> None:
+    """Times every backend that is here, in turn.
+
+    Raises:
+        UserError: a flag that cannot work.
+    """
+    records.check_choice("--backends", options.backends, BACKENDS)
+    records.check_least("--repeats", options.repeats, 1)
+    records.check_least("--rows", options.rows, K)
+    if options.rows % K:
+        raise UserError(f"--rows must be a multiple of {K}, got {options.rows}")
+    records.check_least("--side", options.side, MAX_SHIFT + 1)
+    records.check_least("--threads", options.threads, 1)
+    device = bench_device()
+    batches = options.batches if options.batches is not None else (8 if device.type == "cuda" else 2)
+    records.check_least("--batches", batches, 1)
+    task = make_task(options.rows, options.side, batches, device, options.threads)
+    backends: dict[str, Backend] = {}
+    failures = records.Failures()
+    try:
+        # in the table's order, in which torchvision's workers are forked before other libraries start threads
+        for name, make in BACKENDS.items():
+            if name != "pil" and name not in options.backends:
+                continue
+            with failures.part(name):
+                try:
+                    backend = make(task)
+                except NotHereError as reason:
+                    print(f"{name}: {reason}", flush=True)
+                    continue
+                begin = time.perf_counter()
+                backend.run()
+                print(f"{name}: first call {time.perf_counter() - begin:.2f} s", flush=True)
+                backends[name] = backend
+        times = measure({name: backend.run for name, backend in backends.items()}, device, options.repeats, warm_up=1)
+    finally:
+        for backend in backends.values():
+            backend.close()
+    views = task.rows * batches
+    floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
+    print(ceilings(device).text())
+    print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
+    for name, t in times.items():
+        row: dict[str, Any] = {
+            "backend": name,
+            "what": backends[name].what,
+            "rows": task.rows,
+            "side": options.side,
+            "batches": batches,
+            "threads": options.threads,
+            "views_per_second": views / t.seconds,
+            "views_per_second_low": views / t.high,
+            "views_per_second_high": views / t.low,
+            "ratio_to_pil": times["pil"].seconds / t.seconds,
+            "floor_views_per_second": 1 / floor,
+            "share_of_copy": floor * views / t.seconds,
+        }
+        records.append(options.out, records.record("pipelines", device, **row))
+        print(
+            f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
+            f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL, "
+            f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
+        )
+    failures.finish()

@@ -1,0 +1,274 @@
+"""`remixmatch bench throughput`: steps and images a second of the engine, beside the roofline bound.
+
+Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
+on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config.config import Config
+from engine.config.presets import preset
+from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.steps import VIEWS, TimedSteps
+from engine.measuring.timing import Timing, bench_device, ceilings
+from engine.measuring.timing import measure as measure_times
+from engine.models.wide_resnet import BatchNorm, ResidualBlock, WideResNet
+from pipelines.datasets import NOISE_32
+
+MODES = ("eager", "compile", "graph")
+# how often an activation is moved where batch norm is a pass of its own. Forward it is written, and read by its
+# successor and for statistics or the shortcut; backward it is read again, and its gradient written and read
+_PASSES_FORWARD, _PASSES_TRAINED = 3, 6
+
+
+def figures(case: TimedSteps, timing: Timing, steps: int) -> dict[str, Any]:
+    """Figures of samples of `steps` steps."""
+    step = timing.seconds / steps
+    row = {
+        "steps_per_second": 1 / step,
+        "images_per_second": case.feed.images_per_step / step,
+        "step_ms": 1e3 * step,
+        "step_ms_low": 1e3 * timing.low / steps,
+        "step_ms_high": 1e3 * timing.high / steps,
+    }
+    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
+        row["host_ms"] = 1e3 * case.host_seconds / case.steps
+    return row | _roofline(case, step)
+
+
+def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
+    """The roofline bound of a step: by arithmetic and by memory traffic, at the rates measured in this process."""
+    config, execution = case.config, case.feed.execution
+    limit = ceilings(execution.device)
+    macs, activations = network_cost(config, case.feed.data.sides)
+    trained = case.feed.images_per_step
+    forward = len(case.feed.rows.source) - len(case.feed.rows.target)  # guesses and probes
+    arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
+    rows = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
+    traffic = execution.precision.itemsize * activations * rows / limit.copy_bytes_per_second
+    floor = max(arithmetic, traffic)
+    return {
+        "floor_arithmetic_ms": 1e3 * arithmetic,
+        "floor_memory_ms": 1e3 * traffic,
+        "floor_ms": 1e3 * floor,
+        "floor_ratio": step / floor,
+    }
+
+
+def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
+    """Multiplications and activation elements of one image's way through the network, forward.
+
+    Activations are outputs of convolutions, of batch norm with its leaky ReLU, and of residual sums.
+    """
+    network = WideResNet(2, config.scales, config.blocks, config.width).eval()
+    macs = elements = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal macs, elements
+        elements += output.numel()
+        if isinstance(module, nn.Conv2d):
+            macs += output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, BatchNorm, ResidualBlock)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, *sides))
+    return macs, elements
+
+
+def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) -> dict[str, Any]:
+    """Throughput of one configuration: see `figures` for the figures.
+
+    Args:
+        config: what to train; its `views` says how real data are made.
+        steps: at least so many are timed.
+        data: "real", or "synthetic" for views that cost nothing.
+        repeats: samples.
+    """
+    case = TimedSteps.begin(config, "synthetic" if data == "synthetic" else config.views)
+    each = _whole_batches(-(-steps // repeats), config)
+    try:
+        device = case.feed.execution.device
+        timing = measure_times({"": lambda: case.advance(each)}, device, repeats, warm_up=2)[""]
+        return figures(case, timing, each)
+    finally:
+        case.end()
+
+
+def _whole_batches(steps: int, config: Config) -> int:
+    """Steps rounded up to whole batches of views, so that every sample makes as many."""
+    return -(-steps // config.view_steps) * config.view_steps
+
+
+@dataclass
+class ThroughputOptions:
+    """Times training steps by K, mode and source of views."""
+
+    out: Path = records.OUT / "throughput.jsonl"
+    """Rows are added to this file."""
+    repeats: int = 7
+    """Samples; the median counts."""
+    preset: str = ""
+    """What is trained; by default the paper's step (WRN-28-2, 32x32, B = 64) with a GPU and digits-40 without."""
+    k: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Strong views of an unlabeled image."""
+    modes: tuple[str, ...] = ()
+    """eager, compile, graph; by default all that the device can."""
+    views: tuple[str, ...] = ()
+    """fused, dali (on a CPU), synthetic; by default fused and synthetic with a GPU, and DALI's without."""
+    micro_batches: tuple[int, ...] = (1,)
+    """Parts in which a step's rows are trained one after another."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """As in a run."""
+    optimizer: Literal["torch", "apex"] = "torch"
+    """As in a run."""
+    deterministic: bool = False
+    """As in a run."""
+    steps: int | None = None
+    """Steps a sample; by default 20 with a GPU and 8 without."""
+    soak: int = 0
+    """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
+
+
+_Name = tuple[int, str, str, int]  # K, mode, source of views, micro-batches
+
+
+def _words(name: tuple[int | None, str, str, int]) -> str:
+    k, mode, views, parts = name
+    return " ".join([f"K={k}"] * (k is not None) + [mode, views] + [f"in {parts} parts"] * (parts > 1))
+
+
+def main(options: ThroughputOptions) -> None:
+    """Times every case; on a CPU all of them in turn, on a GPU those of one K.
+
+    Raises:
+        UserError: a flag that cannot work.
+    """
+    device = bench_device()
+    cuda = device.type == "cuda"
+    modes = options.modes or (MODES if cuda else MODES[:2])
+    views = options.views or (("fused", "synthetic") if cuda else ("dali",))
+    records.check_choice("--modes", modes, MODES)
+    records.check_choice("--views", views, VIEWS)
+    records.check_least("--k", options.k, 1)
+    records.check_least("--micro-batches", options.micro_batches, 1)
+    records.check_least("--repeats", options.repeats, 1)
+    steps = options.steps if options.steps is not None else (20 if cuda else 8)
+    records.check_least("--steps", steps, 1)
+    if "graph" in modes and not cuda:
+        raise UserError("--modes graph needs a GPU; without one there are eager and compile")
+    print(ceilings(device).text())
+    base = base_config(options.preset, cuda)
+    same = ("precision", "optimizer", "deterministic")
+    base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
+    for ks in [(k,) for k in options.k] if cuda else [options.k]:
+        names = list(itertools.product(ks, modes, views, options.micro_batches))
+        _measure_together(options, base, steps, names, device)
+
+
+def base_config(name: str, cuda: bool) -> Config:
+    """The configuration that a bench of that preset varies."""
+    if name or not cuda:
+        return preset(name or "digits-40")
+    return Config(preset="bench", dataset=NOISE_32, labels=250)
+
+
+def _measure_together(
+    options: ThroughputOptions, base: Config, steps: int, names: list[_Name], device: torch.device
+) -> None:
+    cases: dict[_Name, TimedSteps] = {}
+    memory: dict[_Name, dict[str, float]] = {}
+    cuda = device.type == "cuda"
+    failures = records.Failures()
+    steps = _whole_batches(steps, base)
+    for name in names:
+        k, mode, views, parts = name
+        with failures.part(_words(name)):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+            config = dataclasses.replace(base, k=k, mode=mode, micro_batches=parts)  # type: ignore[arg-type]
+            cases[name] = TimedSteps.begin(config, views)
+            cases[name].advance(_whole_batches(2, base))
+            if cuda:  # a process has one peak, which says nothing about one of several cases
+                memory[name] = {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+            cases[name].host_seconds, cases[name].steps = 0.0, 0
+    functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
+    timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
+    rows = []
+    for name, case in cases.items():
+        k, mode, views, parts = name
+        row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
+        row |= {"micro_batches": parts}
+        row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row |= {"deterministic": True} if base.deterministic else {}
+        row |= figures(case, timings[str(name)], steps) | memory.get(name, {})
+        if options.soak:
+            row |= _soak(case, options.soak)
+        rows.append(row)
+        records.append(options.out, records.record("throughput", device, **row))
+        print(
+            f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
+            f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
+            f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
+            + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
+            + (f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps" if options.soak else ""),
+            flush=True,
+        )
+    for case in cases.values():
+        case.end()
+    _print_ratios(rows)
+    failures.finish()
+
+
+def _resident(device: torch.device) -> float:
+    """MiB in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
+    """Memory's growth over so many steps, after a tenth of them for whatever is lazily made."""
+    case.advance(max(steps // 10, 1))
+    before = _resident(case.feed.execution.device)
+    case.advance(steps)
+    return {"soak_steps": steps, "memory_growth_mib": _resident(case.feed.execution.device) - before}
+
+
+def _print_ratios(rows: list[dict[str, Any]]) -> None:
+    """What the rows are measured for: modes against eager, views against synthetic ones, and the cost of K."""
+    by: dict[_Name, float] = {
+        (row["k"], row["mode"], row["views"], row["micro_batches"]): row["step_ms"] for row in rows
+    }
+    for name, ms in by.items():
+        k, mode, views, parts = name
+        if mode != "eager" and (eager := by.get((k, "eager", views, parts))):
+            print(f"{_words(name)}: {eager / ms:.2f} times as fast as eager")
+        if views != "synthetic" and (synthetic := by.get((k, mode, "synthetic", parts))):
+            print(f"{_words(name)}: views cost {100 * (ms / synthetic - 1):+.1f} %")
+        if parts > 1 and (whole := by.get((k, mode, views, 1))):
+            print(f"{_words(name)}: {ms / whole:.2f} times as long as in one pass")
+    for case in dict.fromkeys(name[1:] for name in by):
+        points = [(name[0], ms) for name, ms in by.items() if name[1:] == case]
+        if len(points) > 2:
+            ks, times = np.array(points).T
+            slope, start = np.polyfit(ks, times, 1)
+            off = np.abs(slope * ks + start - times) / times
+            what = _words((None, *case))
+            print(f"{what}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")

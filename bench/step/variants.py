@@ -1,0 +1,162 @@
+"""`remixmatch bench variants`: what each decision about the compiled step brings, and where one step's time goes.
+
+A variant is the same step with one decision taken otherwise: an option of Inductor, passes on one stream, an input of
+eight channels, cuDNN's own choice; or the step of an earlier checkout (`--before FOLDER`). Each is compiled in a
+process of its own, some at once, and then all take turns, sample by sample, with nothing else on the device: figures
+are medians, and the ratio to the step as it is the median over rounds. Then the step as it is is profiled: time by kind
+of kernel, and gaps in which the device does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.step.throughput import base_config
+from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.step_worker import ROOT, StepWorker, take_turns
+from engine.measuring.timing import bench_device
+from engine.measuring.trace import by_kind
+from engine.training.execution import INDUCTOR
+
+WORKER = "engine/measuring/step_worker.py"  # of a checkout
+AS_IT_IS, BEFORE = "as it is", "before"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step with something changed: see `StepWorker`."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    execution: Mapping[str, Any] = field(default_factory=dict)
+    checkout: Path = ROOT
+
+
+VARIANTS = {
+    AS_IT_IS: Variant(),
+    "Inductor's defaults": Variant(execution={"inductor": {}}),
+    "read threshold alone": Variant(
+        execution={"inductor": {"realize_reads_threshold": INDUCTOR["realize_reads_threshold"]}}
+    ),
+    "combined kernels alone": Variant(execution={"inductor": {"combo_kernels": True}}),
+    "combined kernels, blocks of their own": Variant(
+        execution={"inductor": INDUCTOR | {"combo_kernel_per_subkernel_blocks": True}}
+    ),
+    "one stream": Variant(execution={"concurrent": False}),
+    "8 input channels": Variant(config={"stem_channels": 8}),
+    "cuDNN by rule": Variant(execution={"cudnn_benchmark": False}),
+    "tuned": Variant(config={"tune": True}),
+}
+
+
+@dataclass
+class VariantsOptions:
+    """Times the captured step with each decision taken otherwise, in turns."""
+
+    out: Path = records.OUT / "variants.jsonl"
+    """Rows are added to this file, those of the profile to replay.jsonl beside it."""
+    before: Path | None = None
+    """A checkout of an earlier version, whose step takes turns with the others."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Which; the step as it is always."""
+    k: int = 8
+    """Strong views of an unlabeled image."""
+    batch: int = 0
+    """B; by default 64 with a GPU, and small without."""
+    repeats: int = 15
+    """Rounds."""
+    steps: int = 20
+    """Steps a sample."""
+    at_once: int = max(len(os.sched_getaffinity(0)) // 2, 1)
+    """Variants that are compiled at the same time; by default half as many as there are cores."""
+    profile: int = 3
+    """Steps that are profiled; 0 for none."""
+
+
+def _worker(variant: Variant, config: Mapping[str, Any]) -> StepWorker:
+    return StepWorker({**config, **variant.config}, execution=variant.execution, checkout=variant.checkout)
+
+
+def main(options: VariantsOptions) -> None:
+    """Times the variants, profiles the step as it is, and adds rows.
+
+    Raises:
+        UserError: a flag that cannot work.
+    """
+    for flag in ("k", "repeats", "steps", "at_once"):
+        records.check_least(f"--{flag.replace('_', '-')}", getattr(options, flag), 1)
+    records.check_choice("--variants", options.variants, VARIANTS)
+    device = bench_device()
+    wanted = {AS_IT_IS: VARIANTS[AS_IT_IS]}
+    if options.before:
+        if not (options.before / WORKER).exists():
+            raise UserError(f"--before {options.before} is no checkout that can be timed: there is no {WORKER} in it")
+        wanted[BEFORE] = Variant(checkout=options.before.resolve())
+    wanted |= {name: VARIANTS[name] for name in options.variants}
+    cuda = device.type == "cuda"
+    config = dataclasses.asdict(base_config("", cuda)) | {"k": options.k, "mode": "graph" if cuda else "eager"}
+    if options.batch:
+        config["batch"] = options.batch
+    failures = records.Failures()
+    with _started(wanted, config, options.at_once, failures) as processes:
+        samples = take_turns(processes, options.repeats, options.steps)
+        case = {"k": options.k, "batch": options.batch or (64 if device.type == "cuda" else 0)}
+        for name, times in samples.items():
+            row = _row(times, samples[AS_IT_IS], processes[name].ask("memory"))
+            records.append(options.out, records.record("variants", device, **case, variant=name, **row))
+            print(
+                f"{name}: {row['step_ms']:.3f} ms a step ({row['step_ms_low']:.3f} to {row['step_ms_high']:.3f}), "
+                f"{row['ratio']:.3f} times as long as the step as it is"
+            )
+        if options.profile and AS_IT_IS in processes:
+            events = processes[AS_IT_IS].ask(f"profile {options.profile}")
+            for kind, figures in by_kind(events, options.profile).items():
+                row = records.record("replay", device, **case, kind=kind, **figures)
+                records.append(options.out.with_name("replay.jsonl"), row)
+                shown = f"{figures['ms']:.3f} ms of a step, {figures['share']:.1%}, {figures['kernels']:.0f} kernels"
+                print(f"{kind}: {shown}")
+    failures.finish()
+
+
+@contextmanager
+def _started(
+    variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
+) -> Iterator[dict[str, StepWorker]]:
+    """Starts variants, some at a time, and gives those that are ready."""
+    processes: dict[str, StepWorker] = {}
+    try:
+        names = list(variants)
+        for first in range(0, len(names), at_once):
+            group = {name: _worker(variants[name], config) for name in names[first : first + at_once]}
+            processes |= group
+            for name, process in group.items():
+                try:
+                    process.ready()
+                except RuntimeError as error:
+                    print(f"{name}: {error}", file=sys.stderr)
+                    failures.names.append(name)
+                    processes.pop(name).end()
+        if AS_IT_IS not in processes:
+            raise RuntimeError("the step as it is does not run")
+        yield processes
+    finally:
+        for process in processes.values():
+            process.end()
+
+
+def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> dict[str, float]:
+    middle, low, high = (1e3 * value for value in np.percentile(times, (50, 25, 75)).tolist())
+    ratio = median(one / other for one, other in zip(times, as_it_is, strict=True))
+    return {
+        "step_ms": middle, "step_ms_low": low, "step_ms_high": high, "ratio": ratio, "peak_memory_mib": memory
+    }  # fmt: skip

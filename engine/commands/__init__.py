@@ -1,0 +1,1 @@
+"""What `remixmatch COMMAND` calls: options, their checks, and what is printed."""

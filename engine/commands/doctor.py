@@ -1,0 +1,103 @@
+"""`remixmatch doctor`: what the engine finds on this machine, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.training.optimizers import APEX_ABSENT, APEX_BUILD, apex_problem
+
+Finding = tuple[bool | None, str, str]  # found (None: optional and absent), what, what to do
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, "none; training runs on the CPU", "for speed: a machine with an NVIDIA GPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return True, ", ".join(names), ""
+
+
+def _driver() -> Finding:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None, "libcuda.so.1 not found", "install NVIDIA's driver if there is a GPU"
+    number = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(number))
+    known = f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    return (True, known, "") if number.value >= 13000 else (False, known, "CUDA 13 needs driver 580 or newer")
+
+
+def _torch() -> Finding:
+    import torch
+
+    torch.ones(2, 2) @ torch.ones(2, 2)
+    return True, f"{torch.__version__}, built for CUDA {torch.version.cuda}", ""
+
+
+def _package(name: str, module: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        importlib.import_module(module)
+        return True, version(name), ""
+
+    return check
+
+
+def _dali() -> Finding:
+    import numpy as np
+
+    from pipelines.dali import DaliViews
+
+    pipeline = DaliViews(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64), None, rows=1, max_shift=0)
+    pipeline.close()
+    return True, f"{version('nvidia-dali-cuda130')}, builds the view pipeline", ""
+
+
+def _compiler() -> Finding:
+    found = shutil.which("gcc") or shutil.which("cc")
+    return (True, found, "") if found else (None, "no C compiler", "needed by --mode compile and graph: install gcc")
+
+
+def _apex() -> Finding:
+    problem = apex_problem()
+    if problem is None:
+        return True, "apex.optimizers.FusedAdam", ""
+    absent = problem == APEX_ABSENT
+    return (None, "absent; optional", APEX_BUILD) if absent else (False, problem, APEX_BUILD)
+
+
+CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
+    "GPU": (_gpu, ""),
+    "driver": (_driver, ""),
+    "torch": (_torch, "pip install 'torch>=2.11'"),
+    "torchvision": (_package("torchvision", "torchvision"), "pip install torchvision, the build beside torch's"),
+    "triton": (_package("triton", "triton"), "pip install 'triton>=3.6'"),
+    "DALI": (_dali, "pip install nvidia-dali-cuda130"),
+    "C compiler": (_compiler, ""),
+    "apex": (_apex, APEX_BUILD),
+}
+
+
+def report() -> bool:
+    """Prints a table of findings; says whether everything that training needs is there."""
+    table = Table("", "what", "found", "what to do")
+    healthy = True
+    for name, (check, mend) in CHECKS.items():
+        try:
+            found, what, todo = check()
+        except Exception as error:  # whatever is broken is what this command is for
+            found, what, todo = False, f"{type(error).__name__}: {error}".splitlines()[0], mend
+        healthy = healthy and found is not False
+        table.add_row({True: "ok", None: "-", False: "MISSING"}[found], name, what, todo)
+    console = Console()
+    console.print(table)
+    console.print("ready to train" if healthy else "not ready: see what to do above")
+    return healthy

@@ -1,0 +1,1 @@
+"""Ranks: how they start, what they exchange, what watches over them."""

@@ -1,0 +1,121 @@
+"""Classifying image files with a trained network."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+from engine.inference.evaluation import class_logits
+from engine.models.wide_resnet import Classifier
+from pipelines.decode import DecodeError, image_files, resized, rgb
+
+
+def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray:
+    """Reads an image as the network takes it.
+
+    Turns it as its EXIF data says, lays transparency on black, makes it RGB, resizes its shorter side and takes the
+    centre; says so where that changes the size or drops 16-bit depth.
+
+    Args:
+        path: of any format that PIL reads.
+        side: of the network's images, in pixels.
+        warn: called with one line a change.
+
+    Returns:
+        (side, side, 3) uint8.
+
+    Raises:
+        UserError: missing, or not an image that can be decoded.
+    """
+    try:
+        image, changed = rgb(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    if changed:
+        warn(f"{path}: {changed}")
+    if image.size != (side, side):
+        warn(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
+    return resized(image, side)
+
+
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
+    """Files that were named, and all image files below folders that were, sorted; and whether there was a folder.
+
+    Raises:
+        UserError: there is no image file, or a folder cannot be read.
+    """
+    found: list[Path] = []
+    for path in paths:
+        try:
+            found += [path / name for name in image_files(path)] if path.is_dir() else [path]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
+    if not found:
+        raise UserError(
+            f"no image file in {', '.join(map(str, paths))}" if paths else "predict needs at least one image"
+        )
+    return found, any(path.is_dir() for path in paths)
+
+
+def classify(
+    network: Classifier, files: Sequence[Path], side: int, device: torch.device, batch: int, warn: Callable[[str], None]
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Class probabilities of image files, a batch in memory at a time.
+
+    Yields:
+        Each file that can be read, in order, with (L,) float32; `warn` is called for the others.
+    """
+
+    def quiet(text: str) -> None:  # of many files, sizes are not worth a line each
+        if len(files) <= batch:
+            warn(text)
+
+    for first in range(0, len(files), batch):
+        read: list[tuple[Path, np.ndarray]] = []
+        for path in files[first : first + batch]:
+            try:
+                read.append((path, read_image(path, side, quiet)))
+            except UserError as error:
+                warn(f"{error}; left out")
+        if read:
+            found = probabilities(network, np.stack([image for _, image in read]), device)
+            yield from zip([path for path, _ in read], found, strict=True)
+
+
+def probabilities(network: Classifier, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Class probabilities of (N, H, W, 3) uint8 images: (N, L) float32."""
+    return np.concatenate([logits.softmax(-1).cpu().numpy() for _, logits in class_logits(network, images, device)])
+
+
+def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]]) -> int:
+    """Writes a line for each file: its name, the class, and a probability for each class. Returns how many.
+
+    Without any, nothing is written.
+
+    Raises:
+        UserError: the file cannot be written; a former one of that name is then left as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    count = 0
+    try:
+        # names of files need not be text: their bytes are written as they are
+        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file", "class", *classes])
+            for name, values in rows:
+                table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
+                count += 1
+        if count:
+            partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,1 @@
+"""How time, memory and traces are measured, and the records of it."""

@@ -1,0 +1,118 @@
+"""Rows of measurements: JSON lines that say on what, with what and by which command they were measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.run import commit, device_name, versions
+
+RESULTS = (
+    Path(__file__).parents[2] / "bench" / "results"
+)  # the project's own rows, of which count.jsonl comes with the package
+OUT = Path("bench-results")  # a user's, in the current folder
+
+Row = dict[str, Any]
+
+# of each bench: what tells its rows apart, where a newer row replaces an older one
+KEYS = {
+    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
+    "baseline": ("trainer", "beside", "k", "batch", "data", "precision"),
+    "count": ("preset", "method", "ablate", "k", "batch", "target", "precision"),
+    "variants": ("k", "batch", "variant"),
+    "replay": ("k", "batch", "kind"),
+    "convolutions": ("shape", "rows", "pass", "benchmark"),
+    "host": ("k", "batch", "lag", "pinned"),
+    "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
+    "start": ("preset",),
+    "restart": ("preset", "ranks"),
+    "kernels": ("kernel", "size", "provider"),
+    "pipelines": ("backend", "rows", "side"),
+    "opening": ("runs",),
+    "data": ("part", "images", "few_images", "side", "views", "decoder"),
+}
+
+
+def record(bench: str, device: Any, **values: Any) -> Row:
+    """One row: what was measured, and everything needed to measure it again.
+
+    Args:
+        bench: which bench.
+        device: the torch.device measured.
+        values: figures, their units in their names.
+    """
+    return {
+        "bench": bench,
+        **values,
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "command": "remixmatch " + " ".join(sys.argv[1:]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds a row to a file, which is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file; none if it is missing."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The newest row of each case, by device, in the order in which cases were first measured."""
+    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
+    for row in rows:
+        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
+    return {device: list(found.values()) for device, found in cases.items()}
+
+
+class Failures:
+    """Parts of a bench that failed while the others went on; its exit code tells at the end."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What fails in here is shown with its traceback, and remembered."""
+        try:
+            yield
+        except Exception:  # of somebody else's library, or of a kernel that is wrong: other figures are none the worse
+            print(f"{name}: failed", file=sys.stderr)
+            traceback.print_exc()
+            self.names.append(name)
+
+    def finish(self) -> None:
+        """Exits with code 1 if anything failed."""
+        if self.names:
+            sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
+
+
+def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
+    """Raises UserError where a flag names what there is not."""
+    for name in given:
+        if name not in known:
+            raise UserError(f"{flag}: there is no '{name}'; there are {', '.join(known)}")
+
+
+def check_least(flag: str, given: int | Collection[int], least: int) -> None:
+    """Raises UserError where a flag's number, or one of its numbers, is too small."""
+    for number in [given] if isinstance(given, int) else given:
+        if number < least:
+            raise UserError(f"{flag} must be at least {least}, got {number}")

@@ -1,0 +1,1 @@
+"""Networks with a classifier and a rotation head."""

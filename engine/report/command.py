@@ -1,0 +1,72 @@
+"""The command `remixmatch report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+import tyro
+
+from engine.commands.parsing import parse
+from engine.errors import UserError
+from engine.report.reading import Found, read
+from engine.runs.folder import write_bytes
+
+NEEDED = ("altair", "vl_convert", "jinja2")
+
+
+@dataclass
+class ReportOptions:
+    """Writes one self-contained HTML page about a run, several runs, or a folder of `reproduce` or `ablate`."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
+    """Folders of runs, or folders that hold such folders."""
+    out: Path | None = None
+    """The file; by default report.html in the folder given, or in the current one if several are given."""
+    title: str = ""
+    """Heading of the page; by default the run's name, or that of the table."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of `remixmatch report`.
+
+    Raises:
+        UserError: a folder holds no run that has begun, a package is missing, or the file cannot be written.
+    """
+    write(parse(ReportOptions, "report", list(argv)))
+
+
+def write(options: ReportOptions) -> Found:
+    """Writes the page, and says how large it is.
+
+    Returns:
+        What it is about.
+
+    Raises:
+        UserError: see `main`.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"report needs {', '.join(missing)}: pip install 'remixmatch-engine[report]'")
+    found = read(options.runs)
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; it takes a file")
+    from engine.report.page import render  # needs what was looked for above
+
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    page = render(found, options.title, f"Written by remixmatch report on {date}.")
+    content = page.encode("utf-8", "replace")  # names of folders may be none of UTF-8
+    try:
+        write_bytes(out, content)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror or error})") from None
+    runs = "1 run" if len(found.runs) == 1 else f"{len(found.runs)} runs"
+    print(f"{out}: {runs}, {len(content) / 1e6:.1f} MB")
+    for each in found.left_out:
+        print(f"remixmatch: {each}", file=sys.stderr)
+    return found

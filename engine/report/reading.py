@@ -1,0 +1,259 @@
+"""What a report is made of: runs, read from their folders."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config.config import Config, load_config
+from engine.config.methods import with_method
+from engine.config.presets import PRESETS
+from engine.errors import UserError
+from engine.runs.history import read_history, read_results
+from engine.runs.progress import read_metrics
+
+REFERENCE = "remixmatch"  # the row of a table that others are compared with
+SUMMED_UP = {"steps", "test_accuracy", "median_last_20", "train_seconds", "images_per_second"}
+NAMED = ("preset", "method", "seed")  # fields that a group's name says, or that differ within it
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run, as far as it has gone.
+
+    Attributes:
+        folder: of the run.
+        name: what it is called on the page; no two are called the same.
+        group: what it has in common with runs that differ in their seeds.
+        config: of the run.
+        summary: content of summary.json; empty while the run goes on.
+        split: content of split.json.
+        metrics: rows of metrics.jsonl.
+        history: rows of history.jsonl.
+        results: arrays of results.npz; empty while the run goes on, or if it is of an earlier version.
+        profile: ranges of a profile: names and shares, in 0..1.
+    """
+
+    folder: Path
+    name: str
+    group: str
+    config: Config
+    summary: dict[str, Any]
+    split: dict[str, Any]
+    metrics: list[dict[str, float]]
+    history: list[dict[str, Any]]
+    results: dict[str, np.ndarray]
+    profile: list[tuple[str, float]]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; () in a folder of an earlier version."""
+        return tuple(map(str, self.split.get("class_names", ())))
+
+    @property
+    def done(self) -> bool:
+        """Whether it has reached its end."""
+        return self.summary.keys() >= SUMMED_UP
+
+    @property
+    def error(self) -> float | None:
+        """Test error in percent, the median over the last 20 evaluations; None before the end."""
+        return 100.0 - self.summary["median_last_20"] if self.done else None
+
+    @property
+    def last_step(self) -> int:
+        """Steps done, as far as its metrics say."""
+        return int(self.metrics[-1]["step"])
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric."""
+        rows = [row for row in self.metrics if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a page is about.
+
+    Attributes:
+        runs: at least one.
+        table: content of table.json of a folder of `reproduce`; of a folder of `ablate` its "title" and "cells", and
+            "costs" as in ablate.csv; empty without either.
+        left_out: folders that hold a run which has not begun, in words.
+    """
+
+    runs: list[Run]
+    table: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+
+def read(paths: Sequence[Path]) -> Found:
+    """Reads runs, and folders of runs.
+
+    Raises:
+        UserError: a path holds no run that has begun, or one whose configuration is of another version.
+    """
+    if not paths:
+        raise UserError("report needs a run's folder, or a folder of runs")
+    folders: dict[Path, None] = {}
+    tables, left_out = [], []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: there is no such folder")
+        inside = [path] if (path / "config.json").is_file() else _runs_in(path)
+        begun = [folder for folder in inside if read_rows(folder)]
+        if not inside:
+            raise UserError(f"{path} holds no run: there is no config.json in it or in a folder in it")
+        if not begun:
+            raise UserError(f"{path} has nothing to report yet: no row is in metrics.jsonl")
+        waiting = [folder for folder in inside if folder not in begun]
+        left_out += [f"{folder.name} has not begun, or failed before its first row" for folder in waiting]
+        folders |= dict.fromkeys(begun)
+        if inside != [path]:
+            tables.append(read_object(path / "table.json") or read_ablation(path, inside))
+    table = tables[0] if len(paths) == 1 and tables else {}
+    cells = _cells_of(table)
+    places = {name: place for place, name in enumerate(cells)}
+    folders = dict.fromkeys(sorted(folders, key=lambda folder: places.get(folder.name, len(places))))  # as in the table
+    rows = {name: str(cell["row"]) for name, cell in cells.items()}
+    configs = {folder: load_config(folder / "config.json") for folder in folders}
+    groups = _groups(configs, rows)
+    names = _names(list(folders), cells)
+    runs = [_read_run(folder, names[folder], groups[folder], configs[folder]) for folder in folders]
+    # the reference first, and the runs of a group together
+    order = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
+    full = {run.group for run in runs if rows.get(run.folder.name) == REFERENCE}
+    if len(paths) == 1:
+        runs.sort(key=lambda run: (run.group not in full, order[run.group], run.config.seed))
+    return Found(runs, table, left_out)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/config.json") if path.is_file())
+
+
+def _read_run(folder: Path, name: str, group: str, config: Config) -> Run:
+    split, results = read_object(folder / "split.json"), read_results(folder)
+    if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
+        results = None  # of other classes
+    return Run(
+        folder=folder,
+        name=name,
+        group=group,
+        config=config,
+        summary=read_object(folder / "summary.json"),
+        split=split,
+        metrics=read_rows(folder),
+        history=read_history(folder),
+        results=results or {},
+        profile=read_profile(folder / "profile.json"),
+    )
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """Rows of a run's metrics.jsonl that are rows."""
+    found = read_metrics(folder / "metrics.jsonl")
+    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
+    """Cells of a folder of `ablate`, and one row of ablate.csv a variant; empty without such a file.
+
+    Args:
+        folder: holds ablate.csv.
+        cells: folders of runs, whose names end in what the file knows them by.
+    """
+    try:
+        with (folder / "ablate.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if {"cell", "variant", "preset", "seed"} <= row.keys()]
+    except (OSError, ValueError, csv.Error):
+        return {}
+    names = {cell.name.rpartition("-")[2]: cell.name for cell in cells}
+    known = [{**row, "cell": names[row["cell"]], "row": row["variant"]} for row in rows if row["cell"] in names]
+    title = f"{', '.join(dict.fromkeys(row['preset'] for row in rows))}, ablated"
+    return {"title": title, "cells": known, "costs": list({row["variant"]: row for row in rows}.values())}
+
+
+def read_profile(path: Path) -> list[tuple[str, float]]:
+    """Names and shares of the ranges of a profile, the largest first; none where there are none."""
+    ranges = read_object(path).get("ranges")
+    found = [
+        (name, part["share"])
+        for name, part in (ranges.items() if isinstance(ranges, dict) else ())
+        if isinstance(part, dict) and isinstance(part.get("share"), (int, float))
+    ]
+    return sorted(found, key=lambda each: -each[1])
+
+
+def _names(folders: Sequence[Path], cells: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
+    """Row and seed of a table's cells; otherwise the last parts of the folders' paths, as many as tell them apart."""
+    presets = {cell.get("preset") for cell in cells.values()}
+    if all(folder.name in cells for folder in folders):
+        found = {}
+        for folder in folders:
+            cell = cells[folder.name]
+            words = [f"{cell.get('preset')}"] if len(presets) > 1 else []
+            found[folder] = " ".join([*words, str(cell["row"]), "seed", str(cell.get("seed"))])
+        if len(set(found.values())) == len(folders):
+            return found
+    for parts in range(1, max(len(folder.resolve().parts) for folder in folders)):
+        found = {folder: "/".join(folder.resolve().parts[-parts:]) for folder in folders}
+        if len(set(found.values())) == len(folders):
+            break
+    return found
+
+
+def _cells_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cells of a table by the names of their folders."""
+    cells = table.get("cells")
+    return {
+        str(cell["cell"]): cell
+        for cell in (cells if isinstance(cells, list) else ())
+        if isinstance(cell, dict) and {"cell", "row"} <= cell.keys()
+    }
+
+
+def _groups(configs: dict[Path, Config], rows: dict[str, str]) -> dict[Path, str]:
+    """A short name for what runs with other seeds have in common: the table's row, or method and changed fields."""
+    changes = {folder: _changes(config) for folder, config in configs.items()}
+    shared = set.intersection(*map(set, changes.values()))
+    several = len({config.preset for config in configs.values()}) > 1
+    found = {}
+    for folder, config in configs.items():
+        words = [config.preset] if several else []
+        if folder.name in rows:
+            words.append(rows[folder.name])
+        else:
+            usual = PRESETS[config.preset].method if config.preset in PRESETS else ""
+            words += [config.method] if not several or config.method != usual else []
+            words += [each for each in changes[folder] if each not in shared]
+        found[folder] = ", ".join(words)
+    return found
+
+
+def _changes(config: Config) -> list[str]:
+    """Fields that are neither as in the preset nor as in the method over it."""
+    base = PRESETS.get(config.preset, Config())
+    if config.method != base.method:
+        base = with_method(base, config.method)
+    return [
+        f"{field.name}={getattr(config, field.name)}"
+        for field in dataclasses.fields(Config)
+        if field.name not in NAMED and getattr(config, field.name) != getattr(base, field.name)
+    ]

@@ -1,0 +1,1 @@
+"""What a run is in its folder: set-up, checkpoints, metrics, history."""

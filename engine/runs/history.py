@@ -1,0 +1,237 @@
+"""What a run keeps for `remixmatch report`, beside its metrics.
+
+history.jsonl has a row for evaluations, at most MOST_ROWS of them: p~(y), p(y), CTAugment's bins, and how good guesses
+are. results.npz is written at the end: predictions on the test images, the most confident errors and a few views as
+images, so that a report needs neither the data nor the network. Nothing here changes what is trained.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config.config import Config
+from engine.runs.folder import write_bytes, write_text
+from pipelines.ctaugment import BINS, NAMES
+from pipelines.data_set import DataSet
+
+HISTORY, RESULTS = "history.jsonl", "results.npz"
+MOST_ROWS = 200
+MOST_PREDICTIONS = 50_000
+MOST_ERRORS = 24
+LARGEST_SIDE = 96  # of a stored picture, in pixels
+
+_ARRAYS = ("labels", "predicted", "confidence", "test_images", "errors", "error_images", "views", "captions")
+
+# guesses are made of 128 to 256 images, after 100 times as many rows were trained: a pass without gradient costs about
+# a third of a trained row's three, so this takes a third of a percent of a run's time
+_LEAST_IMAGES, _MOST_IMAGES, _ROWS_AN_IMAGE = 128, 256, 100
+
+
+class History:
+    """Rows of history.jsonl: one an evaluation, and every second of them is dropped when there are too many.
+
+    Which rows stay depends on their steps alone, and resuming drops those of steps that will be trained again, so that
+    a resumed run's file ends as an undisturbed one's. The file is replaced as a whole with each row; where that fails,
+    training goes on, and the next row tries again.
+
+    Args:
+        folder: the run's.
+        step: steps done when the run starts or resumes.
+        every: steps between rows.
+        warn: called with one line when writing fails.
+    """
+
+    def __init__(self, folder: Path, step: int, every: int, warn: Callable[[str], None]) -> None:
+        self._path, self._every, self._warn = folder / HISTORY, every, warn
+        found = read_history(folder)
+        self._rows = [(row["step"], _line(row)) for row in found if row["step"] <= step]
+        first = self._rows[0][0] // every if self._rows and self._rows[0][0] % every == 0 else 1
+        self._stride = first & -first  # evaluations between rows that stay, a power of two
+        self._trouble = False
+        if len(self._rows) < len(found):
+            self._write()
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a row. The newest is always there, even if it will not stay."""
+        rows = self._rows
+        if rows and rows[-1][0] % (self._every * self._stride):
+            rows.pop()
+        rows.append((step, _line({"step": step, **values})))
+        while len(rows) > MOST_ROWS:
+            self._stride *= 2
+            rows[:-1] = [row for row in rows[:-1] if row[0] % (self._every * self._stride) == 0]
+        self._write()
+
+    def catch_up(self) -> None:
+        """Writes all rows where they are not in the file, if that can be done now."""
+        if self._trouble or (self._rows and not self._path.exists()):
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._path, "".join(line for _, line in self._rows))
+        except OSError as error:
+            if not self._trouble:
+                self._warn(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
+            self._trouble = True
+        else:
+            self._trouble = False
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's history.jsonl; none where it is missing, and damaged ones are passed over."""
+    rows = []
+    try:
+        text = (folder / HISTORY).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def named_bins(weights: np.ndarray) -> dict[str, list[list[float]]]:
+    """CTAugment's bin weights by transformation, for each of its parameters a list over its bins.
+
+    Args:
+        weights: (T, 2, 17) float64.
+    """
+    return {
+        name: [[round(float(w), 3) for w in weights[row, p, :bins]] for p, bins in enumerate(BINS[row]) if bins]
+        for row, name in enumerate(NAMES)
+        if BINS[row].any()
+    }
+
+
+@dataclass(frozen=True)
+class GuessedImages:
+    """Training images whose label is in the data set and not known to training, on which guesses are compared with it.
+
+    Attributes:
+        rows: (n,) int64, of the training images, evenly spaced.
+        every: evaluations between two comparisons, a power of two; 0 where there is no such image.
+    """
+
+    rows: np.ndarray
+    every: int
+
+    def due(self, step: int, config: Config) -> bool:
+        """Whether guesses are compared at the evaluation of `step`; at the last one always."""
+        if not self.every:
+            return False
+        return step == config.steps or step % (config.eval_every * self.every) == 0
+
+
+def guessed_images(config: Config, data: DataSet, split: np.ndarray, images_per_step: int) -> GuessedImages:
+    """Chooses the images on which guesses are compared with labels, for the report alone.
+
+    Args:
+        config: of the run.
+        data: its data set.
+        split: (labels,) int64, the training images that keep their label: these are left out.
+        images_per_step: rows of a step that are trained, over all ranks.
+    """
+    hidden = np.setdiff1d(data.unlabeled_rows, split) if config.unlabeled else np.empty(0, np.int64)
+    hidden = hidden[data.train_labels[hidden] >= 0]
+    rows_between = config.eval_every * images_per_step
+    count = min(max(rows_between // _ROWS_AN_IMAGE, _LEAST_IMAGES), _MOST_IMAGES, len(hidden))
+    if config.bn == "split":  # whose groups have to be full
+        group = config.batch // config.bn_groups
+        count = max(count // group, 1) * group if len(hidden) >= group else 0
+    if not count:
+        return GuessedImages(np.empty(0, np.int64), 0)
+    evaluations = math.ceil(count * _ROWS_AN_IMAGE / rows_between)
+    return GuessedImages(
+        hidden[np.linspace(0, len(hidden) - 1, count).astype(np.int64)], 1 << (evaluations - 1).bit_length()
+    )
+
+
+@dataclass(frozen=True)
+class Views:
+    """A few images and their views, as pictures.
+
+    Attributes:
+        images: (R, C, H, W, 3) uint8: a row for each image, and in it the image, its weak view if the method has one,
+            and strong views.
+        captions: (R, C), the first of each row "image".
+    """
+
+    images: np.ndarray
+    captions: Sequence[Sequence[str]]
+
+
+def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: DataSet, views: Views) -> None:
+    """Writes results.npz.
+
+    Args:
+        folder: the run's.
+        probabilities: (n, L) float32, of the test images `rows`.
+        rows: of `predicted_rows`.
+        data: the data set.
+        views: of training images.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    labels = data.test_labels[rows]
+    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MOST_ERRORS]
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        labels=labels.astype(np.uint16),
+        predicted=predicted.astype(np.uint16),
+        confidence=confidence.astype(np.float16),
+        test_images=np.int64(len(data.test_labels)),
+        errors=worst,
+        error_images=_small(data.test_images[rows][worst]),
+        views=_small(views.images),
+        captions=np.array(views.captions, dtype=np.str_),
+    )
+    write_bytes(folder / RESULTS, content.getvalue())
+
+
+def predicted_rows(data: DataSet) -> slice:
+    """Test images whose predictions are kept: all, or every n-th where they are many."""
+    return slice(None, None, max(math.ceil(len(data.test_labels) / MOST_PREDICTIONS), 1))
+
+
+def _small(images: np.ndarray) -> np.ndarray:
+    """(..., H, W, 3) uint8 images, reduced where they are larger than a report shows."""
+    factor = math.ceil(max(images.shape[-3:-1]) / LARGEST_SIDE)
+    if factor == 1:
+        return images
+    from PIL import Image
+
+    flat = images.reshape(-1, *images.shape[-3:])
+    small = [np.asarray(Image.fromarray(image).reduce(factor)) for image in flat]
+    height, width = (-(-side // factor) for side in images.shape[-3:-1])
+    return np.array(small, dtype=np.uint8).reshape(*images.shape[:-3], height, width, 3)
+
+
+def read_results(folder: Path) -> dict[str, np.ndarray] | None:
+    """The arrays that `save_results` has written; None where they are missing or damaged, as in a run that goes on."""
+    try:
+        with np.load(folder / RESULTS, allow_pickle=False) as found:
+            return {name: found[name] for name in _ARRAYS}
+    except Exception:  # a damaged file fails in as many ways as there are bytes
+        return None

@@ -1,0 +1,113 @@
+"""The two pictures of a run: its curves, and a grid of its views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import torch
+
+from engine.runs.history import Views
+from engine.training.step import LOSSES
+from pipelines.ctaugment import describe
+from pipelines.plan import make_plan
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from engine.training.feed import Feed
+
+GRID_ROWS = 6
+GRID_STRONG = 8
+
+
+def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
+    """Draws test accuracy, losses, and alignment over the steps.
+
+    Args:
+        metrics: rows as `progress.read_metrics` gives them.
+        path: of the PNG.
+    """
+
+    def series(name: str) -> tuple[list[float], list[float]]:
+        rows = [row for row in metrics if name in row]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    axes[0].plot(*series("test_accuracy"))
+    axes[0].set(title="test accuracy of the EMA model", xlabel="step", ylabel="%")
+    for name in LOSSES:
+        axes[1].plot(*series(name), label=name)
+    axes[1].set(title="losses", xlabel="step")
+    axes[1].legend()
+    labels = {
+        "alignment_gap": "|p(y) - p~(y)| / 2",
+        "confidence": "confidence of the guesses",
+        "omega": "CTAugment's omega (probes)",
+    }
+    for name, label in labels.items():
+        axes[2].plot(*series(name), label=label)
+    axes[2].set(title="alignment, confidence, probes", xlabel="step", ylim=(0, 1))
+    axes[2].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def make_views(feed: Feed, step: int) -> Views:
+    """The first unlabeled images of a step: image, weak view, and strong views with their names.
+
+    Labeled images and their strong view where the method has no unlabeled ones.
+
+    Args:
+        feed: of the run; knows every probe that the step's plan may know.
+        step: whose plan it is.
+    """
+    spec, config, data = feed.spec, feed.config, feed.data
+    shown_rows = data.unlabeled_rows if spec.unlabeled_images else feed.split
+    plan = make_plan(spec, config.seed, step, feed.policy.weights_for(step))
+    weak = list(spec.anchor_blocks[:1])
+    shown = min(GRID_ROWS, spec.batch)
+    blocks = weak + (list(spec.strong_blocks[:: spec.mu]) or [0])[:GRID_STRONG]  # of the first B images
+    rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
+    chosen = plan.views.rows(rows)
+    pipeline = feed.make_views(len(rows), torch.device("cpu"))
+    try:
+        pipeline.submit(pipeline.prepare(chosen))
+        views = pipeline.collect().numpy().reshape(len(blocks), shown, *data.sides, 3)
+    finally:
+        pipeline.close()
+    images = data.train_images[shown_rows[chosen.image[:shown]]]
+    captions = [
+        ["image"]
+        + [
+            "weak" if block in weak else describe(chosen.ops[number], chosen.levels[number])
+            for block, number in zip(blocks, range(row, len(rows), shown), strict=True)
+        ]
+        for row in range(shown)
+    ]
+    return Views(np.concatenate([images[:, None], views.swapaxes(0, 1)], axis=1), captions)
+
+
+def draw_views(views: Views, path: Path) -> None:
+    """Draws views, a row for each image, with their captions.
+
+    Args:
+        views: of `make_views`.
+        path: of the PNG.
+    """
+    shown, columns = views.images.shape[:2]
+    # places are given: to have them found takes seconds for so many pictures
+    places = dict(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (2.15 * shown), wspace=0.1, hspace=0.3)
+    figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), gridspec_kw=places)
+    for number, axis in enumerate(np.asarray(axes).flat):
+        row, column = divmod(number, columns)
+        axis.set_axis_off()
+        axis.imshow(views.images[row, column])
+        caption = views.captions[row][column] if row == 0 or column else ""
+        axis.set_title(caption.replace(", ", "\n"), fontsize=7 if column else 8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,393 @@
+"""`remixmatch ablate PRESET`: what each component costs, and what it brings.
+
+A variant is the full method with one thing otherwise (`engine.config.methods.ABLATIONS`). Its cost is timed: its step
+takes turns with the full method's, each in a process of its own, views included; launches and bytes are those of `bench
+count`. What it brings is trained: cells as those of `remixmatch reproduce ablation`, with differences to the full
+method paired by seed. Everything that is known is kept in the folder, so that the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from engine.commands.parsing import parse, show_usage
+from engine.config.config import Config
+from engine.config.methods import ABLATIONS
+from engine.errors import UserError
+from engine.measuring import records
+from engine.measuring.counts import IMAGES, counted
+from engine.measuring.step_worker import StepWorker, take_turns
+from engine.runs.folder import write_text
+from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
+from engine.studies.job_progress import trained_rows
+from engine.studies.paper_tables import FULL, Entry
+from engine.training.execution import pick_device
+from pipelines.cache import set_data_dir
+
+OUT = Path("runs") / "ablate"
+MEASURED = "measured.jsonl"  # costs, in its folder
+TARGET = "sm_90"  # whose launches and bytes are counted
+
+# what can be asked for by one word
+AXES: dict[str, tuple[str, ...]] = {
+    "k": ("k=1", "k=2", "k=4", "k=8", "k=16"),
+    "losses": ("no-rotation", "no-premixup", "no-mixup", "l2"),
+    "alignment": ("no-alignment",),
+    "augmentation": ("no-strong", "no-weak", "randaugment", "ctaugment-code"),
+    "guess": ("mean-guess", "weak-only"),
+    "averages": ("no-ema", "bn-split", "bn-stats-pool"),
+}
+assert sorted(name for names in AXES.values() for name in names) == sorted(ABLATIONS)
+
+
+@dataclass
+class AblateOptions:
+    """Times, counts and trains the variants of a preset, and writes ablate.csv, table.md and chart.png.
+
+    Flags of `remixmatch train` after `--` change every variant, as in: remixmatch ablate digits-40 -- --width 8"""
+
+    axes: tuple[str, ...] = tuple(AXES)
+    """Groups of ablations, or ablations by their names."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Seeds, each a label split and initial weights."""
+    time_only: bool = False
+    """Time and count, and train nothing."""
+    count: bool = True
+    """Show launches and bytes on a GPU, where `remixmatch bench count` has counted them."""
+    repeats: int = 9
+    """Rounds in which a variant and the full method take turns."""
+    seconds: float = 0.5
+    """At least so long is a sample."""
+    steps_scale: float = 1.0
+    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
+    and batch norm average; the title says so."""
+    out: Path | None = None
+    """Folder of the cells and results; by default runs/ablate/PRESET. Cells may be shared by several machines."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    workers: int = 0
+    """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
+    retry: bool = False
+    """Try cells again that failed."""
+    rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    """Make table and chart from rows in these files, which --collect wrote, here or of reproduce; run nothing."""
+    collect: Path | None = None
+    """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the results.
+
+    Attributes:
+        name: of the ablation, or of the full method.
+        cost: of its step, see `time_step`; empty where that is not known.
+        counts: launches and bytes of its captured step, see `Count.total`; likewise.
+        line: its errors, see `engine.studies.statistics`.
+    """
+
+    name: str
+    cost: Mapping[str, Any]
+    counts: Mapping[str, Any]
+    line: statistics.Line
+
+    @property
+    def price(self) -> float | None:
+        """Milliseconds a step that a point of test error costs, of this variant and the full method the dearer one's.
+
+        None where the dearer one is no better, or it is not known.
+        """
+        if not self.cost or self.line.to_full is None:
+            return None
+        dearer = self.cost["step_ms"] * (1 - 1 / self.cost["ratio"])  # than the full method, in milliseconds
+        worse = self.line.to_full.mean
+        return -dearer / worse if dearer * worse < 0 else None
+
+
+def main(argv: Sequence[str]) -> None:
+    """Entry point of `remixmatch ablate`.
+
+    Args:
+        argv: the preset, flags, and after `--` those of all variants.
+
+    Raises:
+        UserError: a preset, axis or flag that cannot work; cells failed.
+        Stopped: a signal came; what was running is saved.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        texts = {name: ", ".join(names) for name, names in AXES.items()}
+        more = "These are the axes. remixmatch ablate PRESET --help lists the flags."
+        show_usage("ablate PRESET [flags] [-- flags of train]", texts, more)
+        if not argv:
+            raise UserError("ablate needs a preset")
+        return
+    name, *rest = argv
+    here = rest.index("--") if "--" in rest else len(rest)
+    options: AblateOptions = parse(AblateOptions, f"ablate {name}", rest[:here])
+    records.check_least("--repeats", options.repeats, 1)
+    if not 0 < options.seconds < math.inf:
+        raise UserError(f"--seconds must be more than 0, got {options.seconds}")
+    set_data_dir(options.data_dir)
+    training = reproduce.ReproduceOptions(
+        seeds=options.seeds, steps_scale=options.steps_scale, workers=options.workers, retry=options.retry
+    )
+    reproduce.check(training)
+    entries = paper_tables.make_entries(
+        paper_tables.TABLES["ablation"],
+        rest[here + 1 :],
+        options.seeds,
+        (FULL, *variants_of(options.axes)),
+        (name,),
+        options.steps_scale,
+    )
+    if not options.rows or paper_tables.needs_data(entries):
+        entries = paper_tables.with_data(entries)
+    out = options.out or OUT / "-".join([name] + [f"steps{options.steps_scale:g}"] * (options.steps_scale != 1))
+    configs: dict[str, Config] = {}
+    for entry in entries:
+        configs.setdefault(entry.row, entry.cell.config)
+    if len(configs) == 1:
+        raise UserError(f"--axes {' '.join(options.axes)}: the preset is so already, which leaves nothing to compare")
+    measured, failed = out / MEASURED, ""
+    try:
+        if options.collect:
+            _collect(entries, configs, out, options.collect)
+            return
+        if options.rows:
+            found = table_results.collected(options.rows)
+            rows = [row for path in options.rows for row in records.read(path)]
+            costs, counts = (_known(rows, kind, configs) for kind in ("costs", "counts"))
+        else:
+            counts = {}
+            costs = _once(measured, configs, lambda row: time_step(configs[row], configs[FULL], options))
+            failed = "" if options.time_only else reproduce.train(entries, out, training)
+            found = table_results.look(out, entries)
+        if options.count:
+            counts |= {row: _counted(config) for row, config in configs.items() if row not in counts}
+        write(name, entries, found, costs, counts, out, options)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+    if failed:
+        raise UserError(failed)
+
+
+def variants_of(axes: Sequence[str]) -> list[str]:
+    """The ablations that axes name.
+
+    Raises:
+        UserError: one of them names none.
+    """
+    wanted: dict[str, None] = {}
+    for axis in axes:
+        if axis not in AXES and axis not in ABLATIONS:
+            raise UserError(f"--axes: there is no '{axis}'; there are {', '.join([*AXES, *ABLATIONS])}")
+        wanted |= dict.fromkeys(AXES.get(axis, (axis,)))
+    return list(wanted)
+
+
+def _keys(configs: Mapping[str, Config]) -> dict[str, str]:
+    """What variants are known by in rows: their configuration, whatever its seed."""
+    return {row: jobs.digest(dataclasses.replace(config, seed=0)) for row, config in configs.items()}
+
+
+def _known(rows: Sequence[records.Row], kind: str, configs: Mapping[str, Config]) -> dict[str, records.Row]:
+    """The last row of each variant that some rows have.
+
+    Args:
+        rows: of whatever bench.
+        kind: "costs" or "counts".
+        configs: by the name of the variant.
+    """
+    keys = _keys(configs)
+    # a ratio is to the full method of its time
+    found = {
+        row["cell"]: row
+        for row in rows
+        if row["bench"] == "ablate" and row.get("kind") == kind and row["full"] == keys[FULL]
+    }
+    return {variant: found[key] for variant, key in keys.items() if key in found}
+
+
+def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, records.Row]:
+    """The cost of each variant: read from a file, or measured and added to it.
+
+    What cannot be measured is said, left out, and tried again the next time.
+
+    Args:
+        path: of the rows.
+        configs: by the name of the variant, the full method first.
+        measure: called with a name, gives figures.
+    """
+    keys, known = _keys(configs), _known(records.read(path), "costs", configs)
+    for variant in configs:
+        if variant in known:
+            continue
+        try:
+            figures = measure(variant)
+        except (RuntimeError, UserError) as error:
+            print(f"remixmatch: {variant}: costs cannot be measured ({' '.join(str(error).split())})", file=sys.stderr)
+            continue
+        device = pick_device(configs[variant])
+        known[variant] = records.record(
+            "ablate", device, kind="costs", preset=configs[variant].preset, variant=variant, cell=keys[variant],
+            full=keys[FULL], **figures,
+        )  # fmt: skip
+        records.append(path, known[variant])
+        print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    return {variant: known[variant] for variant in configs if variant in known}
+
+
+def _collect(entries: Sequence[Entry], configs: Mapping[str, Config], out: Path, path: Path) -> None:
+    """Adds a row for every cell that is done, and every variant that is measured, and has none."""
+    there, measured = records.read(path), records.read(out / MEASURED)
+    for row in _known(measured, "costs", configs).values():
+        if row not in there:
+            records.append(path, row)
+    table_results.collect(entries, out, path)
+
+
+def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str, float]:
+    """Times a variant's step, its views included, in turns with the full method's.
+
+    Returns:
+        "step_ms", median milliseconds a step; "ratio" to the full method's step, the median over the rounds, with its
+        quartiles "ratio_low" and "ratio_high"; "images_per_second" that are trained; "memory_mib", the peak on the
+        device, or without one of the process.
+
+    Raises:
+        RuntimeError: one of the two cannot be run.
+    """
+    pair = {name: _worker(each) for name, each in (("variant", config), ("full", full))}
+    try:
+        for process in pair.values():
+            process.ready()
+        first = max(process.ask("sample 1") for process in pair.values())
+        steps = math.ceil(options.seconds / (first * config.view_steps))
+        taken = take_turns(pair, options.repeats, steps)
+        memory = pair["variant"].ask("memory")
+    finally:
+        for process in pair.values():
+            process.end()
+    ratios = [own / other for own, other in zip(taken["variant"], taken["full"], strict=True)]
+    low, high = np.percentile(ratios, (25, 75)).tolist()
+    seconds = median(taken["variant"])
+    return {
+        "step_ms": 1e3 * seconds, "ratio": median(ratios), "ratio_low": low, "ratio_high": high,
+        "images_per_second": trained_rows(config) / seconds, "memory_mib": memory,
+    }  # fmt: skip
+
+
+def _worker(config: Config) -> StepWorker:
+    return StepWorker(dataclasses.asdict(config), config.views)
+
+
+def _counted(config: Config) -> dict[str, float]:
+    """Launches and gigabytes of the captured step on a GPU, where `bench count` has counted it."""
+    images = IMAGES.get(config.dataset)
+    row = counted(config, "bf16" if config.precision == "auto" else config.precision, images) if images else None
+    return {"launches": row["launches"], "gigabytes": row["bytes"] / 1e9} if row else {}
+
+
+def write(
+    name: str,
+    entries: Sequence[Entry],
+    found: Mapping[str, jobs.Status],
+    costs: Mapping[str, Mapping[str, Any]],
+    counts: Mapping[str, Mapping[str, Any]],
+    out: Path,
+    options: AblateOptions,
+) -> None:
+    """Writes ablate.csv, table.md and chart.png from what is known, and prints the table."""
+    lines = table_results.make_lines("ablation", entries, found)
+    variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "ablate.csv", _csv(name, entries, found, variants))
+    title = table_results.title(f"{name}, ablated", entries, options.steps_scale)
+    text = markdown(title, variants)
+    write_text(out / "table.md", text)
+    print(text, end="")
+    if any(variant.cost or variant.line.to_full for variant in variants):
+        from engine.studies import charts  # matplotlib takes a second
+
+        charts.cost_and_benefit(variants, title, out / "chart.png")
+    print(f"\n{out / 'table.md'}, ablate.csv, chart.png")
+
+
+def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], variants: Sequence[Variant]) -> str:
+    """One row a variant and seed; errors are empty where nothing was trained."""
+    of_variant = {variant.name: variant for variant in variants}
+    rows = []
+    for entry in entries:
+        variant, each = of_variant[entry.row], found.get(entry.cell.digest)
+        done = each.summary if each and each.state == "done" else {}
+        rows.append({
+            "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.cell.digest,
+            "error_median": 100 - done["median_last_20"] if done else "",
+            "error_last": 100 - done["test_accuracy"] if done else "",
+            "steps": done.get("steps", ""), "train_seconds": done.get("train_seconds", ""),
+            **{key: variant.cost.get(key, "") for key in _COST},
+            **{key: variant.counts.get(key, "") for key in ("launches", "gigabytes")},
+            "device": variant.cost.get("device", ""), "commit": variant.cost.get("commit", ""),
+        })  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_COST = ("step_ms", "ratio", "ratio_low", "ratio_high", "images_per_second", "memory_mib")
+
+
+def markdown(title: str, variants: Sequence[Variant]) -> str:
+    """The table: a row a variant, with what its figures are."""
+    trained = any(variant.line.median for variant in variants)
+    counted = any(variant.counts for variant in variants)
+    head = ["variant", "ms a step", "times the full method", "images/s", "MiB"]
+    head += ["launches", "GB"] if counted else []
+    head += ["error, %", "difference, points", "ms for a point"] if trained else []
+    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for variant in variants:
+        cost, counts, line = variant.cost, variant.counts, variant.line
+        row = [variant.name] + [""] * 4
+        if cost:
+            row = [
+                variant.name, f"{cost['step_ms']:.2f}",
+                f"{cost['ratio']:.2f} ({cost['ratio_low']:.2f} to {cost['ratio_high']:.2f})",
+                f"{cost['images_per_second']:,.0f}", f"{cost['memory_mib']:,.0f}",
+            ]  # fmt: skip
+        if counted:
+            row += [f"{counts['launches']:.0f}", f"{counts['gigabytes']:.2f}"] if counts else ["", ""]
+        if trained:
+            price = "" if variant.price is None else f"{variant.price:.2f}"
+            if price and line.to_full and not line.to_full.told:
+                price = f"({price})"
+            row += [statistics.shown_spread(line.median), statistics.shown_difference(line.to_full), price]
+        rows.append(f"| {' | '.join(row)} |")
+    words = ["Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."]
+    if counted:
+        words.append(f"Launches and bytes are those of the captured step on a GPU ({TARGET}), counted without one.")
+    if trained:
+        seeds = {seed for variant in variants for seed in variant.line.seeds}
+        words.append(
+            f"Errors are of the test images, the median of the last 20 evaluations, mean ± standard deviation over "
+            f"{len(seeds)} seeds. Differences are to the full method, paired by seed, with the 95 % interval of "
+            "Student's t. The last column is what a point of error costs in milliseconds a step, where of the variant "
+            "and the full method the dearer one has the smaller error; in brackets where the interval holds 0, or "
+            "there is none."
+        )
+    device = next((variant.cost["device"] for variant in variants if variant.cost), "")
+    words.append(f"Timed on {device}." if device else "")
+    return "\n\n".join([f"# {title}", "\n".join(rows), *filter(None, words)]) + "\n"

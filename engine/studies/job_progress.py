@@ -1,0 +1,186 @@
+"""How far the cells of a table are, and how long they will take: by those that are done, or on a GPU as predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from engine.config.config import Config
+from engine.config.methods import ablate, with_method
+from engine.config.presets import PRESETS
+from engine.studies.jobs import STATES, Status
+from engine.studies.paper_tables import FULL, Entry
+
+
+class Progress:
+    """The states of all cells: a table that changes on a terminal, a line for each change elsewhere.
+
+    Args:
+        entries: all cells.
+        workers: of this process, for the time left.
+        live: whether states will come again and again.
+    """
+
+    def __init__(self, entries: Sequence[Entry], workers: int, live: bool = True) -> None:
+        self._entries, self._workers = entries, workers
+        self._console = Console(soft_wrap=True)
+        self._shown: Sequence[tuple[str, str]] = []
+        self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, statuses: Sequence[Status]) -> None:
+        """Takes the states of all cells."""
+        if self._live:
+            self._live.update(self._grid(statuses), refresh=True)
+            return
+        states = [(each.state, each.reason) for each in statuses]
+        for number, (entry, each) in enumerate(zip(self._entries, statuses, strict=True)):
+            known = self._shown[number] if self._shown else ("waiting", "")
+            if states[number] != known:
+                words = f"{entry.cell.name}: {self._words(entry, each)}"
+                print(f"[{counts(statuses)}] {words}{self._left(statuses)}", flush=True)
+        self._shown = states
+
+    def print_all(self, statuses: Sequence[Status]) -> None:
+        """Prints the state of every cell."""
+        for entry, each in zip(self._entries, statuses, strict=True):
+            print(f"{entry.cell.name}: {self._words(entry, each)}")
+        print(f"{counts(statuses)}{self._left(statuses)}")
+
+    def _words(self, entry: Entry, each: Status) -> str:
+        steps = entry.cell.config.steps
+        if each.state == "done":
+            median, last = (100 - each.summary[name] for name in ("median_last_20", "test_accuracy"))
+            return f"done, error {median:.2f} % (median of last 20), {last:.2f} % (last)"
+        where = f" on {each.host}" if each.host and each.state == "running" else ""
+        step = f", step {each.step} of {steps}" if each.step else ""
+        return f"{each.state}{where}{step}" + (f": {each.reason}" if each.reason else "")
+
+    def _left(self, statuses: Sequence[Status]) -> str:
+        seconds = time_left([entry.cell.config for entry in self._entries], statuses, self._workers)
+        return "" if seconds is None or not seconds else f"; about {duration(seconds)} left"
+
+    def _grid(self, statuses: Sequence[Status]) -> Grid:
+        grid = Grid(title=f"{counts(statuses)}{self._left(statuses)}")
+        for name in ("cell", "state"):
+            grid.add_column(name, overflow="fold")
+        # as many as fit: what runs and what failed, then what comes next
+        order = sorted(
+            range(len(statuses)), key=lambda n: ("running", "failed", "waiting", "done").index(statuses[n].state)
+        )
+        room = max(self._console.height - 8, 4)
+        for number in sorted(order[:room]):
+            entry, each = self._entries[number], statuses[number]
+            grid.add_row(escape(entry.cell.name), escape(self._words(entry, each)))
+        if len(order) > room:
+            grid.add_row(f"and {len(order) - room} more", "")
+        return grid
+
+
+def counts(statuses: Sequence[Status]) -> str:
+    """How many cells are in each state, in words."""
+    found = [each.state for each in statuses]
+    return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def trained_rows(config: Config) -> int:
+    """Rows that the network is trained on in a step; a term of weight 0 has none."""
+    if not config.unlabeled:
+        return config.batch
+    parts = config.k + (config.anchor == "trained") + (config.w_u1 > 0) + (config.w_rot > 0)
+    return config.batch * (1 + config.mu * parts)
+
+
+def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:
+    """Seconds until all cells are done, by those that are: a row trained takes as long as before; None without any.
+
+    Args:
+        configs: of the cells.
+        statuses: theirs.
+        workers: of this process; if more cells run, others are at work too.
+    """
+    seconds = work_done = left = 0.0
+    for config, each in zip(configs, statuses, strict=True):
+        rows = trained_rows(config)
+        if each.state == "done":
+            seconds += each.summary["train_seconds"]
+            work_done += config.steps * rows
+        elif each.state != "failed":
+            left += max(config.steps - each.step, 0) * rows
+    if not work_done:
+        return None
+    at_once = max(workers, sum(each.state == "running" for each in statuses))
+    return seconds / work_done * left / at_once
+
+
+def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Hours of training on a GPU, as predicted by `remixmatch bench count`, and not measured; evaluations come on top.
+
+    The time of a step is taken as linear in the rows that it trains, as steep as between ReMixMatch's smallest and
+    largest K, and from the nearest count of the method itself, where there is one. None where counts are of another
+    network or size of image.
+
+    Args:
+        config: of a run.
+        gpu: "h100" or "h200".
+        rows: of the bench.
+    """
+    small = config.dataset.startswith(("cifar", "svhn")) or config.dataset == "fashion-mnist"  # 32x32
+    if config.architecture != "WRN-28-2" or not small:
+        return None
+    known: dict[str, dict[int, float]] = {}  # milliseconds a step by method and trained rows; a newer row counts
+    for row in rows:
+        if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
+            counted = with_method(PRESETS[row["preset"]], row.get("method", FULL))
+            counted = ablate(counted, row["ablate"]) if "ablate" in row else counted
+            counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
+            known.setdefault(counted.method, {})[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
+    full = known.get(FULL, {})
+    if len(full) < 2:
+        return None
+    slope = (full[max(full)] - full[min(full)]) / (max(full) - min(full))
+    trained, own = trained_rows(config), known.get(config.method, full)
+    nearest = min(own, key=lambda counted: abs(counted - trained))
+    milliseconds = own[nearest] + slope * (trained - nearest)
+    return max(milliseconds, 0.0) * config.steps / 3.6e6
+
+
+def print_plan(entries: Sequence[Entry]) -> None:
+    """Prints the cells in their order, with what they are predicted to take."""
+    from engine.measuring import records
+
+    rows = records.read(records.RESULTS / "count.jsonl")
+    total, unknown = 0.0, 0
+    for entry in entries:
+        config = entry.cell.config
+        hours = predicted_hours(config, "h100", rows)
+        total += hours or 0.0
+        unknown += hours is None
+        words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
+        print(f"{entry.cell.name}: {config.steps:,} steps of {trained_rows(config):,} rows, {words}")
+    print(
+        f"{len(entries)} cells; {total:.1f} H100 hours, predicted from `remixmatch bench count`, not measured, without "
+        f"evaluations" + (f"; no prediction for {unknown} of them" if unknown else "")
+    )

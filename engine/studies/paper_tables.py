@@ -1,0 +1,260 @@
+"""What the tables of `remixmatch reproduce` have: their cells, in order, and the papers' figures for them.
+
+Each run is a cell (see `engine.studies.jobs`). Those that say the most come first: one seed of everything before the
+second of anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.commands import main as cli
+from engine.commands.parsing import parse
+from engine.config.config import Config, check_data, open_data, resolve, validate
+from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
+from engine.config.presets import PUBLISHED, Figure, preset
+from engine.errors import UserError
+from engine.studies.jobs import Cell
+
+FULL = "remixmatch"
+# by --steps-scale
+SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
+_NO_SEED = -1  # which no flag can be equal to
+
+BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a table has.
+
+    Attributes:
+        text: what it is, in a line.
+        presets: its columns.
+        rows: methods, or ablations beside the full method; the full method first.
+        seeds: by default.
+        kind: what rows are names of.
+    """
+
+    text: str
+    presets: tuple[str, ...]
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    kind: Literal["method", "ablation"] = "method"
+
+
+TABLES = {
+    "cifar10": Table(
+        "CIFAR-10 with 250, 1 000 and 4 000 labels, and baselines",
+        ("cifar10-250", "cifar10-1000", "cifar10-4000"),
+        (FULL, *BASELINES),
+    ),
+    "svhn": Table(
+        "SVHN with 250, 1 000 and 4 000 labels, and baselines",
+        ("svhn-250", "svhn-1000", "svhn-4000"),
+        (FULL, *BASELINES),
+    ),
+    "stl10": Table("STL-10 with 1 000 labels, K = 4 and 1", ("stl10-1000", "stl10-1000-k1"), (FULL,)),
+    "few-labels": Table(
+        "CIFAR-10 and SVHN with 40 labels", ("cifar10-40", "svhn-40", "svhn-extra-40"), (FULL,)
+    ),
+    # the authors' scripts take split 3
+    "ablation": Table(
+        "ReMixMatch less one part at a time, CIFAR-10 with 250 labels",
+        ("cifar10-250",),
+        (FULL, *ABLATIONS),
+        (3,),
+        "ablation",
+    ),
+    "digits": Table(
+        "scikit-learn's digits with 40 labels, and baselines", ("digits-40",), (FULL, *BASELINES), (0, 1, 2, 3, 4)
+    ),
+    "fashion": Table(
+        "Fashion-MNIST at 16x16 with 100 labels, and baselines", ("fashion-100-small",), (FULL, *BASELINES)
+    ),
+}  # fmt: skip
+
+_PAPER = "ReMixMatch (arXiv 1911.09785)"
+# test errors in percent, by preset and row
+FIGURES: dict[tuple[str, str], Figure] = {
+    **{(name, FULL): figure for name, figure in PUBLISHED.items()},
+    **{
+        (f"{data}-{labels}", "mixmatch"): Figure(error, None, f"{_PAPER}, table 1")
+        for data, errors in {"cifar10": (11.08, 7.75, 6.24), "svhn": (3.78, 3.27, 2.89)}.items()
+        for labels, error in zip((250, 1000, 4000), errors, strict=True)
+    },
+}
+# one split: the full method is not what it is over five
+ABLATION_FIGURES: dict[tuple[str, str], Figure] = {
+    ("cifar10-250", name): Figure(error, None, f"{_PAPER}, section 4.3")
+    for name, error in {
+        FULL: 5.94, "k=1": 7.32, "k=2": 6.74, "k=4": 6.21, "k=16": 5.93, "no-rotation": 6.08, "no-premixup": 6.66,
+        "no-alignment": 7.28, "l2": 17.28, "no-strong": 12.51, "no-weak": 29.36,
+    }.items()
+}  # fmt: skip
+
+
+def papers_difference(row: str, k: int) -> float | None:
+    """How much an ablation adds to the paper's error, in points; None where the paper does not say.
+
+    Args:
+        row: its name.
+        k: K of the full method that it is compared with: the paper has other ablations at K = 8 alone.
+    """
+    errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
+    errors["k=8"] = errors[FULL]
+    beside = f"k={k}" if row.startswith("k=") else FULL
+    return errors[row] - errors[beside] if row != FULL and row in errors and beside in errors else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell and its place in a table.
+
+    Attributes:
+        row: method or ablation.
+        preset: column.
+        seed: of the run.
+        base: the configuration that the table has there, before --steps-scale and flags after `--`.
+        cell: what is run.
+    """
+
+    row: str
+    preset: str
+    seed: int
+    base: Config
+    cell: Cell
+
+
+def make_entries(
+    table: Table,
+    flags: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    rows: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    steps_scale: float = 1.0,
+) -> list[Entry]:
+    """The cells of a table, in the order in which they are begun: seed by seed, the full method first.
+
+    Args:
+        table: what it has.
+        flags: of `remixmatch train`, for every cell.
+        seeds, rows, presets: by default the table's.
+        steps_scale: see `scaled`.
+
+    Raises:
+        UserError: there is no such row; a cell's configuration cannot work; flags make two cells equal.
+    """
+    allowed = METHODS if table.kind == "method" else {FULL: {}, **ABLATIONS}
+    rows = rows or table.rows
+    for row in rows:
+        if row not in allowed:
+            raise UserError(f"--methods: there is no {table.kind} '{row}'; there are {', '.join(allowed)}")
+    rows = tuple(sorted(rows, key=lambda row: row != FULL))
+    entries = []
+    for seed in seeds or table.seeds:
+        for row in rows:
+            for name in presets or table.presets:
+                whole = dataclasses.replace(preset(name), seed=seed)
+                base = whole
+                if table.kind == "method":
+                    base = with_method(whole, row)
+                elif row != FULL:
+                    base = ablate(whole, row)
+                    if base == whole:  # K as the preset has it
+                        continue
+                unseeded = dataclasses.replace(base, seed=_NO_SEED)
+                changed = dataclasses.replace(_with_flags(unseeded, tuple(flags)), seed=seed)
+                config = scaled(changed, steps_scale)
+                label = f"{name}-{row}-seed{seed}"
+                try:
+                    validate(config)
+                except UserError as error:
+                    raise UserError(f"{label}: {error}") from None
+                entries.append(Entry(row, name, seed, base, Cell(label, config)))
+    if not entries:
+        raise UserError("no cell is left: every ablation given is how the preset is")
+    _check_different(entries)
+    return entries
+
+
+def _check_different(entries: Sequence[Entry]) -> None:
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        other = seen.setdefault(entry.cell.digest, entry)
+        if other is not entry:
+            raise UserError(
+                f"{other.cell.label} and {entry.cell.label} are one configuration: leave out one of them, or the flag "
+                "after -- that makes them equal"
+            )
+
+
+@functools.cache  # it takes as long for each seed
+def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
+    """A configuration, without its seed, with flags of `remixmatch train`.
+
+    Raises:
+        UserError: a flag that is not one of a cell's settings.
+    """
+    if not flags:
+        return config
+    default = cli.TrainOptions.of(config)
+    options = parse(cli.TrainOptions, "reproduce TABLE --", list(flags), default=default)
+    changed = options.config
+    fixed = {"preset", "method", "seed"}
+    known = {field.name for field in dataclasses.fields(Config)} - fixed
+    for section, before in vars(default).items():
+        values = vars(before) if dataclasses.is_dataclass(before) else {}
+        for name, value in values.items():
+            if name not in known and getattr(vars(options)[section], name) != value:
+                raise UserError(f"--{name.replace('_', '-')} after -- is not a setting that all cells can share")
+    return changed
+
+
+def scaled(config: Config, scale: float) -> Config:
+    """A configuration with so many times its steps, and with the ramp and all that happens every so many steps.
+
+    There are as many evaluations as before, so that the median is over as many, and the EMA and the running statistics
+    of batch norm reach back over the same share of the training: an EMA of 1 000 steps would still be its initial
+    weights at the end of a short rehearsal. What a run of fewer steps would want of the learning rate is another
+    question, and left alone.
+    """
+    if scale == 1:
+        return config
+    whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
+    return dataclasses.replace(
+        config,
+        steps=max(1, round(config.steps * scale)),
+        ramp_kimg=config.ramp_kimg * scale,
+        # what is left of a weight after a given share of the steps stays the same
+        ema_decay=config.ema_decay ** (1 / scale),
+        bn_momentum=1 - (1 - config.bn_momentum) ** (1 / scale),
+        **whole,  # type: ignore[arg-type]
+    )
+
+
+def needs_data(entries: Sequence[Entry]) -> bool:
+    """Whether the data decide what a cell is."""
+    return any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries)
+
+
+def with_data(entries: Sequence[Entry]) -> list[Entry]:
+    """The cells with what depends on their images.
+
+    Raises:
+        UserError: a data set is missing, or does not have what a cell asks for.
+    """
+    found = []
+    for entry in entries:
+        data = open_data(entry.cell.config.dataset)
+        config = resolve(entry.cell.config, data)
+        try:
+            check_data(config, data)
+        except UserError as error:
+            raise UserError(f"{entry.cell.label}: {error}") from None
+        found.append(dataclasses.replace(entry, cell=dataclasses.replace(entry.cell, config=config)))
+    return found

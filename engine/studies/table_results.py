@@ -1,0 +1,212 @@
+"""The result of `remixmatch reproduce`: a table in Markdown and JSON, from folders of cells or from rows of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.config.config import changed_fields
+from engine.config.presets import PRESETS, command, preset
+from engine.errors import UserError
+from engine.studies import statistics
+from engine.studies.jobs import UNHASHED, Status, read_json, status
+from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
+
+
+def look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
+    """What is known of each cell, by its digest."""
+    return {entry.cell.digest: status(out, entry.cell) for entry in entries}
+
+
+def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
+    """What a table shows, and whatever keeps it from being the paper's.
+
+    Args:
+        name: of the table.
+        entries: its cells.
+        scale: of the steps.
+    """
+    words = [f"{name}: test error in percent"]
+    fewer = sorted({(each.cell.config.steps, each.base.steps) for each in entries})
+    fewer = [(steps, whole) for steps, whole in fewer if steps != whole]
+    if fewer:
+        counts = ", ".join(f"{steps:,} steps instead of {whole:,}" for steps, whole in fewer)
+        rehearsal = all(steps < whole for steps, whole in fewer)
+        words.append(f"{'REHEARSAL with ' if rehearsal else ''}{counts}")
+    changed: dict[str, None] = {}
+    for each in entries:
+        known = UNHASHED | ({"steps"} if scale == 1 else set(SCALED))
+        for text in changed_fields(each.base, each.cell.config):
+            if text.split()[0] not in known:
+                changed[text.split()[0] + " " + text.rpartition(" -> ")[2]] = None
+    if changed:
+        words.append(f"other settings than the presets': {', '.join(changed)}")
+    return "; ".join(words)
+
+
+def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[str, Status], scale: float) -> None:
+    """Writes table.md and table.json, and prints the table."""
+    lines = make_lines(name, entries, found)
+    states = [(entry, found.get(entry.cell.digest, Status("waiting"))) for entry in entries]
+    notes = [
+        f"Not in the table: {entry.cell.name}, {each.state}" + (f": {each.reason}" if each.reason else "")
+        for entry, each in states
+        if each.state != "done"
+    ]
+    done = [each for _, each in states if each.state == "done"]
+    if done:
+        places = dict.fromkeys(str(each.summary.get("device")) for each in done)
+        torches = dict.fromkeys(str(each.summary.get("versions", {}).get("torch")) for each in done)
+        commits = dict.fromkeys(each.commit or "unknown" for each in done)
+        notes.append(f"Trained on {'; '.join(places)}; torch {', '.join(torches)}; commit {', '.join(commits)}.")
+    head = title(name, entries, scale)
+    text = statistics.markdown(head, lines, FULL, notes)
+    content = {
+        "table": name,
+        "title": head,
+        "lines": statistics.to_json(lines),
+        "cells": [_cell_json(entry, found.get(entry.cell.digest, Status("waiting")), out) for entry in entries],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(out / "table.md", text)
+        _replace(out / "table.json", json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+    print(text, end="")
+    print(f"\n{out / 'table.md'}, {out / 'table.json'}")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file as a whole, which several workers may do at once."""
+    partial = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[statistics.Line]:
+    """The rows of a table, preset by preset, from what is done.
+
+    Args:
+        name: of the table.
+        entries: its cells.
+        found: states by the digest of a cell.
+    """
+    runs: dict[tuple[str, str], dict[int, statistics.Run]] = {}
+    wanted: dict[tuple[str, str], list[int]] = {}
+    for entry in entries:
+        place = entry.preset, entry.row
+        wanted.setdefault(place, []).append(entry.seed)
+        done = runs.setdefault(place, {})
+        each = found.get(entry.cell.digest)
+        if each and each.state == "done":
+            median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
+            done[entry.seed] = statistics.Run(
+                median, last, each.summary["steps"], entry.cell.config.split, _seconds(each.summary)
+            )
+    ablation = TABLES[name].kind == "ablation"
+    figures = ABLATION_FIGURES if ablation else FIGURES
+    return [
+        statistics.line(
+            row,
+            preset_name,
+            sorted(wanted[preset_name, row]),
+            runs[preset_name, row],
+            runs.get((preset_name, FULL)) if row != FULL else None,
+            figures.get((preset_name, row)),
+            papers_difference(row, preset(preset_name).k) if ablation else None,
+        )
+        for preset_name in dict.fromkeys(entry.preset for entry in entries)
+        for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
+    ]
+
+
+def _seconds(summary: Mapping[str, Any]) -> float | None:
+    """Of training: the CPU's time where it trained; None in rows of earlier versions, which say the clock's alone."""
+    return summary.get("cpu_seconds") if summary["device"].startswith("CPU") else summary["train_seconds"]
+
+
+def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
+    split = read_json(out / entry.cell.name / "split.json")
+    return {
+        "row": entry.row,
+        "preset": entry.preset,
+        "seed": entry.seed,
+        "cell": entry.cell.name,
+        "state": each.state,
+        "reason": each.reason,
+        "host": each.host,
+        "commit": each.commit or "unknown",
+        "split_sha256": split.get("sha256"),
+        "summary": dict(each.summary),
+        "config": dataclasses.asdict(entry.cell.config),
+    }
+
+
+def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
+    """Adds a row for every cell that is done and has none.
+
+    Args:
+        entries: the cells.
+        out: their folder.
+        path: of the rows.
+    """
+    from engine.measuring import records
+
+    known = {row.get("cell") for row in records.read(path)}
+    count = 0
+    for entry in entries:
+        each = status(out, entry.cell)
+        if each.state != "done" or entry.cell.digest in known:
+            continue
+        config, when = entry.cell.config, (out / entry.cell.name / "summary.json").stat().st_mtime
+        records.append(path, {
+            "bench": "reproduce",
+            "row": entry.row,
+            "preset": entry.preset,
+            "seed": entry.seed,
+            **{name: each.summary[name] for name in ("steps", "test_accuracy", "median_last_20", "train_seconds")},
+            "cpu_seconds": each.summary.get("cpu_seconds"),
+            "cell": entry.cell.digest,
+            "changes": {
+                name: value
+                for name, value in dataclasses.asdict(config).items()
+                if value != getattr(PRESETS[entry.preset], name)
+            },
+            "device": each.summary["device"],
+            "versions": each.summary["versions"],
+            "commit": each.commit or "unknown",
+            "command": shlex.join(["remixmatch", *command(config)]),
+            "date": datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d"),
+        })  # fmt: skip
+        count += 1
+    print(f"{path}: {count} rows added")
+
+
+def collected(paths: Sequence[Path]) -> dict[str, Status]:
+    """Cells that are done, by their digest, from rows that --collect wrote; a later row counts.
+
+    Raises:
+        UserError: a file is missing or has other rows.
+    """
+    from engine.measuring import records
+
+    found = {}
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--from {path}: there is no such file")
+        try:
+            for row in records.read(path):
+                if row["bench"] == "reproduce":
+                    found[row["cell"]] = Status("done", row["steps"], row, commit=row["commit"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--from {path} has rows that --collect has not written ({error!r})") from None
+    return found

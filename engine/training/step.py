@@ -1,0 +1,556 @@
+"""One training step of ReMixMatch, in the order of the paper's algorithm 1.
+
+Symbols as in the paper: B labeled and B unlabeled images over all ranks, K strong views, L classes, R ranks. Images
+arrive as uint8 views that are already augmented, every random number as a tensor of the plan; nothing in here draws
+random numbers or waits for the host. Which rows of the batch are which is drawn in `engine/method/batch_layout.py`.
+Sections in comments are the paper's (arXiv 1911.09785).
+
+Other methods (`engine/config/methods.py`) are the same step with other fields of the configuration: other rows, another
+guess, another loss of unlabeled rows. There are U = mu B unlabeled images then, for FixMatch's mu.
+
+Gradient accumulation: the networks take the rows in M micro-batches over all ranks, by default one a rank. A rank that
+has several computes what as many ranks compute together: the same statistics, guesses and gradients, for M = 2 bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from engine.config.config import Config
+from engine.distributed import collectives
+from engine.method.batch_layout import Rows, StepPlan
+from engine.models.wide_resnet import Classifier, WideResNet
+from engine.training import ranges
+from engine.training.execution import compiler
+from engine.training.optimizers import OPTIMIZERS, load_optimizer
+from kernels.assemble import assemble_batch
+from kernels.guess import guess_labels
+from pipelines.packed import Layout
+
+P_MODEL_STEPS = 128
+_BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
+_BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
+# rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+LOSSES = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")  # the sum and its terms; `Step._losses` computes them
+METRICS = (*LOSSES, "confidence", "guesses_used", "alignment_gap", "omega", "stop")
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and writes, and all that a checkpoint keeps.
+
+    Attributes:
+        network: f, in training mode.
+        ema_model: f_ema, the exponential moving average of its parameters, in evaluation mode.
+        optimizer: over the parameters of `network`.
+        scaler: of the loss, enabled under fp16 alone.
+        p_model_history: (128, L) float32, batch means of q of the last 128 steps, whose mean is p~(y).
+        label_marginal: (L,) float32, p(y), running or given.
+        step: () int64, steps done.
+    """
+
+    network: Classifier
+    ema_model: Classifier
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    p_model_history: Tensor
+    label_marginal: Tensor
+    step: Tensor
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values."""
+        return {
+            "network": self.network.state_dict(),
+            "ema_model": self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "p_model_history": self.p_model_history,
+            "label_marginal": self.label_marginal,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes back what `state_dict` gave."""
+        self.network.load_state_dict(state["network"])
+        self.ema_model.load_state_dict(state["ema_model"])
+        load_optimizer(self.optimizer, state["optimizer"], self.p_model_history.device)
+        self.scaler.load_state_dict(state["scaler"])
+        self.p_model_history.copy_(state["p_model_history"])
+        self.label_marginal.copy_(state["label_marginal"])
+        self.step.copy_(state["step"])
+
+
+def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Splits parameters into weights of convolutions and linear layers, which decay, and the others, which do not."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    return weights, [p for p in network.parameters() if p.ndim <= 1]
+
+
+def make_network(
+    config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32), trained: bool = False
+) -> Classifier:
+    """The network of a configuration, at its initial weights, in training mode and channels-last.
+
+    Args:
+        config: names it.
+        classes: L.
+        device: where it goes.
+        sides: (H, W) of the images.
+        trained: its weights are loaded next, so that none are fetched.
+
+    Raises:
+        UserError: see `Backbone`.
+    """
+    network: Classifier
+    if backbone := config.backbone:
+        from engine.models.timm_backbone import Backbone  # of an optional package
+
+        fetched = (False, "") if trained else (config.pretrained, config.weights)
+        network = Backbone(backbone, classes, sides, config.seed, config.bn_momentum, *fetched)
+    else:
+        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+        network = WideResNet(
+            classes,
+            config.scales,
+            config.blocks,
+            config.width,
+            config.seed,
+            config.bn_momentum,
+            rows_per_group,
+            over_ranks=config.bn == "sync",
+        )
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
+    """The state before the first step: equal networks, uniform marginals."""
+    network = make_network(config, classes, device, sides)
+    ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
+    ema_model.load_state_dict(network.state_dict())
+    network.rotation_head.requires_grad_(config.unlabeled and config.w_rot > 0)
+    weights, others = decayed_parameters(network)
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return TrainState(
+        network=network,
+        ema_model=ema_model,
+        optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        p_model_history=torch.full((P_MODEL_STEPS, classes), 1.0 / classes, device=device),
+        label_marginal=torch.tensor(config.class_distribution or [1.0 / classes] * classes, device=device),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
+
+
+_layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """A step's data: one rank's views, on the device, and `StepPlan`'s arrays and `stop`, parts of one buffer.
+
+    Attributes:
+        views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
+        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all: from pinned memory
+            of the host, where it is until the step takes it.
+        stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
+            the same one.
+    """
+
+    views: Tensor
+    packed: Tensor
+    source: Tensor
+    partner: Tensor
+    lam: Tensor
+    rotations: Tensor
+    target: Tensor
+    partner_target: Tensor
+    labels: Tensor
+    stop: Tensor
+
+    @classmethod
+    def pack(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
+        """A step's plan beside its views, ready for the device, and whether this rank has been asked to stop."""
+        arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
+        layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))
+        buffer = layout.allocate(pinned=device.type == "cuda")
+        for name, part in layout.arrays(buffer).items():
+            part[:] = arrays[name]
+        return cls._of(views.to(device, non_blocking=True), buffer, layout)
+
+    @classmethod
+    def _of(cls, views: Tensor, buffer: Tensor, layout: Layout) -> StepInput:
+        return cls(views=views, packed=buffer, **layout.tensors(buffer))
+
+    def to(self, device: torch.device) -> StepInput:
+        """The same with the numbers, too, on the device; parts of `packed` stay parts of it."""
+        if self.packed.device == device:
+            return self
+        return self._with(self.views, self.packed.to(device, non_blocking=True))
+
+    def clone(self) -> StepInput:
+        """The same on the views' device, in memory of its own."""
+        packed = torch.empty_like(self.packed, device=self.views.device)
+        own = self._with(torch.empty_like(self.views), packed)
+        own.copy_(self)
+        return own
+
+    def copy_(self, other: StepInput) -> None:
+        """Takes another input's values, by one copy of the views and one of all numbers."""
+        self.views.copy_(other.views, non_blocking=True)
+        self.packed.copy_(other.packed, non_blocking=True)
+
+    def _with(self, views: Tensor, packed: Tensor) -> StepInput:
+        numbers = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
+        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in numbers.items()))
+        return self._of(views, packed, layout)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step tells the host.
+
+    Attributes:
+        metrics: (len(METRICS),) float32, in their order: means over the global batch, "stop" over the ranks.
+        omega: (B,) float32, how well f_ema classifies each labeled image's CTAugment probe, in the order of the batch;
+            none where CTAugment does not learn.
+    """
+
+    metrics: Tensor
+    omega: Tensor
+
+
+class Step:
+    """The step of one run: what never changes between steps, bound to the function that does the work.
+
+    Args:
+        config: the run's configuration.
+        state: changed in place by every call.
+        rows: this rank's rows.
+        precision: dtype of the network's input and of autocast, which float32 and float64 switch off.
+        compiled: whether the networks, targets, losses and metrics go through torch.compile.
+        inductor: see `Execution`.
+        concurrent: see `Execution`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        rows: Rows,
+        precision: torch.dtype,
+        compiled: bool = False,
+        inductor: Mapping[str, Any] | None = None,
+        concurrent: bool = True,
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.precision = precision
+        device = state.p_model_history.device
+        self.device = device
+
+        def on_device(array) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.guess_order, self.probe_order = on_device(rows.guess_order), on_device(rows.probe_order)
+        self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
+        self.accumulation_steps = rows.accumulation_steps  # M / R
+        guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
+        self.passes = len(rows.target), guessed, probed  # rows of each
+        # a micro-batch begins with its pool; models of timm do not know this argument
+        pool_rows = len(rows.pool) // rows.accumulation_steps
+        self.statistics = {"stats_rows": pool_rows} if config.bn_stats == "pool" else {}
+        self.mean = torch.tensor(state.network.mean, device=device)
+        self.std = torch.tensor(state.network.std, device=device)
+        self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
+        full = precision in (torch.float32, torch.float64)
+        self.rows_dtype = torch.float32 if full else precision
+        self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
+        # passes whose results are needed late run beside the training pass, where there are any; but not where two
+        # passes exchange statistics, since collectives of two streams have no common order on all ranks
+        self.probing = self.guessing = None
+        if device.type == "cuda" and concurrent:
+            if probed:
+                self.probing = torch.cuda.Stream(device)
+            if guessed and config.bn != "sync":
+                self.guessing = torch.cuda.Stream(device)
+        compile_ = compiler(config, device, inductor) if compiled else lambda function: function
+        self.guess_model: nn.Module = compile_(state.network)
+        self.train_model: nn.Module = self.guess_model
+        self.ema_model: nn.Module = compile_(state.ema_model)
+        self.make_targets, self.losses, self.finish = map(compile_, (self._make_targets, self._losses, self._finish))
+        # with one pass on one rank, running statistics are where they belong when it is done
+        self.one_pass = self.accumulation_steps == 1 and collectives.ranks() == 1
+        self.loss_gradient = torch.tensor(1 / self.accumulation_steps, device=device)
+        if collectives.grouped():
+            gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
+            self.train_model = DistributedDataParallel(
+                self.train_model,
+                # torch's static graph knows nothing of passes that are not exchanged
+                static_graph=self.accumulation_steps == 1,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=float(np.clip(gradient_bytes / _BUCKETS, *_BUCKET_BYTES)) / 2**20,  # type: ignore[arg-type]
+                **{_KEEP_BUFFERS: False},  # type: ignore[arg-type]
+            )
+            if config.gradients == "bf16":
+                self.train_model.register_comm_hook(None, bf16_compress_hook)
+
+    def __call__(self, data: StepInput) -> StepOutput:
+        """Trains one step and changes the state in place.
+
+        Args:
+            data: this rank's views and numbers.
+
+        Returns:
+            Metrics and omega of the global batch, still on the device.
+        """
+        c, state = self.config, self.state
+
+        # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
+        ranges.begin("numbers")
+        data = data.to(self.device)
+        ranges.begin("exchange")
+        views = collectives.gather(data.views)  # (V, H, W, 3) uint8
+        ranges.begin("assemble")
+        rows = assemble_batch(
+            views,
+            data.source,
+            data.partner,
+            data.lam,
+            data.rotations,
+            self.mean,
+            self.std,
+            self.rows_dtype,
+            c.stem_channels,
+        ).to(self.precision)  # (N, 3, H, W)
+        trained, weak, probes = rows.split(self.passes)
+
+        # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak), both beside the training pass
+        probe_logits = guess_logits = None
+        if len(probes):
+            with _on(self.probing):
+                ranges.begin("probes")
+                probe_logits = self._logits(self.ema_model, probes)
+        if len(weak):
+            with _on(self.guessing):
+                ranges.begin("guess")
+                guess_logits = self._logits(partial(self.guess_model, track=False), weak)
+
+        losses: list[Tensor] = []
+        new_stats: list[Tensor] = []
+        saved_stats = None if self.one_pass else state.network.running_statistics()
+        accumulated = self.accumulation_steps
+        rotations = data.rotations[: len(trained)].chunk(accumulated)
+        for number, micro_batch in enumerate(trained.chunk(accumulated)):
+            with self._unsynchronised(number + 1 < accumulated):
+                ranges.begin("forward")
+                with self.autocast:
+                    logits, rotation_logits = self.train_model(micro_batch, **self.statistics)
+
+                # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
+                # micro-batches: the first losses are the first to need them
+                if number == 0:
+                    ranges.begin("exchange")
+                    _wait_for(self.guessing)
+                    probe_logits, guess_logits = self._exchange(probe_logits, guess_logits)
+                    ranges.begin("targets")
+                    targets, guesses = self.make_targets(guess_logits, data)
+
+                # 4. Losses (3.3) and their gradients, accumulated over the micro-batches
+                ranges.begin("losses")
+                mixed = targets.chunk(accumulated)[number]
+                loss, terms = self.losses(logits, rotation_logits, mixed, rotations[number])
+                ranges.begin("backward")
+                state.scaler.scale(loss).backward(self.loss_gradient)
+            losses.append(terms)
+            if saved_stats is not None:
+                new_stats.append(state.network.running_statistics())
+                state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
+
+        # 5. Update of the parameters: Adam, decoupled weight decay
+        ranges.begin("update")
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+
+        with torch.no_grad():
+            # 6. Exponential moving average; running statistics are those of the live network
+            ranges.begin("ema")
+            _wait_for(self.probing)
+            mean_losses, stop = losses[0], data.stop
+            if not self.one_pass:
+                local = torch.cat([_mean(new_stats), _mean(losses), data.stop])
+                ranges.begin("exchange")
+                everyones = collectives.mean(local)
+                ranges.begin("ema")
+                stats, mean_losses, stop = everyones.split([len(new_stats[0]), len(LOSSES), 1])
+                state.network.set_running_statistics(stats)
+            state.ema_model.copy_running_statistics(state.network)
+            self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
+
+            # 7. The label marginal p(y) that the next step's alignment reads (3.1), and what the host is told
+            ranges.begin("metrics")
+            return StepOutput(*self.finish(mean_losses, stop, probe_logits, guesses, data.labels))
+
+    def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+        """Class logits without gradient, micro-batch by micro-batch: (n, 3, H, W) to (n, L)."""
+        with torch.no_grad(), self.autocast:
+            logits = [network(part)[0] for part in rows.chunk(self.accumulation_steps)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _exchange(self, *logits: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All ranks' logits of the probes and of the guess, rank by rank, by one exchange."""
+        there = [part for part in logits if part is not None]
+        if collectives.ranks() == 1 or not there:
+            return logits
+        _wait_for(self.probing)
+        everyones = collectives.gather(torch.cat(there)).unflatten(0, (collectives.ranks(), -1))
+        gathered = iter([part.flatten(0, 1) for part in everyones.split([len(part) for part in there], dim=1)])
+        return tuple(None if part is None else next(gathered) for part in logits)
+
+    def _unsynchronised(self, accumulating: bool) -> contextlib.AbstractContextManager:
+        """Keeps gradients this rank's while it accumulates: the last micro-batch exchanges the sum."""
+        return self.train_model.no_sync() if accumulating and collectives.grouped() else contextlib.nullcontext()  # type: ignore
+
+    def _make_targets(self, logits: Tensor | None, data: StepInput) -> tuple[Tensor, Tensor]:
+        """Guesses the labels, and mixes all targets (sections 3.1 and 3.2.1; MixMatch, 3.3).
+
+        The mean of q becomes a row of p_model_history.
+
+        Args:
+            logits: (g U, L) over all ranks, rank by rank: of u_weak, or of all g views of an image; None without
+                unlabeled data.
+            data: the step's.
+
+        Returns:
+            Targets of this rank's trained rows, (n M / R, L) float32: for all K + 1 views of an image the same one,
+            which is augmentation anchoring. And the guesses, (U, L) float32, zeros where one is left out; or without
+            any the labels, (B, L).
+        """
+        c, state = self.config, self.state
+        known = guesses = F.one_hot(data.labels, state.p_model_history.shape[1]).float()  # (B, L)
+        if logits is not None:
+            of_views = logits[self.guess_order].float()  # (g, U, L)
+            # the logarithm of the mean prediction has that prediction as its softmax; of one view, logits are as good
+            q = of_views[0] if len(of_views) == 1 else of_views.log_softmax(-1).logsumexp(0)  # (U, L)
+            confident = c.hard_labels or c.threshold > 0  # what is looked at before sharpening
+            guesses = guess_labels(
+                q,
+                state.p_model_history,
+                state.step % P_MODEL_STEPS,
+                state.label_marginal,
+                1.0 if confident else c.temperature,
+                c.align,
+            )
+            if confident:
+                largest, classes = guesses.max(-1, keepdim=True)
+                if c.hard_labels:
+                    guesses = torch.zeros_like(guesses).scatter(-1, classes, 1.0)
+                else:
+                    sharpened = guesses.pow(1 / c.temperature)
+                    guesses = sharpened / sharpened.sum(-1, keepdim=True)
+                guesses = guesses * (largest >= c.threshold)
+            known = torch.cat([known, guesses])
+        lam = data.lam[: len(data.target), None]
+        return lam * known[data.target] + (1 - lam) * known[data.partner_target], guesses
+
+    def _losses(
+        self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its terms for one micro-batch (section 3.3), each a mean over its rows.
+
+        Every term is a sum over all rows with static weights: taking rows out would cost a GPU a sort on the way back.
+        A term is added here and, for logs, in `LOSSES`; which rows it is of, in `engine.method.batch_layout`.
+
+        Args:
+            logits: (n, L) of its pool, u_1 and rotated u_1.
+            rotation_logits: (n, 4).
+            targets: (n, L).
+            rotations: (n,) int64.
+
+        Returns:
+            The loss, and (len(LOSSES),) float32 without gradient, in their order; 0 for a term that the method lacks.
+        """
+        c = self.config
+        log_p = F.log_softmax(logits.float(), dim=-1)
+        entropies = -(targets * log_p).sum(-1)  # (n,)
+        loss_x, loss_u, loss_u1 = (self.class_weights * entropies).sum(-1).unbind()
+        loss = loss_x
+        loss_rot = torch.zeros_like(loss_x)
+        if c.unlabeled:
+            if c.unlabeled_loss == "l2":
+                loss_u = (self.class_weights[1] * (log_p.exp() - targets).square().mean(-1)).sum()
+            if c.unlabeled_loss == "kl":  # less the targets' own entropy
+                loss_u = loss_u + (self.class_weights[1] * torch.xlogy(targets, targets).sum(-1)).sum()
+            if c.w_rot:
+                turned = F.one_hot(rotations, 4) * F.log_softmax(rotation_logits.float(), dim=-1)
+                loss_rot = -(self.rotation_weights * turned.sum(-1)).sum()
+            ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1) if c.ramp_kimg else 1.0
+            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
+        return loss, torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
+
+    def _finish(
+        self, losses: Tensor, stop: Tensor, probe_logits: Tensor | None, guesses: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Moves p(y) and the step, and puts together what the host is told: see `StepOutput`.
+
+        Args:
+            losses: (len(LOSSES),) float32, means over the global batch.
+            stop: (1,) float32, likewise over the ranks.
+            probe_logits: (B, L) over all ranks, rank by rank; None without probes.
+            guesses: (U, L) float32, zeros where one is left out; without unlabeled data the labels.
+            labels: (B,) int64.
+        """
+        c, state = self.config, self.state
+        one_hot = F.one_hot(labels, guesses.shape[1]).float()
+        omega = losses.new_zeros(0)
+        if probe_logits is not None:
+            omega = 1 - (probe_logits[self.probe_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
+        alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
+        used = guesses.sum(-1).mean()
+        confidence = guesses.amax(-1).mean() / used.clamp(min=1e-9) if c.threshold else guesses.amax(-1).mean()
+        others = torch.stack([confidence, used, alignment_gap, omega.mean() if len(omega) else used.new_zeros(())])
+        if not c.class_distribution:
+            state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
+        state.step.add_(1)
+        return torch.cat([losses, others, stop]).float(), omega
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0]) / len(tensors)
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is within is done on a stream, after all earlier work of the present one; on a CPU at once."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def _wait_for(stream: torch.cuda.Stream | None) -> None:
+    """Later work of the present stream is done after all that a stream has been given."""
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)

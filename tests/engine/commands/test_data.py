@@ -1,0 +1,453 @@
+"""`remixmatch data`, the presets of the paper, and training on a folder from `prepare` to `predict`."""
+
+import csv
+import json
+import os
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from bench.images import crops, photographs
+from engine.commands import main as cli
+from engine.config.config import Config, folder_name, load_config, read_prior, resolve
+from engine.config.presets import PRESETS, PUBLISHED
+from engine.errors import UserError
+from engine.inference import export
+from pipelines import cache, datasets
+from pipelines.datasets import digits
+from pipelines.decode import resized, rgb
+from pipelines.folder import open_folder
+from pipelines.splits import RULES
+
+QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
+# some minutes on a CPU core, with a network and settings like those of digits-40
+LEARNING = [
+    *("--steps", "600", "--batch", "16", "--k", "2", "--width", "16", "--blocks", "1", "--ramp-kimg", "4"),
+    *("--bn-momentum", "0.02", "--ema-decay", "0.99", "--lag", "16", "--view-steps", "4", "--eval-every", "100"),
+    *("--device", "cpu", "--quiet"),
+]
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    datasets.prepared.cache_clear()
+    yield tmp_path / "data"
+    datasets.prepared.cache_clear()
+
+
+def say(capsys, *arguments):
+    """What a command prints."""
+    capsys.readouterr()
+    cli.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments, code=2):
+    """The one line of a command that ends with an exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    assert ended.value.code == code
+    told = capsys.readouterr().err
+    assert told.startswith("remixmatch: ") and len(told.splitlines()) == 1, told
+    return told
+
+
+def write_crops(root, originals, count, sides, labeled):
+    """Crops of photographs, a class each, as `data prepare` takes them: the first ones labeled, a fifth for testing."""
+    for name, photograph in originals.items():
+        for number, image in enumerate(crops(photograph, count, *sides)):
+            part = f"test/{name}" if number % 10 > 7 else f"train/{name}" if number < labeled else "unlabeled"
+            path = root / part / f"{name} {number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=90)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Crops of two real photographs: classes china and flower, each with 8 labeled images, 8 others, 4 for testing."""
+    return write_crops(tmp_path / "photos", photographs(), 20, (160, 120), labeled=8)
+
+
+def test_help_and_mistakes(capsys, tmp_path):
+    assert "check-split" in say(capsys, "data", "--help")
+    assert "data needs a command" in fails(capsys, "data")
+    assert "data takes one of prepare, list" in fails(capsys, "data", "prepar")
+    assert "which data set? there are digits, cifar10" in fails(capsys, "data", "info")
+    assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
+    assert "there is no data in" in fails(capsys, "data", "info", "cifar10")
+    (tmp_path / "empty").mkdir()
+    assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
+    assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+    assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
+    assert "cifar-10-python.tar.gz is missing: put" in fails(capsys, "data", "prepare", "cifar10", "--no-download")
+    told = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
+    assert told == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
+    if not torch.cuda.is_available():
+        no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
+        assert "--decoder gpu: torch sees no GPU here" in no_gpu
+
+
+def test_list_and_info(capsys, tmp_path):
+    listed = say(capsys, "data", "list")
+    assert "digits             1437 training images, 1437 with a label, 360 test images, 10 classes, 16x16" in listed
+    assert "prepare it: remixmatch data prepare stl10" in listed
+    told = say(capsys, "data", "info", "digits", "--png", tmp_path / "grid.png")
+    data = digits()
+    mean = data.train_images.reshape(-1, 3).mean(0)[0]
+    deviation = data.train_images.reshape(-1, 3).std(0)[0]
+    assert f"by channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in told
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (160, 160, 3)
+    np.testing.assert_array_equal(grid[16:32, :16], data.train_images[np.flatnonzero(data.train_labels == 1)[0]])
+
+
+def test_splits_are_printed_and_checked(capsys, tmp_path):
+    rows = RULES["paper"](digits(), 40, 3).tolist()
+    printed = json.loads(say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3, "--json"))
+    assert printed["train_rows"] == rows and len(printed["sha256"]) == len(printed["images_sha256"]) == 64
+    assert say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3).splitlines()[0] == " ".join(
+        map(str, rows)
+    )
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(rows))))
+    check = ["data", "check-split", "theirs.txt", "--data", "digits"]
+    assert say(capsys, *check, "--seed", 3).startswith("the same set: rule paper, 40 labels of digits, seed 3")
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*rows[1:], 1436])))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*check, "--seed", "3"])
+    assert ended.value.code == 1
+    told = capsys.readouterr().out
+    assert "another set" in told and "39 rows in common" in told and f"only the rule has 1: {rows[0]}" in told
+    assert "only theirs.txt has 1: 1436" in told
+    (tmp_path / "theirs.txt").write_text("1437")
+    assert "names row 1437; digits has 1437 training images" in fails(capsys, *check)
+    assert "there is no 'papers'; there are balanced, paper" in fails(capsys, *check[:2], "--rule", "papers")[
+        :0
+    ] + fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
+    assert "--labels: labels must be from 1 to the 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
+    assert "of which data set" in fails(capsys, *check[:3])
+
+
+def test_a_runs_split_is_checked(capsys, tmp_path):
+    cli.main(["train", "digits-40", "--split", "paper", "--seed", "2", "--out", "run", *QUICK])
+    written = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert written["split"] == "paper" and written["train_rows"] == RULES["paper"](digits(), 40, 2).tolist()
+    assert say(capsys, "data", "check-split", "run").startswith("the same set: rule paper, 40 labels of digits, seed 2")
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check-split", "run", "--rule", "balanced"])
+
+
+def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_split():
+    assert set(PUBLISHED) <= set(PRESETS)
+    for config in PRESETS.values():
+        if config.dataset.startswith(("cifar", "svhn", "stl")):
+            assert config.split == "paper" and config.steps * config.batch == 2**26
+            assert config.eval_every * config.batch == 65_536
+    assert PRESETS["svhn-40"].flip is False and PRESETS["cifar10-40"].ramp_kimg == 8192
+    stl = PRESETS["stl10-1000"]
+    assert (stl.k, stl.anchor_augment, stl.max_shift, stl.depth, stl.width) == (4, "none", 12, 37, 64)
+    assert Config().architecture == "WRN-28-2" and PRESETS["stl10-1000"].architecture == "WRN-37-4"
+
+
+def test_a_preset_whose_data_is_not_there_says_what_to_type(capsys):
+    assert "prepare it: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
+    assert "which folder? give it by --data" in fails(capsys, "train", "folder")
+
+
+def test_what_depends_on_the_images():
+    def of(side, **changes):
+        images = np.zeros((1, side, side, 3), np.uint8)
+        data = datasets.DataSet("made", ("a", "b"), images, np.zeros(1, int), images, np.zeros(1, int))
+        return resolve(Config(network="auto", max_shift=-1, **changes), data)
+
+    assert (of(32).network, of(32).scales, of(32).max_shift) == ("wide-resnet", 3, 4)
+    assert (of(96).network, of(96).scales, of(96).max_shift) == ("wide-resnet", 4, 12)
+    assert of(224).network == "timm:resnet50"
+    assert resolve(Config(), digits()) == Config()
+
+
+def more_photographs():
+    """Those of scikit-learn, and others that come with scikit-image, some of them grey."""
+    folder = Path(find_spec("skimage").origin).parent / "data"
+    files = {
+        "astronaut": "astronaut.png", "Katze": "chelsea.png", "café crème": "coffee.png", "rocket": "rocket.jpg",
+        "retina": "retina.jpg", "motorcycle": "motorcycle_left.png", "brick": "brick.png", "grass": "grass.png",
+    }  # fmt: skip
+    return photographs() | {name: Image.open(folder / file) for name, file in files.items()}
+
+
+def by_export(path, images):
+    """Class probabilities by an exported file: (N, L) float32."""
+    if path.suffix == ".onnx":
+        return onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})[0]
+    if path.suffix == ".safetensors":
+        model, _, _ = export.load_safetensors(path)
+    else:
+        model = torch.export.load(path).module()
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("each", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
+    """Crops of ten photographs: with 200 of each there is enough to learn, with ten all is gone through."""
+    size, flags = ("16", QUICK) if each == 10 else ("32", LEARNING)
+    root = write_crops(tmp_path / "photos", more_photographs(), each, (160, 120), labeled=4)
+    classes = sorted(more_photographs())
+    prepared = say(capsys, "data", "prepare", root, "--size", size)
+    sizes = f"{8 * each} training images, 40 with a label, {2 * each} test images, 10 classes, {size}x{size}"
+    assert sizes in prepared
+    assert str(root) in say(capsys, "data", "list")
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+    told = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
+    assert "folder seed 0: test accuracy" in told
+    config = load_config(tmp_path / "run" / "config.json")
+    assert (config.dataset, config.network) == (folder_name(root), "wide-resnet") and config.max_shift == int(size) // 8
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split["labels"] == 40 == len(split["train_rows"]) and sorted(set(split["classes"])) == classes
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["labels"] == 40
+
+    evaluated = json.loads(say(capsys, "eval", "run", "--json"))
+    assert evaluated["images"] == 2 * each
+    if each > 10:
+        assert evaluated["test_accuracy"] > 90
+    say(capsys, "predict", "run", root / "test", "--csv", "out.csv")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["file", "class", *classes] and [row[0] for row in rows] == sorted(map(str, root.glob("test/*/*")))
+    predicted = np.array([row[2:] for row in rows], float)
+    assert [row[1] for row in rows] == [classes[c] for c in predicted.argmax(1)]
+
+    images = np.stack([resized(rgb(Path(row[0]).read_bytes())[0], int(size)) for row in rows])
+    data = open_folder(root)
+    for to in export.SUFFIXES:
+        say(capsys, "export", "run", "--to", to)
+        path = tmp_path / "run" / f"model{export.SUFFIXES[to]}"
+        np.testing.assert_allclose(by_export(path, images), predicted, atol=1e-5, err_msg=to)
+        right = by_export(path, np.asarray(data.test_images)).argmax(1) == data.test_labels
+        assert 100 * right.mean() == pytest.approx(evaluated["test_accuracy"])
+
+
+def test_a_folders_run_goes_on(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    say(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
+    image = photos / "test" / "china" / "china 8.jpg"
+    assert set(json.loads(say(capsys, "predict", "run", image, "--json"))["probabilities"]) == {"china", "flower"}
+
+
+def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    say(capsys, "data", "prepare", photos, "--size", 24)
+    told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
+    assert "run was begun with other images" in told
+
+
+def test_a_class_prior(capsys, photos, tmp_path):
+    path = tmp_path / "prior.json"
+    path.write_text(json.dumps({"flower": 3, "china": 1}))
+    assert read_prior(path, ("china", "flower")) == (0.25, 0.75)
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--class-prior", path, "--out", "run", *QUICK)
+    assert load_config(tmp_path / "run" / "config.json").class_distribution == (0.25, 0.75)
+    for text, words in [
+        ('{"flower": 1}', "differs in china"),
+        ('{"flower": 1, "china": 1, "dog": 0}', "differs in dog"),
+        ('{"flower": 0, "china": 0}', "not all 0"),
+        ('{"flower": "1", "china": 1}', "class names and numbers"),
+        ('{"flower": true, "china": 1}', "class names and numbers"),
+        ('{"flower": Infinity, "china": 1}', "finite numbers"),
+        ('{"flower": NaN, "china": 1}', "finite numbers"),
+        ("{", "cannot be read"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_prior(path, ("china", "flower"))
+
+
+def test_an_interruption_says_how_to_go_on(capsys, photos, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.folder.decode", interrupted)
+    told = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
+    assert told == "remixmatch: interrupted; the same command goes on from there\n"
+
+
+def test_what_is_left_out_is_said(capsys, photos):
+    (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
+    (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
+    (photos / "stray.jpg").write_bytes(b"")
+    for flags in ([], ["--again"], []):
+        capsys.readouterr()
+        cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
+        told = capsys.readouterr().err
+        assert "remixmatch: test/china/half.jpg is left out: image file is truncated" in told
+        assert "remixmatch: 1 files cannot be read and were left out\n" in told
+        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, in training and in test" in told
+        assert "remixmatch: 1 image files are left out, since they are neither in train/CLASS/ " in told
+        assert told.rstrip().endswith("nor in unlabeled/: stray.jpg")
+
+
+def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatch):
+    root = photos.rename(tmp_path / "my photos")
+    prepared = say(capsys, "data", "prepare", root, "--size", 16)
+    assert prepared.endswith(f"train on it: remixmatch train folder --data '{root}'\n")
+    assert say(capsys, "data", "list").splitlines()[-1].startswith(f"{root}: 32 training images")
+    (cached,) = (data_dir / "folders").glob("my*")
+    (data_dir / "folders" / ".other.partial").mkdir()
+    os.truncate(cached / "train_images.npy", 1000)
+    again = "prepare it again: remixmatch data prepare FOLDER --size SIZE"
+    assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes instead of 24704; {again}")
+
+    say(capsys, "data", "prepare", root, "--size", 16)
+    content = bytearray((cached / "train_images.npy").read_bytes())
+    content[-1] ^= 1
+    (cached / "train_images.npy").write_bytes(content)
+    told = fails(capsys, "data", "info", root, "--verify")
+    again = f"remixmatch data prepare '{root}' --size 16 --again"
+    assert told.endswith(f"train_images.npy is damaged: its checksum differs; prepare it again: {again}\n")
+    say(capsys, *shlex.split(again)[1:])
+    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+
+
+def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "is_dir", refuse)
+        for command in (["data", "list"], ["data", "info", photos], ["train", "folder", "--data", photos]):
+            assert "cannot be read (Permission denied)" in fails(capsys, *command)
+    monkeypatch.setattr(cache.np, "load", refuse)
+    assert "cannot be read ([Errno 13] Permission denied" in fails(capsys, "data", "info", photos)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "timm:resnet5"], "has no such model; did you mean resnet50"),
+        (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
+        (["--split", "paper", "--labels", 17], "--labels: labels must be from 1 to the 16 that there are, got 17"),
+        (["--split", "balanced", "--labels", 18], "18 labels need 9 images of every class, but class china has 8"),
+        (["--max-shift", 16], "--max-shift must be less than the images' 16 pixels, got 16"),
+        (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
+    ],
+)
+def test_what_a_folder_cannot_be_trained_with(capsys, photos, tmp_path, flags, words):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    network = [] if "--network" in flags else ["--width", 8, "--blocks", 1]
+    told = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
+    assert words in told and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    (photos / "unlabeled" / "china 10.jpg").unlink()
+    told = f"photos has changed since it was prepared: unlabeled/china 10.jpg is gone; remixmatch data prepare {photos}"
+    for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
+        assert f"{told} --size 16" in fails(capsys, *command)
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    assert "8 images" in say(capsys, "eval", "run")
+
+
+def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
+    """Whether the folder has changed, was prepared with other classes and another size, or has gone."""
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    image = shutil.copy(photos / "test/china/china 8.jpg", "image.jpg")
+    predict, evaluate = ["predict", "run", image], ["eval", "run"]
+    predicted = say(capsys, *predict)
+
+    shutil.copytree(photos / "train/china", photos / "train/a third")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "data", "prepare", photos, "--size", 24)
+    assert say(capsys, *predict) == predicted
+    told = (
+        "trained on images of 16x16 pixels of 2 classes, and its data has 24x24 pixels of 3 classes now, which differ"
+    )
+    assert f"{told} in a third" in fails(capsys, *evaluate)
+
+    shutil.rmtree(photos)
+    shutil.rmtree(tmp_path / "data")
+    assert say(capsys, *predict) == predicted
+    say(capsys, "export", "run", "--to", "safetensors")
+    assert export.load_safetensors(tmp_path / "run/model.safetensors")[1:] == (("china", "flower"), (16, 16))
+    assert "photos is not a folder" in fails(capsys, *evaluate)
+
+
+def test_class_names_of_a_run_of_an_earlier_version_are_its_datas(capsys, photos, tmp_path):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    split = json.loads((tmp_path / "run/split.json").read_text())
+    del split["class_names"], split["sides"]
+    (tmp_path / "run/split.json").write_text(json.dumps(split))
+    assert "8 images" in say(capsys, "eval", "run")
+    assert "china" in say(capsys, "predict", "run", photos / "test/china/china 8.jpg")
+
+
+def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
+    flag = ["--data-dir", "an other"]
+    monkeypatch.setattr(cache, "_flag", "")  # so that it is put back
+    told = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
+    assert told.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
+    assert (tmp_path / "an other" / "folders").is_dir() and not data_dir.exists()
+    assert cache.data_dir() == tmp_path / "an other"
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK, *flag)
+    monkeypatch.setenv("REMIXMATCH_DATA", str(data_dir))
+    assert "there is no data in" in fails(capsys, "eval", "run")
+    assert "8 images" in say(capsys, "eval", "run", *flag)
+    told = fails(capsys, "data", "info", "cifar10", *flag)
+    assert told.endswith("prepare it: remixmatch data prepare cifar10 --data-dir 'an other'\n")
+
+
+def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):
+    folder = data_dir / "cifar10"
+    with cache.writing(folder) as temporary:
+        for part, rows in (("train", 250), ("test", 20)):
+            cache.array(temporary, f"{part}_images", (rows, 32, 32, 3))
+            cache.save(temporary, f"{part}_labels", np.arange(rows) % 10)
+        cache.finish(temporary, "cifar10", tuple("abcdefghij"))
+    told = say(capsys, "train", "cifar10-250", "--out", "run", *QUICK, "--lag", "8")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["paper_error"] == 6.27 and summary["paper_deviation"] == 0.34
+    assert summary["error"] == 100 - summary["median_last_20"]
+    assert summary["difference_to_paper"] == pytest.approx(summary["error"] - 6.27)
+    assert summary["same_settings_as_paper"] is False
+    line = told.splitlines()[-1]
+    error = summary["error"]
+    assert line.startswith("test error: paper 6.27 ± 0.34 % (ReMixMatch (arXiv 1911.09785), table 1), ours")
+    assert f"ours {error:.2f} %" in line
+    assert line.endswith(f"difference {error - 6.27:+.2f} points, with other settings than the preset's")
+
+
+def test_narrow_networks_on_large_images_are_refused(capsys, photos):
+    """Whose gradients torch computes wrongly on some CPUs, past its buffers."""
+    say(capsys, "data", "prepare", photos, "--size", 80)
+    flags = [flag for flag in QUICK if flag not in ("--width", "8")]
+    told = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
+    assert "--width must be at least 16 for images of more than 72 pixels, got 8" in told
+
+
+def test_a_summary_says_that_test_images_were_held_out(capsys, photos, tmp_path):
+    (photos / "test").rename(tmp_path / "elsewhere")
+    assert "2 labeled images are held out" in say(capsys, "data", "prepare", photos, "--size", 16)
+    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    assert "tested on 2 labeled images that were held out" in told
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_test_images"] == 2

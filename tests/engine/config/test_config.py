@@ -1,0 +1,104 @@
+"""Presets, and one clear line for every value that cannot work."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from engine.config.config import Config, changed_fields, config_json, load_config, validate
+from engine.config.presets import PRESETS, preset
+from engine.errors import UserError
+from engine.training.feed import plan_spec
+from pipelines.datasets import digits
+
+
+def test_every_preset_is_valid_and_carries_its_name():
+    for name, config in PRESETS.items():
+        validate(config)
+        assert config.preset == name
+
+
+def test_defaults_are_the_papers():
+    c = Config()
+    assert (c.batch, c.k, c.temperature, c.mixup_alpha) == (64, 8, 0.5, 0.75)
+    assert (c.w_u, c.w_u1, c.w_rot, c.ramp_kimg) == (1.5, 0.5, 0.5, 1024)
+    assert (c.lr, c.weight_decay, c.ema_decay, c.marginal_decay, c.bn_momentum) == (0.002, 0.02, 0.999, 0.999, 0.001)
+    assert (c.scales, c.blocks, c.width, c.bn) == (3, 4, 32, "joint")
+
+
+def test_supervised_differs_from_its_preset_in_the_method_alone():
+    changed = changed_fields(preset("digits-40"), preset("digits-40-supervised"))
+    assert {line.split()[0] for line in changed} == {"preset", "method"}
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean digits-40"):
+        preset("digit-40")
+    with pytest.raises(UserError, match="there are digits-40, digits-10"):
+        preset("zzz")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=0), "--k must be at least 1, got 0"),
+        (dict(batch=0), "--batch must be at least 1"),
+        (dict(steps=-1), "--steps must be at least 1"),
+        (dict(width=7), "--width must be at least 8, got 7: .* wrong gradients on CPUs without AVX-512"),
+        (dict(temperature=0.0), "--temperature must be more than 0"),
+        (dict(lr=float("nan")), "--lr must be more than 0"),
+        (dict(w_u=float("nan")), "--w-u must be at least 0"),
+        (dict(seed=2**64), "--seed must be less than"),
+        (dict(class_distribution=(0.5, 0.6)), "must be probabilities that sum to 1, got 0.5 0.6"),
+        (dict(ema_decay=1.5), "--ema-decay must lie between 0 and 1"),
+        (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
+        (dict(lag=23, prefetch=2), "--lag must be at least \\(prefetch \\+ 1\\) \\* view_steps = 24"),
+        (dict(bn="split", bn_groups=5), "--bn-groups must be a multiple"),
+        (dict(bn="split", bn_groups=2, micro_batches=4), "--bn-groups must be a multiple of the 4 micro-batches"),
+        (dict(bn="sync", micro_batches=2), "--bn sync needs all rows of a step at once"),
+        (dict(micro_batches=0), "--micro-batches must be at least 1"),
+        (dict(micro_batches=3), "--batch 16 cannot be shared by 3 micro-batches"),
+        (dict(bn="split", bn_groups=8), "at least 4 rows a group"),
+    ],
+)
+def test_values_that_cannot_work(changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(dataclasses.replace(preset("digits-40"), **changes))
+
+
+def test_batch_must_be_shared_evenly():
+    with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
+        validate(preset("digits-40"), ranks=3)
+
+
+def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
+    config = dataclasses.replace(preset("digits-40"), micro_batches=2)
+    validate(config, ranks=4)
+    assert [config.micro_batches_of(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
+    with pytest.raises(UserError, match="--micro-batches must be a multiple of the 2 ranks, got 3"):
+        validate(dataclasses.replace(config, batch=12, micro_batches=3), ranks=2)
+
+
+def test_plans_are_drawn_for_the_ctaugment_of_the_configuration(tiny):
+    data, split = digits(), np.arange(40)
+    for ctaugment in ("paper", "code"):
+        spec = plan_spec(tiny(ctaugment=ctaugment), data, split)
+        assert (spec.ctaugment, spec.side) == (ctaugment, 16)
+
+
+def test_configuration_survives_the_file(tmp_path):
+    config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7, class_distribution=(0.1,) * 10)
+    path = tmp_path / "config.json"
+    path.write_text(config_json(config))
+    assert load_config(path) == config
+    assert changed_fields(config, dataclasses.replace(config, k=4, align=False)) == ["k 2 -> 4", "align True -> False"]
+
+
+@pytest.mark.parametrize("text", ["{", '{"steps": 3, "colour": 1}', "[1]"])
+def test_foreign_configuration(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not a configuration of this version"):
+        load_config(path)
+    with pytest.raises(UserError, match="holds no run"):
+        load_config(tmp_path / "elsewhere" / "config.json")

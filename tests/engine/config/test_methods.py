@@ -1,0 +1,344 @@
+"""Other methods and ablations: each against a plain form of its paper, in float64, on the same views and numbers."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.api import train
+from engine.commands import main as cli
+from engine.config import methods
+from engine.config.config import load_config, validate
+from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
+from engine.config.presets import PRESETS, preset
+from engine.errors import UserError
+from engine.method.batch_layout import step_plan
+from engine.run import _published
+from engine.runs.folder import default_folder
+from engine.training.feed import arrange_rows, plan_spec
+from engine.training.step import METRICS, Step, StepInput, make_state
+from pipelines.ctaugment import initial_weights
+from pipelines.data_set import DataSet
+from pipelines.plan import make_plan
+
+CLASSES, START = 5, 40
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config_of(tiny):
+    """`config_of("fixmatch", "k=2", mu=2)`: a small configuration in double precision."""
+
+    def make(method, *ablations, **changes):
+        base = with_method(tiny(precision="fp64", ramp_kimg=1.0), method)
+        return dataclasses.replace(ablate(base, *ablations), **changes)
+
+    return make
+
+
+class Bench:
+    """One step of a method on made-up views, its gradients kept, and all that a plain form needs."""
+
+    def __init__(self, config, precision=torch.float64, compiled=False):
+        validate(config)
+        rng = torch.Generator().manual_seed(3)
+        images = np.zeros((60, 8, 8, 3), np.uint8)
+        data = DataSet("made up", tuple("abcde"), images, np.arange(60) % CLASSES, images[:1], np.zeros(1, np.int64))
+        spec = plan_spec(config, data, np.arange(20))
+        self.config = config
+        self.plan = make_plan(spec, 0, START, initial_weights())
+        self.labels = np.random.default_rng(1).integers(CLASSES, size=config.batch)
+        state = make_state(config, CLASSES, CPU)
+        for p in [*state.network.parameters(), *state.ema_model.parameters()]:
+            p.data += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+        state.p_model_history.copy_(torch.rand(128, CLASSES, generator=rng).softmax(-1))
+        state.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
+        state.step.fill_(START)
+        self.before = copy.deepcopy(state)
+        views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
+        rows = arrange_rows(config, spec, 0, 1)
+        step = Step(config, state, rows, precision, compiled)
+        state.optimizer.step, state.optimizer.zero_grad = lambda: None, lambda: None  # gradients stay where they are
+        output = step(StepInput.pack(views[rows.views], step_plan(rows, self.plan, self.labels), CPU))
+        self.metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
+        self.omega = output.omega
+        self.state = state
+        # blocks of images, normalised, in double precision: (mu B or B, 3, 8, 8)
+        images = (views.double() / 127.5 - 1).permute(0, 3, 1, 2)
+        unlabeled = config.mu * config.batch if config.unlabeled else 0
+        sizes = [config.batch] + [unlabeled] * (config.k + (config.anchor != "none")) * config.unlabeled
+        self.x, *self.u = images[: sum(sizes)].split(sizes)
+        self.one_hot = F.one_hot(torch.tensor(self.labels), CLASSES).double()
+
+    def network(self):
+        """f before the step."""
+        return copy.deepcopy(self.before.network)
+
+    def guess(self, images):
+        """softmax(f(images)) of one pass in training mode, which nothing learns from."""
+        with torch.no_grad():
+            return self.network()(images)[0].softmax(-1)
+
+    def align(self, q):
+        p, p_model = self.before.label_marginal.double(), self.before.p_model_history.double().mean(0)
+        aligned = q * (p + 1e-6) / (p_model + 1e-6)
+        return aligned / aligned.sum(-1, keepdim=True)
+
+    def mix(self, blocks, targets):
+        """MixMatch's mixup of the blocks, as planned: images and targets."""
+        images, targets = torch.cat(blocks), torch.cat(targets)
+        lam, perm = torch.tensor(self.plan.lam).double(), torch.tensor(self.plan.perm)
+        wide = lam[:, None, None, None]
+        return wide * images + (1 - wide) * images[perm], lam[:, None] * targets + (1 - lam[:, None]) * targets[perm]
+
+    @property
+    def ramp(self):
+        return min(1.0, START * self.config.batch / 1024 / 1.0)
+
+    def assert_same(self, network, loss_x, loss_u, loss_u1=0.0, loss_rot=0.0, loss=None):
+        """Losses, and the gradient of every parameter."""
+        loss.backward()
+        expected = [float(torch.as_tensor(each).detach()) for each in (loss, loss_x, loss_u, loss_u1, loss_rot)]
+        found = [self.metrics[name] for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        for (name, mine), theirs in zip(self.state.network.named_parameters(), network.parameters(), strict=True):
+            expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            found = torch.zeros_like(mine) if mine.grad is None else mine.grad
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+def cross_entropy(logits, targets):
+    return -(targets * logits.log_softmax(-1)).sum(-1)
+
+
+def sharpen(q, temperature):
+    powers = q ** (1 / temperature)
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def test_mixmatch_is_algorithm_1_of_its_paper(config_of):
+    bench = Bench(config_of("mixmatch"))
+    u_1, u_2 = bench.u
+    q = sum(bench.guess(torch.cat([u_1, u_2])).chunk(2)) / 2
+    target = sharpen(q, 0.5)
+    images, targets = bench.mix([bench.x, u_1, u_2], [bench.one_hot, target, target])
+    network = bench.network()
+    logits = network(images)[0]
+    batch = len(bench.x)
+    loss_x = cross_entropy(logits[:batch], targets[:batch]).mean()
+    loss_u = (logits[batch:].softmax(-1) - targets[batch:]).square().mean()
+    bench.assert_same(network, loss_x, loss_u, loss=loss_x + 75 * bench.ramp * loss_u)
+    history = bench.before.p_model_history.double()
+    history[START] = q.mean(0)
+    np.testing.assert_allclose(bench.state.p_model_history, history, rtol=1e-6)
+    assert bench.omega.shape == (0,) and bench.metrics["omega"] == 0 and bench.metrics["guesses_used"] == 1
+
+
+@pytest.mark.parametrize(("k", "mu"), [(1, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95])
+def test_fixmatch_is_equations_3_and_4_of_its_paper(config_of, k, mu, threshold):
+    bench = Bench(config_of("fixmatch", k=k, mu=mu, threshold=threshold))
+    u_weak, *u_strong = bench.u
+    assert len(u_weak) == mu * len(bench.x) and len(u_strong) == k
+    q = bench.guess(u_weak)
+    mask = (q.amax(-1) >= threshold).double()
+    network = bench.network()
+    logits = network(torch.cat([bench.x, *u_strong]))[0]
+    loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
+    of_views = logits[len(bench.x) :].chunk(k)
+    loss_u = sum((mask * F.cross_entropy(view, q.argmax(-1), reduction="none")).mean() for view in of_views) / k
+    bench.assert_same(network, loss_x, loss_u, loss=loss_x + loss_u)
+    assert bench.metrics["guesses_used"] == pytest.approx(float(mask.mean()))
+    assert bench.metrics["confidence"] == pytest.approx(float(mask.any()))
+    assert bench.omega.shape == bench.labels.shape
+
+
+@pytest.mark.parametrize(("k", "mu"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_uda_is_the_divergence_from_sharpened_confident_predictions(config_of, k, mu, threshold):
+    bench = Bench(config_of("uda", k=k, mu=mu, threshold=threshold))
+    u_weak, *u_strong = bench.u
+    q = bench.guess(u_weak)
+    mask, target = (q.amax(-1) >= threshold).double(), sharpen(q, 0.4)
+    network = bench.network()
+    logits = network(torch.cat([bench.x, *u_strong]))[0]
+    loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
+    loss_u = 0.0
+    for view in logits[len(bench.x) :].chunk(k):
+        loss_u = loss_u + (mask * F.kl_div(view.log_softmax(-1), target, reduction="none").sum(-1)).mean() / k
+    bench.assert_same(network, loss_x, loss_u, loss=loss_x + loss_u)
+
+
+def test_pseudo_labels_are_confident_predictions_of_the_same_images(config_of):
+    bench = Bench(config_of("pseudo-label", threshold=0.5))
+    (u,) = bench.u
+    q = bench.guess(u)
+    network = bench.network()
+    logits = network(torch.cat([bench.x, u]))[0]
+    loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
+    loss_u = ((q.amax(-1) >= 0.5) * F.cross_entropy(logits[len(bench.x) :], q.argmax(-1), reduction="none")).mean()
+    assert 0 < bench.metrics["guesses_used"] < 1, "both kinds of guesses, or the threshold is not tested"
+    bench.assert_same(network, loss_x, loss_u, loss=loss_x + bench.ramp * loss_u)
+
+
+@pytest.mark.parametrize("labeled_augment", ["strong", "weak", "none"])
+def test_supervised_is_cross_entropy_with_or_without_mixup(config_of, labeled_augment):
+    for alpha in (0.0, 0.75):
+        bench = Bench(config_of("supervised", labeled_augment=labeled_augment, mixup_alpha=alpha))
+        images, targets = bench.mix([bench.x], [bench.one_hot])
+        assert alpha or torch.equal(images, bench.x)
+        network = bench.network()
+        loss_x = cross_entropy(network(images)[0], targets).mean()
+        bench.assert_same(network, loss_x, 0.0, loss=loss_x)
+
+
+@pytest.mark.parametrize("names", [["no-rotation"], ["no-premixup"], ["no-rotation", "no-premixup"], ["l2"],
+                                   ["no-mixup"], ["mean-guess"], ["weak-only"], ["no-alignment"],
+                                   ["k=4"]], ids=" ".join)  # fmt: skip
+def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
+    bench = Bench(config_of("remixmatch", *names))
+    u_weak, u_1, *others = bench.u
+    q = bench.guess(u_weak)
+    if "mean-guess" in names or "weak-only" in names:
+        q = torch.stack(bench.guess(torch.cat(bench.u)).chunk(len(bench.u))).mean(0)
+    target = sharpen(q if "no-alignment" in names else bench.align(q), 0.5)
+    images, targets = bench.mix([bench.x, *bench.u], [bench.one_hot] + [target] * len(bench.u))
+    assert torch.equal(images, torch.cat([bench.x, *bench.u])) == ("no-mixup" in names)
+    premixup, rotation = "no-premixup" not in names, "no-rotation" not in names
+    turned = [torch.rot90(image, int(k), (1, 2)) for image, k in zip(u_1, bench.plan.rotations, strict=True)]
+    network, batch = bench.network(), len(bench.x)
+    passed = torch.cat([images, *[u_1] * premixup, *[torch.stack(turned)] * rotation])
+    logits, rotation_logits = network(passed)
+    loss_x = cross_entropy(logits[:batch], targets[:batch]).mean()
+    of_u = slice(batch, len(images))
+    loss_u = cross_entropy(logits[of_u], targets[of_u]).mean()
+    weight = 1.5
+    if "l2" in names:
+        loss_u, weight = (logits[of_u].softmax(-1) - targets[of_u]).square().mean(), 75.0
+    loss_u1 = cross_entropy(logits[len(images) :][:batch], target).mean() if premixup else 0.0
+    loss_rot = F.cross_entropy(rotation_logits[-batch:], torch.tensor(bench.plan.rotations)) if rotation else 0.0
+    loss = loss_x + weight * bench.ramp * loss_u + 0.5 * bench.ramp * loss_u1 + 0.5 * loss_rot
+    bench.assert_same(network, loss_x, loss_u, loss_u1, loss_rot, loss)
+    assert len(others) == (3 if "k=4" in names else 1)
+
+
+def test_without_an_average_the_network_itself_is_evaluated(config_of):
+    plain, averaged = (Bench(config_of("remixmatch", *names)).state for names in (["no-ema"], []))
+    for state, same in ((plain, True), (averaged, False)):
+        pairs = zip(state.ema_model.parameters(), state.network.parameters(), strict=True)
+        assert all(torch.equal(ema, own) for ema, own in pairs) == same
+    for state in (plain, averaged):
+        pairs = zip(state.ema_model.buffers(), state.network.buffers(), strict=True)
+        assert all(torch.equal(ema, own) for ema, own in pairs)
+
+
+def test_augmentation_ablations_change_the_views_that_their_names_say(config_of):
+    def augmented(*names, method="remixmatch", **changes):
+        """Blocks of views with strong transformations, and those with any translation."""
+        bench = Bench(config_of(method, *names, max_shift=3, **changes))
+        blocks = 8
+        strong = bench.plan.views.ops.any(-1).reshape(-1, blocks).any(-1)
+        moved = bench.plan.views.shift.any(-1).reshape(-1, blocks).any(-1)
+        return strong.tolist(), moved.tolist()
+
+    # x, u_weak, u_1, u_2, probe
+    assert augmented() == ([True, False, True, True, True], [True] * 5)
+    assert augmented("no-weak") == ([True] * 5, [True] * 5)
+    assert augmented("randaugment") == ([True, False, True, True], [True] * 4)
+    assert augmented("no-strong") == ([False] * 4, [True] * 4)
+    assert augmented("weak-only") == ([False] * 4, [True] * 4)
+    assert augmented(anchor_augment="none") == ([True, False, True, True, True], [True, False, True, True, True])
+    assert augmented(method="mixmatch") == ([False] * 3, [True] * 3)
+    assert augmented(method="fixmatch", mu=1) == ([False, False, True, True], [True] * 4)
+    assert augmented(method="supervised", labeled_augment="none", augment="none") == ([False], [False])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_every_preset_is_valid(name, method):
+    validate(with_method(preset(name), method))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_changes_the_paper_s_preset_and_is_valid(name):
+    config = ablate(preset("cifar10-250"), name)
+    validate(config)
+    assert (config == preset("cifar10-250")) == (name == "k=8")
+
+
+def parsed(*flags):
+    return cli.parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
+
+
+def test_flags_override_the_method_and_the_ablations_that_they_name():
+    assert parsed("--method", "fixmatch") == with_method(preset("cifar10-250"), "fixmatch")
+    changed = parsed("--mu", "3", "--method", "fixmatch", "--k", "2")
+    assert changed == dataclasses.replace(with_method(preset("cifar10-250"), "fixmatch"), mu=3, k=2)
+    assert parsed("--ablate", "k=4", "no-rotation") == ablate(preset("cifar10-250"), "k=4", "no-rotation")
+    assert parsed("--ablate", "l2", "--w-u", "10").w_u == 10
+    assert parsed() == preset("cifar10-250")
+    svhn = with_method(preset("svhn-250"), "mixmatch")
+    assert (svhn.w_u, with_method(preset("cifar10-250"), "mixmatch").w_u) == (250, 75)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("k=3",), "unknown ablation 'k=3'; did you mean"), (("k=4", "k=2"), "k cannot be both 4 and 2")],
+)
+def test_mistaken_ablations(names, message):
+    with pytest.raises(UserError, match=message):
+        ablate(preset("cifar10-250"), *names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(anchor="none"), "needs --guess mean"),
+        (dict(anchor="guess-only", guess="mean"), "needs --anchor trained or none"),
+        (dict(threshold=0.5, unlabeled_loss="l2"), "not of --unlabeled-loss l2"),
+        (dict(threshold=1.5), "--threshold must lie between 0 and 1"),
+        (dict(mu=0), "--mu must be at least 1"),
+        (dict(mixup_alpha=-1.0), "--mixup-alpha must be at least 0"),
+        (dict(bn_stats="pool", network="timm:resnet18"), "--bn-stats pool is for the Wide ResNet"),
+    ],
+)
+def test_fields_that_contradict_each_other(tiny, changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(tiny(**changes))
+
+
+def test_an_unknown_method_is_named_with_the_nearest():
+    with pytest.raises(UserError, match="unknown method 'fixmach'; did you mean fixmatch"):
+        methods.with_method(preset("digits-40"), "fixmach")
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("method", ["fixmatch", pytest.param("mixmatch", marks=pytest.mark.long)])
+def test_compiled_steps_of_other_methods_are_eager_ones(tiny, method):
+    torch._dynamo.reset()
+    config = with_method(tiny(scales=1, blocks=1, ramp_kimg=1.0), method)
+    eager, compiled = (Bench(config, torch.float32, compiled) for compiled in (False, True))
+    for name, value in eager.metrics.items():
+        assert compiled.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for mine, theirs in zip(eager.state.network.parameters(), compiled.state.network.parameters(), strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_api_trains_methods_and_ablations(tmp_path):
+    small = dict(steps=1, batch=8, width=8, device="cpu")
+    train("digits-40", out=tmp_path / "run", method="fixmatch", mu=1, ablate=["no-alignment", "k=4"], **small)
+    expected = ablate(with_method(preset("digits-40"), "fixmatch"), "no-alignment", "k=4")
+    assert load_config(tmp_path / "run" / "config.json") == dataclasses.replace(expected, mu=1, **small)
+
+
+def test_runs_of_other_methods_have_folders_and_figures_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = preset("cifar10-250")
+    assert str(default_folder(config, resume=False)) == "runs/cifar10-250-seed0"
+    assert str(default_folder(with_method(config, "fixmatch"), resume=False)) == "runs/cifar10-250-fixmatch-seed0"
+    assert str(default_folder(preset("digits-40-supervised"), resume=False)) == "runs/digits-40-supervised-seed0"
+    assert _published(config, 94.0)["paper_error"] == 6.27 and not _published(with_method(config, "fixmatch"), 94.0)

@@ -1,0 +1,232 @@
+"""Predictions of files and folders, exports loaded again in their own ways, and the Python API."""
+
+import csv
+import io
+import json
+import os
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from engine import run
+from engine.api import load, train
+from engine.commands import main as cli
+from engine.config.presets import preset
+from engine.errors import UserError
+from engine.inference import export, predict
+from pipelines.datasets import digits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of a few steps, made by the API."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    small = dict(steps=30, batch=8, k=1, width=8, device="cpu", eval_every=30, log_every=10)
+    made = train("digits-40", out=folder, **small)
+    assert (
+        made.folder == folder
+        and made.summary["steps"] == 30 == json.loads((folder / "summary.json").read_text())["steps"]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images():
+    return digits().test_images[:9]
+
+
+@pytest.fixture(scope="module")
+def expected(trained, images):
+    """Probabilities by the network itself, image by image."""
+    network = run.load_ema_model(trained).network
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return torch.cat([network(image[None])[0].softmax(-1) for image in pixels]).numpy()
+
+
+@pytest.fixture
+def folder(tmp_path, images):
+    """Nine digits, some of them deeper down, one damaged file and one that is no image."""
+    root = tmp_path / "new"
+    (root / "deeper down ü").mkdir(parents=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(root / ("deeper down ü" if number > 6 else "") / f"{number}.png")
+    (root / "5b.png").write_bytes(b"nothing")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def order(root):
+    """Numbers of the images in the order of their sorted names."""
+    return [int(path.stem) for path in sorted(root.rglob("*.png")) if path.stem != "5b"]
+
+
+def test_a_folder_becomes_a_table(trained, folder, tmp_path, expected, capsys):
+    table = tmp_path / "out.csv"
+    table.write_text("what was there")
+    cli.main(["predict", str(trained), str(folder), "--csv", str(table), "--batch", "4"])
+    told = capsys.readouterr()
+    assert told.out == f"{table}: 9 of 10 images\n"
+    assert "5b.png cannot be read as an image" in told.err and "1 of 10 files cannot be read" in told.err
+    with table.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["file", "class", *map(str, range(10))] and len(rows) == 9
+    for row, number in zip(rows, order(folder), strict=True):
+        assert row[0].endswith(f"{number}.png") and row[1] == str(expected[number].argmax())
+        np.testing.assert_allclose(np.array(row[2:], float), expected[number], atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_folders_and_files_together_as_json_lines(trained, folder, expected, capsys):
+    cli.main(["predict", str(trained), str(folder), str(folder / "3.png"), "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 10 and rows[-1]["image"] == str(folder / "3.png")
+    assert list(rows[-1]["probabilities"].values()) == pytest.approx(expected[3].tolist(), abs=1e-5)
+
+
+def test_names_of_any_bytes_and_letters(trained, tmp_path, images, monkeypatch):
+    names = ["a b.png", os.fsdecode(b"\xff.png"), "é 猫.png"]
+    for name in names:
+        Image.fromarray(images[0]).save(tmp_path / name)
+    content = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(content, encoding="ascii"))
+    cli.main(["predict", str(trained), str(tmp_path)])
+    lines = content.getvalue().decode().splitlines()
+    for line, name in zip(lines, [r"a b", r"\xe9 \u732b", r"\udcff"], strict=True):
+        assert line.startswith(f"{tmp_path}/{name}.png: ")
+    cli.main(["predict", str(trained), str(tmp_path), "--csv", str(tmp_path / "out.csv")])
+    rows = (tmp_path / "out.csv").read_bytes().splitlines()[1:]
+    assert {row.split(b",")[0] for row in rows} == {os.fsencode(tmp_path / name) for name in names}
+
+
+def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(trained, tmp_path, images, monkeypatch):
+    for name in ("a.png", ".b.png", ".hidden/c.png", "d/e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(images[0]).save(tmp_path / name)
+    found, several = predict.find_images([tmp_path])
+    assert found == [tmp_path / "a.png", tmp_path / "d" / "e.png"] and several
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path) == str(tmp_path / "d"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"d cannot be read \(Permission denied\)"):
+        predict.find_images([tmp_path])
+
+
+def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"")
+    for arguments, words in [
+        ([], "predict needs at least one image"),
+        ([tmp_path / "bad"], "no image could be read"),
+        ([folder / "deeper down ü", tmp_path / "no.png"], ""),
+        ([folder / "5b.png"], "5b.png cannot be read as an image"),
+        ([folder, "--csv", tmp_path / "no" / "out.csv"], "out.csv cannot be written (No such file"),
+        ([folder, "--batch", "0"], "--batch must be at least 1"),
+    ]:
+        if not words:
+            cli.main(["predict", str(trained), *map(str, arguments)])
+            assert "no.png: no such file; left out" in capsys.readouterr().err
+            continue
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["predict", str(trained), *map(str, arguments)])
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    (tmp_path / "before.csv").write_text("as it was")
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(trained), str(tmp_path / "bad"), "--csv", str(tmp_path / "before.csv")])
+    assert (tmp_path / "before.csv").read_text() == "as it was"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image file in"):
+        predict.find_images([tmp_path / "empty"])
+
+
+def exported(trained, to, *flags):
+    cli.main(["export", str(trained), "--to", to, *flags])
+    return trained / f"model{export.SUFFIXES[to]}"
+
+
+BATCHES = (1, 2, 9)
+
+
+def test_safetensors_rebuild_the_network(trained, images, expected):
+    model, classes, sides = export.load_safetensors(exported(trained, "safetensors"))
+    assert classes == tuple("0123456789") and sides == (16, 16)
+    with torch.no_grad():
+        for rows in BATCHES:
+            found = model(torch.from_numpy(images[:rows])).numpy()
+            np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
+
+
+def test_a_program_of_torch_takes_any_batch(trained, images, expected):
+    program = torch.export.load(exported(trained, "torch")).module()
+    for rows in BATCHES:
+        np.testing.assert_allclose(
+            program(torch.from_numpy(images[:rows])).detach().numpy(), expected[:rows], atol=1e-5
+        )
+
+
+def test_onnx_takes_any_batch(trained, images, expected):
+    session = onnxruntime.InferenceSession(exported(trained, "onnx"), providers=["CPUExecutionProvider"])
+    for rows in BATCHES:
+        (found,) = session.run(["probabilities"], {"images": images[:rows]})
+        np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
+        assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("to", export.SUFFIXES)
+def test_metadata_say_what_the_file_is(trained, tmp_path, to):
+    path = tmp_path / f"mine{export.SUFFIXES[to]}"
+    path.write_text("what was there")
+    cli.main(["export", str(trained), "--to", to, "--out", str(path)])
+    metadata = export.read_metadata(path)
+    assert json.loads(metadata["classes"]) == list("0123456789") and json.loads(metadata["sides"]) == [16, 16]
+    assert metadata["preset"] == "digits-40" and json.loads(metadata["config"])["width"] == 8
+    assert "uint8" in metadata["input"] and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_exports_that_cannot_be(trained, tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="cannot be read"):
+        export.load_safetensors(tmp_path / "no.safetensors")
+    with pytest.raises(UserError, match="is not a model that remixmatch export has written"):
+        export.load_safetensors(trained / "ema.safetensors")
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(trained), "--out", str(tmp_path / "no" / "model.safetensors")])
+    assert "cannot be written" in capsys.readouterr().err
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(trained), "--to", "onnx"])
+    assert "pip install 'remixmatch-engine[onnx]'" in capsys.readouterr().err
+
+
+def test_the_api_predicts_arrays_files_and_folders(trained, images, folder, expected):
+    model = load(trained)
+    assert model.classes == tuple("0123456789") and model.side == 16
+    np.testing.assert_allclose(model.predict(images), expected, atol=1e-5)
+    (folder / "5b.png").unlink()
+    np.testing.assert_allclose(model.predict([folder]), expected[order(folder)], atol=1e-5)
+    np.testing.assert_allclose(model.predict([str(folder / "2.png")]), expected[2:3], atol=1e-5)
+    with pytest.raises(ValueError, match=r"must be \(N, 16, 16, 3\) uint8, got \(1, 8, 8, 3\)"):
+        model.predict(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_the_api_tells_mistakes_as_the_command_line_does(trained, tmp_path):
+    with pytest.raises(UserError, match="no field of the configuration: sed"):
+        train("digits-40", sed=1)
+    with pytest.raises(UserError, match="--k must be at least 1"):
+        train("digits-40", k=0)
+    with pytest.raises(UserError, match="holds a run already"):
+        train("digits-40", out=trained)
+    with pytest.raises(UserError, match="unknown preset"):
+        train("digit")
+    with pytest.raises(UserError, match="holds no run"):
+        load(tmp_path)
+    assert preset("digits-40").steps == 2500, "presets are left as they were"

@@ -1,0 +1,291 @@
+"""Warnings of runs that do not learn: thresholds on plain numbers, and on runs that were made to fail."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from engine import run
+from engine.config.presets import PRESETS, preset
+from engine.inference.evaluation import _normalised, agreement
+from engine.models.wide_resnet import WideResNet
+from engine.runs import health
+from engine.runs.health import Health, Look, compared_images
+
+CLASSES = tuple("0123456789")
+UNIFORM = (0.1,) * 10
+GOOD = dict(loss_x=0.6, confidence=0.9, guesses_used=1.0)
+
+
+def watched(counts=(4,) * 10, **changes):
+    """Health of a run of digits-40's settings, 2 500 steps."""
+    config = dataclasses.replace(preset("digits-40"), **changes)
+    return Health(config, CLASSES[: len(counts)], np.array(counts), images_per_step=96)
+
+
+def warnings(watch, looks, every=50, start=0, **metrics):
+    """All that is said over so many looks, each after some steps with the given metrics; `p_model` and so on are its
+    attributes, by default a healthy run's."""
+    attributes = dict(p_model=watch.p_data, label_marginal=watch.p_data) | {
+        name: metrics.pop(name) for name in ("p_model", "label_marginal", "agreement") if name in metrics
+    }
+    said = []
+    for step in range(start + every, start + looks * every + 1, every):
+        for _ in range(every):
+            watch.add(GOOD | metrics)
+        assert watch.due(step)
+        said += watch.look(Look(step, **attributes))
+    return said
+
+
+def shares(*first):
+    """p~(y) that begins with the given shares; the other classes have the rest in equal parts."""
+    return (*first, *[(1 - sum(first)) / (10 - len(first))] * (10 - len(first)))
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        dict(),
+        dict(p_model=shares(0.4)),
+        dict(p_model=shares(0.02)),
+        dict(p_model=shares(0.005)),  # of one class alone `ratio` speaks, but only where it is aligned
+        dict(confidence=0.15),
+        dict(loss_x=0.94 * np.log(10)),
+        dict(agreement=(0.5, 0.2)),
+        dict(guesses_used=0.0),  # without a threshold
+        dict(agreement=(1.0, 1.0)),
+    ],
+)
+def test_a_healthy_run_is_left_alone(seen):
+    assert warnings(watched(align=False), 50, **seen) == []
+
+
+@pytest.mark.parametrize(
+    ("seen", "what"),
+    [
+        (dict(p_model=shares(0.6)), r"guesses collapse: 60% .* class 0, whose .* is 10%; .*--align \(on\), --w-u 1.5"),
+        (dict(p_model=shares(0.005, 0.005)), r"guesses collapse: 2 of 10 classes \(0, 1\) have less than a tenth"),
+        (dict(confidence=0.11), r"no more than the prior: .* confidence is 0.110, and 0.100 .*--temperature 0.5"),
+        (dict(p_model=shares(0.005)), r"does not bring .* class 0 has p\(y\) 0.100 and p~\(y\) 0.005, a ratio of 20"),
+        (dict(loss_x=2.25), r"labels are not learned: loss_x is 2.25, and .* costs 2.30; .*--lr 0.002"),
+        (dict(loss_x=90.0), r"labels are not learned: loss_x is 90.00"),
+        (dict(agreement=(0.3, 0.1)), r"agree on 30% of 64 .*, 10% by .*--ema-decay 0.99 and --bn-momentum 0.02"),
+    ],
+)  # fmt: skip
+def test_each_failure_is_said_once_and_late_enough(seen, what):
+    watch = watched()
+    (line,) = warnings(watch, 50, **seen)
+    assert re.search(what, line) and "\n" not in line
+    step = int(line.removeprefix("step ").split(":")[0])
+    held = 0 if "agreement" in seen else health.HOLD
+    assert watch.late == watch.ema_late == 625 and 625 + held <= step < 625 + held + 50
+
+
+def test_the_cause_is_said_before_what_follows_from_it():
+    watch = watched()
+    everything = dict(loss_x=2.5, confidence=0.1, agreement=(0.0, 0.0))
+    (line,) = warnings(watch, 50, p_model=shares(0.95), **everything)
+    assert "collapse" in line
+    (line,) = warnings(watch, 10, start=2500, **everything)
+    assert "labels are not learned" in line
+    (line,) = warnings(watch, 10, start=3000, **everything | dict(loss_x=0.6))
+    assert "prior" in line
+
+
+def test_what_passes_is_not_said():
+    watch = watched()
+    for start in range(0, 2500, 250):
+        assert warnings(watch, 2, start=start, loss_x=2.4, p_model=shares(0.9)) == []
+        assert warnings(watch, 3, start=start + 100) == []
+
+
+def test_without_unlabeled_data_only_labels_and_the_ema_count():
+    seen = dict(p_model=shares(0.9), confidence=0.1)
+    assert warnings(watched(method="supervised"), 50, **seen) == []
+    assert len(warnings(watched(method="supervised"), 50, **seen, loss_x=2.3)) == 1
+
+
+def test_chance_is_what_a_constant_guess_of_the_labels_costs():
+    assert watched([4] * 10).chance == pytest.approx(np.log(10))
+    watch = watched([90, 10])
+    assert watch.chance == pytest.approx(-(0.9 * np.log(0.9) + 0.1 * np.log(0.1)))
+    assert len(warnings(watch, 50, loss_x=0.32)) == 1
+    assert warnings(watched([90, 10]), 50, loss_x=0.29) == []
+    assert warnings(watched([40, 0]), 50, loss_x=0.0) == []  # one class alone costs nothing
+
+
+def test_unequal_classes_are_no_failure():
+    counts = [60, 20, 5, 5, 4, 2, 1, 1, 1, 1]
+    expected = tuple(np.array(counts) / 100)
+    assert warnings(watched(counts), 50) == []
+    # the running p(y) starts uniform, and forgets that over thousands of steps
+    assert warnings(watched(counts), 50, label_marginal=UNIFORM) == []
+    assert len(warnings(watched(counts), 50, p_model=(1.0, *[0.0] * 9))) == 1, "a class of 60 % has taken the others"
+    assert len(warnings(watched(class_distribution=expected), 50, p_model=UNIFORM)) == 0, "ratios of 0.1 to 6"
+
+
+def test_a_wrong_class_distribution_is_named():
+    prior = (0.0, 0.0, *[0.125] * 8)
+    (line,) = warnings(watched(class_distribution=prior), 50, p_model=UNIFORM)
+    assert "class 0 has p(y) 0.000 and p~(y) 0.100, a ratio of 1e-05" in line and "--class-distribution" in line
+    assert warnings(watched(class_distribution=prior, align=False), 50, p_model=UNIFORM) == []
+
+
+def test_confidence_is_compared_with_that_of_equal_guesses_after_alignment_and_sharpening():
+    marginal = np.array(shares(0.5))
+    sharp = (marginal**2 / (marginal**2).sum()).max()
+    counts, seen = marginal * 1000, dict(label_marginal=marginal, p_model=marginal)
+    assert 0.85 < sharp < 0.9
+    assert len(warnings(watched(counts), 50, **seen, confidence=sharp)) == 1
+    assert warnings(watched(counts), 50, **seen, confidence=sharp + 0.05 * (1 - sharp)) == []
+    # not aligned, guesses stay as they are
+    assert (
+        len(warnings(watched(counts, align=False), 50, label_marginal=UNIFORM, p_model=marginal, confidence=sharp)) == 1
+    )
+    # hard labels have confidence 1 or 0, whatever was guessed
+    assert warnings(watched(counts, hard_labels=True), 50, **seen, confidence=sharp) == []
+
+
+def test_with_a_threshold_it_counts_how_many_guesses_are_used():
+    fixmatch = dict(hard_labels=True, threshold=0.95, align=False)
+    (line,) = warnings(watched(**fixmatch), 50, guesses_used=0.004, confidence=0.0)
+    assert "hardly a guess is used: 0.4% of them reach --threshold 0.95" in line
+    assert warnings(watched(**fixmatch), 50, guesses_used=0.02, confidence=0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "late", "ema_late"),
+    [
+        (dict(steps=2500), 625, 625),
+        (dict(steps=200), 128, 150),  # p~(y) has forgotten its uniform start
+        (dict(steps=2**20, batch=64, ramp_kimg=1024.0, ema_decay=0.999, bn_momentum=0.001), 16384, 16384),
+        (dict(steps=2**20, batch=64, ramp_kimg=8192.0), 16384, 16384),
+        (dict(steps=2**20, ramp_kimg=0.0, ema_decay=0.999), 1024, 5000),
+        (dict(steps=2**20, ramp_kimg=0.0, bn_momentum=0.0001), 1024, 50000),
+        (dict(steps=2500, ema_decay=0.9999), 625, 1875),  # what will not be better before the end is not waited for
+        (dict(steps=2500, ema_decay=1.0, bn_momentum=0.0), 625, 1875),
+    ],
+)
+def test_nothing_is_said_too_early(changes, late, ema_late):
+    watch = watched(**changes)
+    assert watch.late == pytest.approx(late) and watch.ema_late == pytest.approx(ema_late)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_comparing_takes_at_most_half_a_percent_of_the_trained_rows(name):
+    config = PRESETS[name]
+    rows = config.batch * (config.k + 4 if config.unlabeled else 1)
+    watch = Health(config, CLASSES, np.full(10, 4), rows)
+    compared = []
+    for step in range(config.eval_every, min(config.steps, 2**17) + 1, config.eval_every):
+        watch.add(GOOD)
+        far = watch.comparing(step)
+        compared += [step] * far
+        watch.look(Look(step, UNIFORM, UNIFORM, (1.0, 0.1) if far else None))
+    assert compared and 64 <= watch.images <= 256
+    # two passes without gradient of the images, against forward and backward, three passes, of the trained rows
+    assert len(compared) * 2 * watch.images <= 0.005 * 3 * rows * compared[-1]
+
+
+def test_images_fill_the_groups_of_batch_norm():
+    assert watched(bn="split", batch=24, bn_groups=1).images == 48
+    assert watched(bn="split", batch=512, bn_groups=2).images == 256
+    assert watched(bn="split", batch=512, bn_groups=1).images == 512
+    images = np.arange(10)[:, None, None, None]
+    assert len(compared_images(images, 64)) == 64 and set(compared_images(images, 64).ravel()) == set(range(10))
+
+
+def test_agreement_with_batch_norm_over_groups():
+    network, ema_model = (WideResNet(10, 3, 1, 8, rows_per_group=24) for _ in range(2))
+    images = np.zeros((watched(bn="split", batch=24, bn_groups=1).images, 16, 16, 3), np.uint8)
+    share, by_chance = agreement(network, ema_model.eval(), images, "cpu")
+    assert share == by_chance, "to either network all black images are of one class"
+
+
+def test_looks_are_at_least_some_steps_apart():
+    watch = watched()
+    for step in range(1, 201):
+        watch.add(GOOD)
+        if watch.due(step):
+            watch.look(Look(step, UNIFORM, UNIFORM))
+            assert step % health.EVERY == 0
+
+
+def test_a_resumed_run_says_what_an_undisturbed_one_says():
+    straight, before = watched(), watched()
+    expected = warnings(straight, 14, loss_x=2.3)
+    assert warnings(before, 14, loss_x=2.3) == expected == []
+    for each in (straight, before):
+        each.add(GOOD | dict(loss_x=2.5))
+    after = watched()
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == straight.state_dict()
+    assert len(warnings(after, 36, start=700, loss_x=2.3)) == 1
+    again = watched()
+    again.load_state_dict(after.state_dict())
+    assert warnings(again, 10, start=2500, loss_x=2.3) == []
+
+
+def test_what_a_run_has_said_is_in_its_checkpoint(tmp_path, capfd, tiny, monkeypatch):
+    monkeypatch.setattr(health, "HOLD", 8)
+    monkeypatch.setattr(health, "EVERY", 4)
+    config = tiny(lr=1e-9, eval_every=4, steps=32)
+    run.train(config, tmp_path / "run", quiet=True)
+    assert "step 16: the labels are not learned" in capfd.readouterr().err
+    run.train(dataclasses.replace(config, steps=48), tmp_path / "run", resume=True, quiet=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_agreement_is_of_the_training_mode_and_moves_nothing():
+    network, ema_model = (WideResNet(10, 3, 1, 8, seed=seed) for seed in (0, 0))
+    images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    ema_model.eval()
+    before = network.running_statistics().clone()
+    share, by_chance = agreement(network, ema_model, images, "cpu")
+    assert 0 <= by_chance <= 1 and share < 1, "running statistics are those of the start"
+    assert network.training and before.equal(network.running_statistics())
+    # with the batch's own statistics they are one network
+    for norm in (module for module in network.modules() if hasattr(module, "running_mean")):
+        norm.momentum = 1.0
+    network(_normalised(network, images, "cpu"))
+    ema_model.copy_running_statistics(network)
+    assert agreement(network, ema_model, images, "cpu")[0] > 0.9
+
+
+# in 350 steps of a tiny network, of which the first hundred or so are too early to say anything. `ramp_kimg` 0.01 is
+# no ramp
+SMALL = dict(batch=8, width=8, k=1, steps=350, device="cpu")
+COLLAPSE = dict(align=False, w_u=100.0, ramp_kimg=0.01)
+
+
+WRONG_PRIOR = (*[0.0] * 5, *[0.2] * 5)
+
+
+def failing(name, expected, long=False, **changes):
+    return pytest.param(changes, expected, id=name, marks=[pytest.mark.long] if long else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        failing("healthy", None),
+        failing("collapse", r"guesses collapse: \d\d% .* class \d, .*--align \(off\), --w-u 100", **COLLAPSE),
+        failing("prior", r"prior: .* 0.10\d, and 0.10\d .*--temperature 100", temperature=100.0),
+        failing("ratio", r"does not bring .* p\(y\) 0.000 .*--class-distribution", class_distribution=WRONG_PRIOR),
+        failing("threshold", r"hardly a guess is used: 0.0% .*--threshold 1", threshold=1.0, long=True),
+        failing("no-steps", r"not learned: loss_x is 2.[3-5]\d, and .* 2.30; .*--lr 1e-09", lr=1e-9),
+        failing("large-steps", r"not learned: loss_x is .*--lr 1,", lr=1.0, long=True),
+        failing("decay", r"not learned: loss_x is 2.3.*--weight-decay 100", weight_decay=100.0, long=True),
+        failing("ema", r"EMA model.*--ema-decay 0.99999", ema_decay=0.99999),
+        failing("running-statistics", r"EMA model.*--bn-momentum 1e-06", bn_momentum=1e-6, long=True),
+    ],
+)
+def test_a_run_that_was_made_to_fail_says_why(tmp_path, capfd, changes, expected):
+    config = dataclasses.replace(preset("digits-40"), **(SMALL | changes))
+    run.train(config, tmp_path / "run", quiet=True)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == (expected is not None), lines
+    if expected:
+        assert re.match(rf"remixmatch: step \d+: .*{expected}", lines[0])

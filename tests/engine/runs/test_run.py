@@ -1,0 +1,222 @@
+"""Whole runs: what they write, and resumption; fault injection is in tests/faults."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from engine import run
+from engine.config.config import load_config
+from engine.errors import UserError
+from engine.runs import checkpoint
+from engine.runs.progress import ProgressLine, read_metrics
+from engine.training.cuda_graph import make_step
+from engine.training.feed import Feed
+from engine.training.trainer import CHECKPOINTS
+from tests.processes import final_state, finish, start
+
+TINY_FLAGS = [
+    *("--batch", "8", "--width", "8", "--device", "cpu", "--quiet"),
+    *("--eval-every", "5", "--log-every", "1", "--checkpoint-every", "3"),
+]
+
+
+def assert_same(a, b, path=""):
+    """Equal bit for bit, through nested containers; times alone may differ."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("train_seconds", "cpu_seconds"):
+                assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of 24 steps in a process of its own, nothing done to it."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert finish(
+        [start(folder.with_name("log"), "train", "digits-40", "--steps", 24, "--out", folder, *TINY_FLAGS)]
+    ) == [0]
+    return folder
+
+
+def test_a_run_writes_all_that_it_promises(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {
+        "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
+        "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
+    }  # fmt: skip
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["preset"] == "digits-40" and summary["seed"] == 0 and summary["labels"] == 40
+    assert summary["k"] == 2 and summary["steps"] == 24 and 0 <= summary["test_accuracy"] <= 100
+    assert summary["train_seconds"] > 0 and summary["images_per_second"] > 0
+    assert summary["versions"]["torch"] == torch.__version__.split("+")[0] and summary["device"].startswith("CPU")
+    metrics = read_metrics(undisturbed / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 25))
+    accuracies = [row["test_accuracy"] for row in metrics if "test_accuracy" in row]
+    assert len(accuracies) == 5 and accuracies[-1] == summary["test_accuracy"]
+    assert summary["median_last_20"] == sorted(accuracies)[2]
+    split = json.loads((undisturbed / "split.json").read_text())
+    assert len(split["train_rows"]) == 40 and sorted(split["classes"]) == sorted("0123456789" * 4)
+    assert len(checkpoint.list_checkpoints(undisturbed / CHECKPOINTS)) == 3
+    for picture in ("curves.png", "views.png"):
+        assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
+    assert any((undisturbed / "tensorboard").iterdir())
+
+
+def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, capfd):
+    order, start = [], ProgressLine.start
+
+    def made(config, state, rows, execution, example):
+        order.append("made")
+        return make_step(config, state, rows, dataclasses.replace(execution, mode="eager"), example)
+
+    monkeypatch.setattr("engine.training.trainer.make_step", made)
+    monkeypatch.setattr(ProgressLine, "start", lambda self, *given: order.append("start") or start(self, *given))
+    run.train(tiny(), tmp_path / "eager")
+    assert "compiling" not in capfd.readouterr().err
+    run.train(tiny(mode="compile"), tmp_path / "compiled")
+    assert "compiling the step" in capfd.readouterr().err and order == ["made", "start"] * 2
+
+
+def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
+    """Its picture shows its own views, which are DALI's but for edges."""
+    run.train(tiny(views="dali"), tmp_path / "dali", quiet=True)
+    monkeypatch.setitem(sys.modules, "pipelines.dali", None)  # as if it could not be imported
+    run.train(tiny(views="fused"), tmp_path / "fused", quiet=True)
+    expected, made = (np.load(tmp_path / name / "results.npz")["views"] for name in ("dali", "fused"))
+    assert made.shape == expected.shape and np.isclose(made, expected, atol=2).mean() > 0.9
+
+
+def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeypatch):
+    """Who finds a summary takes the run for done: whatever cuts off its end, resuming makes all that is missing."""
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device", "results.npz")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run.history, "save_results", full_disk)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = run.train(config, tmp_path / "run", resume=True, quiet=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in undisturbed.iterdir()}
+    assert summary["steps"] == 6
+
+
+def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
+    run.train(config, tmp_path / "run", quiet=True)
+    run.train(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True, quiet=True)
+    run.train(dataclasses.replace(config, steps=12), tmp_path / "straight", quiet=True)
+    one, two = final_state(tmp_path / "run")[1], final_state(tmp_path / "straight")[1]
+    assert_same(one["state"], two["state"])  # evaluations differ: step 6 was a last step once
+    assert_same(one["policy"], two["policy"])
+
+
+@pytest.mark.parametrize("changes", [dict(view_steps=1, prefetch=2), dict(view_steps=5, prefetch=1, view_threads=2)])
+def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), **changes)
+    run.train(config, tmp_path / "run", quiet=True)
+    assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
+
+
+def old_names(tree, names):
+    """The tree with keys renamed, in dictionaries within dictionaries and lists."""
+    if isinstance(tree, dict):
+        return {names.get(key, key): old_names(value, names) for key, value in tree.items()}
+    return [old_names(value, names) for value in tree] if isinstance(tree, list) else tree
+
+
+def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_path):
+    """Checkpoints and metrics as they were before their fields were renamed."""
+    folder = tmp_path / "run"
+    config = load_config(undisturbed / "config.json")
+    run.train(dataclasses.replace(config, steps=12), folder, quiet=True)
+    (ema_model,) = folder.glob("ema.*")
+    ema_model.rename(folder / "average.safetensors")
+    for path in checkpoint.list_checkpoints(folder / CHECKPOINTS):
+        saved = torch.load(path) | {"format": "remixmatch-checkpoint-1"}
+        names = {"ema_model": "average", "p_model_history": "ring", "omega": "matches"}
+        torch.save(old_names(saved, names), path)
+    assert saved["content"]["policy"]["waiting"], "the policy has such a field, too"
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"omega"', '"probe_match"'))
+    network = run.load_ema_model(folder, pytest.fail).network
+    assert_same(dict(network.state_dict()), dict(saved["content"]["state"]["ema_model"]))
+    run.train(dataclasses.replace(config, steps=24), folder, resume=True, quiet=True)
+    (one, two) = (final_state(path)[1] for path in (folder, undisturbed))
+    assert_same(one["state"], two["state"])
+    assert_same(one["policy"], two["policy"])
+    rows = read_metrics(metrics)
+    assert [row["omega"] for row in rows if "loss" in row] == [
+        row["omega"] for row in read_metrics(undisturbed / "metrics.jsonl") if "loss" in row
+    ]
+    assert "probe_match" not in metrics.read_text()
+    assert (folder / "ema.safetensors").exists() and not (folder / "average.safetensors").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed):
+    before = final_state(undisturbed)
+    run.train(load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)
+    assert_same(before, final_state(undisturbed))
+
+
+def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, capfd):
+    config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=9)
+    run.train(config, tmp_path / "run", quiet=True)
+    newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    run.train(dataclasses.replace(config, steps=24), tmp_path / "run", resume=True)
+    assert "step-00000009.pt cannot be read" in capfd.readouterr().err
+    assert_same(final_state(undisturbed)[1]["state"], final_state(tmp_path / "run")[1]["state"])
+
+
+def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
+    config = load_config(undisturbed / "config.json")
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    with pytest.raises(UserError, match="holds a run already"):
+        run.train(config, undisturbed, quiet=True)
+    with pytest.raises(UserError, match=r"another configuration: k 2 -> 3; lr 0.002 -> 0.1"):
+        run.train(dataclasses.replace(config, k=3, lr=0.1), undisturbed, resume=True, quiet=True)
+    with pytest.raises(UserError, match="may grow, not shrink to 5"):
+        run.train(dataclasses.replace(config, steps=5), undisturbed, resume=True, quiet=True)
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    config = tiny(steps=9, checkpoint_every=2)
+    original = Feed.put
+
+    def poisoned(self, output):
+        if self._training.step == 5:
+            output.metrics[:2] = float("nan")
+        original(self, output)
+
+    monkeypatch.setattr(Feed, "put", poisoned)
+    with pytest.raises(UserError, match=r"diverged at step 5: the loss is not finite \(loss nan, loss_x nan") as error:
+        run.train(config, tmp_path / "run", quiet=True)
+    assert "step-00000004.pt" in str(error.value)
+    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail).step == 4
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
+    """A learning rate that overflows the parameters: the real thing, nothing patched."""
+    with pytest.raises(UserError, match="training diverged at step"):
+        run.train(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run", quiet=True)
+    found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail)
+    if found:
+        assert all(p.isfinite().all() for p in found.content["state"]["network"].values())

@@ -1,0 +1,77 @@
+"""How far the cells of a table are, and how long they take: states, time left, predictions for a GPU."""
+
+import dataclasses
+
+import pytest
+
+from engine.config.methods import with_method
+from engine.config.presets import preset
+from engine.measuring import records
+from engine.studies import job_progress, reproduce
+from engine.studies.job_progress import trained_rows
+from engine.studies.jobs import Status
+from tests.engine.studies.made_jobs import entries, finish
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_states_are_shown_one_a_line(tmp_path, capsys):
+    found = entries("digits", rows=("remixmatch", "uda"), seeds=(0, 1))
+    done = Status("done", 2500, {"median_last_20": 96.5, "test_accuracy": 97.0, "train_seconds": 60.0})
+    show = job_progress.Progress([*found], 2)
+    waiting = [Status("waiting")] * 4
+    for statuses in (waiting, [Status("running", host="here"), *waiting[1:]], [Status("running", 50), *waiting[1:]]):
+        show(statuses)
+    show([done, Status("failed", reason="exit code 2: no [memory]"), *waiting[2:]])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0] == f"[1 running, 3 waiting] {found[0].cell.name}: running on here"
+    assert ": done, error 3.50 % (median of last 20), 3.00 % (last); about " in lines[1]
+    assert ": failed: exit code 2: no [memory]" in lines[2]
+    finish(tmp_path / "out", found[0], 97.0)
+    reproduce.main(
+        ["digits", "--methods", "remixmatch", "--seeds", "0", "1", "--status", "--out", str(tmp_path / "out")]
+    )
+    first, second, counts = capsys.readouterr().out.splitlines()
+    assert first.endswith("done, error 4.00 % (median of last 20), 3.00 % (last)") and second.endswith(": waiting")
+    assert counts == "1 done, 1 waiting; about 10 s left"
+    grid = job_progress.Progress(found, 1)._grid([done, *waiting[1:]])
+    assert grid.row_count == 4 and "1 done, 3 waiting" in grid.title
+
+
+def test_time_left_is_by_the_rows_that_were_trained():
+    base = preset("cifar10-250")
+    half = dataclasses.replace(base, steps=base.steps // 2)
+    done = Status("done", base.steps, {"train_seconds": 100.0})
+    assert job_progress.time_left([base, half], [Status("waiting")] * 2, 1) is None
+    assert job_progress.time_left([base, half], [done, Status("waiting")], 1) == pytest.approx(50)
+    assert job_progress.time_left([base, half], [done, Status("running", base.steps // 4)], 2) == pytest.approx(12.5)
+    assert job_progress.time_left([base, half], [done, Status("failed")], 1) == 0
+    assert trained_rows(base) == 64 * 12 and trained_rows(dataclasses.replace(base, method="supervised")) == 64
+    assert trained_rows(dataclasses.replace(base, anchor="guess-only", mu=7, k=1, w_u1=0.0, w_rot=0.0)) == 64 * 8
+    assert [job_progress.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]
+
+
+def test_predicted_times_go_through_those_of_bench_count():
+    rows = records.read(records.RESULTS / "count.jsonl")
+    rows = [row for row in rows if not row.keys() & {"method", "ablate"}]  # K = 1 and 8
+    base, one, three = (dataclasses.replace(preset("cifar10-250"), k=k, seed=5) for k in (8, 1, 3))
+    known = {row["k"]: row["predicted_ms_h100"] for row in rows}
+    hours = [job_progress.predicted_hours(config, "h100", rows) for config in (one, three, base)]
+    assert hours[0] == pytest.approx(known[1] * 2**20 / 3.6e6) and hours[2] == pytest.approx(known[8] * 2**20 / 3.6e6)
+    assert hours[1] == pytest.approx(hours[0] + (hours[2] - hours[0]) * 2 / 7)
+    # 8 B rows of FixMatch are counted; with K = 3 it has 22 B, and ReMixMatch from K = 1 to 8 has 7 B more
+    fixmatch = with_method(base, "fixmatch")
+    counted = {"bench": "count", "preset": "cifar10-250", "method": "fixmatch", "k": 1, "batch": 64}
+    more = [*rows, counted | {"predicted_ms_h100": 9.0}]
+    found = [job_progress.predicted_hours(dataclasses.replace(fixmatch, k=k), "h100", more) for k in (1, 3)]
+    expected = [9.0, 9.0 + 14 / 7 * (known[8] - known[1])]
+    assert found == pytest.approx([ms * 2**20 / 3.6e6 for ms in expected])
+    assert job_progress.predicted_hours(preset("stl10-1000"), "h100", rows) is None
+    assert job_progress.predicted_hours(preset("digits-40"), "h100", rows) is None
+    assert job_progress.predicted_hours(base, "h100", []) is None
+
+
+def test_the_plan_says_that_it_is_predicted(capsys):
+    reproduce.main(["svhn", "--plan"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 91 and lines[0].startswith("svhn-250-remixmatch-seed1-") and "not measured" in lines[-1]

@@ -1,0 +1,365 @@
+"""Cells: which configurations are one, who may work on them, and what becomes of those that fail or are cut off."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from engine.config.config import Config, config_json
+from engine.config.presets import preset
+from engine.studies import jobs
+from engine.studies.jobs import Cell, Stop, claim, claimable, digest, newest_claim, status, work
+
+ROOT = Path(__file__).parents[3]
+# in place of a training process: {folder} {steps}; what it does stands in `does` of the cells' root
+CHILD = """
+import json, os, pathlib, signal, sys, time
+folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+with open(folder.parent / "ran.txt", "a") as file:
+    file.write(folder.name + "\\n")
+does = folder.parent / "does"
+exec(does.read_text() if does.exists() else "")
+(folder / "summary.json").write_text(json.dumps({"steps": steps, "test_accuracy": 1.0, "median_last_20": 2.0}))
+"""
+
+
+def fake(folder, config):
+    return [sys.executable, "-I", "-S", "-c", CHILD, str(folder), str(config.steps)]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder for cells whose training is CHILD."""
+    monkeypatch.setattr(jobs, "train_command", fake)
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    return folder
+
+
+def some(count):
+    return [Cell(f"digits-seed{seed}", dataclasses.replace(preset("digits-40"), seed=seed)) for seed in range(count)]
+
+
+def does(root, text):
+    (root / "does").write_text(text)
+
+
+def ran(root):
+    return (root / "ran.txt").read_text().split()
+
+
+def states(root, wanted):
+    return [status(root, cell).state for cell in wanted]
+
+
+def finish(root, wanted, workers=1, **options):
+    return [each.state for each in work(root, wanted, [{}] * workers, "commit", options.pop("stop", Stop()), **options)]
+
+
+# What makes a cell
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
+def test_the_hash_is_over_every_field_that_can_change_results(field):
+    base = preset("cifar10-250")
+    value = getattr(base, field)
+    other = {bool: lambda: not value, str: lambda: value + "x", tuple: lambda: (0.5, 0.5)}.get(
+        type(value), lambda: value + 1
+    )
+    changed = dataclasses.replace(base, **{field: other()})
+    same = {
+        *("device", "mode", "views", "resident", "deterministic", "stem_channels", "tune", "view_steps", "prefetch"),
+        *("view_threads", "log_every", "checkpoint_every", "keep", "log"),
+    }
+    assert (digest(changed) == digest(base)) == (field in same)
+
+
+def test_the_hash_knows_numbers_by_their_value_and_not_fields_at_their_default():
+    base = preset("cifar10-250")
+    assert digest(dataclasses.replace(base, w_u=75)) == digest(dataclasses.replace(base, w_u=75.0))
+    assert "k" not in jobs.identity(base) and jobs.identity(dataclasses.replace(base, k=1))["k"] == 1
+    assert digest(base) == digest(Config(**json.loads(config_json(base)) | {"class_distribution": ()}))
+
+
+def test_a_cell_is_done_if_its_own_summary_is_there(root):
+    (cell,) = some(1)
+    folder = root / cell.name
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"steps": cell.config.steps}))
+    assert states(root, [cell]) == ["waiting"], "no configuration"
+    (folder / "config.json").write_text(config_json(dataclasses.replace(cell.config, device="cpu", keep=1)))
+    assert states(root, [cell]) == ["done"]
+    (folder / "summary.json").write_text(json.dumps({"steps": 7}))
+    assert states(root, [cell]) == ["waiting"]
+    (folder / "summary.json").write_text('{"steps":')
+    assert states(root, [cell]) == ["waiting"]
+
+
+def test_a_changed_configuration_is_another_cell(root):
+    (cell,) = some(1)
+    assert finish(root, [cell]) == ["done"]
+    changed = dataclasses.replace(cell, config=dataclasses.replace(cell.config, lr=0.003))
+    assert states(root, [changed]) == ["waiting"] and changed.name != cell.name
+    assert finish(root, [cell, changed]) == ["done", "done"] and ran(root) == [cell.name, changed.name]
+
+
+def test_a_folder_of_another_configuration_is_not_touched(root):
+    (cell,) = some(1)
+    folder = root / cell.name
+    folder.mkdir()
+    (folder / "config.json").write_text(config_json(dataclasses.replace(cell.config, k=5, device="cpu")))
+    (folder / "summary.json").write_text(json.dumps({"steps": cell.config.steps}))
+    assert finish(root, [cell]) == ["failed"] and not (root / "ran.txt").exists()
+    assert "another configuration (k 5 -> 2): move the folder away" in status(root, cell).reason
+    (folder / "config.json").write_text("{")
+    assert "not a configuration of this version" in status(root, cell).reason
+
+
+# Claims
+
+
+def race(folder, number):
+    """Claims all that it can get, beside others that do so from the same moment on."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    (folder / f"ready-{number}").touch()
+    while not (folder / "go").exists():
+        pass
+    got = [path.name for path in folders if claim(path)]
+    (folder / f"got-{number}").write_text("\n".join(got))
+
+
+def gone():
+    """Number and start of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    found = [process.pid, jobs.started(process.pid)]
+    assert found[1] > 0
+    process.communicate()
+    assert jobs.started(found[0]) == 0
+    return found
+
+
+def leave_claim(folder, **values):
+    """A claim of this machine whose worker is gone, or what the values say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    owned = claim(folder)
+    owned._write(**({"worker": [2**22 + 1, 1]} | values))
+    return owned.path
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_processes_that_race_for_a_cell_one_has_it(tmp_path, stale):
+    for number in range(300):
+        folder = tmp_path / f"cell-{number:03}"
+        folder.mkdir()
+        if stale:
+            leave_claim(folder)
+    script = (
+        "import sys, pathlib; from tests.engine.studies.test_jobs import race; "
+        "race(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(number)], env=environment)
+        for number in (1, 2, 3)
+    ]
+    while len(list(tmp_path.glob("ready-*"))) < len(racers):
+        time.sleep(0.01)
+        assert all(racer.poll() is None for racer in racers)
+    (tmp_path / "go").touch()
+    assert [racer.wait(60) for racer in racers] == [0] * len(racers)
+    got = [name for path in tmp_path.glob("got-*") for name in path.read_text().split()]
+    assert sorted(got) == [f"cell-{number:03}" for number in range(300)]
+
+
+def test_a_claim_lasts_as_long_as_its_worker_or_its_child(tmp_path):
+    mine = [os.getpid(), jobs.started(os.getpid())]
+    for number, (worker, child, free) in enumerate([
+        (mine, [0, 0], False),
+        (gone(), [0, 0], True),
+        ([mine[0], mine[1] + 1], [0, 0], True),  # the number of its process was used again
+        (gone(), mine, False),
+        (gone(), [mine[0], mine[1] - 1], True),
+    ]):  # fmt: skip
+        path = leave_claim(tmp_path / str(number), worker=worker, child=child)
+        os.utime(path, (1, 1))
+        assert claimable(path) == free, number
+        owned = claim(tmp_path / str(number))
+        assert (owned is not None) == free
+        assert newest_claim(tmp_path / str(number)) == (owned.path if owned else path)
+
+
+def test_a_claim_of_another_machine_lasts_while_it_gives_signs_of_life(tmp_path, monkeypatch):
+    path = leave_claim(tmp_path, machine="another")
+    assert not claimable(path)
+    for clock in (-1e6, 1e6):  # this machine's does not count
+        with monkeypatch.context() as context:
+            context.setattr(jobs.time, "time", partial(float, time.time() + clock))
+            assert not claimable(path)
+    old = time.time() - jobs.STALE_SECONDS
+    os.utime(path, (old + 60, old + 60))
+    assert not claimable(path)
+    os.utime(path, (old - 60, old - 60))
+    assert claimable(path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["claims"], "no probe of the clock is left"
+    path.write_text("")  # whoever began it was killed before it was written
+    assert not claimable(path)
+    os.utime(path, (old - 60, old - 60))
+    assert claimable(path)
+
+
+def test_a_claim_that_was_released_is_free_and_tells_who_had_it(root):
+    (cell,) = some(1)
+    owned = claim(root / cell.name, "abc")
+    assert claim(root / cell.name) is None and status(root, cell).state == "running"
+    owned.release()
+    found = status(root, cell)
+    assert found.state == "waiting" and found.commit == "abc" and found.host
+    assert claim(root / cell.name).path.name == "2.json" and owned.lost()
+
+
+# Working
+
+
+def test_cells_are_done_once_by_any_number_of_workers_in_their_order(root):
+    wanted = some(12)
+    assert finish(root, wanted, workers=1) == ["done"] * 12 and ran(root) == [cell.name for cell in wanted]
+    more = some(30)
+    script = (
+        "import sys, pathlib; from tests.engine.studies import test_jobs as t; t.jobs.train_command = t.fake\n"
+        "t.finish(pathlib.Path(sys.argv[1]), t.some(30), workers=2)"
+    )
+    command = [sys.executable, "-c", script, str(root)]
+    others = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(2)]
+    assert [other.wait(120) for other in others] == [0, 0]
+    assert states(root, more) == ["done"] * 30 and sorted(ran(root)) == sorted(cell.name for cell in more)
+
+
+def test_each_worker_has_its_variables(root):
+    does(root, "(folder / 'seen').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
+    wanted = some(1)
+    work(root, wanted, [{"CUDA_VISIBLE_DEVICES": "7"}], "commit", Stop())
+    assert (root / wanted[0].name / "seen").read_text() == "7"
+
+
+def test_a_cell_that_fails_says_why_and_stops_nothing(root):
+    does(root, "if 'seed1' in folder.name: print('much\\nremixmatch: no memory'); sys.exit(2)")
+    wanted = some(3)
+    assert finish(root, wanted) == ["done", "failed", "done"]
+    assert status(root, wanted[1]).reason == "exit code 2: remixmatch: no memory"
+    kept = json.loads((root / wanted[1].name / "failed.json").read_text())
+    assert kept["exit_code"] == 2 and kept["last_lines"] == ["much", "remixmatch: no memory"]
+    assert finish(root, wanted) == ["done", "failed", "done"] and len(ran(root)) == 3, "not by itself again"
+    does(root, "")
+    jobs.forget_failures(root, wanted)
+    assert states(root, wanted) == ["done", "waiting", "done"]
+    assert finish(root, wanted) == ["done"] * 3 and len(ran(root)) == 4
+    assert (root / wanted[1].name / "failed-1.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL"),
+        ("sys.exit(0)", "ended without a summary.json of all its steps"),
+        ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_ends_that_are_failures(root, what, reason):
+    does(root, what)
+    wanted = some(1)
+    assert finish(root, wanted) == ["failed"] and status(root, wanted[0]).reason == reason
+
+
+def test_work_that_is_stopped_leaves_cells_to_be_resumed(root):
+    does(root, "(folder / 'up').touch(); time.sleep(60)")
+    wanted, stop = some(3), Stop()
+
+    def ask():
+        while not (root / wanted[0].name / "up").exists():
+            time.sleep(0.01)
+        stop.ask(signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert finish(root, wanted, stop=stop) == ["waiting"] * 3 and ran(root) == [wanted[0].name]
+    asking.join()
+    assert not stop.children and read_claim(root, wanted[0])["released"]
+    does(root, "")
+    assert finish(root, wanted) == ["done"] * 3
+
+
+def read_claim(root, cell):
+    return jobs.read_json(newest_claim(root / cell.name))
+
+
+def test_a_child_that_is_told_to_end_is_not_begun_again_at_once(root):
+    does(root, "sys.exit(143)")
+    wanted = some(2)
+    assert finish(root, wanted) == ["waiting"] * 2 and len(ran(root)) == 2
+
+
+def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
+    """It was asleep, say, and another machine took it for dead."""
+    monkeypatch.setattr(jobs, "RENEW_SECONDS", 0.1)
+    does(root, "(folder / 'claims' / '2.json').write_text('{\"released\": true}'); time.sleep(60)")
+    (cell,) = some(1)
+    began = time.monotonic()
+    assert finish(root, [cell]) == ["waiting"] and time.monotonic() - began < 30
+    assert newest_claim(root / cell.name).name == "2.json" and not (root / cell.name / "failed.json").exists()
+    assert not jobs.read_json(root / cell.name / "claims" / "1.json")["released"]
+
+
+def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(root, monkeypatch):
+    (cell,) = some(1)
+
+    def late(folder, commit):
+        with monkeypatch.context() as context:
+            context.setattr(jobs, "claim", claim)
+            assert finish(root, [cell]) == ["done"]
+        return claim(folder, commit)
+
+    monkeypatch.setattr(jobs, "claim", late)
+    assert finish(root, [cell]) == ["done"] and ran(root) == [cell.name]
+
+
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_cell_of_another_machine_is_waited_for_until_that_is_known_to_live(root, monkeypatch, alive):
+    monkeypatch.setattr(jobs, "STALE_SECONDS", 4.0 if alive else 1.0)
+    first, other = some(2)
+    path = leave_claim(root / other.name, machine="another")
+    end = threading.Event()
+
+    def live():
+        while not end.wait(0.3):
+            os.utime(path)
+
+    living = threading.Thread(target=live)
+    if alive:
+        living.start()
+    try:
+        assert finish(root, [first, other]) == ["done", "running" if alive else "done"]
+    finally:
+        end.set()
+        if alive:
+            living.join()
+
+
+def test_a_folder_that_cannot_be_written_ends_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        finish(tmp_path / "file", some(1))
+
+
+def test_the_last_step_is_that_of_the_last_whole_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert jobs.last_step(path) == 0
+    path.write_text("".join(json.dumps({"step": n, "loss": "x" * 50}) + "\n" for n in range(1, 999)) + '{"step": 99')
+    assert jobs.last_step(path) == 998

@@ -1,0 +1,77 @@
+"""What the tables of `remixmatch reproduce` have: cells in their order, flags, and steps that are scaled."""
+
+import dataclasses
+import math
+
+import pytest
+
+from engine.config.methods import ABLATIONS, METHODS
+from engine.studies import paper_tables
+from engine.studies.paper_tables import TABLES
+from tests.engine.studies.made_jobs import entries
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_one_seed_of_everything_comes_before_the_second_of_anything(name):
+    found = entries(name, seeds=(4, 7))
+    assert [entry.seed for entry in found] == [4] * (len(found) // 2) + [7] * (len(found) // 2)
+    first = found[: len(TABLES[name].presets)]
+    assert [entry.row for entry in first] == ["remixmatch"] * len(first), "the full method first"
+    assert [entry.preset for entry in first] == list(TABLES[name].presets)
+    assert len({entry.cell.name for entry in found}) == len(found)
+    for entry in found:
+        assert entry.cell.config == entry.base and entry.base.seed == entry.seed
+        assert entry.cell.name.startswith(f"{entry.preset}-{entry.row}-seed{entry.seed}-")
+
+
+def test_tables_have_the_papers_rows_and_seeds():
+    assert len(entries("cifar10")) == len(entries("svhn")) == 3 * 6 * 5
+    assert {entry.row for entry in entries("digits")} == set(METHODS)
+    assert [entry.seed for entry in entries("digits", rows=("uda",))] == [0, 1, 2, 3, 4]
+    ablations = {entry.row for entry in entries("ablation")}
+    assert ablations == {"remixmatch", *ABLATIONS} - {"k=8"} and {entry.seed for entry in entries("ablation")} == {3}
+    small = entries("ablation", presets=("fashion-100-small",), seeds=(1, 2))
+    assert {entry.row for entry in small} == {"remixmatch", *ABLATIONS} - {"k=2"}, "K is 2 there"
+    mixmatch = entries("svhn", rows=("mixmatch",), seeds=(1,))
+    assert {entry.cell.config.w_u for entry in mixmatch} == {250.0}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("scale", [0.01, 0.002])
+def test_a_rehearsal_is_evaluated_as_often(name, scale):
+    for entry in entries(name, steps_scale=scale, seeds=(1,)):
+        config, base = entry.cell.config, entry.base
+        assert config.steps == max(1, round(base.steps * scale)) and config.ramp_kimg == base.ramp_kimg * scale
+        evaluations = math.ceil(config.steps / config.eval_every)
+        assert evaluations >= min(20, config.steps)
+        changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum"}
+        assert dataclasses.replace(config, **{name: getattr(base, name) for name in changed}) == base
+        assert min(config.eval_every, config.log_every, config.checkpoint_every) >= 1
+    assert paper_tables.scaled(base, 1e-9).steps == 1 and paper_tables.scaled(base, 1) is base
+
+
+def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
+    """After a tenth of the steps as much is left of what an average began with."""
+
+    def config_of(scale, *flags):
+        (entry,) = entries("digits", *flags, rows=("remixmatch",), seeds=(1,), steps_scale=scale)
+        return entry.cell.config
+
+    left, flags = {}, ("--steps", "8000", "--ema-decay", "0.999", "--bn-momentum", "0.01")
+    for config in (config_of(1, *flags), config_of(0.25, *flags)):
+        average = running = 1.0
+        for _ in range(config.steps // 10):
+            average *= config.ema_decay
+            running -= config.bn_momentum * running
+        left[config.steps] = average, running
+    assert left[2000] == pytest.approx(left[8000], rel=1e-9) and left[8000][0] == pytest.approx(0.4491, abs=1e-4)
+    assert config_of(0.25, "--ema-decay", "0").ema_decay == 0
+
+
+def test_flags_are_part_of_every_cell_and_steps_are_scaled_after_them():
+    (plain,) = entries("digits", seeds=(1,), rows=("fixmatch",))
+    (entry,) = entries("digits", "--batch", "4", "--steps", "1000", seeds=(1,), rows=("fixmatch",), steps_scale=0.1)
+    assert entry.cell.config.batch == 4 and entry.cell.config.steps == 100 and entry.base == plain.base
+    assert entry.cell.config.mu == 7 and entry.cell.digest != plain.cell.digest

@@ -1,0 +1,306 @@
+"""`remixmatch reproduce`: mistakes, workers and jobs, and a rehearsal that is killed and goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torchvision import datasets as tv
+
+from engine.errors import UserError
+from engine.runs.checkpoint import list_checkpoints
+from engine.runs.progress import read_metrics
+from engine.studies import jobs, reproduce
+from engine.studies.jobs import status
+from pipelines import sources
+from tests.engine.studies.made_jobs import entries
+from tests.pipelines.test_sources import cifar
+from tests.processes import ROOT, command
+
+SECONDS = 1200  # after which something hangs: a slow machine with other work takes minutes for twenty cells
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "reproduce needs a table"),
+        (["cifar"], "reproduce takes one of cifar10, svhn, "),
+        (["digits", "--methods", "fixmach"], "--methods: there is no method 'fixmach'; there are remixmatch, "),
+        (["ablation", "--methods", "fixmatch"], "--methods: there is no ablation 'fixmatch'; there are remixmatch"),
+        (["ablation", "--preset", "cifar"], "unknown preset 'cifar'"),
+        (["ablation", "--methods", "k=8"], "no cell is left"),
+        (["digits", "--seeds", "1", "1"], "--seeds names one of them twice: 1 1"),
+        (["digits", "--seeds", "-1"], "digits-40-remixmatch-seed-1: --seed must be at least 0"),
+        (["digits", "--steps-scale", "0"], "--steps-scale must be more than 0"),
+        (["digits", "--steps-scale", "nan"], "--steps-scale must be more than 0"),
+        (["digits", "--workers", "-1"], "--workers must be at least 0"),
+        (["digits", "--gpus", "2"], "--gpus is 1, or 0"),
+        (["digits", "--hours", "0"], "--hours must be more than 0"),
+        (["digits", "--slurm", "account"], "--slurm takes NAME=VALUE, got 'account'"),
+        (["digits", "--sedes", "1"], "nrecognized"),
+        (["digits", "--", "--width", "4"], "digits-40-remixmatch-seed0: --width must be at least 8"),
+        (["digits", "--", "--seed", "4"], "--seed after -- is not a setting that all cells can share"),
+        (["digits", "--", "--method", "uda"], "--method after -- is not a setting"),
+        (["digits", "--", "--ablate", "k=4"], "--ablate after -- is not a setting"),
+        (["digits", "--", "--out", "x"], "--out after -- is not a setting"),
+        (["digits", "--", "--gpus", "2"], "--gpus after -- is not a setting"),
+        (["ablation", "--", "--k", "4"], "remixmatch-seed3 and cifar10-250-k=1-seed3 are one configuration"),
+        (["digits", "--from", "none.jsonl"], "--from none.jsonl: there is no such file"),
+        (["cifar10"], "remixmatch data prepare cifar10"),
+        (["digits", "--", "--labels", "9999"], "digits-40-remixmatch-seed0: --labels: "),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(words, told, tmp_path):
+    with pytest.raises(UserError) as error:
+        reproduce.main(words)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_workers_share_gpus_or_cores(monkeypatch):
+    found = entries("digits", seeds=(0,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert reproduce.devices(found) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, 3")
+    assert reproduce.environments(3, reproduce.devices(found)) == [{"CUDA_VISIBLE_DEVICES": n} for n in ("5", "3", "5")]
+    assert len(reproduce.environments(0, ["0", "1"])) == 2
+    assert reproduce.devices(entries("digits", "--device", "cpu", seeds=(0,))) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert reproduce.devices(found) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert reproduce.environments(0, []) == [{}]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert reproduce.environments(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+# Whole runs, each cell a process that trains
+
+
+@pytest.fixture
+def start():
+    """Starts the command; what still runs when a test is over is killed, and with it its cells."""
+    started = []
+
+    def start(log, *words, **options):
+        with open(log, "ab") as file:
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            started.append(
+                subprocess.Popen(command("reproduce", *words), env=environment, stdout=file, stderr=file, **options)
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(condition, process, log):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None, f"ended before its moment\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"this never came\n{log.read_text()}"
+        time.sleep(0.02)
+
+
+def claims_of(out, entry):
+    folder = out / entry.cell.name / "claims"
+    return [jobs.read_json(folder / f"{n + 1}.json") for n in range(len(list(folder.glob("*.json"))))]
+
+
+@pytest.fixture
+def made_up_cifar(tmp_path, monkeypatch):
+    """CIFAR-10 in its archive's format, with a few hundred made-up images, prepared."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    batches = {f"data_batch_{n}": 60 for n in range(1, 6)} | {"test_batch": 40}
+    cifar(folder, monkeypatch, tv.CIFAR10, batches, "batches.meta", "labels")
+    sources.prepare("cifar10", folder, download=False)
+
+
+# cells of 20 steps, each followed by an evaluation; batch norm over groups needs K + 2 labeled images
+SMALL = ["--", *("--steps", "10000", "--eval-every", "512", "--checkpoint-every", "2000", "--batch", "10")]
+SMALL += ["--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"]
+
+
+def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_path, start):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
+    found = entries("ablation", *SMALL[1:], steps_scale=0.002)
+    assert len(found) == 19 and {entry.cell.config.steps for entry in found} == {20}
+
+    def states():
+        return [status(out, entry.cell).state for entry in found]
+
+    def checkpoints(entry):
+        return list((out / entry.cell.name / "checkpoints").glob("step-*.pt"))
+
+    def in_the_middle():
+        running = [entry for entry in found if status(out, entry.cell).state == "running"]
+        return states().count("done") >= 4 and any(map(checkpoints, running))
+
+    process = start(log, *words, start_new_session=True)
+
+    def held_in_the_middle():
+        """Looks again at what no longer moves: a cell may have ended between two looks."""
+        if not in_the_middle():
+            return False
+        os.killpg(process.pid, signal.SIGSTOP)
+        time.sleep(0.1)
+        if in_the_middle():
+            return True
+        os.killpg(process.pid, signal.SIGCONT)
+        return False
+
+    until(held_in_the_middle, process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {
+        entry.cell.name: (out / entry.cell.name / "summary.json").stat().st_mtime_ns
+        for entry, state in zip(found, states(), strict=True)
+        if state == "done"
+    }
+    begun = [entry for entry in found if claims_of(out, entry) and entry.cell.name not in before]
+    assert 4 <= len(before) < 19 and begun, states()
+    saved = {entry.cell.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
+    assert saved
+
+    process = start(log, *words)
+    assert process.wait(SECONDS) == 0, log.read_text()
+    assert states() == ["done"] * 19, log.read_text()
+    for entry in found:
+        folder, claims = out / entry.cell.name, claims_of(out, entry)
+        # none lost, and none done twice
+        assert len(claims) == (2 if entry in begun else 1)
+        if entry.cell.name in before:
+            assert (folder / "summary.json").stat().st_mtime_ns == before[entry.cell.name]
+        evaluated = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "test_accuracy" in row]
+        assert evaluated == list(range(1, 21))
+        assert not (folder / "failed.json").exists()
+        if entry.cell.name in saved:  # gone on with, and not begun again
+            kept = {path.stat().st_mtime_ns for path in checkpoints(entry)}
+            assert saved[entry.cell.name] in kept or min(kept) > saved[entry.cell.name]
+            assert "starting from step 0" not in (folder / "log.txt").read_text()
+    text = (out / "table.md").read_text()
+    assert "REHEARSAL with 20 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
+    assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 19
+    assert "one seed: no interval" in text and "Not in the table" not in text
+
+
+DIGITS = ["digits", "--seeds", "0", "--methods", "supervised"]
+QUICK = [
+    "--",
+    *("--batch", "8", "--width", "8", "--device", "cpu", "--eval-every", "100", "--checkpoint-every", "9999"),
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
+    (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), rows=("supervised",))
+    folder = out / entry.cell.name
+    process = start(log, *words, "800")
+    until(lambda: jobs.last_step(folder / "metrics.jsonl") >= 40, process, log)
+    os.kill(process.pid, number)
+    code = process.wait(60)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    pid, began = claims_of(out, entry)[0]["child"]
+    deadline = time.monotonic() + 60
+    while jobs.started(pid) == began:
+        assert number == signal.SIGKILL and time.monotonic() < deadline, "it trains on"
+        time.sleep(0.05)
+    # nothing else would have saved it
+    (saved,) = (int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints"))
+    assert 40 <= saved < 800 and saved >= jobs.last_step(folder / "metrics.jsonl")
+    assert status(out, entry.cell).state == "waiting"
+    if number == signal.SIGTERM:
+        assert "1 waiting; what was running is saved" in log.read_text()
+    reached = jobs.last_step(folder / "metrics.jsonl")
+    process = start(log, *words, "800")
+    assert process.wait(SECONDS) == 0, log.read_text()
+    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(20, 801, 20)) and 40 <= reached < 800
+    assert len(claims_of(out, entry)) == 2 and status(out, entry.cell).state == "done"
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
+def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_path):
+    out = tmp_path / "out"
+    flags = [*QUICK, "--steps", "800"]
+    words = ["digits", "--seeds", "0", "1", "--methods", "supervised", "--out", str(out)]
+    found = entries("digits", *flags[1:], seeds=(0, 1), rows=("supervised",))
+    submit = [*words, "--submit", "local", "--workers", "2", "--gpus", "0", *flags]
+    script = f"from engine.studies.reproduce import main; main({submit!r})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = tmp_path / "said.txt"
+    with said.open("wb") as file:  # no pipe, which the jobs would keep open
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, stdout=file, stderr=file, timeout=SECONDS
+        )
+    assert done.returncode == 0 and said.read_text().startswith("2 jobs: ") and "--status" in said.read_text()
+
+    def states():
+        return [status(out, entry.cell).state for entry in found]
+
+    def logs():
+        return "\n".join(path.read_text() for path in (out / "jobs").glob("*_log.*"))
+
+    def wait(condition):
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"{states()}\n{logs()}"
+            time.sleep(0.05)
+
+    wait(lambda: jobs.last_step(out / found[0].cell.name / "metrics.jsonl") >= 20)
+    first = claims_of(out, found[0])[0]
+    os.kill(first["worker"][0], signal.SIGUSR2)  # as Slurm does before a job's time is over
+    wait(lambda: states() == ["done"] * 2)
+    assert len(claims_of(out, found[0])) == 2 and "SIGTERM: step" in (out / found[0].cell.name / "log.txt").read_text()
+    wait(lambda: len(list((out / "jobs").glob("*_result.pkl"))) == 2)
+    assert len({claims_of(out, entry)[0]["worker"][0] for entry in found}) == 2
+    assert "Traceback" not in logs(), logs()
+
+
+def test_submitting_without_submitit_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'remixmatch-engine\[slurm\]'"):
+        reproduce.main(["digits", "--submit", "local"])
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
+@pytest.mark.parametrize(("cluster", "seen"), [("local", ["0", "1", "0"]), ("slurm", ["slurm's"] * 3)])
+def test_jobs_of_one_machine_share_its_gpus(cluster, seen, monkeypatch):
+    import submitit
+
+    given = []
+
+    class Executor:
+        def __init__(self, **_):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit_array(self, jobs):
+            given.extend(jobs)
+            return []
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    reproduce.main(["digits", "--submit", cluster, "--workers", "3"])
+    found = []
+    monkeypatch.setattr(reproduce, "main", lambda *_: found.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    for job in given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "slurm's")
+        job()
+    assert found == seen

@@ -1,0 +1,172 @@
+"""Results of `remixmatch reproduce`: titles, statistics, the papers' figures, rows that are kept and read."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from engine.config.methods import ABLATIONS, METHODS
+from engine.config.presets import PRESETS
+from engine.errors import UserError
+from engine.measuring import records
+from engine.studies import paper_tables, reproduce, statistics, table_results
+from tests.engine.studies.made_jobs import entries, finish
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def test_titles_say_what_is_not_the_papers():
+    assert table_results.title("cifar10", entries("cifar10")) == "cifar10: test error in percent"
+    found = entries("cifar10", steps_scale=0.01)
+    words = "cifar10: test error in percent; REHEARSAL with 10,486 steps instead of 1,048,576"
+    assert table_results.title("cifar10", found, 0.01) == words
+    found = entries("cifar10", "--width", "8", "--no-flip", "--device", "cpu", steps_scale=0.01)
+    assert (
+        table_results.title("cifar10", found, 0.01) == f"{words}; other settings than the presets': flip False, width 8"
+    )
+    found = entries("digits", "--steps", "100", "--eval-every", "5")
+    assert table_results.title("digits", found) == (
+        "digits: test error in percent; REHEARSAL with 100 steps instead of 2,500; "
+        "other settings than the presets': eval_every 5"
+    )
+    more = entries("digits", steps_scale=2.0)
+    assert table_results.title("digits", more, 2.0) == "digits: test error in percent; 5,000 steps instead of 2,500"
+
+
+# Statistics
+
+# Student's t, two-sided 95 %, from a textbook: by degrees of freedom
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_statistics_are_those_of_the_textbook(seeds):
+    generator = torch.Generator().manual_seed(seeds)
+    ours, full = ((5 + torch.rand(seeds, generator=generator, dtype=torch.float64)).tolist() for _ in range(2))
+    total = 0.0
+    for value in ours:
+        total += value
+    mean = total / seeds
+    squares = 0.0
+    for value in ours:
+        squares += (value - mean) ** 2
+    found = statistics.spread(ours)
+    assert found.mean == pytest.approx(mean) and found.deviation == pytest.approx(math.sqrt(squares / (seeds - 1)))
+    apart = []
+    for one, other in zip(ours, full, strict=True):
+        apart.append(one - other)
+    middle = sum(apart) / seeds
+    variance = sum((value - middle) ** 2 for value in apart) / (seeds - 1)
+    half = STUDENT[seeds - 1] * math.sqrt(variance / seeds)
+    # in another order, and with seeds that the other does not have
+    by_seed = dict(reversed(list(enumerate(ours)))) | {77: 3.0}
+    found = statistics.difference(by_seed, dict(enumerate(full)) | {99: 1.0})
+    assert found.seeds == tuple(range(seeds)) and found.mean == pytest.approx(middle)
+    assert (found.low, found.high) == (pytest.approx(middle - half, rel=1e-3), pytest.approx(middle + half, rel=1e-3))
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    assert statistics.spread([]) is None and statistics.spread([3.0]) == statistics.Spread(3.0, None)
+    assert statistics.difference({1: 3.0}, {2: 1.0}) is None
+    assert statistics.difference({1: 3.0, 2: 4.0}, {2: 1.0}) == statistics.Difference(3.0, None, None, (2,))
+    assert statistics.difference({1: 3.0, 2: 4.0}, {1: 2.0, 2: 3.0}) == statistics.Difference(1.0, 1.0, 1.0, (1, 2))
+    run = statistics.Run(6.0, 6.5, 100, "paper")
+    full = statistics.line("remixmatch", "p", (1, 2, 3), {1: run}, None, None)
+    other = statistics.line("uda", "p", (1,), {1: dataclasses.replace(run, median=7.5)}, {1: run}, None)
+    text = statistics.markdown("title", [full, other], "remixmatch")
+    assert "| p | remixmatch | 1 of 3 (1) | 6.00, one seed | 6.50, one seed |  |  |  | 100 | paper |" in text
+    assert (
+        "| p | uda | 1 (1) | 7.50, one seed | 6.50, one seed |  |  | +1.50, one seed: no interval | 100 | paper |"
+        in text
+    )
+
+
+def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
+    runs = {
+        seed: statistics.Run(6.0, 6.5, 100, "paper", seconds) for seed, seconds in ((1, 60.0), (2, 600.0), (3, 90.0))
+    }
+    timed, unknown = (
+        statistics.line(row, "p", (1, 2, 3), of_row, None, None)
+        for row, of_row in (("remixmatch", runs), ("uda", {1: statistics.Run(6.0, 6.5, 100, "paper")}))
+    )
+    rows = statistics.markdown("title", [timed, unknown], "remixmatch").splitlines()
+    assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
+    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
+    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0}) is None
+    assert table_results._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
+
+
+def test_differences_stand_beside_the_papers(tmp_path):
+    assert paper_tables.papers_difference("l2", 8) == pytest.approx(11.34) == paper_tables.papers_difference("l2", 2)
+    assert paper_tables.papers_difference("k=1", 8) == pytest.approx(1.38)
+    assert paper_tables.papers_difference("k=1", 2) == pytest.approx(0.58)
+    assert paper_tables.papers_difference("k=8", 2) == pytest.approx(-0.80)
+    assert (
+        paper_tables.papers_difference("mean-guess", 2) is None
+        and paper_tables.papers_difference("remixmatch", 8) is None
+    )
+    full = {1: 10.0, 2: 12.0, 3: 11.0}
+    signs = {}
+    for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "not told": (1.0, -1.0, 0.5)}.items():
+        runs = {seed: statistics.Run(full[seed] + worse[seed - 1], 0.0, 1, "paper") for seed in full}
+        of_full = {seed: statistics.Run(error, 0.0, 1, "paper") for seed, error in full.items()}
+        signs[name] = statistics.line("l2", "p", (1, 2, 3), runs, of_full, None, papers_difference=11.34)
+    assert [line.sign for line in signs.values()] == list(signs)
+    text = statistics.markdown("title", list(signs.values()), "remixmatch")
+    assert "| difference in the paper | sign |" in text and "of 3 pairs | +11.34 | opposite |" in text
+
+
+# Results
+
+
+def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
+    out = tmp_path / "out"
+    found = entries("cifar10", rows=("remixmatch", "mixmatch"), presets=("cifar10-250",), seeds=(1, 2, 3))
+    for entry, accuracy in zip(found, (94.0, 90.0, 93.0, 88.0, 95.0), strict=False):
+        finish(out, entry, accuracy)
+    words = ["cifar10", "--methods", "mixmatch", "remixmatch", "--preset", "cifar10-250", "--seeds", "1", "2", "3"]
+    reproduce.main([*words, "--tables", "--out", str(out)])
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out and text.startswith("# cifar10: test error in percent\n")
+    rows = [line for line in text.splitlines() if line.startswith("| cifar10-250")]
+    assert rows[0] == (
+        "| cifar10-250 | remixmatch | 3 (1 2 3) | 7.00 ± 1.00 | 6.00 ± 1.00 | 6.27 ± 0.34 | +0.73 |  | 0.2 "
+        "| 1,048,576 | paper |"
+    )
+    assert rows[1].startswith(
+        "| cifar10-250 | mixmatch | 2 of 3 (1 2) | 12.00 ± 1.41 | 11.00 ± 1.41 | 11.08 | +0.92 | +4.50 ["
+    )
+    assert "of 2 pairs | 0.2 | 1,048,576 | paper |" in rows[1]
+    assert f"Not in the table: {found[5].cell.name}, waiting" in text and "Trained on a device; torch 9.9" in text
+    kept = json.loads((out / "table.json").read_text())
+    assert [line["row"] for line in kept["lines"]] == ["remixmatch", "mixmatch"]
+    assert kept["lines"][0]["paper"]["source"].endswith("table 1") and kept["lines"][1]["to_full"]["seeds"] == [1, 2]
+    cell = kept["cells"][0]
+    assert cell["config"]["k"] == 8 and cell["summary"]["test_accuracy"] == 94.0 and cell["commit"] == "unknown"
+
+    path = tmp_path / "rows.jsonl"
+    for _ in range(2):  # what is there is not added again
+        reproduce.main([*words, "--collect", str(path), "--out", str(out)])
+    rows = records.read(path)
+    assert len(rows) == 5 and rows[1]["changes"].items() >= {"method": "mixmatch", "k": 2, "seed": 1}.items()
+    assert rows[1]["command"] == "remixmatch train cifar10-250 --method mixmatch --seed 1"
+    reproduce.main([*words, "--from", str(path), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "table.md").read_text() == text
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="rows that --collect has not written"):
+        reproduce.main([*words, "--from", str(path)])
+
+
+def test_ablations_have_figures_of_their_own_split():
+    found = entries("ablation")
+    lines = table_results.make_lines("ablation", found, {})
+    figures = {line.row: line.paper.error for line in lines if line.paper}
+    assert figures["remixmatch"] == 5.94 and figures["no-weak"] == 29.36 and len(figures) == 11
+    assert not any(
+        line.paper for line in table_results.make_lines("ablation", entries("ablation", presets=("cifar10-40",)), {})
+    )
+    for known in (paper_tables.FIGURES, paper_tables.ABLATION_FIGURES):
+        for name, row in known:
+            assert name in PRESETS and (row in METHODS or row in ABLATIONS)

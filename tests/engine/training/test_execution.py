@@ -1,0 +1,140 @@
+"""What torch's libraries, its compiler and malloc are told, in whole runs too."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from engine import run
+from engine.training import execution, trainer
+from engine.training.execution import compiler, set_numerics
+from tests.processes import ROOT, final_state
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    set_numerics(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    if workspace:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+def chosen():
+    """What the libraries may choose: kernels by their times, those without a fixed order of sums, TF32."""
+    cudnn = torch.backends.cudnn
+    assert not torch.backends.cuda.matmul.allow_tf32 and not cudnn.allow_tf32, "fp32 is fp32"
+    return cudnn.benchmark, not (cudnn.deterministic and torch.are_deterministic_algorithms_enabled())
+
+
+def test_deterministic_is_all_or_nothing():
+    for deterministic in (False, True, False):
+        set_numerics(deterministic)
+        assert chosen() == (not deterministic, not deterministic)
+        # the compiler is imported already, or knows it when it is
+        from torch._inductor import config
+
+        assert config.deterministic == deterministic
+        if deterministic:
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def options_for(config, device, monkeypatch):
+    """With which options torch.compile is called."""
+    seen = {}
+    monkeypatch.setattr("torch.compile", lambda model, **options: seen.update(options))
+    compiler(config, torch.device(device))("a network")
+    assert seen.pop("dynamic") is False
+    return seen["options"]
+
+
+def test_inductors_options_are_for_gpus_and_exist_in_this_torch(tiny, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no option.*")
+        assert options_for(tiny(), "cpu", monkeypatch) is None
+        assert options_for(tiny(), "cuda", monkeypatch) == execution.INDUCTOR
+        tuned = options_for(tiny(tune=True), "cuda", monkeypatch)
+        assert tuned == execution.INDUCTOR | {"coordinate_descent_tuning": True}
+
+
+def test_an_option_that_an_older_torch_lacks_is_left_out_with_a_warning(tiny, monkeypatch):
+    known = torch._inductor.list_options()
+    monkeypatch.setattr("torch._inductor.list_options", lambda: [name for name in known if name != "combo_kernels"])
+    with pytest.warns(UserWarning, match=r"has no option combo_kernels: left out"):
+        assert options_for(tiny(), "cuda", monkeypatch) == {"realize_reads_threshold": 12}
+
+
+def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
+    for deterministic in (False, True):
+        folder = tmp_path / str(deterministic)
+        run.train(tiny(deterministic=deterministic), folder, quiet=True)
+        assert chosen() == (not deterministic, not deterministic)
+        set_numerics(not deterministic)
+        run.load_ema_model(folder)
+        assert chosen() == (not deterministic, not deterministic)
+    one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+BLOCKS = """
+import ctypes, sys, torch
+from engine.training.execution import keep_freed_memory
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+
+def mapped(blocks, mib):
+    # how many of so many blocks at once are mapped each by itself
+    before = libc.mallinfo2().hblks
+    alive = [torch.ones(mib * 2**18) for _ in range(blocks)]
+    return libc.mallinfo2().hblks - before
+
+if len(sys.argv) > 1:
+    keep_freed_memory(torch.device(sys.argv[1]))
+print(mapped(8, 24), libc.mallinfo2().arena >> 20, mapped(1, 512))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc is not glibc's, or an early one of it")
+def test_memory_that_a_step_on_a_cpu_frees_is_kept_but_for_large_blocks():
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+    def blocks(*arguments):
+        command = [sys.executable, "-c", BLOCKS, *arguments]
+        done = subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return map(int, done.stdout.split())
+
+    for arguments in ((), ("cuda",)):
+        each, heap, large = blocks(*arguments)
+        assert (each, large) == (8, 1) and heap < 8 * 24
+    each, heap, large = blocks("cpu")
+    assert (each, large) == (0, 1) and heap >= 8 * 24
+
+
+def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", seen.append)
+    run.train(tiny(steps=2), tmp_path, quiet=True)
+    assert seen == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(tiny, tmp_path):
+    states = []
+    for name in ("one", "two"):
+        run.train(tiny(deterministic=True, device="cuda", steps=20, checkpoint_every=20), tmp_path / name, quiet=True)
+        states.append(final_state(tmp_path / name)[1]["state"])
+    for network in ("network", "ema_model"):
+        for name, value in states[0][network].items():
+            assert torch.equal(value, states[1][network][name]), (network, name)
