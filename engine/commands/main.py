@@ -28,6 +28,7 @@ from engine.distributed import launch
 from engine.errors import RankError, Stopped, UserError
 from engine.imports import uncollected
 from engine.runs.folder import check_folder, default_folder
+from engine.training import ranges
 from pipelines.cache import set_data_dir
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
@@ -292,6 +293,7 @@ def _train(argv: list[str]) -> None:
         if not argv:
             raise UserError("train needs a preset")
         return
+    ranges.begin("set up")
     options: TrainOptions = parse_train(argv, presets.preset(argv[0]))
     check_ranks(options)
     set_data_dir(options.data.data_dir)
@@ -302,6 +304,7 @@ def _train(argv: list[str]) -> None:
         options = _settled(options, argv, options.output.resume)
     launching = not launch.under_torchrun() and (options.execution.gpus > 1 or options.execution.max_restarts > 0)
 
+    ranges.begin("import")
     with uncollected():
         from engine import run
         from engine.distributed import collectives
@@ -313,6 +316,7 @@ def _train(argv: list[str]) -> None:
         arguments = ["train", *argv, "--out", str(options.output.out)]
         launch.launch(arguments, options.execution.gpus, options.execution.max_restarts)
         return
+    ranges.begin("build")
     collectives.start(pick_device(options.config), options.execution.timeout)
     try:
         if launch.under_torchrun():

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 PARTS = ("assemble", "probes", "guess", "forward", "targets", "losses", "backward", "update", "ema", "metrics")
 # what the training loop does between steps, and waits for; its threads have "plan" and "views", too
 LOOP = ("wait for views", "wait for device", "drain", "plan", "wait for plan", "views", "numbers", "replay")
+# of a start, in the order in which a command begins them; torch is not imported before the second
+START = ("set up", "import", "build", "prepare")
 RANGES = (*LOOP, "exchange", *PARTS)
 
 _listener: Callable[[str], None] | None = None

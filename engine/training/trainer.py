@@ -25,6 +25,7 @@ from engine.runs import checkpoint
 from engine.runs.health import Health, Look, compared_images
 from engine.runs.history import History, guessed_images, named_bins
 from engine.runs.progress import MetricsLog, ProgressLine
+from engine.training import ranges
 from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, keep_freed_memory, set_numerics
 from engine.training.feed import Feed
@@ -192,8 +193,10 @@ class Trainer:
 
     def begin(self) -> None:
         """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views."""
+        ranges.begin("prepare")
         self.execute = make_step(self.config, self.state, self.feed.rows, self.execution, self.feed.example)
         self.feed.begin(self.step)
+        ranges.end()
 
     def advance(self) -> None:
         """Trains one step. Returns when it is on its way."""
