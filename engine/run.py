@@ -20,21 +20,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from engine.config.config import Config, changed_fields, check_data, load_config, open_data, validate
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.distributed import collectives
 from engine.errors import UserError
 from engine.inference import predict
+from engine.inference.export import safetensors_bytes
 from engine.models.wide_resnet import Classifier
 from engine.runs import checkpoint, history
-from engine.runs.folder import check_folder, describe, read_classes, write_text
+from engine.runs.folder import check_folder, describe, read_classes
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.training.execution import pick_device, set_numerics
 from engine.training.step import make_network
 from engine.training.trainer import CHECKPOINTS, Trainer
 from pipelines.data_set import DataSet
+from pipelines.files import write_bytes, write_text
 
 
 def train(
@@ -189,8 +190,7 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     # matplotlib takes a second that only the end should pay
     from engine.runs.pictures import draw_curves, draw_views, make_views
 
-    tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
-    save_file(tensors, folder / "ema.safetensors")
+    write_bytes(folder / "ema.safetensors", safetensors_bytes(trainer.state.ema_model))
     (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
     views = make_views(trainer.feed, trainer.step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from engine.errors import UserError
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import Classifier
 from pipelines.decode import DecodeError, image_files, resized, rgb
+from pipelines.files import atomic_write
 
 
 def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray:
@@ -102,20 +105,20 @@ def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.
     Raises:
         UserError: the file cannot be written; a former one of that name is then left as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    first = next(rows, None)
+    if first is None:
+        return 0
     count = 0
     try:
-        # names of files need not be text: their bytes are written as they are
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            table = csv.writer(file)
+        with atomic_write(path) as file:
+            # file names need not be text: their bytes are written unchanged
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            table = csv.writer(text)
             table.writerow(["file", "class", *classes])
-            for name, values in rows:
+            for name, values in itertools.chain([first], rows):
                 table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
                 count += 1
-        if count:
-            partial.replace(path)
+            text.detach()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count

@@ -14,7 +14,7 @@ import tyro
 from engine.commands.parsing import parse
 from engine.errors import UserError
 from engine.report.reading import Found, read
-from engine.runs.folder import write_bytes
+from pipelines.files import write_bytes
 
 NEEDED = ("altair", "vl_convert", "jinja2")
 

@@ -6,7 +6,6 @@ crash, a kill or a full disk leaves earlier ones as they were.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
+from pipelines.files import PARTIAL, atomic_write
 
 FORMAT = "remixmatch-checkpoint-2"
 # of earlier formats: what has another name now, at any depth
@@ -64,29 +64,12 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mappi
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    partial = folder / f"{path.name}.partial"
-    try:
-        with partial.open("wb") as file:
-            # the zip writer inside torch.save turns a failed write into RuntimeError; _Guarded keeps its cause
-            guarded = _Guarded(file)
-            try:
-                torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, guarded)  # type: ignore[arg-type]
-            except RuntimeError:
-                if guarded.error is None:
-                    raise
-            if guarded.error is not None:
-                raise guarded.error
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(folder)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic_write(path, sync=True) as file:
+        torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, file)
     # one of a later step was passed over when this run was resumed: it is no good, and does not count
     for old in [each for each in list_checkpoints(folder) if each.name <= path.name][:-keep]:
         old.unlink(missing_ok=True)
-    for left in folder.glob("step-*.pt.partial"):  # by a process that was killed
+    for left in folder.glob(f".step-*.pt{PARTIAL}"):  # by a process that was killed
         left.unlink(missing_ok=True)
     return path
 
@@ -157,33 +140,6 @@ class Saver:
         """The newest checkpoint in words."""
         kept = list_checkpoints(self._folder)
         return f"the last good one is {kept[-1]}" if kept else "there is none before it"
-
-
-class _Guarded:
-    """A file that remembers the first error of a write."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any] | None = None) -> Checkpoint | None:

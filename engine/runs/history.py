@@ -7,7 +7,6 @@ images, so that a report needs neither the data nor the network. Nothing here ch
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from engine.config.config import Config
-from engine.runs.folder import write_bytes, write_text
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data_set import DataSet
+from pipelines.files import atomic_write, write_text
 
 HISTORY, RESULTS = "history.jsonl", "results.npz"
 MOST_ROWS = 200
@@ -195,19 +194,18 @@ def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: Dat
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MOST_ERRORS]
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        labels=labels.astype(np.uint16),
-        predicted=predicted.astype(np.uint16),
-        confidence=confidence.astype(np.float16),
-        test_images=np.int64(len(data.test_labels)),
-        errors=worst,
-        error_images=_small(data.test_images[rows][worst]),
-        views=_small(views.images),
-        captions=np.array(views.captions, dtype=np.str_),
-    )
-    write_bytes(folder / RESULTS, content.getvalue())
+    with atomic_write(folder / RESULTS) as file:
+        np.savez_compressed(
+            file,
+            labels=labels.astype(np.uint16),
+            predicted=predicted.astype(np.uint16),
+            confidence=confidence.astype(np.float16),
+            test_images=np.int64(len(data.test_labels)),
+            errors=worst,
+            error_images=_small(data.test_images[rows][worst]),
+            views=_small(views.images),
+            captions=np.array(views.captions, dtype=np.str_),
+        )
 
 
 def predicted_rows(data: DataSet) -> slice:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from engine.runs.folder import write_text
+from pipelines.files import write_text
 
 CLOSE_SECONDS = 60.0  # that a client is given at the end of a run
 OPEN_SECONDS = 30.0  # that wandb is given to reach its server, before it is tried again

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.runs.loggers import Logger, Row, open_logger
+from pipelines.files import write_text
 
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
 FLUSH_SECONDS = 30.0  # between the moments when a logger is given its rows
@@ -64,9 +65,7 @@ class MetricsLog:
     def _open(self) -> None:
         """Writes everything so far, as a whole."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(self._lines), encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, "".join(self._lines))
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._next_flush = time.monotonic() + FLUSH_SECONDS
 

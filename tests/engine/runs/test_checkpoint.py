@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_last_good_one_and_no_rest(tmp_path, monkeypat
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, 2, content(2), keep=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
@@ -84,7 +84,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from engine import checkpoint
+from engine.runs import checkpoint
 folder = Path({str(tmp_path)!r})
 checkpoint.save(folder, 1, {{"x": torch.zeros(1000)}}, keep=3)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -110,7 +110,7 @@ def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
 
 
 def test_parts_that_a_killed_process_left_go_with_the_next_checkpoint(tmp_path):
-    (tmp_path / "step-00000002.pt.partial").write_bytes(b"part")
+    (tmp_path / ".step-00000002.pt.partial").write_bytes(b"part")
     checkpoint.save(tmp_path, 3, content(3), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
 

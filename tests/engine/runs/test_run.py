@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.runs.progress import ProgressLine, read_metrics
 from engine.training.cuda_graph import make_step
 from engine.training.feed import Feed
 from engine.training.trainer import CHECKPOINTS
+from pipelines import files
 from tests.processes import final_state, finish, start
 
 TINY_FLAGS = [
@@ -115,6 +117,27 @@ def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeyp
     summary = run.train(config, tmp_path / "run", resume=True, quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in undisturbed.iterdir()}
     assert summary["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "curves.png", "views.png", "results.npz", "summary.json"])
+def test_a_disk_that_is_full_at_the_end_leaves_the_former_file(undisturbed, tmp_path, monkeypatch, name):
+    """Of a run that is resumed when it is finished, which makes all of them anew."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    config, before = load_config(folder / "config.json"), (folder / name).read_bytes()
+    write = files._File.write
+
+    def full_disk(self, data):
+        if name in str(self.name):
+            write(self, bytes(data)[:100])
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files._File, "write", full_disk)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.train(config, folder, resume=True, quiet=True)
+    assert (folder / name).read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
