@@ -84,7 +84,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from engine import checkpoint
+from engine.runs import checkpoint
 folder = Path({str(tmp_path)!r})
 checkpoint.save(folder, 1, {{"x": torch.zeros(1000)}}, keep=3)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
