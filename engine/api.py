@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.config import config as configuration
-from engine.config import methods
+from engine.config import Config, methods
+from engine.config.checks import folder_name
 from engine.config.presets import preset as find_preset
 from engine.errors import UserError
-from engine.runs.folder import check_folder, default_folder
+from engine.runs.folder import default_folder
+from engine.runs.setup import setup_run
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +103,7 @@ def train(
     Raises:
         UserError: a value that cannot work, data that is not there, or a folder that holds another run.
     """
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(configuration.Config)})
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"no field of the configuration: {', '.join(unknown)}")
     config = find_preset(preset)
@@ -110,17 +111,13 @@ def train(
         config = methods.with_method(config, fields["method"])
     config = dataclasses.replace(methods.ablate(config, *ablate), **fields)
     if data is not None:
-        config = dataclasses.replace(config, dataset=configuration.folder_name(data))
-    configuration.validate(config)
-    opened = configuration.open_data(config.dataset)
-    config = configuration.resolve(config, opened)
-    configuration.check_data(config, opened)
+        config = dataclasses.replace(config, dataset=folder_name(data))
     folder = Path(out) if out is not None else default_folder(config, resume)
-    check_folder(config, folder, resume)
+    setup = setup_run(config, folder, resume)
 
     from engine import run
 
-    return Run(folder, run.train(config, folder, resume=resume, quiet=True))
+    return Run(folder, run.train(setup, quiet=True))
 
 
 def load(folder: str | Path) -> Model:
@@ -129,7 +126,7 @@ def load(folder: str | Path) -> Model:
     Raises:
         UserError: the folder holds no run, or no good checkpoint.
     """
-    from engine import run
+    from engine.inference.trained import load_ema_model
 
-    trained = run.load_ema_model(Path(folder))
+    trained = load_ema_model(Path(folder))
     return Model(trained.classes, trained.sides[0], trained.network, trained.device)

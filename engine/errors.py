@@ -1,5 +1,11 @@
 """Errors that end a run with one line and without a traceback."""
 
+APEX_BUILD = (  # what to do where apex is missing
+    "build NVIDIA/apex from source: in a checkout of it run "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
+    "(the package 'apex' on PyPI is another project)"
+)
+
 
 class UserError(ValueError):
     """Says in one line what was given, what is allowed and what to do; the command line exits with code 2.

@@ -34,7 +34,8 @@ from bench.ranks.scaling_model import (
 )
 from bench.ranks.scaling_worker import CaseSpec, Job
 from bench.step.throughput import base_config
-from engine.config.config import Config, validate
+from engine.config.checks import validate
+from engine.config.config import Config
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.records import newest

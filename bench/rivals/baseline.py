@@ -40,11 +40,13 @@ from torch import Tensor, nn
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
 from bench.step.throughput import figures
-from engine.config.config import Config, check_data, validate
+from engine.config.checks import validate
+from engine.config.config import Config
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.steps import SyntheticViews, TimedSteps
 from engine.measuring.timing import Timing, bench_device, ceilings, measure
+from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, set_numerics
 from engine.training.feed import Feed, ViewLoader
@@ -218,7 +220,8 @@ class RivalTrainer(Trainer):
 
     def __init__(self, name: str, config: Config, options: BaselineOptions, device: torch.device) -> None:
         rival = RIVALS[name]
-        data, split = check_data(config)
+        setup = setup_run(config)
+        config, data, split = setup.config, setup.data, setup.split
         self.name, self.config = name, config
         self._step = rival.step(config, data, split, device)
         loaders = partial(rival.loaders, config, data, split, device)
@@ -273,7 +276,8 @@ class EngineTrainer(Trainer):
         # every K compiles the one forward function: more often than torch expects, which would then silently stop
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        data, split = check_data(config)
+        setup = setup_run(config)
+        config, data, split = setup.config, setup.data, setup.split
         execution = Execution.pick(config, data.train_images.shape)
         state = make_state(config, len(data.classes), execution.device, data.sides)
         self.name, self.config = ENGINE, config

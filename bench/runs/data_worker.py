@@ -17,6 +17,7 @@ from typing import Any
 from engine import run
 from engine.config.config import Config
 from engine.measuring.process import peak_memory
+from engine.runs.setup import setup_run
 from engine.training.trainer import Trainer
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     config = Config(
         dataset="stl10", labels=100, max_shift=12, steps=steps, eval_every=steps, checkpoint_every=steps, **small
     )
-    run.train(config, folder, quiet=True)
+    run.train(setup_run(config, folder), quiet=True)
     times = [1e3 * (end - begin) for begin, end in pairwise(ends)]
     figures = {"step_ms": median(times), "mean_step_ms": mean(times), "peak_memory_mib": peak_memory()}
     print(json.dumps(figures | {"cpu_step_ms": 1e3 * (cpu[-1] - cpu[0]) / (steps - 1)}))

@@ -20,6 +20,8 @@ import torch
 from engine import run
 from engine.config.presets import PRESETS, preset
 from engine.measuring import records
+from engine.runs.setup import setup_run
+from engine.training.execution import pick_device
 from pipelines.datasets import digits
 from pipelines.splits import balanced
 
@@ -59,13 +61,11 @@ def main(options: DigitsOptions) -> None:
             if options.steps:
                 config = dataclasses.replace(config, steps=options.steps)
             with tempfile.TemporaryDirectory() as folder:
-                summary = run.train(config, Path(folder) / "run", quiet=True)
+                summary = run.train(setup_run(config, Path(folder) / "run"), quiet=True)
             wanted = ("labels", "k", "steps", "test_accuracy", "median_last_20", "train_seconds", "images_per_second")
             row = {key: summary[key] for key in wanted}
             row["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            records.append(
-                options.out, records.record("digits", run.pick_device(config), method=name, seed=seed, **row)
-            )
+            records.append(options.out, records.record("digits", pick_device(config), method=name, seed=seed, **row))
             print(f"{name} seed {seed}: {summary['test_accuracy']:.2f} %, {summary['train_seconds']:.0f} s", flush=True)
 
 

@@ -19,9 +19,10 @@ def main() -> None:
     """Runs the command as far as its first step."""
     ends = [time.time()]
     from engine.commands import main as cli
+    from engine.commands import train
     from engine.imports import uncollected
 
-    settle = cli._settled
+    settle = train._set_up
 
     def settled(*arguments):
         options = settle(*arguments)
@@ -47,7 +48,7 @@ def main() -> None:
         Trainer.begin, Trainer.advance = marked_begin, last_advance  # type: ignore[assignment, method-assign]
         return options
 
-    cli._settled = settled
+    train._set_up = settled
     cli.main(sys.argv[1:])
 
 

@@ -27,7 +27,8 @@ import torch
 
 from bench.emulator.run import compiler, environment
 from bench.step import throughput
-from engine.config.config import Config, validate
+from engine.config.checks import validate
+from engine.config.config import Config
 from engine.config.methods import ablate, with_method
 from engine.config.presets import preset
 from engine.errors import UserError

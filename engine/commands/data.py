@@ -15,8 +15,10 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import parse, show_usage
-from engine.config.config import FOLDER, folder_name, load_config, open_data
+from engine.config.checks import FOLDER, folder_name
+from engine.config.config import load_config
 from engine.errors import UserError
+from engine.runs.setup import open_data
 from pipelines import cache
 from pipelines.data_set import DataSet
 from pipelines.datasets import DATASETS, PREPARED

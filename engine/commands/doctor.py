@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import importlib
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from rich.console import Console
 from rich.table import Table
 
-from engine.training.optimizers import APEX_ABSENT, APEX_BUILD, apex_problem
+from engine.commands.parsing import parse
+from engine.errors import APEX_BUILD
 
 Finding = tuple[bool | None, str, str]  # found (None: optional and absent), what, what to do
 
@@ -67,6 +70,8 @@ def _compiler() -> Finding:
 
 
 def _apex() -> Finding:
+    from engine.training.optimizers import APEX_ABSENT, apex_problem
+
     problem = apex_problem()
     if problem is None:
         return True, "apex.optimizers.FusedAdam", ""
@@ -101,3 +106,16 @@ def report() -> bool:
     console.print(table)
     console.print("ready to train" if healthy else "not ready: see what to do above")
     return healthy
+
+
+@dataclass
+class DoctorOptions:
+    """What of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest.
+
+    Exit code 1 where something that training needs is missing."""
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `remixmatch doctor`."""
+    parse(DoctorOptions, "doctor", argv)
+    sys.exit(0 if report() else 1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import methods, presets
-from engine.config.config import AugmentationOptions, Config, MethodOptions, NetworkOptions
+from engine.config.config import COUNTED, Config, changes
 from engine.measuring import records
 
 KINDS = ("triton", "library", "operator")  # of launches
@@ -17,13 +17,6 @@ IMAGES = {
     "digits": (16, 10), "fashion-mnist-16": (16, 10), "fashion-mnist": (32, 10), "cifar10": (32, 10),
     "cifar100": (32, 100), "svhn": (32, 10), "svhn-extra": (32, 10), "stl10": (96, 10),
 }  # fmt: skip
-
-# fields of a configuration that change what a step launches
-_LAUNCHED = {
-    field.name
-    for options in (MethodOptions, AugmentationOptions, NetworkOptions)
-    for field in dataclasses.fields(options)
-} - {"class_distribution", "marginal_decay", "lag", "pretrained", "weights"} | {"stem_channels", "optimizer"}
 
 
 def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[str, Any] | None:
@@ -36,7 +29,6 @@ def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[
         precision: "bf16", "fp16" or "fp32".
         images: their side in pixels, and how many classes they have.
     """
-    own = dataclasses.asdict(config)
     rows = [
         row for path in (records.RESULTS / "count.jsonl", records.OUT / "count.jsonl") for row in records.read(path)
     ]
@@ -44,8 +36,7 @@ def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[
         if row["precision"] != precision or row["preset"] not in presets.PRESETS:
             continue
         of = configuration(row)
-        theirs = dataclasses.asdict(of)
-        if IMAGES.get(of.dataset) == images and all(own[name] == theirs[name] for name in _LAUNCHED):
+        if IMAGES.get(of.dataset) == images and not changes(of, config).keys() & COUNTED:
             return row
     return None
 

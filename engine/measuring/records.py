@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.run import commit, device_name, versions
+from engine.measuring.provenance import commit, device_name, versions
 
 RESULTS = (
     Path(__file__).parents[2] / "bench" / "results"

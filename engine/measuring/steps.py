@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config.config import Config, check_data, validate
+from engine.config.config import Config
+from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, keep_freed_memory, set_numerics
 from engine.training.feed import Feed
@@ -66,8 +67,8 @@ class TimedSteps:
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         config = dataclasses.replace(config, steps=2**40, views="auto" if views == "synthetic" else views)  # type: ignore[arg-type]
-        validate(config)
-        data, split = check_data(config)
+        setup = setup_run(config)
+        config, data, split = setup.config, setup.data, setup.split
         chosen = dataclasses.replace(Execution.pick(config, data.train_images.shape), **(execution or {}))
         set_numerics(config.deterministic, chosen.cudnn_benchmark)
         keep_freed_memory(chosen.device)

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
 
-from engine.config.config import Config, ExecutionOptions, OutputOptions, changed_fields, config_json, load_config
+from engine.config.config import PLACE, Config, changed_fields, config_json, load_config
 from engine.distributed.launch import PARENT
 from engine.errors import UserError
 from engine.measuring.process import search_path
@@ -46,14 +46,6 @@ SHOW_SECONDS = 0.5
 TAIL_LINES = 20  # of the log, kept in failed.json
 _TAIL_BYTES = 8192
 _HASH_DIGITS = 10
-
-# What may differ between two runs that are one cell, since results are then equal but for rounding: where and how fast
-# a step is computed, and how often it is logged and saved, so that a cell begun on one machine can be ended on another.
-# Not precision, gradients and micro-batches, which change what the network is trained with: half of the bits, or batch
-# norm over fewer rows; nor how often the run is evaluated, since the median is over the last 20 evaluations
-UNHASHED = {field.name for section in (ExecutionOptions, OutputOptions) for field in dataclasses.fields(section)} - {
-    *("precision", "gradients", "micro_batches", "eval_every"),
-}
 
 STATES = ("done", "running", "failed", "waiting")
 # a child that ends so was asked to: by this worker, by whoever ended the whole group, or by the death of its worker
@@ -71,7 +63,7 @@ def identity(config: Config) -> dict[str, Any]:
         # 75 and 75.0 are one weight
         name: float(value) if isinstance(default[name], float) else value
         for name, value in dataclasses.asdict(config).items()
-        if name not in UNHASHED and value != default[name]
+        if name not in PLACE and value != default[name]
     }
 
 
@@ -267,7 +259,7 @@ def status(root: Path, cell: Cell) -> Status:
     except UserError as error:
         return Status("failed", reason=f"{error}; move the folder away", **known)
     if begun and digest(begun) != cell.digest:
-        differing = [text for text in changed_fields(begun, cell.config) if text.split()[0] not in UNHASHED]
+        differing = changed_fields(begun, cell.config, ignored=PLACE)
         reason = f"{folder} holds another configuration ({'; '.join(differing)}): move the folder away"
         return Status("failed", reason=reason, **known)
     if begun and (summary := read_json(folder / "summary.json")) and summary.get("steps") == cell.config.steps:

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.commands import main as cli
-from engine.commands.parsing import parse
-from engine.config.config import Config, check_data, open_data, resolve, validate
+from engine.commands.options import TrainOptions, parse_train
+from engine.config.checks import validate
+from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, Figure, preset
 from engine.errors import UserError
+from engine.runs.setup import setup_run
 from engine.studies.jobs import Cell
+from pipelines.data_set import DataSet
 
 FULL = "remixmatch"
 # by --steps-scale
@@ -202,17 +204,15 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
     """
     if not flags:
         return config
-    default = cli.TrainOptions.of(config)
-    options = parse(cli.TrainOptions, "reproduce TABLE --", list(flags), default=default)
-    changed = options.config
-    fixed = {"preset", "method", "seed"}
-    known = {field.name for field in dataclasses.fields(Config)} - fixed
-    for section, before in vars(default).items():
-        values = vars(before) if dataclasses.is_dataclass(before) else {}
-        for name, value in values.items():
-            if name not in known and getattr(vars(options)[section], name) != value:
+    options = parse_train(["", *flags], config, "reproduce TABLE --")
+    shared = TrainOptions(config)
+    for group in ("folder", "ablations", "source", "ranks"):
+        for name, value in vars(getattr(options, group)).items():
+            if value != getattr(getattr(shared, group), name):
                 raise UserError(f"--{name.replace('_', '-')} after -- is not a setting that all cells can share")
-    return changed
+    for name in changes(config, options.config).keys() & {"method", "seed"}:
+        raise UserError(f"--{name} after -- is not a setting that all cells can share")
+    return options.config
 
 
 def scaled(config: Config, scale: float) -> Config:
@@ -248,13 +248,13 @@ def with_data(entries: Sequence[Entry]) -> list[Entry]:
     Raises:
         UserError: a data set is missing, or does not have what a cell asks for.
     """
+    opened: dict[str, DataSet] = {}
     found = []
     for entry in entries:
-        data = open_data(entry.cell.config.dataset)
-        config = resolve(entry.cell.config, data)
         try:
-            check_data(config, data)
+            setup = setup_run(entry.cell.config, data=opened.get(entry.cell.config.dataset))
         except UserError as error:
             raise UserError(f"{entry.cell.label}: {error}") from None
-        found.append(dataclasses.replace(entry, cell=dataclasses.replace(entry.cell, config=config)))
+        opened[setup.config.dataset] = setup.data
+        found.append(dataclasses.replace(entry, cell=dataclasses.replace(entry.cell, config=setup.config)))
     return found

@@ -14,6 +14,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 import shlex
 import signal
 import sys
@@ -27,9 +28,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from engine.commands import main as cli
+from engine import run
+from engine.commands.main import guarded
+from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
 from engine.commands.parsing import show_usage
-from engine.config import config as configuration
 from engine.config import presets
 from engine.config.config import Config
 from engine.distributed import collectives, launch
@@ -40,6 +42,7 @@ from engine.measuring.timing import ceilings, in_turns
 from engine.measuring.trace import DEVICE, STEPS, Ranges, analyse, attribute, learn, read, record
 from engine.runs.folder import RUNS
 from engine.runs.progress import ProgressLine
+from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
 from engine.training.cuda_graph import CapturedStep
 from engine.training.execution import Execution, pick_device
@@ -47,30 +50,28 @@ from engine.training.trainer import Trainer
 from pipelines.cache import set_data_dir
 from pipelines.files import atomic_write, write_text
 
+DEFAULT_STEPS = 40
 MOST_STEPS = 1000  # of a step's thousands of events each
 TRACE, MEMORY, RESULT = "rank{}.trace.json.gz", "rank{}.memory.pickle", "profile.json"
 _MARKS = 20_000  # a sample of what a mark costs
 _HISTORY = 100_000  # allocations that a snapshot of the memory remembers
+STEPS_HELP = {"steps": "Steps that are profiled, in whole batches of views."}
 
 
 @dataclass(frozen=True)
-class _OptimisationOptions(configuration.OptimisationOptions):
-    """How long, and how fast, parameters and their exponential moving average (EMA) move."""
-
-    steps: int = 40
-    """Steps that are profiled, in whole batches of views."""
-
-
-@dataclass(frozen=True)
-class _OutputOptions(cli._OutputOptions):
+class ProfileFolder:
     """Where the profile goes. What a run writes on the way is not written."""
 
     out: Path | None = None
     """The profile's folder; by default runs/profile-PRESET, numbered on if that exists."""
+    resume: bool = False
+    """Not supported: a profile saves nothing that could be resumed."""
+    quiet: bool = False
+    """Print nothing but the tables and warnings."""
 
 
 @dataclass(frozen=True)
-class _ProfilingOptions:
+class ProfilingOptions:
     """What is recorded."""
 
     warm_up: int = 16
@@ -80,13 +81,16 @@ class _ProfilingOptions:
     printed without this flag. Nothing is written then but nsys's own report."""
 
 
-@dataclass(frozen=True)
-class ProfileOptions(cli.TrainOptions):
-    """Profiles the training step of a preset, or of what the flags make of it."""
-
-    optimisation: _OptimisationOptions
-    output: _OutputOptions
-    profiling: _ProfilingOptions
+def parse_profile(argv: Sequence[str]) -> TrainOptions:
+    """Parse the preset and the flags of `remixmatch profile`."""
+    return parse_train(
+        argv,
+        dataclasses.replace(presets.preset(argv[0]), steps=DEFAULT_STEPS),
+        "profile",
+        "Profiles the training step of a preset, or of what the flags make of it.",
+        STEPS_HELP,
+        {"folder": ProfileFolder(), "profiling": ProfilingOptions()},
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -103,27 +107,34 @@ def main(argv: Sequence[str]) -> None:
         if not argv:
             raise UserError("profile needs a preset")
         return
-    base = dataclasses.replace(presets.preset(argv[0]), steps=_OptimisationOptions.steps)
-    options = cli.parse_train(argv, base, ProfileOptions, "profile")
+    options = parse_profile(argv)
     _check(options)
-    set_data_dir(options.data.data_dir)
-    options = options.resolved()
+    set_data_dir(options.source.data_dir)
     launch.end_with_parent()
-    device = pick_device(options.config)
-    if options.profiling.nvtx and device.type != "cuda":
+
+    def set_up() -> RunSetup:
+        ranks = int(os.environ.get("WORLD_SIZE", options.ranks.gpus))
+        return setup_run(options.config, ranks=ranks, class_prior=options.source.class_prior)
+
+    setup = None if launch.under_torchrun() else set_up()
+    device = pick_device(setup.config if setup else options.config)
+    nvtx = options.others["profiling"].nvtx
+    if nvtx and device.type != "cuda":
         raise UserError("--nvtx is for GPUs: without one the trace of torch.profiler has all ranges")
     try:
-        if options.execution.gpus > 1 and not launch.under_torchrun():
-            cli.check_places(options)
+        if setup and options.ranks.gpus > 1:
+            check_places(setup.config, options.ranks)
             # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
-            launch.launch([*argv, "--out", str(_folder(options))], options.execution.gpus, 0, "engine.studies.profile")
+            arguments = [*argv, "--out", str(_folder(options))]
+            launch.launch(arguments, options.ranks.gpus, 0, "engine.studies.profile")
             return
-        collectives.start(device, options.execution.timeout)
-        configuration.validate(options.config, collectives.ranks())
-        if options.profiling.nvtx:
-            _mark_for_nsys(options)
+        collectives.start(device, options.ranks.timeout)
+        setup = setup or run.share(set_up)
+        warm_up = options.others["profiling"].warm_up
+        if nvtx:
+            _mark_for_nsys(setup, warm_up)
         else:
-            _profile(options, collectives.on_first(lambda: _folder(options)), argv)
+            _profile(setup, warm_up, collectives.on_first(lambda: _folder(options)), argv)
     except RuntimeError as error:
         if lost := collectives.lost(error):
             raise lost from error
@@ -133,28 +144,28 @@ def main(argv: Sequence[str]) -> None:
     collectives.stop()
 
 
-def _check(options: ProfileOptions) -> None:
-    cli.check_ranks(options)
+def _check(options: TrainOptions) -> None:
+    check_ranks(options.ranks)
     for flag, given in (
-        ("--resume", options.output.resume),
-        ("--max-restarts", options.execution.max_restarts),
-        ("--check-ranks", options.execution.check_ranks),
+        ("--resume", options.folder.resume),
+        ("--max-restarts", options.ranks.max_restarts),
+        ("--check-ranks", options.ranks.check_ranks),
     ):
         if given:
             raise UserError(f"{flag} is of remixmatch train: a profile saves nothing that could be gone on with")
-    records.check_least("--steps", options.optimisation.steps, 1)
-    records.check_least("--warm-up", options.profiling.warm_up, 1)
-    if options.optimisation.steps > MOST_STEPS:
-        raise UserError(f"--steps is how many are profiled, at most {MOST_STEPS}; got {options.optimisation.steps}")
+    records.check_least("--steps", options.config.steps, 1)
+    records.check_least("--warm-up", options.others["profiling"].warm_up, 1)
+    if options.config.steps > MOST_STEPS:
+        raise UserError(f"--steps is how many are profiled, at most {MOST_STEPS}; got {options.config.steps}")
 
 
-def _folder(options: ProfileOptions) -> Path:
+def _folder(options: TrainOptions) -> Path:
     """Where the profile goes.
 
     Raises:
         UserError: there is one already, or the folder is a file.
     """
-    config, given = options.config, options.output.out
+    config, given = options.config, options.folder.out
     if given is None:
         another = config.method != presets.preset(config.preset).method
         name = f"profile-{config.preset}{f'-{config.method}' if another else ''}"
@@ -168,20 +179,19 @@ def _folder(options: ProfileOptions) -> Path:
 
 
 @contextmanager
-def _training(options: ProfileOptions, warm_up: int, memory_file: BinaryIO | None = None) -> Iterator[Trainer]:
+def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None) -> Iterator[Trainer]:
     """Training as of a run's first steps, without what it writes, and warmed up.
 
     Args:
-        options: what is trained.
+        setup: of what is trained.
         warm_up: steps.
         memory_file: with a GPU, what was allocated up to then is written to it, with who did.
     """
-    config = dataclasses.replace(options.config, steps=2**40)  # plans never end
-    data, split = configuration.check_data(config)
+    config = dataclasses.replace(setup.config, steps=2**40)  # plans never end
     progress = ProgressLine(config.steps, quiet=True, silent=collectives.rank() > 0)
     if memory_file:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=_HISTORY)
-    trainer = Trainer(config, data, split, Path(), progress)
+    trainer = Trainer(dataclasses.replace(setup, config=config), progress)
     progress.start(0, trainer.feed.images_per_step)
     try:
         trainer.begin()
@@ -199,17 +209,16 @@ def _advance(trainer: Trainer, steps: int) -> None:
         trainer.advance()
 
 
-def _whole_batches(options: ProfileOptions) -> tuple[int, int]:
+def _whole_batches(config: Config, warm_up: int) -> tuple[int, int]:
     """Steps of the warm-up and of the profile, rounded up: each batch of views is some steps' and costs the first."""
-    each = options.config.view_steps
-    warm_up, steps = (-(-number // each) * each for number in (options.profiling.warm_up, options.optimisation.steps))
-    return warm_up, steps
+    whole_warm_up, steps = (-(-number // config.view_steps) * config.view_steps for number in (warm_up, config.steps))
+    return whole_warm_up, steps
 
 
-def _mark_for_nsys(options: ProfileOptions) -> None:
-    warm_up, steps = _whole_batches(options)
+def _mark_for_nsys(setup: RunSetup, warm_up: int) -> None:
+    warm_up, steps = _whole_batches(setup.config, warm_up)
     opened = Ranges(torch.cuda.nvtx.range)
-    with _training(options, warm_up) as trainer:
+    with _training(setup, warm_up) as trainer:
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         with torch.cuda.nvtx.range(STEPS), ranges.listening(opened):
@@ -221,7 +230,7 @@ def _mark_for_nsys(options: ProfileOptions) -> None:
     print(f"{steps} steps with NVTX ranges between cudaProfilerStart and cudaProfilerStop")
 
 
-def _profile(options: ProfileOptions, out: Path, argv: list[str]) -> None:
+def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
     folder = out / "profile"
     rank = collectives.rank()
     try:
@@ -229,9 +238,9 @@ def _profile(options: ProfileOptions, out: Path, argv: list[str]) -> None:
         with ExitStack() as files:
             trace_file = files.enter_context(atomic_write(folder / TRACE.format(rank)))
             memory_file = None
-            if pick_device(options.config).type == "cuda":
+            if pick_device(setup.config).type == "cuda":
                 memory_file = files.enter_context(atomic_write(folder / MEMORY.format(rank)))
-            found = _measure(options, trace_file, memory_file)
+            found = _measure(setup, warm_up, trace_file, memory_file)
             every = collectives.everyones(found["step_ms"])
         collectives.everyones(None)  # rank 0's file is last, and says that all are there
         if rank == 0:
@@ -267,16 +276,17 @@ def nsys_command(argv: Sequence[str], folder: Path) -> str:
     return shlex.join([*nsys, "remixmatch", "profile", *argv, "--gpus", "1", "--nvtx"])
 
 
-def _measure(options: ProfileOptions, trace_file: BinaryIO, memory_file: BinaryIO | None) -> dict[str, Any]:
+def _measure(setup: RunSetup, warm_up: int, trace_file: BinaryIO, memory_file: BinaryIO | None) -> dict[str, Any]:
     """Profiles, and writes the trace and the memory's snapshot.
 
     Returns:
         The values of profile.json, for this rank; with "torch_device".
     """
-    warm_up, steps = _whole_batches(options)
-    device = pick_device(options.config)
+    config = setup.config
+    warm_up, steps = _whole_batches(config, warm_up)
+    device = pick_device(config)
     learned: list[tuple[str, str]] = []
-    with _training(options, warm_up, memory_file) as trainer:
+    with _training(setup, warm_up, memory_file) as trainer:
         execution, images = trainer.execution, (trainer.data.sides[0], len(trainer.data.classes))
         _wait(device)
         begin = time.perf_counter()
@@ -295,7 +305,6 @@ def _measure(options: ProfileOptions, trace_file: BinaryIO, memory_file: BinaryI
         trace["traceEvents"][event.place].setdefault("args", {})["range"] = part
     with gzip.open(trace_file, "wt", encoding="utf-8", compresslevel=5) as file:
         json.dump(trace, file)
-    config = options.config
     mark = _mark_seconds()
     found = analyse(events, steps, learned, view_threads_ms)
     _add_counts(found["ranges"], _counted(config, execution, images), device)
@@ -453,4 +462,4 @@ def _device_words(row: Mapping[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv.insert(1, "profile")  # the result gives the command as an installed engine has it
-    cli.guarded(main, sys.argv[2:])
+    guarded(main, sys.argv[2:])

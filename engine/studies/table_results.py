@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.config.config import changed_fields
+from engine.config.config import PLACE, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.errors import UserError
 from engine.studies import statistics
-from engine.studies.jobs import UNHASHED, Status, read_json, status
+from engine.studies.jobs import Status, read_json, status
 from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
 from pipelines.files import write_text
 
@@ -39,12 +39,11 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
         counts = ", ".join(f"{steps:,} steps instead of {whole:,}" for steps, whole in fewer)
         rehearsal = all(steps < whole for steps, whole in fewer)
         words.append(f"{'REHEARSAL with ' if rehearsal else ''}{counts}")
+    known = PLACE | ({"steps"} if scale == 1 else set(SCALED))
     changed: dict[str, None] = {}
     for each in entries:
-        known = UNHASHED | ({"steps"} if scale == 1 else set(SCALED))
-        for text in changed_fields(each.base, each.cell.config):
-            if text.split()[0] not in known:
-                changed[text.split()[0] + " " + text.rpartition(" -> ")[2]] = None
+        for name, (_, now) in changes(each.base, each.cell.config, ignored=known).items():
+            changed[f"{name} {now}"] = None
     if changed:
         words.append(f"other settings than the presets': {', '.join(changed)}")
     return "; ".join(words)

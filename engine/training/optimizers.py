@@ -14,14 +14,9 @@ from typing import Any
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import APEX_BUILD, UserError
 
 BETAS = (0.9, 0.999)
-APEX_BUILD = (
-    "build NVIDIA/apex from source: in a checkout of it run "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
-    "(the package 'apex' on PyPI is another project)"
-)
 APEX_ABSENT = "apex is not installed"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config.config import Config
+from engine.config.config import run_identity
 from engine.distributed import collectives
 from engine.distributed.watchdog import StopRequest, Watchdog
 from engine.errors import Stopped, UserError
@@ -25,13 +25,13 @@ from engine.runs import checkpoint
 from engine.runs.health import Health, Look, compared_images
 from engine.runs.history import History, guessed_images, named_bins
 from engine.runs.progress import MetricsLog, ProgressLine
+from engine.runs.setup import RunSetup, write_run_files
 from engine.training import ranges
 from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, keep_freed_memory, set_numerics
 from engine.training.feed import Feed
 from engine.training.step import LOSSES, StepInput, StepOutput, TrainState, make_state
 from pipelines.cache import read_rows
-from pipelines.data_set import DataSet
 
 CHECKPOINTS = "checkpoints"
 
@@ -40,38 +40,28 @@ class Trainer:
     """One run, from its first or its resumed step to its last.
 
     Args:
-        config: validated.
-        data: the data set that it names.
-        split: (labels,) int64, the training images that keep their label.
-        folder: the run's; `checkpoints/` in it is read and written.
+        setup: of the run; `checkpoints/` in its folder is read and written.
         progress: where words to the user go.
-        prepare_folder: makes anew what the folder should hold beside checkpoints and metrics, if it has gone.
         timeout: seconds after which a rank that waits for another one ends.
         check_ranks: steps between comparisons of all ranks' states, bit for bit; 0 for none.
     """
 
     def __init__(
-        self,
-        config: Config,
-        data: DataSet,
-        split: np.ndarray,
-        folder: Path,
-        progress: ProgressLine,
-        prepare_folder: Callable[[], None] = lambda: None,
-        timeout: float = math.inf,
-        check_ranks: int = 0,
+        self, setup: RunSetup, progress: ProgressLine, timeout: float = math.inf, check_ranks: int = 0
     ) -> None:
-        self.config, self.data, self.folder, self.progress = config, data, folder, progress
+        config, data, split = setup.config, setup.data, setup.split
+        self.config, self.data, self.progress = config, data, progress
+        self.folder = setup.folder or Path()
         self.execution = Execution.pick(config, data.train_images.shape)
         set_numerics(config.deterministic)
         keep_freed_memory(self.execution.device)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(collectives.ranks())
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
-        known_by = asdict(config)
-        del known_by["steps"], known_by["log"]  # a run may be given more steps, and be logged elsewhere
-        self.saver = checkpoint.Saver(folder / CHECKPOINTS, config.keep, progress.warn, prepare_folder, known_by)
-        self.known_by = known_by
+        self.identity = run_identity(config)
+        self.saver = checkpoint.Saver(
+            self.folder / CHECKPOINTS, config.keep, progress.warn, lambda: _keep_run_files(setup), self.identity
+        )
         self.timeout, self.check_ranks = timeout, check_ranks
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)
@@ -89,7 +79,7 @@ class Trainer:
     def resume(self) -> bool:
         """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
         found = collectives.on_first(
-            lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn, self.known_by)
+            lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn, self.identity)
         )
         if found is None:
             return False
@@ -292,6 +282,12 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "images_per_second": self.step * self.feed.images_per_step / self.train_seconds,
         }
+
+
+def _keep_run_files(setup: RunSetup) -> None:
+    """Makes anew what the folder should hold beside checkpoints and metrics, if it has gone."""
+    if setup.folder and not (setup.folder / "config.json").exists():
+        write_run_files(setup)
 
 
 def digests(tree: Any, name: str = "") -> dict[str, str]:

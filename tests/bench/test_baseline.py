@@ -9,7 +9,7 @@ import torch
 
 from bench import report
 from bench.rivals import baseline, plain
-from engine.config.config import check_data
+from engine.config.checks import check_data
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import Timing

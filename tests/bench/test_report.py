@@ -11,7 +11,7 @@ from bench import cli, report
 from bench.runs import digits
 from engine import run
 from engine.errors import UserError
-from engine.measuring import records
+from engine.measuring import provenance, records
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +149,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
-    assert run.commit.__wrapped__() == "unknown"
+    assert provenance.commit.__wrapped__() == "unknown"
 
 
 def test_the_page_of_results_shows_the_table_of_the_committed_rows():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bench.cli import BENCHES
 from engine.commands import main as cli
-from engine.config.config import Config, config_json
+from engine.config.config import SECTIONS, Config, config_json
 from engine.config.presets import preset
 from engine.runs.folder import default_folder
 from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
@@ -187,7 +187,7 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--help"])
     assert ended.value.code == 0
-    titles = ("method", "data", "augmentation", "network", "optimisation", "execution", "output")
+    titles = (*SECTIONS, "folder", "ablations", "source", "ranks")
     _, *texts = re.split("|".join(f"{title} options" for title in titles), capfd.readouterr().out)
     sections = dict(zip(titles, texts, strict=True))
     for field in set(fields(Config)) - {Config.__dataclass_fields__["preset"]}:
@@ -197,8 +197,8 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
         "method": "k",
         "data": "labels",
         "network": "width",
-        "execution": "gpus",
-        "output": "out",
+        "ranks": "gpus",
+        "folder": "out",
     }.items():
         assert f"--{flag} " in sections[title], flag
 

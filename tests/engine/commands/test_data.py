@@ -16,7 +16,8 @@ from PIL import Image
 
 from bench.images import crops, photographs
 from engine.commands import main as cli
-from engine.config.config import Config, folder_name, load_config, read_prior, resolve
+from engine.config.checks import folder_name, read_prior, resolve
+from engine.config.config import Config, load_config
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.errors import UserError
 from engine.inference import export

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engine.config.config import Config, changed_fields, config_json, load_config, validate
+from engine.config.checks import validate
+from engine.config.config import Config, changed_fields, config_json, load_config
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
 from engine.training.feed import plan_spec

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from engine.api import train
-from engine.commands import main as cli
+from engine.commands.options import parse_train
 from engine.config import methods
-from engine.config.config import load_config, validate
+from engine.config.checks import validate
+from engine.config.config import load_config
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
@@ -270,7 +271,7 @@ def test_every_ablation_changes_the_paper_s_preset_and_is_valid(name):
 
 
 def parsed(*flags):
-    return cli.parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
+    return parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
 
 
 def test_flags_override_the_method_and_the_ablations_that_they_name():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from engine.commands import main as cli
+from engine.commands.options import parse_train
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PRESETS, command
@@ -12,7 +12,7 @@ from engine.config.presets import PRESETS, command
 
 def read_back(words):
     assert words[0] == "train"
-    return cli.parse_train(words[1:], PRESETS[words[1]]).config
+    return parse_train(words[1:], PRESETS[words[1]]).config
 
 
 @pytest.mark.parametrize("name", PRESETS)

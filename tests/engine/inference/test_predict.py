@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import run
 from engine.api import load, train
 from engine.commands import main as cli
 from engine.config.presets import preset
 from engine.errors import UserError
 from engine.inference import export, predict
+from engine.inference.trained import load_ema_model
 from pipelines import files
 from pipelines.datasets import digits
 
@@ -45,7 +45,7 @@ def images():
 @pytest.fixture(scope="module")
 def expected(trained, images):
     """Probabilities by the network itself, image by image."""
-    network = run.load_ema_model(trained).network
+    network = load_ema_model(trained).network
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         return torch.cat([network(image[None])[0].softmax(-1) for image in pixels]).numpy()

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config.config import LEAST_WIDTH, LEAST_WIDTH_LARGE, Config
+from engine.config.checks import LEAST_WIDTH, LEAST_WIDTH_LARGE
+from engine.config.config import Config
 from engine.config.presets import PRESETS
 from engine.training.step import make_network
 from tests.processes import call

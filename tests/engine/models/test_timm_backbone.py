@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from engine import run
-from engine.config.config import Config, load_config, open_data, validate
+from engine.config.checks import validate
+from engine.config.config import Config, load_config
 from engine.errors import UserError
 from engine.inference.evaluation import class_logits
+from engine.inference.trained import load_ema_model
 from engine.models.timm_backbone import Backbone
+from engine.runs.setup import open_data, setup_run
 from engine.training.step import make_network, make_state
 from tests.processes import final_state
 
@@ -144,13 +147,13 @@ def test_flags_that_cannot_work(changes, words):
 
 def test_a_run_trains_is_resumed_bit_for_bit_and_classifies(small, tmp_path):
     config = small(checkpoint_every=1)
-    run.train(dataclasses.replace(config, steps=1), tmp_path / "run", quiet=True)
-    run.train(config, tmp_path / "run", resume=True, quiet=True)
-    run.train(config, tmp_path / "straight", quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=1), tmp_path / "run"), quiet=True)
+    run.train(setup_run(config, tmp_path / "run", resume=True), quiet=True)
+    run.train(setup_run(config, tmp_path / "straight"), quiet=True)
     one, two = (final_state(tmp_path / name)[1]["state"]["ema_model"] for name in ("run", "straight"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert load_config(tmp_path / "run" / "config.json").network == f"timm:{NAME}"
-    trained = run.load_ema_model(tmp_path / "run")
+    trained = load_ema_model(tmp_path / "run")
     images = open_data(config.dataset).test_images
     logits = next(class_logits(trained.network, images, trained.device, rows=3))[1]
     assert logits.shape == (3, 10) and logits.isfinite().all()

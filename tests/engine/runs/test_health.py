@@ -12,6 +12,7 @@ from engine.inference.evaluation import _normalised, agreement
 from engine.models.wide_resnet import WideResNet
 from engine.runs import health
 from engine.runs.health import Health, Look, compared_images
+from engine.runs.setup import setup_run
 
 CLASSES = tuple("0123456789")
 UNIFORM = (0.1,) * 10
@@ -232,9 +233,9 @@ def test_what_a_run_has_said_is_in_its_checkpoint(tmp_path, capfd, tiny, monkeyp
     monkeypatch.setattr(health, "HOLD", 8)
     monkeypatch.setattr(health, "EVERY", 4)
     config = tiny(lr=1e-9, eval_every=4, steps=32)
-    run.train(config, tmp_path / "run", quiet=True)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert "step 16: the labels are not learned" in capfd.readouterr().err
-    run.train(dataclasses.replace(config, steps=48), tmp_path / "run", resume=True, quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=48), tmp_path / "run", resume=True), quiet=True)
     assert capfd.readouterr().err == ""
 
 
@@ -284,7 +285,7 @@ def failing(name, expected, long=False, **changes):
 )
 def test_a_run_that_was_made_to_fail_says_why(tmp_path, capfd, changes, expected):
     config = dataclasses.replace(preset("digits-40"), **(SMALL | changes))
-    run.train(config, tmp_path / "run", quiet=True)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == (expected is not None), lines
     if expected:

@@ -15,6 +15,7 @@ from engine.inference import evaluation
 from engine.runs import history
 from engine.runs.history import History, guessed_images, read_history, read_results
 from engine.runs.progress import read_metrics
+from engine.runs.setup import RunSetup, setup_run
 from engine.training.step import make_state
 from pipelines.ctaugment import BINS, NAMES, initial_weights
 from pipelines.datasets import digits
@@ -164,7 +165,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     small = dict(batch=8, width=8, steps=12, lag=2, view_steps=1, eval_every=2, log_every=1, checkpoint_every=6)
     config = dataclasses.replace(preset("digits-40"), device="cpu", **small)
-    run.train(config, folder, quiet=True)
+    run.train(setup_run(config, folder), quiet=True)
     return folder
 
 
@@ -193,11 +194,10 @@ def test_labels_for_the_report_change_no_bit_of_training(finished, tmp_path, mon
     split = RULES["balanced"](data, 40, 0)
     labels = np.where(np.isin(np.arange(len(data.train_labels)), split), data.train_labels, 0)
     other = dataclasses.replace(data, train_labels=labels)
-    monkeypatch.setattr(run, "check_data", lambda config: (other, split))
-    run.train(config, tmp_path / "labels", quiet=True)
+    run.train(RunSetup(config, other, split, tmp_path / "labels"), quiet=True)
     assert read_history(tmp_path / "labels")[-1]["guesses"] != read_history(finished)[-1]["guesses"]
     monkeypatch.setattr(history.GuessedImages, "due", lambda *_: False)
-    run.train(config, tmp_path / "none", quiet=True)
+    run.train(setup_run(config, tmp_path / "none"), quiet=True)
     for name, (one, two) in itertools.product(("labels", "none"), [(finished, tmp_path)]):
         assert (one / "metrics.jsonl").read_bytes() == (two / name / "metrics.jsonl").read_bytes()
 

@@ -19,11 +19,12 @@ import pytest
 
 from engine import run
 from engine.commands import main as cli
-from engine.config.config import validate
+from engine.config.checks import validate
 from engine.errors import UserError
 from engine.runs import checkpoint, loggers
 from engine.runs.loggers import Row
 from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
+from engine.runs.setup import setup_run
 from engine.training.trainer import CHECKPOINTS
 from tests.engine.runs.test_progress import board
 from tests.engine.runs.test_run import TINY_FLAGS, assert_same
@@ -313,8 +314,8 @@ def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, mon
     for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(package.parent)
-    run.train(tiny(log="wandb"), tmp_path / "run", quiet=True)
-    run.train(tiny(log="none"), tmp_path / "none", quiet=True)
+    run.train(setup_run(tiny(log="wandb"), tmp_path / "run"), quiet=True)
+    run.train(setup_run(tiny(log="none"), tmp_path / "none"), quiet=True)
     assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "none"))
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "--log wandb failed (broken)" in err
@@ -322,7 +323,7 @@ def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, mon
 
 
 def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
-    run.train(tiny(log="none"), tmp_path / "run", quiet=True)
+    run.train(setup_run(tiny(log="none"), tmp_path / "run"), quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "split.json", "metrics.jsonl", "checkpoints", "summary.json",
         "curves.png", "views.png", "ema.safetensors", "history.jsonl", "results.npz",
@@ -330,8 +331,8 @@ def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
 
 
 def test_a_run_resumed_with_tensorboard_has_all_of_it_there(tiny, tmp_path, capfd):
-    run.train(tiny(log="none"), tmp_path / "run", quiet=True)
-    run.train(tiny(log="tensorboard", steps=8), tmp_path / "run", resume=True, quiet=True)
+    run.train(setup_run(tiny(log="none"), tmp_path / "run"), quiet=True)
+    run.train(setup_run(tiny(log="tensorboard", steps=8), tmp_path / "run", resume=True), quiet=True)
     rows = [
         (row["step"], pytest.approx(row["loss"]))
         for row in read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -375,7 +376,7 @@ def test_unknown_clients_and_missing_extras_are_told_before_training(tiny, tmp_p
         cli.main(["train", "digits-40", "--log", "mlflow", "--out", str(tmp_path / "run")])
     assert "mlflow" in capfd.readouterr().err
     for client in ("wandb", "trackio"):
-        monkeypatch.setattr("engine.config.config.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("engine.config.checks.importlib.util.find_spec", lambda name: None)
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", "digits-40", "--log", client, "--out", str(tmp_path / "run")])
         said = f"remixmatch: --log {client} needs {client}: pip install 'remixmatch-engine[{client}]'\n"

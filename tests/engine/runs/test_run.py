@@ -12,8 +12,10 @@ import torch
 from engine import run
 from engine.config.config import load_config
 from engine.errors import UserError
+from engine.inference.trained import load_ema_model
 from engine.runs import checkpoint
 from engine.runs.progress import ProgressLine, read_metrics
+from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.feed import Feed
 from engine.training.trainer import CHECKPOINTS
@@ -87,17 +89,17 @@ def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, 
 
     monkeypatch.setattr("engine.training.trainer.make_step", made)
     monkeypatch.setattr(ProgressLine, "start", lambda self, *given: order.append("start") or start(self, *given))
-    run.train(tiny(), tmp_path / "eager")
+    run.train(setup_run(tiny(), tmp_path / "eager"))
     assert "compiling" not in capfd.readouterr().err
-    run.train(tiny(mode="compile"), tmp_path / "compiled")
+    run.train(setup_run(tiny(mode="compile"), tmp_path / "compiled"))
     assert "compiling the step" in capfd.readouterr().err and order == ["made", "start"] * 2
 
 
 def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
     """Its picture shows its own views, which are DALI's but for edges."""
-    run.train(tiny(views="dali"), tmp_path / "dali", quiet=True)
+    run.train(setup_run(tiny(views="dali"), tmp_path / "dali"), quiet=True)
     monkeypatch.setitem(sys.modules, "pipelines.dali", None)  # as if it could not be imported
-    run.train(tiny(views="fused"), tmp_path / "fused", quiet=True)
+    run.train(setup_run(tiny(views="fused"), tmp_path / "fused"), quiet=True)
     expected, made = (np.load(tmp_path / name / "results.npz")["views"] for name in ("dali", "fused"))
     assert made.shape == expected.shape and np.isclose(made, expected, atol=2).mean() > 0.9
 
@@ -112,9 +114,9 @@ def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(run.history, "save_results", full_disk)
         with pytest.raises(UserError, match="No space left on device"):
-            run.train(config, tmp_path / "run", quiet=True)
+            run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "summary.json").exists()
-    summary = run.train(config, tmp_path / "run", resume=True, quiet=True)
+    summary = run.train(setup_run(config, tmp_path / "run", resume=True), quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in undisturbed.iterdir()}
     assert summary["steps"] == 6
 
@@ -135,16 +137,16 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_former_file(undisturbed, tmp_
     with monkeypatch.context() as broken:
         broken.setattr(files._File, "write", full_disk)
         with pytest.raises(UserError, match="No space left on device"):
-            run.train(config, folder, resume=True, quiet=True)
+            run.train(setup_run(config, folder, resume=True), quiet=True)
     assert (folder / name).read_bytes() == before
     assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
-    run.train(config, tmp_path / "run", quiet=True)
-    run.train(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True, quiet=True)
-    run.train(dataclasses.replace(config, steps=12), tmp_path / "straight", quiet=True)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True), quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=12), tmp_path / "straight"), quiet=True)
     one, two = final_state(tmp_path / "run")[1], final_state(tmp_path / "straight")[1]
     assert_same(one["state"], two["state"])  # evaluations differ: step 6 was a last step once
     assert_same(one["policy"], two["policy"])
@@ -153,7 +155,7 @@ def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
 @pytest.mark.parametrize("changes", [dict(view_steps=1, prefetch=2), dict(view_steps=5, prefetch=1, view_threads=2)])
 def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), **changes)
-    run.train(config, tmp_path / "run", quiet=True)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
 
 
@@ -168,7 +170,7 @@ def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_pat
     """Checkpoints and metrics as they were before their fields were renamed."""
     folder = tmp_path / "run"
     config = load_config(undisturbed / "config.json")
-    run.train(dataclasses.replace(config, steps=12), folder, quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=12), folder), quiet=True)
     (ema_model,) = folder.glob("ema.*")
     ema_model.rename(folder / "average.safetensors")
     for path in checkpoint.list_checkpoints(folder / CHECKPOINTS):
@@ -178,9 +180,9 @@ def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_pat
     assert saved["content"]["policy"]["waiting"], "the policy has such a field, too"
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"omega"', '"probe_match"'))
-    network = run.load_ema_model(folder, pytest.fail).network
+    network = load_ema_model(folder, pytest.fail).network
     assert_same(dict(network.state_dict()), dict(saved["content"]["state"]["ema_model"]))
-    run.train(dataclasses.replace(config, steps=24), folder, resume=True, quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=24), folder, resume=True), quiet=True)
     (one, two) = (final_state(path)[1] for path in (folder, undisturbed))
     assert_same(one["state"], two["state"])
     assert_same(one["policy"], two["policy"])
@@ -194,16 +196,16 @@ def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_pat
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed):
     before = final_state(undisturbed)
-    run.train(load_config(undisturbed / "config.json"), undisturbed, resume=True, quiet=True)
+    run.train(setup_run(load_config(undisturbed / "config.json"), undisturbed, resume=True), quiet=True)
     assert_same(before, final_state(undisturbed))
 
 
 def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, capfd):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=9)
-    run.train(config, tmp_path / "run", quiet=True)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
     newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
     newest.write_bytes(newest.read_bytes()[:5000])
-    run.train(dataclasses.replace(config, steps=24), tmp_path / "run", resume=True)
+    run.train(setup_run(dataclasses.replace(config, steps=24), tmp_path / "run", resume=True))
     assert "step-00000009.pt cannot be read" in capfd.readouterr().err
     assert_same(final_state(undisturbed)[1]["state"], final_state(tmp_path / "run")[1]["state"])
 
@@ -212,11 +214,11 @@ def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
     config = load_config(undisturbed / "config.json")
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     with pytest.raises(UserError, match="holds a run already"):
-        run.train(config, undisturbed, quiet=True)
+        run.train(setup_run(config, undisturbed), quiet=True)
     with pytest.raises(UserError, match=r"another configuration: k 2 -> 3; lr 0.002 -> 0.1"):
-        run.train(dataclasses.replace(config, k=3, lr=0.1), undisturbed, resume=True, quiet=True)
+        run.train(setup_run(dataclasses.replace(config, k=3, lr=0.1), undisturbed, resume=True), quiet=True)
     with pytest.raises(UserError, match="may grow, not shrink to 5"):
-        run.train(dataclasses.replace(config, steps=5), undisturbed, resume=True, quiet=True)
+        run.train(setup_run(dataclasses.replace(config, steps=5), undisturbed, resume=True), quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
 
 
@@ -231,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoin
 
     monkeypatch.setattr(Feed, "put", poisoned)
     with pytest.raises(UserError, match=r"diverged at step 5: the loss is not finite \(loss nan, loss_x nan") as error:
-        run.train(config, tmp_path / "run", quiet=True)
+        run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert "step-00000004.pt" in str(error.value)
     assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail).step == 4
 
@@ -239,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoin
 def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
     """A learning rate that overflows the parameters: the real thing, nothing patched."""
     with pytest.raises(UserError, match="training diverged at step"):
-        run.train(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run", quiet=True)
+        run.train(setup_run(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run"), quiet=True)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail)
     if found:
         assert all(p.isfinite().all() for p in found.content["state"]["network"].values())

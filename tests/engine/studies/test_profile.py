@@ -17,7 +17,6 @@ import torch
 
 from bench.emulator.run import environment
 from engine.commands import main as cli
-from engine.config.presets import preset
 from engine.errors import Stopped, UserError
 from engine.measuring import records
 from engine.measuring.timing import Ceilings
@@ -36,7 +35,7 @@ from engine.measuring.trace import (
     read,
 )
 from engine.studies import profile
-from engine.studies.profile import ProfileOptions, Ranges
+from engine.studies.profile import Ranges, parse_profile
 from engine.training import ranges
 from engine.training.execution import Execution
 
@@ -450,7 +449,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys):
 def test_flags_of_train_apply_and_the_folder_has_the_methods_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["digits-40", "--method", "fixmatch", "--k", "3"]
-    options = cli.parse_train(argv, preset("digits-40"), ProfileOptions, "profile")
+    options = parse_profile(argv)
     assert options.config.hard_labels and options.config.k == 3 and options.config.threshold == 0.95
     assert profile._folder(options) == Path("runs/profile-digits-40-fixmatch")
     Path("runs/profile-digits-40-fixmatch").mkdir(parents=True)
@@ -463,8 +462,8 @@ def test_the_command_for_nsys_is_one_of_ours(tmp_path):
     place = words.index("remixmatch")
     assert words[:2] == ["nsys", "profile"] and f"--output={tmp_path / 'with space'}/nsys" in words[:place]
     assert words[place + 1] == "profile"
-    options = cli.parse_train(words[place + 2 :], preset("digits-40"), ProfileOptions, "profile")
-    assert options.profiling.nvtx and options.execution.gpus == 1 and options.config.method == "fixmatch"
+    options = parse_profile(words[place + 2 :])
+    assert options.others["profiling"].nvtx and options.ranks.gpus == 1 and options.config.method == "fixmatch"
 
 
 def test_counts_are_those_of_the_newest_row_of_the_same_step(tmp_path, monkeypatch):
@@ -480,11 +479,10 @@ def test_counts_are_those_of_the_newest_row_of_the_same_step(tmp_path, monkeypat
     others = [dict(k=4), dict(precision="fp16"), dict(method="fixmatch"), dict(ablate="no-rotation"), dict(batch=32)]
     for number, other in enumerate(others, 3):
         records.append(tmp_path / "ours" / "count.jsonl", row(number, **other))
-    config = preset("cifar10-250")
     graph = Execution(torch.device("cpu"), torch.bfloat16, "graph", "fused")
 
     def found(*flags, execution=graph, images=(32, 10)):
-        options = cli.parse_train(["cifar10-250", *flags], config, ProfileOptions, "profile")
+        options = parse_profile(["cifar10-250", *flags])
         return profile._counted(options.config, execution, images)
 
     assert found() == {"forward": 2} and found("--seed", "3", "--steps", "7") == {"forward": 2}

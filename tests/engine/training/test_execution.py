@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from engine import run
+from engine.inference.trained import load_ema_model
+from engine.runs.setup import setup_run
 from engine.training import execution, trainer
 from engine.training.execution import compiler, set_numerics
 from tests.processes import ROOT, final_state
@@ -72,10 +74,10 @@ def test_an_option_that_an_older_torch_lacks_is_left_out_with_a_warning(tiny, mo
 def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
     for deterministic in (False, True):
         folder = tmp_path / str(deterministic)
-        run.train(tiny(deterministic=deterministic), folder, quiet=True)
+        run.train(setup_run(tiny(deterministic=deterministic), folder), quiet=True)
         assert chosen() == (not deterministic, not deterministic)
         set_numerics(not deterministic)
-        run.load_ema_model(folder)
+        load_ema_model(folder)
         assert chosen() == (not deterministic, not deterministic)
     one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -124,7 +126,7 @@ def test_memory_that_a_step_on_a_cpu_frees_is_kept_but_for_large_blocks():
 def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer, "keep_freed_memory", seen.append)
-    run.train(tiny(steps=2), tmp_path, quiet=True)
+    run.train(setup_run(tiny(steps=2), tmp_path), quiet=True)
     assert seen == [torch.device("cpu")]
 
 
@@ -133,7 +135,10 @@ def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
 def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(tiny, tmp_path):
     states = []
     for name in ("one", "two"):
-        run.train(tiny(deterministic=True, device="cuda", steps=20, checkpoint_every=20), tmp_path / name, quiet=True)
+        run.train(
+            setup_run(tiny(deterministic=True, device="cuda", steps=20, checkpoint_every=20), tmp_path / name),
+            quiet=True,
+        )
         states.append(final_state(tmp_path / name)[1]["state"])
     for network in ("network", "ema_model"):
         for name, value in states[0][network].items():

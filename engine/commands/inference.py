@@ -1,0 +1,142 @@
+"""`remixmatch eval`, `predict` and `export`: what is done with a trained run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from engine.commands.parsing import parse
+from engine.errors import UserError
+from engine.runs.setup import open_data
+from pipelines.cache import set_data_dir
+
+
+@dataclass
+class EvalOptions:
+    """Test accuracy of a run's EMA model."""
+
+    dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    json: bool = False
+    """Print a JSON object."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+
+
+@dataclass
+class PredictOptions:
+    """Class and probabilities of images, by a run's EMA model."""
+
+    dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
+    """Image files, and folders of them; other modes become RGB and other sizes are resized, with a warning."""
+    json: bool = False
+    """Print a JSON object a line."""
+    csv: Path | None = None
+    """Write a table to this file: image, class, and a probability for each class."""
+    batch: int = 256
+    """Images of a folder that are in memory at a time."""
+
+
+@dataclass
+class ExportOptions:
+    """Writes a run's EMA model for others: uint8 images in, class probabilities out."""
+
+    dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    to: Literal["safetensors", "torch", "onnx"] = "safetensors"
+    """Parameters and what rebuilds the network; a program of torch.export; ONNX."""
+    out: Path | None = None
+    """The file; by default model.safetensors, model.pt2 or model.onnx in the run's folder."""
+
+
+def evaluate(argv: list[str]) -> None:
+    """Entry point of `remixmatch eval`."""
+    options: EvalOptions = parse(EvalOptions, "eval", argv)
+    from engine.inference.evaluation import evaluate as measure
+    from engine.inference.trained import load_ema_model
+    from pipelines.folder import some
+
+    set_data_dir(options.data_dir)
+    trained = load_ema_model(options.dir, _warn)
+    config, data = trained.config, open_data(trained.config.dataset)
+    if (data.classes, data.sides) != (trained.classes, trained.sides):
+        was, now = (
+            f"{sides[1]}x{sides[0]} pixels of {len(classes)} classes"
+            for classes, sides in ((trained.classes, trained.sides), (data.classes, data.sides))
+        )
+        differing = sorted(set(trained.classes) ^ set(data.classes))
+        raise UserError(
+            f"{options.dir} was trained on images of {was}, and its data has {now} now"
+            + (f", which differ in {some(differing)}" if differing else "")
+        )
+    accuracy, loss = measure(trained.network, data.test_images, data.test_labels, trained.device)
+    result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(data.test_labels)} images, loss {loss:.4f}")
+
+
+def predict(argv: list[str]) -> None:
+    """Entry point of `remixmatch predict`."""
+    options: PredictOptions = parse(PredictOptions, "predict", argv)
+    from engine.inference import predict
+    from engine.inference.trained import load_ema_model
+
+    if options.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {options.batch}")
+    files, many = predict.find_images(options.images)
+    trained = load_ema_model(options.dir, _warn)
+    network, device, side = trained.network, trained.device, trained.sides[0]
+    if not many:  # each of them was named, and is expected to be one
+        images = np.stack([predict.read_image(path, side, _warn) for path in files])
+        found = zip(files, predict.probabilities(network, images, device), strict=True)
+    else:
+        found = predict.classify(network, files, side, device, options.batch, _warn)  # type: ignore[assignment]
+    count = 0
+    if options.csv:
+        count = predict.write_csv(options.csv, trained.classes, iter(found))
+        if count:
+            print(f"{options.csv}: {count} of {len(files)} images")
+    else:
+        for path, values in found:
+            count += 1
+            _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
+    if many and count < len(files):
+        _warn(f"{len(files) - count} of {len(files)} files cannot be read")
+    if not count:
+        raise UserError("no image could be read")
+
+
+def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> None:
+    best = max(named, key=named.__getitem__)
+    if as_json:
+        print(json.dumps({"image": str(path), "class": best, "probabilities": named}))
+        return
+    ranked = sorted(named.items(), key=lambda item: -item[1])
+    print(f"{path}: {best}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})")
+
+
+def export(argv: list[str]) -> None:
+    """Entry point of `remixmatch export`."""
+    options: ExportOptions = parse(ExportOptions, "export", argv)
+    from engine.inference import export
+    from engine.inference.trained import load_ema_model
+
+    trained = load_ema_model(options.dir, _warn)
+    path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
+    network = trained.network.cpu().float()
+    export.export(network, trained.config, trained.classes, trained.sides, options.to, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {trained.sides}")
+
+
+def _warn(text: str) -> None:
+    print(f"remixmatch: {text}", file=sys.stderr)

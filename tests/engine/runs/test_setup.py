@@ -1,0 +1,101 @@
+"""A run is set up once: nobody checks its configuration or opens its data a second time."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import engine.runs.setup as run_setup
+import pipelines.folder as image_folder
+from engine.api import train
+from engine.commands.main import main
+from engine.config.presets import preset
+from engine.errors import UserError
+from engine.runs.setup import open_data, setup_run
+
+SMALL = "--size 16 --steps 2 --batch 2 --k 1 --width 16 --blocks 1 --lag 3 --eval-every 2 --device cpu --quiet"
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A prepared folder of 40 images in two classes."""
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    chance = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "pets" / ("train" if number < 32 else "test") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(chance.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+    main(["data", "prepare", "pets", "--size", "16"])
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def calls(images, monkeypatch):
+    """How often what sets up a run is called."""
+    counted = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def wrapper(*arguments, **named):
+            counted[name] += 1
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    for name in ("validate", "open_data", "check_data"):
+        count(run_setup, name)
+    count(image_folder, "scan")
+    return counted
+
+
+ONCE = {"validate": 1, "open_data": 1, "scan": 1, "check_data": 1}
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_train_sets_up_once(calls, quiet):
+    words = [word for word in SMALL.split() if quiet or word != "--quiet"]
+    main(["train", "folder", "--data", "pets", *words[2:]])
+    assert calls == ONCE
+
+
+def test_the_api_sets_up_once(calls):
+    train("folder", data="pets", steps=2, batch=2, k=1, width=16, blocks=1, lag=3, eval_every=2, device="cpu")
+    assert calls == ONCE
+
+
+def test_a_resumed_run_is_set_up_once(calls):
+    words = SMALL.split()[2:]
+    main(["train", "folder", "--data", "pets", *words, "--out", "run"])
+    calls.clear()
+    main(["train", "folder", "--data", "pets", "--out", "run", "--resume", "--steps", "3", "--quiet"])
+    assert calls == ONCE
+
+
+def test_a_profile_sets_up_once(calls):
+    words = [word for word in SMALL.split()[2:] if word != "--quiet"]
+    main(["profile", "folder", "--data", "pets", *words, "--warm-up", "1"])
+    assert calls == ONCE
+
+
+def test_a_setup_is_complete_and_writes_nothing(images, tmp_path):
+    config = preset("folder")
+    data = open_data(f"folder:{images}")
+    found = setup_run(config, tmp_path / "run", data=data)
+    assert found.config.network == "wide-resnet" and found.config.scales == 3 and found.config.max_shift == 2
+    assert found.data is data and len(found.split) == 32 and not found.resumed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ranks_count(tmp_path):
+    with pytest.raises(UserError, match="--batch 16 cannot be shared by 3 ranks"):
+        setup_run(preset("digits-40"), tmp_path / "run", ranks=3)
+
+
+def test_a_file_of_probabilities_takes_the_place_of_the_running_marginal(tmp_path):
+    path = tmp_path / "prior.json"
+    path.write_text("{" + ", ".join(f'"{c}": {c + 1}' for c in range(10)) + "}")
+    given = setup_run(preset("digits-40"), class_prior=path).config.class_distribution
+    assert given == pytest.approx([(c + 1) / 55 for c in range(10)])
