@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from engine.config.config import Config, config_json, parse_config
 from engine.errors import UserError
+from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
-from engine.training.step import make_network
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 _EXAMPLES = 2  # images of the batch that a program is traced with; any other number does as well
