@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.models.wide_resnet import BatchNorm
+from engine.models.batch_norm import BatchNorm
 
 
 def moved_by_first_rows(network, images, first, momentum):

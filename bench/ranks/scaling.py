@@ -43,7 +43,7 @@ from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
 from engine.training.feed import plan_spec
-from engine.training.step import make_state
+from engine.training.state import make_state
 from pipelines.datasets import DATASETS
 
 SCALINGS = ("weak", "strong")

@@ -23,7 +23,7 @@ from bench.rivals.loaders import EndlessLoader
 from bench.step.pipelines import randaugment
 from engine.config.config import Config
 from engine.models.wide_resnet import WideResNet
-from engine.training.step import decayed_parameters
+from engine.training.state import decayed_parameters
 from pipelines.data_set import DataSet
 
 

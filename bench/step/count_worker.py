@@ -29,7 +29,7 @@ from engine.training import ranges
 from engine.training.cuda_graph import make_step
 from engine.training.execution import INDUCTOR, Execution, set_numerics
 from engine.training.feed import Feed
-from engine.training.step import make_state
+from engine.training.state import make_state
 from pipelines.data_set import DataSet
 
 _TRITON = "triton"

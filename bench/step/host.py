@@ -19,7 +19,7 @@ import torch
 
 from engine.measuring import records
 from engine.method.batch_layout import arrange, step_plan
-from engine.training.step import StepInput
+from engine.training.step_input import StepInput
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import noise_32
 from pipelines.fused import FusedViews

@@ -19,8 +19,8 @@ from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from engine.method.batch_layout import arrange, step_plan
+from engine.method.targets import P_MODEL_STEPS
 from engine.models.wide_resnet import Classifier
-from engine.training.step import P_MODEL_STEPS
 from kernels.assemble import assemble_batch, assemble_batch_reference
 from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference

@@ -25,7 +25,8 @@ from engine.measuring import records
 from engine.measuring.steps import VIEWS, TimedSteps
 from engine.measuring.timing import Timing, bench_device, ceilings
 from engine.measuring.timing import measure as measure_times
-from engine.models.wide_resnet import BatchNorm, ResidualBlock, WideResNet
+from engine.models.batch_norm import BatchNorm
+from engine.models.wide_resnet import ResidualBlock, WideResNet
 from pipelines.datasets import NOISE_32
 
 MODES = ("eager", "compile", "graph")

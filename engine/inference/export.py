@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from engine.config.config import Config, config_json, parse_config
 from engine.errors import UserError
+from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
-from engine.training.step import make_network
 from pipelines.files import write_bytes
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}

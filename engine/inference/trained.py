@@ -11,12 +11,12 @@ import torch
 
 from engine.config.config import Config, load_config
 from engine.errors import UserError
+from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
 from engine.runs import checkpoint
 from engine.runs.folder import read_classes
 from engine.runs.setup import open_data
 from engine.training.execution import pick_device, set_numerics
-from engine.training.step import make_network
 from engine.training.trainer import CHECKPOINTS
 
 

@@ -16,7 +16,9 @@ from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, keep_freed_memory, set_numerics
 from engine.training.feed import Feed
-from engine.training.step import StepInput, StepOutput, TrainState, make_state
+from engine.training.state import TrainState, make_state
+from engine.training.step import StepOutput
+from engine.training.step_input import StepInput
 from pipelines.plan import ViewPlan
 
 VIEWS = ("fused", "dali", "synthetic")

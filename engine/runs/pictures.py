@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 import torch
 
+from engine.method.losses import LOSSES
 from engine.runs.history import Views
-from engine.training.step import LOSSES
 from pipelines.ctaugment import describe
 from pipelines.files import atomic_write
 from pipelines.plan import make_plan

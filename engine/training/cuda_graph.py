@@ -7,19 +7,19 @@ between: `Step` is written so, and every address here is of a tensor that lives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.config.config import Config
 from engine.distributed import collectives
 from engine.method.batch_layout import Rows
 from engine.training import ranges
 from engine.training.execution import Execution
-from engine.training.step import Step, StepInput, StepOutput, TrainState
+from engine.training.state import TrainState
+from engine.training.step import Step, StepOutput
+from engine.training.step_input import StepInput
 
 # lazily made things have to be there before the capture: compiled code, cuDNN's choices, the optimiser's moments.
 # DistributedDataParallel logs its times up to its tenth pass, by events that a capture may not have
@@ -99,7 +99,7 @@ class Snapshot:
     def __init__(self, state: TrainState) -> None:
         self._state = state
         self._scale = state.scaler.state_dict()
-        self._values = [(tensor, tensor.clone()) for tensor in _tensors(state)]
+        self._values = [(tensor, tensor.clone()) for tensor in state.tensors()]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -107,31 +107,7 @@ class Snapshot:
         known = {id(tensor) for tensor, _ in self._values}
         for tensor, value in self._values:
             tensor.copy_(value)
-        for tensor in _tensors(self._state):
+        for tensor in self._state.tensors():
             if id(tensor) not in known:
                 tensor.zero_()
         self._state.scaler.load_state_dict(self._scale)
-
-
-def _tensors(state: TrainState) -> list[Tensor]:
-    # the last is of apex, and decides whether the next step counts
-    overflow = getattr(state.optimizer, "_dummy_overflow_buf", None)
-    optimizer = [state.optimizer.state, *state.optimizer.param_groups, overflow]
-    networks = [
-        *state.network.state_dict(keep_vars=True).values(),
-        *state.ema_model.state_dict(keep_vars=True).values(),
-    ]
-    own = [state.p_model_history, state.label_marginal, state.step]
-    parameters = {id(tensor) for tensor in networks}
-    return own + networks + [tensor for tensor in _leaves(optimizer) if id(tensor) not in parameters]
-
-
-def _leaves(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _leaves(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _leaves(value)

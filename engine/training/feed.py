@@ -25,7 +25,8 @@ from engine.imports import uncollected
 from engine.method.batch_layout import Rows, StepPlan, arrange, step_plan
 from engine.training import ranges
 from engine.training.execution import Execution
-from engine.training.step import METRICS, StepInput, StepOutput
+from engine.training.step import METRICS, StepOutput
+from engine.training.step_input import StepInput
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.data_set import DataSet
 from pipelines.fused import FusedViews

@@ -19,7 +19,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,197 +32,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.config.config import Config
 from engine.distributed import collectives
-from engine.method.batch_layout import Rows, StepPlan
-from engine.models.wide_resnet import Classifier, WideResNet
+from engine.method.batch_layout import Rows
+from engine.method.losses import LOSSES, Samples, ramp_up, total_loss
 from engine.training import ranges
 from engine.training.execution import compiler
-from engine.training.optimizers import OPTIMIZERS, load_optimizer
+from engine.training.state import TrainState
+from engine.training.step_input import StepInput
 from kernels.assemble import assemble_batch
-from kernels.guess import guess_labels
-from pipelines.packed import Layout
 
-P_MODEL_STEPS = 128
 _BUCKETS = 2  # of gradients: the later layers' are on their way while the earlier layers' are computed
 _BUCKET_BYTES = 2**20, 25 * 2**20  # least, which torch.compile takes for granted, and most, as is usual
 # rank 0's running statistics are not sent to all before every pass: newer versions of torch have another name for that
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
-LOSSES = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")  # the sum and its terms; `Step._losses` computes them
 METRICS = (*LOSSES, "confidence", "guesses_used", "alignment_gap", "omega", "stop")
-
-
-@dataclass
-class TrainState:
-    """All that a step reads and writes, and all that a checkpoint keeps.
-
-    Attributes:
-        network: f, in training mode.
-        ema_model: f_ema, the exponential moving average of its parameters, in evaluation mode.
-        optimizer: over the parameters of `network`.
-        scaler: of the loss, enabled under fp16 alone.
-        p_model_history: (128, L) float32, batch means of q of the last 128 steps, whose mean is p~(y).
-        label_marginal: (L,) float32, p(y), running or given.
-        step: () int64, steps done.
-    """
-
-    network: Classifier
-    ema_model: Classifier
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    p_model_history: Tensor
-    label_marginal: Tensor
-    step: Tensor
-
-    def state_dict(self) -> dict:
-        """Tensors and plain values."""
-        return {
-            "network": self.network.state_dict(),
-            "ema_model": self.ema_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "p_model_history": self.p_model_history,
-            "label_marginal": self.label_marginal,
-            "step": self.step,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes back what `state_dict` gave."""
-        self.network.load_state_dict(state["network"])
-        self.ema_model.load_state_dict(state["ema_model"])
-        load_optimizer(self.optimizer, state["optimizer"], self.p_model_history.device)
-        self.scaler.load_state_dict(state["scaler"])
-        self.p_model_history.copy_(state["p_model_history"])
-        self.label_marginal.copy_(state["label_marginal"])
-        self.step.copy_(state["step"])
-
-
-def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Splits parameters into weights of convolutions and linear layers, which decay, and the others, which do not."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    return weights, [p for p in network.parameters() if p.ndim <= 1]
-
-
-def make_network(
-    config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32), trained: bool = False
-) -> Classifier:
-    """The network of a configuration, at its initial weights, in training mode and channels-last.
-
-    Args:
-        config: names it.
-        classes: L.
-        device: where it goes.
-        sides: (H, W) of the images.
-        trained: its weights are loaded next, so that none are fetched.
-
-    Raises:
-        UserError: see `Backbone`.
-    """
-    network: Classifier
-    if backbone := config.backbone:
-        from engine.models.timm_backbone import Backbone  # of an optional package
-
-        fetched = (False, "") if trained else (config.pretrained, config.weights)
-        network = Backbone(backbone, classes, sides, config.seed, config.bn_momentum, *fetched)
-    else:
-        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
-        network = WideResNet(
-            classes,
-            config.scales,
-            config.blocks,
-            config.width,
-            config.seed,
-            config.bn_momentum,
-            rows_per_group,
-            over_ranks=config.bn == "sync",
-        )
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
-    """The state before the first step: equal networks, uniform marginals."""
-    network = make_network(config, classes, device, sides)
-    ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
-    ema_model.load_state_dict(network.state_dict())
-    network.rotation_head.requires_grad_(config.unlabeled and config.w_rot > 0)
-    weights, others = decayed_parameters(network)
-    groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return TrainState(
-        network=network,
-        ema_model=ema_model,
-        optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        p_model_history=torch.full((P_MODEL_STEPS, classes), 1.0 / classes, device=device),
-        label_marginal=torch.tensor(config.class_distribution or [1.0 / classes] * classes, device=device),
-        step=torch.zeros((), dtype=torch.int64, device=device),
-    )
-
-
-_layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """A step's data: one rank's views, on the device, and `StepPlan`'s arrays and `stop`, parts of one buffer.
-
-    Attributes:
-        views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
-        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all: from pinned memory
-            of the host, where it is until the step takes it.
-        stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
-            the same one.
-    """
-
-    views: Tensor
-    packed: Tensor
-    source: Tensor
-    partner: Tensor
-    lam: Tensor
-    rotations: Tensor
-    target: Tensor
-    partner_target: Tensor
-    labels: Tensor
-    stop: Tensor
-
-    @classmethod
-    def pack(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
-        """A step's plan beside its views, ready for the device, and whether this rank has been asked to stop."""
-        arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
-        layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))
-        buffer = layout.allocate(pinned=device.type == "cuda")
-        for name, part in layout.arrays(buffer).items():
-            part[:] = arrays[name]
-        return cls._of(views.to(device, non_blocking=True), buffer, layout)
-
-    @classmethod
-    def _of(cls, views: Tensor, buffer: Tensor, layout: Layout) -> StepInput:
-        return cls(views=views, packed=buffer, **layout.tensors(buffer))
-
-    def to(self, device: torch.device) -> StepInput:
-        """The same with the numbers, too, on the device; parts of `packed` stay parts of it."""
-        if self.packed.device == device:
-            return self
-        return self._with(self.views, self.packed.to(device, non_blocking=True))
-
-    def clone(self) -> StepInput:
-        """The same on the views' device, in memory of its own."""
-        packed = torch.empty_like(self.packed, device=self.views.device)
-        own = self._with(torch.empty_like(self.views), packed)
-        own.copy_(self)
-        return own
-
-    def copy_(self, other: StepInput) -> None:
-        """Takes another input's values, by one copy of the views and one of all numbers."""
-        self.views.copy_(other.views, non_blocking=True)
-        self.packed.copy_(other.packed, non_blocking=True)
-
-    def _with(self, views: Tensor, packed: Tensor) -> StepInput:
-        numbers = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
-        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in numbers.items()))
-        return self._of(views, packed, layout)
 
 
 @dataclass(frozen=True)
@@ -265,7 +88,7 @@ class Step:
         self.config = config
         self.state = state
         self.precision = precision
-        device = state.p_model_history.device
+        device = state.device
         self.device = device
 
         def on_device(array) -> Tensor:
@@ -432,9 +255,7 @@ class Step:
         return self.train_model.no_sync() if accumulating and collectives.grouped() else contextlib.nullcontext()  # type: ignore
 
     def _make_targets(self, logits: Tensor | None, data: StepInput) -> tuple[Tensor, Tensor]:
-        """Guesses the labels, and mixes all targets (sections 3.1 and 3.2.1; MixMatch, 3.3).
-
-        The mean of q becomes a row of p_model_history.
+        """Make the pseudo-labels, and mix all targets as the images are (sections 3.1 and 3.2.1; MixMatch, 3.3).
 
         Args:
             logits: (g U, L) over all ranks, rank by rank: of u_weak, or of all g views of an image; None without
@@ -442,71 +263,26 @@ class Step:
             data: the step's.
 
         Returns:
-            Targets of this rank's trained rows, (n M / R, L) float32: for all K + 1 views of an image the same one,
-            which is augmentation anchoring. And the guesses, (U, L) float32, zeros where one is left out; or without
-            any the labels, (B, L).
+            Targets of this rank's trained rows, (n M / R, L) float32. And the pseudo-labels, (U, L) float32, times
+            their weights: zeros where one is left out; or without any the labels, (B, L).
         """
-        c, state = self.config, self.state
-        known = guesses = F.one_hot(data.labels, state.p_model_history.shape[1]).float()  # (B, L)
+        state = self.state
+        known = pseudo_labels = F.one_hot(data.labels, state.network.head.out_features).float()  # (B, L)
         if logits is not None:
-            of_views = logits[self.guess_order].float()  # (g, U, L)
-            # the logarithm of the mean prediction has that prediction as its softmax; of one view, logits are as good
-            q = of_views[0] if len(of_views) == 1 else of_views.log_softmax(-1).logsumexp(0)  # (U, L)
-            confident = c.hard_labels or c.threshold > 0  # what is looked at before sharpening
-            guesses = guess_labels(
-                q,
-                state.p_model_history,
-                state.step % P_MODEL_STEPS,
-                state.label_marginal,
-                1.0 if confident else c.temperature,
-                c.align,
-            )
-            if confident:
-                largest, classes = guesses.max(-1, keepdim=True)
-                if c.hard_labels:
-                    guesses = torch.zeros_like(guesses).scatter(-1, classes, 1.0)
-                else:
-                    sharpened = guesses.pow(1 / c.temperature)
-                    guesses = sharpened / sharpened.sum(-1, keepdim=True)
-                guesses = guesses * (largest >= c.threshold)
-            known = torch.cat([known, guesses])
+            pseudo_labels, weights = state.targets(logits[self.guess_order].float(), state.step)  # (U, L), (U,)
+            if weights is not None:
+                pseudo_labels = pseudo_labels * weights[:, None]
+            known = torch.cat([known, pseudo_labels])
         lam = data.lam[: len(data.target), None]
-        return lam * known[data.target] + (1 - lam) * known[data.partner_target], guesses
+        return lam * known[data.target] + (1 - lam) * known[data.partner_target], pseudo_labels
 
     def _losses(
         self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss and its terms for one micro-batch (section 3.3), each a mean over its rows.
-
-        Every term is a sum over all rows with static weights: taking rows out would cost a GPU a sort on the way back.
-        A term is added here and, for logs, in `LOSSES`; which rows it is of, in `engine.method.batch_layout`.
-
-        Args:
-            logits: (n, L) of its pool, u_1 and rotated u_1.
-            rotation_logits: (n, 4).
-            targets: (n, L).
-            rotations: (n,) int64.
-
-        Returns:
-            The loss, and (len(LOSSES),) float32 without gradient, in their order; 0 for a term that the method lacks.
-        """
-        c = self.config
-        log_p = F.log_softmax(logits.float(), dim=-1)
-        entropies = -(targets * log_p).sum(-1)  # (n,)
-        loss_x, loss_u, loss_u1 = (self.class_weights * entropies).sum(-1).unbind()
-        loss = loss_x
-        loss_rot = torch.zeros_like(loss_x)
-        if c.unlabeled:
-            if c.unlabeled_loss == "l2":
-                loss_u = (self.class_weights[1] * (log_p.exp() - targets).square().mean(-1)).sum()
-            if c.unlabeled_loss == "kl":  # less the targets' own entropy
-                loss_u = loss_u + (self.class_weights[1] * torch.xlogy(targets, targets).sum(-1)).sum()
-            if c.w_rot:
-                turned = F.one_hot(rotations, 4) * F.log_softmax(rotation_logits.float(), dim=-1)
-                loss_rot = -(self.rotation_weights * turned.sum(-1)).sum()
-            ramp = (self.state.step * (c.batch / (1024 * c.ramp_kimg))).clamp(max=1) if c.ramp_kimg else 1.0
-            loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
-        return loss, torch.stack([loss, loss_x, loss_u, loss_u1, loss_rot]).detach()
+        """The loss and its terms for one micro-batch: see `engine.method.losses`."""
+        shares = self.class_weights, self.rotation_weights
+        samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares)
+        return total_loss(samples, ramp_up(self.config, self.state.step))
 
     def _finish(
         self, losses: Tensor, stop: Tensor, probe_logits: Tensor | None, guesses: Tensor, labels: Tensor
@@ -525,12 +301,11 @@ class Step:
         omega = losses.new_zeros(0)
         if probe_logits is not None:
             omega = 1 - (probe_logits[self.probe_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
-        alignment_gap = (state.label_marginal - state.p_model_history.mean(0)).abs().sum() / 2
+        alignment_gap = (state.targets.label_marginal - state.targets.p_model).abs().sum() / 2
         used = guesses.sum(-1).mean()
         confidence = guesses.amax(-1).mean() / used.clamp(min=1e-9) if c.threshold else guesses.amax(-1).mean()
         others = torch.stack([confidence, used, alignment_gap, omega.mean() if len(omega) else used.new_zeros(())])
-        if not c.class_distribution:
-            state.label_marginal.lerp_(one_hot.mean(0), 1 - c.marginal_decay)
+        state.targets.observe_labels(one_hot)
         state.step.add_(1)
         return torch.cat([losses, others, stop]).float(), omega
 

@@ -20,7 +20,8 @@ from engine.config.config import run_identity
 from engine.distributed import collectives
 from engine.distributed.watchdog import StopRequest, Watchdog
 from engine.errors import Stopped, UserError
-from engine.inference.evaluation import agreement, evaluate, guess_quality, median_of_last
+from engine.inference.evaluation import evaluate, median_of_last
+from engine.method.losses import LOSSES
 from engine.runs import checkpoint
 from engine.runs.health import Health, Look, compared_images
 from engine.runs.history import History, guessed_images, named_bins
@@ -28,9 +29,12 @@ from engine.runs.progress import MetricsLog, ProgressLine
 from engine.runs.setup import RunSetup, write_run_files
 from engine.training import ranges
 from engine.training.cuda_graph import make_step
+from engine.training.diagnostics import agreement, guess_quality
 from engine.training.execution import Execution, keep_freed_memory, set_numerics
 from engine.training.feed import Feed
-from engine.training.step import LOSSES, StepInput, StepOutput, TrainState, make_state
+from engine.training.state import TrainState, make_state
+from engine.training.step import StepOutput
+from engine.training.step_input import StepInput
 from pipelines.cache import read_rows
 
 CHECKPOINTS = "checkpoints"
@@ -224,7 +228,7 @@ class Trainer:
             self._shown = {"test %": accuracy}
             if self._log:
                 self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
-            marginals = torch.stack([self.state.p_model_history.mean(0), self.state.label_marginal]).tolist()
+            marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
             if self.health.due(self.step):
                 self._look(*marginals)
             self._remember(*marginals)
@@ -254,7 +258,7 @@ class Trainer:
         if self.guessed.due(self.step, self.config):
             images = read_rows(self.data.train_images, self.guessed.rows)
             labels = self.data.train_labels[self.guessed.rows]
-            values["guesses"] = guess_quality(self.config, self.state, images, labels, self.execution.device)
+            values["guesses"] = guess_quality(self.state, images, labels, self.execution.device)
         if self._history:
             self._history.add(self.step, values)
 

@@ -20,7 +20,9 @@ from engine.method.batch_layout import step_plan
 from engine.run import _published
 from engine.runs.folder import default_folder
 from engine.training.feed import arrange_rows, plan_spec
-from engine.training.step import METRICS, Step, StepInput, make_state
+from engine.training.state import make_state
+from engine.training.step import METRICS, Step
+from engine.training.step_input import StepInput
 from pipelines.ctaugment import initial_weights
 from pipelines.data_set import DataSet
 from pipelines.plan import make_plan
@@ -55,8 +57,8 @@ class Bench:
         state = make_state(config, CLASSES, CPU)
         for p in [*state.network.parameters(), *state.ema_model.parameters()]:
             p.data += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
-        state.p_model_history.copy_(torch.rand(128, CLASSES, generator=rng).softmax(-1))
-        state.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
+        state.targets.p_model_history.copy_(torch.rand(128, CLASSES, generator=rng).softmax(-1))
+        state.targets.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
         state.step.fill_(START)
         self.before = copy.deepcopy(state)
         views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
@@ -84,7 +86,7 @@ class Bench:
             return self.network()(images)[0].softmax(-1)
 
     def align(self, q):
-        p, p_model = self.before.label_marginal.double(), self.before.p_model_history.double().mean(0)
+        p, p_model = self.before.targets.label_marginal.double(), self.before.targets.p_model_history.double().mean(0)
         aligned = q * (p + 1e-6) / (p_model + 1e-6)
         return aligned / aligned.sum(-1, keepdim=True)
 
@@ -132,9 +134,9 @@ def test_mixmatch_is_algorithm_1_of_its_paper(config_of):
     loss_x = cross_entropy(logits[:batch], targets[:batch]).mean()
     loss_u = (logits[batch:].softmax(-1) - targets[batch:]).square().mean()
     bench.assert_same(network, loss_x, loss_u, loss=loss_x + 75 * bench.ramp * loss_u)
-    history = bench.before.p_model_history.double()
+    history = bench.before.targets.p_model_history.double()
     history[START] = q.mean(0)
-    np.testing.assert_allclose(bench.state.p_model_history, history, rtol=1e-6)
+    np.testing.assert_allclose(bench.state.targets.p_model_history, history, rtol=1e-6)
     assert bench.omega.shape == (0,) and bench.metrics["omega"] == 0 and bench.metrics["guesses_used"] == 1
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from engine.config.checks import LEAST_WIDTH, LEAST_WIDTH_LARGE
 from engine.config.config import Config
 from engine.config.presets import PRESETS
-from engine.training.step import make_network
+from engine.models.build import make_network
 from tests.processes import call
 
 SIDES = {"digits": 16, "stl10": 96}  # pixels of an image's side, 32 for the other data sets

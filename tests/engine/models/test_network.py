@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.models.wide_resnet import BatchNorm, WideResNet
+from engine.models.batch_norm import BatchNorm
+from engine.models.wide_resnet import WideResNet
 from tests.running_statistics import moved_by_first_rows
 
 

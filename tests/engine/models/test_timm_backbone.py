@@ -13,9 +13,10 @@ from engine.config.config import Config, load_config
 from engine.errors import UserError
 from engine.inference.evaluation import class_logits
 from engine.inference.trained import load_ema_model
+from engine.models.build import make_network
 from engine.models.timm_backbone import Backbone
 from engine.runs.setup import open_data, setup_run
-from engine.training.step import make_network, make_state
+from engine.training.state import make_state
 from tests.processes import final_state
 
 timm = pytest.importorskip("timm", reason="needs timm")

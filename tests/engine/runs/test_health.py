@@ -8,11 +8,12 @@ import pytest
 
 from engine import run
 from engine.config.presets import PRESETS, preset
-from engine.inference.evaluation import _normalised, agreement
+from engine.inference.evaluation import normalized
 from engine.models.wide_resnet import WideResNet
 from engine.runs import health
 from engine.runs.health import Health, Look, compared_images
 from engine.runs.setup import setup_run
+from engine.training.diagnostics import agreement
 
 CLASSES = tuple("0123456789")
 UNIFORM = (0.1,) * 10
@@ -250,7 +251,7 @@ def test_agreement_is_of_the_training_mode_and_moves_nothing():
     # with the batch's own statistics they are one network
     for norm in (module for module in network.modules() if hasattr(module, "running_mean")):
         norm.momentum = 1.0
-    network(_normalised(network, images, "cpu"))
+    network(normalized(network, images, "cpu"))
     ema_model.copy_running_statistics(network)
     assert agreement(network, ema_model, images, "cpu")[0] > 0.9
 

@@ -16,7 +16,8 @@ from engine.runs import history
 from engine.runs.history import History, guessed_images, read_history, read_results
 from engine.runs.progress import read_metrics
 from engine.runs.setup import RunSetup, setup_run
-from engine.training.step import make_state
+from engine.training import diagnostics
+from engine.training.state import make_state
 from pipelines.ctaugment import BINS, NAMES, initial_weights
 from pipelines.datasets import digits
 from pipelines.splits import RULES
@@ -130,14 +131,14 @@ def test_the_quality_of_guesses_by_hand(tiny):
     """Softmax, alignment and sharpening in numpy; the network and its statistics stay as they are."""
     config, data = tiny(), digits()
     state = make_state(config, 10, torch.device("cpu"), (16, 16))
-    state.label_marginal.copy_(torch.linspace(0.05, 0.15, 10))
-    state.p_model_history.copy_(torch.linspace(0.15, 0.05, 10).expand_as(state.p_model_history))
+    state.targets.label_marginal.copy_(torch.linspace(0.05, 0.15, 10))
+    state.targets.p_model_history.copy_(torch.linspace(0.15, 0.05, 10).expand_as(state.targets.p_model_history))
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
     images, labels = data.train_images[:64], data.train_labels[:64]
-    found = evaluation.guess_quality(config, state, images, labels, torch.device("cpu"))
+    found = diagnostics.guess_quality(state, images, labels, torch.device("cpu"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.network.state_dict().items())
     with torch.no_grad():
-        logits = state.network(evaluation._normalised(state.network, images, "cpu"), track=False)[0].double().numpy()
+        logits = state.network(evaluation.normalized(state.network, images, "cpu"), track=False)[0].double().numpy()
     q = np.exp(logits) * np.linspace(0.05, 0.15, 10) / np.linspace(0.15, 0.05, 10)
     q = (q / q.sum(1, keepdims=True)) ** 2
     q /= q.sum(1, keepdims=True)
@@ -155,7 +156,7 @@ def test_a_network_that_has_diverged_is_not_the_histories_matter(tiny):
     for parameter in state.network.parameters():
         parameter.data.fill_(float("nan"))
     images, labels = data.train_images[:64], data.train_labels[:64]
-    found = evaluation.guess_quality(config, state, images, labels, torch.device("cpu"))
+    found = diagnostics.guess_quality(state, images, labels, torch.device("cpu"))
     assert found["confidence"] == 0 and found["bins"][0][0] == 64
 
 

@@ -17,7 +17,9 @@ from engine.method.batch_layout import arrange, step_plan
 from engine.training import optimizers
 from engine.training.cuda_graph import CapturedStep, Snapshot
 from engine.training.execution import pick_mode, pick_precision, pick_views
-from engine.training.step import METRICS, Step, StepInput, make_state
+from engine.training.state import make_state
+from engine.training.step import METRICS, Step
+from engine.training.step_input import StepInput
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
 
@@ -117,13 +119,13 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
             p.grad = torch.randn(p.shape, generator=chance)
         state.scaler.scale(torch.zeros(()))  # which makes the scale's tensor
         state.scaler.step(state.optimizer)
-        state.p_model_history.fill_(3.0)
+        state.targets.p_model_history.fill_(3.0)
         state.step += 1
         state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 8.0})
         snapshot.restore()
         assert [p.data_ptr() for p in state.network.parameters()] == addresses
         assert (
-            torch.equal(state.p_model_history, fresh.p_model_history)
+            torch.equal(state.targets.p_model_history, fresh.targets.p_model_history)
             and state.scaler.get_scale() == fresh.scaler.get_scale()
         )
         for a, b in zip(state.network.state_dict().values(), fresh.network.state_dict().values(), strict=True):

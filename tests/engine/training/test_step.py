@@ -9,8 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from engine.method.batch_layout import step_plan
+from engine.method.losses import LOSSES
+from engine.method.targets import P_MODEL_STEPS
 from engine.training.feed import arrange_rows
-from engine.training.step import LOSSES, METRICS, P_MODEL_STEPS, Step, StepInput, decayed_parameters, make_state
+from engine.training.state import decayed_parameters, make_state
+from engine.training.step import METRICS, Step
+from engine.training.step_input import StepInput
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
 from tests.running_statistics import moved_by_first_rows
@@ -33,8 +37,8 @@ class Bench:
         rng = torch.Generator().manual_seed(1)
         for p in [*self.state.network.parameters(), *self.state.ema_model.parameters()]:
             p.data += 0.1 * torch.randn(p.shape, generator=rng)
-        self.state.p_model_history.copy_(torch.rand(P_MODEL_STEPS, CLASSES, generator=rng).softmax(-1))
-        self.state.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
+        self.state.targets.p_model_history.copy_(torch.rand(P_MODEL_STEPS, CLASSES, generator=rng).softmax(-1))
+        self.state.targets.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
         self.state.step.fill_(start)
         self.plan = make_plan(self.spec, 0, start, initial_weights())
         self.labels = np.random.default_rng(start).integers(CLASSES, size=config.batch)
@@ -62,20 +66,23 @@ def reference(bench):
     # 2 guess, 3 alignment, 4 sharpening
     if c.unlabeled:
         q = frozen(x[batch : 2 * batch])[0].softmax(-1).detach().double().numpy()
-        p, p_model = before.label_marginal.double().numpy(), before.p_model_history.double().numpy().mean(0)
+        p, p_model = (
+            before.targets.label_marginal.double().numpy(),
+            before.targets.p_model_history.double().numpy().mean(0),
+        )
         guesses = np.empty_like(q)
         for i in range(batch):
             aligned = q[i] * (p + 1e-6) / (p_model + 1e-6) if c.align else q[i]
             aligned = aligned / aligned.sum()
             sharp = aligned ** (1 / c.temperature)
             guesses[i] = sharp / sharp.sum()
-        p_model_history = before.p_model_history.double().numpy().copy()
+        p_model_history = before.targets.p_model_history.double().numpy().copy()
         p_model_history[step % 128] = q.mean(0)
         expected["p_model_history"] = p_model_history
         pool_targets = np.concatenate([one_hot] + [guesses] * (c.k + 1))
     else:
         pool_targets = one_hot
-    expected["label_marginal"] = 0.999 * before.label_marginal.double().numpy() + 0.001 * one_hot.mean(0)
+    expected["label_marginal"] = 0.999 * before.targets.label_marginal.double().numpy() + 0.001 * one_hot.mean(0)
 
     # 5 mixup, row by row
     images, targets = [], []
@@ -140,9 +147,9 @@ def test_step_computes_the_papers_algorithm(tiny, changes, start):
     metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
     np.testing.assert_allclose([metrics[m] for m in LOSSES], expected["losses"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(output.omega.numpy(), expected["omega"], atol=1e-5)
-    np.testing.assert_allclose(state.label_marginal.numpy(), expected["label_marginal"], atol=1e-6)
+    np.testing.assert_allclose(state.targets.label_marginal.numpy(), expected["label_marginal"], atol=1e-6)
     if "p_model_history" in expected:
-        np.testing.assert_allclose(state.p_model_history.numpy(), expected["p_model_history"], atol=1e-6)
+        np.testing.assert_allclose(state.targets.p_model_history.numpy(), expected["p_model_history"], atol=1e-6)
     for name, p in state.network.named_parameters():
         # a gradient near 0 may change sign with the order of a sum, and Adam's first step is its sign
         moved = (p.double() - expected["parameters"][name]).abs()
@@ -166,26 +173,26 @@ def test_ramp_rises_linearly_over_the_kimg_of_the_configuration(tiny):
 def test_ring_starts_uniform_holds_128_steps_and_forgets_the_oldest(tiny):
     bench = Bench(tiny())
     fresh = make_state(bench.config, CLASSES, CPU)
-    assert fresh.p_model_history.shape == (128, CLASSES) and torch.equal(
-        fresh.p_model_history, torch.full((128, CLASSES), 0.2)
+    assert fresh.targets.p_model_history.shape == (128, CLASSES) and torch.equal(
+        fresh.targets.p_model_history, torch.full((128, CLASSES), 0.2)
     )
-    assert torch.equal(fresh.label_marginal, torch.full((CLASSES,), 0.2))
-    bench.state.p_model_history.fill_(0.2)
+    assert torch.equal(fresh.targets.label_marginal, torch.full((CLASSES,), 0.2))
+    bench.state.targets.p_model_history.fill_(0.2)
     for step in (0, 1, 127, 128):
         bench.state.step.fill_(step)
-        before = bench.state.p_model_history.clone()
+        before = bench.state.targets.p_model_history.clone()
         bench.run()
-        changed = (bench.state.p_model_history != before).any(1).nonzero().flatten().tolist()
+        changed = (bench.state.targets.p_model_history != before).any(1).nonzero().flatten().tolist()
         assert changed == [step % 128]
 
 
 def test_a_given_class_distribution_stays_as_it_is(tiny):
     given = (0.4, 0.3, 0.1, 0.1, 0.1)
     bench = Bench(tiny(class_distribution=given))
-    assert make_state(bench.config, CLASSES, CPU).label_marginal.tolist() == pytest.approx(given)
-    before = bench.state.label_marginal.clone()
+    assert make_state(bench.config, CLASSES, CPU).targets.label_marginal.tolist() == pytest.approx(given)
+    before = bench.state.targets.label_marginal.clone()
     bench.run()
-    assert torch.equal(bench.state.label_marginal, before)
+    assert torch.equal(bench.state.targets.label_marginal, before)
 
 
 def test_kernels_decay_and_nothing_else_does(tiny):
@@ -205,8 +212,10 @@ def test_guess_comes_from_the_live_network_and_probes_from_the_ema_model(tiny):
         third.state.network.head.bias += torch.arange(CLASSES)
     a, b, c = first.run(), second.run(), third.run()
     assert torch.equal(a.metrics[: len(LOSSES)], b.metrics[: len(LOSSES)]) and not torch.equal(a.omega, b.omega)
-    assert torch.equal(first.state.p_model_history, second.state.p_model_history)
-    assert torch.equal(a.omega, c.omega) and not torch.equal(first.state.p_model_history, third.state.p_model_history)
+    assert torch.equal(first.state.targets.p_model_history, second.state.targets.p_model_history)
+    assert torch.equal(a.omega, c.omega) and not torch.equal(
+        first.state.targets.p_model_history, third.state.targets.p_model_history
+    )
 
 
 def test_split_batch_norm_is_the_papers_separate_passes(tiny):
@@ -326,8 +335,8 @@ def guesses_of(bench, x):
         q[part::2] = fresh.state.network(x[batch + part : 2 * batch : 2])[0].softmax(-1).detach()
     q = (
         q.double().numpy()
-        * (fresh.state.label_marginal.numpy() + 1e-6)
-        / (fresh.state.p_model_history.numpy().mean(0) + 1e-6)
+        * (fresh.state.targets.label_marginal.numpy() + 1e-6)
+        / (fresh.state.targets.p_model_history.numpy().mean(0) + 1e-6)
     )
     q = (q / q.sum(-1, keepdims=True)) ** 2
     return q / q.sum(-1, keepdims=True)

@@ -1,0 +1,114 @@
+"""All that a training step reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.config import Config
+from engine.method.targets import Targets, make_targets
+from engine.models.build import make_network
+from engine.models.wide_resnet import Classifier
+from engine.training.optimizers import OPTIMIZERS, load_optimizer
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and writes, and all that a checkpoint keeps.
+
+    Attributes:
+        network: f, in training mode.
+        ema_model: f_ema, the exponential moving average of its parameters, in evaluation mode.
+        optimizer: over the parameters of `network`.
+        scaler: of the loss, enabled under fp16 alone.
+        targets: the method's, whose buffers are its state.
+        step: () int64, steps done.
+    """
+
+    network: Classifier
+    ema_model: Classifier
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    targets: Targets
+    step: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        return self.step.device
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values."""
+        return {
+            "network": self.network.state_dict(),
+            "ema_model": self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **self.targets.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes back what `state_dict` gave."""
+        self.network.load_state_dict(state["network"])
+        self.ema_model.load_state_dict(state["ema_model"])
+        load_optimizer(self.optimizer, state["optimizer"], self.device)
+        self.scaler.load_state_dict(state["scaler"])
+        self.targets.load_state_dict({name: state[name] for name in self.targets.state_dict()})
+        self.step.copy_(state["step"])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of it once: parameters and buffers of its modules, the optimizer's state, and its own."""
+        found: list[Tensor] = []
+        for part in vars(self).values():
+            if isinstance(part, nn.Module):
+                found += [*part.parameters(), *part.buffers()]
+            elif isinstance(part, torch.optim.Optimizer):
+                # the last is of apex, and decides whether the next step counts
+                overflow = getattr(part, "_dummy_overflow_buf", None)
+                found += _leaves([part.state, *part.param_groups, overflow])
+            elif isinstance(part, Tensor):
+                found.append(part)
+        return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _leaves(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _leaves(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _leaves(value)
+
+
+def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Splits parameters into weights of convolutions and linear layers, which decay, and the others, which do not."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    return weights, [p for p in network.parameters() if p.ndim <= 1]
+
+
+def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
+    """The state before the first step: equal networks, uniform marginals."""
+    network = make_network(config, classes, device, sides)
+    ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
+    ema_model.load_state_dict(network.state_dict())
+    network.rotation_head.requires_grad_(config.unlabeled and config.w_rot > 0)
+    weights, others = decayed_parameters(network)
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return TrainState(
+        network=network,
+        ema_model=ema_model,
+        optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        targets=make_targets(config, classes).to(device),
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
