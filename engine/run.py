@@ -7,6 +7,7 @@ curves.png  views.png  results.npz  ema.safetensors
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.trainer import Trainer
 from pipelines.files import write_bytes, write_text
+
+log = logging.getLogger(__name__)
 
 
 def share(make: Callable[[], RunSetup]) -> RunSetup:
@@ -53,7 +56,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
 
     Args:
         setup: of the run, which has a folder.
-        quiet: print nothing but warnings.
+        quiet: show no progress.
         timeout: see `Trainer`.
         check_ranks: see `Trainer`.
 
@@ -67,15 +70,15 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
     assert setup.folder is not None, "a run that is trained has a folder"
     folder = setup.folder
     try:
-        progress = ProgressLine(setup.config.steps, quiet, silent=collectives.rank() > 0)
+        progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
         # written to only now, when nothing is left that the user may have to be told of
         collectives.on_first(lambda: _begin(setup))
         if setup.resumed:
             if trainer.resume():
-                progress.say(f"resuming {folder} from step {trainer.step}")
+                log.info(f"resuming {folder} from step {trainer.step}")
             else:
-                progress.say(f"{folder} has no good checkpoint; starting from step 0")
+                log.info(f"{folder} has no good checkpoint; starting from step 0")
         try:
             trainer.run()
         finally:

@@ -8,8 +8,9 @@ images, so that a report needs neither the data nor the network. Nothing here ch
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from engine.config.config import Config
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data_set import DataSet
 from pipelines.files import atomic_write, write_text
+
+log = logging.getLogger(__name__)
 
 HISTORY, RESULTS = "history.jsonl", "results.npz"
 MOST_ROWS = 200
@@ -45,11 +48,10 @@ class History:
         folder: the run's.
         step: steps done when the run starts or resumes.
         every: steps between rows.
-        warn: called with one line when writing fails.
     """
 
-    def __init__(self, folder: Path, step: int, every: int, warn: Callable[[str], None]) -> None:
-        self._path, self._every, self._warn = folder / HISTORY, every, warn
+    def __init__(self, folder: Path, step: int, every: int) -> None:
+        self._path, self._every = folder / HISTORY, every
         found = read_history(folder)
         self._rows = [(row["step"], _line(row)) for row in found if row["step"] <= step]
         first = self._rows[0][0] // every if self._rows and self._rows[0][0] % every == 0 else 1
@@ -80,7 +82,7 @@ class History:
             write_text(self._path, "".join(line for _, line in self._rows))
         except OSError as error:
             if not self._trouble:
-                self._warn(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
+                log.warning(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
             self._trouble = True
         else:
             self._trouble = False

@@ -11,8 +11,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ from engine.studies.paper_tables import FULL, Entry
 from engine.training.execution import pick_device
 from pipelines.cache import set_data_dir
 from pipelines.files import write_text
+
+log = logging.getLogger(__name__)
 
 OUT = Path("runs") / "ablate"
 MEASURED = "measured.jsonl"  # costs, in its folder
@@ -237,7 +239,7 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         try:
             figures = measure(variant)
         except (RuntimeError, UserError) as error:
-            print(f"remixmatch: {variant}: costs cannot be measured ({' '.join(str(error).split())})", file=sys.stderr)
+            log.warning(f"{variant}: costs cannot be measured ({' '.join(str(error).split())})")
             continue
         device = pick_device(configs[variant])
         known[variant] = records.record(

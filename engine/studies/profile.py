@@ -188,7 +188,7 @@ def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None
         memory_file: with a GPU, what was allocated up to then is written to it, with who did.
     """
     config = dataclasses.replace(setup.config, steps=2**40)  # plans never end
-    progress = ProgressLine(config.steps, quiet=True, silent=collectives.rank() > 0)
+    progress = ProgressLine(config.steps, quiet=True)
     if memory_file:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=_HISTORY)
     trainer = Trainer(dataclasses.replace(setup, config=config), progress)

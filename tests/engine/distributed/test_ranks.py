@@ -12,9 +12,8 @@ from engine.commands import main as cli
 from engine.distributed import collectives, launch
 from engine.errors import UserError
 from engine.runs.progress import ProgressLine, read_metrics
+from engine.runs.setup import setup_run
 from engine.training.trainer import Trainer, digests
-from pipelines.datasets import digits
-from pipelines.splits import balanced
 from tests import processes
 from tests.processes import ROOT, assert_close, assert_same_bits, finish, start_ranks
 
@@ -140,10 +139,8 @@ def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
 
 
 def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypatch):
-    data, config = digits(), tiny()
-    split = balanced(data, config.labels, config.seed)
     progress = ProgressLine(4, quiet=True)
-    trainer = Trainer(config, data, split, tmp_path, progress, check_ranks=2)
+    trainer = Trainer(setup_run(tiny(), tmp_path), progress, check_ranks=2)
     progress.start(0, trainer.feed.images_per_step)
     trainer.begin()
     try:

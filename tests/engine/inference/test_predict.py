@@ -74,7 +74,9 @@ def test_a_folder_becomes_a_table(trained, folder, tmp_path, expected, capsys):
     cli.main(["predict", str(trained), str(folder), "--csv", str(table), "--batch", "4"])
     told = capsys.readouterr()
     assert told.out == f"{table}: 9 of 10 images\n"
-    assert "5b.png cannot be read as an image" in told.err and "1 of 10 files cannot be read" in told.err
+    assert (
+        "5b.png cannot be read as an image" in told.err and "\nremixmatch: 1 of 10 files cannot be read\n" in told.err
+    )
     with table.open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["file", "class", *map(str, range(10))] and len(rows) == 9
