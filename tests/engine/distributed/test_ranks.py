@@ -189,7 +189,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
     main thread is deaf, sends the signal, and keeps the mutex, so that the main thread never comes back.
     """
     script = (
-        "import ctypes, os, signal, threading\nfrom engine import guard\n"
+        "import ctypes, os, signal, threading\nfrom engine.distributed import watchdog as guard\n"
         "guard.DEAF_SECONDS = 1.0\n"
         "stop, system = guard.StopRequest(), ctypes.CDLL(None)\n"
         "mutex, condition = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)\n"
