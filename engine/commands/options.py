@@ -130,8 +130,7 @@ def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping
     for each in dataclasses.fields(Config):
         if "section" not in each.metadata:
             continue
-        choices = each.metadata["choices"]
-        kind: Any = Literal[choices] if choices else hints[each.name]
+        kind: Any = Literal[tuple(methods.METHODS)] if each.name == "method" else hints[each.name]
         hint = Annotated[kind, tyro.conf.arg(help=help.get(each.name, each.metadata["help"]))]
         sections[each.metadata["section"]].append((each.name, hint, field(default=getattr(config, each.name))))
     members: list[Any] = []

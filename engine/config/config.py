@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config.methods import METHODS
 from engine.errors import UserError
 
 # sections of the command line's help, in its order
@@ -40,7 +39,6 @@ def _setting(
     identity: bool = True,
     resumable: bool = False,
     counted: bool = False,
-    choices: tuple[str, ...] = (),
 ) -> Any:
     """Describe a field of `Config`.
 
@@ -51,10 +49,9 @@ def _setting(
         identity: whether another value makes another run: results differ by more than rounding.
         resumable: whether a run may be resumed with another value.
         counted: whether it changes what a step launches.
-        choices: values that the command line offers.
     """
     roles = {"section": section, "identity": identity, "resumable": resumable, "counted": counted}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **roles})
+    return dataclasses.field(default=default, metadata={"help": help, **roles})
 
 
 _method = partial(_setting, section="method", counted=True)
@@ -78,7 +75,6 @@ class Config:
         "remixmatch",
         "Sets the other fields of the method, of which each can be given beside it: see engine.config.methods. "
         "'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup.",
-        choices=tuple(METHODS),
     )
     k: int = _method(
         8,

@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engine.config.config import Config
 from engine.errors import UserError
-
-if TYPE_CHECKING:
-    from engine.config.config import Config
 
 MIXMATCH_SVHN_W_U = 250.0  # of the L2 loss, where other data sets have 75
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)

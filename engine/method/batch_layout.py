@@ -147,21 +147,29 @@ def arrange(
     # the network's rows: one micro-batch a line, then what is only passed forward
     views = (spec.pool_views[:, None] * batch + np.arange(batch)).reshape(-1)  # of each pool row
     u1 = rows_of(rank, of_u1)
-    trained = np.concatenate([views[pool]] + [u1] * unmixed + [u1] * rotated, axis=1)
+    of_extra = []  # the terms of what follows the pool
+    if unmixed:
+        of_extra.append(2)
+    if rotated:
+        of_extra.append(3)
+    trained = np.concatenate([views[pool], *(u1 for _ in of_extra)], axis=1)
     place = np.arange(trained.size).reshape(accumulation_steps, -1)
 
     number = np.arange(batch * blocks) // batch - 1  # of the unlabeled block, -1 for the labeled
     pool_target = np.arange(batch * blocks) % batch + batch * np.where(number < 0, 0, 1 + number % spec.mu)
     guess_of_u1 = rows_of(rank, 1 + unlabeled)
-    target = np.concatenate([pool_target[pool]] + [guess_of_u1] * (unmixed + rotated), axis=1)
+    target = np.concatenate([pool_target[pool], *(guess_of_u1 for _ in of_extra)], axis=1)
 
     # what a trained row counts for, the same in every micro-batch: x, u, u_1, rotated u_1
-    of_extra = [2] * unmixed + [3] * rotated
     term = np.concatenate([np.where(pool[0] < batch, 0, 1), np.repeat(of_extra, u1.shape[1])]).astype(np.int64)
     counts = np.bincount(term, minlength=4)
     shares = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
     forwarded = [rows_of(rank, some_blocks).reshape(-1) for some_blocks in (of_guess, of_probes)]
+    first_rotated = trained.shape[1] - (u1.shape[1] if rotated else 0)
     turned = guess_of_u1 - batch
+    guess_order = np.empty((0, 0), np.int64)
+    if len(of_guess):
+        guess_order = order(of_guess).reshape(-1, batch * len(unlabeled))
     return Rows(
         spec=spec,
         ranks=ranks,
@@ -170,16 +178,14 @@ def arrange(
         images=images,
         pool=pool.reshape(-1),
         gathered=gathered,
-        guess_order=order(of_guess).reshape(-1, batch * len(unlabeled))
-        if len(of_guess)
-        else np.empty((0, 0), np.int64),
+        guess_order=guess_order,
         probe_order=order(of_probes),
         pool_source=gathered[views],
         pool_target=pool_target,
         target=target.reshape(-1),
         source=gathered[np.concatenate([trained.reshape(-1), *forwarded])],
         mixed=place[:, : pool.shape[1]].reshape(-1),
-        rotated=place[:, trained.shape[1] - rotated * u1.shape[1] :].reshape(-1),
+        rotated=place[:, first_rotated:].reshape(-1),
         rotations=turned.reshape(-1) if rotated else turned[:0].reshape(-1),
         class_weights=shares[:3],
         rotation_weights=shares[3],

@@ -296,14 +296,16 @@ class Step:
             guesses: (U, L) float32, zeros where one is left out; without unlabeled data the labels.
             labels: (B,) int64.
         """
-        c, state = self.config, self.state
+        state = self.state
         one_hot = F.one_hot(labels, guesses.shape[1]).float()
         omega = losses.new_zeros(0)
         if probe_logits is not None:
             omega = 1 - (probe_logits[self.probe_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
         alignment_gap = (state.targets.label_marginal - state.targets.p_model).abs().sum() / 2
         used = guesses.sum(-1).mean()
-        confidence = guesses.amax(-1).mean() / used.clamp(min=1e-9) if c.threshold else guesses.amax(-1).mean()
+        confidence = guesses.amax(-1).mean()
+        if state.targets.selects:  # of those that count
+            confidence = confidence / used.clamp(min=1e-9)
         others = torch.stack([confidence, used, alignment_gap, omega.mean() if len(omega) else used.new_zeros(())])
         state.targets.observe_labels(one_hot)
         state.step.add_(1)

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from engine.commands import main as cli
 from engine.distributed import collectives, launch
@@ -15,7 +17,7 @@ from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
 from engine.training.trainer import Trainer, digests
 from tests import processes
-from tests.processes import ROOT, assert_close, assert_same_bits, finish, start_ranks
+from tests.processes import ROOT, assert_close, assert_same_bits, finish, free_port, start, start_ranks
 
 # double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
 FLAGS = [
@@ -247,3 +249,24 @@ def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
         cli.main(["train", "digits-40", "--out", str(tmp_path / "run"), "--gpus", "2"])
     assert ended.value.code == 2
     assert "--gpus 2: torch sees 1 here; --device cpu" in capfd.readouterr().err
+
+
+def test_a_rank_without_the_data_says_so(tmp_path):
+    """Rank 0 sets the run up for all; the others open the same data, which may not be on their machine."""
+    images = tmp_path / "pets"
+    for number in range(24):
+        path = images / ("train" if number < 16 else "test") / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 10 * number, np.uint8)).save(path)
+    here, log = str(tmp_path / "data"), tmp_path / "log"
+    assert finish([start(log, "data", "prepare", images, "--size", 16, "--data-dir", here)]) == [0]
+    words = ["train", "folder", "--data", images, "--out", tmp_path / "run", "--device", "cpu", "--width", 16]
+    words += ["--batch", 4, "--k", 1, "--lag", 3, "--blocks", 1, "--steps", 2, "--timeout", 60]
+    group = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "run"}
+    logs = [tmp_path / f"rank{rank}" for rank in range(2)]
+    ranks = [
+        start(logs[rank], *words, RANK=rank, LOCAL_RANK=rank, REMIXMATCH_DATA=data, **group)
+        for rank, data in enumerate((here, str(tmp_path / "empty")))
+    ]
+    assert finish(ranks) == [1, 1]
+    assert "rank 1: there is no data in" in logs[1].read_text() and "rank 0: lost the other" in logs[0].read_text()
