@@ -1,5 +1,10 @@
 """Errors that end a run with one line and without a traceback."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 APEX_BUILD = (  # what to do where apex is missing
     "build NVIDIA/apex from source: in a checkout of it run "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
@@ -24,3 +29,18 @@ class Stopped(Exception):
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.number = number
+
+
+def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:
+    """Return the error for a name that there is not, with the nearest ones that there are.
+
+    Args:
+        kind: What it should be a name of, such as "preset".
+        name: As given.
+        known: All names.
+        listed: What lists them, where they are too many for a message.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else listed or f"choose from {', '.join(known)}"
+    return UserError(f"unknown {kind} '{name}'; {hint}")

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.text import first_line
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 BATCH = 64  # images that DALI decodes together
 
@@ -66,8 +68,7 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
     except UnidentifiedImageError:
         raise DecodeError("it is of no known format") from None
     except Exception as error:  # a damaged file fails in as many ways as there are formats
-        text = str(error).splitlines() or [""]
-        raise DecodeError(text[0][:100] or type(error).__name__) from None
+        raise DecodeError(first_line(error, 100)) from None
     changed = ""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)

@@ -18,6 +18,7 @@ import numpy as np
 from pipelines import cache
 from pipelines.cache import DataError
 from pipelines.files import atomic_write
+from pipelines.text import first_line
 
 # Debian's package dataset-fashion-mnist has the original files there, packed anew
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -194,7 +195,7 @@ def prepare(
         try:
             content = SOURCES[name](name, raw)
         except Exception as error:  # a damaged archive fails in as many ways as there are formats
-            raise DataError(f"the files of {name} in {raw} cannot be read: {str(error).strip() or error!r}") from error
+            raise DataError(f"the files of {name} in {raw} cannot be read: {first_line(error)}") from error
         _write(temporary, content, progress)
         cache.finish(temporary, name, content.classes, content.class_order, {"files": checksums})
     return folder

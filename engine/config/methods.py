@@ -7,12 +7,11 @@ own paper trained with, here all have the same network, optimiser, average and p
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from engine.config.config import Config
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 
 MIXMATCH_SVHN_W_U = 250.0  # of the L2 loss, where other data sets have 75
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)
@@ -127,6 +126,4 @@ def ablate(config: Config, *names: str) -> Config:
 def _named(known: Mapping[str, dict[str, Any]], name: str, kind: str) -> dict[str, Any]:
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    raise UserError(f"unknown {kind} '{name}'; {hint}")
+    raise unknown(kind, name, known)

@@ -7,12 +7,11 @@ ReMixMatch, tables 1 to 3 of the paper: mean and standard deviation over five la
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 
 from engine.config.config import Config
 from engine.config.methods import with_method
-from engine.errors import UserError
+from engine.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,7 @@ def preset(name: str) -> Config:
     """
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(PRESETS)}"
-    raise UserError(f"unknown preset '{name}'; {hint}")
+    raise unknown("preset", name, PRESETS)
 
 
 def command(config: Config) -> list[str]:

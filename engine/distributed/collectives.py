@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.distributed.watchdog import Watchdog
 from engine.errors import RankError, UserError
+from pipelines.text import first_line
 
 Result = TypeVar("Result")
 
@@ -50,7 +51,7 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
                 "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
             )
     except dist.DistError as error:
-        raise RankError(f"the {ranks_to_be()} ranks did not come together: {_first_line(error)}") from error
+        raise RankError(f"the {ranks_to_be()} ranks did not come together: {_reason(error)}") from error
 
 
 def stop() -> None:
@@ -82,7 +83,7 @@ def ranks() -> int:
 def lost(error: BaseException) -> RankError | None:
     """The error in words, if it is a collective that failed because of another rank; None otherwise."""
     if ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-        return RankError(f"lost the other ranks ({_first_line(error)})")
+        return RankError(f"lost the other ranks ({_reason(error)})")
     return None
 
 
@@ -152,7 +153,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """What an error says, without the place in torch's sources and without advice."""
-    text = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().partition("\n")[0])
-    return text.partition(". This is typically")[0][:200] or type(error).__name__
+    text = re.sub(r"^\[[^\]]*\] ", "", first_line(error, 400))
+    return text.partition(". This is typically")[0][:200]

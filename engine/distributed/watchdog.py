@@ -14,11 +14,12 @@ from typing import NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.05
 DEAF_SECONDS = 5.0  # in which Python has not got to a signal: it waits in native code, for what may never come
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGHUP as a wish, which the training loop grants after a step.
+    """A request to stop, by SIGTERM, SIGINT, SIGHUP or another thread, which whoever works grants when it can.
 
     Attributes:
         number: of the first signal that came, 0 before.
@@ -29,9 +30,27 @@ class StopRequest:
         self._come = 0
         self._inbox = -1
 
+    def ask(self, number: int) -> None:
+        """Request to stop as if a signal of that number had come."""
+        self.number = self.number or number
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request, but not longer than so many seconds. Returns whether there is one.
+
+        It looks now and then: a handler of signals that sets a `threading.Event` for which the same thread waits can
+        lock up.
+        """
+        end = time.monotonic() + seconds
+        while not self.number and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _POLL_SECONDS))
+        return self.number != 0
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals while it lasts; does nothing outside the main thread, where Python has no signals."""
+        """Takes the signals while it lasts; does nothing outside the main thread, where Python has no signals.
+
+        A second SIGINT ends the process at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -62,7 +81,7 @@ class StopRequest:
         return self._come
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self.ask(number)
         if number == signal.SIGINT:
             # a second one ends this process, as does the end of a torchrun that got it. By the system's own hand, since
             # Python's would wait for a collective that another rank may never join

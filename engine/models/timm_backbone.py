@@ -5,15 +5,15 @@ timm is an optional extra: `pip install 'remixmatch-engine[timm]'`.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from engine.models.wide_resnet import Classifier, initialise_linear
+from pipelines.text import first_line
 
 
 class Backbone(Classifier):
@@ -45,9 +45,8 @@ class Backbone(Classifier):
         super().__init__()
         timm = _timm()
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-            raise UserError(f"--network timm:{name}: timm {timm.__version__} has no such model; {hint}")
+            kind, listed = f"model of timm {timm.__version__}", "timm.list_models() lists them"
+            raise UserError(f"--network: {unknown(kind, name, timm.list_models(), listed)}")
         known = timm.models.get_pretrained_cfg(name)
         options: dict[str, Any] = {"img_size": sides} if known is not None and known.fixed_input_size else {}
         # timm draws from torch's global generator, which is left as it was
@@ -59,7 +58,7 @@ class Backbone(Classifier):
                 if not pretrained:
                     raise
                 raise UserError(
-                    f"--pretrained: the weights of timm:{name} cannot be had ({_first_line(error)}); "
+                    f"--pretrained: the weights of timm:{name} cannot be had ({first_line(error)}); "
                     "without a network give their file: --weights FILE"
                 ) from error
             features = getattr(self.body, "head_hidden_size", None) or self.body.num_features
@@ -113,7 +112,7 @@ def _load(body: nn.Module, path: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file") from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise UserError(f"--weights {path} cannot be read ({_first_line(error)})") from None
+        raise UserError(f"--weights {path} cannot be read ({first_line(error)})") from None
     if isinstance(found.get("state_dict"), dict):  # as training scripts save them
         found = found["state_dict"]  # type: ignore[assignment]
     own = body.state_dict()
@@ -124,7 +123,3 @@ def _load(body: nn.Module, path: Path) -> None:
         problem = f"has no {name}" if missing else f"has another shape of {name}"
         raise UserError(f"--weights {path} is of another model: it {problem}")
     body.load_state_dict({name: found[name] for name in own})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

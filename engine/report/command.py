@@ -54,7 +54,10 @@ def write(options: ReportOptions) -> Found:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"report needs {', '.join(missing)}: pip install 'remixmatch-engine[report]'")
-    found = read(options.runs)
+    try:
+        found = read(options.runs)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; it takes a file")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from engine.config.methods import with_method
 from engine.config.presets import PRESETS
 from engine.errors import UserError
 from engine.runs.history import read_history, read_results
-from engine.runs.progress import read_metrics
+from engine.runs.progress import METRICS, read_metrics
+from pipelines.files import read_json
 
 REFERENCE = "remixmatch"  # the row of a table that others are compared with
 SUMMED_UP = {"steps", "test_accuracy", "median_last_20", "train_seconds", "images_per_second"}
@@ -108,7 +108,7 @@ def read(paths: Sequence[Path]) -> Found:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder")
         inside = [path] if (path / "config.json").is_file() else _runs_in(path)
-        begun = [folder for folder in inside if read_rows(folder)]
+        begun = [folder for folder in inside if read_metrics(folder / METRICS)]
         if not inside:
             raise UserError(f"{path} holds no run: there is no config.json in it or in a folder in it")
         if not begun:
@@ -117,7 +117,7 @@ def read(paths: Sequence[Path]) -> Found:
         left_out += [f"{folder.name} has not begun, or failed before its first row" for folder in waiting]
         folders |= dict.fromkeys(begun)
         if inside != [path]:
-            tables.append(read_object(path / "table.json") or read_ablation(path, inside))
+            tables.append(read_json(path / "table.json") or read_ablation(path, inside))
     table = tables[0] if len(paths) == 1 and tables else {}
     cells = _cells_of(table)
     places = {name: place for place, name in enumerate(cells)}
@@ -140,7 +140,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path, name: str, group: str, config: Config) -> Run:
-    split, results = read_object(folder / "split.json"), read_results(folder)
+    split, results = read_json(folder / "split.json"), read_results(folder)
     if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
         results = None  # of other classes
     return Run(
@@ -148,28 +148,13 @@ def _read_run(folder: Path, name: str, group: str, config: Config) -> Run:
         name=name,
         group=group,
         config=config,
-        summary=read_object(folder / "summary.json"),
+        summary=read_json(folder / "summary.json"),
         split=split,
-        metrics=read_rows(folder),
+        metrics=read_metrics(folder / METRICS),
         history=read_history(folder),
         results=results or {},
         profile=read_profile(folder / "profile.json"),
     )
-
-
-def read_rows(folder: Path) -> list[dict[str, float]]:
-    """Rows of a run's metrics.jsonl that are rows."""
-    found = read_metrics(folder / "metrics.jsonl")
-    return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
@@ -192,7 +177,7 @@ def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
 
 def read_profile(path: Path) -> list[tuple[str, float]]:
     """Names and shares of the ranges of a profile, the largest first; none where there are none."""
-    ranges = read_object(path).get("ranges")
+    ranges = read_json(path).get("ranges")
     found = [
         (name, part["share"])
         for name, part in (ranges.items() if isinstance(ranges, dict) else ())

@@ -19,6 +19,7 @@ import torch
 
 from engine.errors import UserError
 from pipelines.files import PARTIAL, atomic_write
+from pipelines.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoin
                 raise ValueError(f"{damaged} has a wrong checksum")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            log.warning(f"{path} cannot be read ({_first_line(error)}); trying the one before")
+            log.warning(f"{path} cannot be read ({first_line(error)}); trying the one before")
             continue
         if isinstance(loaded, dict) and loaded.get("format") in _RENAMED:
             loaded = _rename(loaded, _RENAMED[loaded["format"]]) | {"format": FORMAT}
@@ -181,8 +182,3 @@ def _rename(tree: Any, names: Mapping[str, str]) -> Any:
     if isinstance(tree, dict):
         return {names.get(key, key): _rename(value, names) for key, value in tree.items()}
     return [_rename(value, names) for value in tree] if isinstance(tree, list) else tree
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

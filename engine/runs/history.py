@@ -20,7 +20,7 @@ import numpy as np
 from engine.config.config import Config
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data_set import DataSet
-from pipelines.files import atomic_write, write_text
+from pipelines.files import atomic_write, read_json_lines, write_text
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +93,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's history.jsonl; none where it is missing, and damaged ones are passed over."""
-    rows = []
-    try:
-        text = (folder / HISTORY).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    """Rows of a run's history.jsonl; see `engine.runs.progress.read_metrics`."""
+    return [row for row in read_json_lines(folder / HISTORY) if isinstance(row.get("step"), int)]
 
 
 def named_bins(weights: np.ndarray) -> dict[str, list[list[float]]]:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pipelines.files import write_text
+from pipelines.files import read_json, write_text
+from pipelines.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,8 @@ def open_logger(name: str, folder: Path, step: int, config: Mapping[str, Any]) -
 
 def _logged(folder: Path, name: str) -> dict[str, Any]:
     """What logged.json says of a logger; nothing where it is not there or damaged."""
-    try:
-        return dict(json.loads((folder / "logged.json").read_text(encoding="utf-8"))[name])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    found = read_json(folder / "logged.json").get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _remember(folder: Path, name: str, **values: Any) -> None:
@@ -225,7 +224,7 @@ class Client:
             with _quiet():
                 yield
         except (Exception, SystemExit) as error:
-            self._fail(str(error).strip().partition("\n")[0] or type(error).__name__)
+            self._fail(first_line(error))
 
     def _open(self) -> _Open:
         self._run = self._run or _logged(self._folder, self._name).get("run") or uuid.uuid4().hex[:8]

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.runs.loggers import Logger, Row, open_logger
-from pipelines.files import write_text
+from pipelines.files import read_json_lines, write_text
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
 FLUSH_SECONDS = 30.0  # between the moments when a logger is given its rows
 
@@ -41,7 +42,7 @@ class MetricsLog:
     def __init__(
         self, folder: Path, step: int, logger: str = "tensorboard", config: Mapping[str, Any] | None = None
     ) -> None:
-        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._folder, self._path = folder, folder / METRICS
         rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         self._lines = [json.dumps(row) + "\n" for row in rows]
         self._file: IO[str] | None = None
@@ -139,19 +140,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file; a last line that a kill cut short is passed over."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "probe_match" in row:  # omega's name in earlier versions
-            row["omega"] = row.pop("probe_match")
-        rows.append(row)
-    return rows
+    """Rows of a metrics file; none where it is missing. A line that a kill cut short is left out.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 class ProgressLine:

@@ -20,7 +20,7 @@ from engine.runs.folder import check_folder
 from pipelines.cache import DataError
 from pipelines.data_set import DataSet
 from pipelines.datasets import DATASETS
-from pipelines.files import write_text
+from pipelines.files import read_json, write_text
 from pipelines.splits import digest, image_digest
 
 
@@ -110,10 +110,7 @@ def write_run_files(setup: RunSetup) -> None:
 
 
 def _check_same_images(folder: Path, content: str) -> None:
-    try:
-        before = json.loads((folder / "split.json").read_text(encoding="utf-8")).get("images_sha256")
-    except (OSError, json.JSONDecodeError, AttributeError):  # not there, of an earlier version, or damaged
-        return
+    before = read_json(folder / "split.json").get("images_sha256")
     if before and before != json.loads(content)["images_sha256"]:
         raise UserError(f"{folder} was begun with other images: those of its labels have changed since")
 

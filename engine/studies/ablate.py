@@ -13,7 +13,7 @@ import dataclasses
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,9 +25,10 @@ import tyro
 from engine.commands.parsing import parse, show_usage
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
+from engine.measuring.markdown import table
 from engine.measuring.step_worker import StepWorker, take_turns
 from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
 from engine.studies.job_progress import trained_rows
@@ -194,7 +195,7 @@ def variants_of(axes: Sequence[str]) -> list[str]:
     wanted: dict[str, None] = {}
     for axis in axes:
         if axis not in AXES and axis not in ABLATIONS:
-            raise UserError(f"--axes: there is no '{axis}'; there are {', '.join([*AXES, *ABLATIONS])}")
+            raise UserError(f"--axes: {unknown('axis or ablation', axis, [*AXES, *ABLATIONS])}")
         wanted |= dict.fromkeys(AXES.get(axis, (axis,)))
     return list(wanted)
 
@@ -357,27 +358,21 @@ def markdown(title: str, variants: Sequence[Variant]) -> str:
     """The table: a row a variant, with what its figures are."""
     trained = any(variant.line.median for variant in variants)
     counted = any(variant.counts for variant in variants)
-    head = ["variant", "ms a step", "times the full method", "images/s", "MiB"]
-    head += ["launches", "GB"] if counted else []
-    head += ["error, %", "difference, points", "ms for a point"] if trained else []
-    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
-    for variant in variants:
-        cost, counts, line = variant.cost, variant.counts, variant.line
-        row = [variant.name] + [""] * 4
-        if cost:
-            row = [
-                variant.name, f"{cost['step_ms']:.2f}",
-                f"{cost['ratio']:.2f} ({cost['ratio_low']:.2f} to {cost['ratio_high']:.2f})",
-                f"{cost['images_per_second']:,.0f}", f"{cost['memory_mib']:,.0f}",
-            ]  # fmt: skip
-        if counted:
-            row += [f"{counts['launches']:.0f}", f"{counts['gigabytes']:.2f}"] if counts else ["", ""]
-        if trained:
-            price = "" if variant.price is None else f"{variant.price:.2f}"
-            if price and line.to_full and not line.to_full.told:
-                price = f"({price})"
-            row += [statistics.shown_spread(line.median), statistics.shown_difference(line.to_full), price]
-        rows.append(f"| {' | '.join(row)} |")
+    columns: dict[str, Callable[[Variant], str]] = {
+        "variant": lambda each: each.name,
+        "ms a step": lambda each: _shown("{step_ms:.2f}", each.cost),
+        "times the full method": lambda each: _shown("{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})", each.cost),
+        "images/s": lambda each: _shown("{images_per_second:,.0f}", each.cost),
+        "MiB": lambda each: _shown("{memory_mib:,.0f}", each.cost),
+    }
+    if counted:
+        columns["launches"] = lambda each: _shown("{launches:.0f}", each.counts)
+        columns["GB"] = lambda each: _shown("{gigabytes:.2f}", each.counts)
+    if trained:
+        columns["error, %"] = lambda each: statistics.shown_spread(each.line.median)
+        columns["difference, points"] = lambda each: statistics.shown_difference(each.line.to_full)
+        columns["ms for a point"] = _shown_price
+    rows = [[cell(variant) for cell in columns.values()] for variant in variants]
     words = ["Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."]
     if counted:
         words.append(f"Launches and bytes are those of the captured step on a GPU ({TARGET}), counted without one.")
@@ -392,4 +387,16 @@ def markdown(title: str, variants: Sequence[Variant]) -> str:
         )
     device = next((variant.cost["device"] for variant in variants if variant.cost), "")
     words.append(f"Timed on {device}." if device else "")
-    return "\n\n".join([f"# {title}", "\n".join(rows), *filter(None, words)]) + "\n"
+    return "\n\n".join([f"# {title}", table(list(columns), rows), *filter(None, words)]) + "\n"
+
+
+def _shown(form: str, numbers: Mapping[str, Any]) -> str:
+    """Numbers in words; empty where there are none."""
+    return form.format(**numbers) if numbers else ""
+
+
+def _shown_price(variant: Variant) -> str:
+    """A price, in brackets where the difference may be none; empty where there is no price."""
+    if variant.price is None or variant.line.to_full is None:
+        return ""
+    return f"{variant.price:.2f}" if variant.line.to_full.told else f"({variant.price:.2f})"

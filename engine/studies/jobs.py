@@ -26,18 +26,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Literal
 
 from engine.config.config import PLACE, Config, changed_fields, config_json, load_config
 from engine.distributed.launch import PARENT
+from engine.distributed.watchdog import StopRequest
 from engine.errors import UserError
 from engine.measuring.process import search_path
-from pipelines.files import write_text
+from pipelines.files import read_json, write_text
 
 RENEW_SECONDS = 10.0  # between signs of life in a claim
 STALE_SECONDS = 300.0  # without one, after which a claim of another machine counts no more
@@ -236,15 +236,6 @@ def _now(folder: Path) -> float:
         return time.time()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 # What a folder tells
 
 
@@ -303,43 +294,16 @@ def forget_failures(root: Path, cells: Sequence[Cell]) -> None:
 # Working on them
 
 
-class Stop:
-    """A wish that the work may end, from a signal or from another thread.
+class Stop(StopRequest):
+    """A request to stop the work.
 
     Attributes:
-        number: of the signal, 0 before any.
-        event: set with it.
         children: processes that train, and that the work ends after.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self.event = threading.Event()
+        super().__init__()
         self.children: set[int] = set()
-
-    def ask(self, number: int) -> None:
-        """Asks for the end; the first signal counts."""
-        self.number = self.number or number
-        self.event.set()
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes SIGTERM, SIGINT and SIGHUP while it lasts; a second SIGINT ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def take(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            self.ask(number)
-
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {each: signal.signal(each, take) for each in numbers if signal.getsignal(each) is not signal.SIG_IGN}
-        try:
-            yield
-        finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
 
 
 def work(
@@ -386,7 +350,7 @@ def work(
                 if any(each.done() and each.exception() for each in workers):
                     stop.ask(signal.SIGTERM)
                 show(look())
-                if stop.event.wait(SHOW_SECONDS):
+                if stop.wait(SHOW_SECONDS):
                     time.sleep(POLL_SECONDS)  # the children save
         except BaseException:
             stop.ask(signal.SIGTERM)
@@ -422,7 +386,7 @@ def _worker(
         else:
             if not _undecided(root, cells, seen):
                 return
-            stop.event.wait(1.0)
+            stop.wait(1.0)
 
 
 def _free(root: Path, cell: Cell) -> bool:

@@ -17,7 +17,7 @@ from engine.config.checks import validate
 from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, Figure, preset
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
 from engine.studies.jobs import Cell
 from pipelines.data_set import DataSet
@@ -155,7 +155,7 @@ def make_entries(
     rows = rows or table.rows
     for row in rows:
         if row not in allowed:
-            raise UserError(f"--methods: there is no {table.kind} '{row}'; there are {', '.join(allowed)}")
+            raise UserError(f"--methods: {unknown(table.kind, row, allowed)}")
     rows = tuple(sorted(rows, key=lambda row: row != FULL))
     entries = []
     for seed in seeds or table.seeds:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engine.commands.parsing import parse, show_usage
-from engine.errors import Stopped, UserError
+from engine.errors import Stopped, UserError, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
@@ -98,7 +98,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         return
     name, *rest = argv
     if name not in TABLES:
-        raise UserError(f"reproduce takes one of {', '.join(TABLES)}; got '{name}'")
+        raise unknown("table", name, TABLES)
     here = rest.index("--") if "--" in rest else len(rest)
     own, flags = rest[:here], rest[here + 1 :]
     options: ReproduceOptions = parse(ReproduceOptions, f"reproduce {name}", own)

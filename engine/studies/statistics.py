@@ -7,12 +7,13 @@ paper reports, and the last one. Neither picks an evaluation by how good it was.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
 from engine.config.presets import Figure
+from engine.measuring.markdown import table
 
 CONFIDENCE = 0.95
 
@@ -195,34 +196,27 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         notes: further lines below it.
     """
     compared = any(each.to_full for each in lines)
-    head = ["preset", "method", "seeds", "error, %: median of last 20", "last evaluation", "paper", "ours - paper"]
     signed = any(each.papers_difference is not None for each in lines)
-    head += [f"difference to {full}"] if compared else []
-    head += ["difference in the paper", "sign"] if signed else []
     timed = any(each.seconds is not None for each in lines)
-    head += ["minutes a run"] if timed else []
-    head += ["steps", "split"]
-    rows = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
-    for each in lines:
-        cells = [
-            each.preset,
-            each.row,
-            _seeds(each),
-            shown_spread(each.median),
-            shown_spread(each.last),
-            _paper(each.paper),
-            "" if each.to_paper is None else f"{each.to_paper:+.2f}",
-            *([shown_difference(each.to_full)] if compared else []),
-            *(
-                ["" if each.papers_difference is None else f"{each.papers_difference:+.2f}", each.sign]
-                if signed
-                else []
-            ),
-            *(["" if each.seconds is None else f"{each.seconds / 60:.1f}"] if timed else []),
-            ", ".join(f"{steps:,}" for steps in each.steps),
-            ", ".join(each.split),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+    columns: dict[str, Callable[[Line], str]] = {
+        "preset": lambda each: each.preset,
+        "method": lambda each: each.row,
+        "seeds": _seeds,
+        "error, %: median of last 20": lambda each: shown_spread(each.median),
+        "last evaluation": lambda each: shown_spread(each.last),
+        "paper": lambda each: _paper(each.paper),
+        "ours - paper": lambda each: _shown("{:+.2f}", each.to_paper),
+    }
+    if compared:
+        columns[f"difference to {full}"] = lambda each: shown_difference(each.to_full)
+    if signed:
+        columns["difference in the paper"] = lambda each: _shown("{:+.2f}", each.papers_difference)
+        columns["sign"] = lambda each: each.sign
+    if timed:
+        columns["minutes a run"] = lambda each: "" if each.seconds is None else f"{each.seconds / 60:.1f}"
+    columns["steps"] = lambda each: ", ".join(f"{steps:,}" for steps in each.steps)
+    columns["split"] = lambda each: ", ".join(each.split)
+    rows = [[cell(each) for cell in columns.values()] for each in lines]
     words = [
         "Test errors of the EMA model: mean ± sample standard deviation over seeds, each with a label split and "
         "initial weights of its own. No evaluation and no seed was chosen by its test error.",
@@ -239,7 +233,7 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         )
     if timed:
         words.append("Minutes are the median over the runs; on a CPU, of its time in all threads.")
-    return "\n\n".join([f"# {title}", "\n".join(rows), *words, *notes]) + "\n"
+    return "\n\n".join([f"# {title}", table(list(columns), rows), *words, *notes]) + "\n"
 
 
 def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -260,6 +254,11 @@ def shown_spread(found: Spread | None) -> str:
     if found is None:
         return ""
     return f"{found.mean:.2f}" + (", one seed" if found.deviation is None else f" ± {found.deviation:.2f}")
+
+
+def _shown(form: str, value: float | None) -> str:
+    """A number; empty of nothing."""
+    return "" if value is None else form.format(value)
 
 
 def _paper(figure: Figure | None) -> str:

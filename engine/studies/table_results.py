@@ -14,9 +14,9 @@ from engine.config.config import PLACE, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.errors import UserError
 from engine.studies import statistics
-from engine.studies.jobs import Status, read_json, status
+from engine.studies.jobs import Status, status
 from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
-from pipelines.files import write_text
+from pipelines.files import read_json, write_text
 
 
 def look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:

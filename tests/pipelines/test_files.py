@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.files import atomic_write, write_bytes, write_text
+from pipelines.files import atomic_write, read_json, read_json_lines, write_bytes, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,3 +168,23 @@ def test_what_is_to_survive_a_power_cut_is_flushed_before_and_after_its_new_name
     with atomic_write(former, sync=True) as file:
         file.write(b"new")
     assert seen == [("file", 3, "unflushed"), ("folder", None, "new")]
+
+
+def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
+    path = tmp_path / "file.json"
+    for content in (None, b"", b'{"a": 1', b"[1]", b"3", b'{"a": "\xff"}'):
+        if content is not None:
+            path.write_bytes(content)
+        assert read_json(path) == {}
+    assert read_json(tmp_path) == {}
+    path.write_text('{"a": [1]}')
+    assert read_json(path) == {"a": [1]}
+
+
+def test_damaged_lines_are_left_out_and_others_stay(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_json_lines(path) == []
+    path.write_bytes(b'{"a": 1}\n[2]\n\n{"a": "\xff"}\n3\n{"a": 4}\n{"a": 5')
+    assert read_json_lines(path) == [{"a": 1}, {"a": "\ufffd"}, {"a": 4}]
+    with pytest.raises(OSError):  # which is not as if there were no row
+        read_json_lines(tmp_path)

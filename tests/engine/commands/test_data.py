@@ -342,7 +342,7 @@ def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--network", "timm:resnet5"], "has no such model; did you mean resnet50"),
+        (["--network", "timm:resnet5"], "'resnet5'; did you mean resnet50"),
         (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
         (["--split", "paper", "--labels", 17], "--labels: labels must be from 1 to the 16 that there are, got 17"),
         (["--split", "balanced", "--labels", 18], "18 labels need 9 images of every class, but class china has 8"),

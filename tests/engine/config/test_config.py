@@ -35,7 +35,7 @@ def test_supervised_differs_from_its_preset_in_the_method_alone():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean digits-40"):
         preset("digit-40")
-    with pytest.raises(UserError, match="there are digits-40, digits-10"):
+    with pytest.raises(UserError, match="choose from digits-40, digits-10"):
         preset("zzz")
 
 

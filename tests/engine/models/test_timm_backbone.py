@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_had(small, tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_there():
-    with pytest.raises(UserError, match=r"timm:resnet5: timm .* has no such model; did you mean .*resnet50"):
+    with pytest.raises(UserError, match=r"--network: unknown model of timm .* 'resnet5'; did you mean .*resnet50"):
         Backbone("resnet5", 7, (32, 32))
 
 

@@ -28,7 +28,7 @@ def test_axes_name_every_ablation_once():
     assert variants_of(tuple(AXES)) == [name for names in AXES.values() for name in names]
     assert sorted(variants_of(tuple(AXES))) == sorted(ABLATIONS)
     assert variants_of(("no-rotation", "losses", "k=4")) == ["no-rotation", "no-premixup", "no-mixup", "l2", "k=4"]
-    with pytest.raises(UserError, match="--axes: there is no 'loss'; there are k, losses"):
+    with pytest.raises(UserError, match="--axes: unknown axis or ablation 'loss'; did you mean losses"):
         variants_of(("loss",))
 
 
@@ -184,7 +184,7 @@ def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
         (["digit-40"], "unknown preset 'digit-40'"),
         (["digits-40", "--repeats", "0"], "--repeats must be at least 1"),
         (["digits-40", "--seconds", "0"], "--seconds must be more than 0"),
-        (["digits-40", "--axes", "kk"], "--axes: there is no 'kk'"),
+        (["digits-40", "--axes", "kk"], "--axes: unknown axis or ablation 'kk'"),
         (["digits-40", "--axes", "k=2"], "the preset is so already"),
         (["digits-40", "--seeds", "1", "1"], "--seeds names one of them twice"),
     ],

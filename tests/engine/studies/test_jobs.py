@@ -17,6 +17,7 @@ from engine.config.config import Config, config_json
 from engine.config.presets import preset
 from engine.studies import jobs
 from engine.studies.jobs import Cell, Stop, claim, claimable, digest, newest_claim, status, work
+from pipelines.files import read_json
 
 ROOT = Path(__file__).parents[3]
 # in place of a training process: {folder} {steps}; what it does stands in `does` of the cells' root
@@ -297,7 +298,7 @@ def test_work_that_is_stopped_leaves_cells_to_be_resumed(root):
 
 
 def read_claim(root, cell):
-    return jobs.read_json(newest_claim(root / cell.name))
+    return read_json(newest_claim(root / cell.name))
 
 
 def test_a_child_that_is_told_to_end_is_not_begun_again_at_once(root):
@@ -314,7 +315,7 @@ def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
     began = time.monotonic()
     assert finish(root, [cell]) == ["waiting"] and time.monotonic() - began < 30
     assert newest_claim(root / cell.name).name == "2.json" and not (root / cell.name / "failed.json").exists()
-    assert not jobs.read_json(root / cell.name / "claims" / "1.json")["released"]
+    assert not read_json(root / cell.name / "claims" / "1.json")["released"]
 
 
 def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(root, monkeypatch):

@@ -17,6 +17,7 @@ from engine.runs.progress import read_metrics
 from engine.studies import jobs, reproduce
 from engine.studies.jobs import status
 from pipelines import sources
+from pipelines.files import read_json
 from tests.engine.studies.made_jobs import entries
 from tests.pipelines.test_sources import cifar
 from tests.processes import ROOT, command
@@ -30,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
     ("words", "told"),
     [
         ([], "reproduce needs a table"),
-        (["cifar"], "reproduce takes one of cifar10, svhn, "),
-        (["digits", "--methods", "fixmach"], "--methods: there is no method 'fixmach'; there are remixmatch, "),
-        (["ablation", "--methods", "fixmatch"], "--methods: there is no ablation 'fixmatch'; there are remixmatch"),
+        (["cifar"], "unknown table 'cifar'; did you mean cifar10?"),
+        (["digits", "--methods", "fixmach"], "--methods: unknown method 'fixmach'; did you mean fixmatch"),
+        (["ablation", "--methods", "fixmatch"], "--methods: unknown ablation 'fixmatch'; did you mean remixmatch"),
         (["ablation", "--preset", "cifar"], "unknown preset 'cifar'"),
         (["ablation", "--methods", "k=8"], "no cell is left"),
         (["digits", "--seeds", "1", "1"], "--seeds names one of them twice: 1 1"),
@@ -113,7 +114,7 @@ def until(condition, process, log):
 
 def claims_of(out, entry):
     folder = out / entry.cell.name / "claims"
-    return [jobs.read_json(folder / f"{n + 1}.json") for n in range(len(list(folder.glob("*.json"))))]
+    return [read_json(folder / f"{n + 1}.json") for n in range(len(list(folder.glob("*.json"))))]
 
 
 @pytest.fixture
