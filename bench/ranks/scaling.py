@@ -1,4 +1,4 @@
-"""`remixmatch bench scaling`: training steps on 1, 2, ... ranks, what their collectives cost, and a model beside it.
+"""`remixmatch bench scaling`: steps on 1, 2, ... GPUs or processes, weak and strong scaling, and a model for many.
 
 Weak scaling keeps B a rank, strong scaling keeps B over all ranks. Each group of ranks is launched by torchrun and
 measures its cases in turn, sample by sample; groups take turns round by round, since no two of them may run at once.
@@ -33,11 +33,12 @@ from bench.ranks.scaling_model import (
     predict,
 )
 from bench.ranks.scaling_worker import CaseSpec, Job
+from bench.registry import Bench, Table
+from bench.step import throughput
 from bench.step.throughput import base_config
 from engine.config.config import Config, validate
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.records import newest
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
@@ -438,7 +439,7 @@ def assumed_work(moved: StepBytes, rows: Sequence[dict[str, Any]], paper: Config
         paper: the configuration whose step it is.
     """
     wanted = {"preset": paper.preset, "batch": paper.batch, "mode": "graph", "views": "fused", "precision": "bfloat16"}
-    for device, found in reversed(newest("throughput", rows).items()):
+    for device, found in reversed(throughput.BENCH.tables["throughput"].newest(rows).items()):
         steps = {row["k"]: row["step_ms"] / 1e3 for row in found if wanted.items() <= row.items()}
         if device.startswith("CPU") or paper.k not in steps:
             continue
@@ -466,3 +467,36 @@ def _words(numbers: Sequence[int]) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' * (number > 1)}"
+
+
+BENCH = Bench(
+    options=ScalingOptions,
+    main=main,
+    quick="--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
+    tables={
+        "scaling": Table(
+            key=("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
+            columns={
+                "preset": "{preset}",
+                "K": "{k}",
+                "scaling": "{scaling}",
+                "ranks": "{ranks}",
+                "DDP": "{ddp}",
+                "B": "{batch}",
+                "mode": "{mode}",
+                "views": "{views}",
+                "step, ms": "{step_ms:.2f}",
+                "quartiles": "{step_ms_low:.2f} to {step_ms_high:.2f}",
+                "images/s": "{images_per_second:,.0f}",
+                "efficiency": "{efficiency:.1%}",
+                "DDP costs": "{ddp_overhead_percent:+.1f} %",
+                "ranks apart, ms": "{beside_step_ms:.2f}",
+                "gradients, bytes": "{all_reduce_bytes:,}",
+                "all-reduce, ms": "{all_reduce_ms:.2f}",
+                "behind backward": "{overlap:.0%} {overlap_noise}",
+                "other collectives": "{other_collectives}",
+                "their bytes": "{other_total_bytes:,}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench baseline`: ReMixMatch's training step as one would have it without this engine, and the engine's.
+"""`remixmatch bench baseline`: the engine's training step against those of plain PyTorch and other libraries.
 
 Three rivals: `plain` is good everyday PyTorch (`plain.py`); `usb` and `torchssl` are the step as these libraries
 write it (`ports.py`), which have K = 2. Beside `plain` the engine trains with the same K, beside the others with
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.registry import Bench, Table
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
 from bench.step.throughput import figures
@@ -489,3 +490,33 @@ def _line(row: dict[str, Any]) -> str:
         text += f"; {row['engine_ratio']:.2f} [{row['engine_ratio_low']:.2f}, {row['engine_ratio_high']:.2f}] times "
         text += f"the steps/s of {row['beside']}, {row['engine_images_ratio']:.2f} times its images/s"
     return text
+
+
+BENCH = Bench(
+    options=BaselineOptions,
+    main=main,
+    quick="--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
+    tables={
+        "baseline": Table(
+            key=("trainer", "beside", "k", "batch", "data", "precision"),
+            columns={
+                "trainer": "{trainer}",
+                "beside": "{beside}",
+                "K": "{k}",
+                "B": "{batch}",
+                "views": "{data}",
+                "precision": "{precision}",
+                "step, ms": "{step_ms:.2f}",
+                "quartiles": "{step_ms_low:.2f} to {step_ms_high:.2f}",
+                "networks, ms": "{networks_ms:.2f}",
+                "the rest": "{rest_ms:.2f}",
+                "views, ms": "{views_ms:.2f}",
+                "images/s": "{images_per_second:,.0f}",
+                "ratio to bound": "{floor_ratio:.2f}",
+                "engine, times": "{engine_ratio:.2f}",
+                "their quartiles": "{engine_ratio_low:.2f} to {engine_ratio_high:.2f}",
+                "in images/s": "{engine_images_ratio:.2f}",
+            },
+        ),
+    },
+)

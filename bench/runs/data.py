@@ -1,4 +1,4 @@
-"""`remixmatch bench data`: what data costs, by the engine's real code on material of the bench's own making.
+"""`remixmatch bench data`: opening a cache, preparing a folder of images, and training on many images and on few.
 
 Opening: a cache in CIFAR-10's shape, whose files are read from the disk each time.
 Preparing: a folder of photographs, in turn with what DALI alone takes to read, decode, resize and crop them.
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from bench.images import crops, photographs
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.process import output
@@ -276,3 +277,30 @@ def _training(options: DataOptions, folder: Path, device: torch.device) -> dict[
         f"at most {MOST_MEMORY_MIB}"
     )
     return row
+
+
+BENCH = Bench(
+    options=DataOptions,
+    main=main,
+    quick="--parts opening preparing --repeats 1 --rounds 1 --files 8",
+    tables={
+        "data": Table(
+            key=("part", "images", "few_images", "side", "views", "decoder"),
+            columns={
+                "part": "{part}",
+                "images": "{images:,}",
+                "side": "{side}",
+                "open, s": "{open_seconds:.4f}",
+                "prepare, images/s": "{prepare_images_per_second:,.0f}",
+                "DALI alone, images/s": "{dali_images_per_second:,.0f}",
+                "prepare / DALI alone": "{prepare_ratio:.2f} ({least_prepare_ratio:.2f} to {most_prepare_ratio:.2f})",
+                "views": "{views}",
+                "step, ms": "{step_ms:.1f}",
+                "with fewer images, ms": "{few_step_ms:.1f} ({few_images:,})",
+                "step / with fewer": "{step_ratio:.2f} ({least_step_ratio:.2f} to {most_step_ratio:.2f})",
+                "of CPU time": "{cpu_step_ratio:.2f}",
+                "memory for the data, MiB": "{data_memory_mib:.0f}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench count`: launches, bytes and operations of the compiled step on a GPU, counted without one.
+"""`remixmatch bench count`: launches, bytes and operations of the captured step on a GPU, counted without one.
 
 The step is compiled and captured on the emulated device (`bench/emulator`), as it is on a GPU: by torch.compile with
 the engine's options, for the compute capability of the target. What is counted is the launches of that capture: Triton
@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from bench.emulator.run import compiler, environment
+from bench.registry import Bench, Table
 from bench.step import throughput
 from engine.config.config import Config, validate
 from engine.config.methods import ablate, with_method
@@ -359,3 +360,35 @@ def compare_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Ma
     if lines:
         lines.append(f"if that is wanted, change {path} with it: --budget {path} --update")
     return lines
+
+
+BENCH = Bench(
+    options=CountOptions,
+    main=main,
+    quick=None,  # It builds the emulated device and compiles the paper's step: a minute.
+    tables={
+        "count": Table(
+            key=("preset", "method", "ablate", "k", "batch", "target", "precision"),
+            source="Counted",
+            columns={
+                "preset": "{preset}",
+                "method": "{method}",
+                "ablation": "{ablate}",
+                "K": "{k}",
+                "B": "{batch}",
+                "target": "{target}",
+                "precision": "{precision}",
+                "launches": "{launches}",
+                "Triton": "{triton}",
+                "libraries": "{library}",
+                "operators": "{operator}",
+                "bytes": "{bytes:,}",
+                "least bytes": "{least_bytes:,}",
+                "FLOP": "{flops:,}",
+                "predicted on H100, ms": "{predicted_ms_h100:.2f}",
+                "predicted on H200, ms": "{predicted_ms_h200:.2f}",
+                "measured, ms": "{measured_ms:.2f}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench pipelines`: strong views a second, by what makes them.
+"""`remixmatch bench pipelines`: strong views per second: DALI, the fused kernel, PIL, torchvision and others.
 
 One call of a backend makes `batches` batches of views, from none pending to none pending, so that no backend works
 in the background of another's time; what can be made ahead within a call is. Numbers are drawn before (ours) or on the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -312,3 +313,36 @@ def main(options: PipelinesOptions) -> None:
             f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
         )
     failures.finish()
+
+
+def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
+    # points, since a bar on a logarithmic scale has no foot
+    for row in sorted(rows["pipelines"], key=lambda row: row["views_per_second"]):
+        axes.plot(row["views_per_second"], row["backend"], "o", color="tab:blue")
+        at = (row["views_per_second"], row["backend"])
+        axes.annotate(f"{row['views_per_second']:,.0f}", at, (8, -3), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("strong views a second")
+
+
+BENCH = Bench(
+    options=PipelinesOptions,
+    main=main,
+    quick="--repeats 1 --rows 16 --batches 1 --threads 1",
+    tables={
+        "pipelines": Table(
+            chart=_chart,
+            key=("backend", "rows", "side"),
+            columns={
+                "backend": "{backend}",
+                "what": "{what}",
+                "views/s": "{views_per_second:,.0f}",
+                "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
+                "times PIL": "{ratio_to_pil:.2f}",
+                "share of copy": "{share_of_copy:.2%}",
+            },
+        ),
+    },
+)

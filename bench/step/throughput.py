@@ -1,4 +1,4 @@
-"""`remixmatch bench throughput`: steps and images a second of the engine, beside the roofline bound.
+"""`remixmatch bench throughput`: training steps per second by K, mode and source of views, against the roofline bound.
 
 Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
 on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.registry import Bench, Table
 from engine.config.config import Config
 from engine.config.presets import preset
 from engine.errors import UserError
@@ -272,3 +273,63 @@ def _print_ratios(rows: list[dict[str, Any]]) -> None:
             off = np.abs(slope * ks + start - times) / times
             what = _words((None, *case))
             print(f"{what}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
+
+
+_RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
+
+
+def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    preset = rows["throughput"][-1]["preset"]  # rates of several networks on one axis would say nothing
+    for row in rows["throughput"]:
+        if row["preset"] != preset:
+            continue
+        name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
+        if row.get("micro_batches", 1) > 1:
+            name += f", {row['micro_batches']} micro-batches"
+        lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
+    rivals: dict[str, dict[int, float]] = {}
+    for row in rows.get("baseline", []) if preset == "bench" else []:
+        trainer = row.get("trainer", "plain")  # rows of before there were others have no such column
+        if trainer in _RIVALS:
+            name = f"{_RIVALS[trainer]}, {row['data']} views, {row['precision']}"
+            rivals.setdefault(name, {})[row["k"]] = row["images_per_second"]
+    lines |= {name: list(points.items()) for name, points in rivals.items()}
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "--s" if name in rivals else "-o", label=name)
+    ks = sorted({k for points in lines.values() for k, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set(xlabel="K", ylabel="trained rows a second", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
+BENCH = Bench(
+    options=ThroughputOptions,
+    main=main,
+    quick="--repeats 1 --k 1 --modes eager --steps 1",
+    tables={
+        "throughput": Table(
+            chart=_chart,
+            key=("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
+            columns={
+                "preset": "{preset}",
+                "K": "{k}",
+                "B": "{batch}",
+                "mode": "{mode}",
+                "views": "{views}",
+                "micro-batches": "{micro_batches}",
+                "precision": "{precision}",
+                "optimizer": "{optimizer}",
+                "deterministic": "{deterministic}",
+                "step, ms": "{step_ms:.2f}",
+                "steps/s": "{steps_per_second:.1f}",
+                "images/s": "{images_per_second:,.0f}",
+                "host, ms": "{host_ms:.2f}",
+                "roofline bound, ms": "{floor_ms:.2f}",
+                "ratio to bound": "{floor_ratio:.2f}",
+                "memory, MiB": "{peak_memory_mib:.0f}",
+            },
+        ),
+    },
+)

@@ -6,8 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,6 @@ RESULTS = (
 OUT = Path("bench-results")  # a user's, in the current folder
 
 Row = dict[str, Any]
-
-# of each bench: what tells its rows apart, where a newer row replaces an older one
-KEYS = {
-    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
-    "baseline": ("trainer", "beside", "k", "batch", "data", "precision"),
-    "count": ("preset", "method", "ablate", "k", "batch", "target", "precision"),
-    "variants": ("k", "batch", "variant"),
-    "replay": ("k", "batch", "kind"),
-    "convolutions": ("shape", "rows", "pass", "benchmark"),
-    "host": ("k", "batch", "lag", "pinned"),
-    "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
-    "start": ("preset",),
-    "restart": ("preset", "ranks"),
-    "kernels": ("kernel", "size", "provider"),
-    "pipelines": ("backend", "rows", "side"),
-    "opening": ("runs",),
-    "data": ("part", "images", "few_images", "side", "views", "decoder"),
-}
 
 
 def record(bench: str, device: Any, **values: Any) -> Row:
@@ -72,14 +53,6 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The newest row of each case, by device, in the order in which cases were first measured."""
-    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
-    for row in rows:
-        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
-    return {device: list(found.values()) for device, found in cases.items()}
 
 
 class Failures:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench import report
 from bench.ranks import scaling
 from bench.ranks import scaling_worker as scaling_rank
 from bench.ranks.scaling import Group
@@ -101,7 +100,7 @@ def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monke
     assert "CPU: torch sees no GPU here" in said and "DistributedDataParallel costs" in said
     assert "model, calibrated in this run" in said and "2 ranks, weak: predicted" in said
     assert "predicted, not measured: WRN-28-2 on 32x32, K = 8, B = 64, 5.87 MB of gradients" in said
-    table = report.table("scaling", rows).splitlines()
+    table = scaling.BENCH.tables["scaling"].markdown(rows).splitlines()
     assert len([line for line in table if line.startswith("| digits-40 | 1 |")]) == 5
 
 

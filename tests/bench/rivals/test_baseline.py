@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench import report
 from bench.rivals import baseline, plain
 from engine.config.config import check_data
 from engine.errors import UserError
@@ -173,7 +172,7 @@ def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
     old = [row for row in committed if "trainer" not in row]
     assert len(old) == 4  # measured one after the other, of plain PyTorch alone
     now = [row | {"device": old[0]["device"]} for row in run(tmp_path, data=("synthetic",))]
-    table = report.table("baseline", [*old, *now]).splitlines()
+    table = baseline.BENCH.tables["baseline"].markdown([*old, *now]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")]
     shown = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
     assert [line["trainer"] for line in shown] == 4 * [""] + ["plain", "engine", "usb", "engine"]
