@@ -92,17 +92,21 @@ class Installed:
         (found,) = self.folder.glob("lib/python*/site-packages")
         return found
 
-    def run(self, folder, *command, timeout=300):
-        """Runs a command of the environment in a folder, on the CPU, and returns what it prints."""
+    def start(self, folder, *command, timeout=300):
+        """Run a command of the environment in a folder, on the CPU."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
         environment["REMIXMATCH_DATA"] = str(Path(folder) / "data")
         # found by the new PATH, not by ours
         program = shutil.which(command[0], path=environment["PATH"])
         assert program == str(self.folder / "bin" / command[0])
-        done = subprocess.run(
+        return subprocess.run(
             [program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
         )
+
+    def run(self, folder, *command, timeout=300):
+        """Run a command that succeeds, and return what it prints."""
+        done = self.start(folder, *command, timeout=timeout)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -182,6 +186,19 @@ def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel
         for module in ("kernels/__init__.py", "kernels/guess.py", "engine/training/step.py")
     ]
     assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
+
+
+def test_what_the_wheel_lacks_is_one_line(wheel, tmp_path):
+    installed = install(tmp_path / "environment", wheel)
+    for command, message in {
+        "remixmatch bench count": "the emulated device needs a checkout of the project",
+        "python -m bench.emulator -c pass": "the emulated device needs a checkout of the project",
+        "remixmatch bench report": "bench-results has no records: measure some with remixmatch bench NAME",
+    }.items():
+        done = installed.start(tmp_path, *command.split())
+        assert done.returncode == 2 and done.stderr.startswith(f"remixmatch: {message}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "bench-results").exists()
 
 
 def kind(command):
