@@ -55,8 +55,7 @@ def main(options: RestartOptions) -> None:
         UserError: a flag that cannot work, or a system without /proc.
         RuntimeError: the run ended or did not come back.
     """
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--ranks", options.ranks, 1)
+    records.check_numbers(options, repeats=1, ranks=1)
     if not Path("/proc/self/environ").exists():
         raise UserError("bench restart finds the ranks in /proc, which this system does not have")
     device = bench_device()

@@ -39,6 +39,8 @@ from bench.step.throughput import base_config
 from engine.config.config import Config, validate
 from engine.errors import UserError
 from engine.measuring import records
+from engine.measuring.process import search_path
+from engine.measuring.step_worker import ROOT
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
@@ -121,18 +123,14 @@ def main(options: ScalingOptions) -> None:
     cores = len(os.sched_getaffinity(0))
     places = torch.cuda.device_count() if cuda else cores
     ranks = sorted(set(options.ranks)) or [2**n for n in range(places.bit_length())]
-    records.check_least("--ranks", ranks, 1)
+    records.check_choices(options, scaling=SCALINGS, views=VIEWS)
+    records.check_numbers(options, ranks=1, rounds=1, repeats=1, steps=1)
     if cuda and ranks[-1] > places:
         raise UserError(f"--ranks: {ranks[-1]} ranks need as many GPUs, and torch sees {places}")
-    records.check_choice("--scaling", options.scaling, SCALINGS)
     if not options.scaling:
         raise UserError(f"--scaling takes one or more of {', '.join(SCALINGS)}")
-    records.check_least("--rounds", options.rounds, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    steps = options.steps if options.steps is not None else (20 if cuda else 8)
-    records.check_least("--steps", steps, 1)
+    steps = options.steps or (20 if cuda else 8)
     views = options.views or ("fused" if cuda else "dali")
-    records.check_choice("--views", [views], VIEWS)
     given = {"batch": options.batch, "k": options.k, "mode": options.mode, "precision": options.precision}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(base_config(options.preset, cuda), **changes)
@@ -148,7 +146,7 @@ def main(options: ScalingOptions) -> None:
     print(f"groups of {_words(ranks)} ranks, {threads} threads a rank", flush=True)
     moved = step_bytes(config)
     sizes = tuple(sorted({*_REDUCED_SIZES, moved.gradients.bytes(config.batch)}))
-    whole = -(-steps // config.view_steps) * config.view_steps
+    whole = throughput.whole_batches(steps, config)
     groups = {r: Group(r) for r in ranks}
     failures = records.Failures()
     failed: set[int] = set()
@@ -183,12 +181,15 @@ def case_specs(batch: int, ranks: int, most: int, scaling: Sequence[str]) -> lis
         scaling: of SCALINGS.
     """
     if ranks == 1:
-        own = [CaseSpec(batch, grouped=False), CaseSpec(batch)]
-        return own + [CaseSpec(batch // most)] * (most > 1 and "strong" in scaling)
-    batches = [batch * ranks] * ("weak" in scaling) + [batch] * ("strong" in scaling)
-    return [
-        spec for b in batches for spec in (CaseSpec(b), CaseSpec(b, reduced=False), CaseSpec(b // ranks, grouped=False))
-    ]
+        specs = [CaseSpec(batch, grouped=False), CaseSpec(batch)]
+        if most > 1 and "strong" in scaling:
+            specs.append(CaseSpec(batch // most))
+        return specs
+    of_all_ranks = {"weak": batch * ranks, "strong": batch}
+    specs = []
+    for b in (of_all_ranks[name] for name in SCALINGS if name in scaling):
+        specs += [CaseSpec(b), CaseSpec(b, reduced=False), CaseSpec(b // ranks, grouped=False)]
+    return specs
 
 
 def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
@@ -197,9 +198,8 @@ def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed; has the end of what they said.
     """
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks import what this process has imported
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    # The ranks import what this process has imported.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search_path(ROOT)}
     environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line has it
     with TemporaryDirectory() as folder:
         (Path(folder) / "job.json").write_text(job.to_json(), encoding="utf-8")
@@ -466,7 +466,7 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 def _ranks(number: int) -> str:
-    return f"{number} rank{'s' * (number > 1)}"
+    return f"{number} rank" if number == 1 else f"{number} ranks"
 
 
 BENCH = Bench(

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from bench.registry import Bench, Table
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
-from bench.step.throughput import figures
+from bench.step.throughput import added_memory, figures, speed
 from engine.config.config import Config, check_data, validate
 from engine.errors import UserError
 from engine.measuring import records
@@ -247,14 +247,7 @@ class RivalTrainer(Trainer):
 
     def figures(self, data: str, timing: Timing, steps: int) -> dict[str, float]:
         """See `Trainer`."""
-        rate = steps / timing.seconds
-        return {
-            "steps_per_second": rate,
-            "images_per_second": self.config.batch * (self.config.k + 4) * rate,
-            "step_ms": 1e3 / rate,
-            "step_ms_low": 1e3 * timing.low / steps,
-            "step_ms_high": 1e3 * timing.high / steps,
-        }
+        return speed(timing, steps, self.config.batch * (self.config.k + 4))
 
     def close(self) -> None:
         """See `Trainer`."""
@@ -353,18 +346,13 @@ def main(options: BaselineOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag, given, known in (("--data", options.data, DATA), ("--rivals", options.rivals, tuple(RIVALS))):
-        records.check_choice(flag, given, known)
-        if not given:
-            raise UserError(f"{flag} takes one or more of {', '.join(known)}")
-    if not options.k:
-        raise UserError("--k takes one or more numbers")
-    records.check_least("--k", options.k, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--workers", options.workers, 1)
+    records.check_choices(options, data=DATA, rivals=RIVALS)
+    records.check_numbers(options, k=1, repeats=1, workers=1, steps=1)
+    for flag in ("data", "rivals", "k"):
+        if not getattr(options, flag):
+            raise UserError(f"--{flag} takes one or more values")
     device = bench_device()
-    steps = options.steps if options.steps is not None else (20 if device.type == "cuda" else 8)
-    records.check_least("--steps", steps, 1)
+    steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
     configs = {k: _config(k, options, device) for name, k, beside in groups for k in (k, *beside)}
     print(ceilings(device).text())
@@ -405,16 +393,11 @@ def _config(k: int, options: BaselineOptions, device: torch.device) -> Config:
 
 def _warmed_up(make: Callable[[], Trainer], options: BaselineOptions, device: torch.device) -> Trainer:
     """Makes a trainer and trains a little: compilation, allocation, the first batches of workers."""
-    cuda = device.type == "cuda"
-    before = 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    trainer = make()
-    for data in options.data:
-        trainer.advance(data, 2)
-    if cuda:
-        trainer.facts |= {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+    with added_memory(device) as memory:
+        trainer = make()
+        for data in options.data:
+            trainer.advance(data, 2)
+    trainer.facts |= memory
     return trainer
 
 
@@ -423,7 +406,9 @@ def _turns(
 ) -> Iterator[dict[str, Any]]:
     """Times a rival and the engine beside it, and gives a row for each of them and each kind of views."""
     trainers = [rival, *engines]
-    kinds = ["networks"] * options.parts + sorted(options.data, reverse=True)
+    kinds = sorted(options.data, reverse=True)
+    if options.parts:
+        kinds = ["networks", *kinds]
     turns = {_name(trainer, kind): trainer.turn(kind, steps) for kind in kinds for trainer in trainers}
     functions = {name: function for name, function in turns.items() if function is not None}
     timings = measure(functions, device, options.repeats, warm_up=1)

@@ -88,10 +88,8 @@ def main(options: DataOptions) -> None:
         "preparing": _preparing,
         "training": _training,
     }
-    records.check_choice("--parts", options.parts, parts)
-    least = {"repeats": 1, "rounds": 1, "files": 8, "threads": 0, "images": 1000, "few-images": 1000, "steps": 2}
-    for flag, bound in least.items():
-        records.check_least(f"--{flag}", getattr(options, flag.replace("-", "_")), bound)
+    records.check_choices(options, parts=parts)
+    records.check_numbers(options, repeats=1, rounds=1, files=8, threads=0, images=1000, few_images=1000, steps=2)
     device = bench_device()
     for part in options.parts:
         try:

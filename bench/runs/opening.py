@@ -44,7 +44,7 @@ def main(options: OpeningOptions) -> None:
     Raises:
         UserError: a flag that cannot work, no browser, or no runs.
     """
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_numbers(options, repeats=1)
     if problem := missing():
         raise UserError(f"bench opening needs {problem}")
     with TemporaryDirectory() as folder:

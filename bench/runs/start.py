@@ -38,7 +38,7 @@ def main(options: StartOptions) -> None:
         UserError: a flag that cannot work.
         RuntimeError: a start failed.
     """
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_numbers(options, repeats=1)
     device = bench_device()
     starts = [start(options.preset) for _ in range(options.repeats)]
     row = {f"{name}_seconds": median(each[name] for each in starts) for name in (*PARTS, "start", "cpu", "help")}

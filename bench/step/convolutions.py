@@ -79,8 +79,7 @@ def main(options: ConvolutionsOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--rows", options.rows, 0)
+    records.check_numbers(options, repeats=1, rows=0)
     device = bench_device()
     cuda = device.type == "cuda"
     rows = options.rows or (768 if cuda else 8)

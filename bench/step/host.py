@@ -96,8 +96,7 @@ def main(options: HostOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag in ("repeats", "k", "batch", "steps", "lag"):
-        records.check_least(f"--{flag}", getattr(options, flag), 1)
+    records.check_numbers(options, repeats=1, k=1, batch=1, steps=1, lag=1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if not cuda:

@@ -182,10 +182,8 @@ def main(options: KernelsOptions) -> None:
         UserError: no such kernel, provider or size.
     """
     device = bench_device()
-    records.check_choice("--kernels", options.kernels, KERNELS)
-    records.check_choice("--providers", options.providers, PROVIDERS)
-    records.check_choice("--sizes", options.sizes, BATCHES[device.type])
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_choices(options, kernels=KERNELS, providers=PROVIDERS, sizes=BATCHES[device.type])
+    records.check_numbers(options, repeats=1)
     providers = [p for p in options.providers if p != "triton" or device.type == "cuda"]
     if not providers:
         raise UserError("--providers triton: there is no GPU here; add eager or compiled")

@@ -255,16 +255,12 @@ def main(options: PipelinesOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    records.check_choice("--backends", options.backends, BACKENDS)
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--rows", options.rows, K)
+    records.check_choices(options, backends=BACKENDS)
+    records.check_numbers(options, repeats=1, rows=K, side=MAX_SHIFT + 1, threads=1, batches=1)
     if options.rows % K:
         raise UserError(f"--rows must be a multiple of {K}, got {options.rows}")
-    records.check_least("--side", options.side, MAX_SHIFT + 1)
-    records.check_least("--threads", options.threads, 1)
     device = bench_device()
-    batches = options.batches if options.batches is not None else (8 if device.type == "cuda" else 2)
-    records.check_least("--batches", batches, 1)
+    batches = options.batches or (8 if device.type == "cuda" else 2)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     backends: dict[str, Backend] = {}
     failures = records.Failures()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,18 +37,39 @@ _PASSES_FORWARD, _PASSES_TRAINED = 3, 6
 
 
 def figures(case: TimedSteps, timing: Timing, steps: int) -> dict[str, Any]:
-    """Figures of samples of `steps` steps."""
-    step = timing.seconds / steps
-    row = {
-        "steps_per_second": 1 / step,
-        "images_per_second": case.feed.images_per_step / step,
-        "step_ms": 1e3 * step,
+    """Return the figures of samples of `steps` steps, with the roofline bound."""
+    row = speed(timing, steps, case.feed.images_per_step)
+    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
+        row["host_ms"] = 1e3 * case.host_seconds / case.steps
+    return row | _roofline(case, timing.seconds / steps)
+
+
+def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
+    """Return how fast samples of `steps` steps were, each of which trains so many images."""
+    rate = steps / timing.seconds
+    return {
+        "steps_per_second": rate,
+        "images_per_second": images * rate,
+        "step_ms": 1e3 / rate,
         "step_ms_low": 1e3 * timing.low / steps,
         "step_ms_high": 1e3 * timing.high / steps,
     }
-    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
-        row["host_ms"] = 1e3 * case.host_seconds / case.steps
-    return row | _roofline(case, step)
+
+
+@contextmanager
+def added_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Give a column of a record: the most that a GPU allocates in here beyond what it had before, in MiB.
+
+    On a CPU there is none: a process has one peak, which says nothing about one of several cases.
+    """
+    column: dict[str, float] = {}
+    if device.type != "cuda":
+        yield column
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield column
+    column["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
@@ -101,7 +123,7 @@ def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) ->
         repeats: samples.
     """
     case = TimedSteps.begin(config, "synthetic" if data == "synthetic" else config.views)
-    each = _whole_batches(-(-steps // repeats), config)
+    each = whole_batches(-(-steps // repeats), config)
     try:
         device = case.feed.execution.device
         timing = measure_times({"": lambda: case.advance(each)}, device, repeats, warm_up=2)[""]
@@ -110,7 +132,7 @@ def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) ->
         case.end()
 
 
-def _whole_batches(steps: int, config: Config) -> int:
+def whole_batches(steps: int, config: Config) -> int:
     """Steps rounded up to whole batches of views, so that every sample makes as many."""
     return -(-steps // config.view_steps) * config.view_steps
 
@@ -150,7 +172,10 @@ _Name = tuple[int, str, str, int]  # K, mode, source of views, micro-batches
 
 def _words(name: tuple[int | None, str, str, int]) -> str:
     k, mode, views, parts = name
-    return " ".join([f"K={k}"] * (k is not None) + [mode, views] + [f"in {parts} parts"] * (parts > 1))
+    words = [mode, views] if k is None else [f"K={k}", mode, views]
+    if parts > 1:
+        words.append(f"in {parts} parts")
+    return " ".join(words)
 
 
 def main(options: ThroughputOptions) -> None:
@@ -163,13 +188,9 @@ def main(options: ThroughputOptions) -> None:
     cuda = device.type == "cuda"
     modes = options.modes or (MODES if cuda else MODES[:2])
     views = options.views or (("fused", "synthetic") if cuda else ("dali",))
-    records.check_choice("--modes", modes, MODES)
-    records.check_choice("--views", views, VIEWS)
-    records.check_least("--k", options.k, 1)
-    records.check_least("--micro-batches", options.micro_batches, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    steps = options.steps if options.steps is not None else (20 if cuda else 8)
-    records.check_least("--steps", steps, 1)
+    records.check_choices(options, modes=MODES, views=VIEWS)
+    records.check_numbers(options, k=1, micro_batches=1, repeats=1, steps=1)
+    steps = options.steps or (20 if cuda else 8)
     if "graph" in modes and not cuda:
         raise UserError("--modes graph needs a GPU; without one there are eager and compile")
     print(ceilings(device).text())
@@ -193,20 +214,15 @@ def _measure_together(
 ) -> None:
     cases: dict[_Name, TimedSteps] = {}
     memory: dict[_Name, dict[str, float]] = {}
-    cuda = device.type == "cuda"
     failures = records.Failures()
-    steps = _whole_batches(steps, base)
+    steps = whole_batches(steps, base)
     for name in names:
         k, mode, views, parts = name
         with failures.part(_words(name)):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
             config = dataclasses.replace(base, k=k, mode=mode, micro_batches=parts)  # type: ignore[arg-type]
-            cases[name] = TimedSteps.begin(config, views)
-            cases[name].advance(_whole_batches(2, base))
-            if cuda:  # a process has one peak, which says nothing about one of several cases
-                memory[name] = {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+            with added_memory(device) as memory[name]:
+                cases[name] = TimedSteps.begin(config, views)
+                cases[name].advance(whole_batches(2, base))
             cases[name].host_seconds, cases[name].steps = 0.0, 0
     functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
@@ -216,8 +232,9 @@ def _measure_together(
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
         row |= {"micro_batches": parts}
         row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
-        row |= {"deterministic": True} if base.deterministic else {}
-        row |= figures(case, timings[str(name)], steps) | memory.get(name, {})
+        if base.deterministic:
+            row["deterministic"] = True
+        row |= figures(case, timings[str(name)], steps) | memory[name]
         if options.soak:
             row |= _soak(case, options.soak)
         rows.append(row)

@@ -94,9 +94,8 @@ def main(options: VariantsOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag in ("k", "repeats", "steps", "at_once"):
-        records.check_least(f"--{flag.replace('_', '-')}", getattr(options, flag), 1)
-    records.check_choice("--variants", options.variants, VARIANTS)
+    records.check_numbers(options, k=1, repeats=1, steps=1, at_once=1)
+    records.check_choices(options, variants=VARIANTS)
     device = bench_device()
     wanted = {AS_IT_IS: VARIANTS[AS_IT_IS]}
     if options.before:

@@ -77,15 +77,29 @@ class Failures:
             sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
 
 
-def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raises UserError where a flag names what there is not."""
-    for name in given:
-        if name not in known:
-            raise UserError(f"{flag}: there is no '{name}'; there are {', '.join(known)}")
+def check_choices(options: Any, **known: Collection[str]) -> None:
+    """Raise UserError if an option, or one of its values, is not among those known; an empty one is left alone."""
+    for name, choices in known.items():
+        given = getattr(options, name)
+        for value in [given] if isinstance(given, str) else given:
+            if value and value not in choices:
+                raise UserError(f"{_flag(name)}: unknown '{value}'; choose from {', '.join(choices)}")
+
+
+def check_numbers(options: Any, **least: int) -> None:
+    """Raise UserError if an option, or one of its numbers, is too small; None is left alone."""
+    for name, bound in least.items():
+        given = getattr(options, name)
+        if given is not None:
+            check_least(_flag(name), given, bound)
 
 
 def check_least(flag: str, given: int | Collection[int], least: int) -> None:
-    """Raises UserError where a flag's number, or one of its numbers, is too small."""
+    """Raise UserError if a flag's number, or one of its numbers, is too small."""
     for number in [given] if isinstance(given, int) else given:
         if number < least:
             raise UserError(f"{flag} must be at least {least}, got {number}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
