@@ -369,7 +369,8 @@ def main(options: BaselineOptions) -> None:
         engines: dict[int, Trainer] = {}
         for rival, (_, _, beside) in zip(rivals, groups, strict=True):
             for k in beside:
-                engines[k] = engines.get(k) or ready(partial(EngineTrainer, configs[k], options))
+                if k not in engines:
+                    engines[k] = ready(partial(EngineTrainer, configs[k], options))
             for row in _turns(rival, [engines[k] for k in beside], options, steps, device):
                 records.append(options.out, records.record("baseline", device, **row))
                 print(_line(row), flush=True)

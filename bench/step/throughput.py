@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,7 +198,8 @@ def main(options: ThroughputOptions) -> None:
     base = base_config(options.preset, cuda)
     same = ("precision", "optimizer", "deterministic")
     base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
-    for ks in [(k,) for k in options.k] if cuda else [options.k]:
+    groups = [(k,) for k in options.k] if cuda else [options.k]
+    for ks in groups:
         names = list(itertools.product(ks, modes, views, options.micro_batches))
         _measure_together(options, base, steps, names, device)
 
@@ -224,7 +226,7 @@ def _measure_together(
                 cases[name] = TimedSteps.begin(config, views)
                 cases[name].advance(whole_batches(2, base))
             cases[name].host_seconds, cases[name].steps = 0.0, 0
-    functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
+    functions = {str(name): partial(case.advance, steps) for name, case in cases.items()}
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
     rows = []
     for name, case in cases.items():
@@ -239,14 +241,16 @@ def _measure_together(
             row |= _soak(case, options.soak)
         rows.append(row)
         records.append(options.out, records.record("throughput", device, **row))
-        print(
+        line = (
             f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
             f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
             f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
-            + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
-            + (f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps" if options.soak else ""),
-            flush=True,
         )
+        if "host_ms" in row:
+            line += f", host {row['host_ms']:.2f} ms"
+        if options.soak:
+            line += f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps"
+        print(line, flush=True)
     for case in cases.values():
         case.end()
     _print_ratios(rows)
