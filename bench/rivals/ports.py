@@ -86,7 +86,8 @@ def randaugment(image: Image.Image) -> Image.Image:
 def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Compose]:
     """The weak and the strong augmentation: PIL image to (3, side, side) float32 in [-1, 1]."""
     weak = [transforms.RandomCrop(side, padding=config.max_shift, padding_mode="reflect")]
-    weak += [transforms.RandomHorizontalFlip()] * config.flip
+    if config.flip:
+        weak.append(transforms.RandomHorizontalFlip())
     to_tensor = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     strong = [*weak, transforms.Lambda(randaugment), *to_tensor]
     return transforms.Compose([*weak, *to_tensor]), transforms.Compose(strong)
