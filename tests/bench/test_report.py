@@ -6,7 +6,6 @@ import subprocess
 import pytest
 
 from bench import registry, report
-from engine import run
 from engine.errors import UserError
 from engine.measuring import provenance, records
 
@@ -102,7 +101,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
     monkeypatch.delenv("REMIXMATCH_COMMIT", raising=False)
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
     assert provenance.commit.__wrapped__() == "unknown"
 
 

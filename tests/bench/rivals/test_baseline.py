@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from bench.rivals import baseline, plain
-from engine.config.checks import check_data
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import Timing
+from engine.runs.setup import setup_run
 from engine.training import feed as feed_module
 from engine.training.execution import Execution
 from engine.training.feed import Feed
 
 CPU = torch.device("cpu")
+
+
+def opened(config):
+    """A configuration's data set and split."""
+    setup = setup_run(config)
+    return setup.data, setup.split
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +40,7 @@ def options(**changes):
 
 
 def one_batch(config):
-    (loader,) = plain.loaders(config, *check_data(config), CPU, workers=0)
+    (loader,) = plain.loaders(config, *opened(config), CPU, workers=0)
     return next(loader)
 
 
@@ -45,7 +51,7 @@ def test_a_batch_has_the_views_of_a_step():
 
 
 def test_a_plain_step_moves_network_ema_model_and_marginals():
-    trained = plain.PlainStep(tiny(), *check_data(tiny()), CPU)
+    trained = plain.PlainStep(tiny(), *opened(tiny()), CPU)
     before = [p.clone() for p in trained.network.parameters()]
     batch = one_batch(tiny())
     losses = [trained.step(batch) for _ in range(2)]
@@ -152,7 +158,7 @@ def test_the_engines_turn_ends_with_nothing_pending(monkeypatch):
 
 def test_settling_changes_no_view():
     config = dataclasses.replace(tiny(), steps=8)
-    data, split = check_data(config)
+    data, split = opened(config)
     execution = Execution.pick(config, data.train_images.shape)
     feeds = [kind(config, data, split, execution) for kind in (Feed, baseline.SettledFeed)]
     for feed in feeds:
