@@ -74,7 +74,7 @@ class Model:
 
         if not isinstance(images, np.ndarray):
             files, _ = predict.find_images([Path(path) for path in images])
-            images = np.stack([predict.read_image(path, self.side, lambda text: None) for path in files])
+            images = np.stack([predict.read_image(path, self.side, warn=False) for path in files])
         if images.dtype != np.uint8 or images.shape[1:] != (self.side, self.side, 3):
             raise ValueError(
                 f"images must be (N, {self.side}, {self.side}, 3) uint8, got {images.shape} {images.dtype}"

@@ -7,24 +7,26 @@ curves.png  views.png  results.npz  ema.safetensors
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors.torch import save_file
 
 from engine.config.config import Config, changes
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.distributed import collectives
 from engine.errors import RankError, UserError
 from engine.inference import predict
+from engine.inference.export import safetensors_bytes
 from engine.measuring.provenance import commit, device_name, versions
 from engine.runs import history
-from engine.runs.folder import write_text
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.trainer import Trainer
+from pipelines.files import write_bytes, write_text
+
+log = logging.getLogger(__name__)
 
 
 def share(make: Callable[[], RunSetup]) -> RunSetup:
@@ -54,7 +56,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
 
     Args:
         setup: of the run, which has a folder.
-        quiet: print nothing but warnings.
+        quiet: show no progress.
         timeout: see `Trainer`.
         check_ranks: see `Trainer`.
 
@@ -68,15 +70,15 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
     assert setup.folder is not None, "a run that is trained has a folder"
     folder = setup.folder
     try:
-        progress = ProgressLine(setup.config.steps, quiet, silent=collectives.rank() > 0)
+        progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
         # written to only now, when nothing is left that the user may have to be told of
         collectives.on_first(lambda: _begin(setup))
         if setup.resumed:
             if trainer.resume():
-                progress.say(f"resuming {folder} from step {trainer.step}")
+                log.info(f"resuming {folder} from step {trainer.step}")
             else:
-                progress.say(f"{folder} has no good checkpoint; starting from step 0")
+                log.info(f"{folder} has no good checkpoint; starting from step 0")
         try:
             trainer.run()
         finally:
@@ -136,8 +138,7 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     # matplotlib takes a second that only the end should pay
     from engine.runs.pictures import draw_curves, draw_views, make_views
 
-    tensors = {name: tensor.contiguous() for name, tensor in trainer.state.ema_model.state_dict().items()}
-    save_file(tensors, folder / "ema.safetensors")
+    write_bytes(folder / "ema.safetensors", safetensors_bytes(trainer.state.ema_model))
     (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
     views = make_views(trainer.feed, trainer.step)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.data_set import DataSet
+from pipelines.files import PARTIAL, sync_to_disk
 
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
@@ -68,7 +69,7 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
     Raises:
         DataError: the folder cannot be written, or another process is writing it.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(f".{folder.name}.lock").open("w") as lock:
@@ -87,7 +88,7 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
                     raise RuntimeError(f"{folder} was not finished")
                 kept.unlink()
                 for path in [*temporary.iterdir(), temporary]:
-                    _sync(path)
+                    sync_to_disk(path)
                 if folder.exists():
                     old = folder.with_name(f".{folder.name}.old")
                     shutil.rmtree(old, ignore_errors=True)
@@ -96,7 +97,7 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
                     shutil.rmtree(old)
                 else:
                     temporary.rename(folder)
-                _sync(folder.parent)
+                sync_to_disk(folder.parent)
             finally:
                 if not key:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -264,12 +265,3 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Makes what was written, or a rename, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipelines import cache
 from pipelines.cache import DataError
+from pipelines.files import atomic_write
 
 # Debian's package dataset-fashion-mnist has the original files there, packed anew
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -204,14 +205,13 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
     from torchvision.datasets.utils import download_url
 
     path = raw / file.place
-    partial = path.with_name(f".{path.name}.partial")  # what is interrupted leaves nothing under the file's own name
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in filter(None, (source, _DEBIAN)):
         there = folder / path.name
         if not path.exists() and there.exists():
             _check(there, file)
-            shutil.copyfile(there, partial)
-            partial.replace(path)
+            with atomic_write(path) as copy:
+                shutil.copyfile(there, copy.name)
     wanted = f"{path.name} (MD5 {file.md5}, {file.urls[0]})"
     if not path.exists():
         if not download:
@@ -219,11 +219,10 @@ def _fetch(file: SourceFile, raw: Path, source: Path | None, download: bool, pro
         progress(f"downloading {path.name}", 0, 0)
         for url in file.urls:
             try:
-                download_url(url, str(path.parent), partial.name, file.md5)
-                partial.replace(path)
+                with atomic_write(path) as fetched:
+                    download_url(url, str(path.parent), Path(fetched.name).name, file.md5)
                 break
             except Exception as error:  # of the network, or a checksum
-                partial.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
         else:

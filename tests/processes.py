@@ -18,6 +18,7 @@ import torch
 from engine.runs import checkpoint
 from engine.runs.progress import read_metrics
 from engine.training.trainer import CHECKPOINTS, digests
+from tests.logs import no_warnings
 
 ROOT = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
@@ -136,7 +137,8 @@ def free_port():
 
 def final_state(folder):
     """Step and content of a run's newest checkpoint, which has to be good."""
-    found = checkpoint.load_newest(folder / CHECKPOINTS, pytest.fail)
+    with no_warnings():
+        found = checkpoint.load_newest(folder / CHECKPOINTS)
     return found.step, found.content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from pipelines import cache
 from pipelines.data_set import DataSet
 from pipelines.datasets import DATASETS, PREPARED
 from pipelines.splits import RULES, compare, digest, image_digest, read_rows
+
+log = logging.getLogger(__name__)
 
 SUBCOMMANDS = {
     "prepare": "download or read a data set, or a folder of your own images, into the cache",
@@ -209,15 +212,15 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     with _progress() as update:
         made = prepare(root, options.size, update, device=_decoder(options.decoder), again=options.again)
     for file, why in made.unreadable[:_SHOWN]:
-        _warn(f"{file} is left out: {why}")
+        log.warning(f"{file} is left out: {why}")
     if made.unreadable:
-        _warn(f"{len(made.unreadable)} files cannot be read and were left out")
+        log.warning(f"{len(made.unreadable)} files cannot be read and were left out")
     for one, other in made.twins[:_SHOWN]:
-        _warn(f"{one} and {other} are the same image, in training and in test")
+        log.warning(f"{one} and {other} are the same image, in training and in test")
     if made.twins:
-        _warn(f"{len(made.twins)} images are in training and in test")
+        log.warning(f"{len(made.twins)} images are in training and in test")
     if made.strays:
-        _warn(
+        log.warning(
             f"{len(made.strays)} image files are left out, since they are neither in train/CLASS/ nor in test/CLASS/ "
             f"nor in unlabeled/: {some(made.strays)}"
         )
@@ -366,7 +369,3 @@ def _check_split(options: CheckSplitOptions) -> None:
         more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         print(f"{words} {len(rows)}: {' '.join(map(str, rows[:_SHOWN]))}{more}")
     sys.exit(1)
-
-
-def _warn(text: str) -> None:
-    print(f"remixmatch: {text}", file=sys.stderr)

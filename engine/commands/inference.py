@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,8 @@ from engine.commands.parsing import parse
 from engine.errors import UserError
 from engine.runs.setup import open_data
 from pipelines.cache import set_data_dir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,7 +67,7 @@ def evaluate(argv: list[str]) -> None:
     from pipelines.folder import some
 
     set_data_dir(options.data_dir)
-    trained = load_ema_model(options.dir, _warn)
+    trained = load_ema_model(options.dir)
     config, data = trained.config, open_data(trained.config.dataset)
     if (data.classes, data.sides) != (trained.classes, trained.sides):
         was, now = (
@@ -94,13 +96,13 @@ def predict(argv: list[str]) -> None:
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, got {options.batch}")
     files, many = predict.find_images(options.images)
-    trained = load_ema_model(options.dir, _warn)
+    trained = load_ema_model(options.dir)
     network, device, side = trained.network, trained.device, trained.sides[0]
     if not many:  # each of them was named, and is expected to be one
-        images = np.stack([predict.read_image(path, side, _warn) for path in files])
+        images = np.stack([predict.read_image(path, side) for path in files])
         found = zip(files, predict.probabilities(network, images, device), strict=True)
     else:
-        found = predict.classify(network, files, side, device, options.batch, _warn)  # type: ignore[assignment]
+        found = predict.classify(network, files, side, device, options.batch)  # type: ignore[assignment]
     count = 0
     if options.csv:
         count = predict.write_csv(options.csv, trained.classes, iter(found))
@@ -111,7 +113,7 @@ def predict(argv: list[str]) -> None:
             count += 1
             _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
     if many and count < len(files):
-        _warn(f"{len(files) - count} of {len(files)} files cannot be read")
+        log.warning(f"{len(files) - count} of {len(files)} files cannot be read")
     if not count:
         raise UserError("no image could be read")
 
@@ -131,12 +133,8 @@ def export(argv: list[str]) -> None:
     from engine.inference import export
     from engine.inference.trained import load_ema_model
 
-    trained = load_ema_model(options.dir, _warn)
+    trained = load_ema_model(options.dir)
     path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
     network = trained.network.cpu().float()
     export.export(network, trained.config, trained.classes, trained.sides, options.to, path)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {trained.sides}")
-
-
-def _warn(text: str) -> None:
-    print(f"remixmatch: {text}", file=sys.stderr)

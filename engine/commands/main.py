@@ -6,14 +6,18 @@ A mistake of the user's is one line on stderr and exit code 2, without a traceba
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
 from engine.errors import RankError, Stopped, UserError
+
+log = logging.getLogger(__name__)
 
 # Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
 # process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
@@ -81,21 +85,22 @@ def guarded(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have letters that it has not
-    try:
+    with messages_on_stderr():
         try:
-            command(argv)
-        finally:
-            sys.stdout.flush()  # here, where a reader who has gone can be met, and not when Python ends
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except (UserError, Stopped, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":  # each of several ranks meets the same
-            _warn(str(error) or "interrupted; go on from the last checkpoint with --resume")
-        sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
-    except RankError as error:
-        _warn(f"rank {os.environ.get('RANK', '0')}: {error}")
-        sys.exit(1)
+            try:
+                command(argv)
+            finally:
+                sys.stdout.flush()  # here, where a reader who has gone can be met, and not when Python ends
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except (UserError, Stopped, KeyboardInterrupt) as error:
+            if os.environ.get("RANK", "0") == "0":  # each of several ranks meets the same
+                log.error(str(error) or "interrupted; go on from the last checkpoint with --resume")
+            sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
+        except RankError as error:
+            log.error(f"rank {os.environ.get('RANK', '0')}: {error}")
+            sys.exit(1)
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -108,10 +113,6 @@ def _dispatch(argv: list[str]) -> None:
         getattr(import_module(module), function)(argv[1:])
     else:
         raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
-
-
-def _warn(text: str) -> None:
-    print(f"remixmatch: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

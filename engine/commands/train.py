@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
+from engine.commands.output import show_warnings_only
 from engine.commands.parsing import show_usage
 from engine.config import presets
 from engine.config.config import load_config
@@ -19,6 +20,8 @@ from engine.runs.folder import default_folder
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
 from pipelines.cache import set_data_dir
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +42,8 @@ def main(argv: list[str]) -> None:
         return
     ranges.begin("set up")
     options = parse_train(argv, presets.preset(argv[0]))
+    if options.folder.quiet:
+        show_warnings_only()
     ranks = options.ranks
     check_ranks(ranks)
     set_data_dir(options.source.data_dir)
@@ -92,10 +97,9 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
         options = parse_train(argv, begun)
     ranks = int(os.environ.get("WORLD_SIZE", options.ranks.gpus))
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
-    if options.config.network == "auto" and not options.folder.quiet:
+    if options.config.network == "auto":
         height, width = setup.data.sides
-        text = f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels"
-        print(f"remixmatch: {text}", file=sys.stderr)
+        log.info(f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels")
     return setup
 
 

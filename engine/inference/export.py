@@ -6,6 +6,7 @@ ONNX. Preprocessing is inside of all of them.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from engine.config.config import Config, config_json, parse_config
 from engine.errors import UserError
 from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
+from pipelines.files import write_bytes
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 _EXAMPLES = 2  # images of the batch that a program is traced with; any other number does as well
@@ -68,21 +70,22 @@ def export(
         "config": config_json(config), "remixmatch-engine": version("remixmatch-engine"),
         "input": "images: (N, H, W, 3) uint8", "output": "probabilities: (N, L) float32",
     }  # fmt: skip
-    write = {"safetensors": _to_safetensors, "torch": _to_torch, "onnx": _to_onnx}[to]
-    partial = path.with_name(f".{path.name}.partial")
+    convert = {"safetensors": _to_safetensors, "torch": _to_torch, "onnx": _to_onnx}[to]
     try:
-        write(network, metadata, sides, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        write_bytes(path, convert(network, metadata, sides))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
-def _to_safetensors(network: Classifier, metadata: dict[str, str], sides: tuple[int, int], path: Path) -> None:
-    from safetensors.torch import save_file
+def _to_safetensors(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
+    return safetensors_bytes(network, metadata)
 
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path, metadata)
+
+def safetensors_bytes(network: nn.Module, metadata: dict[str, str] | None = None) -> bytes:
+    """Return a safetensors file of a network's parameters and buffers."""
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in network.state_dict().items()}, metadata)
 
 
 def _program(network: Classifier, sides: tuple[int, int]) -> Any:
@@ -91,12 +94,13 @@ def _program(network: Classifier, sides: tuple[int, int]) -> Any:
     return torch.export.export(Predictor(network).eval(), (images,), dynamic_shapes={"images": {0: batch}})
 
 
-def _to_torch(network: Classifier, metadata: dict[str, str], sides: tuple[int, int], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.export.save(_program(network, sides), file, extra_files={_METADATA: json.dumps(metadata)})
+def _to_torch(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
+    file = io.BytesIO()  # torch aborts the process where a file cannot be written
+    torch.export.save(_program(network, sides), file, extra_files={_METADATA: json.dumps(metadata)})
+    return file.getvalue()
 
 
-def _to_onnx(network: Classifier, metadata: dict[str, str], sides: tuple[int, int], path: Path) -> None:
+def _to_onnx(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
     try:
         import onnx
         import onnxscript  # noqa: F401  what torch.onnx needs
@@ -108,7 +112,7 @@ def _to_onnx(network: Classifier, metadata: dict[str, str], sides: tuple[int, in
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, path)
+    return model.SerializeToString()
 
 
 def load_safetensors(path: Path) -> tuple[Predictor, tuple[str, ...], tuple[int, int]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+import io
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,12 @@ from engine.errors import UserError
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import Classifier
 from pipelines.decode import DecodeError, image_files, resized, rgb
+from pipelines.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 
-def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray:
+def read_image(path: Path, side: int, warn: bool = True) -> np.ndarray:
     """Reads an image as the network takes it.
 
     Turns it as its EXIF data says, lays transparency on black, makes it RGB, resizes its shorter side and takes the
@@ -24,7 +30,7 @@ def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray
     Args:
         path: of any format that PIL reads.
         side: of the network's images, in pixels.
-        warn: called with one line a change.
+        warn: whether to warn of each change.
 
     Returns:
         (side, side, 3) uint8.
@@ -38,10 +44,10 @@ def read_image(path: Path, side: int, warn: Callable[[str], None]) -> np.ndarray
         raise UserError(f"{path}: no such file") from None
     except (OSError, DecodeError) as error:
         raise UserError(f"{path} cannot be read as an image ({error})") from None
-    if changed:
-        warn(f"{path}: {changed}")
-    if image.size != (side, side):
-        warn(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
+    if warn and changed:
+        log.warning(f"{path}: {changed}")
+    if warn and image.size != (side, side):
+        log.warning(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
     return resized(image, side)
 
 
@@ -65,25 +71,21 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
 
 
 def classify(
-    network: Classifier, files: Sequence[Path], side: int, device: torch.device, batch: int, warn: Callable[[str], None]
+    network: Classifier, files: Sequence[Path], side: int, device: torch.device, batch: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Class probabilities of image files, a batch in memory at a time.
 
     Yields:
-        Each file that can be read, in order, with (L,) float32; `warn` is called for the others.
+        Each file that can be read, in order, with (L,) float32; of the others it warns.
     """
-
-    def quiet(text: str) -> None:  # of many files, sizes are not worth a line each
-        if len(files) <= batch:
-            warn(text)
-
+    few = len(files) <= batch  # of many files, sizes are not worth a line each
     for first in range(0, len(files), batch):
         read: list[tuple[Path, np.ndarray]] = []
         for path in files[first : first + batch]:
             try:
-                read.append((path, read_image(path, side, quiet)))
+                read.append((path, read_image(path, side, warn=few)))
             except UserError as error:
-                warn(f"{error}; left out")
+                log.warning(f"{error}; left out")
         if read:
             found = probabilities(network, np.stack([image for _, image in read]), device)
             yield from zip([path for path, _ in read], found, strict=True)
@@ -102,20 +104,20 @@ def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.
     Raises:
         UserError: the file cannot be written; a former one of that name is then left as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    first = next(rows, None)
+    if first is None:
+        return 0
     count = 0
     try:
-        # names of files need not be text: their bytes are written as they are
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            table = csv.writer(file)
+        with atomic_write(path) as file:
+            # file names need not be text: their bytes are written unchanged
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+            table = csv.writer(text)
             table.writerow(["file", "class", *classes])
-            for name, values in rows:
+            for name, values in itertools.chain([first], rows):
                 table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
                 count += 1
-        if count:
-            partial.replace(path)
+            text.detach()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,14 +38,14 @@ class Trained:
     device: torch.device
 
 
-def load_ema_model(folder: Path, warn: Any = lambda text: None) -> Trained:
+def load_ema_model(folder: Path) -> Trained:
     """The EMA model of a run's newest good checkpoint.
 
     Raises:
         UserError: the folder holds no run, or no good checkpoint.
     """
     config = load_config(folder / "config.json")
-    found = checkpoint.load_newest(folder / CHECKPOINTS, warn)
+    found = checkpoint.load_newest(folder / CHECKPOINTS)
     if found is None:
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
     described = read_classes(folder)

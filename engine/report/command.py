@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +14,9 @@ import tyro
 from engine.commands.parsing import parse
 from engine.errors import UserError
 from engine.report.reading import Found, read
-from engine.runs.folder import write_bytes
+from pipelines.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 NEEDED = ("altair", "vl_convert", "jinja2")
 
@@ -68,5 +70,5 @@ def write(options: ReportOptions) -> Found:
     runs = "1 run" if len(found.runs) == 1 else f"{len(found.runs)} runs"
     print(f"{out}: {runs}, {len(content) / 1e6:.1f} MB")
     for each in found.left_out:
-        print(f"remixmatch: {each}", file=sys.stderr)
+        log.warning(each)
     return found

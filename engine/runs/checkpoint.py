@@ -6,7 +6,7 @@ crash, a kill or a full disk leaves earlier ones as they were.
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 import time
 import zipfile
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
+from pipelines.files import PARTIAL, atomic_write
+
+log = logging.getLogger(__name__)
 
 FORMAT = "remixmatch-checkpoint-2"
 # of earlier formats: what has another name now, at any depth
@@ -64,29 +67,12 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mappi
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    partial = folder / f"{path.name}.partial"
-    try:
-        with partial.open("wb") as file:
-            # the zip writer inside torch.save turns a failed write into RuntimeError; _Guarded keeps its cause
-            guarded = _Guarded(file)
-            try:
-                torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, guarded)  # type: ignore[arg-type]
-            except RuntimeError:
-                if guarded.error is None:
-                    raise
-            if guarded.error is not None:
-                raise guarded.error
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(folder)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic_write(path, sync=True) as file:
+        torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, file)
     # one of a later step was passed over when this run was resumed: it is no good, and does not count
     for old in [each for each in list_checkpoints(folder) if each.name <= path.name][:-keep]:
         old.unlink(missing_ok=True)
-    for left in folder.glob("step-*.pt.partial"):  # by a process that was killed
+    for left in folder.glob(f".step-*.pt{PARTIAL}"):  # by a process that was killed
         left.unlink(missing_ok=True)
     return path
 
@@ -97,7 +83,6 @@ class Saver:
     Args:
         folder: of the checkpoints.
         keep: see `save`.
-        warn: called with one line when writing fails, and when it works again.
         prepare: called before each attempt, to make anew what else of the run's folder has gone.
         run: see `save`.
     """
@@ -106,11 +91,10 @@ class Saver:
         self,
         folder: Path,
         keep: int,
-        warn: Callable[[str], None],
         prepare: Callable[[], None],
         run: Mapping[str, Any] | None = None,
     ) -> None:
-        self._folder, self._keep, self._warn, self._prepare, self._run = folder, keep, warn, prepare, run
+        self._folder, self._keep, self._prepare, self._run = folder, keep, prepare, run
         self._trouble = ""
         self._again = 0.0  # time.monotonic() of the next attempt
 
@@ -127,14 +111,14 @@ class Saver:
         except OSError as error:
             trouble = error.strerror or str(error)
             if trouble != self._trouble:
-                self._warn(
+                log.warning(
                     f"the checkpoint of step {step} could not be written ({trouble}); {self.last_good()}; "
                     f"training goes on and tries again every {RETRY_SECONDS:g} s"
                 )
             self._trouble, self._again = trouble, time.monotonic() + RETRY_SECONDS
             return False
         if self._trouble:
-            self._warn(f"checkpoints can be written again: step {step} is saved")
+            log.warning(f"checkpoints can be written again: step {step} is saved")
             self._trouble = ""
         return True
 
@@ -159,39 +143,11 @@ class Saver:
         return f"the last good one is {kept[-1]}" if kept else "there is none before it"
 
 
-class _Guarded:
-    """A file that remembers the first error of a write."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any] | None = None) -> Checkpoint | None:
+def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoint | None:
     """Reads the newest good checkpoint, passing over damaged and foreign ones with a warning about each.
 
     Args:
         folder: where they lie.
-        warn: called with one line for each file passed over.
         run: one that was saved with another value under one of these names is foreign.
 
     Returns:
@@ -205,16 +161,16 @@ def load_newest(folder: Path, warn: Callable[[str], None], run: Mapping[str, Any
                 raise ValueError(f"{damaged} has a wrong checksum")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            warn(f"{path} cannot be read ({_first_line(error)}); trying the one before")
+            log.warning(f"{path} cannot be read ({_first_line(error)}); trying the one before")
             continue
         if isinstance(loaded, dict) and loaded.get("format") in _RENAMED:
             loaded = _rename(loaded, _RENAMED[loaded["format"]]) | {"format": FORMAT}
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-            warn(f"{path} is not a checkpoint of this engine; trying the one before")
+            log.warning(f"{path} is not a checkpoint of this engine; trying the one before")
             continue
         known_by = loaded.get("run", {})
         if any(known_by.get(name, value) != value for name, value in (run or {}).items()):
-            warn(f"{path} is a checkpoint of another run; trying the one before")
+            log.warning(f"{path} is a checkpoint of another run; trying the one before")
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])
     return None

@@ -62,19 +62,3 @@ def read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[int, int]] | None
         return tuple(found["class_names"]), (height, width)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a full disk never leaves half of one in place of a good one."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -7,10 +7,10 @@ images, so that a report needs neither the data nor the network. Nothing here ch
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from engine.config.config import Config
-from engine.runs.folder import write_bytes, write_text
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data_set import DataSet
+from pipelines.files import atomic_write, write_text
+
+log = logging.getLogger(__name__)
 
 HISTORY, RESULTS = "history.jsonl", "results.npz"
 MOST_ROWS = 200
@@ -46,11 +48,10 @@ class History:
         folder: the run's.
         step: steps done when the run starts or resumes.
         every: steps between rows.
-        warn: called with one line when writing fails.
     """
 
-    def __init__(self, folder: Path, step: int, every: int, warn: Callable[[str], None]) -> None:
-        self._path, self._every, self._warn = folder / HISTORY, every, warn
+    def __init__(self, folder: Path, step: int, every: int) -> None:
+        self._path, self._every = folder / HISTORY, every
         found = read_history(folder)
         self._rows = [(row["step"], _line(row)) for row in found if row["step"] <= step]
         first = self._rows[0][0] // every if self._rows and self._rows[0][0] % every == 0 else 1
@@ -81,7 +82,7 @@ class History:
             write_text(self._path, "".join(line for _, line in self._rows))
         except OSError as error:
             if not self._trouble:
-                self._warn(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
+                log.warning(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
             self._trouble = True
         else:
             self._trouble = False
@@ -195,19 +196,18 @@ def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: Dat
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:MOST_ERRORS]
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        labels=labels.astype(np.uint16),
-        predicted=predicted.astype(np.uint16),
-        confidence=confidence.astype(np.float16),
-        test_images=np.int64(len(data.test_labels)),
-        errors=worst,
-        error_images=_small(data.test_images[rows][worst]),
-        views=_small(views.images),
-        captions=np.array(views.captions, dtype=np.str_),
-    )
-    write_bytes(folder / RESULTS, content.getvalue())
+    with atomic_write(folder / RESULTS) as file:
+        np.savez_compressed(
+            file,
+            labels=labels.astype(np.uint16),
+            predicted=predicted.astype(np.uint16),
+            confidence=confidence.astype(np.float16),
+            test_images=np.int64(len(data.test_labels)),
+            errors=worst,
+            error_images=_small(data.test_images[rows][worst]),
+            views=_small(views.images),
+            captions=np.array(views.captions, dtype=np.str_),
+        )
 
 
 def predicted_rows(data: DataSet) -> slice:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import queue
 import socket
@@ -21,7 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from engine.runs.folder import write_text
+from pipelines.files import write_text
+
+log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0  # that a client is given at the end of a run
 OPEN_SECONDS = 30.0  # that wandb is given to reach its server, before it is tried again
@@ -50,14 +53,7 @@ class Logger(Protocol):
         """Ends it, with all that it was given."""
 
 
-def open_logger(
-    name: str,
-    folder: Path,
-    step: int,
-    config: Mapping[str, Any],
-    warn: Callable[[str], None],
-    say: Callable[[str], None],
-) -> tuple[Logger, int]:
+def open_logger(name: str, folder: Path, step: int, config: Mapping[str, Any]) -> tuple[Logger, int]:
     """A logger by its name, which imports nothing and writes nothing before its first row.
 
     Args:
@@ -65,8 +61,6 @@ def open_logger(
         folder: the run's.
         step: steps done when the run starts or resumes.
         config: what clients are told of the run.
-        warn: called with one line where a client fails.
-        say: called with one line that tells where a client shows the run.
 
     Returns:
         The logger, and the last step that it has and keeps; its first row is to be of a later one.
@@ -75,7 +69,7 @@ def open_logger(
     if name == "tensorboard":
         last = min(last, step)
         return Board(folder, last), last
-    return Client(name, folder, config, warn, say), last
+    return Client(name, folder, config), last
 
 
 def _logged(folder: Path, name: str) -> dict[str, Any]:
@@ -171,19 +165,10 @@ class Client:
         name: "wandb" or "trackio".
         folder: the run's.
         config: of the run.
-        warn: called with one line.
-        say: called with one line that tells where the run is shown.
     """
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        config: Mapping[str, Any],
-        warn: Callable[[str], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self._name, self._folder, self._config, self._warn, self._say = name, folder, config, warn, say
+    def __init__(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self._name, self._folder, self._config = name, folder, config
         self._queue: queue.SimpleQueue[Sequence[Row] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._run = ""
@@ -217,7 +202,7 @@ class Client:
                 client = client or self._open()
                 self._give(client, rows)
             if client is not before and client:
-                self._say(f"{self._name}: {client.where}")
+                log.info(f"{self._name}: {client.where}")
         if client:
             with self._forgiving():
                 client.finish()
@@ -249,7 +234,7 @@ class Client:
 
     def _fail(self, what: str) -> None:
         if not self._failed:
-            self._warn(f"--log {self._name} failed ({what}); metrics.jsonl has every row, and --resume sends the rest")
+            log.warning(f"--log {self._name} failed ({what}); metrics.jsonl has every row, and --resume sends the rest")
         self._failed = True
 
 

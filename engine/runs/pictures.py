@@ -13,6 +13,7 @@ import torch
 from engine.method.losses import LOSSES
 from engine.runs.history import Views
 from pipelines.ctaugment import describe
+from pipelines.files import atomic_write
 from pipelines.plan import make_plan
 
 matplotlib.use("Agg")
@@ -53,7 +54,8 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
         axes[2].plot(*series(name), label=label)
     axes[2].set(title="alignment, confidence, probes", xlabel="step", ylim=(0, 1))
     axes[2].legend()
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
 
 
@@ -109,5 +111,6 @@ def draw_views(views: Views, path: Path) -> None:
         axis.imshow(views.images[row, column])
         caption = views.captions[row][column] if row == 0 or column else ""
         axis.set_title(caption.replace(", ", "\n"), fontsize=7 if column else 8)
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     plt.close(figure)

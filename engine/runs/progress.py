@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.runs.loggers import Logger, Row, open_logger
+from pipelines.files import write_text
+
+log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
 FLUSH_SECONDS = 30.0  # between the moments when a logger is given its rows
@@ -28,34 +31,25 @@ class MetricsLog:
     Args:
         folder: the run's.
         step: steps done when the run starts or resumes.
-        warn: called with one line when writing fails.
-        log: name of the logger, see `engine.runs.loggers`; "none" for the file alone.
+        logger: name of the logger, see `engine.runs.loggers`; "none" for the file alone.
         config: what it is told of the run.
-        say: called with one line that tells where it shows the run.
 
     Raises:
         OSError: it cannot be written to begin with.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        step: int,
-        warn: Callable[[str], None],
-        log: str = "tensorboard",
-        config: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        self, folder: Path, step: int, logger: str = "tensorboard", config: Mapping[str, Any] | None = None
     ) -> None:
         self._folder, self._path = folder, folder / "metrics.jsonl"
-        self._warn = warn
         rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         self._lines = [json.dumps(row) + "\n" for row in rows]
         self._file: IO[str] | None = None
         self._logger: Logger | None = None
         self._logged = 0  # the last step of which the logger had the rows to begin with
         self._unlogged: list[Row] = []
-        if log != "none":
-            self._logger, self._logged = open_logger(log, folder, step, config or {}, warn, say)
+        if logger != "none":
+            self._logger, self._logged = open_logger(logger, folder, step, config or {})
             for row in rows:
                 self._queue(row)
         self._trouble = False
@@ -64,9 +58,7 @@ class MetricsLog:
     def _open(self) -> None:
         """Writes everything so far, as a whole."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(self._lines), encoding="utf-8")
-        partial.replace(self._path)
+        write_text(self._path, "".join(self._lines))
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._next_flush = time.monotonic() + FLUSH_SECONDS
 
@@ -106,7 +98,7 @@ class MetricsLog:
         except OSError as error:
             self._let_go()
             if not self._trouble:
-                self._warn(f"metrics cannot be written ({error.strerror or error}); they are kept and tried again")
+                log.warning(f"metrics cannot be written ({error.strerror or error}); they are kept and tried again")
             self._trouble = True
         else:
             self._trouble = False
@@ -167,14 +159,12 @@ class ProgressLine:
 
     Args:
         steps: steps of the whole run.
-        quiet: say nothing but warnings.
-        silent: nor those.
+        quiet: show nothing.
     """
 
-    def __init__(self, steps: int, quiet: bool = False, silent: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet or silent, soft_wrap=True)
-        self._silent = silent
-        self._steps = steps
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, soft_wrap=True)  # soft: what is logged meanwhile stays one line
+        self._steps, self._quiet = steps, quiet
         self._bar: Progress | None = None
 
     def start(self, step: int, images_per_step: int) -> None:
@@ -182,13 +172,13 @@ class ProgressLine:
         self._images_per_step = images_per_step
         self._begin = self._last_line = time.monotonic()
         self._start = step
-        if self.console.is_terminal and not self.console.quiet:
+        if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
-                console=self.console,
+                console=self._console,
             )
             self._task = self._bar.add_task("", total=self._steps, completed=step)
             self._bar.start()
@@ -202,23 +192,10 @@ class ProgressLine:
         text = "  ".join(shown)
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._last_line >= PLAIN_SECONDS or step == self._steps:
+        elif not self._quiet and (now - self._last_line >= PLAIN_SECONDS or step == self._steps):
             self._last_line = now
             left = (self._steps - step) / max(speed, 1e-9)
-            self.say(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """Prints one line without disturbing the bar."""
-        self.console.print(text, highlight=False, markup=False)
-
-    def warn(self, text: str) -> None:
-        """Says one line even where nothing else is said."""
-        if self._silent:
-            return
-        if self.console.quiet:
-            print(f"remixmatch: {text}", file=sys.stderr, flush=True)
-        else:
-            self.say(text)
+            log.info(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

@@ -16,10 +16,11 @@ import numpy as np
 from engine.config.checks import FOLDER, check_data, check_name, read_prior, resolve, validate
 from engine.config.config import Config, config_json
 from engine.errors import UserError
-from engine.runs.folder import check_folder, write_text
+from engine.runs.folder import check_folder
 from pipelines.cache import DataError
 from pipelines.data_set import DataSet
 from pipelines.datasets import DATASETS
+from pipelines.files import write_text
 from pipelines.splits import digest, image_digest
 
 

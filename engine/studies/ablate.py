@@ -11,8 +11,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,14 @@ from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
 from engine.measuring.step_worker import StepWorker, take_turns
-from engine.runs.folder import write_text
 from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
 from engine.studies.job_progress import trained_rows
 from engine.studies.paper_tables import FULL, Entry
 from engine.training.execution import pick_device
 from pipelines.cache import set_data_dir
+from pipelines.files import write_text
+
+log = logging.getLogger(__name__)
 
 OUT = Path("runs") / "ablate"
 MEASURED = "measured.jsonl"  # costs, in its folder
@@ -237,7 +239,7 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         try:
             figures = measure(variant)
         except (RuntimeError, UserError) as error:
-            print(f"remixmatch: {variant}: costs cannot be measured ({' '.join(str(error).split())})", file=sys.stderr)
+            log.warning(f"{variant}: costs cannot be measured ({' '.join(str(error).split())})")
             continue
         device = pick_device(configs[variant])
         known[variant] = records.record(
@@ -313,10 +315,10 @@ def write(
     lines = table_results.make_lines("ablation", entries, found)
     variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "ablate.csv", _csv(name, entries, found, variants))
+    write_text(out / "ablate.csv", _csv(name, entries, found, variants), shared=True)
     title = table_results.title(f"{name}, ablated", entries, options.steps_scale)
     text = markdown(title, variants)
-    write_text(out / "table.md", text)
+    write_text(out / "table.md", text, shared=True)
     print(text, end="")
     if any(variant.cost or variant.line.to_full for variant in variants):
         from engine.studies import charts  # matplotlib takes a second

@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from pipelines.files import atomic_write
+
 FEW_POINTS = 20  # of error: larger differences are drawn logarithmically
 
 
@@ -54,7 +56,8 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_formatter("{x:g}")
     figure.suptitle(title, fontsize="small", wrap=True)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path, shared=True) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 

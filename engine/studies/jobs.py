@@ -37,7 +37,7 @@ from engine.config.config import PLACE, Config, changed_fields, config_json, loa
 from engine.distributed.launch import PARENT
 from engine.errors import UserError
 from engine.measuring.process import search_path
-from engine.runs.folder import write_text
+from pipelines.files import write_text
 
 RENEW_SECONDS = 10.0  # between signs of life in a claim
 STALE_SECONDS = 300.0  # without one, after which a claim of another machine counts no more

@@ -20,11 +20,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -40,7 +40,7 @@ from engine.measuring import records
 from engine.measuring.counts import KINDS, counted
 from engine.measuring.timing import ceilings, in_turns
 from engine.measuring.trace import DEVICE, STEPS, Ranges, analyse, attribute, learn, read, record
-from engine.runs.folder import RUNS, write_text
+from engine.runs.folder import RUNS
 from engine.runs.progress import ProgressLine
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
@@ -48,6 +48,7 @@ from engine.training.cuda_graph import CapturedStep
 from engine.training.execution import Execution, pick_device
 from engine.training.trainer import Trainer
 from pipelines.cache import set_data_dir
+from pipelines.files import atomic_write, write_text
 
 DEFAULT_STEPS = 40
 MOST_STEPS = 1000  # of a step's thousands of events each
@@ -178,26 +179,25 @@ def _folder(options: TrainOptions) -> Path:
 
 
 @contextmanager
-def _training(setup: RunSetup, warm_up: int, memory_file: Path | None = None) -> Iterator[Trainer]:
+def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None) -> Iterator[Trainer]:
     """Training as of a run's first steps, without what it writes, and warmed up.
 
     Args:
         setup: of what is trained.
         warm_up: steps.
-        memory_file: what was allocated on a GPU up to then is written to it, with who did.
+        memory_file: with a GPU, what was allocated up to then is written to it, with who did.
     """
     config = dataclasses.replace(setup.config, steps=2**40)  # plans never end
-    progress = ProgressLine(config.steps, quiet=True, silent=collectives.rank() > 0)
-    remember = memory_file is not None and pick_device(config).type == "cuda"
-    if remember:
+    progress = ProgressLine(config.steps, quiet=True)
+    if memory_file:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=_HISTORY)
     trainer = Trainer(dataclasses.replace(setup, config=config), progress)
     progress.start(0, trainer.feed.images_per_step)
     try:
         trainer.begin()
         _advance(trainer, warm_up)
-        if remember:
-            torch.cuda.memory._dump_snapshot(str(memory_file))
+        if memory_file:
+            torch.cuda.memory._dump_snapshot(memory_file.name)
             torch.cuda.memory._record_memory_history(enabled=None)
         yield trainer
     finally:
@@ -233,15 +233,15 @@ def _mark_for_nsys(setup: RunSetup, warm_up: int) -> None:
 def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
     folder = out / "profile"
     rank = collectives.rank()
-    files = {name.format(rank): folder / f"{name.format(rank)}.partial" for name in (TRACE, MEMORY)}
-    trace_file, memory_file = files.values()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = _measure(setup, warm_up, trace_file, memory_file)
-        every = collectives.everyones(found["step_ms"])
-        for name, partial in files.items():
-            if partial.exists():
-                partial.replace(folder / name)
+        with ExitStack() as files:
+            trace_file = files.enter_context(atomic_write(folder / TRACE.format(rank)))
+            memory_file = None
+            if pick_device(setup.config).type == "cuda":
+                memory_file = files.enter_context(atomic_write(folder / MEMORY.format(rank)))
+            found = _measure(setup, warm_up, trace_file, memory_file)
+            every = collectives.everyones(found["step_ms"])
         collectives.everyones(None)  # rank 0's file is last, and says that all are there
         if rank == 0:
             found |= {"ranks": len(every), "ranks_step_ms": every}
@@ -257,8 +257,6 @@ def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
     finally:
-        for partial in files.values():
-            partial.unlink(missing_ok=True)
         with suppress(OSError):  # nothing came of it
             folder.rmdir()
             out.rmdir()
@@ -278,7 +276,7 @@ def nsys_command(argv: Sequence[str], folder: Path) -> str:
     return shlex.join([*nsys, "remixmatch", "profile", *argv, "--gpus", "1", "--nvtx"])
 
 
-def _measure(setup: RunSetup, warm_up: int, trace_file: Path, memory_file: Path) -> dict[str, Any]:
+def _measure(setup: RunSetup, warm_up: int, trace_file: BinaryIO, memory_file: BinaryIO | None) -> dict[str, Any]:
     """Profiles, and writes the trace and the memory's snapshot.
 
     Returns:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
-import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +16,7 @@ from engine.errors import UserError
 from engine.studies import statistics
 from engine.studies.jobs import Status, read_json, status
 from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
+from pipelines.files import write_text
 
 
 def look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
@@ -76,19 +75,12 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _replace(out / "table.md", text)
-        _replace(out / "table.json", json.dumps(content, indent=1) + "\n")
+        write_text(out / "table.md", text, shared=True)
+        write_text(out / "table.json", json.dumps(content, indent=1) + "\n", shared=True)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
     print(text, end="")
     print(f"\n{out / 'table.md'}, {out / 'table.json'}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file as a whole, which several workers may do at once."""
-    partial = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[statistics.Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import signal
 import time
@@ -38,6 +39,7 @@ from engine.training.step_input import StepInput
 from pipelines.cache import read_rows
 
 CHECKPOINTS = "checkpoints"
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -45,7 +47,7 @@ class Trainer:
 
     Args:
         setup: of the run; `checkpoints/` in its folder is read and written.
-        progress: where words to the user go.
+        progress: shows how far the run is.
         timeout: seconds after which a rank that waits for another one ends.
         check_ranks: steps between comparisons of all ranks' states, bit for bit; 0 for none.
     """
@@ -64,7 +66,7 @@ class Trainer:
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
         self.identity = run_identity(config)
         self.saver = checkpoint.Saver(
-            self.folder / CHECKPOINTS, config.keep, progress.warn, lambda: _keep_run_files(setup), self.identity
+            self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), self.identity
         )
         self.timeout, self.check_ranks = timeout, check_ranks
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
@@ -82,15 +84,13 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
-        found = collectives.on_first(
-            lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.progress.warn, self.identity)
-        )
+        found = collectives.on_first(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
         if found is None:
             return False
         content = found.content
         before = content.get("micro_batches", self.micro_batches)
         if self.config.bn == "joint" and before != self.micro_batches:
-            self.progress.warn(
+            log.warning(
                 f"ranks were {before} and are {self.micro_batches} now: with --bn joint each normalises its own rows, "
                 "so the run goes on with other statistics (not with --bn split, --bn sync, or enough --micro-batches)"
             )
@@ -145,16 +145,16 @@ class Trainer:
             Stopped: SIGTERM, SIGINT or SIGHUP came, to some rank; the step reached is saved.
         """
         if collectives.rank() == 0:
-            c, tell = self.config, self.progress
-            self._log = MetricsLog(self.folder, self.step, tell.warn, c.log, asdict(c), tell.say)
-            self._history = History(self.folder, self.step, c.eval_every, tell.warn)
+            c = self.config
+            self._log = MetricsLog(self.folder, self.step, c.log, asdict(c))
+            self._history = History(self.folder, self.step, c.eval_every)
         begin, cpu_begin = time.monotonic() - self.train_seconds, time.process_time() - self.cpu_seconds
         several = collectives.ranks() > 1
         guard = Watchdog(self.timeout, collectives.rank(), self._stop) if several else nullcontext()
         try:
             with self._stop.listening(), guard as watchdog:
                 if self.execution.mode != "eager":
-                    self.progress.say("compiling the step: a minute or so the first time, less from torch's cache")
+                    log.info("compiling the step: a minute or so the first time, less from torch's cache")
                 self.begin()
                 self.progress.start(self.step, self.feed.images_per_step)  # what compiling takes is not speed
                 while self.step < self.config.steps and not self._stopping():
@@ -244,7 +244,7 @@ class Trainer:
             images = compared_images(self.data.train_images, self.health.images)
             compared = agreement(state.network, state.ema_model, images, self.execution.device)
         for warning in self.health.look(Look(self.step, p_model, label_marginal, compared)):
-            self.progress.warn(warning)
+            log.warning(warning)
 
     def _remember(self, p_model: list[float], label_marginal: list[float]) -> None:
         """Adds to the history what a report shows of this moment. All ranks take part in the guesses."""

@@ -412,7 +412,7 @@ def leave_remains(victim):
     _kill_with_a_checkpoint(victim)
     seen, before = victim.seen(), victim.newest()
     folder = victim.run / CHECKPOINTS
-    (folder / f"step-{victim.chance.randint(1, 99):08d}.pt.partial").write_bytes(victim.chance.randbytes(999))
+    (folder / f".step-{victim.chance.randint(1, 99):08d}.pt.partial").write_bytes(victim.chance.randbytes(999))
     (folder / "notes.txt").write_text("not a checkpoint")
     with (victim.run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 49, "loss": 1.2345'[: victim.chance.randint(1, 27)])

@@ -197,7 +197,7 @@ class Victim:
         with suppress(OSError):
             known_by = json.loads((self.run / "config.json").read_text())
             del known_by["steps"], known_by["class_distribution"]  # JSON has no tuples
-        found = checkpoint.load_newest(self.run / CHECKPOINTS, lambda text: None, known_by)
+        found = checkpoint.load_newest(self.run / CHECKPOINTS, known_by)
         return found.step if found else 0
 
     def seen(self):

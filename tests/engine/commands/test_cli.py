@@ -16,11 +16,13 @@ from PIL import Image
 
 from bench import registry
 from engine.commands import main as cli
+from engine.commands.output import messages_on_stderr
 from engine.config.config import SECTIONS, Config, config_json
 from engine.config.presets import preset
 from engine.runs.folder import default_folder
 from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
 from pipelines.datasets import digits
+from tests.logs import no_warnings
 
 ROOT = Path(__file__).parents[3]
 
@@ -282,22 +284,24 @@ def test_doctor_reports_this_machine(capfd):
 
 
 def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
-    log = MetricsLog(tmp_path, 0, pytest.fail)
+    log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut short by a kill
-    log = MetricsLog(tmp_path, 2, pytest.fail)
-    log.add(3, loss=30.0)
-    log.close()
+    with no_warnings():
+        log = MetricsLog(tmp_path, 2)
+        log.add(3, loss=30.0)
+        log.close()
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0]
 
 
 def test_progress_says_speed_losses_and_time_left(capfd):
-    line = ProgressLine(steps=10)
-    line.start(4, images_per_step=100)
-    line.update(10, {"loss": 1.25})
-    line.close()
+    with messages_on_stderr():
+        line = ProgressLine(steps=10)
+        line.start(4, images_per_step=100)
+        line.update(10, {"loss": 1.25})
+        line.close()
     err = capfd.readouterr().err
     assert "step 10/10" in err and "steps/s" in err and "images/s" in err and "loss 1.250" in err and "s left" in err

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,7 @@ from engine.config.presets import preset
 from engine.errors import UserError
 from engine.inference import export, predict
 from engine.inference.trained import load_ema_model
+from pipelines import files
 from pipelines.datasets import digits
 
 CPU = torch.device("cpu")
@@ -72,7 +74,9 @@ def test_a_folder_becomes_a_table(trained, folder, tmp_path, expected, capsys):
     cli.main(["predict", str(trained), str(folder), "--csv", str(table), "--batch", "4"])
     told = capsys.readouterr()
     assert told.out == f"{table}: 9 of 10 images\n"
-    assert "5b.png cannot be read as an image" in told.err and "1 of 10 files cannot be read" in told.err
+    assert (
+        "5b.png cannot be read as an image" in told.err and "\nremixmatch: 1 of 10 files cannot be read\n" in told.err
+    )
     with table.open(newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["file", "class", *map(str, range(10))] and len(rows) == 9
@@ -149,6 +153,19 @@ def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
         predict.find_images([tmp_path / "empty"])
 
 
+@pytest.mark.parametrize("broken", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_table_that_is_broken_off_leaves_the_former_one(tmp_path, broken):
+    def rows():
+        yield from [(Path(f"{number}.png"), np.array([0.25, 0.75])) for number in range(1000)]
+        raise broken
+
+    path = tmp_path / "out.csv"
+    path.write_text("as it was")
+    with pytest.raises(UserError if isinstance(broken, OSError) else KeyboardInterrupt):
+        predict.write_csv(path, ["a", "b"], rows())
+    assert path.read_text() == "as it was" and [entry.name for entry in tmp_path.iterdir()] == ["out.csv"]
+
+
 def exported(trained, to, *flags):
     cli.main(["export", str(trained), "--to", to, *flags])
     return trained / f"model{export.SUFFIXES[to]}"
@@ -191,6 +208,24 @@ def test_metadata_say_what_the_file_is(trained, tmp_path, to):
     assert json.loads(metadata["classes"]) == list("0123456789") and json.loads(metadata["sides"]) == [16, 16]
     assert metadata["preset"] == "digits-40" and json.loads(metadata["config"])["width"] == 8
     assert "uint8" in metadata["input"] and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("to", export.SUFFIXES)
+def test_an_export_to_a_full_disk_leaves_the_former_one(trained, tmp_path, monkeypatch, to, capsys):
+    path, write = tmp_path / f"mine{export.SUFFIXES[to]}", files._File.write
+    path.write_text("what was there")
+
+    def full_disk(self, data):
+        if self.tell() + len(data) > 10_000:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(files._File, "write", full_disk)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", str(trained), "--to", to, "--out", str(path)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and last == f"remixmatch: {path} cannot be written (No space left on device)"
+    assert path.read_text() == "what was there" and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_exports_that_cannot_be(trained, tmp_path, monkeypatch, capsys):

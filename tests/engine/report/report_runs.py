@@ -43,7 +43,7 @@ def make_run(
         if step % 10 == 0:
             lines.append({"step": step, "test_accuracy": 100 - error - (reached - step), "test_loss": 1 / step})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    kept = History(folder, 0, 10, print)
+    kept = History(folder, 0, 10)
     for step in range(10, reached + 1, 10):
         weights = initial_weights() * rng.uniform(0.6, 1, (19, 2, 17))
         p = rng.dirichlet(np.ones(count))

@@ -196,14 +196,14 @@ def test_charts_are_bounded_by_the_number_of_classes(tmp_path, count):
     assert largest <= 400
 
 
-def test_a_folder_of_reproduce(tmp_path, capsys):
+def test_a_folder_of_reproduce(tmp_path, caplog):
     seen = report(tmp_path, make_table(tmp_path / "table"))
     for words in (
         "digits: test error in percent", "6.05 ± 0.07", "+1.00 [+0.50, +1.50]", "remixmatch seed 0", "fixmatch seed 1",
         "digits-40-uda-seed0-9876543210 has not begun", "Settings that differ from those of remixmatch",
     ):  # fmt: skip
         assert words in seen.words, words
-    assert "digits-40-uda-seed0-9876543210 has not begun" in capsys.readouterr().err
+    assert "digits-40-uda-seed0-9876543210 has not begun" in caplog.text
     assert seen.words.index("remixmatch seed 0") < seen.words.index("fixmatch seed 0")
     assert len([each for each in seen.all("details") if each.get("class") == "run"]) == 4
 

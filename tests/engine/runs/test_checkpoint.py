@@ -18,23 +18,25 @@ def content(value):
     return {"tensor": torch.full((1000,), float(value)), "list": [1, "a"], "number": value}
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_what_is_saved_comes_back_and_old_ones_go(tmp_path):
     for step in (1, 2, 30, 400):
         checkpoint.save(tmp_path, step, content(step), keep=2)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000030.pt", "step-00000400.pt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030.pt", "step-00000400.pt"]
-    found = checkpoint.load_newest(tmp_path, warn=pytest.fail)
+    found = checkpoint.load_newest(tmp_path)
     assert found.step == 400 and found.content["number"] == 400
     assert torch.equal(found.content["tensor"], content(400)["tensor"])
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_no_folder_and_no_checkpoint(tmp_path):
-    assert checkpoint.load_newest(tmp_path / "none", warn=pytest.fail) is None
-    assert checkpoint.load_newest(tmp_path, warn=pytest.fail) is None
+    assert checkpoint.load_newest(tmp_path / "none") is None
+    assert checkpoint.load_newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text"])
-def test_damaged_and_foreign_files_fall_back_to_the_one_before(tmp_path, damage):
+def test_damaged_and_foreign_files_fall_back_to_the_one_before(tmp_path, caplog, damage):
     checkpoint.save(tmp_path, 1, content(1), keep=3)
     newest = checkpoint.save(tmp_path, 2, content(2), keep=3)
     data = newest.read_bytes()
@@ -48,21 +50,19 @@ def test_damaged_and_foreign_files_fall_back_to_the_one_before(tmp_path, damage)
         torch.save({"model": torch.zeros(3)}, newest)
     else:
         newest.write_text("not a checkpoint")
-    said = []
-    assert checkpoint.load_newest(tmp_path, said.append).step == 1
-    assert len(said) == 1 and newest.name in said[0] and "trying the one before" in said[0]
-    assert "\n" not in said[0]
+    assert checkpoint.load_newest(tmp_path).step == 1
+    (said,) = caplog.messages
+    assert newest.name in said and "trying the one before" in said and "\n" not in said
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
+def test_code_in_a_file_is_not_run(tmp_path, caplog):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"format": checkpoint.FORMAT, "step": 9, "content": Evil()}, tmp_path / "step-00000009.pt")
-    said = []
-    assert checkpoint.load_newest(tmp_path, said.append) is None
-    assert said and not (tmp_path / "ran").exists()
+    assert checkpoint.load_newest(tmp_path) is None
+    assert caplog.messages and not (tmp_path / "ran").exists()
 
 
 def test_a_failed_write_leaves_the_last_good_one_and_no_rest(tmp_path, monkeypatch):
@@ -71,12 +71,13 @@ def test_a_failed_write_leaves_the_last_good_one_and_no_rest(tmp_path, monkeypat
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, 2, content(2), keep=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_a_file_size_limit_in_the_middle_of_a_write(tmp_path):
     """A real failing write: the kernel refuses bytes past a limit, as a full disk does."""
     script = f"""
@@ -97,7 +98,7 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["refused", str(errno.EFBIG)], done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
-    assert checkpoint.load_newest(tmp_path, pytest.fail).step == 1
+    assert checkpoint.load_newest(tmp_path).step == 1
 
 
 def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
@@ -105,21 +106,22 @@ def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
     checkpoint.save(tmp_path, 3, content(3), keep=1)
     (tmp_path / "step-00000009.pt").write_bytes(b"damaged")
     checkpoint.save(tmp_path, 6, content(6), keep=1)
-    assert checkpoint.load_newest(tmp_path, lambda text: None).step == 6
+    assert checkpoint.load_newest(tmp_path).step == 6
     assert [path.name for path in tmp_path.iterdir() if "00003" in path.name] == []
 
 
 def test_parts_that_a_killed_process_left_go_with_the_next_checkpoint(tmp_path):
-    (tmp_path / "step-00000002.pt.partial").write_bytes(b"part")
+    (tmp_path / ".step-00000002.pt.partial").write_bytes(b"part")
     checkpoint.save(tmp_path, 3, content(3), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
-    said = []
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path, caplog):
     checkpoint.save(tmp_path, 1, content(1), keep=3, run={"seed": 1, "width": 4})
     checkpoint.save(tmp_path, 2, content(2), keep=3, run={"seed": 2, "width": 4})
-    assert checkpoint.load_newest(tmp_path, said.append, {"seed": 1, "width": 4, "newer": 0}).step == 1
-    assert len(said) == 1 and "step-00000002.pt is a checkpoint of another run" in said[0]
-    assert checkpoint.load_newest(tmp_path, said.append, {"seed": 3, "width": 4}) is None
-    assert checkpoint.load_newest(tmp_path, pytest.fail).step == 2
+    assert checkpoint.load_newest(tmp_path, {"seed": 1, "width": 4, "newer": 0}).step == 1
+    (said,) = caplog.messages
+    assert "step-00000002.pt is a checkpoint of another run" in said
+    assert checkpoint.load_newest(tmp_path, {"seed": 3, "width": 4}) is None
+    caplog.clear()
+    assert checkpoint.load_newest(tmp_path).step == 2 and not caplog.messages

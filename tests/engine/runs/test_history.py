@@ -21,6 +21,7 @@ from engine.training.state import make_state
 from pipelines.ctaugment import BINS, NAMES, initial_weights
 from pipelines.datasets import digits
 from pipelines.splits import RULES
+from tests.logs import no_warnings
 
 
 def steps_of(folder):
@@ -28,9 +29,10 @@ def steps_of(folder):
 
 
 def fill(folder, first, last, begin=0, every=10):
-    kept = History(folder, begin, every, pytest.fail)
-    for step in range(first, last + 1, every):
-        kept.add(step, {"p_model": [step / 7, 0.5]})
+    with no_warnings():
+        kept = History(folder, begin, every)
+        for step in range(first, last + 1, every):
+            kept.add(step, {"p_model": [step / 7, 0.5]})
 
 
 def test_rows_are_thinned_by_their_steps_and_the_newest_stays(tmp_path, monkeypatch):
@@ -59,7 +61,8 @@ def test_a_resumed_history_is_an_undisturbed_one(tmp_path, monkeypatch, rows, ba
 
 def test_rows_of_steps_that_will_be_trained_again_are_dropped_at_once(tmp_path):
     fill(tmp_path, 10, 100)
-    History(tmp_path, 45, 10, pytest.fail)
+    with no_warnings():
+        History(tmp_path, 45, 10)
     assert steps_of(tmp_path) == [10, 20, 30, 40]
 
 
@@ -70,9 +73,8 @@ def test_damaged_rows_are_passed_over(tmp_path):
     assert steps_of(tmp_path) == [10, 20]
 
 
-def test_a_full_disk_is_told_once_and_rows_come_later(tmp_path, monkeypatch):
-    said = []
-    kept = History(tmp_path, 0, 10, said.append)
+def test_a_full_disk_is_told_once_and_rows_come_later(tmp_path, monkeypatch, caplog):
+    kept = History(tmp_path, 0, 10)
     write, full = history.write_text, True
 
     def guarded(path, text):
@@ -84,7 +86,8 @@ def test_a_full_disk_is_told_once_and_rows_come_later(tmp_path, monkeypatch):
     for step in (10, 20, 30):
         kept.add(step, {})
     kept.catch_up()
-    assert len(said) == 1 and "No space left" in said[0] and steps_of(tmp_path) == []
+    (said,) = caplog.messages
+    assert "No space left" in said and steps_of(tmp_path) == []
     full = False
     kept.catch_up()
     assert steps_of(tmp_path) == [10, 20, 30]

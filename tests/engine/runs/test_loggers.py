@@ -19,15 +19,17 @@ import pytest
 
 from engine import run
 from engine.commands import main as cli
+from engine.commands.output import messages_on_stderr
 from engine.config.checks import validate
 from engine.errors import UserError
 from engine.runs import checkpoint, loggers
 from engine.runs.loggers import Row
-from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
+from engine.runs.progress import MetricsLog, read_metrics
 from engine.runs.setup import setup_run
 from engine.training.trainer import CHECKPOINTS
 from tests.engine.runs.test_progress import board
 from tests.engine.runs.test_run import TINY_FLAGS, assert_same
+from tests.logs import no_warnings
 from tests.processes import call, final_state, finish, start
 
 CLIENTS = [
@@ -126,21 +128,18 @@ def merged(folder):
 
 def log_rows(folder, client, resumed, steps, kill=False):
     """Logs steps of a run that is resumed at one of them, and which is then closed or killed."""
-    log = MetricsLog(folder, resumed, fail, client, {"k": 8, "class_distribution": (0.5, 0.5)})
-    for step in steps:
-        log.add(step, loss=0.5 * step)
-        if step % 2 == 0:
-            log.add(step, test_accuracy=90.0 + step)
-    if kill:
-        log._flush()
-        while log._logger._queue.qsize() or not loggers._logged(folder, client).get("step"):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    log.close()
-
-
-def fail(text):
-    raise AssertionError(text)
+    with no_warnings():
+        log = MetricsLog(folder, resumed, client, {"k": 8, "class_distribution": (0.5, 0.5)})
+        for step in steps:
+            log.add(step, loss=0.5 * step)
+            if step % 2 == 0:
+                log.add(step, test_accuracy=90.0 + step)
+        if kill:
+            log._flush()
+            while log._logger._queue.qsize() or not loggers._logged(folder, client).get("step"):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        log.close()
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -245,20 +244,23 @@ class Stub:
         ([("open", RuntimeError("no server"))] * 2, 0, 0),
     ],
 )
-def test_a_client_that_fails_is_one_warning_and_is_tried_again(tmp_path, monkeypatch, failures, logged, finished):
-    stub, said = Stub(*failures), []
+def test_a_client_that_fails_is_one_warning_and_is_tried_again(
+    tmp_path, monkeypatch, caplog, failures, logged, finished
+):
+    stub = Stub(*failures)
     monkeypatch.setitem(loggers._OPEN, "wandb", stub)
-    log = MetricsLog(tmp_path, 0, said.append, "wandb")
+    log = MetricsLog(tmp_path, 0, "wandb")
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log._flush()  # of steps 1 and 2
     end = time.monotonic() + 10
-    while not said and loggers._logged(tmp_path, "wandb").get("step") != 2 and time.monotonic() < end:
+    while not caplog.messages and loggers._logged(tmp_path, "wandb").get("step") != 2 and time.monotonic() < end:
         time.sleep(0.01)
     log.add(4, loss=4.0)
     log.close()
     assert [row.step for row in stub.rows] == list(range(1, logged + 1)) and stub.finished == finished
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    said = caplog.messages
     assert len(said) == bool(failures)
     assert all("--log wandb failed (" in line and "no server" in line and "\n" not in line for line in said)
     assert loggers._logged(tmp_path, "wandb").get("step", 0) == logged
@@ -269,33 +271,34 @@ def test_where_a_client_shows_the_run_and_why_it_fails_is_said(tmp_path, monkeyp
     stub = Stub(("finish", RuntimeError("no server")))
     stub.log = lambda row: print("of the client", file=sys.stderr)
     monkeypatch.setitem(loggers._OPEN, "wandb", stub)
-    progress = ProgressLine(steps=1)
-    log = MetricsLog(tmp_path, 0, progress.warn, "wandb", say=progress.say)
-    log.add(1, loss=1.0)
-    log.close()
+    with messages_on_stderr():
+        log = MetricsLog(tmp_path, 0, "wandb")
+        log.add(1, loss=1.0)
+        log.close()
     where, warning = capfd.readouterr().err.splitlines()
-    assert where == "wandb: here" and "failed (no server)" in warning
+    assert where == "wandb: here" and warning.startswith("remixmatch: --log wandb failed (no server); ")
 
 
 def test_what_a_client_lacks_at_the_end_it_has_after_resuming(tmp_path, monkeypatch):
     # with its row, and again at the end, if that was not known yet
     monkeypatch.setitem(loggers._OPEN, "wandb", Stub(*[("open", RuntimeError("no server"))] * 2))
-    log = MetricsLog(tmp_path, 0, lambda text: None, "wandb")
+    log = MetricsLog(tmp_path, 0, "wandb")
     log.add(1, loss=1.0)
     log.close()
     monkeypatch.setitem(loggers._OPEN, "wandb", stub := Stub())
-    log = MetricsLog(tmp_path, 1, pytest.fail, "wandb")
-    log.close()
+    with no_warnings():
+        log = MetricsLog(tmp_path, 1, "wandb")
+        log.close()
     assert [(row.step, row.values) for row in stub.rows] == [(1, {"loss": 1.0})]
 
 
-def test_a_client_that_hangs_holds_up_neither_rows_nor_the_end(tmp_path, monkeypatch):
+def test_a_client_that_hangs_holds_up_neither_rows_nor_the_end(tmp_path, monkeypatch, caplog):
     stuck = threading.Event()
-    stub, said = Stub(), []
+    stub = Stub()
     stub.log = lambda row: stuck.wait()
     monkeypatch.setitem(loggers._OPEN, "wandb", stub)
     monkeypatch.setattr(loggers, "CLOSE_SECONDS", 0.2)
-    log = MetricsLog(tmp_path, 0, said.append, "wandb")
+    log = MetricsLog(tmp_path, 0, "wandb")
     begin = time.monotonic()
     for step in range(1, 5):
         log.add(step, loss=float(step))
@@ -303,11 +306,11 @@ def test_a_client_that_hangs_holds_up_neither_rows_nor_the_end(tmp_path, monkeyp
     assert time.monotonic() - begin < 0.2
     log.close()
     stuck.set()
-    assert time.monotonic() - begin < 5 and "not finished after 0.2 s" in said[0]
+    assert time.monotonic() - begin < 5 and "not finished after 0.2 s" in caplog.messages[0]
     assert len(merged(tmp_path)) == 4
 
 
-def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, monkeypatch, capfd):
+def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, monkeypatch, caplog, capfd):
     package = tmp_path / "site" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('broken')\n")
@@ -317,8 +320,8 @@ def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, mon
     run.train(setup_run(tiny(log="wandb"), tmp_path / "run"), quiet=True)
     run.train(setup_run(tiny(log="none"), tmp_path / "none"), quiet=True)
     assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "none"))
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and "--log wandb failed (broken)" in err
+    (said,) = caplog.messages
+    assert "--log wandb failed (broken)" in said and "\n" not in said and capfd.readouterr() == ("", "")
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
@@ -330,6 +333,7 @@ def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_a_run_resumed_with_tensorboard_has_all_of_it_there(tiny, tmp_path, capfd):
     run.train(setup_run(tiny(log="none"), tmp_path / "run"), quiet=True)
     run.train(setup_run(tiny(log="tensorboard", steps=8), tmp_path / "run", resume=True), quiet=True)
@@ -340,30 +344,32 @@ def test_a_run_resumed_with_tensorboard_has_all_of_it_there(tiny, tmp_path, capf
     ]
     assert board(tmp_path / "run") == rows and len(rows) == 8
     assert capfd.readouterr().err == "", "its checkpoint is that of this run"
-    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail).step == 8
+    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS).step == 8
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_tensorboard_has_the_rows_that_a_kill_kept_from_it(tmp_path):
-    log = MetricsLog(tmp_path, 0, pytest.fail)
+    log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log._flush()  # of steps 1 and 2; then a kill
-    log = MetricsLog(tmp_path, 3, pytest.fail)
+    log = MetricsLog(tmp_path, 3)
     log.add(4, loss=4.0)
     log.close()
     assert board(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
 
 
+@pytest.mark.usefixtures("unwarned")
 @pytest.mark.parametrize("damage", ["{", "[]", '{"tensorboard": 3}', "{}", None])
 def test_a_damaged_record_of_what_was_logged_costs_nothing(tmp_path, damage):
-    log = MetricsLog(tmp_path, 0, pytest.fail)
+    log = MetricsLog(tmp_path, 0)
     log.add(1, loss=1.0)
     log.close()
     if damage is None:
         (tmp_path / "logged.json").unlink()
     else:
         (tmp_path / "logged.json").write_text(damage)
-    log = MetricsLog(tmp_path, 1, pytest.fail)
+    log = MetricsLog(tmp_path, 1)
     log.add(2, loss=2.0)
     log.close()
     assert board(tmp_path) == [(1, 1.0), (2, 2.0)]
@@ -411,9 +417,10 @@ def test_what_another_thread_prints_meanwhile_is_printed(capsys, monkeypatch, na
     assert getattr(capsys.readouterr(), name[3:]) == "of the run\n"
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_rows_are_given_with_the_time_when_they_came(tmp_path, monkeypatch):
     monkeypatch.setitem(loggers._OPEN, "wandb", stub := Stub())
-    log = MetricsLog(tmp_path, 0, pytest.fail, "wandb")
+    log = MetricsLog(tmp_path, 0, "wandb")
     before = time.time()
     log.add(1, loss=1.0)
     after = time.time()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import shutil
 import sys
 
 import numpy as np
@@ -18,6 +20,7 @@ from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.feed import Feed
 from engine.training.trainer import CHECKPOINTS
+from pipelines import files
 from tests.processes import final_state, finish, start
 
 TINY_FLAGS = [
@@ -78,7 +81,8 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     assert any((undisturbed / "tensorboard").iterdir())
 
 
-def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, capfd):
+def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     order, start = [], ProgressLine.start
 
     def made(config, state, rows, execution, example):
@@ -88,9 +92,9 @@ def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, 
     monkeypatch.setattr("engine.training.trainer.make_step", made)
     monkeypatch.setattr(ProgressLine, "start", lambda self, *given: order.append("start") or start(self, *given))
     run.train(setup_run(tiny(), tmp_path / "eager"))
-    assert "compiling" not in capfd.readouterr().err
+    assert "compiling" not in caplog.text
     run.train(setup_run(tiny(mode="compile"), tmp_path / "compiled"))
-    assert "compiling the step" in capfd.readouterr().err and order == ["made", "start"] * 2
+    assert "compiling the step" in caplog.text and order == ["made", "start"] * 2
 
 
 def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
@@ -117,6 +121,27 @@ def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeyp
     summary = run.train(setup_run(config, tmp_path / "run", resume=True), quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in undisturbed.iterdir()}
     assert summary["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "curves.png", "views.png", "results.npz", "summary.json"])
+def test_a_disk_that_is_full_at_the_end_leaves_the_former_file(undisturbed, tmp_path, monkeypatch, name):
+    """Of a run that is resumed when it is finished, which makes all of them anew."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    config, before = load_config(folder / "config.json"), (folder / name).read_bytes()
+    write = files._File.write
+
+    def full_disk(self, data):
+        if name in str(self.name):
+            write(self, bytes(data)[:100])
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(files._File, "write", full_disk)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.train(setup_run(config, folder, resume=True), quiet=True)
+    assert (folder / name).read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
 
 def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
@@ -157,7 +182,7 @@ def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_pat
     assert saved["content"]["policy"]["waiting"], "the policy has such a field, too"
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"omega"', '"probe_match"'))
-    network = load_ema_model(folder, pytest.fail).network
+    network = load_ema_model(folder).network
     assert_same(dict(network.state_dict()), dict(saved["content"]["state"]["ema_model"]))
     run.train(setup_run(dataclasses.replace(config, steps=24), folder, resume=True), quiet=True)
     (one, two) = (final_state(path)[1] for path in (folder, undisturbed))
@@ -177,13 +202,13 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed):
     assert_same(before, final_state(undisturbed))
 
 
-def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, capfd):
+def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, caplog):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=9)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
     newest.write_bytes(newest.read_bytes()[:5000])
     run.train(setup_run(dataclasses.replace(config, steps=24), tmp_path / "run", resume=True))
-    assert "step-00000009.pt cannot be read" in capfd.readouterr().err
+    assert "step-00000009.pt cannot be read" in caplog.text
     assert_same(final_state(undisturbed)[1]["state"], final_state(tmp_path / "run")[1]["state"])
 
 
@@ -199,6 +224,7 @@ def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     config = tiny(steps=9, checkpoint_every=2)
     original = Feed.put
@@ -212,13 +238,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoin
     with pytest.raises(UserError, match=r"diverged at step 5: the loss is not finite \(loss nan, loss_x nan") as error:
         run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert "step-00000004.pt" in str(error.value)
-    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail).step == 4
+    assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS).step == 4
 
 
+@pytest.mark.usefixtures("unwarned")
 def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
     """A learning rate that overflows the parameters: the real thing, nothing patched."""
     with pytest.raises(UserError, match="training diverged at step"):
         run.train(setup_run(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run"), quiet=True)
-    found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS, pytest.fail)
+    found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
     if found:
         assert all(p.isfinite().all() for p in found.content["state"]["network"].values())

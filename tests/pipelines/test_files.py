@@ -1,0 +1,170 @@
+"""Files are replaced whole or not at all: after errors, failed writes of the kernel, kills, and among processes."""
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.files import atomic_write, write_bytes, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(script, folder, **options):
+    """Start an interpreter that runs `script` in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, **options
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def former(tmp_path):
+    """A file in a folder of its own."""
+    path = tmp_path / "file.txt"
+    path.write_text("former")
+    return path
+
+
+def test_the_former_content_stays_until_the_new_one_is_complete(former):
+    with atomic_write(former) as file:
+        file.write(b"new")
+        file.flush()
+        assert former.read_text() == "former" and names(former.parent) == [".file.txt.partial", "file.txt"]
+        assert Path(file.name) == former.with_name(".file.txt.partial")
+    assert former.read_text() == "new" and names(former.parent) == ["file.txt"]
+
+
+def test_text_is_utf8_and_permissions_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "text", "größer\n")
+        write_bytes(tmp_path / "bytes", b"\x00\xff")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "text").read_bytes() == "größer\n".encode() and (tmp_path / "bytes").read_bytes() == b"\x00\xff"
+    assert stat.S_IMODE((tmp_path / "text").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), OSError(5, "elsewhere"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_of_the_block_leaves_the_former_file_alone(former, error):
+    with pytest.raises(type(error)) as raised, atomic_write(former) as file:
+        file.write(b"half")
+        raise error
+    assert raised.value is error and former.read_text() == "former" and names(former.parent) == ["file.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_text(tmp_path / "none" / "file.txt", "new")
+    assert raised.value.filename == str(tmp_path / "none" / "file.txt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as raised:
+        write_text(tmp_path / "folder", "new")
+    assert raised.value.filename == str(tmp_path / "folder") and names(tmp_path) == ["folder"]
+
+
+# the kernel refuses bytes past a limit, as a full disk does
+LIMITED = """
+import resource, signal
+from pathlib import Path
+from pipelines.files import atomic_write, write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+path = Path("file.txt")
+try:
+{}
+except OSError as error:
+    print(error.errno, type(error.__cause__).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("block", "cause"),
+    [
+        ("    write_bytes(path, bytes(200_000))", "NoneType"),
+        ("    with atomic_write(path) as file:\n        for _ in range(200): file.write(bytes(1000))", "NoneType"),
+        ("    with atomic_write(path) as file:\n        file.write(bytes(100_001))", "NoneType"),
+        (
+            # as torch.save does
+            "    with atomic_write(path) as file:\n"
+            "        try: file.write(bytes(200_000))\n"
+            "        except OSError: raise RuntimeError('unexpected pos') from None",
+            "RuntimeError",
+        ),
+        (
+            "    with atomic_write(path) as file:\n"
+            "        try: file.write(bytes(200_000))\n"
+            "        except OSError: pass",
+            "NoneType",
+        ),
+    ],
+    ids=["at once", "when flushed", "one write", "made another error", "ignored"],
+)
+def test_a_failed_write_is_told_by_its_cause_and_costs_nothing(former, block, cause):
+    process = python(LIMITED.format(block), former.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, errors = process.communicate(timeout=60)
+    assert (said.split(), errors) == ([str(errno.EFBIG), cause], "")
+    assert former.read_text() == "former" and names(former.parent) == ["file.txt"]
+
+
+def test_a_kill_costs_nothing_and_its_remains_go_with_the_next_write(former):
+    script = """
+from pathlib import Path
+from pipelines.files import atomic_write
+with atomic_write(Path("file.txt")) as file:
+    file.write(bytes(100_000))
+    file.flush()
+    print("there", flush=True)
+    input()
+"""
+    process = python(script, former.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "there\n"
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert former.read_text() == "former" and names(former.parent) == [".file.txt.partial", "file.txt"]
+    write_text(former, "new")
+    assert former.read_text() == "new" and names(former.parent) == ["file.txt"]
+
+
+def test_several_processes_may_replace_one_file(tmp_path):
+    script = """
+import os
+from pathlib import Path
+from pipelines.files import write_text
+for _ in range(200):
+    write_text(Path("file.txt"), str(os.getpid())[-1] * 50_000, shared=True)
+"""
+    write_text(tmp_path / "file.txt", "0" * 50_000)
+    processes = [python(script, tmp_path) for _ in range(3)]
+    seen = 0
+    while seen < 100 or any(process.poll() is None for process in processes):
+        text = (tmp_path / "file.txt").read_text()
+        assert len(text) == 50_000 and len(set(text)) == 1
+        seen += 1
+    assert [process.wait(60) for process in processes] == [0] * 3 and names(tmp_path) == ["file.txt"]
+
+
+def test_what_is_to_survive_a_power_cut_is_flushed_before_and_after_its_new_name(former, monkeypatch):
+    seen, fsync = [], os.fsync
+
+    def flush(descriptor):
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        seen.append((kind, os.fstat(descriptor).st_size if kind == "file" else None, former.read_text()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_text(former, "unflushed")
+    assert seen == []
+    with atomic_write(former, sync=True) as file:
+        file.write(b"new")
+    assert seen == [("file", 3, "unflushed"), ("folder", None, "new")]
