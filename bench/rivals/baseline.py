@@ -52,7 +52,7 @@ from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, set_numerics
 from engine.training.feed import Feed, ViewLoader
 from engine.training.state import make_state
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.datasets import NOISE_32
 from pipelines.plan import ViewPlan
 

@@ -38,7 +38,7 @@ from torchvision import transforms
 
 from bench.rivals.loaders import EndlessLoader
 from engine.config.config import Config
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 
 K = 2
 LR, MOMENTUM, WEIGHT_DECAY = 0.03, 0.9, 5e-4
