@@ -1,4 +1,4 @@
-"""What a data set is, and data sets on disk: uint8 images that are memory-mapped, so that opening costs next to nothing.
+"""What a data set is, and data sets on disk: uint8 images that are memory-mapped, so that opening costs little.
 
 A cache is a folder with `cache.json` and arrays in numpy's format. It is written under another name and renamed whole,
 so that a half-written one is never read. Opening looks at the version and at the sizes of the files, `verify` at their
