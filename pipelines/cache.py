@@ -1,4 +1,4 @@
-"""Data sets on disk: uint8 images in files that are memory-mapped, so that opening takes no time and no memory.
+"""What a data set is, and data sets on disk: uint8 images that are memory-mapped, so that opening costs little.
 
 A cache is a folder with `cache.json` and arrays in numpy's format. It is written under another name and renamed whole,
 so that a half-written one is never read. Opening looks at the version and at the sizes of the files, `verify` at their
@@ -16,18 +16,58 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.data_set import DataSet
 from pipelines.files import PARTIAL, sync_to_disk
 
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
 _flag = ""  # of the command line, with which this process was told where caches lie
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Decoded images by number, and their labels; in memory or memory-mapped, so that nothing may copy all of them.
+
+    Attributes:
+        name: as in `pipelines.datasets.DATASETS`.
+        classes: names of the L classes.
+        train_images: (N, H, W, 3) uint8, labeled and unlabeled ones.
+        train_labels: (N,) int64, -1 where the label is not known.
+        test_images: (M, H, W, 3) uint8.
+        test_labels: (M,) int64.
+        unlabeled: rows of the training images that are trained on without their label; None for all of them, as in the
+            paper, the labeled ones included.
+        class_order: classes in the order in which the paper's split goes through them; () for ascending.
+        folds: published label splits, each rows of the training images; () without any.
+        held_out: how many labeled images were made the test part, where the source has none; 0 otherwise.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    unlabeled: np.ndarray | None = None
+    class_order: tuple[int, ...] = ()
+    folds: tuple[np.ndarray, ...] = ()
+    held_out: int = 0
+
+    @property
+    def unlabeled_rows(self) -> np.ndarray:
+        """Rows of the training images that are trained on without their label: (Nu,) int64."""
+        return np.arange(len(self.train_images)) if self.unlabeled is None else self.unlabeled
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """H and W."""
+        return self.train_images.shape[1:3]
 
 
 class DataError(ValueError):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import cache
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.plan import stream
 
 NOISE_32 = "noise-32"

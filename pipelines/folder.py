@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import cache
-from pipelines.cache import DataError
-from pipelines.data_set import DataSet
+from pipelines.cache import DataError, DataSet
 from pipelines.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 

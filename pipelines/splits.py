@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.plan import stream
 
 _STREAM = 100  # apart from the streams of plans

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench.emulator.run import SOURCES
+from bench import registry
 from pipelines.datasets import digits
 from tests import pages
 
@@ -48,25 +48,15 @@ SHORT = {
     "data check-split": "",
     "reproduce": "--seeds 0 --methods remixmatch -- --steps 8 --eval-every 4",
     "profile": "--steps 8 --warm-up 1",
-    "bench baseline": "--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
-    "bench kernels": "--repeats 1 --providers eager --sizes step",
-    "bench pipelines": "--repeats 1 --rows 16 --batches 1 --threads 1",
-    "bench host": "--repeats 1 --k 1 --batch 8 --steps 1",
-    "bench convolutions": "--rows 1 --repeats 1",
-    "bench throughput": "--repeats 1 --k 1 --modes eager --steps 1",
-    "bench scaling": "--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
-    "bench start": "--repeats 1",
-    "bench data": "--parts opening preparing --repeats 1 --rounds 1 --files 8",
-    "bench report": "",
 }
-# commands that no flag makes short, and why: they are run as written only, with `--long`
-LONG = {
-    "ablate": "four processes that train at least, two by two in turns: half a minute",
-    "bench count": "an emulated device is built, and the paper's step is compiled on it: a minute",
-    "bench opening": "a browser, which not every machine has; it is tested where there is one",
-    "bench variants": "eight processes that train, one after another",
-    "bench restart": "two ranks are started, killed and started again, which takes 20 s for a single kill",
-}
+# Commands that no flags make short: half a minute and more. They run only as written, with `--long`.
+LONG = {"ablate"}
+for name, listed in registry.find().items():
+    quick = listed.load().quick
+    if quick is None:
+        LONG.add(f"bench {name}")
+    else:
+        SHORT[f"bench {name}"] = quick
 
 # those that train for hours: never run as written
 HOURS = {"train folder"}
@@ -102,17 +92,21 @@ class Installed:
         (found,) = self.folder.glob("lib/python*/site-packages")
         return found
 
-    def run(self, folder, *command, timeout=300):
-        """Runs a command of the environment in a folder, on the CPU, and returns what it prints."""
+    def start(self, folder, *command, timeout=300):
+        """Run a command of the environment in a folder, on the CPU."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
         environment["REMIXMATCH_DATA"] = str(Path(folder) / "data")
         # found by the new PATH, not by ours
         program = shutil.which(command[0], path=environment["PATH"])
         assert program == str(self.folder / "bin" / command[0])
-        done = subprocess.run(
+        return subprocess.run(
             [program, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
         )
+
+    def run(self, folder, *command, timeout=300):
+        """Run a command that succeeds, and return what it prints."""
+        done = self.start(folder, *command, timeout=timeout)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -138,12 +132,16 @@ def test_the_wheel_holds_all_that_it_should(wheel):
         assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
-    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    rows = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "results").glob("*.jsonl")}
-    emulator = {f"bench/emulator/{name}" for name in SOURCES}
-    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "bench" / "pages" / "templates").iterdir()}
-    assert len(modules) > 50 and rows and templates
-    assert {name for name in names if ".dist-info/" not in name} == modules | rows | emulator | templates
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if package == "kernels" or (path.parent / "__init__.py").exists()
+    }
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "engine" / "report" / "templates").iterdir()}
+    assert len(modules) > 50 and templates
+    # of the measured records only those that commands look up; nothing of the emulated device that has to be compiled
+    assert {name for name in names if ".dist-info/" not in name} == modules | templates | {"bench/results/count.jsonl"}
     assert "kernels/__init__.py" not in names
 
 
@@ -190,6 +188,19 @@ def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel
     assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
 
 
+def test_what_the_wheel_lacks_is_one_line(wheel, tmp_path):
+    installed = install(tmp_path / "environment", wheel)
+    for command, message in {
+        "remixmatch bench count": "the emulated device needs a checkout of the project",
+        "python -m bench.emulator -c pass": "the emulated device needs a checkout of the project",
+        "remixmatch bench report": "bench-results has no records: measure some with remixmatch bench NAME",
+    }.items():
+        done = installed.start(tmp_path, *command.split())
+        assert done.returncode == 2 and done.stderr.startswith(f"remixmatch: {message}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "bench-results").exists()
+
+
 def kind(command):
     """What SHORT and LONG call a command: its first word, and the second where there is one for each."""
     two = command[1] in ("bench", "data") or command[1:3] == ["train", "folder"]
@@ -199,8 +210,8 @@ def kind(command):
 def test_every_command_of_the_pages_is_known():
     commands = pages.commands()
     assert commands
-    unknown = [shlex.join(command) for command in commands if kind(command) not in SHORT | LONG]
-    assert not unknown, "tests/test_package.py runs the pages' commands: enter in SHORT which flags make these short"
+    unknown = [shlex.join(command) for command in commands if kind(command) not in SHORT.keys() | LONG]
+    assert not unknown, "SHORT says which flags make a command short; a bench says so itself"
 
 
 def some_images(folder):

@@ -14,8 +14,8 @@ AOTAutograd and leaves out Inductor), DALI on a device, times, and what librarie
 
 EMULATED_DEVICES is how many devices there are (2), EMULATED_CAPABILITY, EMULATED_MULTIPROCESSORS and
 EMULATED_MEMORY_GIB what they are like. With EMULATED_IDLE=1 they compute nothing: shapes are right and values are not,
-which is enough to count launches (`bench count`). Needs a C++ compiler, without which tests are skipped with that
-reason; built once, into build/emulator of a checkout, elsewhere into ~/.cache/remixmatch/emulator.
+which is enough to count launches (`bench count`). It is built once, into build/emulator of a checkout: an installed
+package does not have its C++ sources. That takes a C++ compiler, without which tests are skipped with that reason.
 """
 
 import fcntl
@@ -28,6 +28,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from engine.errors import UserError
 from engine.measuring.process import search_path
 
 HERE = Path(__file__).resolve().parent
@@ -37,11 +38,16 @@ SOURCES = ("runtime.h", "runtime.cpp", "collectives.cpp", "operators.cpp")
 
 
 def build() -> Path:
-    """Builds the two libraries, unless they are there for these sources and this torch; returns their folder."""
+    """Build the two libraries, unless they are there for these sources and this torch; return their folder.
+
+    Raises:
+        UserError: this is no checkout, or there is no C++ compiler.
+    """
+    if not all((HERE / name).exists() for name in SOURCES):
+        raise UserError("the emulated device needs a checkout of the project: its C++ sources are not in the package")
     content = b"".join((HERE / name).read_bytes() for name in (*SOURCES, "run.py"))
     key = hashlib.sha256(content + importlib.metadata.version("torch").encode()).hexdigest()[:16]
-    checkout = (ROOT / "pyproject.toml").exists()
-    folder = (ROOT / "build" if checkout else Path.home() / ".cache" / "remixmatch") / "emulator" / key
+    folder = ROOT / "build" / "emulator" / key
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,7 +71,7 @@ def build() -> Path:
 def _folder(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise SystemExit(f"the emulated device needs {package}")
+        raise UserError(f"the emulated device needs {package}")
     return Path(found.origin).parent
 
 
@@ -78,13 +84,17 @@ def compiler() -> str | None:
 def _compile(result: Path, sources: list[str], flags: list[str], links: list[str] | None = None) -> None:
     found = compiler()
     if found is None:
-        raise SystemExit("the emulated device has to be built, which needs a C++ compiler; install g++")
+        raise UserError("the emulated device has to be built, which needs a C++ compiler: install g++")
     command = [found, *flags, *(str(HERE / name) for name in sources), "-o", str(result), *(links or [])]
     subprocess.run(command, check=True)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, and in it what gives every Python that is started an emulated device."""
+    """Return this process's environment, and in it what gives every Python that is started an emulated device.
+
+    Raises:
+        UserError: see `build`.
+    """
     folder, path = build(), search_path(HERE / "site", ROOT)
     defaults = {"EMULATED_DEVICES": "2", "OMP_NUM_THREADS": "1"}
     ours = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "EMULATOR": str(folder), "PYTHONPATH": path}
@@ -92,9 +102,13 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Runs Python with the arguments of the command line and an emulated device."""
+    """Run Python with the arguments of the command line and an emulated device."""
     if compiler() is None and sys.argv[1:3] == ["-m", "pytest"]:
         variables = os.environ | {NOT_BUILT: "1"}
     else:
-        variables = environment()
+        try:
+            variables = environment()
+        except UserError as error:
+            print(f"remixmatch: {error}", file=sys.stderr)
+            sys.exit(2)
     os.execve(sys.executable, [sys.executable, *sys.argv[1:]], variables)

@@ -1,4 +1,4 @@
-"""`remixmatch bench restart`: how long a run stands still when a rank is killed, and where that time goes.
+"""`remixmatch bench restart`: from SIGKILL of a rank to the next step of its group, by part.
 
 One real run, started as a user starts it with --gpus and --max-restarts. Again and again one of its ranks is killed,
 and the clock runs until the group has trained its next step. It is read off from outside: processes in /proc, and the
@@ -20,6 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device
@@ -54,8 +55,7 @@ def main(options: RestartOptions) -> None:
         UserError: a flag that cannot work, or a system without /proc.
         RuntimeError: the run ended or did not come back.
     """
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--ranks", options.ranks, 1)
+    records.check_numbers(options, repeats=1, ranks=1)
     if not Path("/proc/self/environ").exists():
         raise UserError("bench restart finds the ranks in /proc, which this system does not have")
     device = bench_device()
@@ -152,3 +152,27 @@ def _import_seconds(processes: int) -> float:
     if any([process.wait() for process in started]):
         raise RuntimeError("the engine cannot be imported")
     return time.monotonic() - begin
+
+
+BENCH = Bench(
+    options=RestartOptions,
+    main=main,
+    quick=None,  # It starts two ranks, kills one and starts both again: 20 s for a single kill.
+    tables={
+        "restart": Table(
+            key=("preset", "ranks"),
+            columns={
+                "preset": "{preset}",
+                "ranks": "{ranks}",
+                "kills": "{repeats}",
+                "kill to next step, s": "{restart_seconds:.1f}",
+                "longest, s": "{most_restart_seconds:.1f}",
+                "new processes, s": "{regroup_seconds:.1f}",
+                "imports to checkpoint, s": "{load_seconds:.1f}",
+                "first step, s": "{first_step_seconds:.1f}",
+                "steps lost": "{lost_steps:.0f}",
+                "imports alone, s": "{import_seconds:.1f}",
+            },
+        ),
+    },
+)

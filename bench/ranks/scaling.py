@@ -1,4 +1,4 @@
-"""`remixmatch bench scaling`: training steps on 1, 2, ... ranks, what their collectives cost, and a model beside it.
+"""`remixmatch bench scaling`: steps on 1, 2, ... GPUs or processes, weak and strong scaling, and a model for many.
 
 Weak scaling keeps B a rank, strong scaling keeps B over all ranks. Each group of ranks is launched by torchrun and
 measures its cases in turn, sample by sample; groups take turns round by round, since no two of them may run at once.
@@ -33,12 +33,15 @@ from bench.ranks.scaling_model import (
     predict,
 )
 from bench.ranks.scaling_worker import CaseSpec, Job
+from bench.registry import Bench, Table
+from bench.step import throughput
 from bench.step.throughput import base_config
 from engine.config.checks import validate
 from engine.config.config import Config
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.records import newest
+from engine.measuring.process import search_path
+from engine.measuring.step_worker import ROOT
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
@@ -121,18 +124,14 @@ def main(options: ScalingOptions) -> None:
     cores = len(os.sched_getaffinity(0))
     places = torch.cuda.device_count() if cuda else cores
     ranks = sorted(set(options.ranks)) or [2**n for n in range(places.bit_length())]
-    records.check_least("--ranks", ranks, 1)
+    records.check_choices(options, scaling=SCALINGS, views=VIEWS)
+    records.check_numbers(options, ranks=1, rounds=1, repeats=1, steps=1)
     if cuda and ranks[-1] > places:
         raise UserError(f"--ranks: {ranks[-1]} ranks need as many GPUs, and torch sees {places}")
-    records.check_choice("--scaling", options.scaling, SCALINGS)
     if not options.scaling:
         raise UserError(f"--scaling takes one or more of {', '.join(SCALINGS)}")
-    records.check_least("--rounds", options.rounds, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    steps = options.steps if options.steps is not None else (20 if cuda else 8)
-    records.check_least("--steps", steps, 1)
+    steps = options.steps or (20 if cuda else 8)
     views = options.views or ("fused" if cuda else "dali")
-    records.check_choice("--views", [views], VIEWS)
     given = {"batch": options.batch, "k": options.k, "mode": options.mode, "precision": options.precision}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(base_config(options.preset, cuda), **changes)
@@ -148,7 +147,7 @@ def main(options: ScalingOptions) -> None:
     print(f"groups of {_words(ranks)} ranks, {threads} threads a rank", flush=True)
     moved = step_bytes(config)
     sizes = tuple(sorted({*_REDUCED_SIZES, moved.gradients.bytes(config.batch)}))
-    whole = -(-steps // config.view_steps) * config.view_steps
+    whole = throughput.whole_batches(steps, config)
     groups = {r: Group(r) for r in ranks}
     failures = records.Failures()
     failed: set[int] = set()
@@ -183,12 +182,15 @@ def case_specs(batch: int, ranks: int, most: int, scaling: Sequence[str]) -> lis
         scaling: of SCALINGS.
     """
     if ranks == 1:
-        own = [CaseSpec(batch, grouped=False), CaseSpec(batch)]
-        return own + [CaseSpec(batch // most)] * (most > 1 and "strong" in scaling)
-    batches = [batch * ranks] * ("weak" in scaling) + [batch] * ("strong" in scaling)
-    return [
-        spec for b in batches for spec in (CaseSpec(b), CaseSpec(b, reduced=False), CaseSpec(b // ranks, grouped=False))
-    ]
+        specs = [CaseSpec(batch, grouped=False), CaseSpec(batch)]
+        if most > 1 and "strong" in scaling:
+            specs.append(CaseSpec(batch // most))
+        return specs
+    of_all_ranks = {"weak": batch * ranks, "strong": batch}
+    specs = []
+    for b in (of_all_ranks[name] for name in SCALINGS if name in scaling):
+        specs += [CaseSpec(b), CaseSpec(b, reduced=False), CaseSpec(b // ranks, grouped=False)]
+    return specs
 
 
 def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
@@ -197,9 +199,8 @@ def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
     Raises:
         RuntimeError: a rank failed; has the end of what they said.
     """
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]  # the ranks import what this process has imported
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(paths)}
+    # The ranks import what this process has imported.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search_path(ROOT)}
     environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line has it
     with TemporaryDirectory() as folder:
         (Path(folder) / "job.json").write_text(job.to_json(), encoding="utf-8")
@@ -439,7 +440,7 @@ def assumed_work(moved: StepBytes, rows: Sequence[dict[str, Any]], paper: Config
         paper: the configuration whose step it is.
     """
     wanted = {"preset": paper.preset, "batch": paper.batch, "mode": "graph", "views": "fused", "precision": "bfloat16"}
-    for device, found in reversed(newest("throughput", rows).items()):
+    for device, found in reversed(throughput.BENCH.tables["throughput"].newest(rows).items()):
         steps = {row["k"]: row["step_ms"] / 1e3 for row in found if wanted.items() <= row.items()}
         if device.startswith("CPU") or paper.k not in steps:
             continue
@@ -466,4 +467,37 @@ def _words(numbers: Sequence[int]) -> str:
 
 
 def _ranks(number: int) -> str:
-    return f"{number} rank{'s' * (number > 1)}"
+    return f"{number} rank" if number == 1 else f"{number} ranks"
+
+
+BENCH = Bench(
+    options=ScalingOptions,
+    main=main,
+    quick="--ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic",
+    tables={
+        "scaling": Table(
+            key=("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
+            columns={
+                "preset": "{preset}",
+                "K": "{k}",
+                "scaling": "{scaling}",
+                "ranks": "{ranks}",
+                "DDP": "{ddp}",
+                "B": "{batch}",
+                "mode": "{mode}",
+                "views": "{views}",
+                "step, ms": "{step_ms:.2f}",
+                "quartiles": "{step_ms_low:.2f} to {step_ms_high:.2f}",
+                "images/s": "{images_per_second:,.0f}",
+                "efficiency": "{efficiency:.1%}",
+                "DDP costs": "{ddp_overhead_percent:+.1f} %",
+                "ranks apart, ms": "{beside_step_ms:.2f}",
+                "gradients, bytes": "{all_reduce_bytes:,}",
+                "all-reduce, ms": "{all_reduce_ms:.2f}",
+                "behind backward": "{overlap:.0%} {overlap_noise}",
+                "other collectives": "{other_collectives}",
+                "their bytes": "{other_total_bytes:,}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench baseline`: ReMixMatch's training step as one would have it without this engine, and the engine's.
+"""`remixmatch bench baseline`: the engine's training step against those of plain PyTorch and other libraries.
 
 Three rivals: `plain` is good everyday PyTorch (`plain.py`); `usb` and `torchssl` are the step as these libraries
 write it (`ports.py`), which have K = 2. Beside `plain` the engine trains with the same K, beside the others with
@@ -37,9 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.registry import Bench, Table
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
-from bench.step.throughput import figures
+from bench.step.throughput import added_memory, figures, speed
 from engine.config.checks import validate
 from engine.config.config import Config
 from engine.errors import UserError
@@ -51,7 +52,7 @@ from engine.training.cuda_graph import make_step
 from engine.training.execution import Execution, set_numerics
 from engine.training.feed import Feed, ViewLoader
 from engine.training.state import make_state
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.datasets import NOISE_32
 from pipelines.plan import ViewPlan
 
@@ -249,14 +250,7 @@ class RivalTrainer(Trainer):
 
     def figures(self, data: str, timing: Timing, steps: int) -> dict[str, float]:
         """See `Trainer`."""
-        rate = steps / timing.seconds
-        return {
-            "steps_per_second": rate,
-            "images_per_second": self.config.batch * (self.config.k + 4) * rate,
-            "step_ms": 1e3 / rate,
-            "step_ms_low": 1e3 * timing.low / steps,
-            "step_ms_high": 1e3 * timing.high / steps,
-        }
+        return speed(timing, steps, self.config.batch * (self.config.k + 4))
 
     def close(self) -> None:
         """See `Trainer`."""
@@ -356,18 +350,13 @@ def main(options: BaselineOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag, given, known in (("--data", options.data, DATA), ("--rivals", options.rivals, tuple(RIVALS))):
-        records.check_choice(flag, given, known)
-        if not given:
-            raise UserError(f"{flag} takes one or more of {', '.join(known)}")
-    if not options.k:
-        raise UserError("--k takes one or more numbers")
-    records.check_least("--k", options.k, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--workers", options.workers, 1)
+    records.check_choices(options, data=DATA, rivals=RIVALS)
+    records.check_numbers(options, k=1, repeats=1, workers=1, steps=1)
+    for flag in ("data", "rivals", "k"):
+        if not getattr(options, flag):
+            raise UserError(f"--{flag} takes one or more values")
     device = bench_device()
-    steps = options.steps if options.steps is not None else (20 if device.type == "cuda" else 8)
-    records.check_least("--steps", steps, 1)
+    steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
     configs = {k: _config(k, options, device) for name, k, beside in groups for k in (k, *beside)}
     print(ceilings(device).text())
@@ -384,7 +373,8 @@ def main(options: BaselineOptions) -> None:
         engines: dict[int, Trainer] = {}
         for rival, (_, _, beside) in zip(rivals, groups, strict=True):
             for k in beside:
-                engines[k] = engines.get(k) or ready(partial(EngineTrainer, configs[k], options))
+                if k not in engines:
+                    engines[k] = ready(partial(EngineTrainer, configs[k], options))
             for row in _turns(rival, [engines[k] for k in beside], options, steps, device):
                 records.append(options.out, records.record("baseline", device, **row))
                 print(_line(row), flush=True)
@@ -408,16 +398,11 @@ def _config(k: int, options: BaselineOptions, device: torch.device) -> Config:
 
 def _warmed_up(make: Callable[[], Trainer], options: BaselineOptions, device: torch.device) -> Trainer:
     """Makes a trainer and trains a little: compilation, allocation, the first batches of workers."""
-    cuda = device.type == "cuda"
-    before = 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    trainer = make()
-    for data in options.data:
-        trainer.advance(data, 2)
-    if cuda:
-        trainer.facts |= {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+    with added_memory(device) as memory:
+        trainer = make()
+        for data in options.data:
+            trainer.advance(data, 2)
+    trainer.facts |= memory
     return trainer
 
 
@@ -426,7 +411,9 @@ def _turns(
 ) -> Iterator[dict[str, Any]]:
     """Times a rival and the engine beside it, and gives a row for each of them and each kind of views."""
     trainers = [rival, *engines]
-    kinds = ["networks"] * options.parts + sorted(options.data, reverse=True)
+    kinds = sorted(options.data, reverse=True)
+    if options.parts:
+        kinds = ["networks", *kinds]
     turns = {_name(trainer, kind): trainer.turn(kind, steps) for kind in kinds for trainer in trainers}
     functions = {name: function for name, function in turns.items() if function is not None}
     timings = measure(functions, device, options.repeats, warm_up=1)
@@ -493,3 +480,33 @@ def _line(row: dict[str, Any]) -> str:
         text += f"; {row['engine_ratio']:.2f} [{row['engine_ratio_low']:.2f}, {row['engine_ratio_high']:.2f}] times "
         text += f"the steps/s of {row['beside']}, {row['engine_images_ratio']:.2f} times its images/s"
     return text
+
+
+BENCH = Bench(
+    options=BaselineOptions,
+    main=main,
+    quick="--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
+    tables={
+        "baseline": Table(
+            key=("trainer", "beside", "k", "batch", "data", "precision"),
+            columns={
+                "trainer": "{trainer}",
+                "beside": "{beside}",
+                "K": "{k}",
+                "B": "{batch}",
+                "views": "{data}",
+                "precision": "{precision}",
+                "step, ms": "{step_ms:.2f}",
+                "quartiles": "{step_ms_low:.2f} to {step_ms_high:.2f}",
+                "networks, ms": "{networks_ms:.2f}",
+                "the rest": "{rest_ms:.2f}",
+                "views, ms": "{views_ms:.2f}",
+                "images/s": "{images_per_second:,.0f}",
+                "ratio to bound": "{floor_ratio:.2f}",
+                "engine, times": "{engine_ratio:.2f}",
+                "their quartiles": "{engine_ratio_low:.2f} to {engine_ratio_high:.2f}",
+                "in images/s": "{engine_images_ratio:.2f}",
+            },
+        ),
+    },
+)

@@ -24,7 +24,7 @@ from bench.step.pipelines import randaugment
 from engine.config.config import Config
 from engine.models.wide_resnet import WideResNet
 from engine.training.state import decayed_parameters
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 
 
 class Items(Dataset):

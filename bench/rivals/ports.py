@@ -38,7 +38,7 @@ from torchvision import transforms
 
 from bench.rivals.loaders import EndlessLoader
 from engine.config.config import Config
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 
 K = 2
 LR, MOMENTUM, WEIGHT_DECAY = 0.03, 0.9, 5e-4
@@ -86,7 +86,8 @@ def randaugment(image: Image.Image) -> Image.Image:
 def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Compose]:
     """The weak and the strong augmentation: PIL image to (3, side, side) float32 in [-1, 1]."""
     weak = [transforms.RandomCrop(side, padding=config.max_shift, padding_mode="reflect")]
-    weak += [transforms.RandomHorizontalFlip()] * config.flip
+    if config.flip:
+        weak.append(transforms.RandomHorizontalFlip())
     to_tensor = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     strong = [*weak, transforms.Lambda(randaugment), *to_tensor]
     return transforms.Compose([*weak, *to_tensor]), transforms.Compose(strong)

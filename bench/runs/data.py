@@ -1,4 +1,4 @@
-"""`remixmatch bench data`: what data costs, by the engine's real code on material of the bench's own making.
+"""`remixmatch bench data`: opening a cache, preparing a folder of images, and training on many images and on few.
 
 Opening: a cache in CIFAR-10's shape, whose files are read from the disk each time.
 Preparing: a folder of photographs, in turn with what DALI alone takes to read, decode, resize and crop them.
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from bench.images import crops, photographs
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.process import output
@@ -87,10 +88,8 @@ def main(options: DataOptions) -> None:
         "preparing": _preparing,
         "training": _training,
     }
-    records.check_choice("--parts", options.parts, parts)
-    least = {"repeats": 1, "rounds": 1, "files": 8, "threads": 0, "images": 1000, "few-images": 1000, "steps": 2}
-    for flag, bound in least.items():
-        records.check_least(f"--{flag}", getattr(options, flag.replace("-", "_")), bound)
+    records.check_choices(options, parts=parts)
+    records.check_numbers(options, repeats=1, rounds=1, files=8, threads=0, images=1000, few_images=1000, steps=2)
     device = bench_device()
     for part in options.parts:
         try:
@@ -276,3 +275,30 @@ def _training(options: DataOptions, folder: Path, device: torch.device) -> dict[
         f"at most {MOST_MEMORY_MIB}"
     )
     return row
+
+
+BENCH = Bench(
+    options=DataOptions,
+    main=main,
+    quick="--parts opening preparing --repeats 1 --rounds 1 --files 8",
+    tables={
+        "data": Table(
+            key=("part", "images", "few_images", "side", "views", "decoder"),
+            columns={
+                "part": "{part}",
+                "images": "{images:,}",
+                "side": "{side}",
+                "open, s": "{open_seconds:.4f}",
+                "prepare, images/s": "{prepare_images_per_second:,.0f}",
+                "DALI alone, images/s": "{dali_images_per_second:,.0f}",
+                "prepare / DALI alone": "{prepare_ratio:.2f} ({least_prepare_ratio:.2f} to {most_prepare_ratio:.2f})",
+                "views": "{views}",
+                "step, ms": "{step_ms:.1f}",
+                "with fewer images, ms": "{few_step_ms:.1f} ({few_images:,})",
+                "step / with fewer": "{step_ratio:.2f} ({least_step_ratio:.2f} to {most_step_ratio:.2f})",
+                "of CPU time": "{cpu_step_ratio:.2f}",
+                "memory for the data, MiB": "{data_memory_mib:.0f}",
+            },
+        ),
+    },
+)

@@ -14,32 +14,31 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from bench.runs.step_ends import on_step_end
 from engine import run
 from engine.config.config import Config
 from engine.measuring.process import peak_memory
 from engine.runs.setup import setup_run
-from engine.training.trainer import Trainer
+from engine.training import ranges
 
 
 def main() -> None:
-    """Trains, and prints what it took."""
+    """Train, and print what it took."""
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     ends: list[float] = []
     cpu: list[float] = []
-    advance = Trainer.advance
 
-    def timed(trainer: Trainer) -> None:
-        advance(trainer)
+    def ended() -> None:
         ends.append(time.perf_counter())
         cpu.append(time.process_time())
 
-    Trainer.advance = timed  # type: ignore[assignment, method-assign]
-    # a small network, so that the images' part of a step is not lost beside it
+    # A small network, so that the images' part of a step is not lost in it.
     small: dict[str, Any] = {"width": 16, "blocks": 1, "scales": 2, "batch": 8, "k": 1, "views": sys.argv[3]}
     config = Config(
         dataset="stl10", labels=100, max_shift=12, steps=steps, eval_every=steps, checkpoint_every=steps, **small
     )
-    run.train(setup_run(config, folder), quiet=True)
+    with ranges.listening(on_step_end(ended)):
+        run.train(setup_run(config, folder), quiet=True)
     times = [1e3 * (end - begin) for begin, end in pairwise(ends)]
     figures = {"step_ms": median(times), "mean_step_ms": mean(times), "peak_memory_mib": peak_memory()}
     print(json.dumps(figures | {"cpu_step_ms": 1e3 * (cpu[-1] - cpu[0]) / (steps - 1)}))

@@ -1,4 +1,4 @@
-"""`remixmatch bench opening`: how large a page of `remixmatch report` is, and how long a browser takes to draw it."""
+"""`remixmatch bench opening`: the size of a `remixmatch report` page, and how long a browser takes to draw it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import tyro
 
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.report import command
@@ -43,7 +44,7 @@ def main(options: OpeningOptions) -> None:
     Raises:
         UserError: a flag that cannot work, no browser, or no runs.
     """
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_numbers(options, repeats=1)
     if problem := missing():
         raise UserError(f"bench opening needs {problem}")
     with TemporaryDirectory() as folder:
@@ -105,3 +106,23 @@ def _seconds(browser: Any, path: Path, width: int, height: int, scheme: Any) -> 
         page.goto(path.as_uri())
         wait_until_drawn(page)
         return time.perf_counter() - begin
+
+
+BENCH = Bench(
+    options=OpeningOptions,
+    main=main,
+    quick=None,  # It needs a browser, which not every machine has.
+    tables={
+        "opening": Table(
+            key=("runs",),
+            columns={
+                "runs on the page": "{runs}",
+                "MB": "{megabytes:.2f}",
+                "written in, s": "{write_seconds:.1f}",
+                "drawn at 1 400 pixels, s": "{desk_seconds:.2f}",
+                "at 360, s": "{phone_seconds:.2f}",
+                "browser": "{browser}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench start`: from the command to the first trained step, and where that time goes.
+"""`remixmatch bench start`: from the command to the first trained step, by part.
 
 A real `remixmatch train` in a process of its own (`start_worker.py`), which says when it has come how far and
 ends with its first step; beside it `--help`, which waits for nothing but the options.
@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from bench.registry import Bench, Table
 from bench.runs.start_worker import PARTS
 from engine.measuring import records
 from engine.measuring.process import output
@@ -37,7 +38,7 @@ def main(options: StartOptions) -> None:
         UserError: a flag that cannot work.
         RuntimeError: a start failed.
     """
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_numbers(options, repeats=1)
     device = bench_device()
     starts = [start(options.preset) for _ in range(options.repeats)]
     row = {f"{name}_seconds": median(each[name] for each in starts) for name in (*PARTS, "start", "cpu", "help")}
@@ -66,3 +67,27 @@ def start(preset: str) -> dict[str, float]:
     output("engine", "train", preset, "--help")
     times = {"start": ends[-1] - begin, "cpu": cpu, "help": time.time() - asked}
     return dict(zip(PARTS, parts, strict=True)) | times
+
+
+BENCH = Bench(
+    options=StartOptions,
+    main=main,
+    quick="--repeats 1",
+    tables={
+        "start": Table(
+            key=("preset",),
+            columns={
+                "preset": "{preset}",
+                "command to first step, s": "{start_seconds:.2f}",
+                "interpreter": "{python_seconds:.2f}",
+                "options, data, folder": "{options_seconds:.2f}",
+                "imports": "{imports_seconds:.2f}",
+                "network, optimiser": "{trainer_seconds:.2f}",
+                "view pipeline": "{views_seconds:.2f}",
+                "first step": "{step_seconds:.2f}",
+                "CPU time": "{cpu_seconds:.2f}",
+                "--help": "{help_seconds:.2f}",
+            },
+        ),
+    },
+)

@@ -10,46 +10,39 @@ import os
 import sys
 import time
 
-# python: the interpreter; options: flags, data set and folder; imports: torch and what rests on it; trainer: network,
-# optimiser, the run's folder; views: their pipeline and the first plans; step: the first views, and a step
-PARTS = ("python", "options", "imports", "trainer", "views", "step")
+from bench.runs.step_ends import on_step_end
+
+# The parts of a start, each with the range that begins when it ends. python: the interpreter; options: flags, data set
+# and folder; imports: torch and what rests on it; trainer: network, optimizer, the run's folder; views: their pipeline
+# and the first plans; step: the first views, and a step.
+ENDS = {"options": "import", "imports": "build", "trainer": "prepare", "views": "wait for views"}
+PARTS = ("python", *ENDS, "step")
 
 
 def main() -> None:
-    """Runs the command as far as its first step."""
-    ends = [time.time()]
+    """Run the command as far as its first step."""
+    started = time.time()
     from engine.commands import main as cli
-    from engine.commands import train
-    from engine.imports import uncollected
+    from engine.training import ranges
 
-    settle = train._set_up
+    begun: dict[str, float] = {}
 
-    def settled(*arguments):
-        options = settle(*arguments)
-        ends.append(time.time())
-        with uncollected():
-            from engine.run import Trainer  # what the command imports next, and how
+    def finish() -> None:
+        torch = sys.modules["torch"]
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        ends = [started, *(begun[name] for name in ENDS.values()), time.time()]
+        print(time.process_time(), *ends, flush=True)
+        os._exit(0)
 
-        ends.append(time.time())
-        begin, advance = Trainer.begin, Trainer.advance
+    step_listener = on_step_end(finish)
 
-        def marked_begin(trainer: Trainer) -> None:
-            ends.append(time.time())
-            begin(trainer)
-            ends.append(time.time())
+    def listener(part: str) -> None:
+        begun.setdefault(part, time.time())
+        step_listener(part)
 
-        def last_advance(trainer: Trainer) -> None:
-            advance(trainer)
-            trainer.feed.drain(trainer.step)  # waits for a device
-            ends.append(time.time())
-            print(time.process_time(), *ends, flush=True)
-            os._exit(0)
-
-        Trainer.begin, Trainer.advance = marked_begin, last_advance  # type: ignore[assignment, method-assign]
-        return options
-
-    train._set_up = settled
-    cli.main(sys.argv[1:])
+    with ranges.listening(listener):
+        cli.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

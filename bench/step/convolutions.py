@@ -1,4 +1,4 @@
-"""`remixmatch bench convolutions`: every convolution of the paper's network alone, against its own roofline bound.
+"""`remixmatch bench convolutions`: every convolution of WRN-28-2 alone, against its roofline bound.
 
 Forward, gradient of the input and gradient of the weight are timed apart, for each shape that the network has, with
 the rows of a training pass; the first convolution also with five channels of zeros more. On a GPU in bf16 and
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.registry import Bench, Table
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from engine.models.wide_resnet import WideResNet
@@ -78,8 +79,7 @@ def main(options: ConvolutionsOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--rows", options.rows, 0)
+    records.check_numbers(options, repeats=1, rows=0)
     device = bench_device()
     cuda = device.type == "cuda"
     rows = options.rows or (768 if cuda else 8)
@@ -138,3 +138,25 @@ def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], re
             for name, timing in timings.items()
         ]  # fmt: skip
     return found
+
+
+BENCH = Bench(
+    options=ConvolutionsOptions,
+    main=main,
+    quick="--rows 1 --repeats 1",
+    tables={
+        "convolutions": Table(
+            key=("shape", "rows", "pass", "benchmark"),
+            columns={
+                "shape": "{shape}",
+                "in the network": "{in_network}",
+                "rows": "{rows}",
+                "pass": "{pass}",
+                "measured choice": "{benchmark}",
+                "time, us": "{microseconds:.1f}",
+                "roofline bound, us": "{floor_microseconds:.1f}",
+                "ratio to bound": "{floor_ratio:.2f}",
+            },
+        ),
+    },
+)

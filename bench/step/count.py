@@ -1,4 +1,4 @@
-"""`remixmatch bench count`: launches, bytes and operations of the compiled step on a GPU, counted without one.
+"""`remixmatch bench count`: launches, bytes and operations of the captured step on a GPU, counted without one.
 
 The step is compiled and captured on the emulated device (`bench/emulator`), as it is on a GPU: by torch.compile with
 the engine's options, for the compute capability of the target. What is counted is the launches of that capture: Triton
@@ -25,7 +25,8 @@ from typing import Any, Literal
 
 import torch
 
-from bench.emulator.run import compiler, environment
+from bench.emulator.run import environment
+from bench.registry import Bench, Table
 from bench.step import throughput
 from engine.config.checks import validate
 from engine.config.config import Config
@@ -178,7 +179,7 @@ def main(options: CountOptions) -> None:
     """Counts every case, prints tables and predictions, and adds rows.
 
     Raises:
-        UserError: a flag that cannot work, or there is no C++ compiler.
+        UserError: a flag that cannot work; this is no checkout, or there is no C++ compiler.
     """
     if options.launch_us < 0:
         raise UserError(f"--launch-us must be at least 0, got {options.launch_us}")
@@ -254,11 +255,9 @@ def count(
         cubins: whether to compile the generated kernels.
 
     Raises:
-        UserError: there is no C++ compiler.
+        UserError: this is no checkout, or there is no C++ compiler.
         RuntimeError: the step cannot be captured.
     """
-    if compiler() is None:
-        raise UserError("bench count builds an emulated device, which needs a C++ compiler: install g++")
     of, (side, classes) = TARGETS[target], images
     request = {
         "config": dataclasses.asdict(config), "sides": (side, side), "classes": classes,
@@ -360,3 +359,35 @@ def compare_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Ma
     if lines:
         lines.append(f"if that is wanted, change {path} with it: --budget {path} --update")
     return lines
+
+
+BENCH = Bench(
+    options=CountOptions,
+    main=main,
+    quick=None,  # It builds the emulated device and compiles the paper's step: a minute.
+    tables={
+        "count": Table(
+            key=("preset", "method", "ablate", "k", "batch", "target", "precision"),
+            source="Counted",
+            columns={
+                "preset": "{preset}",
+                "method": "{method}",
+                "ablation": "{ablate}",
+                "K": "{k}",
+                "B": "{batch}",
+                "target": "{target}",
+                "precision": "{precision}",
+                "launches": "{launches}",
+                "Triton": "{triton}",
+                "libraries": "{library}",
+                "operators": "{operator}",
+                "bytes": "{bytes:,}",
+                "least bytes": "{least_bytes:,}",
+                "FLOP": "{flops:,}",
+                "predicted on H100, ms": "{predicted_ms_h100:.2f}",
+                "predicted on H200, ms": "{predicted_ms_h200:.2f}",
+                "measured, ms": "{measured_ms:.2f}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench host`: what a training step costs the host, by part and by thread, on any machine.
+"""`remixmatch bench host`: CPU time of a step on the host, by part and thread.
 
 The planner's thread makes plans and the buffers that views are made from; the main thread keeps CTAugment's policy and
 hands the step's numbers to the device. Both run under one interpreter lock, so that a step cannot take less than their
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.registry import Bench, Table
 from engine.measuring import records
 from engine.method.batch_layout import arrange, step_plan
 from engine.training.step_input import StepInput
@@ -95,8 +96,7 @@ def main(options: HostOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag in ("repeats", "k", "batch", "steps", "lag"):
-        records.check_least(f"--{flag}", getattr(options, flag), 1)
+    records.check_numbers(options, repeats=1, k=1, batch=1, steps=1, lag=1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     if not cuda:
@@ -138,3 +138,30 @@ def _sample(case: Iterator[dict[str, float]], steps: int) -> dict[str, float]:
     times = {part: sum(step[part] for step in taken) / steps for part in taken[0]}
     times |= {thread: sum(times[part] for part in parts) for thread, parts in THREADS.items()}
     return times | {"total": times["planner"] + times["main"]}
+
+
+BENCH = Bench(
+    options=HostOptions,
+    main=main,
+    quick="--repeats 1 --k 1 --batch 8 --steps 1",
+    tables={
+        "host": Table(
+            key=("k", "batch", "lag", "pinned"),
+            columns={
+                "K": "{k}",
+                "B": "{batch}",
+                "plan, us": "{plan_us:.0f}",
+                "rows": "{rows_us:.0f}",
+                "views": "{views_us:.0f}",
+                "planner's thread": "{planner_us:.0f}",
+                "policy": "{policy_us:.0f}",
+                "to_device": "{to_device_us:.0f}",
+                "main thread": "{main_us:.0f}",
+                "sum, us": "{total_us:.0f}",
+                "quartiles": "{total_us_low:.0f} to {total_us_high:.0f}",
+                "lag": "{lag}",
+                "pinned": "{pinned}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench kernels`: each kernel beside its PyTorch twin, eager and compiled, against copy bandwidth.
+"""`remixmatch bench kernels`: each Triton kernel and its PyTorch reference, against the device's copy bandwidth.
 
 A kernel's roofline bound is the time to read its inputs once and write its outputs once at the device's copy
 bandwidth, measured in the same run. The share is bound / time. At a step's size everything lies in the L2 cache of a
@@ -7,7 +7,7 @@ large GPU, where a share may pass 100 % and launch latency counts; the large siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -181,10 +182,8 @@ def main(options: KernelsOptions) -> None:
         UserError: no such kernel, provider or size.
     """
     device = bench_device()
-    records.check_choice("--kernels", options.kernels, KERNELS)
-    records.check_choice("--providers", options.providers, PROVIDERS)
-    records.check_choice("--sizes", options.sizes, BATCHES[device.type])
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_choices(options, kernels=KERNELS, providers=PROVIDERS, sizes=BATCHES[device.type])
+    records.check_numbers(options, repeats=1)
     providers = [p for p in options.providers if p != "triton" or device.type == "cuda"]
     if not providers:
         raise UserError("--providers triton: there is no GPU here; add eager or compiled")
@@ -256,3 +255,44 @@ def _rows(
         }
         for provider, t in times.items()
     ]
+
+
+def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
+    cases = list(dict.fromkeys((row["kernel"], row["size"]) for row in rows["kernels"]))
+    providers = list(dict.fromkeys(row["provider"] for row in rows["kernels"]))
+    width = 0.8 / len(providers)
+    for number, provider in enumerate(providers):
+        shares = {
+            (r["kernel"], r["size"]): 100 * r["share_of_copy"] for r in rows["kernels"] if r["provider"] == provider
+        }
+        places = [place + (number - (len(providers) - 1) / 2) * width for place in range(len(cases))]
+        axes.bar(places, [shares.get(case, 0.0) for case in cases], width, label=provider)
+    axes.set_xticks(range(len(cases)), [f"{kernel}\n{size}" for kernel, size in cases], fontsize="small")
+    axes.axhline(100, color="grey", linewidth=0.8)
+    axes.set_ylabel("share of copy bandwidth, %")
+    axes.legend(fontsize="small")
+
+
+BENCH = Bench(
+    options=KernelsOptions,
+    main=main,
+    quick="--repeats 1 --providers eager --sizes step",
+    tables={
+        "kernels": Table(
+            chart=_chart,
+            key=("kernel", "size", "provider"),
+            columns={
+                "kernel": "{kernel}",
+                "size": "{size}",
+                "shape": "{shape}",
+                "provider": "{provider}",
+                "time, us": "{microseconds:.2f}",
+                "quartiles": "{microseconds_low:.2f} to {microseconds_high:.2f}",
+                "host, us": "{host_microseconds:.1f}",
+                "bytes": "{bytes:,}",
+                "GB/s": "{gigabytes_per_second:.3g}",
+                "share of copy": "{share_of_copy:.1%}",
+            },
+        ),
+    },
+)

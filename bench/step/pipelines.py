@@ -1,4 +1,4 @@
-"""`remixmatch bench pipelines`: strong views a second, by what makes them.
+"""`remixmatch bench pipelines`: strong views per second: DALI, the fused kernel, PIL, torchvision and others.
 
 One call of a backend makes `batches` batches of views, from none pending to none pending, so that no backend works
 in the background of another's time; what can be made ahead within a call is. Numbers are drawn before (ours) or on the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -254,16 +255,12 @@ def main(options: PipelinesOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    records.check_choice("--backends", options.backends, BACKENDS)
-    records.check_least("--repeats", options.repeats, 1)
-    records.check_least("--rows", options.rows, K)
+    records.check_choices(options, backends=BACKENDS)
+    records.check_numbers(options, repeats=1, rows=K, side=MAX_SHIFT + 1, threads=1, batches=1)
     if options.rows % K:
         raise UserError(f"--rows must be a multiple of {K}, got {options.rows}")
-    records.check_least("--side", options.side, MAX_SHIFT + 1)
-    records.check_least("--threads", options.threads, 1)
     device = bench_device()
-    batches = options.batches if options.batches is not None else (8 if device.type == "cuda" else 2)
-    records.check_least("--batches", batches, 1)
+    batches = options.batches or (8 if device.type == "cuda" else 2)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     backends: dict[str, Backend] = {}
     failures = records.Failures()
@@ -312,3 +309,36 @@ def main(options: PipelinesOptions) -> None:
             f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
         )
     failures.finish()
+
+
+def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
+    # points, since a bar on a logarithmic scale has no foot
+    for row in sorted(rows["pipelines"], key=lambda row: row["views_per_second"]):
+        axes.plot(row["views_per_second"], row["backend"], "o", color="tab:blue")
+        at = (row["views_per_second"], row["backend"])
+        axes.annotate(f"{row['views_per_second']:,.0f}", at, (8, -3), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("strong views a second")
+
+
+BENCH = Bench(
+    options=PipelinesOptions,
+    main=main,
+    quick="--repeats 1 --rows 16 --batches 1 --threads 1",
+    tables={
+        "pipelines": Table(
+            chart=_chart,
+            key=("backend", "rows", "side"),
+            columns={
+                "backend": "{backend}",
+                "what": "{what}",
+                "views/s": "{views_per_second:,.0f}",
+                "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
+                "times PIL": "{ratio_to_pil:.2f}",
+                "share of copy": "{share_of_copy:.2%}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench throughput`: steps and images a second of the engine, beside the roofline bound.
+"""`remixmatch bench throughput`: training steps per second by K, mode and source of views, against the roofline bound.
 
 Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
 on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.registry import Bench, Table
 from engine.config.config import Config
 from engine.config.presets import preset
 from engine.errors import UserError
@@ -36,18 +39,39 @@ _PASSES_FORWARD, _PASSES_TRAINED = 3, 6
 
 
 def figures(case: TimedSteps, timing: Timing, steps: int) -> dict[str, Any]:
-    """Figures of samples of `steps` steps."""
-    step = timing.seconds / steps
-    row = {
-        "steps_per_second": 1 / step,
-        "images_per_second": case.feed.images_per_step / step,
-        "step_ms": 1e3 * step,
+    """Return the figures of samples of `steps` steps, with the roofline bound."""
+    row = speed(timing, steps, case.feed.images_per_step)
+    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
+        row["host_ms"] = 1e3 * case.host_seconds / case.steps
+    return row | _roofline(case, timing.seconds / steps)
+
+
+def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
+    """Return how fast samples of `steps` steps were, each of which trains so many images."""
+    rate = steps / timing.seconds
+    return {
+        "steps_per_second": rate,
+        "images_per_second": images * rate,
+        "step_ms": 1e3 / rate,
         "step_ms_low": 1e3 * timing.low / steps,
         "step_ms_high": 1e3 * timing.high / steps,
     }
-    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
-        row["host_ms"] = 1e3 * case.host_seconds / case.steps
-    return row | _roofline(case, step)
+
+
+@contextmanager
+def added_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Give a column of a record: the most that a GPU allocates in here beyond what it had before, in MiB.
+
+    On a CPU there is none: a process has one peak, which says nothing about one of several cases.
+    """
+    column: dict[str, float] = {}
+    if device.type != "cuda":
+        yield column
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield column
+    column["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
@@ -101,7 +125,7 @@ def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) ->
         repeats: samples.
     """
     case = TimedSteps.begin(config, "synthetic" if data == "synthetic" else config.views)
-    each = _whole_batches(-(-steps // repeats), config)
+    each = whole_batches(-(-steps // repeats), config)
     try:
         device = case.feed.execution.device
         timing = measure_times({"": lambda: case.advance(each)}, device, repeats, warm_up=2)[""]
@@ -110,7 +134,7 @@ def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) ->
         case.end()
 
 
-def _whole_batches(steps: int, config: Config) -> int:
+def whole_batches(steps: int, config: Config) -> int:
     """Steps rounded up to whole batches of views, so that every sample makes as many."""
     return -(-steps // config.view_steps) * config.view_steps
 
@@ -150,7 +174,10 @@ _Name = tuple[int, str, str, int]  # K, mode, source of views, micro-batches
 
 def _words(name: tuple[int | None, str, str, int]) -> str:
     k, mode, views, parts = name
-    return " ".join([f"K={k}"] * (k is not None) + [mode, views] + [f"in {parts} parts"] * (parts > 1))
+    words = [mode, views] if k is None else [f"K={k}", mode, views]
+    if parts > 1:
+        words.append(f"in {parts} parts")
+    return " ".join(words)
 
 
 def main(options: ThroughputOptions) -> None:
@@ -163,20 +190,17 @@ def main(options: ThroughputOptions) -> None:
     cuda = device.type == "cuda"
     modes = options.modes or (MODES if cuda else MODES[:2])
     views = options.views or (("fused", "synthetic") if cuda else ("dali",))
-    records.check_choice("--modes", modes, MODES)
-    records.check_choice("--views", views, VIEWS)
-    records.check_least("--k", options.k, 1)
-    records.check_least("--micro-batches", options.micro_batches, 1)
-    records.check_least("--repeats", options.repeats, 1)
-    steps = options.steps if options.steps is not None else (20 if cuda else 8)
-    records.check_least("--steps", steps, 1)
+    records.check_choices(options, modes=MODES, views=VIEWS)
+    records.check_numbers(options, k=1, micro_batches=1, repeats=1, steps=1)
+    steps = options.steps or (20 if cuda else 8)
     if "graph" in modes and not cuda:
         raise UserError("--modes graph needs a GPU; without one there are eager and compile")
     print(ceilings(device).text())
     base = base_config(options.preset, cuda)
     same = ("precision", "optimizer", "deterministic")
     base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
-    for ks in [(k,) for k in options.k] if cuda else [options.k]:
+    groups = [(k,) for k in options.k] if cuda else [options.k]
+    for ks in groups:
         names = list(itertools.product(ks, modes, views, options.micro_batches))
         _measure_together(options, base, steps, names, device)
 
@@ -193,22 +217,17 @@ def _measure_together(
 ) -> None:
     cases: dict[_Name, TimedSteps] = {}
     memory: dict[_Name, dict[str, float]] = {}
-    cuda = device.type == "cuda"
     failures = records.Failures()
-    steps = _whole_batches(steps, base)
+    steps = whole_batches(steps, base)
     for name in names:
         k, mode, views, parts = name
         with failures.part(_words(name)):
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
             config = dataclasses.replace(base, k=k, mode=mode, micro_batches=parts)  # type: ignore[arg-type]
-            cases[name] = TimedSteps.begin(config, views)
-            cases[name].advance(_whole_batches(2, base))
-            if cuda:  # a process has one peak, which says nothing about one of several cases
-                memory[name] = {"peak_memory_mib": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
+            with added_memory(device) as memory[name]:
+                cases[name] = TimedSteps.begin(config, views)
+                cases[name].advance(whole_batches(2, base))
             cases[name].host_seconds, cases[name].steps = 0.0, 0
-    functions = {str(name): (lambda case=case: case.advance(steps)) for name, case in cases.items()}
+    functions = {str(name): partial(case.advance, steps) for name, case in cases.items()}
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
     rows = []
     for name, case in cases.items():
@@ -216,20 +235,23 @@ def _measure_together(
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
         row |= {"micro_batches": parts}
         row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
-        row |= {"deterministic": True} if base.deterministic else {}
-        row |= figures(case, timings[str(name)], steps) | memory.get(name, {})
+        if base.deterministic:
+            row["deterministic"] = True
+        row |= figures(case, timings[str(name)], steps) | memory[name]
         if options.soak:
             row |= _soak(case, options.soak)
         rows.append(row)
         records.append(options.out, records.record("throughput", device, **row))
-        print(
+        line = (
             f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
             f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
             f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
-            + (f", host {row['host_ms']:.2f} ms" if "host_ms" in row else "")
-            + (f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps" if options.soak else ""),
-            flush=True,
         )
+        if "host_ms" in row:
+            line += f", host {row['host_ms']:.2f} ms"
+        if options.soak:
+            line += f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps"
+        print(line, flush=True)
     for case in cases.values():
         case.end()
     _print_ratios(rows)
@@ -273,3 +295,63 @@ def _print_ratios(rows: list[dict[str, Any]]) -> None:
             off = np.abs(slope * ks + start - times) / times
             what = _words((None, *case))
             print(f"{what}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
+
+
+_RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
+
+
+def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    preset = rows["throughput"][-1]["preset"]  # rates of several networks on one axis would say nothing
+    for row in rows["throughput"]:
+        if row["preset"] != preset:
+            continue
+        name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
+        if row.get("micro_batches", 1) > 1:
+            name += f", {row['micro_batches']} micro-batches"
+        lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
+    rivals: dict[str, dict[int, float]] = {}
+    for row in rows.get("baseline", []) if preset == "bench" else []:
+        trainer = row.get("trainer", "plain")  # rows of before there were others have no such column
+        if trainer in _RIVALS:
+            name = f"{_RIVALS[trainer]}, {row['data']} views, {row['precision']}"
+            rivals.setdefault(name, {})[row["k"]] = row["images_per_second"]
+    lines |= {name: list(points.items()) for name, points in rivals.items()}
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "--s" if name in rivals else "-o", label=name)
+    ks = sorted({k for points in lines.values() for k, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set(xlabel="K", ylabel="trained rows a second", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
+BENCH = Bench(
+    options=ThroughputOptions,
+    main=main,
+    quick="--repeats 1 --k 1 --modes eager --steps 1",
+    tables={
+        "throughput": Table(
+            chart=_chart,
+            key=("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
+            columns={
+                "preset": "{preset}",
+                "K": "{k}",
+                "B": "{batch}",
+                "mode": "{mode}",
+                "views": "{views}",
+                "micro-batches": "{micro_batches}",
+                "precision": "{precision}",
+                "optimizer": "{optimizer}",
+                "deterministic": "{deterministic}",
+                "step, ms": "{step_ms:.2f}",
+                "steps/s": "{steps_per_second:.1f}",
+                "images/s": "{images_per_second:,.0f}",
+                "host, ms": "{host_ms:.2f}",
+                "roofline bound, ms": "{floor_ms:.2f}",
+                "ratio to bound": "{floor_ratio:.2f}",
+                "memory, MiB": "{peak_memory_mib:.0f}",
+            },
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""`remixmatch bench variants`: what each decision about the compiled step brings, and where one step's time goes.
+"""`remixmatch bench variants`: the captured step with each optimization toggled (interleaved), plus a profile.
 
 A variant is the same step with one decision taken otherwise: an option of Inductor, passes on one stream, an input of
 eight channels, cuDNN's own choice; or the step of an earlier checkout (`--before FOLDER`). Each is compiled in a
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.registry import Bench, Table
 from bench.step.throughput import base_config
 from engine.errors import UserError
 from engine.measuring import records
@@ -93,9 +94,8 @@ def main(options: VariantsOptions) -> None:
     Raises:
         UserError: a flag that cannot work.
     """
-    for flag in ("k", "repeats", "steps", "at_once"):
-        records.check_least(f"--{flag.replace('_', '-')}", getattr(options, flag), 1)
-    records.check_choice("--variants", options.variants, VARIANTS)
+    records.check_numbers(options, k=1, repeats=1, steps=1, at_once=1)
+    records.check_choices(options, variants=VARIANTS)
     device = bench_device()
     wanted = {AS_IT_IS: VARIANTS[AS_IT_IS]}
     if options.before:
@@ -160,3 +160,35 @@ def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> di
     return {
         "step_ms": middle, "step_ms_low": low, "step_ms_high": high, "ratio": ratio, "peak_memory_mib": memory
     }  # fmt: skip
+
+
+BENCH = Bench(
+    options=VariantsOptions,
+    main=main,
+    quick=None,  # Eight processes train, one after another.
+    tables={
+        "variants": Table(
+            key=("k", "batch", "variant"),
+            columns={
+                "K": "{k}",
+                "B": "{batch}",
+                "variant": "{variant}",
+                "step, ms": "{step_ms:.3f}",
+                "quartiles": "{step_ms_low:.3f} to {step_ms_high:.3f}",
+                "times as long as it is": "{ratio:.3f}",
+                "memory, MiB": "{peak_memory_mib:.0f}",
+            },
+        ),
+        "replay": Table(
+            key=("k", "batch", "kind"),
+            columns={
+                "K": "{k}",
+                "B": "{batch}",
+                "kind": "{kind}",
+                "ms a step": "{ms:.3f}",
+                "share": "{share:.1%}",
+                "kernels": "{kernels:.0f}",
+            },
+        ),
+    },
+)

@@ -21,7 +21,7 @@ from engine.config.config import load_config
 from engine.errors import UserError
 from engine.runs.setup import open_data
 from pipelines import cache
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.datasets import DATASETS, PREPARED
 from pipelines.splits import RULES, compare, digest, image_digest, read_rows
 

@@ -14,7 +14,7 @@ import numpy as np
 from engine.config.config import Config
 from engine.config.methods import METHODS
 from engine.errors import UserError
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 from pipelines.datasets import DATASETS
 from pipelines.splits import RULES
 

@@ -6,8 +6,7 @@ import contextlib
 import json
 import sys
 import traceback
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,24 +20,6 @@ RESULTS = (
 OUT = Path("bench-results")  # a user's, in the current folder
 
 Row = dict[str, Any]
-
-# of each bench: what tells its rows apart, where a newer row replaces an older one
-KEYS = {
-    "throughput": ("preset", "k", "batch", "mode", "views", "micro_batches", "precision", "optimizer", "deterministic"),
-    "baseline": ("trainer", "beside", "k", "batch", "data", "precision"),
-    "count": ("preset", "method", "ablate", "k", "batch", "target", "precision"),
-    "variants": ("k", "batch", "variant"),
-    "replay": ("k", "batch", "kind"),
-    "convolutions": ("shape", "rows", "pass", "benchmark"),
-    "host": ("k", "batch", "lag", "pinned"),
-    "scaling": ("preset", "k", "scaling", "ranks", "ddp", "batch", "mode", "views", "precision", "threads"),
-    "start": ("preset",),
-    "restart": ("preset", "ranks"),
-    "kernels": ("kernel", "size", "provider"),
-    "pipelines": ("backend", "rows", "side"),
-    "opening": ("runs",),
-    "data": ("part", "images", "few_images", "side", "views", "decoder"),
-}
 
 
 def record(bench: str, device: Any, **values: Any) -> Row:
@@ -74,14 +55,6 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def newest(bench: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The newest row of each case, by device, in the order in which cases were first measured."""
-    cases: dict[str, dict[Any, Row]] = defaultdict(dict)
-    for row in rows:
-        cases[row["device"]][tuple(row.get(key) for key in KEYS[bench])] = row
-    return {device: list(found.values()) for device, found in cases.items()}
-
-
 class Failures:
     """Parts of a bench that failed while the others went on; its exit code tells at the end."""
 
@@ -104,15 +77,29 @@ class Failures:
             sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
 
 
-def check_choice(flag: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raises UserError where a flag names what there is not."""
-    for name in given:
-        if name not in known:
-            raise UserError(f"{flag}: there is no '{name}'; there are {', '.join(known)}")
+def check_choices(options: Any, **known: Collection[str]) -> None:
+    """Raise UserError if an option, or one of its values, is not among those known; an empty one is left alone."""
+    for name, choices in known.items():
+        given = getattr(options, name)
+        for value in [given] if isinstance(given, str) else given:
+            if value and value not in choices:
+                raise UserError(f"{_flag(name)}: unknown '{value}'; choose from {', '.join(choices)}")
+
+
+def check_numbers(options: Any, **least: int) -> None:
+    """Raise UserError if an option, or one of its numbers, is too small; None is left alone."""
+    for name, bound in least.items():
+        given = getattr(options, name)
+        if given is not None:
+            check_least(_flag(name), given, bound)
 
 
 def check_least(flag: str, given: int | Collection[int], least: int) -> None:
-    """Raises UserError where a flag's number, or one of its numbers, is too small."""
+    """Raise UserError if a flag's number, or one of its numbers, is too small."""
     for number in [given] if isinstance(given, int) else given:
         if number < least:
             raise UserError(f"{flag} must be at least {least}, got {number}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -17,8 +17,7 @@ from engine.config.checks import FOLDER, check_data, check_name, read_prior, res
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
-from pipelines.cache import DataError
-from pipelines.data_set import DataSet
+from pipelines.cache import DataError, DataSet
 from pipelines.datasets import DATASETS
 from pipelines.files import read_json, write_text
 from pipelines.splits import digest, image_digest

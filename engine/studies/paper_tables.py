@@ -20,7 +20,7 @@ from engine.config.presets import PUBLISHED, Figure, preset
 from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
 from engine.studies.jobs import Cell
-from pipelines.data_set import DataSet
+from pipelines.cache import DataSet
 
 FULL = "remixmatch"
 # by --steps-scale

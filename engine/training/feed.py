@@ -27,8 +27,8 @@ from engine.training import ranges
 from engine.training.execution import Execution
 from engine.training.step import METRICS, StepOutput
 from engine.training.step_input import StepInput
+from pipelines.cache import DataSet
 from pipelines.ctaugment import CTAugmentPolicy
-from pipelines.data_set import DataSet
 from pipelines.fused import FusedViews
 from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
 

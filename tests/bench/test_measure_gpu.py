@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli
+from bench import registry
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "measure_gpu.sh"
@@ -71,4 +71,4 @@ def test_python_m_bench_reports_a_mistake_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("bench", run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [f"remixmatch: bench takes one of {', '.join(cli.BENCHES)}"]
+    assert capsys.readouterr().err.splitlines() == [f"remixmatch: bench takes one of {', '.join(registry.find())}"]

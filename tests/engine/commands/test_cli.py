@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.cli import BENCHES
+from bench import registry
 from engine.commands import main as cli
 from engine.commands.output import messages_on_stderr
 from engine.config.config import SECTIONS, Config, config_json
@@ -180,7 +180,7 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
     for arguments in (["bench", "--help"], ["bench", "-h"]):
         cli.main(arguments)
         out = capfd.readouterr().out
-        for bench in BENCHES:
+        for bench in registry.find():
             assert re.search(rf"^  {bench} +\w.{{10,}}$", out, re.MULTILINE), bench
     with pytest.raises(SystemExit) as ended:
         cli.main(["doctor", "--help"])

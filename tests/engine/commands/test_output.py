@@ -72,17 +72,17 @@ def test_of_several_ranks_the_first_speaks_and_others_of_their_own_end_alone(cap
 
 
 def test_other_libraries_and_the_users_own_logging_are_left_alone(capfd, caplog):
-    before, wandb = state(), logging.getLogger("wandb")
+    before, other = state(), logging.getLogger("another_library")
 
     def command(argv):
         log.warning("of the engine")
-        wandb.warning("of another")
+        other.warning("of another")
         logging.getLogger("engineer").warning("of a similar name")
 
     for _ in range(3):  # nothing is left by one command for the next
         cli.guarded(command, [])
     assert capfd.readouterr().err == "remixmatch: of the engine\n" * 3
-    assert caplog.messages == ["of another", "of a similar name"] * 3 and wandb.handlers == []
+    assert caplog.messages == ["of another", "of a similar name"] * 3 and other.handlers == []
     assert state() == before == [([], logging.NOTSET, True)] * len(OURS)
     with pytest.raises(ZeroDivisionError):
         cli.guarded(lambda argv: 1 // 0, [])

@@ -239,9 +239,10 @@ class Stub:
         ([("open", RuntimeError("no server\nat all"))], 4, 1),
         ([("log 2", ConnectionError("no server"))], 4, 1),
         ([("log 2", SystemExit("no server"))], 4, 1),
-        ([("log 1", OSError(28, "no server")), ("log 3", ValueError("no server"))], 2, 1),
+        # again and again: what is left at the end may be tried twice, with the last rows and after them
+        ([("log 1", OSError(28, "no server")), *[("log 3", ValueError("no server"))] * 4], 2, 1),
         ([("finish", RuntimeError("no server"))], 4, 0),
-        ([("open", RuntimeError("no server"))] * 2, 0, 0),
+        ([("open", RuntimeError("no server"))] * 5, 0, 0),
     ],
 )
 def test_a_client_that_fails_is_one_warning_and_is_tried_again(

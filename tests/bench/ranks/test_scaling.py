@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from bench import report
 from bench.ranks import scaling
 from bench.ranks import scaling_worker as scaling_rank
 from bench.ranks.scaling import Group
@@ -101,7 +100,7 @@ def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monke
     assert "CPU: torch sees no GPU here" in said and "DistributedDataParallel costs" in said
     assert "model, calibrated in this run" in said and "2 ranks, weak: predicted" in said
     assert "predicted, not measured: WRN-28-2 on 32x32, K = 8, B = 64, 5.87 MB of gradients" in said
-    table = report.table("scaling", rows).splitlines()
+    table = scaling.BENCH.tables["scaling"].markdown(rows).splitlines()
     assert len([line for line in table if line.startswith("| digits-40 | 1 |")]) == 5
 
 
@@ -245,12 +244,12 @@ def test_the_step_of_one_gpu_is_assumed_until_one_has_been_measured():
     ("options", "message"),
     [
         ({"ranks": (0, 1)}, "--ranks must be at least 1, got 0"),
-        ({"scaling": ("wide",)}, "--scaling: there is no 'wide'; there are weak, strong"),
+        ({"scaling": ("wide",)}, "--scaling: unknown 'wide'; choose from weak, strong"),
         ({"scaling": ()}, "--scaling takes one or more of weak, strong"),
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
-        ({"views": "pil"}, "--views: there is no 'pil'; there are fused, dali, synthetic"),
+        ({"views": "pil"}, "--views: unknown 'pil'; choose from fused, dali, synthetic"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"batch": 3}, "--batch 3 cannot be shared by 2 ranks"),
         ({"k": 0}, "--k must be at least 1, got 0"),

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import report
 from bench.images import crops, photographs
 from bench.runs import data
 from bench.runs.data import DataOptions, dali_alone, write_cache, write_photographs
@@ -38,7 +37,7 @@ def test_a_row_for_each_part(tmp_path, monkeypatch, capsys):
     assert "opening 2,000 images of 32x32: " in told and "preparing 70 JPEGs of 500x375 to 96x96: " in told
     assert "training on 1,500 images of 96x96: " in told
     assert not list(folder.iterdir()) and os.environ["REMIXMATCH_DATA"] == "as it was"
-    lines = report.table("data", [opening, preparing, training]).splitlines()
+    lines = data.BENCH.tables["data"].markdown([opening, preparing, training]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| opening", "| preparing", "| training"]
 
 
@@ -89,7 +88,7 @@ def test_dali_alone_does_what_preparing_does(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_measured(tmp_path):
-    with pytest.raises(UserError, match="--parts: there is no 'open'; there are opening, preparing, training"):
+    with pytest.raises(UserError, match="--parts: unknown 'open'; choose from opening, preparing, training"):
         data.main(DataOptions(parts=("open",)))
     for flag, least in (("repeats", 1), ("rounds", 1), ("files", 8), ("images", 1000), ("few_images", 1000)):
         with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} must be at least {least}, got {least - 1}"):

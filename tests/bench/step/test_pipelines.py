@@ -95,5 +95,5 @@ def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeyp
 def test_mistakes(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         bench(tmp_path, "pil", **options)
-    with pytest.raises(UserError, match="--backends: there is no 'dali'"):
+    with pytest.raises(UserError, match="--backends: unknown 'dali'"):
         bench(tmp_path, "dali")

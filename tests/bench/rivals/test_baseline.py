@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from bench import report
 from bench.rivals import baseline, plain
-from engine.config.checks import check_data
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import Timing
+from engine.runs.setup import setup_run
 from engine.training import feed as feed_module
 from engine.training.execution import Execution
 from engine.training.feed import Feed
 
 CPU = torch.device("cpu")
+
+
+def opened(config):
+    """A configuration's data set and split."""
+    setup = setup_run(config)
+    return setup.data, setup.split
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def options(**changes):
 
 
 def one_batch(config):
-    (loader,) = plain.loaders(config, *check_data(config), CPU, workers=0)
+    (loader,) = plain.loaders(config, *opened(config), CPU, workers=0)
     return next(loader)
 
 
@@ -46,7 +51,7 @@ def test_a_batch_has_the_views_of_a_step():
 
 
 def test_a_plain_step_moves_network_ema_model_and_marginals():
-    trained = plain.PlainStep(tiny(), *check_data(tiny()), CPU)
+    trained = plain.PlainStep(tiny(), *opened(tiny()), CPU)
     before = [p.clone() for p in trained.network.parameters()]
     batch = one_batch(tiny())
     losses = [trained.step(batch) for _ in range(2)]
@@ -153,7 +158,7 @@ def test_the_engines_turn_ends_with_nothing_pending(monkeypatch):
 
 def test_settling_changes_no_view():
     config = dataclasses.replace(tiny(), steps=8)
-    data, split = check_data(config)
+    data, split = opened(config)
     execution = Execution.pick(config, data.train_images.shape)
     feeds = [kind(config, data, split, execution) for kind in (Feed, baseline.SettledFeed)]
     for feed in feeds:
@@ -173,7 +178,7 @@ def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
     old = [row for row in committed if "trainer" not in row]
     assert len(old) == 4  # measured one after the other, of plain PyTorch alone
     now = [row | {"device": old[0]["device"]} for row in run(tmp_path, data=("synthetic",))]
-    table = report.table("baseline", [*old, *now]).splitlines()
+    table = baseline.BENCH.tables["baseline"].markdown([*old, *now]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")]
     shown = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
     assert [line["trainer"] for line in shown] == 4 * [""] + ["plain", "engine", "usb", "engine"]
@@ -185,11 +190,11 @@ def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("fake",)}, "--data: there is no 'fake'; there are real, synthetic"),
-        ({"rivals": ("mine",)}, "--rivals: there is no 'mine'; there are plain, usb, torchssl"),
-        ({"rivals": ()}, "--rivals takes one or more of plain, usb, torchssl"),
-        ({"data": ()}, "--data takes one or more of real, synthetic"),
-        ({"k": ()}, "--k takes one or more numbers"),
+        ({"data": ("fake",)}, "--data: unknown 'fake'; choose from real, synthetic"),
+        ({"rivals": ("mine",)}, "--rivals: unknown 'mine'; choose from plain, usb, torchssl"),
+        ({"rivals": ()}, "--rivals takes one or more values"),
+        ({"data": ()}, "--data takes one or more values"),
+        ({"k": ()}, "--k takes one or more values"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
         ({"rivals": ("usb",), "k": (0,)}, "--k must be at least 1, got 0"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from bench import report
 from bench.step import host
 from engine.errors import UserError
 from engine.measuring import records
@@ -30,7 +29,7 @@ def test_a_row_a_case_with_its_parts(tmp_path, capsys):
         assert row["main_us"] == pytest.approx(parts["policy"] + parts["to_device"])
         assert row["total_us"] == pytest.approx(row["planner_us"] + row["main_us"])
         assert f"K={row['k']} B={row['batch']}: {row['total_us']:.0f} us a step" in printed
-    assert report.table("host", rows).count("\n") == 2 + len(rows) + 1
+    assert host.BENCH.tables["host"].markdown(rows).count("\n") == 2 + len(rows) + 1
 
 
 def test_quartiles_enclose_the_median(tmp_path):

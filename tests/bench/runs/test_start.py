@@ -1,9 +1,12 @@
 """`remixmatch bench start`: a real start, whose parts add up."""
 
+from threading import Thread
+
 import pytest
 
 from bench.runs import start
 from bench.runs.start_worker import PARTS
+from bench.runs.step_ends import on_step_end
 from engine.errors import UserError
 from engine.measuring import records
 
@@ -24,3 +27,21 @@ def test_what_cannot_start():
         start.main(start.StartOptions(repeats=0))
     with pytest.raises(RuntimeError, match="exit code 2: remixmatch: unknown preset 'digits-4'"):
         start.start("digits-4")
+
+
+@pytest.mark.parametrize("step", [["exchange", "assemble", "metrics"], ["replay"]], ids=["eager", "captured"])
+def test_where_a_step_ends(step):
+    """Neither where it is captured, nor where plans are drawn in between or in another thread."""
+    plans = ["", "plan", "wait for plan", "views"]
+    captured = ["prepare", "numbers", "assemble", "metrics", *plans, ""]
+    first = ["wait for views", "drain", *plans, "numbers", *step, "metrics", ""]
+    second = ["numbers", *step, "metrics", ""]
+    heard, ends = [], []
+    listener = on_step_end(lambda: ends.append(len(heard)))
+    for part in [*captured, *first, *second]:
+        thread = Thread(target=lambda: [listener(part) for part in ("metrics", "", "views")])
+        thread.start()
+        thread.join()
+        heard.append(part)
+        listener(part)
+    assert ends == [len(captured + first), len(captured + first + second)]

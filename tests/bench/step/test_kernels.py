@@ -72,10 +72,10 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed(tmp_path, known
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": ("gues",)}, "--kernels: there is no 'gues'; there are guess_labels"),
-        ({"providers": ("jax",)}, "--providers: there is no 'jax'"),
+        ({"kernels": ("gues",)}, "--kernels: unknown 'gues'; choose from guess_labels"),
+        ({"providers": ("jax",)}, "--providers: unknown 'jax'"),
         ({"providers": ("triton",)}, "there is no GPU here"),
-        ({"sizes": ("huge",)}, "--sizes: there is no 'huge'"),
+        ({"sizes": ("huge",)}, "--sizes: unknown 'huge'"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )

@@ -140,9 +140,16 @@ def test_what_cannot_be_counted(options, words):
         count.main(CountOptions(**options))
 
 
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr("bench.step.count.compiler", lambda: None)
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.emulator.run.ROOT", tmp_path)
+    monkeypatch.setattr("bench.emulator.run.compiler", lambda: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
+        count.count(preset("digits-40"), "sm_90", (16, 10))
+
+
+def test_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.emulator.run.HERE", tmp_path)
+    with pytest.raises(UserError, match="the emulated device needs a checkout of the project"):
         count.count(preset("digits-40"), "sm_90", (16, 10))
 
 
