@@ -181,7 +181,7 @@ def article(run: Run, many: bool = False) -> Article:
     try:
         words = shlex.join(["remixmatch", *command(run.config)])
     except UserError:
-        words = ""  # a preset of another version
+        words = ""  # its preset is none of ours
     return Article(run, _facts(run), words, [section for section in made if section.parts or section.note])
 
 
@@ -323,7 +323,7 @@ def confusion(run: Run) -> np.ndarray:
 def _errors(run: Run, many: bool) -> Section:
     title = "Errors on the test images"
     if not run.results or not run.classes:
-        why = "are not in this folder: its run is of an older version" if run.done else "are written at a run's end"
+        why = "are missing from this folder, or damaged" if run.done else "are written at a run's end"
         return Section(title, note=f"Predictions on the test images {why}.")
     counts = confusion(run)
     results = run.results
