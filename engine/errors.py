@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 APEX_BUILD = (  # what to do where apex is missing
     "build NVIDIA/apex from source: in a checkout of it run "
@@ -29,6 +30,18 @@ class Stopped(Exception):
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.number = number
+
+
+def cannot_write(place: Path, error: OSError, advice: str = "") -> UserError:
+    """Return the error that a file, or something in a folder, could not be written.
+
+    Args:
+        place: The file or folder, for an error that names none.
+        error: Says why.
+        advice: What to do about it.
+    """
+    text = f"cannot write {error.filename or place} ({error.strerror or error})"
+    return UserError(f"{text}; {advice}" if advice else text)
 
 
 def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 from engine.config.config import Config, changes
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.distributed import collectives
-from engine.errors import RankError, UserError
+from engine.errors import RankError, UserError, cannot_write
 from engine.inference import predict
 from engine.inference.export import safetensors_bytes
 from engine.measuring.provenance import commit, device_name, versions
@@ -86,11 +86,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         summary = _summary(setup.config, trainer)
         collectives.on_first(lambda: _finish(folder, summary, trainer))
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise UserError(
-            f"cannot write{where or ' ' + str(folder)} ({error.strerror or error}); what was saved stays: "
-            "mend that and go on with --resume"
-        ) from error
+        raise cannot_write(folder, error, "what was saved stays: mend that and go on with --resume") from error
     return summary
 
 

@@ -358,5 +358,9 @@ def open_folder(root: Path) -> DataSet:
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            yield f"{name} is {'new' if name not in before else 'gone' if name not in now else 'another'}"
+        if name not in before:
+            yield f"{name} is new"
+        elif name not in now:
+            yield f"{name} is gone"
+        elif before[name] != now[name]:
+            yield f"{name} is another"

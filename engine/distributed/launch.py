@@ -51,8 +51,10 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:
         codes = [failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)]
-        # a mistake of the user's counts, whoever was lost because of it; a killed rank has the negative of its signal
-        sys.exit(2 if 2 in codes else next((128 - code if code < 0 else code for code in codes), 1))
+        if 2 in codes:  # a mistake of the user's counts, whoever was lost because of it
+            sys.exit(2)
+        first = codes[0] if codes else 1
+        sys.exit(128 - first if first < 0 else first)  # a killed rank has the negative of its signal
     except SignalException as error:
         raise Stopped(
             f"{error.sigval.name}: the ranks have saved what they could; go on with --resume", error.sigval

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.config.config import Config, config_json, parse_config
-from engine.errors import UserError
+from engine.errors import UserError, cannot_write
 from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
 from pipelines.files import write_bytes
@@ -74,7 +74,7 @@ def export(
     try:
         write_bytes(path, convert(network, metadata, sides))
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        raise cannot_write(path, error) from error
 
 
 def _to_safetensors(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import Classifier
 from pipelines.decode import DecodeError, image_files, resized, rgb
@@ -60,7 +60,10 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
     found: list[Path] = []
     for path in paths:
         try:
-            found += [path / name for name in image_files(path)] if path.is_dir() else [path]
+            if path.is_dir():
+                found += [path / name for name in image_files(path)]
+            else:
+                found.append(path)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     if not found:
@@ -119,5 +122,5 @@ def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.
                 count += 1
             text.detach()
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        raise cannot_write(path, error) from error
     return count

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from engine.commands.parsing import parse
-from engine.errors import UserError
+from engine.errors import UserError, cannot_write
 from engine.report.reading import Found, read
 from pipelines.files import write_bytes
 
@@ -69,7 +69,7 @@ def write(options: ReportOptions) -> Found:
     try:
         write_bytes(out, content)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error})") from None
+        raise cannot_write(out, error) from None
     runs = "1 run" if len(found.runs) == 1 else f"{len(found.runs)} runs"
     print(f"{out}: {runs}, {len(content) / 1e6:.1f} MB")
     for each in found.left_out:

@@ -92,7 +92,9 @@ class Section:
     def layout(self) -> str:
         """Three charts stand beside one another where there is room, and the last of an odd number takes a row."""
         narrow = sum(isinstance(part, Chart) and not part.wide for part in self.parts)
-        return "three" if narrow == 3 else "odd" if narrow % 2 else ""
+        if narrow == 3:
+            return "three"
+        return "odd" if narrow % 2 else ""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,9 @@ def duration(seconds: float) -> str:
     """A time for people, such as 2 h 05 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _charts(*found: Chart | None) -> list[Chart | Gallery | Grid]:
@@ -393,7 +397,8 @@ def _provenance(run: Run) -> Section:
         ("commit", str(summary.get("commit", "unknown"))),
     ]
     versions = summary.get("versions")
-    rows += [(name, str(each)) for name, each in versions.items()] if isinstance(versions, dict) else []
+    if isinstance(versions, dict):
+        rows += [(name, str(each)) for name, each in versions.items()]
     settings = [(name, str(each)) for name, each in dataclasses.asdict(c).items()]
     return Section(
         "How to repeat it",

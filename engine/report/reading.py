@@ -226,7 +226,8 @@ def _groups(configs: dict[Path, Config], rows: dict[str, str]) -> dict[Path, str
             words.append(rows[folder.name])
         else:
             usual = PRESETS[config.preset].method if config.preset in PRESETS else ""
-            words += [config.method] if not several or config.method != usual else []
+            if not several or config.method != usual:
+                words.append(config.method)
             words += [each for each in changes[folder] if each not in shared]
         found[folder] = ", ".join(words)
     return found

@@ -236,7 +236,9 @@ class Health:
     def _ratio_stuck(self, p_model: np.ndarray) -> str:
         """Whether alignment has pulled at some class for long, and its guesses do not come to p(y)."""
         p_data, ratio = self.p_data, self._ratio(p_model)
-        limit = (ratio > RATIO) & (p_data >= self._notable) | (ratio < 1 / RATIO) & (p_model >= self._notable)
+        too_rare = (ratio > RATIO) & (p_data >= self._notable)
+        too_often = (ratio < 1 / RATIO) & (p_model >= self._notable)
+        limit = too_rare | too_often
         if not self.config.align or not limit.any():
             return ""
         worst = int(np.where(limit, np.abs(np.log(ratio)), -1).argmax())

@@ -14,7 +14,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ import tyro
 from engine.commands.parsing import parse, show_usage
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS
-from engine.errors import UserError, unknown
+from engine.errors import UserError, cannot_write, unknown
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
 from engine.measuring.markdown import table
@@ -73,21 +73,13 @@ class AblateOptions:
     """Rounds in which a variant and the full method take turns."""
     seconds: float = 0.5
     """At least so long is a sample."""
-    steps_scale: float = 1.0
-    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
-    and batch norm average; the title says so."""
     out: Path | None = None
     """Folder of the cells and results; by default runs/ablate/PRESET. Cells may be shared by several machines."""
-    data_dir: Path | None = None
-    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
-    workers: int = 0
-    """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
-    retry: bool = False
-    """Try cells again that failed."""
     rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
     """Make table and chart from rows in these files, which --collect wrote, here or of reproduce; run nothing."""
     collect: Path | None = None
     """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
+    training: reproduce.CellOptions = field(default_factory=reproduce.CellOptions)
 
 
 @dataclass(frozen=True)
@@ -142,22 +134,20 @@ def main(argv: Sequence[str]) -> None:
     records.check_least("--repeats", options.repeats, 1)
     if not 0 < options.seconds < math.inf:
         raise UserError(f"--seconds must be more than 0, got {options.seconds}")
-    set_data_dir(options.data_dir)
-    training = reproduce.ReproduceOptions(
-        seeds=options.seeds, steps_scale=options.steps_scale, workers=options.workers, retry=options.retry
-    )
-    reproduce.check(training)
+    options.training.check()
+    reproduce.check_different("seeds", options.seeds)
+    set_data_dir(options.training.data_dir)
     entries = paper_tables.make_entries(
         paper_tables.TABLES["ablation"],
         rest[here + 1 :],
         options.seeds,
         (FULL, *variants_of(options.axes)),
         (name,),
-        options.steps_scale,
+        options.training.steps_scale,
     )
     if not options.rows or paper_tables.needs_data(entries):
         entries = paper_tables.with_data(entries)
-    out = options.out or OUT / "-".join([name] + [f"steps{options.steps_scale:g}"] * (options.steps_scale != 1))
+    out = options.out or OUT / options.training.scaled(name)
     configs: dict[str, Config] = {}
     for entry in entries:
         configs.setdefault(entry.row, entry.cell.config)
@@ -175,13 +165,13 @@ def main(argv: Sequence[str]) -> None:
         else:
             counts = {}
             costs = _once(measured, configs, lambda row: time_step(configs[row], configs[FULL], options))
-            failed = "" if options.time_only else reproduce.train(entries, out, training)
+            failed = "" if options.time_only else reproduce.train(entries, out, options.training)
             found = table_results.look(out, entries)
         if options.count:
             counts |= {row: _counted(config) for row, config in configs.items() if row not in counts}
         write(name, entries, found, costs, counts, out, options)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+        raise cannot_write(out, error) from error
     if failed:
         raise UserError(failed)
 
@@ -299,7 +289,9 @@ def _worker(config: Config) -> StepWorker:
 def _counted(config: Config) -> dict[str, float]:
     """Launches and gigabytes of the captured step on a GPU, where `bench count` has counted it."""
     images = IMAGES.get(config.dataset)
-    row = counted(config, "bf16" if config.precision == "auto" else config.precision, images) if images else None
+    if images is None:
+        return {}
+    row = counted(config, "bf16" if config.precision == "auto" else config.precision, images)
     return {"launches": row["launches"], "gigabytes": row["bytes"] / 1e9} if row else {}
 
 
@@ -317,7 +309,7 @@ def write(
     variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "ablate.csv", _csv(name, entries, found, variants), shared=True)
-    title = table_results.title(f"{name}, ablated", entries, options.steps_scale)
+    title = table_results.title(f"{name}, ablated", entries, options.training.steps_scale)
     text = markdown(title, variants)
     write_text(out / "table.md", text, shared=True)
     print(text, end="")

@@ -31,8 +31,9 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
     # the worst at the top; below, what was only timed, the dearest first
     found.sort(key=lambda each: (each[1].mean if each[1] else -math.inf, each[2].get("ratio", 0.0)))
     benefit, cost = any(each[1] for each in found), any(each[2] for each in found)
+    columns = 2 if benefit and cost else 1
     figure, panels = plt.subplots(
-        1, benefit + cost, sharey=True, squeeze=False, figsize=(4 + 3 * (benefit + cost), 0.32 * len(found) + 1.6),
+        1, columns, sharey=True, squeeze=False, figsize=(4 + 3 * columns, 0.32 * len(found) + 1.6),
         layout="constrained",
     )  # fmt: skip
     left, right = panels[0, 0], panels[0, -1]

@@ -109,8 +109,8 @@ def trained_rows(config: Config) -> int:
     """Rows that the network is trained on in a step; a term of weight 0 has none."""
     if not config.unlabeled:
         return config.batch
-    parts = config.k + (config.anchor == "trained") + (config.w_u1 > 0) + (config.w_rot > 0)
-    return config.batch * (1 + config.mu * parts)
+    passes = config.k + sum([config.anchor == "trained", config.w_u1 > 0, config.w_rot > 0])
+    return config.batch * (1 + config.mu * passes)
 
 
 def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:

@@ -35,7 +35,7 @@ from engine.commands.parsing import show_usage
 from engine.config import presets
 from engine.config.config import Config
 from engine.distributed import collectives, launch
-from engine.errors import Stopped, UserError
+from engine.errors import Stopped, UserError, cannot_write
 from engine.measuring import records
 from engine.measuring.counts import KINDS, counted
 from engine.measuring.timing import ceilings, in_turns
@@ -255,7 +255,7 @@ def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
             if row["on_gpu"]:
                 print(f"ranges for nsys, of one rank: {nsys_command(argv, folder)}")
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+        raise cannot_write(out, error) from error
     finally:
         with suppress(OSError):  # nothing came of it
             folder.rmdir()
@@ -377,24 +377,26 @@ def _add_counts(
 def text(row: Mapping[str, Any]) -> str:
     """The tables of a profile, as they are printed."""
     gpu, counted = row["kernels_reported"], any("bytes" in part for part in row["ranges"].values())
-    ranks = f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}"
-    heads = ["range", "ms", "share", "threads, ms", "launches" if row["on_gpu"] else "operators"]
-    heads += ["device, ms"] * gpu + ["GB", "bound, ms"] * counted
-    lines_of_ranges = []
-    for name, part in row["ranges"].items():
-        cells = [name, f"{part['ms']:.3f}", f"{part['share']:.1%}", f"{part['threads_ms']:.3f}"]
-        cells += [f"{part['launches']:.1f}"] + [f"{part['device_ms']:.3f}"] * gpu
-        if counted:
-            known = "bytes" in part
-            cells += [f"{part['bytes'] / 1e9:.3f}", f"{part['bound_ms']:.3f}"] if known else ["", ""]
-        lines_of_ranges.append(cells)
+    ranks = "1 rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "ms": lambda part: f"{part['ms']:.3f}",
+        "share": lambda part: f"{part['share']:.1%}",
+        "threads, ms": lambda part: f"{part['threads_ms']:.3f}",
+        "launches" if row["on_gpu"] else "operators": lambda part: f"{part['launches']:.1f}",
+    }
+    if gpu:
+        columns["device, ms"] = lambda part: f"{part['device_ms']:.3f}"
+    if counted:
+        columns["GB"] = lambda part: f"{part['bytes'] / 1e9:.3f}" if "bytes" in part else ""
+        columns["bound, ms"] = lambda part: f"{part['bound_ms']:.3f}" if "bytes" in part else ""
+    lines_of_ranges = [[name, *(cell(part) for cell in columns.values())] for name, part in row["ranges"].items()]
     lines = [
         f"{row['preset']}, {row['method']}, K = {row['k']}, B = {row['batch']}, {row['mode']}, {row['precision']}, "
         f"{row['views']} views, {ranks}, {row['device']}",
         f"{row['step_ms']:.2f} ms a step over {row['steps']} under the profiler, "
         f"{row['unprofiled_step_ms']:.2f} ms without it",
         "",
-        *_table(heads, lines_of_ranges),
+        *_table(["range", *columns], lines_of_ranges),
         "ms and share are of the training loop's thread, threads of its planner's"
         + ("; GB and roofline bound by `bench count`" if counted else ""),
         f"{row['named_share']:.1%} of the loop's time is in named ranges; a mark costs {row['mark_ns']:.0f} ns where "

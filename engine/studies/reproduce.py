@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engine.commands.parsing import parse, show_usage
-from engine.errors import Stopped, UserError, unknown
+from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
@@ -29,6 +29,32 @@ from pipelines.cache import set_data_dir
 
 OUT = Path("runs") / "reproduce"
 SAVE_SECONDS = 60  # that running cells get to save their step when a job's time is over
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """How cells are trained."""
+
+    steps_scale: float = 1.0
+    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
+    and batch norm average; the title says so."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    workers: int = 0
+    """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
+    retry: bool = False
+    """Try cells again that failed."""
+
+    def check(self) -> None:
+        """Raise UserError where a flag cannot work."""
+        if not (isfinite(self.steps_scale) and self.steps_scale > 0):
+            raise UserError(f"--steps-scale must be more than 0, got {self.steps_scale}")
+        if self.workers < 0:
+            raise UserError(f"--workers must be at least 0, got {self.workers}")
+
+    def scaled(self, name: str) -> str:
+        """The name of a folder of cells, which says how they are scaled."""
+        return name if self.steps_scale == 1 else f"{name}-steps{self.steps_scale:g}"
 
 
 @dataclass
@@ -43,17 +69,8 @@ class ReproduceOptions:
     """Rows: methods, or ablations in the table `ablation`; by default all of the table."""
     preset: tuple[str, ...] = ()
     """Presets, in place of the table's."""
-    steps_scale: float = 1.0
-    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
-    and batch norm average; the title says so."""
     out: Path | None = None
     """Folder of the cells and the table; by default runs/reproduce/TABLE. May be shared by several machines."""
-    data_dir: Path | None = None
-    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
-    workers: int = 0
-    """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
-    retry: bool = False
-    """Try cells again that failed."""
     plan: bool = False
     """Print the cells in their order with predicted times, and run nothing."""
     status: bool = False
@@ -76,6 +93,7 @@ class ReproduceOptions:
     """Time limit of a job, which before it is over saves its step, queues itself again and goes on."""
     slurm: tuple[str, ...] = ()
     """Further parameters of Slurm, as in: --slurm account=abc qos=long"""
+    training: CellOptions = field(default_factory=CellOptions)
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
@@ -103,42 +121,41 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     own, flags = rest[:here], rest[here + 1 :]
     options: ReproduceOptions = parse(ReproduceOptions, f"reproduce {name}", own)
     check(options)
-    set_data_dir(options.data_dir)
-    entries = make_entries(TABLES[name], flags, options.seeds, options.methods, options.preset, options.steps_scale)
+    set_data_dir(options.training.data_dir)
+    scale = options.training.steps_scale
+    entries = make_entries(TABLES[name], flags, options.seeds, options.methods, options.preset, scale)
     if needs_data(entries):
         entries = with_data(entries)
     out = options.out or default_out(name, options)
     if options.plan:
         print_plan(entries)
     elif options.rows:
-        write_tables(name, entries, out, collected(options.rows), options.steps_scale)
+        write_tables(name, entries, out, collected(options.rows), scale)
     elif options.status:
         show = Progress(entries, 1, live=False)
         show.print_all([status(out, entry.cell) for entry in entries])
     elif options.collect:
         collect(entries, out, options.collect)
     elif options.tables:
-        write_tables(name, entries, out, look(out, entries), options.steps_scale)
+        write_tables(name, entries, out, look(out, entries), scale)
     else:
         entries = with_data(entries)
         if options.submit != "no":
-            if options.retry:
+            if options.training.retry:
                 forget_failures(out, [entry.cell for entry in entries])
             _submit(name, argv, entries, options, out)
             return
-        failed = train(entries, out, options, stop)
+        failed = train(entries, out, options.training, stop)
         # looked at anew: another worker may have ended since
-        write_tables(name, entries, out, look(out, entries), options.steps_scale)
+        write_tables(name, entries, out, look(out, entries), scale)
         if failed:
             raise UserError(failed)
 
 
 def check(options: ReproduceOptions) -> None:
     """Raises UserError where a flag cannot work."""
-    if not (isfinite(options.steps_scale) and options.steps_scale > 0):
-        raise UserError(f"--steps-scale must be more than 0, got {options.steps_scale}")
-    least = {"workers": 0, "gpus": 0, "cpus": 1}
-    for flag, bound in least.items():
+    options.training.check()
+    for flag, bound in {"gpus": 0, "cpus": 1}.items():
         if getattr(options, flag) < bound:
             raise UserError(f"--{flag} must be at least {bound}, got {getattr(options, flag)}")
     if options.gpus > 1:
@@ -146,20 +163,21 @@ def check(options: ReproduceOptions) -> None:
     if not options.hours > 0:
         raise UserError(f"--hours must be more than 0, got {options.hours}")
     for flag in ("seeds", "methods", "preset"):
-        given = getattr(options, flag)
-        if len(set(given)) < len(given):
-            raise UserError(f"--{flag} names one of them twice: {' '.join(map(str, given))}")
+        check_different(flag, getattr(options, flag))
     for text in options.slurm:
         if not text.partition("=")[0] or "=" not in text:
             raise UserError(f"--slurm takes NAME=VALUE, got '{text}'")
 
 
+def check_different(flag: str, given: Sequence[object]) -> None:
+    """Raise UserError where a flag names something twice."""
+    if len(set(given)) < len(given):
+        raise UserError(f"--{flag} names one of them twice: {' '.join(map(str, given))}")
+
+
 def default_out(name: str, options: ReproduceOptions) -> Path:
     """Where a table's cells go: `runs/reproduce/TABLE`, with presets and scale where they are not the table's."""
-    words = [name, *options.preset]
-    if options.steps_scale != 1:
-        words.append(f"steps{options.steps_scale:g}")
-    return OUT / "-".join(words)
+    return OUT / options.training.scaled("-".join([name, *options.preset]))
 
 
 # Running
@@ -183,11 +201,12 @@ def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers)]
     if "OMP_NUM_THREADS" in os.environ:
-        return [{}] * workers
-    return [{"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // workers, 1))}] * workers
+        return [{} for _ in range(workers)]
+    threads = str(max(len(os.sched_getaffinity(0)) // workers, 1))
+    return [{"OMP_NUM_THREADS": threads} for _ in range(workers)]
 
 
-def train(entries: Sequence[Entry], out: Path, options: ReproduceOptions, stop: Stop | None = None) -> str:
+def train(entries: Sequence[Entry], out: Path, options: CellOptions, stop: Stop | None = None) -> str:
     """Trains the cells that are not done, and shows how far they are.
 
     Returns:
@@ -207,10 +226,8 @@ def train(entries: Sequence[Entry], out: Path, options: ReproduceOptions, stop: 
         with Progress(entries, len(own)) as show:
             statuses = work(out, [entry.cell for entry in entries], own, records.commit(), stop, show)
     except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or out} ({error.strerror or error}); what was saved stays: mend that and "
-            "give the same command again"
-        ) from error
+        advice = "what was saved stays: mend that and give the same command again"
+        raise cannot_write(out, error, advice) from error
     if stop.number:
         raise Stopped(f"{counts(statuses)}; what was running is saved, the same command goes on with it", stop.number)
     failed = sum(each.state == "failed" for each in statuses)
@@ -276,7 +293,8 @@ def _submit(name: str, argv: Sequence[str], entries: Sequence[Entry], options: R
     # what Slurm gives each of its jobs, jobs of one machine share as workers do; submitit would give all the first GPU
     local = options.submit == "local"
     own_gpus = devices(entries) if local and options.gpus else []
-    variables = environments(options.workers, own_gpus) if local else [{}] * max(options.workers, 1)
+    workers = options.training.workers
+    variables = environments(workers, own_gpus) if local else [{} for _ in range(max(workers, 1))]
     try:
         jobs = executor.submit_array([_Job(own, each) for each in variables])
     except (OSError, subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:

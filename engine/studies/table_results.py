@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.config import PLACE, changes
 from engine.config.presets import PRESETS, command, preset
-from engine.errors import UserError
+from engine.errors import UserError, cannot_write
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
 from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
@@ -78,7 +78,7 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         write_text(out / "table.md", text, shared=True)
         write_text(out / "table.json", json.dumps(content, indent=1) + "\n", shared=True)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or out} ({error.strerror or error})") from error
+        raise cannot_write(out, error) from error
     print(text, end="")
     print(f"\n{out / 'table.md'}, {out / 'table.json'}")
 

@@ -346,7 +346,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     (begun / "metrics.jsonl").unlink()
     assert "nothing to report yet" in told(begun)
     assert f"--out {run} is a folder" in told(run, "--out", run)
-    assert "cannot be written" in told(run, "--out", tmp_path / "no" / "page.html")
+    assert "cannot write " in told(run, "--out", tmp_path / "no" / "page.html")
     (begun / "metrics.jsonl").write_text('{"step": 1}\n')
     (begun / "config.json").write_text('{"unknown": 1}')
     assert "is not a configuration of this version" in told(begun)

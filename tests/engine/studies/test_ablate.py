@@ -184,6 +184,7 @@ def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
         (["digit-40"], "unknown preset 'digit-40'"),
         (["digits-40", "--repeats", "0"], "--repeats must be at least 1"),
         (["digits-40", "--seconds", "0"], "--seconds must be more than 0"),
+        (["digits-40", "--steps-scale", "0"], "--steps-scale must be more than 0, got 0"),
         (["digits-40", "--axes", "kk"], "--axes: unknown axis or ablation 'kk'"),
         (["digits-40", "--axes", "k=2"], "the preset is so already"),
         (["digits-40", "--seeds", "1", "1"], "--seeds names one of them twice"),
