@@ -288,25 +288,22 @@ def main(options: PipelinesOptions) -> None:
     print(ceilings(device).text())
     print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
-        row: dict[str, Any] = {
-            "backend": name,
-            "what": backends[name].what,
-            "rows": task.rows,
-            "side": options.side,
-            "batches": batches,
-            "threads": options.threads,
-            "views_per_second": views / t.seconds,
-            "views_per_second_low": views / t.high,
-            "views_per_second_high": views / t.low,
-            "ratio_to_pil": times["pil"].seconds / t.seconds,
-            "floor_views_per_second": 1 / floor,
-            "share_of_copy": floor * views / t.seconds,
-        }
-        records.append(options.out, records.record("pipelines", device, **row))
-        print(
-            f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
-            f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL, "
-            f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
+        BENCH.write(
+            options.out,
+            "pipelines",
+            device,
+            backend=name,
+            what=backends[name].what,
+            rows=task.rows,
+            side=options.side,
+            batches=batches,
+            threads=options.threads,
+            views_per_second=views / t.seconds,
+            views_per_second_low=views / t.high,
+            views_per_second_high=views / t.low,
+            ratio_to_pil=times["pil"].seconds / t.seconds,
+            floor_views_per_second=1 / floor,
+            share_of_copy=floor * views / t.seconds,
         )
     failures.finish()
 

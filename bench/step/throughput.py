@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.config.config import Config
 from engine.config.presets import preset
 from engine.errors import UserError
@@ -52,9 +52,7 @@ def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
     return {
         "steps_per_second": rate,
         "images_per_second": images * rate,
-        "step_ms": 1e3 / rate,
-        "step_ms_low": 1e3 * timing.low / steps,
-        "step_ms_high": 1e3 * timing.high / steps,
+        **quartiles("step_ms", 1e3 * np.array(timing.samples) / steps),
     }
 
 
@@ -233,25 +231,16 @@ def _measure_together(
     for name, case in cases.items():
         k, mode, views, parts = name
         row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
-        row |= {"micro_batches": parts}
-        row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row |= {"micro_batches": parts, "optimizer": base.optimizer}
+        row["precision"] = str(case.feed.execution.precision).removeprefix("torch.")
         if base.deterministic:
             row["deterministic"] = True
         row |= figures(case, timings[str(name)], steps) | memory[name]
         if options.soak:
             row |= _soak(case, options.soak)
+            print(f"{_words(name)}: memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps")
         rows.append(row)
-        records.append(options.out, records.record("throughput", device, **row))
-        line = (
-            f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
-            f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
-            f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
-        )
-        if "host_ms" in row:
-            line += f", host {row['host_ms']:.2f} ms"
-        if options.soak:
-            line += f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps"
-        print(line, flush=True)
+        BENCH.write(options.out, "throughput", device, **row)
     for case in cases.values():
         case.end()
     _print_ratios(rows)
@@ -276,9 +265,7 @@ def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
 
 def _print_ratios(rows: list[dict[str, Any]]) -> None:
     """What the rows are measured for: modes against eager, views against synthetic ones, and the cost of K."""
-    by: dict[_Name, float] = {
-        (row["k"], row["mode"], row["views"], row["micro_batches"]): row["step_ms"] for row in rows
-    }
+    by = {(row["k"], row["mode"], row["views"], row["micro_batches"]): row["step_ms"] for row in rows}
     for name, ms in by.items():
         k, mode, views, parts = name
         if mode != "eager" and (eager := by.get((k, "eager", views, parts))):

@@ -40,9 +40,9 @@ def test_a_settled_loader_has_nothing_pending_and_makes_nothing():
     next(loader)
     assert loader.pending == 1
     loader.settle()
-    made = loader._collate.made.value
+    made = loader._made.value
     time.sleep(0.2)
-    assert loader.pending == 0 and loader._collate.made.value == made == 5
+    assert loader.pending == 0 and loader._made.value == made == 5
     loader.close()
 
 

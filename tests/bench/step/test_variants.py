@@ -34,7 +34,7 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
     assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 and row["k"] == 1 for row in rows)
     replay = records.read(tmp_path / "replay.jsonl")
     assert {"convolutions, products", "gaps"} <= {row["kind"] for row in replay}
-    assert "one stream: " in capsys.readouterr().out
+    assert "variant: one stream; step, ms: " in capsys.readouterr().out
 
 
 @CPU
