@@ -7,7 +7,6 @@ way (theirs). Every row stands beside a single process of PIL in the same run.
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -32,10 +31,6 @@ from pipelines.reference_ctaugment import pil_view
 
 IMAGES, MAX_SHIFT, K = 2048, 4, 8
 _LOADER_BATCH = 64
-
-
-class NotHereError(Exception):
-    """A backend cannot run on this machine; the words say why."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +106,9 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
 
 
 def _dali(task: Task, threads: int) -> Backend:
-    views = _module("pipelines.dali", "nvidia.dali")
-    pipeline = views.DaliViews(task.images, *_every_image(task), task.rows, MAX_SHIFT, threads, prefetch=2)
+    from pipelines.dali import DaliViews
+
+    pipeline = DaliViews(task.images, *_every_image(task), task.rows, MAX_SHIFT, threads, prefetch=2)
     return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
 
 
@@ -123,9 +119,10 @@ def _every_image(task: Task) -> tuple[np.ndarray, np.ndarray]:
 
 def fused(task: Task) -> Backend:
     """All of a view in one kernel, from images that lie on the device; on a CPU its twin."""
-    views = _module("pipelines.fused")
+    from pipelines.fused import FusedViews
+
     device = "gpu" if task.device.type == "cuda" else "cpu"
-    pipeline = views.FusedViews(
+    pipeline = FusedViews(
         task.images, *_every_image(task), task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
     )
     return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
@@ -187,7 +184,8 @@ def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str)
 
 def kornia(task: Task) -> Backend:
     """Kornia's crop, flip and RandAugment, which draws its two operations for the batch, not for an image."""
-    k = _module("kornia.augmentation")
+    from kornia import augmentation as k
+
     transform = k.AugmentationSequential(
         k.RandomCrop(task.images.shape[1:3], padding=MAX_SHIFT, padding_mode="reflect"),
         k.RandomHorizontalFlip(),
@@ -198,24 +196,13 @@ def kornia(task: Task) -> Backend:
 
 def triton_augment(task: Task) -> Backend:
     """Its one fused chain, the same operations for every image: no equalize, autocontrast, filters or cutout."""
-    if task.device.type != "cuda":
-        raise NotHereError("needs a GPU")
-    ta = _module("triton_augment")
-    transform = ta.TritonFusedAugment(
+    from triton_augment import TritonFusedAugment
+
+    transform = TritonFusedAugment(
         horizontal_flip_p=0.5, degrees=45, translate=(0.3, 0.3), scale=(0.5, 1.0), shear=17, brightness=(0.1, 2.0),
         contrast=(0.1, 2.0), saturation=(0.1, 2.0),
     )  # fmt: skip
     return _on_tensors(task, transform, "affine, flip and colour jitter of triton-augment in one launch, on the GPU")
-
-
-def _module(name: str, needs: str | None = None) -> Any:
-    """Imports a module; it, or what it needs, may be missing, and nothing else may."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if f"{needs or name}.".startswith(f"{error.name}."):
-            raise NotHereError("not installed") from None
-        raise
 
 
 BACKENDS: dict[str, Callable[[Task], Backend]] = {
@@ -227,6 +214,7 @@ BACKENDS: dict[str, Callable[[Task], Backend]] = {
     "kornia": kornia,
     "triton-augment": triton_augment,
 }
+NEED_GPU = ("triton-augment",)
 
 
 @dataclass
@@ -269,11 +257,14 @@ def main(options: PipelinesOptions) -> None:
         for name, make in BACKENDS.items():
             if name != "pil" and name not in options.backends:
                 continue
+            if name in NEED_GPU and device.type != "cuda":
+                print(f"{name}: needs a GPU", flush=True)
+                continue
             with failures.part(name):
                 try:
                     backend = make(task)
-                except NotHereError as reason:
-                    print(f"{name}: {reason}", flush=True)
+                except ModuleNotFoundError as error:
+                    print(f"{name}: not installed ({error.name})", flush=True)
                     continue
                 begin = time.perf_counter()
                 backend.run()
@@ -288,23 +279,12 @@ def main(options: PipelinesOptions) -> None:
     print(ceilings(device).text())
     print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
-        BENCH.write(
-            options.out,
-            "pipelines",
-            device,
-            backend=name,
-            what=backends[name].what,
-            rows=task.rows,
-            side=options.side,
-            batches=batches,
-            threads=options.threads,
-            views_per_second=views / t.seconds,
-            views_per_second_low=views / t.high,
-            views_per_second_high=views / t.low,
-            ratio_to_pil=times["pil"].seconds / t.seconds,
-            floor_views_per_second=1 / floor,
-            share_of_copy=floor * views / t.seconds,
-        )
+        case = {"backend": name, "what": backends[name].what, "rows": task.rows, "side": options.side}
+        case |= {"batches": batches, "threads": options.threads}
+        speeds = quartiles("views_per_second", views / np.array(t.samples))
+        speeds |= {"ratio_to_pil": times["pil"].seconds / t.seconds, "floor_views_per_second": 1 / floor}
+        speeds["share_of_copy"] = floor * speeds["views_per_second"]
+        BENCH.write(options.out, "pipelines", device, **case, **speeds)
     failures.finish()
 
 
