@@ -83,10 +83,12 @@ RIVALS = {
 }
 
 
-def step_config(k: int, device: torch.device) -> Config:
-    """The paper's training step for CIFAR-10's shape on a GPU; a small one on a CPU."""
-    small = {} if device.type == "cuda" else {"batch": 8, "blocks": 1, "width": 8}
-    return Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20, **small)  # type: ignore[arg-type]
+def step_config(k: int, device: torch.device, batch: int | None = None) -> Config:
+    """Return the paper's training step for CIFAR-10's shape on a GPU and a small one on a CPU, with B if given."""
+    config = Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20)
+    if device.type != "cuda":
+        config = dataclasses.replace(config, batch=8, blocks=1, width=8)
+    return config if batch is None else dataclasses.replace(config, batch=batch)
 
 
 @dataclass
@@ -305,7 +307,9 @@ def main(options: BaselineOptions) -> None:
     device = bench_device()
     steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
-    configs = {k: _config(k, options, device) for name, k, beside in groups for k in (k, *beside)}
+    configs = {k: step_config(k, device, options.batch) for _, own, beside in groups for k in (own, *beside)}
+    for config in configs.values():
+        validate(config)
     print(ceilings(device).text())
     set_numerics(deterministic=False)
     with ExitStack() as closing:
@@ -329,14 +333,6 @@ def _groups(name: str, ks: Sequence[int]) -> list[tuple[str, int, list[int]]]:
     if own is None:
         return [(name, k, [k]) for k in ks]
     return [(name, own, [own, *(k for k in ks if k > own)])]
-
-
-def _config(k: int, options: BaselineOptions, device: torch.device) -> Config:
-    config = step_config(k, device)
-    if options.batch is not None:
-        config = dataclasses.replace(config, batch=options.batch)
-    validate(config)
-    return config
 
 
 def _warmed_up(make: Callable[[], Contestant], options: BaselineOptions, device: torch.device) -> Contestant:
