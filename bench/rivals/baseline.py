@@ -51,7 +51,6 @@ from engine.training.execution import set_numerics
 from engine.training.feed import Feed, ViewLoader
 from pipelines.data_set import DataSet
 from pipelines.datasets import NOISE_32
-from pipelines.plan import ViewPlan
 
 ENGINE = "engine"
 DATA = ("real", "synthetic")
@@ -127,10 +126,7 @@ class SettledViews:
         self._views = views
         self._pending = 0
         self._made: deque[Tensor] = deque()
-
-    def prepare(self, views: ViewPlan) -> Any:
-        """The pipeline's."""
-        return self._views.prepare(views)
+        self.prepare, self.close = views.prepare, views.close
 
     def submit(self, prepared: Any) -> None:
         """Hands over a batch."""
@@ -139,22 +135,16 @@ class SettledViews:
 
     def collect(self) -> Tensor:
         """The oldest batch: (V, H, W, 3) uint8."""
-        if not self._made:
-            self._make_one()
-        return self._made.popleft()
+        if self._made:
+            return self._made.popleft()
+        self._pending -= 1
+        return self._views.collect()
 
     def settle(self) -> None:
         """Waits until every batch handed over is made; on a GPU, has the current stream wait."""
-        while self._pending:
-            self._make_one()
-
-    def close(self) -> None:
-        """Releases the pipeline."""
-        self._views.close()
-
-    def _make_one(self) -> None:
-        self._made.append(self._views.collect())
-        self._pending -= 1
+        for _ in range(self._pending):
+            self._made.append(self._views.collect())
+        self._pending = 0
 
 
 class SettledFeed(Feed):
