@@ -114,16 +114,9 @@ def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
     return macs, elements
 
 
-def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) -> dict[str, Any]:
-    """Throughput of one configuration: see `figures` for the figures.
-
-    Args:
-        config: what to train; its `views` says how real data are made.
-        steps: at least so many are timed.
-        data: "real", or "synthetic" for views that cost nothing.
-        repeats: samples.
-    """
-    case = TimedSteps.begin(config, "synthetic" if data == "synthetic" else config.views)
+def measure(config: Config, steps: int, views: str, repeats: int = 5) -> dict[str, Any]:
+    """Return the `figures` of one configuration, over at least so many steps, with one of VIEWS."""
+    case = TimedSteps.begin(config, views)
     each = whole_batches(-(-steps // repeats), config)
     try:
         device = case.feed.execution.device
