@@ -116,7 +116,7 @@ def main(options: VariantsOptions) -> None:
                 "peak_memory_mib": processes[name].ask("memory"),
             }
             BENCH.write(options.out, "variants", device, **case, variant=name, **row)
-        if options.profile and AS_IT_IS in processes:
+        if options.profile:
             events = processes[AS_IT_IS].ask(f"profile {options.profile}")
             for kind, figures in by_kind(events, options.profile).items():
                 BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **figures)

@@ -133,7 +133,7 @@ def test_a_gpus_convolutions_are_cudnns(monkeypatch):
 
     monkeypatch.setattr("bench.step.convolutions.measure", measure)
     monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
-    convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1)
+    list(convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1))
     assert seen == [(True, True, False), (True, False, False)]
 
 
