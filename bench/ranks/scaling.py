@@ -151,16 +151,13 @@ def main(options: ScalingOptions) -> None:
     whole = throughput.whole_batches(steps, config)
     groups = {r: Group(r) for r in ranks}
     failures = records.Failures()
-    failed: set[int] = set()
     for number in range(1, options.rounds + 1):
         for r in ranks:
-            if r in failed:  # as it will again
+            if _ranks(r) in failures.names:  # It would fail again.
                 continue
-            failed.add(r)
             with failures.part(_ranks(r)):
                 job = Job(config, views, tuple(cases[r]), sizes if r > 1 else (), whole, options.repeats)
                 groups[r].add(launch(r, threads, job))
-                failed.remove(r)
                 print(f"round {number} of {options.rounds}: {_ranks(r)} done", flush=True)
     common = {"preset": config.preset, "k": config.k, "views": views, "threads": threads, "rounds": options.rounds}
     measured = [group for group in groups.values() if group.steps]

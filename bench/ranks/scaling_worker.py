@@ -13,7 +13,6 @@ import functools
 import os
 import pickle
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,9 @@ def work(job: Job) -> dict[str, Any]:
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
             if spec.grouped and not collectives.grouped():
                 collectives.start(device, timeout=600.0, alone=True)
-            with _wrapping(wrapped, spec.reduced):
+            # A captured step runs as soon as it is made, before its network could be reached.
+            wrap = functools.partial(_wrap, wrapped, spec.reduced)
+            with patch.object(engine.training.step, "DistributedDataParallel", wrap):
                 cases[spec] = TimedSteps.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
             cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
         buffers = {size: torch.zeros(size // 4, device=device) for size in job.sizes}
@@ -127,19 +128,12 @@ def _advance(case: TimedSteps, spec: CaseSpec, steps: int) -> None:
         case.advance(steps)
 
 
-@contextlib.contextmanager
-def _wrapping(wrapped: list[DistributedDataParallel], reduced: bool) -> Iterator[None]:
-    """Remembers the networks that steps wrap in here; if not `reduced`, each rank keeps its own gradients."""
-
-    def wrap(*args: Any, **kwargs: Any) -> DistributedDataParallel:
-        wrapped.append(DistributedDataParallel(*args, **kwargs))
-        if not reduced:
-            wrapped[-1].register_comm_hook(None, noop_hook)
-        return wrapped[-1]
-
-    # a captured step runs as soon as it is made, before anybody could reach its network
-    with patch.object(engine.training.step, "DistributedDataParallel", wrap):
-        yield
+def _wrap(wrapped: list[DistributedDataParallel], reduced: bool, *args: Any, **kwargs: Any) -> DistributedDataParallel:
+    """Wrap a network and remember it; if not `reduced`, each rank keeps its own gradients."""
+    wrapped.append(DistributedDataParallel(*args, **kwargs))
+    if not reduced:
+        wrapped[-1].register_comm_hook(None, noop_hook)
+    return wrapped[-1]
 
 
 def main(folder: Path) -> None:

@@ -51,7 +51,6 @@ from engine.training.execution import set_numerics
 from engine.training.feed import Feed, ViewLoader
 from pipelines.cache import DataSet
 from pipelines.datasets import NOISE_32
-from pipelines.plan import ViewPlan
 
 ENGINE = "engine"
 DATA = ("real", "synthetic")
@@ -83,10 +82,12 @@ RIVALS = {
 }
 
 
-def step_config(k: int, device: torch.device) -> Config:
-    """The paper's training step for CIFAR-10's shape on a GPU; a small one on a CPU."""
-    small = {} if device.type == "cuda" else {"batch": 8, "blocks": 1, "width": 8}
-    return Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20, **small)  # type: ignore[arg-type]
+def step_config(k: int, device: torch.device, batch: int | None = None) -> Config:
+    """Return the paper's training step for CIFAR-10's shape on a GPU and a small one on a CPU, with B if given."""
+    config = Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20)
+    if device.type != "cuda":
+        config = dataclasses.replace(config, batch=8, blocks=1, width=8)
+    return config if batch is None else dataclasses.replace(config, batch=batch)
 
 
 @dataclass
@@ -125,10 +126,7 @@ class SettledViews:
         self._views = views
         self._pending = 0
         self._made: deque[Tensor] = deque()
-
-    def prepare(self, views: ViewPlan) -> Any:
-        """The pipeline's."""
-        return self._views.prepare(views)
+        self.prepare, self.close = views.prepare, views.close
 
     def submit(self, prepared: Any) -> None:
         """Hands over a batch."""
@@ -137,22 +135,16 @@ class SettledViews:
 
     def collect(self) -> Tensor:
         """The oldest batch: (V, H, W, 3) uint8."""
-        if not self._made:
-            self._make_one()
-        return self._made.popleft()
+        if self._made:
+            return self._made.popleft()
+        self._pending -= 1
+        return self._views.collect()
 
     def settle(self) -> None:
         """Waits until every batch handed over is made; on a GPU, has the current stream wait."""
-        while self._pending:
-            self._make_one()
-
-    def close(self) -> None:
-        """Releases the pipeline."""
-        self._views.close()
-
-    def _make_one(self) -> None:
-        self._made.append(self._views.collect())
-        self._pending -= 1
+        for _ in range(self._pending):
+            self._made.append(self._views.collect())
+        self._pending = 0
 
 
 class SettledFeed(Feed):
@@ -305,7 +297,9 @@ def main(options: BaselineOptions) -> None:
     device = bench_device()
     steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
-    configs = {k: _config(k, options, device) for name, k, beside in groups for k in (k, *beside)}
+    configs = {k: step_config(k, device, options.batch) for _, own, beside in groups for k in (own, *beside)}
+    for config in configs.values():
+        validate(config)
     print(ceilings(device).text())
     set_numerics(deterministic=False)
     with ExitStack() as closing:
@@ -329,14 +323,6 @@ def _groups(name: str, ks: Sequence[int]) -> list[tuple[str, int, list[int]]]:
     if own is None:
         return [(name, k, [k]) for k in ks]
     return [(name, own, [own, *(k for k in ks if k > own)])]
-
-
-def _config(k: int, options: BaselineOptions, device: torch.device) -> Config:
-    config = step_config(k, device)
-    if options.batch is not None:
-        config = dataclasses.replace(config, batch=options.batch)
-    validate(config)
-    return config
 
 
 def _warmed_up(make: Callable[[], Contestant], options: BaselineOptions, device: torch.device) -> Contestant:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 _LONGEST_BATCH = 60.0  # seconds, after which a worker has died or hangs
 
 
-def _collate(made: Any, items: list[Any]) -> Any:
-    """Make a batch as a DataLoader does by default, and count it."""
-    batch = default_collate(items)
+def _make_batch(make_item: Callable[[int], Any], made: Any, numbers: list[int]) -> Any:
+    """Make items and their batch, as a DataLoader does by default, and count it."""
+    batch = default_collate([make_item(number) for number in numbers])
     with made.get_lock():
         made.value += 1
     return batch
@@ -26,21 +26,24 @@ class EndlessLoader:
     """Random batches of a data set, which worker processes make ahead: two for each worker, as is the default.
 
     Args:
-        items: one image an item.
+        make_item: makes an item of the data set from its number.
+        items: in the data set.
         batch: items a batch.
         workers: processes; without any, `next` makes the batch.
         pinned: whether batches lie in pinned memory.
     """
 
-    def __init__(self, items: Dataset, batch: int, workers: int, pinned: bool = False) -> None:
+    def __init__(
+        self, make_item: Callable[[int], Any], items: int, batch: int, workers: int, pinned: bool = False
+    ) -> None:
         self._drawn = 0  # batches handed to workers
         self._made = multiprocessing.Value("q", 0)  # batches made by all workers
         self._batches: Iterator[Any] = iter(
             DataLoader(
-                items,
-                batch_sampler=self._draw(len(items), batch),  # type: ignore[arg-type]
+                range(items),  # type: ignore[arg-type]
+                batch_sampler=self._draw(items, batch),  # type: ignore[arg-type]
                 num_workers=workers,
-                collate_fn=partial(_collate, self._made),
+                collate_fn=partial(_make_batch, make_item, self._made),
                 pin_memory=pinned,
             )
         )

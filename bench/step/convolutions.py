@@ -9,7 +9,7 @@ tensors of the smaller shapes fit into a large GPU's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def main(options: ConvolutionsOptions) -> None:
             BENCH.write(options.out, "convolutions", device, **case, **row)
 
 
-def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], repeats: int) -> list[dict[str, Any]]:
+def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], repeats: int) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
@@ -119,20 +119,16 @@ def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], re
     moved = images.nbytes + weight.nbytes + gradient.nbytes
     flops = 2 * gradient.numel() * weight[0].numel()
     floor = max(moved / limit.copy_bytes_per_second, flops / limit.matmul_flops_per_second)
-    found = []
     for benchmark in choices:
         # by default these flags would switch cuDNN off
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
             timings = measure(functions, device, repeats, queued=True)
-        found += [
-            {
+        for name, timing in timings.items():
+            yield {
                 "pass": name, "benchmark": benchmark, **quartiles("microseconds", 1e6 * np.array(timing.samples)),
                 "bytes": moved, "flops": flops, "floor_microseconds": 1e6 * floor,
                 "floor_ratio": timing.seconds / floor,
-            }
-            for name, timing in timings.items()
-        ]  # fmt: skip
-    return found
+            }  # fmt: skip
 
 
 BENCH = Bench(

@@ -7,7 +7,7 @@ large GPU, where a share may pass 100 % and launch latency counts; the large siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,7 +213,7 @@ def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def _rows(
     case: Case, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     bandwidth = ceilings(device).copy_bytes_per_second
     forms = {"triton": case.operation, "eager": case.twin, "compiled": torch.compile(case.twin, dynamic=False)}
     functions = {}
@@ -229,8 +229,8 @@ def _rows(
     del expected
     times = measure(functions, device, repeats, queued=True)
     floor = case.moved / bandwidth
-    return [
-        {
+    for provider, t in times.items():
+        yield {
             "provider": provider,
             "shape": case.shape,
             "bytes": case.moved,
@@ -242,8 +242,6 @@ def _rows(
             "floor_microseconds": floor * 1e6,
             "share_of_copy": floor / t.seconds,
         }
-        for provider, t in times.items()
-    ]
 
 
 def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:

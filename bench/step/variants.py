@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -117,7 +116,7 @@ def main(options: VariantsOptions) -> None:
                 "peak_memory_mib": processes[name].ask("memory"),
             }
             BENCH.write(options.out, "variants", device, **case, variant=name, **row)
-        if options.profile and AS_IT_IS in processes:
+        if options.profile:
             events = processes[AS_IT_IS].ask(f"profile {options.profile}")
             for kind, figures in by_kind(events, options.profile).items():
                 BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **figures)
@@ -129,25 +128,20 @@ def _started(
     variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
 ) -> Iterator[dict[str, StepWorker]]:
     """Starts variants, some at a time, and gives those that are ready."""
-    processes: dict[str, StepWorker] = {}
-    try:
+    ready: dict[str, StepWorker] = {}
+    with ExitStack() as ending:
         names = list(variants)
         for first in range(0, len(names), at_once):
             group = {name: _worker(variants[name], config) for name in names[first : first + at_once]}
-            processes |= group
+            for process in group.values():
+                ending.callback(process.end)
             for name, process in group.items():
-                try:
+                with failures.part(name):
                     process.ready()
-                except RuntimeError as error:
-                    print(f"{name}: {error}", file=sys.stderr)
-                    failures.names.append(name)
-                    processes.pop(name).end()
-        if AS_IT_IS not in processes:
+                    ready[name] = process
+        if AS_IT_IS not in ready:
             raise RuntimeError("the step as it is does not run")
-        yield processes
-    finally:
-        for process in processes.values():
-            process.end()
+        yield ready
 
 
 BENCH = Bench(

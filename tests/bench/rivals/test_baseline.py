@@ -129,13 +129,13 @@ def test_parts_and_data_may_be_left_out(tmp_path):
 
 
 def test_a_rivals_turn_ends_with_nothing_pending(monkeypatch):
-    make = plain.Items.__getitem__
+    make_item = plain.make_item
 
-    def slowly(self, item):
+    def slowly(*arguments):
         time.sleep(0.02)
-        return make(self, item)
+        return make_item(*arguments)
 
-    monkeypatch.setattr(plain.Items, "__getitem__", slowly)
+    monkeypatch.setattr(plain, "make_item", slowly)
     with ExitStack() as closing:
         rival = baseline.make_rival("plain", tiny(), options(data=("real",)), CPU, closing)
         rival.advance("real", 2)
