@@ -225,8 +225,13 @@ def _learning(run: Run) -> Section:
         "Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, "Of the EMA model, which is what counts.",
         best="highest",
     )  # fmt: skip
-    terms = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
-    losses = charts.losses({name: run.series(name) for name in terms})
+    names = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
+    terms = {"sum" if name == "loss" else name.removeprefix("loss_"): run.series(name) for name in names}
+    losses = charts.lines(
+        "Losses", "nats", {name: line for name, line in terms.items() if any(line[1])},  # 0 where the method lacks it
+        "Terms and their weighted sum: x of the labeled rows, u of the mixed unlabeled rows, u1 of one strong view "
+        "unmixed, rot of the rotation task.",
+    )  # fmt: skip
     test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
     return Section("Accuracy and losses", _charts(accuracy, losses, test_loss))
 
