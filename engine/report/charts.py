@@ -48,15 +48,10 @@ class Chart:
 def lines(
     title: str, unit: str, series: Series, note: str = "", limits: tuple[float, float] | None = None, best: str = ""
 ) -> Chart | None:
-    """Draw values over steps, a line for each name; return None if there are no finite values.
+    """Draw a line over steps for each name; return None if no value is finite.
 
-    Args:
-        title: Title of the chart.
-        unit: Title of the vertical axis.
-        series: Steps and values by name.
-        note: How to read the chart.
-        limits: Limits of the vertical axis; by default those of the values.
-        best: "highest" or "lowest" to say when that was.
+    The vertical axis has the title `unit`, and the given limits or those of the values. Of a single line, the text says
+    when it was at its `best`, "highest" or "lowest".
     """
     finite = {name: [p for p in zip(*line, strict=True) if math.isfinite(p[1])] for name, line in series.items()}
     points = {name: found for name, found in finite.items() if found}
@@ -67,15 +62,11 @@ def lines(
         {"k": name, "s": steps, "v": [*map(short, found)], "few": len(steps) <= FEW_POINTS}
         for name, (steps, found) in drawn.items()
     ]
-    base = (
-        _chart(values)
-        .transform_flatten(["s", "v"])
-        .encode(
-            alt.X("s:Q", title="step").scale(nice=False).axis(format="~s", grid=False, tickCount=5),
-            alt.Y("v:Q", title=unit, scale=alt.Scale(domain=limits) if limits else alt.Scale(zero=False)),
-            *_colors(list(drawn), "stroke"),
-            tooltip=_tips({"k:N": "line", "s:Q": "step", "v:Q": unit}),
-        )
+    base = _chart(values, "s", "v").encode(
+        alt.X("s:Q", title="step").scale(nice=False).axis(format="~s", grid=False, tickCount=5),
+        alt.Y("v:Q", title=unit, scale=alt.Scale(domain=limits) if limits else alt.Scale(zero=False)),
+        *_colors(list(drawn), "stroke"),
+        tooltip=_tips({"k:N": "line", "s:Q": "step", "v:Q": unit}),
     )
     # Points that cannot be seen make a line easy to hit with a mouse or a finger.
     targets = {"size": 60, "opacity": 0} if sum(len(each["s"]) for each in values) < 1000 else False
@@ -123,18 +114,15 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
     times = _spaced(len(steps), MOST_TIMES)
     kept = [steps[t] for t in times]
     largest = max(float(np.abs(apart).max()), 1e-9)
-    chart = (
-        _chart([{"c": name, "s": kept, "v": [*map(short, apart[times, c])]} for c, name in shown.items()])
-        .transform_flatten(["s", "v"])
-        .transform_calculate(a="abs(datum.v)", k="datum.v < 0 ? 'guessed less' : 'guessed more'")
-        .mark_rect()
-        .encode(
-            _steps(kept),
-            _names("c", shown.values(), "class", labelExpr=_LABEL),
-            _key(alt.Color, ["guessed more", "guessed less"], [ORANGE, BLUE], 2 if max(map(len, classes)) <= 8 else 1),
-            alt.Opacity("a:Q", legend=None).scale(domain=[0, largest], range=[0.03, 1]),
-            tooltip=_tips({"c:N": "class", "s:O": "step", "v:Q": "p~(y) - p(y), points"}),
-        )
+    values = [{"c": name, "s": kept, "v": [*map(short, apart[times, c])]} for c, name in shown.items()]
+    more, less = "guessed more", "guessed less"
+    signed = _chart(values, "s", "v").transform_calculate(a="abs(datum.v)", k=f"datum.v < 0 ? '{less}' : '{more}'")
+    chart = signed.mark_rect().encode(
+        _steps(kept),
+        _names("c", shown.values(), "class", labelExpr=_LABEL),
+        _key(alt.Color, [more, less], [ORANGE, BLUE], 2 if max(map(len, classes)) <= 8 else 1),
+        alt.Opacity("a:Q", legend=None).scale(domain=[0, largest], range=[0.03, 1]),
+        tooltip=_tips({"c:N": "class", "s:O": "step", "v:Q": "p~(y) - p(y), points"}),
     )
     worst = int(np.abs(apart[-1]).argmax())
     text = (
@@ -157,16 +145,14 @@ def marginal_bars(step: int, p_model: np.ndarray, p_labels: np.ndarray, classes:
     shown = _selected(np.abs(p_model - p_labels), classes)
     kinds = {"p~(y), guessed": p_model, "p(y), labels": p_labels}
     columns = 2 if max(map(len, classes)) <= 8 else 1
-    chart = (
-        _chart([{"c": n, "k": k, "v": short(100 * p[c])} for k, p in kinds.items() for c, n in shown.items()])
-        .mark_point(filled=True, size=70, opacity=1)
-        .encode(
-            alt.X("v:Q", title="share, %").scale(zero=True),
-            _names("c", shown.values(), "class", labelExpr=_LABEL),
-            _key(alt.Color, list(kinds), [ORANGE, BLUE], columns),
-            _key(alt.Shape, list(kinds), ["circle", "diamond"], columns),
-            tooltip=_tips({"c:N": "class", "k:N": "of", "v:Q": "share, %"}),
-        )
+    values = [{"c": name, "k": k, "v": short(100 * p[c])} for k, p in kinds.items() for c, name in shown.items()]
+    points = _chart(values).mark_point(filled=True, size=70, opacity=1)
+    chart = points.encode(
+        alt.X("v:Q", title="share, %").scale(zero=True),
+        _names("c", shown.values(), "class", labelExpr=_LABEL),
+        _key(alt.Color, list(kinds), [ORANGE, BLUE], columns),
+        _key(alt.Shape, list(kinds), ["circle", "diamond"], columns),
+        tooltip=_tips({"c:N": "class", "k:N": "of", "v:Q": "share, %"}),
     )
     gap = 50 * float(np.abs(p_model - p_labels).sum())
     text = f"p~(y) and p(y) by class at step {step:,}. They are {gap:.1f} % apart, in total variation distance."
@@ -209,18 +195,13 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
     axis = alt.Axis(
         values=list(labels), labelExpr=label_of, ticks=False, domain=False, labelOverlap=False, labelPadding=4
     )
-    chart = (
-        _chart(values)
-        .transform_flatten(["s", "v", "w"])
-        .transform_calculate(k="datum.v > 0 ? 'drawn' : 'not drawn'")
-        .mark_rect()
-        .encode(
-            _steps(steps),
-            alt.Y("y:O", title=None, axis=axis).scale(domain=list(range(places - 2)), padding=0),
-            _key(alt.Color, ["drawn", "not drawn"], [COLORS[5], ORANGE]),
-            alt.Opacity("v:Q", legend=None).scale(domain=[0, THRESHOLD, 1], range=[0.8, 0.12, 0.95]),
-            tooltip=_tips({"n:N": "bins", "s:O": "step", "w:Q": "weight"}),
-        )
+    kinds = _chart(values, "s", "v", "w").transform_calculate(k="datum.v > 0 ? 'drawn' : 'not drawn'")
+    chart = kinds.mark_rect().encode(
+        _steps(steps),
+        alt.Y("y:O", title=None, axis=axis).scale(domain=list(range(places - 2)), padding=0),
+        _key(alt.Color, ["drawn", "not drawn"], [COLORS[5], ORANGE]),
+        alt.Opacity("v:Q", legend=None).scale(domain=[0, THRESHOLD, 1], range=[0.8, 0.12, 0.95]),
+        tooltip=_tips({"n:N": "bins", "s:O": "step", "w:Q": "weight"}),
     )
     text = (
         f"Heat map of CTAugment's bins over steps. At step {steps[-1]:,} {sum(drawn)} of {len(drawn)} bins are drawn: "
@@ -249,21 +230,15 @@ def calibration(points: Mapping[str, Sequence[tuple[int, int]]]) -> Chart | None
                 rows.append([name, f"{low} to {high} %", str(count), f"{100 * right / count:.1f} %"])
     if not values:
         return None
-    diagonal = (
-        _chart([{"c": 0, "v": 0}, {"c": 100, "v": 100}])
-        .mark_line(color=GRAY, strokeDash=[4, 4], strokeWidth=1.2)
-        .encode(x="c:Q", y="v:Q")
-    )
-    chart = (
-        _chart(values)
-        .mark_point(filled=True, opacity=0.8)
-        .encode(
-            alt.X("c:Q", title="confidence, %").scale(domain=[0, 100]),
-            alt.Y("v:Q", title="right, %").scale(domain=[0, 100]),
-            *_colors(list(points)),
-            alt.Size("n:Q", legend=None).scale(type="sqrt", range=[20, 320]),
-            tooltip=_tips({"k:N": "of", "c:Q": "confidence about, %", "v:Q": "right, %", "n:Q": "predictions"}),
-        )
+    ends = _chart([{"c": 0, "v": 0}, {"c": 100, "v": 100}]).encode(x="c:Q", y="v:Q")
+    diagonal = ends.mark_line(color=GRAY, strokeDash=[4, 4], strokeWidth=1.2)
+    chart = _chart(values).mark_point(filled=True, opacity=0.8)
+    chart = chart.encode(
+        alt.X("c:Q", title="confidence, %").scale(domain=[0, 100]),
+        alt.Y("v:Q", title="right, %").scale(domain=[0, 100]),
+        *_colors(list(points)),
+        alt.Size("n:Q", legend=None).scale(type="sqrt", range=[20, 320]),
+        tooltip=_tips({"k:N": "of", "c:Q": "confidence about, %", "v:Q": "right, %", "n:Q": "predictions"}),
     )
     sums = {name: np.sum(counts, axis=0) for name, counts in points.items()}
     told = "; ".join(f"{name}: {right} of {count} are right" for name, (count, right) in sums.items())
@@ -333,34 +308,26 @@ def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
 def dots(
     title: str, unit: str, groups: Dots, text: str, note: str = "", zero: bool = False, marks: Mapping[str, float] = {}
 ) -> Chart:
-    """Draw a row of dots for each group and a tick at their mean.
+    """Draw the values of each group as dots, with a tick at their mean and published results (`marks`) as diamonds.
 
-    Args:
-        title: Title of the chart.
-        unit: Title of the horizontal axis.
-        groups: The dots of each group: name and value.
-        text: What is to be seen.
-        note: How to read the chart.
-        zero: Whether to draw a line at 0.
-        marks: Published results by group.
+    `unit` is the title of the horizontal axis, on which `zero` draws a line at 0.
     """
     # Without padding a dot at either end lies on the names.
     x = alt.X("v:Q", title=unit).scale(zero=False, padding=10).axis(tickCount=5)
     y = _names("g", list(groups))
     values = [{"g": group, "k": name, "v": short(v)} for group, found in groups.items() for name, v in found]
     means = [{"g": group, "v": short(mean(v for _, v in found))} for group, found in groups.items()]
+    published = [{"g": group, "v": v} for group, v in marks.items()]
     ticks = _chart(means).mark_tick(thickness=3, color=ORANGE, height={"band": 0.8})
     points = _chart(values).mark_point(filled=True, size=55, opacity=0.75, color=BLUE)
+    diamonds = _chart(published).mark_point(filled=True, shape="diamond", size=75, color=COLORS[2])
     layers = [
+        _chart([{"v": 0}] if zero else []).mark_rule(color=GRAY, strokeDash=[4, 4]).encode(x),
         ticks.encode(x, y, tooltip=_tips({"g:N": "group", "v:Q": f"mean, {unit}"})),
         points.encode(x, y, tooltip=_tips({"g:N": "group", "k:N": "run", "v:Q": unit})),
+        diamonds.encode(x, y, tooltip=_tips({"g:N": "group", "v:Q": f"paper, {unit}"})),
     ]
-    if zero:
-        layers.insert(0, _chart([{"v": 0}]).mark_rule(color=GRAY, strokeDash=[4, 4]).encode(x))
-    if marks:
-        diamonds = _chart([{"g": group, "v": v} for group, v in marks.items()])
-        diamonds = diamonds.mark_point(filled=True, shape="diamond", size=75, color=COLORS[2])
-        layers.append(diamonds.encode(x, y, tooltip=_tips({"g:N": "group", "v:Q": f"paper, {unit}"})))
+    layers = [layer for layer in layers if layer.data["values"]]
     rows = [[group, name, value(v)] for group, found in groups.items() for name, v in found]
     return Chart(title, text, _spec(alt.layer(*layers), max(90, 30 * len(groups))), ["group", "run", unit], rows, note)
 
@@ -391,8 +358,10 @@ def _selection(shown: Collection[int], classes: Sequence[str], why: str) -> str:
     return f"The {len(shown)} classes of {len(classes)} {why}." if len(shown) < len(classes) else ""
 
 
-def _chart(values: list[dict[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.InlineData(values=values))
+def _chart(values: list[dict[str, Any]], *flattened: str) -> alt.Chart:
+    """Return a chart of values, of which those that are flattened are lists of equal lengths."""
+    chart = alt.Chart(alt.InlineData(values=values))
+    return chart.transform_flatten(list(flattened)) if flattened else chart
 
 
 def _bars(values: list[dict[str, Any]], x: alt.X, y: alt.Y, tips: Mapping[str, str]) -> alt.Chart:
@@ -433,28 +402,10 @@ def _tips(titles: Mapping[str, str]) -> list[alt.Tooltip]:
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:
-    """Return Vega-Lite without what all charts share, which is `CONFIG`."""
+    """Return Vega-Lite without what all charts share, which is in config.json."""
     spec = chart.properties(width="container", height=height).to_dict()
     del spec["config"], spec["$schema"]
     return spec
-
-
-CONFIG = {
-    "mark": {"aria": False},  # the page describes each chart as one image
-    "background": "transparent",
-    "font": "system-ui, sans-serif",
-    "autosize": {"type": "fit-x", "contains": "padding"},
-    "view": {"stroke": None},
-    "axis": {
-        "aria": False,
-        "labelFontSize": 11,
-        "titleFontSize": 11,
-        "titleFontWeight": "normal",
-        "gridWidth": 1,
-        "tickSize": 3,
-    },
-    "legend": {"aria": False, "labelFontSize": 12, "symbolStrokeWidth": 2.5, "rowPadding": 4, "columnPadding": 14},
-}
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[int], list[float]]:

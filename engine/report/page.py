@@ -100,7 +100,6 @@ def render(found: Found, title: str = "", written: str = "") -> str:
         several=several,
         comparisons=compare(found) if several else [],
         articles=[article(run, many) for run in runs],
-        config=charts.CONFIG,
         library=library(),
         written=written,
     )
