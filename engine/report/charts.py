@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -110,7 +110,7 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
         classes: (L,) names.
     """
     apart = 100 * (p_model - p_labels)
-    shown = _selected(np.abs(apart).max(0), classes)
+    shown, few = _selected(np.abs(apart).max(0), classes, "that differ most")
     times = _spaced(len(steps), MOST_TIMES)
     kept = [steps[t] for t in times]
     largest = max(float(np.abs(apart).max()), 1e-9)
@@ -129,8 +129,7 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
         f"Heat map of p~(y) less p(y) by class and step. The largest difference at any time is {largest:.1f} points; "
         f"at step {steps[-1]:,} it is {apart[-1, worst]:+.1f} points, of class {classes[worst]}."
     )
-    note = f"The mean guess of the last 128 steps less the labels' share. Full colour is {largest:.1f} points. "
-    note += _selection(shown, classes, "that differ most")
+    note = f"The mean guess of the last 128 steps less the labels' share. Full colour is {largest:.1f} points. {few}"
     head = ["class", "p(y) at the end", "p~(y) at the end", "difference, points"]
     rows = [
         [classes[c], f"{100 * p_labels[-1, c]:.2f} %", f"{100 * p_model[-1, c]:.2f} %", f"{apart[-1, c]:+.2f}"]
@@ -142,7 +141,7 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
 
 def marginal_bars(step: int, p_model: np.ndarray, p_labels: np.ndarray, classes: Sequence[str]) -> Chart:
     """Draw p(y) and p~(y) of each class at one step; both are (L,)."""
-    shown = _selected(np.abs(p_model - p_labels), classes)
+    shown, _ = _selected(np.abs(p_model - p_labels), classes)
     kinds = {"p~(y), guessed": p_model, "p(y), labels": p_labels}
     columns = 2 if max(map(len, classes)) <= 8 else 1
     values = [{"c": name, "k": k, "v": short(100 * p[c])} for k, p in kinds.items() for c, name in shown.items()]
@@ -232,8 +231,8 @@ def calibration(points: Mapping[str, Sequence[tuple[int, int]]]) -> Chart | None
         return None
     ends = _chart([{"c": 0, "v": 0}, {"c": 100, "v": 100}]).encode(x="c:Q", y="v:Q")
     diagonal = ends.mark_line(color=GRAY, strokeDash=[4, 4], strokeWidth=1.2)
-    chart = _chart(values).mark_point(filled=True, opacity=0.8)
-    chart = chart.encode(
+    found = _chart(values).mark_point(filled=True, opacity=0.8)
+    chart = found.encode(
         alt.X("c:Q", title="confidence, %").scale(domain=[0, 100]),
         alt.Y("v:Q", title="right, %").scale(domain=[0, 100]),
         *_colors(list(points)),
@@ -255,7 +254,7 @@ def recall(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     """Draw the share of each class's test images that is found; confusion is (L, L) counts, truth by row."""
     right, totals = np.diag(confusion), confusion.sum(1)
     found = 100 * right / np.maximum(totals, 1)
-    shown = _selected(np.where(totals > 0, -found, -np.inf), classes)
+    shown, note = _selected(np.where(totals > 0, -found, -np.inf), classes, "with the lowest recall")
     values = [{"c": name, "v": short(found[c]), "n": int(totals[c])} for c, name in shown.items()]
     x = alt.X("v:Q", title="recall, %").scale(domain=[0, 100])
     y = _names("c", shown.values(), "class", labelExpr=_LABEL)
@@ -264,14 +263,14 @@ def recall(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     text = f"Recall by class. The lowest is {found[worst]:.1f} %, of class {classes[worst]}."
     rows = [[classes[c], f"{found[c]:.1f} %", str(right[c]), str(totals[c])] for c in shown]
     spec, head = _spec(chart, max(110, 26 * len(shown) + 20)), ["class", "recall", "right", "test images"]
-    return Chart("Recall by class", text, spec, head, rows, _selection(shown, classes, "with the lowest recall"))
+    return Chart("Recall by class", text, spec, head, rows, note)
 
 
 def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     """Draw which classes are taken for which; confusion is (L, L) counts, truth by row."""
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     wrong = confusion - np.diag(np.diag(confusion))
-    shown = _selected(wrong.sum(0) + wrong.sum(1), classes)
+    shown, note = _selected(wrong.sum(0) + wrong.sum(1), classes, "with the most errors")
     values = [
         {"t": shown[t], "p": shown[p], "n": int(confusion[t, p]), "v": short(share[t, p]),
          "k": "right" if t == p else "wrong"}
@@ -302,7 +301,7 @@ def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     head = ["true class", "predicted", "test images", "of the class"]
     rows = [[classes[t], classes[p], str(wrong[t, p]), f"{share[t, p]:.1f} %"] for t, p in pairs]
     spec = _spec(chart, max(150, 26 * len(shown) + 40))
-    return Chart("Confusion matrix", text, spec, head, rows, _selection(shown, classes, "with the most errors"))
+    return Chart("Confusion matrix", text, spec, head, rows, note)
 
 
 def dots(
@@ -348,14 +347,11 @@ def shares(title: str, found: Sequence[tuple[str, float]]) -> Chart:
 _LABEL = "replace(datum.label, /^[0-9]+: /, '')"
 
 
-def _selected(scores: np.ndarray, classes: Sequence[str]) -> dict[int, str]:
-    """Return the MOST_CLASSES classes with the largest scores, in their own order: numbers and numbered names."""
-    return {c: f"{c}: {classes[c]}" for c in sorted(np.argsort(-scores, kind="stable")[:MOST_CLASSES].tolist())}
-
-
-def _selection(shown: Collection[int], classes: Sequence[str], why: str) -> str:
-    """Return a note on classes that are not shown, if there are any."""
-    return f"The {len(shown)} classes of {len(classes)} {why}." if len(shown) < len(classes) else ""
+def _selected(scores: np.ndarray, classes: Sequence[str], why: str = "") -> tuple[dict[int, str], str]:
+    """Return the MOST_CLASSES classes with the largest scores, by number, and a note if they are not all classes."""
+    shown = sorted(np.argsort(-scores, kind="stable")[:MOST_CLASSES].tolist())
+    note = f"The {len(shown)} classes of {len(classes)} {why}." if len(shown) < len(classes) else ""
+    return {c: f"{c}: {classes[c]}" for c in shown}, note
 
 
 def _chart(values: list[dict[str, Any]], *flattened: str) -> alt.Chart:

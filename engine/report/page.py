@@ -9,12 +9,11 @@ import io
 import itertools
 import re
 import shlex
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -35,6 +34,7 @@ PIXELATED_SIDE = 48  # of pictures that are enlarged pixel by pixel
 MOST_LINES = 24  # of a chart
 INTERVALS = 10  # of confidence
 
+T = TypeVar("T")
 Line = tuple[list[float], list[float]]  # steps and values
 
 
@@ -61,7 +61,7 @@ class Grid:
 
     title: str
     head: Sequence[str]
-    rows: Iterable[Sequence[Any]]
+    rows: Collection[Sequence[Any]]
     note: str = ""
 
 
@@ -118,15 +118,10 @@ def library() -> str:
 # One run
 
 
-def article(run: Run, many: bool = False) -> dict[str, Any]:
-    """Return all about one run.
+def article(run: Run, many: bool) -> dict[str, Any]:
+    """Return all about one run: its name, facts (name, value, words), the command that repeats it, and sections.
 
-    Args:
-        run: Which.
-        many: It is one of so many that the page shows fewer pictures of each.
-
-    Returns:
-        Its name, facts (name, value, words) for a glance, the command that repeats it, and sections.
+    It has fewer pictures if it is one of `many`.
     """
     profile = [charts.shares("Share of a step's time", run.profile[: charts.MOST_CLASSES])] if run.profile else []
     sections = [
@@ -432,14 +427,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Pair]]:
     alone = len({run.group for run in errors}) == 1
     firsts: dict[tuple[str, int], Run] = {}
     seeds: dict[tuple[str, int], Run] = {}
-    found = defaultdict(list)
+    found = []
     for run, error in errors.items():
         first = firsts.setdefault((run.config.dataset, _labels(run)), run)
         seeds.setdefault((run.group, run.config.seed), run)
         other = first if alone else seeds.get((first.group, run.config.seed), run)
         if other is not run and (alone or first.group != run.group):
-            found[names[run]].append(Pair(run, other, error - errors[other]))
-    return dict(found)
+            found.append((names[run], Pair(run, other, error - errors[other])))
+    return _grouped(found)
 
 
 def _ended(runs: Iterable[Run]) -> tuple[dict[Run, float], dict[Run, str]]:
@@ -447,6 +442,13 @@ def _ended(runs: Iterable[Run]) -> tuple[dict[Run, float], dict[Run, str]]:
     errors = {run: run.error for run in runs if run.error is not None}
     alone = len({run.group for run in errors}) == 1
     return errors, {run: run.name if alone else run.group for run in errors}
+
+
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for group, each in pairs:
+        groups.setdefault(group, []).append(each)
+    return groups
 
 
 def _results(found: Found) -> Section:
@@ -467,9 +469,7 @@ def _results(found: Found) -> Section:
     head = ["run", "group", "seed", "error, %", "last", "difference, points", "steps", "labels", "time"]
     parts: list[Chart | Grid] = []
     if errors:
-        groups = defaultdict(list)
-        for run, error in errors.items():
-            groups[names[run]].append((run.name, error))
+        groups = _grouped((names[run], (run.name, error)) for run, error in errors.items())
         best = min(errors, key=errors.__getitem__)
         text = f"Test errors of {len(errors)} runs. The lowest is {errors[best]:.2f} %, of {best.name}."
         paper = {names[run]: run.summary["paper_error"] for run in errors if "paper_error" in run.summary}
@@ -492,14 +492,14 @@ def _results(found: Found) -> Section:
 
 def _settings(runs: Sequence[Run]) -> Grid | None:
     """Show how the settings of each group differ from those of the first."""
-    first: dict[str, Run] = {}
-    for run in runs:
-        first.setdefault(run.group, run)
-    base, *others = first.values()
-    rows = []
-    for run in others:
-        same = dataclasses.replace(base.config, seed=run.config.seed)
-        rows.append([run.group, "; ".join(changed_fields(same, run.config)) or "none"])
+    base, *others = (members[0] for members in _grouped((run.group, run) for run in runs).values())
+    rows = [
+        [
+            run.group,
+            "; ".join(changed_fields(dataclasses.replace(base.config, seed=run.config.seed), run.config)) or "none",
+        ]
+        for run in others
+    ]
     return Grid(f"Settings that differ from those of {base.group}", ["group", "settings"], rows) if rows else None
 
 
@@ -524,9 +524,7 @@ def _curve(
 ) -> Chart | None:
     """Draw a line for each run; of many runs the mean of each group, or the range of the only group."""
     known = {run: line for run in runs if (line := read(run, name))[0]}
-    groups = defaultdict(list)
-    for run, line in known.items():
-        groups[run.group].append(line)
+    groups = _grouped((run.group, line) for run, line in known.items())
     found, notes = {run.name: line for run, line in known.items()}, [note] if note else []
     if len(known) > MANY and len(groups) == 1:
         kinds: dict[str, Callable[[Iterable[float]], Any]] = {"highest": max, "mean": mean, "lowest": min}
