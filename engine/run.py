@@ -139,7 +139,6 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     from engine.runs.pictures import draw_curves, draw_views, make_views
 
     write_bytes(folder / "ema.safetensors", safetensors_bytes(trainer.state.ema_model))
-    (folder / "average.safetensors").unlink(missing_ok=True)  # the same file under its name in earlier versions
     draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
     views = make_views(trainer.feed, trainer.step)
     draw_views(views, folder / "views.png")

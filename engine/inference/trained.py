@@ -14,7 +14,6 @@ from engine.models.build import make_network
 from engine.models.wide_resnet import Classifier
 from engine.runs import checkpoint
 from engine.runs.folder import read_classes
-from engine.runs.setup import open_data
 from engine.training.execution import pick_device, set_numerics
 from engine.training.trainer import CHECKPOINTS
 
@@ -42,17 +41,13 @@ def load_ema_model(folder: Path) -> Trained:
     """The EMA model of a run's newest good checkpoint.
 
     Raises:
-        UserError: the folder holds no run, or no good checkpoint.
+        UserError: the folder holds no run, or no good checkpoint, or its split.json is damaged.
     """
     config = load_config(folder / "config.json")
     found = checkpoint.load_newest(folder / CHECKPOINTS)
     if found is None:
         raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
-    described = read_classes(folder)
-    if described is None:
-        data = open_data(config.dataset)
-        described = data.classes, data.sides
-    classes, sides = described
+    classes, sides = read_classes(folder)
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
     network = make_network(config, len(classes), device, sides, trained=True).eval()

@@ -131,7 +131,7 @@ def article(run: Run, many: bool) -> dict[str, Any]:
     try:
         words = shlex.join(["remixmatch", *command(run.config)])
     except UserError:
-        words = ""  # a preset of another version
+        words = ""  # its preset is none of ours
     shown = [section for section in sections if any(section.parts) or section.note]
     return {"name": run.name, "facts": _facts(run), "command": words, "sections": shown}
 
@@ -275,7 +275,7 @@ def confusion(run: Run) -> np.ndarray:
 def _errors(run: Run, many: bool) -> Section:
     title, results = "Errors on the test images", run.results
     if not results or not run.classes:
-        why = "are not in this folder: its run is of an older version" if run.done else "are written at a run's end"
+        why = "are missing from this folder, or damaged" if run.done else "are written at a run's end"
         return Section(title, note=f"Predictions on the test images {why}.")
     counts = confusion(run)
     total, kept = int(results["test_images"]), len(results["labels"])

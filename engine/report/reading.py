@@ -37,7 +37,7 @@ class Run:
         split: content of split.json.
         metrics: rows of metrics.jsonl.
         history: rows of history.jsonl.
-        results: arrays of results.npz; empty while the run goes on, or if it is of an earlier version.
+        results: arrays of results.npz; empty while the run goes on, or if the file is missing or damaged.
         profile: ranges of a profile: names and shares, in 0..1.
     """
 
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; () in a folder of an earlier version."""
+        """Class names; () where split.json is missing or damaged."""
         return tuple(map(str, self.split.get("class_names", ())))
 
     @property
@@ -98,7 +98,7 @@ def read(paths: Sequence[Path]) -> Found:
     """Reads runs, and folders of runs.
 
     Raises:
-        UserError: a path holds no run that has begun, or one whose configuration is of another version.
+        UserError: a path holds no run that has begun, or one whose configuration cannot be read.
     """
     if not paths:
         raise UserError("report needs a run's folder, or a folder of runs")

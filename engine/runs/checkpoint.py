@@ -24,8 +24,6 @@ from pipelines.text import first_line
 log = logging.getLogger(__name__)
 
 FORMAT = "remixmatch-checkpoint-2"
-# of earlier formats: what has another name now, at any depth
-_RENAMED = {"remixmatch-checkpoint-1": {"average": "ema_model", "ring": "p_model_history", "matches": "omega"}}
 RETRY_SECONDS = 10.0  # between attempts to write a checkpoint while training goes on
 PATIENCE_SECONDS = 10.0  # in which the last one of a run, after which nothing goes on, is tried again
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -164,21 +162,12 @@ def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoin
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             log.warning(f"{path} cannot be read ({first_line(error)}); trying the one before")
             continue
-        if isinstance(loaded, dict) and loaded.get("format") in _RENAMED:
-            loaded = _rename(loaded, _RENAMED[loaded["format"]]) | {"format": FORMAT}
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
             log.warning(f"{path} is not a checkpoint of this engine; trying the one before")
             continue
-        known_by = loaded.get("run", {})
+        known_by = loaded["run"]
         if any(known_by.get(name, value) != value for name, value in (run or {}).items()):
             log.warning(f"{path} is a checkpoint of another run; trying the one before")
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])
     return None
-
-
-def _rename(tree: Any, names: Mapping[str, str]) -> Any:
-    """Gives keys of nested dictionaries and lists their new names."""
-    if isinstance(tree, dict):
-        return {names.get(key, key): _rename(value, names) for key, value in tree.items()}
-    return [_rename(value, names) for value in tree] if isinstance(tree, list) else tree

@@ -5,12 +5,12 @@ Nothing in here needs torch: a mistake is told before torch is imported.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from engine.config.config import RESUMABLE, Config, changed_fields, load_config
 from engine.config.presets import PRESETS
 from engine.errors import UserError
+from pipelines.files import read_json
 
 RUNS = Path("runs")
 
@@ -54,11 +54,17 @@ def _check_same_run(old: Config, new: Config, folder: Path) -> None:
         raise UserError(f"{folder} was begun with {old.steps} steps; --steps may grow, not shrink to {new.steps}")
 
 
-def read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[int, int]] | None:
-    """A run's class names, and (H, W) of its images; None where an earlier version has not written them."""
+def read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """A run's class names, and (H, W) of its images.
+
+    Raises:
+        UserError: the file that says so is missing or damaged.
+    """
+    found = read_json(folder / "split.json")
     try:
-        found = json.loads((folder / "split.json").read_text(encoding="utf-8"))
         height, width = found["sides"]
         return tuple(found["class_names"]), (height, width)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / 'split.json'} is missing or damaged; remixmatch train ... --resume writes it again"
+        ) from None

@@ -121,8 +121,8 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
 
 
 def _seconds(summary: Mapping[str, Any]) -> float | None:
-    """Of training: the CPU's time where it trained; None in rows of earlier versions, which say the clock's alone."""
-    return summary.get("cpu_seconds") if summary["device"].startswith("CPU") else summary["train_seconds"]
+    """Of training: the CPU's time where it trained, None where a published row says the clock's alone."""
+    return summary["cpu_seconds"] if summary["device"].startswith("CPU") else summary["train_seconds"]
 
 
 def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
@@ -140,6 +140,9 @@ def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
         "summary": dict(each.summary),
         "config": dataclasses.asdict(entry.cell.config),
     }
+
+
+_SUMMED_UP = ("steps", "test_accuracy", "median_last_20", "train_seconds", "cpu_seconds")
 
 
 def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
@@ -164,8 +167,7 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
             "row": entry.row,
             "preset": entry.preset,
             "seed": entry.seed,
-            **{name: each.summary[name] for name in ("steps", "test_accuracy", "median_last_20", "train_seconds")},
-            "cpu_seconds": each.summary.get("cpu_seconds"),
+            **{name: each.summary[name] for name in _SUMMED_UP},
             "cell": entry.cell.digest,
             "changes": {
                 name: value

@@ -88,7 +88,7 @@ class Trainer:
         if found is None:
             return False
         content = found.content
-        before = content.get("micro_batches", self.micro_batches)
+        before = content["micro_batches"]
         if self.config.bn == "joint" and before != self.micro_batches:
             log.warning(
                 f"ranks were {before} and are {self.micro_batches} now: with --bn joint each normalises its own rows, "
@@ -96,11 +96,9 @@ class Trainer:
             )
         self.state.load_state_dict(content["state"])
         self.feed.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
-        if "health" in content:  # not in checkpoints of earlier versions
-            self.health.load_state_dict(content["health"])
+        self.health.load_state_dict(content["health"])
         self.accuracies = list(content["accuracies"])
-        self.train_seconds = content["train_seconds"]
-        self.cpu_seconds = content.get("cpu_seconds", 0.0)  # not in checkpoints of earlier versions
+        self.train_seconds, self.cpu_seconds = content["train_seconds"], content["cpu_seconds"]
         self.step = found.step
         return True
 

@@ -393,14 +393,22 @@ def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
     assert "photos is not a folder" in fails(capsys, *evaluate)
 
 
-def test_class_names_of_a_run_of_an_earlier_version_are_its_datas(capsys, photos, tmp_path):
+def test_a_run_without_its_class_names_says_how_to_have_them_again(capsys, photos, tmp_path):
     say(capsys, "data", "prepare", photos, "--size", 16)
-    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
-    split = json.loads((tmp_path / "run/split.json").read_text())
-    del split["class_names"], split["sides"]
-    (tmp_path / "run/split.json").write_text(json.dumps(split))
-    assert "8 images" in say(capsys, "eval", "run")
-    assert "china" in say(capsys, "predict", "run", photos / "test/china/china 8.jpg")
+    train = ["train", "folder", "--data", photos, "--out", "run", *QUICK]
+    say(capsys, *train)
+    path = tmp_path / "run/split.json"
+    split = json.loads(path.read_text())
+    for name in ("class_names", "sides"):
+        path.write_text(json.dumps({key: value for key, value in split.items() if key != name}))
+        assert "run/split.json is missing or damaged" in fails(capsys, "eval", "run")
+    path.write_text("{")
+    assert "run/split.json is missing or damaged" in fails(capsys, "export", "run")
+    path.unlink()
+    told = fails(capsys, "predict", "run", photos / "test/china/china 8.jpg")
+    assert "run/split.json is missing or damaged; remixmatch train ... --resume writes it again" in told
+    say(capsys, *train, "--resume")
+    assert json.loads(path.read_text()) == split and "8 images" in say(capsys, "eval", "run")
 
 
 def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):

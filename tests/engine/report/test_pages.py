@@ -135,14 +135,14 @@ def test_a_run_that_goes_on_says_so(tmp_path):
     assert "Confusion matrix" not in seen.words and "CTAugment's bins" in seen.words
 
 
-def test_a_run_of_an_older_version(tmp_path):
-    """Without history and results, and with damaged ones."""
+def test_a_run_without_its_history_and_results(tmp_path):
+    """Or with damaged ones."""
     run = make_run(tmp_path / "run")
     (run / "history.jsonl").unlink()
     (run / "results.npz").unlink()
     (run / "views.png").write_bytes(b"\x89PNG")
     seen = report(tmp_path, run)
-    assert "of an older version" in seen.words and "Test accuracy" in seen.words
+    assert "are missing from this folder, or damaged" in seen.words and "Test accuracy" in seen.words
     assert [each for each in seen.all("img") if each["alt"] == "images with their weak and strong views"]
     (run / "history.jsonl").write_text(
         '{"step": 1, "bins": {"rotate": [[1, 1]]}}\n{"step": 2, "bins": {"rotate": [[1]]}}\n'

@@ -13,7 +13,6 @@ import torch
 from engine import run
 from engine.config.config import load_config
 from engine.errors import UserError
-from engine.inference.trained import load_ema_model
 from engine.runs import checkpoint
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
@@ -159,41 +158,6 @@ def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), **changes)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
-
-
-def old_names(tree, names):
-    """The tree with keys renamed, in dictionaries within dictionaries and lists."""
-    if isinstance(tree, dict):
-        return {names.get(key, key): old_names(value, names) for key, value in tree.items()}
-    return [old_names(value, names) for value in tree] if isinstance(tree, list) else tree
-
-
-def test_a_run_of_the_first_format_is_evaluated_and_goes_on(undisturbed, tmp_path):
-    """Checkpoints and metrics as they were before their fields were renamed."""
-    folder = tmp_path / "run"
-    config = load_config(undisturbed / "config.json")
-    run.train(setup_run(dataclasses.replace(config, steps=12), folder), quiet=True)
-    (ema_model,) = folder.glob("ema.*")
-    ema_model.rename(folder / "average.safetensors")
-    for path in checkpoint.list_checkpoints(folder / CHECKPOINTS):
-        saved = torch.load(path) | {"format": "remixmatch-checkpoint-1"}
-        names = {"ema_model": "average", "p_model_history": "ring", "omega": "matches"}
-        torch.save(old_names(saved, names), path)
-    assert saved["content"]["policy"]["waiting"], "the policy has such a field, too"
-    metrics = folder / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"omega"', '"probe_match"'))
-    network = load_ema_model(folder).network
-    assert_same(dict(network.state_dict()), dict(saved["content"]["state"]["ema_model"]))
-    run.train(setup_run(dataclasses.replace(config, steps=24), folder, resume=True), quiet=True)
-    (one, two) = (final_state(path)[1] for path in (folder, undisturbed))
-    assert_same(one["state"], two["state"])
-    assert_same(one["policy"], two["policy"])
-    rows = read_metrics(metrics)
-    assert [row["omega"] for row in rows if "loss" in row] == [
-        row["omega"] for row in read_metrics(undisturbed / "metrics.jsonl") if "loss" in row
-    ]
-    assert "probe_match" not in metrics.read_text()
-    assert (folder / "ema.safetensors").exists() and not (folder / "average.safetensors").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(undisturbed):

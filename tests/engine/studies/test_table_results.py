@@ -94,7 +94,7 @@ def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
     rows = statistics.markdown("title", [timed, unknown], "remixmatch").splitlines()
     assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
     assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
-    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0}) is None
+    assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": None}) is None
     assert table_results._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
 
 
