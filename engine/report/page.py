@@ -38,21 +38,13 @@ T = TypeVar("T")
 Line = tuple[list[float], list[float]]  # steps and values
 
 
-class Picture(NamedTuple):
-    """An image with its words."""
-
-    source: str  # a data URI
-    text: str  # the text alternative
-    caption: Sequence[str]  # lines below it
-
-
 @dataclass(frozen=True)
 class Gallery:
     """Pictures under one heading."""
 
     title: str
-    pictures: Sequence[Picture]
-    pixelated: bool = True
+    pictures: Sequence[tuple[str, str, Sequence[str]]]  # the data URI, the text alternative, and lines below it
+    pixelated: bool = False  # enlarged pixel by pixel
 
 
 @dataclass(frozen=True)
@@ -279,14 +271,13 @@ def _errors(run: Run, many: bool) -> Section:
         return Section(title, note=f"Predictions on the test images {why}.")
     counts = confusion(run)
     total, kept = int(results["test_images"]), len(results["labels"])
-    pictures = []
-    for row, image in list(zip(results["errors"], results["error_images"], strict=True))[: 8 if many else None]:
+    words = []
+    for row in results["errors"][: 8 if many else None]:
         truth, guess = (run.classes[int(results[name][row])] for name in ("labels", "predicted"))
         sure = f"{100 * float(results['confidence'][row]):.0f} %"
         text = f"test image {int(row) * -(-total // kept)}: is {truth}, predicted {guess} with {sure}"
-        pictures.append(Picture(data_uri(image), text, [f"is {truth}", f"predicted {guess}", sure]))
-    pixelated = max(results["error_images"].shape[1:3]) <= PIXELATED_SIDE
-    gallery = Gallery("Most confident errors", pictures, pixelated) if pictures else None
+        words.append((text, [f"is {truth}", f"predicted {guess}", sure]))
+    gallery = _gallery("Most confident errors", results["error_images"], words) if words else None
     note = "" if total == kept else f"Of {kept:,} of the {total:,} test images, evenly spaced."
     maps = [charts.recall(counts, run.classes), charts.confusion_map(counts, run.classes)]
     return Section(title, [*maps, gallery], note)
@@ -297,17 +288,21 @@ def _views(run: Run, many: bool) -> Section:
         drawn = run.folder / "views.png"
         if many or not drawn.exists():
             return Section("Views")
-        picture = Picture(_uri("png", drawn.read_bytes()), "images with their weak and strong views", [])
-        return Section("Views", [Gallery("Views of training images", [picture], pixelated=False)])
-    images, captions, galleries = run.results["views"], run.results["captions"], []
-    for number in range(min(len(images), 1 if many else 3)):
-        pictures = [
-            Picture(data_uri(image), f"image {number + 1}: {caption}", str(caption).split(", "))
-            for image, caption in zip(images[number], captions[number], strict=True)
-        ]
-        galleries.append(Gallery(f"Image {number + 1}", pictures, max(images.shape[2:4]) <= PIXELATED_SIDE))
+        source, text = _uri("png", drawn.read_bytes()), "images with their weak and strong views"
+        return Section("Views", [Gallery("Views of training images", [(source, text, [])])])
+    shown = list(zip(run.results["views"], run.results["captions"], strict=True))[: 1 if many else 3]
+    galleries = [
+        _gallery(f"Image {n}", views, [(f"image {n}: {caption}", str(caption).split(", ")) for caption in captions])
+        for n, (views, captions) in enumerate(shown, 1)
+    ]
     note = "Training images with their views at the last step, and what was done to them."
     return Section("Views", galleries, note)
+
+
+def _gallery(title: str, images: np.ndarray, words: Sequence[tuple[str, Sequence[str]]]) -> Gallery:
+    """Show the first of (N, H, W, 3) images with the text alternative and caption of each."""
+    pictures = [(data_uri(image), *each) for image, each in zip(images[: len(words)], words, strict=True)]
+    return Gallery(title, pictures, pixelated=max(images.shape[1:3]) <= PIXELATED_SIDE)
 
 
 def data_uri(image: np.ndarray) -> str:
