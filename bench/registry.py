@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import bench
 
 Row = dict[str, Any]
@@ -47,6 +49,11 @@ class Table:
         for row in rows:
             cases[row["device"]][tuple(row.get(name) for name in self.key)] = row
         return {device: list(found.values()) for device, found in cases.items()}
+
+    def text(self, row: Row) -> str:
+        """Return a record as text, each cell after the head of its column; a column without a value is left out."""
+        cells = ((head, _cell(form, row)) for head, form in self.columns.items())
+        return "; ".join(f"{head}: {cell}" for head, cell in cells if cell.strip())
 
     def markdown(self, rows: Sequence[Row]) -> str:
         """Return the records as Markdown: by default a table per device, a line per case, and where it comes from."""
@@ -78,6 +85,13 @@ class Bench:
     quick: str | None
     tables: Mapping[str, Table] = field(default_factory=dict)
 
+    def write(self, path: Path, kind: str, device: Any, /, **values: Any) -> None:
+        """Append a record of what was measured on a torch.device to a file, and print it."""
+        from engine.measuring import records  # Imports torch.
+
+        records.append(path, records.record(kind, device, **values))
+        print(self.tables[kind].text(values), flush=True)
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -102,6 +116,12 @@ def find() -> dict[str, Listed]:
                 module = ".".join([bench.__name__, *path.relative_to(folder).with_suffix("").parts])
                 found[path.stem] = Listed(module, line[1])
     return dict(sorted(found.items()))
+
+
+def quartiles(name: str, samples: Any) -> Row:
+    """Return the fields NAME, NAME_low and NAME_high of a record: median and quartiles of an array of samples."""
+    median, low, high = np.percentile(samples, (50, 25, 75)).tolist()
+    return {name: median, f"{name}_low": low, f"{name}_high": high}
 
 
 def markdown_table(heads: Iterable[str], lines: Iterable[Iterable[str]]) -> str:

@@ -70,23 +70,14 @@ def main(options: RestartOptions) -> None:
         try:
             for number in range(1, options.repeats + 1):
                 kills.append(_kill(launcher, folder / "metrics.jsonl", options, chance))
-                print(f"kill {number} of {options.repeats}: {_line(kills[-1])}", flush=True)
+                print(f"kill {number} of {options.repeats}: {BENCH.tables['restart'].text(kills[-1])}", flush=True)
         finally:
             launcher.send_signal(signal.SIGTERM)
             launcher.wait()
     row: dict[str, Any] = {"preset": options.preset, "ranks": options.ranks, "repeats": options.repeats}
     row |= {name: median(kill[name] for kill in kills) for name in kills[0]}
     row |= {"most_restart_seconds": max(kill["restart_seconds"] for kill in kills), "import_seconds": imports}
-    records.append(options.out, records.record("restart", device, **row))
-    print(f"median: {_line(row)}; importing alone, {options.ranks} at once: {imports:.1f} s")
-
-
-def _line(figures: dict[str, Any]) -> str:
-    return (
-        f"{figures['restart_seconds']:.1f} s to the next step: {figures['regroup_seconds']:.1f} s until there are new "
-        f"processes, {figures['load_seconds']:.1f} s until they have the checkpoint, "
-        f"{figures['first_step_seconds']:.1f} s until a step is trained; {figures['lost_steps']:.0f} steps lost"
-    )
+    BENCH.write(options.out, "restart", device, **row)
 
 
 def _kill(

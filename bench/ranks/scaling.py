@@ -2,14 +2,14 @@
 
 Weak scaling keeps B a rank, strong scaling keeps B over all ranks. Each group of ranks is launched by torchrun and
 measures its cases in turn, sample by sample; groups take turns round by round, since no two of them may run at once.
-Rows are measurements. What the model predicts is printed with its assumptions and never becomes a row.
+Records are measurements. What the model predicts is printed with its assumptions and never becomes a record.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ from bench.ranks.scaling_model import (
     ASSUMPTIONS,
     Cluster,
     Collective,
+    Prediction,
     Work,
     all_reduce_seconds,
     fit_line,
@@ -33,7 +34,7 @@ from bench.ranks.scaling_model import (
     predict,
 )
 from bench.ranks.scaling_worker import CaseSpec, Job
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from bench.step import throughput
 from bench.step.throughput import base_config
 from engine.config.checks import validate
@@ -51,10 +52,10 @@ from pipelines.datasets import DATASETS
 
 SCALINGS = ("weak", "strong")
 _REDUCED_SIZES = (2**12, 2**18, 2**20, 2**23)  # bytes of the all-reduces that tell latency from bandwidth
-_LABELS = {"one rank": "", "one rank, its share": ", its share of the batch", "weak": ", weak", "strong": ", strong"}
 # of a GPU's step where none was measured: seconds at K = 8 and B = 64, and the share in which rows have no part
 _TARGET, _FIXED = 6e-3, 0.25
 _SPLIT = f"{_FIXED:.0%} of it assumed not to depend on rows"
+Collectives = tuple[Collective, tuple[Collective, ...]]  # the gradients' all-reduce, and the others
 
 
 @dataclass
@@ -74,11 +75,11 @@ class Group:
     reduces: dict[int, list[float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, job: Job, result: Mapping[str, Any]) -> None:
-        """Takes in a round: what `bench.ranks.scaling_worker.work` gave for a job."""
-        for spec, samples in zip(job.cases, result["steps"], strict=True):
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Add what `bench.ranks.scaling_worker.work` has returned in a round."""
+        for spec, samples in result["steps"].items():
             self.steps.setdefault(spec, []).extend(samples)
-        for size, samples in zip(job.sizes, result["reduces"], strict=True):
+        for size, samples in result["reduces"].items():
             self.reduces.setdefault(size, []).extend(samples)
         self.facts = result["facts"]
 
@@ -132,8 +133,8 @@ def main(options: ScalingOptions) -> None:
         raise UserError(f"--scaling takes one or more of {', '.join(SCALINGS)}")
     steps = options.steps or (20 if cuda else 8)
     views = options.views or ("fused" if cuda else "dali")
-    given = {"batch": options.batch, "k": options.k, "mode": options.mode, "precision": options.precision}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in ("batch", "k", "mode", "precision")}
+    changes = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(base_config(options.preset, cuda), **changes)
     pick_mode(config, device)
     cases = {r: case_specs(config.batch, r, ranks[-1], options.scaling) for r in ranks}
@@ -145,28 +146,24 @@ def main(options: ScalingOptions) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(cores // ranks[-1], 1))
     torch.set_num_threads(threads)  # rows name the device by them
     print(f"groups of {_words(ranks)} ranks, {threads} threads a rank", flush=True)
-    moved = step_bytes(config)
-    sizes = tuple(sorted({*_REDUCED_SIZES, moved.gradients.bytes(config.batch)}))
+    moved = gradients, _ = step_collectives(config)
+    sizes = tuple(sorted({*_REDUCED_SIZES, gradients.fixed_bytes}))
     whole = throughput.whole_batches(steps, config)
     groups = {r: Group(r) for r in ranks}
     failures = records.Failures()
-    failed: set[int] = set()
     for number in range(1, options.rounds + 1):
         for r in ranks:
-            if r in failed:  # as it will again
+            if _ranks(r) in failures.names:  # It would fail again.
                 continue
-            failed.add(r)
             with failures.part(_ranks(r)):
                 job = Job(config, views, tuple(cases[r]), sizes if r > 1 else (), whole, options.repeats)
-                groups[r].add(job, launch(r, threads, job))
-                failed.remove(r)
+                groups[r].add(launch(r, threads, job))
                 print(f"round {number} of {options.rounds}: {_ranks(r)} done", flush=True)
     common = {"preset": config.preset, "k": config.k, "views": views, "threads": threads, "rounds": options.rounds}
     measured = [group for group in groups.values() if group.steps]
     rows = make_rows(measured, config.batch, moved, common)
     for row in rows:
-        records.append(options.out, records.record("scaling", device, **row))
-        print(_line(row), flush=True)
+        BENCH.write(options.out, "scaling", device, **row)
     _compare(measured, rows, moved, config.batch)
     _predict(rows if cuda and not options.preset else [], config)
     failures.finish()
@@ -203,7 +200,7 @@ def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search_path(ROOT)}
     environment.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line has it
     with TemporaryDirectory() as folder:
-        (Path(folder) / "job.json").write_text(job.to_json(), encoding="utf-8")
+        (Path(folder) / "job").write_bytes(pickle.dumps(job))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "bench.ranks.scaling_worker", folder]
         with subprocess.Popen(
@@ -216,47 +213,41 @@ def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
                 raise
         if launcher.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with exit code {launcher.returncode}:\n{said[-8000:]}")
-        return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+        return pickle.loads((Path(folder) / "result").read_bytes())
 
 
-@dataclass(frozen=True)
-class StepBytes:
-    """What a step's collectives move.
+def step_collectives(config: Config) -> Collectives:
+    """Return the collectives of a configuration's step, the same on any number of ranks above one.
 
-    Attributes:
-        gradients: the all-reduce behind backward.
-        others: views and logits gathered, buffers and metrics reduced.
+    Returns:
+        The gradients' all-reduce behind backward, and the others: views and logits gathered, buffers and metrics
+        reduced.
     """
-
-    gradients: Collective
-    others: tuple[Collective, ...]
-
-
-def step_bytes(config: Config) -> StepBytes:
-    """The collectives of a configuration's step; the same on any number of ranks above one."""
     data = DATASETS[config.dataset]()
     spec = plan_spec(config, data, np.zeros(config.labels, np.int64))
     classes = len(data.classes)
     network = make_state(config, classes, torch.device("cpu")).network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    others = [Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes)]
     passes = 2 if config.unlabeled else 1  # guess and probe
     metrics = 6  # five losses and "stop": what else is shown is the same on all ranks
     reduced = sum(b.numel() for b in network.buffers()) + metrics
-    others += [
+    others = (
+        Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes),
         Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),
         Collective("buffers and metrics", "all-reduce", 4 * reduced),
-    ]
-    return StepBytes(Collective("gradients", "all-reduce", 4 * trained), tuple(others))
+    )
+    return Collective("gradients", "all-reduce", 4 * trained), others
 
 
-def make_rows(groups: Sequence[Group], batch: int, moved: StepBytes, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+def make_rows(
+    groups: Sequence[Group], batch: int, moved: Collectives, common: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """A row for every case that trains as a run does.
 
     Args:
         groups: measured.
         batch: B of one rank.
-        moved: the collectives.
+        moved: see `step_collectives`.
         common: what all rows say, `rounds` among it.
     """
     one = next((group.steps[CaseSpec(batch, grouped=False)] for group in groups if group.ranks == 1), None)
@@ -265,16 +256,10 @@ def make_rows(groups: Sequence[Group], batch: int, moved: StepBytes, common: Map
         for spec, samples in group.steps.items():
             if not spec.reduced or (not spec.grouped and group.ranks > 1):  # columns of the others' rows
                 continue
-            step, low, high = np.percentile(samples, (50, 25, 75)).tolist()
             row = dict(common) | {"scaling": _kind(spec, group.ranks, batch), "ranks": group.ranks, "ddp": spec.grouped}
             row |= {"batch": spec.batch, "mode": group.facts["mode"], "precision": group.facts["precision"]}
-            row |= {
-                "samples": len(samples),
-                "step_ms": 1e3 * step,
-                "step_ms_low": 1e3 * low,
-                "step_ms_high": 1e3 * high,
-            }
-            row["images_per_second"] = spec.batch * group.facts["rows_per_image"] / step
+            row |= {"samples": len(samples), **quartiles("step_ms", 1e3 * np.array(samples))}
+            row["images_per_second"] = 1e3 * spec.batch * group.facts["rows_per_image"] / row["step_ms"]
             if one and spec.batch in (batch, batch * group.ranks):
                 row |= _against_one(group, spec, samples, one, batch, common["rounds"])
             if group.ranks > 1:
@@ -313,61 +298,35 @@ def _against_one(
     return figures
 
 
-def _communication(group: Group, spec: CaseSpec, samples: Sequence[float], moved: StepBytes) -> dict[str, Any]:
+def _communication(group: Group, spec: CaseSpec, samples: Sequence[float], moved: Collectives) -> dict[str, Any]:
     """What ranks cost one another without a word between them, the gradients' all-reduce, how much of it backward
     hides, and the other collectives' bytes."""
-    size = moved.gradients.bytes(spec.batch)
-    reduce, low, high = np.percentile(group.reduces[size], (50, 25, 75)).tolist()
+    gradients, others = moved
+    reduces = np.array(group.reduces[gradients.fixed_bytes])
+    reduce = float(np.median(reduces))
     apart = group.steps[dataclasses.replace(spec, reduced=False)]
     saved = np.asarray(samples) - np.asarray(apart)
     spread = max(float(np.subtract(*np.percentile(times, (75, 25)))) for times in (saved, samples))
     hidden = 1 - float(np.median(samples) - np.median(apart)) / reduce
+    other_bytes = {each.name: each.bytes(spec.batch) for each in others}
     return {
         "beside_step_ms": 1e3 * float(np.median(group.steps[CaseSpec(spec.batch // group.ranks, grouped=False)])),
-        "all_reduce_bytes": size,
-        "all_reduce_ms": 1e3 * reduce,
-        "all_reduce_ms_low": 1e3 * low,
-        "all_reduce_ms_high": 1e3 * high,
+        "all_reduce_bytes": gradients.fixed_bytes,
+        **quartiles("all_reduce_ms", 1e3 * reduces),
         "unreduced_step_ms": 1e3 * float(np.median(apart)),
         "overlap": min(max(hidden, 0.0), 1.0),
         "overlap_spread_ms": 1e3 * spread,
         "overlap_noise": "noise" if reduce < spread else "",
         "backend": group.facts["backend"],
         "gradient_buckets": group.facts["gradient_buckets"],
-        "other_collectives": len(moved.others),
-        "other_bytes": {each.name: each.bytes(spec.batch) for each in moved.others},
-        "other_total_bytes": sum(each.bytes(spec.batch) for each in moved.others),
+        "other_collectives": len(others),
+        "other_bytes": other_bytes,
+        "other_total_bytes": sum(other_bytes.values()),
     }
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    text = (
-        f"{_ranks(row['ranks'])}{_LABELS[row['scaling']]}, B = {row['batch']}{'' if row['ddp'] else ', no group'}: "
-        f"{row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, {row['step_ms_high']:.2f}], "
-        f"{row['images_per_second']:,.0f} images/s"
-    )
-    if row["ddp"] and "efficiency" in row:
-        by_round = ", ".join(f"{each:.1%}" for each in row.get("efficiency_by_round", []))
-        text += f", efficiency {row['efficiency']:.1%} (by round {by_round})"
-    if "ddp_overhead_percent" in row:
-        text += (
-            f", DistributedDataParallel costs {row['ddp_overhead_percent']:+.1f} % "
-            f"[{row['ddp_overhead_low']:+.1f}, {row['ddp_overhead_high']:+.1f}]"
-        )
-    if "all_reduce_ms" in row:
-        noise = f" (noise: times spread by {row['overlap_spread_ms']:.2f} ms)" if row["overlap_noise"] else ""
-        others = ", ".join(f"{name} {size:,}" for name, size in row["other_bytes"].items())
-        text += (
-            f"\n  as many rows on ranks that train apart, beside one another: {row['beside_step_ms']:.2f} ms a step\n"
-            f"  all-reduce of {row['all_reduce_bytes']:,} bytes of gradients {row['all_reduce_ms']:.2f} ms, "
-            f"{row['overlap']:.0%} of it behind backward{noise}\n"
-            f"  {row['other_collectives']} other collectives, bytes: {others}"
-        )
-    return text
-
-
-def _compare(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], moved: StepBytes, batch: int) -> None:
-    """Calibrates the model on one rank and on bare all-reduces, and prints its steps beside those measured."""
+def _compare(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], moved: Collectives, batch: int) -> None:
+    """Calibrate the model on one rank and on bare all-reduces, and print its steps and those measured."""
     work = _measured_work(rows, moved)
     points = [(size, group.ranks, float(np.median(t))) for group in groups for size, t in group.reduces.items()]
     if work is None or not points:
@@ -377,8 +336,7 @@ def _compare(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], moved: 
     cluster = Cluster(link)
     print(
         f"\nmodel, calibrated in this run: {_cost(work)} on one rank with a group; a link of "
-        f"{link.bytes_per_second / 1e9:.3g} GB/s and {1e6 * link.latency:.0f} us; nothing overlaps, and ranks do not "
-        "get in one another's way"
+        f"{link.bytes_per_second / 1e9:.3g} GB/s and {1e6 * link.latency:.0f} us"
     )
     for size, r, seconds in points:
         fitted = 1e3 * all_reduce_seconds(size, r, cluster)
@@ -389,26 +347,31 @@ def _compare(groups: Sequence[Group], rows: Sequence[Mapping[str, Any]], moved: 
         made = predict(work, cluster, row["ranks"], row["batch"], batch)
         beside = row["beside_step_ms"] + 1e3 * (made.seconds - made.compute)
         print(
-            f"  {_ranks(row['ranks'])}, {row['scaling']}: predicted {1e3 * made.seconds:.2f} ms a step "
-            f"(compute {1e3 * made.compute:.2f}, gradients {1e3 * made.gradients:.2f}, other collectives "
-            f"{1e3 * made.others:.2f}), measured {row['step_ms']:.2f} ms, "
-            f"{100 * (row['step_ms'] / (1e3 * made.seconds) - 1):+.0f} %; with compute as measured beside one another, "
-            f"{beside:.2f} ms, {100 * (row['step_ms'] / beside - 1):+.0f} %"
+            f"  {_ranks(row['ranks'])}, {row['scaling']}: {_predicted(made)}, measured {row['step_ms']:.2f} ms, "
+            f"{row['step_ms'] / (1e3 * made.seconds) - 1:+.0%}; with compute as measured beside one another, "
+            f"{beside:.2f} ms, {row['step_ms'] / beside - 1:+.0%}"
         )
 
 
-def _measured_work(rows: Sequence[Mapping[str, Any]], moved: StepBytes) -> Work | None:
+def _predicted(made: Prediction) -> str:
+    return (
+        f"predicted {1e3 * made.seconds:.2f} ms a step (compute {1e3 * made.compute:.2f}, gradients "
+        f"{1e3 * made.gradients:.2f}, other collectives {1e3 * made.others:.2f})"
+    )
+
+
+def _measured_work(rows: Sequence[Mapping[str, Any]], moved: Collectives) -> Work | None:
     """A step's cost on one rank of a group, from the batches measured there."""
     one = [(row["batch"], row["step_ms"] / 1e3) for row in rows if row["ranks"] == 1 and row["ddp"]]
     if not one:
         return None
-    return Work(*fit_line(*zip(*one, strict=True)), moved.gradients, moved.others)
+    return Work(*fit_line(*zip(*one, strict=True)), *moved)
 
 
 def _predict(rows: Sequence[Mapping[str, Any]], config: Config) -> None:
     """Prints what the model makes of the paper's step on many GPUs; rows are those that this run has of that step."""
     paper = base_config("", True)
-    moved = step_bytes(paper)
+    moved = step_collectives(paper)
     work = _measured_work(rows, moved) if (config.batch, config.k) == (paper.batch, paper.k) else None
     source = f"measured in this run, {rows[0]['mode']}" if rows else ""
     if work is None:
@@ -417,25 +380,20 @@ def _predict(rows: Sequence[Mapping[str, Any]], config: Config) -> None:
         work, source = _split(work.per_image * paper.batch, moved, paper), f"{source}, {_SPLIT}"
     print(
         f"\npredicted, not measured: WRN-28-2 on 32x32, K = {paper.k}, B = {paper.batch}, "
-        f"{moved.gradients.fixed_bytes / 1e6:.2f} MB of gradients\nassumptions:\n"
+        f"{moved[0].fixed_bytes / 1e6:.2f} MB of gradients\nassumptions:\n"
         f"  one GPU's step: {_cost(work)}; {source}\n{ASSUMPTIONS}"
     )
     for name, (ranks, cluster) in ASSUMED_CLUSTERS.items():
         for kind, batch in (("weak", paper.batch * ranks), ("strong", paper.batch)):
             made = predict(work, cluster, ranks, batch, paper.batch)
-            views = moved.others[0].seconds(batch, ranks, cluster)
-            print(
-                f"  {name}, {kind}, B = {batch}: predicted {1e3 * made.seconds:.2f} ms a step "
-                f"(compute {1e3 * made.compute:.2f}, gradients {1e3 * made.gradients:.2f}, views {1e3 * views:.2f}, "
-                f"other collectives {1e3 * (made.others - views):.2f}), efficiency {made.efficiency:.0%}"
-            )
+            print(f"  {name}, {kind}, B = {batch}: {_predicted(made)}, efficiency {made.efficiency:.0%}")
 
 
-def assumed_work(moved: StepBytes, rows: Sequence[dict[str, Any]], paper: Config) -> tuple[Work, str]:
+def assumed_work(moved: Collectives, rows: Sequence[dict[str, Any]], paper: Config) -> tuple[Work, str]:
     """The step of one GPU, and where that is from: rows of `bench throughput` on a GPU, else the design's target.
 
     Args:
-        moved: the collectives.
+        moved: see `step_collectives`.
         rows: of throughput.jsonl.
         paper: the configuration whose step it is.
     """
@@ -449,13 +407,13 @@ def assumed_work(moved: StepBytes, rows: Sequence[dict[str, Any]], paper: Config
             return _split(steps[paper.k], moved, paper), f"{source}, {_SPLIT}"
         # K + 4 rows an image are trained, and two more go forward alone, for a third of the cost
         fixed, _ = fit_line([k + 4 + 2 / 3 for k in steps], list(steps.values()))
-        work = Work(fixed, (steps[paper.k] - fixed) / paper.batch, moved.gradients, moved.others)
+        work = Work(fixed, (steps[paper.k] - fixed) / paper.batch, *moved)
         return work, f"{source}, over K = {_words(sorted(steps))}"
     return _split(_TARGET, moved, paper), f"the design's target of {1e3 * _TARGET:.0f} ms, an assumption; {_SPLIT}"
 
 
-def _split(step: float, moved: StepBytes, paper: Config) -> Work:
-    return Work(_FIXED * step, (1 - _FIXED) * step / paper.batch, moved.gradients, moved.others)
+def _split(step: float, moved: Collectives, paper: Config) -> Work:
+    return Work(_FIXED * step, (1 - _FIXED) * step / paper.batch, *moved)
 
 
 def _cost(work: Work) -> str:

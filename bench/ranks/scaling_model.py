@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.optimize import nnls
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,8 @@ def _ring(size: float, ranks: int, link: Link) -> float:
 
 
 def all_reduce_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """Time of an all-reduce.
-
-    In one node a ring twice round, 2 (R - 1) / R bytes over bandwidth and 2 (R - 1) latencies. With several nodes: once
-    round within the node to add up, twice round between nodes for each rank's part, once round within to hand it out.
-
-    Args:
-        size: bytes that every rank gives.
-        ranks: R.
-        cluster: where they run.
-    """
-    local, nodes = cluster.split(ranks)
-    seconds = 2 * _ring(size, local, cluster.within)
-    if cluster.between and nodes > 1:
-        seconds += 2 * _ring(size / local, nodes, cluster.between)
-    return seconds
+    """Time of an all-reduce of `size` bytes of every rank: once round all rings to add up, once more to gather."""
+    return 2 * all_gather_seconds(size, ranks, cluster)
 
 
 def all_gather_seconds(size: float, ranks: int, cluster: Cluster) -> float:
@@ -146,11 +134,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on so many ranks, in seconds.
+    """A step on some ranks, in seconds.
 
     Attributes:
-        ranks: R.
-        batch: B, global.
         compute: what a rank computes.
         gradients: their all-reduce, with what overlaps.
         others: the other collectives.
@@ -158,8 +144,6 @@ class Prediction:
         efficiency: images a second and rank, against one rank that trains `base` images a step.
     """
 
-    ranks: int
-    batch: int
     compute: float
     gradients: float
     others: float
@@ -188,7 +172,7 @@ def predict(work: Work, cluster: Cluster, ranks: int, batch: int, base: int) -> 
     hidden = min(work.overlap * gradients, compute)
     seconds = compute + gradients - hidden + others
     one = work.fixed + work.per_image * base
-    return Prediction(ranks, batch, compute, gradients, others, seconds, (batch / seconds) / (ranks * base / one))
+    return Prediction(compute, gradients, others, seconds, (batch / seconds) / (ranks * base / one))
 
 
 # GPUs that nobody has measured here. Effective rates: no collective reaches a nominal one
@@ -213,7 +197,7 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
     One x gives a line through the origin.
     """
-    return _fit(np.ones(len(x)), np.asarray(x, float), np.asarray(y, float), first=len(set(x)) > 1)
+    return _fit(np.full(len(x), float(len(set(x)) > 1)), np.asarray(x), np.asarray(y))
 
 
 def fit_link(sizes: Sequence[int], ranks: Sequence[int], seconds: Sequence[float]) -> Link:
@@ -224,22 +208,14 @@ def fit_link(sizes: Sequence[int], ranks: Sequence[int], seconds: Sequence[float
         ranks: of each, at least 2.
         seconds: measured.
     """
-    r = np.asarray(ranks, float)
-    latency, per_byte = _fit(2 * (r - 1), 2 * (r - 1) / r * np.asarray(sizes, float), np.asarray(seconds, float))
+    r = np.asarray(ranks)
+    latency, per_byte = _fit(2 * (r - 1), 2 * (r - 1) / r * np.asarray(sizes), np.asarray(seconds))
     return Link(1 / per_byte if per_byte else np.inf, latency)
 
 
-def _fit(a: np.ndarray, b: np.ndarray, y: np.ndarray, first: bool = True) -> tuple[float, float]:
-    """Least squares of (p a + q b) / y against 1 with p, q >= 0; p = 0 unless `first`."""
-    columns, ones = np.stack([a / y, b / y], axis=1), np.ones(len(y))
-
-    def alone(column: np.ndarray) -> float:
-        return float(column @ ones / (column @ column))
-
-    if first:
-        p, q = np.linalg.lstsq(columns, ones, rcond=None)[0].tolist()
-        if p >= 0 and q >= 0:
-            return p, q
-        if q < 0:
-            return alone(columns[:, 0]), 0.0
-    return 0.0, alone(columns[:, 1])
+def _fit(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Least squares of (p a + q b) / y against 1 with p, q >= 0."""
+    columns = np.stack([a / y, b / y], axis=1)
+    scale = np.linalg.norm(columns, axis=0).clip(min=np.finfo(float).tiny)  # Bytes and latencies are far apart.
+    p, q = (nnls(columns / scale, np.ones(len(y)))[0] / scale).tolist()
+    return p, q

@@ -2,7 +2,7 @@
 
 `python -m bench.ranks.scaling_worker FOLDER` under torchrun.
 
-FOLDER/job.json says what to time; rank 0 writes FOLDER/result.json.
+FOLDER/job is a pickled `Job`, the cases to time; rank 0 pickles what `work` returns to FOLDER/result.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
+import pickle
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,24 +69,12 @@ class Job:
     steps: int
     repeats: int
 
-    def to_json(self) -> str:
-        """All of it."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Job:
-        """What `to_json` was called on."""
-        given = json.loads(text)
-        config = given["config"] | {"class_distribution": tuple(given["config"]["class_distribution"])}
-        cases = tuple(CaseSpec(**case) for case in given["cases"])
-        return cls(**given | {"config": Config(**config), "cases": cases, "sizes": tuple(given["sizes"])})
-
 
 def work(job: Job) -> dict[str, Any]:
     """Times a job on this rank, in step with the others.
 
     Returns:
-        steps: seconds a step, a list a case; reduces: seconds of an all-reduce, a list a size; facts: see
+        steps: samples of seconds a step, by case; reduces: of seconds of an all-reduce, by size; facts: see
         `bench.ranks.scaling.Group`.
     """
     if torch.cuda.is_available():
@@ -100,24 +87,28 @@ def work(job: Job) -> dict[str, Any]:
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
             if spec.grouped and not collectives.grouped():
                 collectives.start(device, timeout=600.0, alone=True)
-            with _wrapping(wrapped, spec.reduced):
+            # A captured step runs as soon as it is made, before its network could be reached.
+            wrap = functools.partial(_wrap, wrapped, spec.reduced)
+            with patch.object(engine.training.step, "DistributedDataParallel", wrap):
                 cases[spec] = TimedSteps.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
             cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
-        turns: list[tuple[Callable[[], Any], int]] = []
-        turns += [(functools.partial(_advance, cases[spec], spec, job.steps), 1) for spec in job.cases]
-        for size in job.sizes:
-            numbers = torch.zeros(size // 4, device=device)
-            turns.append((functools.partial(dist.all_reduce, numbers), _REDUCES))
-            dist.all_reduce(numbers)
-        samples: list[list[float]] = [[] for _ in turns]
+        buffers = {size: torch.zeros(size // 4, device=device) for size in job.sizes}
+        for buffer in buffers.values():
+            dist.all_reduce(buffer)
+        steps: dict[CaseSpec, list[float]] = {spec: [] for spec in job.cases}
+        reduces: dict[int, list[float]] = {size: [] for size in job.sizes}
         for _ in range(job.repeats):
-            for (function, calls), taken in zip(turns, samples, strict=True):
+            for spec, samples in steps.items():
                 collectives.barrier()
-                taken.append(sample(function, device, calls))
+                advance = functools.partial(_advance, cases[spec], spec, job.steps)
+                samples.append(sample(advance, device, 1) / job.steps)
+            for size, samples in reduces.items():
+                collectives.barrier()
+                samples.append(sample(functools.partial(dist.all_reduce, buffers[size]), device, _REDUCES))
         feed = cases[job.cases[0]].feed
         return {
-            "steps": [[seconds / job.steps for seconds in taken] for taken in samples[: len(job.cases)]],
-            "reduces": samples[len(job.cases) :],
+            "steps": steps,
+            "reduces": reduces,
             "facts": {
                 "mode": feed.execution.mode,
                 "precision": str(feed.execution.precision).removeprefix("torch."),
@@ -137,27 +128,20 @@ def _advance(case: TimedSteps, spec: CaseSpec, steps: int) -> None:
         case.advance(steps)
 
 
-@contextlib.contextmanager
-def _wrapping(wrapped: list[DistributedDataParallel], reduced: bool) -> Iterator[None]:
-    """Remembers the networks that steps wrap in here; if not `reduced`, each rank keeps its own gradients."""
-
-    def wrap(*args: Any, **kwargs: Any) -> DistributedDataParallel:
-        wrapped.append(DistributedDataParallel(*args, **kwargs))
-        if not reduced:
-            wrapped[-1].register_comm_hook(None, noop_hook)
-        return wrapped[-1]
-
-    # a captured step runs as soon as it is made, before anybody could reach its network
-    with patch.object(engine.training.step, "DistributedDataParallel", wrap):
-        yield
+def _wrap(wrapped: list[DistributedDataParallel], reduced: bool, *args: Any, **kwargs: Any) -> DistributedDataParallel:
+    """Wrap a network and remember it; if not `reduced`, each rank keeps its own gradients."""
+    wrapped.append(DistributedDataParallel(*args, **kwargs))
+    if not reduced:
+        wrapped[-1].register_comm_hook(None, noop_hook)
+    return wrapped[-1]
 
 
 def main(folder: Path) -> None:
     """Reads the job, works, and writes what rank 0 has measured."""
     try:
-        result = work(Job.from_json((folder / "job.json").read_text(encoding="utf-8")))
+        result = work(pickle.loads((folder / "job").read_bytes()))
         if collectives.rank() == 0:
-            (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+            (folder / "result").write_bytes(pickle.dumps(result))
     finally:
         collectives.stop()
 

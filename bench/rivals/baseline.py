@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -37,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
 from bench.step.throughput import added_memory, figures, speed
@@ -48,13 +47,10 @@ from engine.measuring import records
 from engine.measuring.steps import SyntheticViews, TimedSteps
 from engine.measuring.timing import Timing, bench_device, ceilings, measure
 from engine.runs.setup import setup_run
-from engine.training.cuda_graph import make_step
-from engine.training.execution import Execution, set_numerics
+from engine.training.execution import set_numerics
 from engine.training.feed import Feed, ViewLoader
-from engine.training.state import make_state
 from pipelines.cache import DataSet
 from pipelines.datasets import NOISE_32
-from pipelines.plan import ViewPlan
 
 ENGINE = "engine"
 DATA = ("real", "synthetic")
@@ -86,10 +82,12 @@ RIVALS = {
 }
 
 
-def step_config(k: int, device: torch.device) -> Config:
-    """The paper's training step for CIFAR-10's shape on a GPU; a small one on a CPU."""
-    small = {} if device.type == "cuda" else {"batch": 8, "blocks": 1, "width": 8}
-    return Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20, **small)  # type: ignore[arg-type]
+def step_config(k: int, device: torch.device, batch: int | None = None) -> Config:
+    """Return the paper's training step for CIFAR-10's shape on a GPU and a small one on a CPU, with B if given."""
+    config = Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20)
+    if device.type != "cuda":
+        config = dataclasses.replace(config, batch=8, blocks=1, width=8)
+    return config if batch is None else dataclasses.replace(config, batch=batch)
 
 
 @dataclass
@@ -128,10 +126,7 @@ class SettledViews:
         self._views = views
         self._pending = 0
         self._made: deque[Tensor] = deque()
-
-    def prepare(self, views: ViewPlan) -> Any:
-        """The pipeline's."""
-        return self._views.prepare(views)
+        self.prepare, self.close = views.prepare, views.close
 
     def submit(self, prepared: Any) -> None:
         """Hands over a batch."""
@@ -140,22 +135,16 @@ class SettledViews:
 
     def collect(self) -> Tensor:
         """The oldest batch: (V, H, W, 3) uint8."""
-        if not self._made:
-            self._make_one()
-        return self._made.popleft()
+        if self._made:
+            return self._made.popleft()
+        self._pending -= 1
+        return self._views.collect()
 
     def settle(self) -> None:
         """Waits until every batch handed over is made; on a GPU, has the current stream wait."""
-        while self._pending:
-            self._make_one()
-
-    def close(self) -> None:
-        """Releases the pipeline."""
-        self._views.close()
-
-    def _make_one(self) -> None:
-        self._made.append(self._views.collect())
-        self._pending -= 1
+        for _ in range(self._pending):
+            self._made.append(self._views.collect())
+        self._pending = 0
 
 
 class SettledFeed(Feed):
@@ -175,140 +164,90 @@ class SettledFeed(Feed):
         self._settled.settle()
 
 
-class Trainer(ABC):
+@dataclass
+class Contestant:
     """A rival or the engine at one K, ready to take turns.
 
     Attributes:
         name: of RIVALS, or ENGINE.
         config: what it trains.
-        passes: its networks' passes alone; None for a step that is captured whole.
-        facts: columns of its rows that say how it trains.
+        facts: columns of its records that say how it trains.
+        steps: trains one step, on each kind of views of DATA; "networks": its networks' passes alone, unless a step is
+            captured whole.
+        sources: of its batches.
+        figures: columns of a record, from (data, timing, steps of a sample).
     """
 
     name: str
     config: Config
-    passes: Callable[[], None] | None
     facts: dict[str, Any]
+    steps: dict[str, Callable[[], Any]]
+    sources: Sequence[EndlessLoader | SettledFeed]
+    figures: Callable[[str, Timing, int], dict[str, float]]
 
-    @abstractmethod
-    def advance(self, data: str, steps: int) -> None:
-        """Trains so many steps on views of DATA, and returns when nothing is pending."""
-
-    @abstractmethod
-    def figures(self, data: str, timing: Timing, steps: int) -> dict[str, float]:
-        """Columns of a row, from samples of so many steps."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Ends threads and processes."""
-
-    def turn(self, kind: str, steps: int) -> Callable[[], None] | None:
-        """A sample of so many steps: of DATA, or of "networks"; None where it has no such thing."""
-        if kind != "networks":
-            return partial(self.advance, kind, steps)
-        return None if self.passes is None else partial(_repeat, self.passes, steps)
-
-
-class RivalTrainer(Trainer):
-    """See `Trainer`.
-
-    Args:
-        name: of RIVALS.
-        config: what it trains.
-        options: which views, and how many workers.
-        device: where.
-    """
-
-    def __init__(self, name: str, config: Config, options: BaselineOptions, device: torch.device) -> None:
-        rival = RIVALS[name]
-        setup = setup_run(config)
-        config, data, split = setup.config, setup.data, setup.split
-        self.name, self.config = name, config
-        self._step = rival.step(config, data, split, device)
-        loaders = partial(rival.loaders, config, data, split, device)
-        self._loaders: list[EndlessLoader] = []
-        self._batches: dict[str, Iterator[Any]] = {}
-        if "synthetic" in options.data:
-            batch = [[t.to(device) for t in next(loader)] for loader in loaders(0)]
-            self._batches["synthetic"] = iter(lambda: batch, None)
-        if "real" in options.data:
-            self._loaders = loaders(options.workers)
-            self._batches["real"] = zip(*self._loaders, strict=True)
-        blocks = config.k + 4
-        trained = [config.batch * blocks] if rival.joint else [config.batch] * blocks
-        guess = [(None, config.batch)]
-        self.passes = network_passes(self._step.network, guess, trained, data.sides, self._step.autocast)
-        precision = rival.precision if device.type == "cuda" else torch.float32
-        self.facts = {"precision": str(precision).removeprefix("torch."), "mode": "eager"}
-
-    def advance(self, data: str, steps: int) -> None:
-        """See `Trainer`."""
+    def advance(self, kind: str, steps: int) -> None:
+        """Train some steps, and return when nothing is pending."""
         for _ in range(steps):
-            self._step.step(*next(self._batches[data]))
-        for loader in self._loaders:
-            loader.settle()
-
-    def figures(self, data: str, timing: Timing, steps: int) -> dict[str, float]:
-        """See `Trainer`."""
-        return speed(timing, steps, self.config.batch * (self.config.k + 4))
-
-    def close(self) -> None:
-        """See `Trainer`."""
-        for loader in self._loaders:
-            loader.close()
+            self.steps[kind]()
+        for source in self.sources:
+            source.settle()
 
 
-class EngineTrainer(Trainer):
-    """See `Trainer`. One step, captured on a GPU, with a feed for each kind of views.
+def make_rival(
+    name: str, config: Config, options: BaselineOptions, device: torch.device, closing: ExitStack
+) -> Contestant:
+    """Make one of RIVALS, whose workers end when `closing` is closed."""
+    rival = RIVALS[name]
+    setup = setup_run(config)
+    config, data, split = setup.config, setup.data, setup.split
+    trained = rival.step(config, data, split, device)
+    blocks = config.k + 4
+    rows = [config.batch * blocks] if rival.joint else [config.batch] * blocks
+    guess = [(trained.network, config.batch)]
+    steps = {"networks": network_passes(trained.network, guess, rows, data.sides, trained.autocast)}
+    loaders: list[EndlessLoader] = []
+    if "synthetic" in options.data:
+        batch = [[t.to(device) for t in next(loader)] for loader in rival.loaders(config, data, split, device, 0)]
+        steps["synthetic"] = partial(trained.step, *batch)
+    if "real" in options.data:
+        loaders = rival.loaders(config, data, split, device, options.workers)
+        steps["real"] = lambda: trained.step(*map(next, loaders))
+    for loader in loaders:
+        closing.callback(loader.close)
+    precision = rival.precision if device.type == "cuda" else torch.float32
+    facts = {"precision": str(precision).removeprefix("torch."), "mode": "eager"}
+    return Contestant(
+        name, config, facts, steps, loaders, lambda data, timing, steps: speed(timing, steps, config.batch * blocks)
+    )
 
-    Args:
-        config: what it trains.
-        options: which views.
-    """
 
-    def __init__(self, config: Config, options: BaselineOptions) -> None:
-        # every K compiles the one forward function: more often than torch expects, which would then silently stop
-        torch._dynamo.config.recompile_limit = 256
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        setup = setup_run(config)
-        config, data, split = setup.config, setup.data, setup.split
-        execution = Execution.pick(config, data.train_images.shape)
-        state = make_state(config, len(data.classes), execution.device, data.sides)
-        self.name, self.config = ENGINE, config
-        self._feeds = {kind: SettledFeed(config, data, split, execution) for kind in options.data}
-        feed = self._feeds[options.data[0]]
-        execute = make_step(config, state, feed.rows, execution, feed.example)
-        self._cases = {kind: TimedSteps(config, feed, state, execute) for kind, feed in self._feeds.items()}
-        for kind, feed in self._feeds.items():
-            views = SyntheticViews(len(feed.rows.views), data.sides, execution.device)
-            feed.begin(0, views if kind == "synthetic" else None)
-        self.passes = None
-        if execution.mode == "eager":
-            half = execution.precision.itemsize < 4
-            autocast = torch.autocast(execution.device.type, execution.precision if half else None, enabled=half)
-            probe_and_guess = [(state.ema_model, config.batch), (None, config.batch)]
-            trained = [feed.images_per_step]
-            self.passes = network_passes(state.network, probe_and_guess, trained, data.sides, autocast)
-        self.facts = {"precision": str(execution.precision).removeprefix("torch."), "mode": execution.mode}
-
-    def advance(self, data: str, steps: int) -> None:
-        """See `Trainer`."""
-        self._cases[data].advance(steps)
-        self._feeds[data].settle()
-
-    def figures(self, data: str, timing: Timing, steps: int) -> dict[str, float]:
-        """See `Trainer`; and the roofline bound."""
-        return figures(self._cases[data], timing, steps)
-
-    def close(self) -> None:
-        """See `Trainer`."""
-        for case in self._cases.values():
-            case.end()
+def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) -> Contestant:
+    """Make the engine: one step, captured on a GPU, with a feed for each kind of views, ended with `closing`."""
+    set_up = TimedSteps.begin(config, "synthetic")
+    set_up.feed.end()
+    config, state, execution, data = set_up.config, set_up.state, set_up.feed.execution, set_up.feed.data
+    feeds = {kind: SettledFeed(config, data, set_up.feed.split, execution) for kind in options.data}
+    cases = {kind: dataclasses.replace(set_up, feed=feed) for kind, feed in feeds.items()}
+    for kind, feed in feeds.items():
+        views = SyntheticViews(len(feed.rows.views) * config.view_steps, data.sides, execution.device)
+        feed.begin(0, views if kind == "synthetic" else None)
+        closing.callback(cases[kind].end)
+    steps: dict[str, Callable[[], Any]] = {kind: partial(case.advance, 1) for kind, case in cases.items()}
+    if execution.mode == "eager":
+        half = execution.precision.itemsize < 4
+        autocast = torch.autocast(execution.device.type, execution.precision if half else None, enabled=half)
+        probe_and_guess = [(state.ema_model, config.batch), (state.network, config.batch)]
+        trained = [set_up.feed.images_per_step]
+        steps["networks"] = network_passes(state.network, probe_and_guess, trained, data.sides, autocast)
+    facts = {"precision": str(execution.precision).removeprefix("torch."), "mode": execution.mode}
+    return Contestant(
+        ENGINE, config, facts, steps, list(feeds.values()), lambda data, *timed: figures(cases[data], *timed)
+    )
 
 
 def network_passes(
     network: nn.Module,
-    forward: Sequence[tuple[nn.Module | None, int]],
+    forward: Sequence[tuple[nn.Module, int]],
     trained: Sequence[int],
     sides: tuple[int, int],
     autocast: torch.autocast,
@@ -317,19 +256,19 @@ def network_passes(
 
     Args:
         network: what is trained: (N, 3, H, W) to class and rotation logits.
-        forward: passes without gradient: the network, None for the trained one, and rows.
+        forward: passes without gradient: the network and rows of each.
         trained: rows of each pass that has a backward.
         sides: H and W.
         autocast: as in the step.
     """
     weight = next(network.parameters())
     layout = torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    network = copy.deepcopy(network)
 
     def rows(count: int) -> Tensor:
         return torch.randn(count, 3, *sides, device=weight.device).contiguous(memory_format=layout)
 
-    without = [(copy.deepcopy(other) if other else network, rows(count)) for other, count in forward]
+    network, *others = copy.deepcopy([network, *(other for other, _ in forward)])  # One copy of each network.
+    without = [(other, rows(count)) for other, (_, count) in zip(others, forward, strict=True)]
     inputs = [rows(count) for count in trained]
 
     def run() -> None:
@@ -358,26 +297,24 @@ def main(options: BaselineOptions) -> None:
     device = bench_device()
     steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
-    configs = {k: _config(k, options, device) for name, k, beside in groups for k in (k, *beside)}
+    configs = {k: step_config(k, device, options.batch) for _, own, beside in groups for k in (own, *beside)}
+    for config in configs.values():
+        validate(config)
     print(ceilings(device).text())
     set_numerics(deterministic=False)
     with ExitStack() as closing:
-
-        def ready(make: Callable[[], Trainer]) -> Trainer:
-            trainer = _warmed_up(make, options, device)
-            closing.callback(trainer.close)
-            return trainer
-
         # workers are forked while there are no threads of a view pipeline
-        rivals = [ready(partial(RivalTrainer, name, configs[k], options, device)) for name, k, _ in groups]
-        engines: dict[int, Trainer] = {}
+        rivals = [
+            _warmed_up(partial(make_rival, name, configs[k], options, device, closing), options, device)
+            for name, k, _ in groups
+        ]
+        engines: dict[int, Contestant] = {}
         for rival, (_, _, beside) in zip(rivals, groups, strict=True):
             for k in beside:
                 if k not in engines:
-                    engines[k] = ready(partial(EngineTrainer, configs[k], options))
+                    engines[k] = _warmed_up(partial(make_engine, configs[k], options, closing), options, device)
             for row in _turns(rival, [engines[k] for k in beside], options, steps, device):
-                records.append(options.out, records.record("baseline", device, **row))
-                print(_line(row), flush=True)
+                BENCH.write(options.out, "baseline", device, **row)
 
 
 def _groups(name: str, ks: Sequence[int]) -> list[tuple[str, int, list[int]]]:
@@ -388,71 +325,50 @@ def _groups(name: str, ks: Sequence[int]) -> list[tuple[str, int, list[int]]]:
     return [(name, own, [own, *(k for k in ks if k > own)])]
 
 
-def _config(k: int, options: BaselineOptions, device: torch.device) -> Config:
-    config = step_config(k, device)
-    if options.batch is not None:
-        config = dataclasses.replace(config, batch=options.batch)
-    validate(config)
-    return config
-
-
-def _warmed_up(make: Callable[[], Trainer], options: BaselineOptions, device: torch.device) -> Trainer:
-    """Makes a trainer and trains a little: compilation, allocation, the first batches of workers."""
+def _warmed_up(make: Callable[[], Contestant], options: BaselineOptions, device: torch.device) -> Contestant:
+    """Make a contestant and train a little: compilation, allocation, the first batches of workers."""
     with added_memory(device) as memory:
-        trainer = make()
+        contestant = make()
         for data in options.data:
-            trainer.advance(data, 2)
-    trainer.facts |= memory
-    return trainer
+            contestant.advance(data, 2)
+    contestant.facts |= memory
+    return contestant
 
 
 def _turns(
-    rival: Trainer, engines: Sequence[Trainer], options: BaselineOptions, steps: int, device: torch.device
+    rival: Contestant, engines: Sequence[Contestant], options: BaselineOptions, steps: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Times a rival and the engine beside it, and gives a row for each of them and each kind of views."""
-    trainers = [rival, *engines]
-    kinds = sorted(options.data, reverse=True)
-    if options.parts:
-        kinds = ["networks", *kinds]
-    turns = {_name(trainer, kind): trainer.turn(kind, steps) for kind in kinds for trainer in trainers}
-    functions = {name: function for name, function in turns.items() if function is not None}
-    timings = measure(functions, device, options.repeats, warm_up=1)
+    """Time a rival and the engine beside it, and give a record of each of them and each kind of views."""
+    contestants = [rival, *engines]
+    kinds = ["networks"] * options.parts + sorted(options.data, reverse=True)
+    turns = {
+        _name(one, kind): partial(one.advance, kind, steps)
+        for kind in kinds
+        for one in contestants
+        if kind in one.steps
+    }
+    timings = measure(turns, device, options.repeats, warm_up=1)
     for data in options.data:
-        for trainer in trainers:
-            taken = {kind: timings[name] for kind in kinds if (name := _name(trainer, kind)) in timings}
-            row: dict[str, Any] = {"trainer": trainer.name, "k": trainer.config.k, "batch": trainer.config.batch}
-            row |= {"data": data, "samples": options.repeats, "steps": steps} | trainer.facts
-            row |= trainer.figures(data, taken[data], steps) | _parts(taken, data, steps)
-            if trainer is rival:
+        for one in contestants:
+            taken = {kind: timings[name] for kind in kinds if (name := _name(one, kind)) in timings}
+            row: dict[str, Any] = {"trainer": one.name, "k": one.config.k, "batch": one.config.batch, "data": data}
+            row |= {"samples": options.repeats, "steps": steps} | one.facts
+            row |= one.figures(data, taken[data], steps) | _parts(taken, data, steps)
+            if one is rival:
                 row["workers"] = options.workers if data == "real" else 0
                 row["floor_ms"] = engines[0].figures(data, taken[data], steps)["floor_ms"]  # of the same K
                 row["floor_ratio"] = row["step_ms"] / row["floor_ms"]
             else:
-                row["beside"] = rival.name
-                row |= _ratios(trainer, taken[data], rival, timings[_name(rival, data)])
+                # Ratios of each repeat, since a machine's speed changes more between repeats than within one.
+                theirs = timings[_name(rival, data)].samples
+                row |= {"beside": rival.name, **quartiles("engine_ratio", np.divide(theirs, taken[data].samples))}
+                images = (one.config.k + 4) / (rival.config.k + 4)
+                row["engine_images_ratio"] = images * row["engine_ratio"]
             yield row
 
 
-def _repeat(function: Callable[[], None], times: int) -> None:
-    for _ in range(times):
-        function()
-
-
-def _name(trainer: Trainer, kind: str) -> str:
-    return f"{trainer.name} K={trainer.config.k} {kind}"
-
-
-def _ratios(engine: Trainer, own: Timing, rival: Trainer, theirs: Timing) -> dict[str, float]:
-    """How many times a rival's steps, and trained images, the engine does in the same time, and quartiles over the
-    repeats: each by itself, since a machine's speed changes more between repeats than within one."""
-    ratio, low, high = np.percentile(np.divide(theirs.samples, own.samples), (50, 25, 75)).tolist()
-    images = (engine.config.k + 4) / (rival.config.k + 4)
-    return {
-        "engine_ratio": ratio,
-        "engine_ratio_low": low,
-        "engine_ratio_high": high,
-        "engine_images_ratio": images * ratio,
-    }
+def _name(contestant: Contestant, kind: str) -> str:
+    return f"{contestant.name} K={contestant.config.k} {kind}"
 
 
 def _parts(taken: dict[str, Timing], data: str, steps: int) -> dict[str, float]:
@@ -466,20 +382,6 @@ def _parts(taken: dict[str, Timing], data: str, steps: int) -> dict[str, float]:
     if data == "real" and "synthetic" in ms:
         parts["views_ms"] = ms["real"] - ms["synthetic"]
     return {name: float(np.median(samples)) for name, samples in parts.items()}
-
-
-def _line(row: dict[str, Any]) -> str:
-    """A row for the reader."""
-    parts = {"networks": "networks_ms", "the rest": "rest_ms", "views": "views_ms"}
-    split = ", ".join(f"{name} {row[key]:.2f}" for name, key in parts.items() if key in row)
-    text = (
-        f"{row['trainer']:8} K={row['k']} {row['data']:9} {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
-        f"{row['step_ms_high']:.2f}]{f' ({split})' if split else ''}, {row['images_per_second']:.0f} images/s"
-    )
-    if "beside" in row:
-        text += f"; {row['engine_ratio']:.2f} [{row['engine_ratio_low']:.2f}, {row['engine_ratio_high']:.2f}] times "
-        text += f"the steps/s of {row['beside']}, {row['engine_images_ratio']:.2f} times its images/s"
-    return text
 
 
 BENCH = Bench(

@@ -4,76 +4,59 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 _LONGEST_BATCH = 60.0  # seconds, after which a worker has died or hangs
 
 
-class _RandomBatches(Sampler[list[int]]):
-    """Batches of item numbers, drawn with replacement.
-
-    Attributes:
-        asked: batches drawn so far. A DataLoader draws one when it hands it to a worker.
-    """
-
-    def __init__(self, items: int, batch: int) -> None:
-        self.items, self.batch = items, batch
-        self.asked = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            self.asked += 1
-            yield torch.randint(self.items, (self.batch,)).tolist()
-
-
-class _CountedCollate:
-    """Makes a batch of items as a DataLoader does by default.
-
-    Attributes:
-        made: batches made so far, by all workers.
-    """
-
-    def __init__(self) -> None:
-        self.made = multiprocessing.Value("q", 0)
-
-    def __call__(self, items: list[Any]) -> Any:
-        batch = default_collate(items)
-        with self.made.get_lock():
-            self.made.value += 1
-        return batch
+def _make_batch(make_item: Callable[[int], Any], made: Any, numbers: list[int]) -> Any:
+    """Make items and their batch, as a DataLoader does by default, and count it."""
+    batch = default_collate([make_item(number) for number in numbers])
+    with made.get_lock():
+        made.value += 1
+    return batch
 
 
 class EndlessLoader:
     """Random batches of a data set, which worker processes make ahead: two for each worker, as is the default.
 
     Args:
-        items: one image an item.
+        make_item: makes an item of the data set from its number.
+        items: in the data set.
         batch: items a batch.
         workers: processes; without any, `next` makes the batch.
         pinned: whether batches lie in pinned memory.
     """
 
-    def __init__(self, items: Dataset, batch: int, workers: int, pinned: bool = False) -> None:
-        self._drawn = _RandomBatches(len(items), batch)  # type: ignore[arg-type]
-        self._collate = _CountedCollate()
+    def __init__(
+        self, make_item: Callable[[int], Any], items: int, batch: int, workers: int, pinned: bool = False
+    ) -> None:
+        self._drawn = 0  # batches handed to workers
+        self._made = multiprocessing.Value("q", 0)  # batches made by all workers
         self._batches: Iterator[Any] = iter(
             DataLoader(
-                items,
-                batch_sampler=self._drawn,
+                range(items),  # type: ignore[arg-type]
+                batch_sampler=self._draw(items, batch),  # type: ignore[arg-type]
                 num_workers=workers,
-                collate_fn=self._collate,
+                collate_fn=partial(_make_batch, make_item, self._made),
                 pin_memory=pinned,
             )
         )
 
+    def _draw(self, items: int, batch: int) -> Iterator[list[int]]:
+        while True:
+            self._drawn += 1
+            yield torch.randint(items, (batch,)).tolist()
+
     @property
     def pending(self) -> int:
         """Batches that workers have been asked for and have not made yet."""
-        return self._drawn.asked - self._collate.made.value
+        return self._drawn - self._made.value
 
     def __iter__(self) -> EndlessLoader:
         return self

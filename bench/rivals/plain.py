@@ -8,7 +8,8 @@ learns nothing, so there are no probes. The network is the engine's, since that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from bench.rivals.loaders import EndlessLoader
@@ -26,29 +26,18 @@ from engine.models.wide_resnet import WideResNet
 from engine.training.state import decayed_parameters
 from pipelines.cache import DataSet
 
+Transform = Callable[[Image.Image], Tensor]
 
-class Items(Dataset):
-    """A labeled image, strongly augmented, and an unlabeled one with its weak and its K strong views."""
 
-    def __init__(self, data: DataSet, split: np.ndarray, k: int, max_shift: int) -> None:
-        self.data, self.split, self.k = data, split, k
-        side = data.train_images.shape[1]
-        self.strong = randaugment(side)
-        self.weak = v2.Compose([
-            v2.RandomCrop(side, padding=max_shift, padding_mode="reflect"),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-        ])  # fmt: skip
-
-    def __len__(self) -> int:
-        return len(self.data.train_images)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int, Tensor, Tensor]:
-        labeled = self.split[int(torch.randint(len(self.split), ()))]
-        x = self.strong(Image.fromarray(self.data.train_images[labeled]))
-        image = Image.fromarray(self.data.train_images[item])
-        strong = torch.stack([self.strong(image) for _ in range(self.k)])
-        return x, int(self.data.train_labels[labeled]), self.weak(image), strong
+def make_item(
+    data: DataSet, split: np.ndarray, k: int, weak: Transform, strong: Transform, number: int
+) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Return a labeled image, strongly augmented, its class, and an unlabeled image's weak view and K strong views."""
+    labeled = split[int(torch.randint(len(split), ()))]
+    x = strong(Image.fromarray(data.train_images[labeled]))
+    image = Image.fromarray(data.train_images[number])
+    views = torch.stack([strong(image) for _ in range(k)])
+    return x, int(data.train_labels[labeled]), weak(image), views
 
 
 class PlainStep:
@@ -143,6 +132,12 @@ class PlainStep:
 def loaders(
     config: Config, data: DataSet, split: np.ndarray, device: torch.device, workers: int
 ) -> list[EndlessLoader]:
-    """One, of `Items`."""
-    items = Items(data, split, config.k, config.max_shift)
-    return [EndlessLoader(items, config.batch, workers, pinned=device.type == "cuda")]
+    """Return one loader, of `make_item`."""
+    side = data.train_images.shape[1]
+    weak = v2.Compose([
+        v2.RandomCrop(side, padding=config.max_shift, padding_mode="reflect"),
+        v2.RandomHorizontalFlip(),
+        v2.PILToTensor(),
+    ])  # fmt: skip
+    make = partial(make_item, data, split, config.k, weak, randaugment(side))
+    return [EndlessLoader(make, len(data.train_images), config.batch, workers, pinned=device.type == "cuda")]

@@ -26,6 +26,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 from bench.rivals.loaders import EndlessLoader
@@ -93,46 +93,32 @@ def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Co
     return transforms.Compose([*weak, *to_tensor]), transforms.Compose(strong)
 
 
-class LabeledImages(Dataset):
-    """A labeled image's weak view (3, H, W) float32, and its class."""
-
-    def __init__(self, data: DataSet, split: np.ndarray, config: Config) -> None:
-        self.data, self.split = data, split
-        self.weak, _ = _views(data.sides[0], config)
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, int]:
-        row = self.split[item]
-        return self.weak(Image.fromarray(self.data.train_images[row])), int(self.data.train_labels[row])
+def _labeled_item(data: DataSet, rows: np.ndarray, weak: transforms.Compose, number: int) -> tuple[Tensor, int]:
+    """Return a labeled image's weak view (3, H, W) float32, and its class."""
+    row = rows[number]
+    return weak(Image.fromarray(data.train_images[row])), int(data.train_labels[row])
 
 
-class UnlabeledImages(Dataset):
-    """An image's weak view, two strong ones and the first of them rotated, (3, H, W) float32 each, and by how many
-    quarters of a turn."""
-
-    def __init__(self, data: DataSet, config: Config) -> None:
-        self.data, self.rows = data, data.unlabeled_rows
-        self.weak, self.strong = _views(data.sides[0], config)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        image = Image.fromarray(self.data.train_images[self.rows[item]])
-        weak, u1, u2 = self.weak(image), self.strong(image), self.strong(image)
-        quarters = random.randrange(4)
-        return weak, u1, u2, transforms.functional.rotate(u1, 90 * quarters), quarters
+def _unlabeled_item(
+    data: DataSet, weak: transforms.Compose, strong: transforms.Compose, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Return an image's weak view, two strong ones and the first of them rotated, (3, H, W) float32 each, and by how
+    many quarters of a turn."""
+    image = Image.fromarray(data.train_images[data.unlabeled_rows[number]])
+    u_weak, u1, u2 = weak(image), strong(image), strong(image)
+    quarters = random.randrange(4)
+    return u_weak, u1, u2, transforms.functional.rotate(u1, 90 * quarters), quarters
 
 
 def loaders(
     config: Config, data: DataSet, split: np.ndarray, device: torch.device, workers: int
 ) -> list[EndlessLoader]:
     """Two, of labeled and of unlabeled images; the first, with one view an image, has one worker beside the others."""
+    weak, strong = _views(data.sides[0], config)
+    labeled, unlabeled = partial(_labeled_item, data, split, weak), partial(_unlabeled_item, data, weak, strong)
     return [
-        EndlessLoader(LabeledImages(data, split, config), config.batch, min(workers, 1)),
-        EndlessLoader(UnlabeledImages(data, config), config.batch, workers),
+        EndlessLoader(labeled, len(split), config.batch, min(workers, 1)),
+        EndlessLoader(unlabeled, len(data.unlabeled_rows), config.batch, workers),
     ]
 
 

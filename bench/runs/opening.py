@@ -60,9 +60,7 @@ def main(options: OpeningOptions) -> None:
             for name, window in WINDOWS.items():
                 row[f"{name}_seconds"] = median(_seconds(browser, path, *window) for _ in range(options.repeats))
             row["browser"] = f"chromium {browser.version}"
-    records.append(options.out, records.record("opening", torch.device("cpu"), repeats=options.repeats, **row))
-    drawn = ", ".join(f"{row[f'{name}_seconds']:.2f} s at {WINDOWS[name][0]} pixels" for name in WINDOWS)
-    print(f"{row['megabytes']:.2f} MB, written in {row['write_seconds']:.1f} s; all charts drawn in {drawn}")
+    BENCH.write(options.out, "opening", torch.device("cpu"), repeats=options.repeats, **row)
 
 
 def missing() -> str:

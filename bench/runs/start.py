@@ -42,13 +42,7 @@ def main(options: StartOptions) -> None:
     device = bench_device()
     starts = [start(options.preset) for _ in range(options.repeats)]
     row = {f"{name}_seconds": median(each[name] for each in starts) for name in (*PARTS, "start", "cpu", "help")}
-    where = {"preset": options.preset, "repeats": options.repeats}
-    records.append(options.out, records.record("start", device, **where, **row))
-    parts = ", ".join(f"{name} {row[f'{name}_seconds']:.2f} s" for name in PARTS)
-    print(
-        f"{options.preset}: {row['start_seconds']:.2f} s to the first trained step ({parts}), "
-        f"{row['cpu_seconds']:.2f} s of them on a CPU; --help {row['help_seconds']:.2f} s"
-    )
+    BENCH.write(options.out, "start", device, preset=options.preset, repeats=options.repeats, **row)
 
 
 def start(preset: str) -> dict[str, float]:

@@ -9,15 +9,16 @@ tensors of the smaller shapes fit into a large GPU's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from engine.models.wide_resnet import WideResNet
@@ -89,16 +90,11 @@ def main(options: ConvolutionsOptions) -> None:
     choices = [True, False] if cuda and options.by_rule else [True]
     for shape, times in [*counted.items(), (Shape(8, stem.outputs, stem.side, stem.taps, stem.stride), 0)]:
         for row in _time(shape, rows, device, choices, options.repeats):
-            where = {"shape": str(shape), "in_network": times, "rows": rows}
-            records.append(options.out, records.record("convolutions", device, **where, **row))
-            chosen = "measured" if row["benchmark"] else "by rule"
-            print(
-                f"{shape} (x{times}) {row['pass']}, {chosen}: {row['microseconds']:.1f} us, roofline bound "
-                f"{row['floor_microseconds']:.1f} us, ratio {row['floor_ratio']:.2f}"
-            )
+            case = {"shape": str(shape), "in_network": times, "rows": rows}
+            BENCH.write(options.out, "convolutions", device, **case, **row)
 
 
-def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], repeats: int) -> list[dict[str, Any]]:
+def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], repeats: int) -> Iterator[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
@@ -123,21 +119,16 @@ def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], re
     moved = images.nbytes + weight.nbytes + gradient.nbytes
     flops = 2 * gradient.numel() * weight[0].numel()
     floor = max(moved / limit.copy_bytes_per_second, flops / limit.matmul_flops_per_second)
-    found = []
     for benchmark in choices:
         # by default these flags would switch cuDNN off
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
             timings = measure(functions, device, repeats, queued=True)
-        found += [
-            {
-                "pass": name, "benchmark": benchmark, "microseconds": 1e6 * timing.seconds,
-                "microseconds_low": 1e6 * timing.low, "microseconds_high": 1e6 * timing.high,
+        for name, timing in timings.items():
+            yield {
+                "pass": name, "benchmark": benchmark, **quartiles("microseconds", 1e6 * np.array(timing.samples)),
                 "bytes": moved, "flops": flops, "floor_microseconds": 1e6 * floor,
                 "floor_ratio": timing.seconds / floor,
-            }
-            for name, timing in timings.items()
-        ]  # fmt: skip
-    return found
+            }  # fmt: skip
 
 
 BENCH = Bench(

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 from bench.emulator.run import environment
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, markdown_table
 from bench.step import throughput
 from engine.config.checks import validate
 from engine.config.config import Config
@@ -40,6 +40,7 @@ from engine.training.ranges import PARTS
 
 BUDGET = Path(__file__).parents[1] / "budget.json"
 NETWORKS = ("probes", "guess", "forward", "backward")  # parts that are passes through a network
+_BUDGETED = (*KINDS, "bytes")
 LIBRARIES = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm")
 
 
@@ -194,24 +195,29 @@ def main(options: CountOptions) -> None:
             "preset": config.preset, "k": config.k, "batch": config.batch, "target": options.target,
             "precision": options.precision, **varied,
         }  # fmt: skip
-        _print(case, counted, options)
-        predicted = {f"predicted_ms_{name.split()[0].lower()}": ms for name, ms in _predicted(counted, options).items()}
-        row = records.record(
-            "count", torch.device("cpu"), **case, launches=len(counted.launches), **counted.total(), **predicted,
-            parts=counted.by_part(), **_measured(config),
+        predicted = {
+            device: 1e3 * counted.seconds(device, options.conv_share, options.launch_us / 1e6)
+            for device in TARGETS[options.target].devices
+        }
+        figures = {f"predicted_ms_{device.name.split()[0].lower()}": ms for device, ms in predicted.items()}
+        BENCH.write(
+            options.out, "count", torch.device("cpu"), **case, launches=len(counted.launches), **counted.total(),
+            **figures, parts=counted.by_part(), **_measured(config),
         )  # fmt: skip
-        records.append(options.out, row)
+        _print(counted)
+        for device, ms in predicted.items():
+            print(
+                f"predicted, not measured, for {device.name}: {ms:.2f} ms a step, from copies at "
+                f"{device.copy_bytes_per_second / 1e12:.2f} TB/s, {device.matmul_flops_per_second / 1e12:.0f} TFLOP/s "
+                f"({device.source}), convolutions at {options.conv_share:.0%}, {options.launch_us:g} us a launch"
+            )
         if options.budget:
-            compare = write_budget if options.update else compare_budget
-            differences += compare(options.budget, case, counted.by_part())
+            if options.update:
+                write_budget(options.budget, case, counted.by_part())
+            else:
+                differences += compare_budget(options.budget, case, counted.by_part())
     if differences:
         sys.exit("\n".join(f"remixmatch: {line}" for line in differences))
-
-
-def _predicted(counted: Count, options: CountOptions) -> dict[str, float]:
-    """Milliseconds a step on each device of the target, by name."""
-    assumed = options.conv_share, options.launch_us / 1e6
-    return {device.name: 1e3 * counted.seconds(device, *assumed) for device in TARGETS[options.target].devices}
 
 
 def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
@@ -277,44 +283,21 @@ def _measured(config: Config) -> dict[str, float]:
     if not torch.cuda.is_available() or config.dataset != "cifar10":
         return {}
     case = dataclasses.replace(throughput.base_config("", True), k=config.k, batch=config.batch, mode="graph")
-    step = throughput.measure(case, 60, "synthetic")["step_ms"]
-    print(f"measured on {torch.cuda.get_device_name()}: {step:.2f} ms a step")
-    return {"measured_ms": step}
+    return {"measured_ms": throughput.measure(case, 60, "synthetic")["step_ms"]}
 
 
-def _print(case: Mapping[str, Any], counted: Count, options: CountOptions) -> None:
-    varied = [case[key] for key in ("method", "ablate") if key in case]
-    shown = [case["preset"], *varied, f"K = {case['k']}", f"B = {case['batch']}", case["precision"], case["target"]]
-    print(", ".join(shown))
-    print(f"{'part':10} {'Triton':>7} {'library':>8} {'operator':>9} {'GB':>8} {'least GB':>9} {'GFLOP':>8}")
-    by_part = counted.by_part()
-    for name, part in [*by_part.items(), ("step", counted.total())]:
-        print(
-            f"{name:10} {part['triton']:7} {part['library']:8} {part['operator']:9} {part['bytes'] / 1e9:8.3f} "
-            f"{part['least_bytes'] / 1e9:9.3f} {part['flops'] / 1e9:8.1f}"
-        )
-    print(f"{len(counted.launches)} launches a step")
-    predicted = _predicted(counted, options)
-    for device in TARGETS[options.target].devices:
-        print(
-            f"predicted, not measured, for {device.name}: {predicted[device.name]:.2f} ms a step, from a copy of "
-            f"{device.copy_bytes_per_second / 1e12:.2f} TB/s and {device.matmul_flops_per_second / 1e12:.0f} TFLOP/s "
-            f"({device.source}), convolutions at {options.conv_share:.0%} of that, {options.launch_us:g} us a launch"
-        )
+def _print(counted: Count) -> None:
+    heads = (*KINDS, "bytes", "least_bytes", "flops")
+    parts = counted.by_part() | {"step": counted.total()}
+    lines = [[name, *(f"{part[head]:,}" for head in heads)] for name, part in parts.items()]
+    print(markdown_table(["part", *heads], lines))
     if counted.kernels:
-        candidates = [(name, one) for name, tried in counted.kernels.items() for one in tried]
-        name, most = max(candidates, key=lambda pair: pair[1]["registers"])
-        spilling = sorted({name for name, one in candidates if one["spilled_bytes"]})
-        print(
-            f"{len(counted.kernels)} kernels in {len(candidates)} configurations compiled for {options.target}: at "
-            f"most {most['registers']} registers ({name}); {len(spilling)} have a configuration that spills"
-            + "".join(f"\n  {name}" for name in spilling)
-        )
-
-
-def _budget_case(case: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    keep = (*KINDS, "bytes")
-    return {**case, "parts": {part: {what: found[what] for what in keep} for part, found in counted.items()}}
+        candidates = [(one["registers"], name) for name, tried in counted.kernels.items() for one in tried]
+        registers, name = max(candidates)
+        print(f"{len(candidates)} configurations of {len(counted.kernels)} kernels compiled")
+        print(f"most registers: {registers}, {name}")
+        spilling = [name for name, tried in counted.kernels.items() if any(one["spilled_bytes"] for one in tried)]
+        print(f"kernels with a configuration that spills: {len(spilling)}", *sorted(spilling), sep="\n  ")
 
 
 def _read_budget(path: Path) -> dict[str, Any]:
@@ -326,14 +309,14 @@ def _read_budget(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a budget ({error})") from None
 
 
-def write_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Puts a case's counts into a budget."""
+def write_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> None:
+    """Put a case's counts into a budget."""
     budget = _read_budget(path)
     others = [one for one in budget["cases"] if any(one[key] != value for key, value in case.items())]
-    cases = sorted([*others, _budget_case(case, counted)], key=lambda one: [one["preset"], one["target"], one["k"]])
+    parts = {part: {what: found[what] for what in _BUDGETED} for part, found in counted.items()}
+    cases = sorted([*others, {**case, "parts": parts}], key=lambda one: [one["preset"], one["target"], one["k"]])
     content = {"torch": torch.__version__.split("+")[0], "cases": cases}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return []
 
 
 def compare_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -348,11 +331,10 @@ def compare_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Ma
     found = [one for one in budget["cases"] if all(one[key] == value for key, value in case.items())]
     if not found:
         return [f"{path} has no budget for {case}; add it by --update"]
-    own = _budget_case(case, counted)["parts"]
     lines = []
     for part in PARTS:
-        before, now = found[0]["parts"].get(part, {}), own.get(part, {})
-        pairs = [(what, before.get(what, 0), now.get(what, 0)) for what in (*KINDS, "bytes")]
+        before, now = found[0]["parts"].get(part, {}), counted.get(part, {})
+        pairs = [(what, before.get(what, 0), now.get(what, 0)) for what in _BUDGETED]
         changes = [f"{what} {old} -> {new}" for what, old, new in pairs if old != new]
         if changes:
             lines.append(f"{case['preset']}, K = {case['k']}, {case['target']}, {part}: {', '.join(changes)}")

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import numpy as np
 import torch
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.measuring import records
 from engine.method.batch_layout import arrange, step_plan
 from engine.training.step_input import StepInput
@@ -112,24 +112,10 @@ def main(options: HostOptions) -> None:
         for name, case in cases.items():
             samples[name].append(_sample(case, options.steps))
     for (k, batch), taken in samples.items():
-        row: dict[str, Any] = {"k": k, "batch": batch, "lag": options.lag, "pinned": cuda}
-        for part in taken[0]:
-            row[f"{part}_us"], low, high = np.percentile([1e6 * times[part] for times in taken], (50, 25, 75)).tolist()
-            if part == "total":
-                row |= {"total_us_low": low, "total_us_high": high}
-        # the host is what is measured, beside whatever GPU
-        records.append(options.out, records.record("host", torch.device("cpu"), **row))
-        quartiles = f"[{row['total_us_low']:.0f}, {row['total_us_high']:.0f}]"
-        print(f"K={k} B={batch}: {row['total_us']:.0f} us a step {quartiles}: {_parts(row)}", flush=True)
-
-
-def _parts(row: dict[str, Any]) -> str:
-    """`planner 400 (plan 300, ...), main 60 (...)`, in microseconds."""
-    shown = []
-    for thread, parts in THREADS.items():
-        listed = ", ".join(f"{part} {row[f'{part}_us']:.0f}" for part in parts)
-        shown.append(f"{thread} {row[f'{thread}_us']:.0f} ({listed})")
-    return ", ".join(shown)
+        row = {f"{part}_us": 1e6 * median(times[part] for times in taken) for part in taken[0]}
+        row |= quartiles("total_us", [1e6 * times["total"] for times in taken])
+        # The host is measured, whatever GPU it has.
+        BENCH.write(options.out, "host", torch.device("cpu"), k=k, batch=batch, lag=options.lag, pinned=cuda, **row)
 
 
 def _sample(case: Iterator[dict[str, float]], steps: int) -> dict[str, float]:

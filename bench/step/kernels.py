@@ -7,15 +7,16 @@ large GPU, where a share may pass 100 % and launch latency counts; the large siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -197,18 +198,8 @@ def main(options: KernelsOptions) -> None:
             if options.sizes and name not in options.sizes:
                 continue
             for row in _rows(case_of(size, device), providers, device, options.repeats, failures):
-                records.append(options.out, records.record("kernels", device, kernel=kernel, size=name, **row))
-                print(f"{kernel:15} {name:8} {_line(row)}", flush=True)
+                BENCH.write(options.out, "kernels", device, kernel=kernel, size=name, **row)
     failures.finish()
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['provider']:8} {row['microseconds']:10.2f} us "
-        f"[{row['microseconds_low']:.2f}, {row['microseconds_high']:.2f}], host {row['host_microseconds']:.1f} us; "
-        f"{row['bytes'] / 1e6:.4g} MB, {row['gigabytes_per_second']:.4g} GB/s "
-        f"= {100 * row['share_of_copy']:.3g} % of copy, bound {row['floor_microseconds']:.2f} us; {row['shape']}"
-    )
 
 
 def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -222,15 +213,15 @@ def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def _rows(
     case: Case, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     bandwidth = ceilings(device).copy_bytes_per_second
-    forms = {"triton": case.operation, "eager": case.twin, "compiled": case.twin}
-    forms = {provider: forms[provider] for provider in providers if case.compiles or provider != "compiled"}
-    if "compiled" in forms:
-        forms["compiled"] = torch.compile(case.twin, dynamic=False)
+    forms = {"triton": case.operation, "eager": case.twin, "compiled": torch.compile(case.twin, dynamic=False)}
     functions = {}
     expected = case.twin(*case.arguments())
-    for provider, form in forms.items():
+    for provider in providers:
+        if provider == "compiled" and not case.compiles:
+            continue
+        form = forms[provider]
         with failures.part(f"{case.operation.__name__} {provider}, {case.shape}"):
             arguments = case.arguments()
             _check(form(*arguments), expected)
@@ -238,23 +229,19 @@ def _rows(
     del expected
     times = measure(functions, device, repeats, queued=True)
     floor = case.moved / bandwidth
-    return [
-        {
+    for provider, t in times.items():
+        yield {
             "provider": provider,
             "shape": case.shape,
             "bytes": case.moved,
             "bytes_formula": case.formula,
-            "microseconds": t.seconds * 1e6,
-            "microseconds_low": t.low * 1e6,
-            "microseconds_high": t.high * 1e6,
+            **quartiles("microseconds", 1e6 * np.array(t.samples)),
             "host_microseconds": t.host * 1e6,
             "gigabytes_per_second": case.moved / t.seconds / 1e9,
             "copy_gigabytes_per_second": bandwidth / 1e9,
             "floor_microseconds": floor * 1e6,
             "share_of_copy": floor / t.seconds,
         }
-        for provider, t in times.items()
-    ]
 
 
 def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:

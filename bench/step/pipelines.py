@@ -7,11 +7,11 @@ way (theirs). Every row stands beside a single process of PIL in the same run.
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -34,10 +34,6 @@ IMAGES, MAX_SHIFT, K = 2048, 4, 8
 _LOADER_BATCH = 64
 
 
-class NotHereError(Exception):
-    """A backend cannot run on this machine; the words say why."""
-
-
 @dataclass(frozen=True)
 class Task:
     """What a backend has to make.
@@ -47,12 +43,14 @@ class Task:
         plans: one a batch, of strong views only.
         device: where they are wanted.
         threads: CPU threads or processes that a backend of several may have.
+        closing: closed at the end, for a backend's threads and processes.
     """
 
     images: np.ndarray
     plans: Sequence[ViewPlan]
     device: torch.device
     threads: int
+    closing: ExitStack = field(default_factory=ExitStack)
 
     @property
     def rows(self) -> int:
@@ -60,19 +58,7 @@ class Task:
         return len(self.plans[0].image)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A way to make views, ready to be timed.
-
-    Attributes:
-        run: makes every batch of the task and waits for the last.
-        what: what it does, and where, in a few words.
-        close: ends threads and processes.
-    """
-
-    run: Callable[[], Any]
-    what: str
-    close: Callable[[], Any] = lambda: None
+Backend = tuple[Callable[[], Any], str]  # makes every batch of a task and waits for the last; and what it is, in words
 
 
 def make_task(rows: int, side: int, batches: int, device: torch.device, threads: int) -> Task:
@@ -92,7 +78,7 @@ def pil(task: Task) -> Backend:
             rows = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.centre, strict=True)
             np.stack([pil_view(task.images[image], *numbers) for image, *numbers in rows])
 
-    return Backend(run, "CTAugment, PIL, one process")
+    return run, "CTAugment, PIL, one process"
 
 
 def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
@@ -107,27 +93,25 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
         for _ in task.plans[:prefetch]:
             pipeline.collect()
 
-    return Backend(run, what, pipeline.close)
+    task.closing.callback(pipeline.close)
+    return run, what
 
 
 def _dali(task: Task, threads: int) -> Backend:
-    views = _module("pipelines.dali", "nvidia.dali")
-    pipeline = views.DaliViews(task.images, *_every_image(task), task.rows, MAX_SHIFT, threads, prefetch=2)
+    from pipelines.dali import DaliViews
+
+    every = np.arange(len(task.images))  # All images are labeled, and unlabeled ones as well.
+    pipeline = DaliViews(task.images, every, every, task.rows, MAX_SHIFT, threads, prefetch=2)
     return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
-
-
-def _every_image(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """All images are labeled, and unlabeled ones as well."""
-    return np.arange(len(task.images)), np.arange(len(task.images))
 
 
 def fused(task: Task) -> Backend:
     """All of a view in one kernel, from images that lie on the device; on a CPU its twin."""
-    views = _module("pipelines.fused")
+    from pipelines.fused import FusedViews
+
+    every = np.arange(len(task.images))
     device = "gpu" if task.device.type == "cuda" else "cpu"
-    pipeline = views.FusedViews(
-        task.images, *_every_image(task), task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2
-    )
+    pipeline = FusedViews(task.images, every, every, task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2)
     return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
 
 
@@ -169,8 +153,8 @@ def torchvision(task: Task) -> Backend:
         for batch in loader:
             batch.to(task.device, non_blocking=True)
 
-    # workers end with the loader, and the loader with this
-    return Backend(run, f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers")
+    # Workers end with the loader, and the loader with `run`.
+    return run, f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers"
 
 
 def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str) -> Backend:
@@ -182,12 +166,13 @@ def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str)
         for chosen in rows:
             transform(images[chosen].float() / 255)
 
-    return Backend(run, what)
+    return run, what
 
 
 def kornia(task: Task) -> Backend:
     """Kornia's crop, flip and RandAugment, which draws its two operations for the batch, not for an image."""
-    k = _module("kornia.augmentation")
+    from kornia import augmentation as k
+
     transform = k.AugmentationSequential(
         k.RandomCrop(task.images.shape[1:3], padding=MAX_SHIFT, padding_mode="reflect"),
         k.RandomHorizontalFlip(),
@@ -198,24 +183,13 @@ def kornia(task: Task) -> Backend:
 
 def triton_augment(task: Task) -> Backend:
     """Its one fused chain, the same operations for every image: no equalize, autocontrast, filters or cutout."""
-    if task.device.type != "cuda":
-        raise NotHereError("needs a GPU")
-    ta = _module("triton_augment")
-    transform = ta.TritonFusedAugment(
+    from triton_augment import TritonFusedAugment
+
+    transform = TritonFusedAugment(
         horizontal_flip_p=0.5, degrees=45, translate=(0.3, 0.3), scale=(0.5, 1.0), shear=17, brightness=(0.1, 2.0),
         contrast=(0.1, 2.0), saturation=(0.1, 2.0),
     )  # fmt: skip
     return _on_tensors(task, transform, "affine, flip and colour jitter of triton-augment in one launch, on the GPU")
-
-
-def _module(name: str, needs: str | None = None) -> Any:
-    """Imports a module; it, or what it needs, may be missing, and nothing else may."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if f"{needs or name}.".startswith(f"{error.name}."):
-            raise NotHereError("not installed") from None
-        raise
 
 
 BACKENDS: dict[str, Callable[[Task], Backend]] = {
@@ -227,6 +201,7 @@ BACKENDS: dict[str, Callable[[Task], Backend]] = {
     "kornia": kornia,
     "triton-augment": triton_augment,
 }
+NEED_GPU = ("triton-augment",)
 
 
 @dataclass
@@ -262,52 +237,39 @@ def main(options: PipelinesOptions) -> None:
     device = bench_device()
     batches = options.batches or (8 if device.type == "cuda" else 2)
     task = make_task(options.rows, options.side, batches, device, options.threads)
-    backends: dict[str, Backend] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    words: dict[str, str] = {}
     failures = records.Failures()
-    try:
+    with task.closing:
         # in the table's order, in which torchvision's workers are forked before other libraries start threads
         for name, make in BACKENDS.items():
             if name != "pil" and name not in options.backends:
                 continue
+            if name in NEED_GPU and device.type != "cuda":
+                print(f"{name}: needs a GPU", flush=True)
+                continue
             with failures.part(name):
                 try:
-                    backend = make(task)
-                except NotHereError as reason:
-                    print(f"{name}: {reason}", flush=True)
+                    run, words[name] = make(task)
+                except ModuleNotFoundError as error:
+                    print(f"{name}: not installed ({error.name})", flush=True)
                     continue
                 begin = time.perf_counter()
-                backend.run()
+                run()
                 print(f"{name}: first call {time.perf_counter() - begin:.2f} s", flush=True)
-                backends[name] = backend
-        times = measure({name: backend.run for name, backend in backends.items()}, device, options.repeats, warm_up=1)
-    finally:
-        for backend in backends.values():
-            backend.close()
+                runs[name] = run
+        times = measure(runs, device, options.repeats, warm_up=1)
     views = task.rows * batches
     floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
     print(ceilings(device).text())
     print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
-        row: dict[str, Any] = {
-            "backend": name,
-            "what": backends[name].what,
-            "rows": task.rows,
-            "side": options.side,
-            "batches": batches,
-            "threads": options.threads,
-            "views_per_second": views / t.seconds,
-            "views_per_second_low": views / t.high,
-            "views_per_second_high": views / t.low,
-            "ratio_to_pil": times["pil"].seconds / t.seconds,
-            "floor_views_per_second": 1 / floor,
-            "share_of_copy": floor * views / t.seconds,
-        }
-        records.append(options.out, records.record("pipelines", device, **row))
-        print(
-            f"{name:15} {row['views_per_second']:12.0f} views/s [{row['views_per_second_low']:.0f}, "
-            f"{row['views_per_second_high']:.0f}], {row['ratio_to_pil']:.2f} times PIL, "
-            f"{100 * row['share_of_copy']:.3g} % of the bound; {row['what']}"
-        )
+        case = {"backend": name, "what": words[name], "rows": task.rows, "side": options.side}
+        case |= {"batches": batches, "threads": options.threads}
+        speeds = quartiles("views_per_second", views / np.array(t.samples))
+        speeds |= {"ratio_to_pil": times["pil"].seconds / t.seconds, "floor_views_per_second": 1 / floor}
+        speeds["share_of_copy"] = floor * speeds["views_per_second"]
+        BENCH.write(options.out, "pipelines", device, **case, **speeds)
     failures.finish()
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import resource
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from engine.config.config import Config
 from engine.config.presets import preset
 from engine.errors import UserError
@@ -52,9 +53,7 @@ def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
     return {
         "steps_per_second": rate,
         "images_per_second": images * rate,
-        "step_ms": 1e3 / rate,
-        "step_ms_low": 1e3 * timing.low / steps,
-        "step_ms_high": 1e3 * timing.high / steps,
+        **quartiles("step_ms", 1e3 * np.array(timing.samples) / steps),
     }
 
 
@@ -115,16 +114,9 @@ def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
     return macs, elements
 
 
-def measure(config: Config, steps: int, data: str = "real", repeats: int = 5) -> dict[str, Any]:
-    """Throughput of one configuration: see `figures` for the figures.
-
-    Args:
-        config: what to train; its `views` says how real data are made.
-        steps: at least so many are timed.
-        data: "real", or "synthetic" for views that cost nothing.
-        repeats: samples.
-    """
-    case = TimedSteps.begin(config, "synthetic" if data == "synthetic" else config.views)
+def measure(config: Config, steps: int, views: str, repeats: int = 5) -> dict[str, Any]:
+    """Return the `figures` of one configuration, over at least so many steps, with one of VIEWS."""
+    case = TimedSteps.begin(config, views)
     each = whole_batches(-(-steps // repeats), config)
     try:
         device = case.feed.execution.device
@@ -169,15 +161,17 @@ class ThroughputOptions:
     """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
 
 
-_Name = tuple[int, str, str, int]  # K, mode, source of views, micro-batches
+class Case(NamedTuple):
+    """What distinguishes a case from the others; K is 0 where all of them are meant."""
 
+    k: int
+    mode: str
+    views: str
+    micro_batches: int
 
-def _words(name: tuple[int | None, str, str, int]) -> str:
-    k, mode, views, parts = name
-    words = [mode, views] if k is None else [f"K={k}", mode, views]
-    if parts > 1:
-        words.append(f"in {parts} parts")
-    return " ".join(words)
+    def __str__(self) -> str:
+        words = [f"K={self.k}"] * (self.k > 0) + [self.mode, self.views]
+        return " ".join(words + [f"in {self.micro_batches} parts"] * (self.micro_batches > 1))
 
 
 def main(options: ThroughputOptions) -> None:
@@ -201,7 +195,7 @@ def main(options: ThroughputOptions) -> None:
     base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
     groups = [(k,) for k in options.k] if cuda else [options.k]
     for ks in groups:
-        names = list(itertools.product(ks, modes, views, options.micro_batches))
+        names = list(itertools.starmap(Case, itertools.product(ks, modes, views, options.micro_batches)))
         _measure_together(options, base, steps, names, device)
 
 
@@ -213,48 +207,36 @@ def base_config(name: str, cuda: bool) -> Config:
 
 
 def _measure_together(
-    options: ThroughputOptions, base: Config, steps: int, names: list[_Name], device: torch.device
+    options: ThroughputOptions, base: Config, steps: int, names: list[Case], device: torch.device
 ) -> None:
-    cases: dict[_Name, TimedSteps] = {}
-    memory: dict[_Name, dict[str, float]] = {}
+    cases: dict[Case, TimedSteps] = {}
+    memory: dict[Case, dict[str, float]] = {}
     failures = records.Failures()
     steps = whole_batches(steps, base)
     for name in names:
-        k, mode, views, parts = name
-        with failures.part(_words(name)):
-            config = dataclasses.replace(base, k=k, mode=mode, micro_batches=parts)  # type: ignore[arg-type]
+        with failures.part(str(name)):
+            varied = {"k": name.k, "mode": name.mode, "micro_batches": name.micro_batches}
             with added_memory(device) as memory[name]:
-                cases[name] = TimedSteps.begin(config, views)
+                cases[name] = TimedSteps.begin(dataclasses.replace(base, **varied), name.views)  # type: ignore[arg-type]
                 cases[name].advance(whole_batches(2, base))
             cases[name].host_seconds, cases[name].steps = 0.0, 0
     functions = {str(name): partial(case.advance, steps) for name, case in cases.items()}
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
-    rows = []
+    step_ms = {}
     for name, case in cases.items():
-        k, mode, views, parts = name
-        row = {"preset": base.preset, "k": k, "batch": base.batch, "mode": mode, "views": views}
-        row |= {"micro_batches": parts}
-        row |= {"precision": str(case.feed.execution.precision).removeprefix("torch."), "optimizer": base.optimizer}
+        row = {"preset": base.preset, "batch": base.batch, "optimizer": base.optimizer, **name._asdict()}
+        row["precision"] = str(case.feed.execution.precision).removeprefix("torch.")
         if base.deterministic:
             row["deterministic"] = True
         row |= figures(case, timings[str(name)], steps) | memory[name]
         if options.soak:
             row |= _soak(case, options.soak)
-        rows.append(row)
-        records.append(options.out, records.record("throughput", device, **row))
-        line = (
-            f"{_words(name)}: {row['step_ms']:.2f} ms a step [{row['step_ms_low']:.2f}, "
-            f"{row['step_ms_high']:.2f}], {row['images_per_second']:,.0f} images/s, "
-            f"roofline bound {row['floor_ms']:.2f} ms, ratio {row['floor_ratio']:.2f}"
-        )
-        if "host_ms" in row:
-            line += f", host {row['host_ms']:.2f} ms"
-        if options.soak:
-            line += f", memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps"
-        print(line, flush=True)
+            print(f"{name}: memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps")
+        step_ms[name] = row["step_ms"]
+        BENCH.write(options.out, "throughput", device, **row)
     for case in cases.values():
         case.end()
-    _print_ratios(rows)
+    _print_ratios(step_ms)
     failures.finish()
 
 
@@ -274,52 +256,44 @@ def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
     return {"soak_steps": steps, "memory_growth_mib": _resident(case.feed.execution.device) - before}
 
 
-def _print_ratios(rows: list[dict[str, Any]]) -> None:
-    """What the rows are measured for: modes against eager, views against synthetic ones, and the cost of K."""
-    by: dict[_Name, float] = {
-        (row["k"], row["mode"], row["views"], row["micro_batches"]): row["step_ms"] for row in rows
-    }
-    for name, ms in by.items():
-        k, mode, views, parts = name
-        if mode != "eager" and (eager := by.get((k, "eager", views, parts))):
-            print(f"{_words(name)}: {eager / ms:.2f} times as fast as eager")
-        if views != "synthetic" and (synthetic := by.get((k, mode, "synthetic", parts))):
-            print(f"{_words(name)}: views cost {100 * (ms / synthetic - 1):+.1f} %")
-        if parts > 1 and (whole := by.get((k, mode, views, 1))):
-            print(f"{_words(name)}: {ms / whole:.2f} times as long as in one pass")
-    for case in dict.fromkeys(name[1:] for name in by):
-        points = [(name[0], ms) for name, ms in by.items() if name[1:] == case]
+def _print_ratios(step_ms: Mapping[Case, float]) -> None:
+    """What is measured here: modes against eager, views against synthetic ones, and the cost of K."""
+    for name, ms in step_ms.items():
+        if name.mode != "eager" and (eager := step_ms.get(name._replace(mode="eager"))):
+            print(f"{name}: {eager / ms:.2f} times as fast as eager")
+        if name.views != "synthetic" and (synthetic := step_ms.get(name._replace(views="synthetic"))):
+            print(f"{name}: views cost {100 * (ms / synthetic - 1):+.1f} %")
+        if name.micro_batches > 1 and (whole := step_ms.get(name._replace(micro_batches=1))):
+            print(f"{name}: {ms / whole:.2f} times as long as in one pass")
+    for every_k in dict.fromkeys(name._replace(k=0) for name in step_ms):
+        points = [(name.k, ms) for name, ms in step_ms.items() if name._replace(k=0) == every_k]
         if len(points) > 2:
             ks, times = np.array(points).T
             slope, start = np.polyfit(ks, times, 1)
             off = np.abs(slope * ks + start - times) / times
-            what = _words((None, *case))
-            print(f"{what}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
+            print(f"{every_k}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
 
 
 _RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
 
 
 def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
-    lines: dict[str, list[tuple[int, float]]] = {}
-    preset = rows["throughput"][-1]["preset"]  # rates of several networks on one axis would say nothing
+    lines: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)  # points by style and name
+    preset = rows["throughput"][-1]["preset"]  # Rates of different networks cannot be compared on one axis.
     for row in rows["throughput"]:
-        if row["preset"] != preset:
-            continue
-        name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
-        if row.get("micro_batches", 1) > 1:
-            name += f", {row['micro_batches']} micro-batches"
-        lines.setdefault(name, []).append((row["k"], row["images_per_second"]))
-    rivals: dict[str, dict[int, float]] = {}
+        if row["preset"] == preset:
+            name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
+            if row.get("micro_batches", 1) > 1:
+                name += f", {row['micro_batches']} micro-batches"
+            lines["-o", name][row["k"]] = row["images_per_second"]
     for row in rows.get("baseline", []) if preset == "bench" else []:
-        trainer = row.get("trainer", "plain")  # rows of before there were others have no such column
-        if trainer in _RIVALS:
-            name = f"{_RIVALS[trainer]}, {row['data']} views, {row['precision']}"
-            rivals.setdefault(name, {})[row["k"]] = row["images_per_second"]
-    lines |= {name: list(points.items()) for name, points in rivals.items()}
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "--s" if name in rivals else "-o", label=name)
-    ks = sorted({k for points in lines.values() for k, _ in points})
+        if rival := _RIVALS.get(
+            row.get("trainer", "plain")
+        ):  # The oldest records are of plain and have no such column.
+            lines["--s", f"{rival}, {row['data']} views, {row['precision']}"][row["k"]] = row["images_per_second"]
+    for (style, name), points in lines.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), style, label=name)
+    ks = sorted({k for points in lines.values() for k in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.set(xlabel="K", ylabel="trained rows a second", ylim=(0, None))

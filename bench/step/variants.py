@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.registry import Bench, Table
+from bench.registry import Bench, Table, quartiles
 from bench.step.throughput import base_config
 from engine.errors import UserError
 from engine.measuring import records
@@ -112,19 +111,15 @@ def main(options: VariantsOptions) -> None:
         samples = take_turns(processes, options.repeats, options.steps)
         case = {"k": options.k, "batch": options.batch or (64 if device.type == "cuda" else 0)}
         for name, times in samples.items():
-            row = _row(times, samples[AS_IT_IS], processes[name].ask("memory"))
-            records.append(options.out, records.record("variants", device, **case, variant=name, **row))
-            print(
-                f"{name}: {row['step_ms']:.3f} ms a step ({row['step_ms_low']:.3f} to {row['step_ms_high']:.3f}), "
-                f"{row['ratio']:.3f} times as long as the step as it is"
-            )
-        if options.profile and AS_IT_IS in processes:
+            row = quartiles("step_ms", 1e3 * np.array(times)) | {
+                "ratio": median(np.divide(times, samples[AS_IT_IS]).tolist()),
+                "peak_memory_mib": processes[name].ask("memory"),
+            }
+            BENCH.write(options.out, "variants", device, **case, variant=name, **row)
+        if options.profile:
             events = processes[AS_IT_IS].ask(f"profile {options.profile}")
             for kind, figures in by_kind(events, options.profile).items():
-                row = records.record("replay", device, **case, kind=kind, **figures)
-                records.append(options.out.with_name("replay.jsonl"), row)
-                shown = f"{figures['ms']:.3f} ms of a step, {figures['share']:.1%}, {figures['kernels']:.0f} kernels"
-                print(f"{kind}: {shown}")
+                BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **figures)
     failures.finish()
 
 
@@ -133,33 +128,20 @@ def _started(
     variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
 ) -> Iterator[dict[str, StepWorker]]:
     """Starts variants, some at a time, and gives those that are ready."""
-    processes: dict[str, StepWorker] = {}
-    try:
+    ready: dict[str, StepWorker] = {}
+    with ExitStack() as ending:
         names = list(variants)
         for first in range(0, len(names), at_once):
             group = {name: _worker(variants[name], config) for name in names[first : first + at_once]}
-            processes |= group
+            for process in group.values():
+                ending.callback(process.end)
             for name, process in group.items():
-                try:
+                with failures.part(name):
                     process.ready()
-                except RuntimeError as error:
-                    print(f"{name}: {error}", file=sys.stderr)
-                    failures.names.append(name)
-                    processes.pop(name).end()
-        if AS_IT_IS not in processes:
+                    ready[name] = process
+        if AS_IT_IS not in ready:
             raise RuntimeError("the step as it is does not run")
-        yield processes
-    finally:
-        for process in processes.values():
-            process.end()
-
-
-def _row(times: Sequence[float], as_it_is: Sequence[float], memory: float) -> dict[str, float]:
-    middle, low, high = (1e3 * value for value in np.percentile(times, (50, 25, 75)).tolist())
-    ratio = median(one / other for one, other in zip(times, as_it_is, strict=True))
-    return {
-        "step_ms": middle, "step_ms_low": low, "step_ms_high": high, "ratio": ratio, "peak_memory_mib": memory
-    }  # fmt: skip
+        yield ready
 
 
 BENCH = Bench(

@@ -77,8 +77,7 @@ class Config:
         "'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup.",
     )
     k: int = _method(
-        8,
-        "K: strong views of every unlabeled image; with --anchor none all its views, which are weak in MixMatch.",
+        8, "K: strong views of every unlabeled image; with --anchor none all its views, which are weak in MixMatch."
     )
     batch: int = _method(64, "B: labeled images a step, over all ranks.")
     mu: int = _method(1, "Unlabeled images a step, in units of B: FixMatch's mu.")
@@ -89,17 +88,14 @@ class Config:
         "themselves.",
     )
     guess: Literal["anchor", "mean"] = _method(
-        "anchor",
-        "The guess is the prediction for u_weak, or the mean of those for all views of the image.",
+        "anchor", "The guess is the prediction for u_weak, or the mean of those for all views of the image."
     )
     temperature: float = _method(0.5, "T of the sharpening.")
     hard_labels: bool = _method(
-        False,
-        "A guess becomes the one-hot label of its largest class, instead of being sharpened.",
+        False, "A guess becomes the one-hot label of its largest class, instead of being sharpened."
     )
     threshold: float = _method(
-        0.0,
-        "Guesses whose largest probability, before sharpening, is less than this are left out of the loss.",
+        0.0, "Guesses whose largest probability, before sharpening, is less than this are left out of the loss."
     )
     align: bool = _method(True, "Distribution alignment of the guessed labels.")
     class_distribution: tuple[float, ...] = _method(
@@ -139,8 +135,7 @@ class Config:
 
     # augmentation
     augment: Literal["ctaugment", "randaugment", "none"] = _augmentation(
-        "ctaugment",
-        "Strong augmentation: learned bins, uniform bins, or weak augmentation only.",
+        "ctaugment", "Strong augmentation: learned bins, uniform bins, or weak augmentation only."
     )
     ctaugment: Literal["paper", "code"] = _augmentation(
         "paper",
@@ -150,12 +145,10 @@ class Config:
         "paper's figures is not known.",
     )
     labeled_augment: Literal["strong", "weak", "none"] = _augmentation(
-        "strong",
-        "Augmentation of the labeled training images; strong is what --augment says.",
+        "strong", "Augmentation of the labeled training images; strong is what --augment says."
     )
     max_shift: int = _augmentation(
-        4,
-        "Largest translation of a weak view, in pixels; -1 for an eighth of the images' side.",
+        4, "Largest translation of a weak view, in pixels; -1 for an eighth of the images' side."
     )
     flip: bool = _augmentation(True, "Whether weak views may be mirrored.")
     anchor_augment: Literal["weak", "none", "strong"] = _augmentation(
@@ -186,12 +179,10 @@ class Config:
         counted=False,
     )
     width: int = _network(
-        32,
-        "Channels of the first group: 16 times the widen factor of a Wide ResNet, 32 for WRN-28-2.",
+        32, "Channels of the first group: 16 times the widen factor of a Wide ResNet, 32 for WRN-28-2."
     )
     blocks: int = _network(
-        4,
-        "Residual blocks a group: 4 for WRN-28-2, whose depth is scales * (2 * blocks + 1) + 1 = 28.",
+        4, "Residual blocks a group: 4 for WRN-28-2, whose depth is scales * (2 * blocks + 1) + 1 = 28."
     )
     scales: int = _network(
         3,
@@ -228,8 +219,7 @@ class Config:
         "batch norm do not.",
     )
     ema_decay: float = _optimization(
-        0.999,
-        "Decay of the exponential moving average of the parameters, which is what is evaluated.",
+        0.999, "Decay of the exponential moving average of the parameters, which is what is evaluated."
     )
     optimizer: Literal["torch", "apex"] = _optimization(
         "torch",
@@ -290,8 +280,7 @@ class Config:
         "a run.",
     )
     view_steps: int = _execution(
-        1,
-        "Steps whose views are made as one batch: small batches cost DALI as much as larger ones.",
+        1, "Steps whose views are made as one batch: small batches cost DALI as much as larger ones."
     )
     prefetch: int = _execution(2, "Batches of views made ahead; (prefetch + 1) * view_steps may not exceed lag.")
     view_threads: int = _execution(1, "Threads of the view pipeline.")

@@ -9,11 +9,11 @@ import io
 import itertools
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -31,27 +31,11 @@ from engine.report.reading import REFERENCE, Found, Run
 MANY = 8  # runs of which a page has fewer pictures, and lines are those of groups
 LOSSLESS_SIDE = 32  # of pictures that stay PNGs, in pixels
 PIXELATED_SIDE = 48  # of pictures that are enlarged pixel by pixel
-
 MOST_LINES = 24  # of a chart
+INTERVALS = 10  # of confidence
 
-_INTERVALS = 10  # of confidence
-
+T = TypeVar("T")
 Line = tuple[list[float], list[float]]  # steps and values
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with its words.
-
-    Attributes:
-        source: a data URI.
-        text: for whoever does not see it.
-        caption: below it, a line each.
-    """
-
-    source: str
-    text: str
-    caption: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -59,72 +43,40 @@ class Gallery:
     """Pictures under one heading."""
 
     title: str
-    pictures: Sequence[Picture]
-    note: str = ""
-    pixelated: bool = True
+    pictures: Sequence[tuple[str, str, Sequence[str]]]  # the data URI, the text alternative, and lines below it
+    pixelated: bool = False  # enlarged pixel by pixel
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; cells may be (text, href)."""
+    """A table; a cell with the key "href" is a link."""
 
     title: str
     head: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Collection[Sequence[Any]]
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        title: its heading.
-        parts: charts, galleries and tables, in their order.
-        note: what to know about it.
-    """
+    """A part of a page; a part that is None is left out."""
 
     title: str
-    parts: list[Chart | Gallery | Grid] = field(default_factory=list)
+    parts: Sequence[Chart | Gallery | Grid | None] = ()
     note: str = ""
-
-    @property
-    def layout(self) -> str:
-        """Three charts stand beside one another where there is room, and the last of an odd number takes a row."""
-        narrow = sum(isinstance(part, Chart) and not part.wide for part in self.parts)
-        if narrow == 3:
-            return "three"
-        return "odd" if narrow % 2 else ""
-
-
-@dataclass(frozen=True)
-class Article:
-    """All about one run.
-
-    Attributes:
-        run: which.
-        facts: (name, value, words) for a glance.
-        command: that repeats it.
-        sections: its parts.
-    """
-
-    run: Run
-    facts: Sequence[tuple[str, str, str]]
-    command: str
-    sections: Sequence[Section]
 
 
 def render(found: Found, title: str = "", written: str = "") -> str:
-    """The whole page as HTML that needs nothing else.
+    """Return the whole page as HTML that needs nothing else.
 
     Args:
-        found: what it is about.
-        title: its heading; by default the run's name, or that of the table.
-        written: when and by what, for its foot.
+        found: What the page is about.
+        title: The heading; by default the run's name, or that of the table.
+        written: When and by what, for the foot of the page.
     """
     runs = found.runs
-    many = len(runs) > MANY
-    articles = [article(run, many) for run in runs]
+    several, many = len(runs) > 1, len(runs) > MANY
+    usual = str(found.table.get("title") or f"{len(runs)} runs") if several else runs[0].name
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -132,35 +84,22 @@ def render(found: Found, title: str = "", written: str = "") -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.tests |= {name.__name__.lower(): _is(name) for name in (Chart, Gallery)}
     environment.filters["slug"] = lambda text: re.sub(r"\W+", "-", text.lower())
     environment.globals["next_id"] = map("chart-{}".format, itertools.count()).__next__
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     return environment.get_template("page.html").render(
-        title=title or default_title(found),
-        several=len(runs) > 1,
-        comparisons=compare(found) if len(runs) > 1 else [],
-        articles=articles,
-        config=charts.CONFIG,
+        title=title or usual,
+        several=several,
+        comparisons=compare(found) if several else [],
+        articles=[article(run, many) for run in runs],
         library=library(),
         written=written,
     )
 
 
-def _is(kind: type) -> Any:
-    return lambda part: isinstance(part, kind)
-
-
-def default_title(found: Found) -> str:
-    """The run's name, or the table's."""
-    if len(found.runs) == 1:
-        return found.runs[0].name
-    return str(found.table.get("title") or f"{len(found.runs)} runs")
-
-
 @functools.cache
 def library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, which may stand in an HTML page."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, which may stand in an HTML page."""
     major, minor, *_ = VEGALITE_VERSION.split(".")
     known = vl_convert.get_vegalite_versions()
     version = f"{major}.{minor}" if f"{major}.{minor}" in known else known[-1]
@@ -171,48 +110,52 @@ def library() -> str:
 # One run
 
 
-def article(run: Run, many: bool = False) -> Article:
-    """All about one run.
+def article(run: Run, many: bool) -> dict[str, Any]:
+    """Return all about one run: its name, facts (name, value, words), the command that repeats it, and sections.
 
-    Args:
-        run: which.
-        many: it is one of so many that the page shows fewer pictures of each.
+    It has fewer pictures if it is one of `many`.
     """
-    made = [_learning(run), _guesses(run), _alignment(run), _augmentation(run), _errors(run, many), _views(run, many)]
-    made += [_profile(run), _provenance(run)]
+    profile = [charts.shares("Share of a step's time", run.profile[: charts.MOST_CLASSES])] if run.profile else []
+    sections = [
+        _learning(run), _guesses(run), _alignment(run), _augmentation(run), _errors(run, many), _views(run, many),
+        Section("Profile", profile), _provenance(run),
+    ]  # fmt: skip
     try:
         words = shlex.join(["remixmatch", *command(run.config)])
     except UserError:
         words = ""  # its preset is none of ours
-    return Article(run, _facts(run), words, [section for section in made if section.parts or section.note])
+    shown = [section for section in sections if any(section.parts) or section.note]
+    return {"name": run.name, "facts": _facts(run), "command": words, "sections": shown}
 
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:
     c, summary = run.config, run.summary
-    _, accuracies = run.series("test_accuracy")
-    facts = []
     if run.done:
-        facts.append(("Test accuracy", f"{summary['median_last_20']:.2f} %", "median of the last 20 evaluations"))
-        facts.append(("At the last step", f"{summary['test_accuracy']:.2f} %", f"step {summary['steps']:,}"))
+        facts = [
+            ("Test accuracy", f"{summary['median_last_20']:.2f} %", "median of the last 20 evaluations"),
+            ("At the last step", f"{summary['test_accuracy']:.2f} %", f"step {summary['steps']:,}"),
+        ]
     else:
+        _, accuracies = run.series("test_accuracy")
         shown = f"{accuracies[-1]:.2f} %" if accuracies else "none yet"
-        facts.append(("Test accuracy so far", shown, f"step {run.last_step:,} of {c.steps:,}: not finished"))
+        facts = [("Test accuracy so far", shown, f"step {run.last_step:,} of {c.steps:,}: not finished")]
     if "paper_error" in summary:
-        deviation = "" if summary.get("paper_deviation") is None else f" ± {summary['paper_deviation']:.2f}"
+        paper = f"paper {_pm(summary['paper_error'], summary.get('paper_deviation'))} %"
         other = "" if summary.get("same_settings_as_paper") else ", other settings than the preset's"
-        facts.append((
-            "Error - paper's", f"{summary['difference_to_paper']:+.2f} points",
-            f"paper {summary['paper_error']:.2f}{deviation} %{other}",
-        ))  # fmt: skip
-    facts.append(("Data", c.dataset.rpartition("/")[2], f"{run.split.get('labels', c.labels):,} labels, seed {c.seed}"))
+        facts.append(("Error - paper's", f"{summary['difference_to_paper']:+.2f} points", paper + other))
+    facts.append(("Data", c.dataset.rpartition("/")[2], f"{_labels(run):,} labels, seed {c.seed}"))
     facts.append(("Method", c.method, f"{c.architecture}, K = {c.k}, B = {c.batch}"))
     if run.done:
         facts.append(("Training", duration(summary["train_seconds"]), f"{summary['images_per_second']:,.0f} images/s"))
     return facts
 
 
+def _labels(run: Run) -> int:
+    return run.split.get("labels", run.config.labels)
+
+
 def duration(seconds: float) -> str:
-    """A time for people, such as 2 h 05 min."""
+    """Format a time for people, such as 2 h 05 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -220,52 +163,10 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-def _charts(*found: Chart | None) -> list[Chart | Gallery | Grid]:
-    return [chart for chart in found if chart]
-
-
-def _learning(run: Run) -> Section:
-    accuracy = charts.lines(
-        "Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, "Of the EMA model, which is what counts.",
-        best="highest",
-    )  # fmt: skip
-    terms = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
-    losses = charts.losses({name: run.series(name) for name in terms})
-    test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
-    return Section("Accuracy and losses", _charts(accuracy, losses, test_loss))
-
-
-def _guesses(run: Run) -> Section:
-    if not run.config.unlabeled:
-        return Section("Guesses", note="A supervised run guesses no labels.")
-    compared = [(row["step"], row["guesses"]) for row in run.history if row.get("guesses")]
-    steps = [step for step, _ in compared]
-    known = {
-        "confidence of the same": (steps, [100 * each["confidence"] for _, each in compared]),
-        "right, not seen by training": (steps, [100 * each["accuracy"] for _, each in compared]),
-    }
-    series = {"confidence in training": _percents(run, "confidence"), **known}
-    words = ""
-    if compared:
-        words = (
-            f"Guesses for {compared[-1][1]['images']} unlabeled training images whose labels the data set has: not "
-            "seen by training, they are looked up for this chart alone. "
-        )
-    over_time = charts.lines(
-        "Guesses over time", "%", series,
-        words + "Confidence in training is that of a step's own guesses, aligned and sharpened.", (0, 100),
-    )  # fmt: skip
-    points = {}
-    if compared:
-        points[f"guesses at step {steps[-1]:,}"] = compared[-1][1]["bins"]
-    if run.results:
-        points["EMA model, test images"] = intervals(run.results)
-    used = (
-        charts.lines("Guesses that count", "%", {"used": _percents(run, "guesses_used")})
-        if run.config.threshold
-        else None
-    )
-    return Section("Guesses", _charts(over_time, charts.calibration(points), used))
+def _pm(center: float | None, deviation: float | None) -> str:
+    if center is None:
+        return ""
+    return f"{center:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 def _percents(run: Run, name: str) -> Line:
@@ -273,78 +174,115 @@ def _percents(run: Run, name: str) -> Line:
     return steps, [100 * each for each in values]
 
 
-def intervals(results: dict[str, np.ndarray]) -> list[tuple[int, int]]:
-    """For ten equal intervals of confidence, how many predictions are in it and how many are right."""
+def _known(run: Run, name: str) -> Line:
+    """Return a measure, in percent, of guesses for images whose labels are known but not seen by training."""
+    rows = [row for row in run.history if row.get("guesses")]
+    return [row["step"] for row in rows], [100 * row["guesses"][name] for row in rows]
+
+
+def _learning(run: Run) -> Section:
+    names = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
+    terms = {"sum" if name == "loss" else name.removeprefix("loss_"): run.series(name) for name in names}
+    accuracy = charts.lines(
+        "Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, "Of the EMA model, which is what counts.",
+        best="highest",
+    )  # fmt: skip
+    losses = charts.lines(
+        "Losses", "nats", {name: line for name, line in terms.items() if any(line[1])},  # 0 where the method lacks it
+        "Terms and their weighted sum: x of the labeled rows, u of the mixed unlabeled rows, u1 of one strong view "
+        "unmixed, rot of the rotation task.",
+    )  # fmt: skip
+    test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
+    return Section("Accuracy and losses", [accuracy, losses, test_loss])
+
+
+def _guesses(run: Run) -> Section:
+    if not run.config.unlabeled:
+        return Section("Guesses", note="A supervised run guesses no labels.")
+    series = {
+        "confidence in training": _percents(run, "confidence"),
+        "confidence of the same": _known(run, "confidence"),
+        "right, not seen by training": _known(run, "accuracy"),
+    }
+    note, points = "Confidence in training is that of a step's own guesses, aligned and sharpened.", {}
+    if compared := [row for row in run.history if row.get("guesses")]:
+        last = compared[-1]
+        note = (
+            f"Guesses for {last['guesses']['images']} unlabeled training images whose labels the data set has: not "
+            f"seen by training, they are looked up for this chart alone. {note}"
+        )
+        points[f"guesses at step {last['step']:,}"] = last["guesses"]["bins"]
+    if run.results:
+        points["EMA model, test images"] = intervals(run.results)
+    used = {"used": _percents(run, "guesses_used")} if run.config.threshold else {}
+    return Section("Guesses", [
+        charts.lines("Guesses over time", "%", series, note, (0, 100)),
+        charts.calibration(points),
+        charts.lines("Guesses that count", "%", used),
+    ])  # fmt: skip
+
+
+def intervals(results: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
+    """For ten equal intervals of confidence, return how many predictions are in it and how many are right."""
     right = results["predicted"] == results["labels"]
-    place = np.minimum((results["confidence"].astype(float) * _INTERVALS).astype(int), _INTERVALS - 1)
-    counts = (np.bincount(place[each], minlength=_INTERVALS).tolist() for each in (slice(None), right))
+    place = np.minimum((results["confidence"].astype(float) * INTERVALS).astype(int), INTERVALS - 1)
+    counts = (np.bincount(place[each], minlength=INTERVALS).tolist() for each in (slice(None), right))
     return list(zip(*counts, strict=True))
 
 
 def _alignment(run: Run) -> Section:
     if not run.config.unlabeled:
         return Section("Alignment")
+    gap = {"distance": _percents(run, "alignment_gap")}
+    shown = [charts.lines("Distance of p~(y) from p(y)", "%", gap, "Half the sum of the differences.")]
+    rows = [row for row in run.history if row.get("p_model") and row.get("label_marginal")]
+    if rows and all(len(row["p_model"]) == len(run.classes) for row in rows):
+        steps = [row["step"] for row in rows]
+        p_model, p_labels = (np.nan_to_num([row[name] for row in rows]) for name in ("p_model", "label_marginal"))
+        shown.append(charts.marginal_map(steps, p_model, p_labels, run.classes))
+        shown.append(charts.marginal_bars(steps[-1], p_model[-1], p_labels[-1], run.classes))
     align = "on" if run.config.align else "off in this run"
     note = f"p~(y) is the mean guess, p(y) the labels' marginal; distribution alignment is {align}."
-    gap = charts.lines(
-        "Distance of p~(y) from p(y)",
-        "%",
-        {"distance": _percents(run, "alignment_gap")},
-        "Half the sum of the differences.",
-    )
-    rows = [row for row in run.history if row.get("p_model") and row.get("label_marginal")]
-    if not rows or any(len(row["p_model"]) != len(run.classes) for row in rows):
-        return Section("Alignment", _charts(gap), note)
-    p_model, p_labels = (
-        np.nan_to_num(np.array([row[name] for row in rows], dtype=np.float64)) for name in ("p_model", "label_marginal")
-    )
-    steps = [row["step"] for row in rows]
-    bars = charts.marginal_bars(steps[-1], p_model[-1], p_labels[-1], run.classes)
-    over_time = charts.marginal_map(steps, p_model, p_labels, run.classes)
-    return Section("Alignment", _charts(gap, over_time, bars), note)
+    return Section("Alignment", shown, note)
 
 
 def _augmentation(run: Run) -> Section:
     if run.config.augment != "ctaugment":
         return Section("CTAugment")
+    rows = [row for row in run.history if row.get("bins")]
+    bins = charts.bins_map([row["step"] for row in rows], [row["bins"] for row in rows]) if rows else None
     omega = charts.lines(
         "Probes: how well they are classified", "omega", {"omega": run.series("omega")},
         "1 - half the sum of the differences between f_ema's prediction and the label, a mean over the labeled images.",
         (0, 1),
     )  # fmt: skip
-    rows = [row for row in run.history if row.get("bins")]
-    found = charts.bins_map([row["step"] for row in rows], [row["bins"] for row in rows]) if rows else None
-    return Section("CTAugment", _charts(found, omega))
+    return Section("CTAugment", [bins, omega])
 
 
 def confusion(run: Run) -> np.ndarray:
-    """(L, L) counts of test images, truth by row."""
+    """Return (L, L) counts of test images, truth by row."""
     count = len(run.classes)
     flat = run.results["labels"].astype(np.int64) * count + run.results["predicted"]
     return np.bincount(flat, minlength=count * count).reshape(count, count)
 
 
 def _errors(run: Run, many: bool) -> Section:
-    title = "Errors on the test images"
-    if not run.results or not run.classes:
+    title, results = "Errors on the test images", run.results
+    if not results or not run.classes:
         why = "are missing from this folder, or damaged" if run.done else "are written at a run's end"
         return Section(title, note=f"Predictions on the test images {why}.")
     counts = confusion(run)
-    results = run.results
     total, kept = int(results["test_images"]), len(results["labels"])
-    note = "" if total == kept else f"Of {kept:,} of the {total:,} test images, evenly spaced."
-    parts = _charts(charts.recall(counts, run.classes), charts.confusion_map(counts, run.classes))
-    shown = 8 if many else len(results["errors"])
-    pictures = []
-    for row, image in list(zip(results["errors"], results["error_images"], strict=True))[:shown]:
+    words = []
+    for row in results["errors"][: 8 if many else None]:
         truth, guess = (run.classes[int(results[name][row])] for name in ("labels", "predicted"))
         sure = f"{100 * float(results['confidence'][row]):.0f} %"
         text = f"test image {int(row) * -(-total // kept)}: is {truth}, predicted {guess} with {sure}"
-        pictures.append(Picture(data_uri(image), text, [f"is {truth}", f"predicted {guess}", sure]))
-    if pictures:
-        side = max(results["error_images"].shape[1:3])
-        parts.append(Gallery("Most confident errors", pictures, pixelated=side <= PIXELATED_SIDE))
-    return Section(title, parts, note)
+        words.append((text, [f"is {truth}", f"predicted {guess}", sure]))
+    gallery = _gallery("Most confident errors", results["error_images"], words) if words else None
+    note = "" if total == kept else f"Of {kept:,} of the {total:,} test images, evenly spaced."
+    maps = [charts.recall(counts, run.classes), charts.confusion_map(counts, run.classes)]
+    return Section(title, [*maps, gallery], note)
 
 
 def _views(run: Run, many: bool) -> Section:
@@ -352,87 +290,79 @@ def _views(run: Run, many: bool) -> Section:
         drawn = run.folder / "views.png"
         if many or not drawn.exists():
             return Section("Views")
-        uri = "data:image/png;base64," + base64.b64encode(drawn.read_bytes()).decode()
-        picture = Picture(uri, "images with their weak and strong views", [])
-        return Section("Views", [Gallery("Views of training images", [picture], pixelated=False)])
-    images, captions = run.results["views"], run.results["captions"]
-    parts: list[Chart | Gallery | Grid] = []
-    for number in range(min(len(images), 1 if many else 3)):
-        pictures = [
-            Picture(data_uri(image), f"image {number + 1}: {caption}", str(caption).split(", "))
-            for image, caption in zip(images[number], captions[number], strict=True)
-        ]
-        parts.append(Gallery(f"Image {number + 1}", pictures, pixelated=max(images.shape[2:4]) <= PIXELATED_SIDE))
-    return Section("Views", parts, "Training images with their views at the last step, and what was done to them.")
+        source, text = _uri("png", drawn.read_bytes()), "images with their weak and strong views"
+        return Section("Views", [Gallery("Views of training images", [(source, text, [])])])
+    shown = list(zip(run.results["views"], run.results["captions"], strict=True))[: 1 if many else 3]
+    galleries = [
+        _gallery(f"Image {n}", views, [(f"image {n}: {caption}", str(caption).split(", ")) for caption in captions])
+        for n, (views, captions) in enumerate(shown, 1)
+    ]
+    note = "Training images with their views at the last step, and what was done to them."
+    return Section("Views", galleries, note)
+
+
+def _gallery(title: str, images: np.ndarray, words: Sequence[tuple[str, Sequence[str]]]) -> Gallery:
+    """Show the first of (N, H, W, 3) images with the text alternative and caption of each."""
+    pictures = [(data_uri(image), *each) for image, each in zip(images[: len(words)], words, strict=True)]
+    return Gallery(title, pictures, pixelated=max(images.shape[1:3]) <= PIXELATED_SIDE)
 
 
 def data_uri(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 as a PNG, or as a WebP where that is much smaller."""
-    content = io.BytesIO()
-    picture = Image.fromarray(image)
-    if max(image.shape[:2]) <= LOSSLESS_SIDE:
-        if (image == image[..., :1]).all():
-            picture = picture.convert("L")
-        picture.save(content, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    picture.save(content, "WEBP", quality=82)
-    return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+    """Encode (H, W, 3) uint8 as a PNG, or as a WebP where that is much smaller."""
+    content, picture = io.BytesIO(), Image.fromarray(image)
+    if max(image.shape[:2]) > LOSSLESS_SIDE:
+        picture.save(content, "WEBP", quality=82)
+        return _uri("webp", content.getvalue())
+    if (image == image[..., :1]).all():
+        picture = picture.convert("L")
+    picture.save(content, "PNG", optimize=True)
+    return _uri("png", content.getvalue())
 
 
-def _profile(run: Run) -> Section:
-    if not run.profile:
-        return Section("Profile")
-    return Section("Profile", [charts.shares("Share of a step's time", run.profile[: charts.MOST_CLASSES])])
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _provenance(run: Run) -> Section:
-    c, summary, split = run.config, run.summary, run.split
-    rows: list[tuple[str, str]] = [
-        ("folder", run.folder.resolve().name),
-        ("label split", f"{c.split}, seed {c.seed}, {split.get('labels', c.labels)} labels"),
-        ("its SHA-256", str(split.get("sha256", "unknown"))),
-        ("SHA-256 of the labeled images", str(split.get("images_sha256", "unknown"))),
-        ("machine", str(summary.get("device", "written at the end of the run"))),
-        ("ranks", str(summary.get("ranks", "written at the end of the run"))),
-        ("commit", str(summary.get("commit", "unknown"))),
-    ]
+    c, summary, split, later = run.config, run.summary, run.split, "written at the end of the run"
     versions = summary.get("versions")
-    if isinstance(versions, dict):
-        rows += [(name, str(each)) for name, each in versions.items()]
-    settings = [(name, str(each)) for name, each in dataclasses.asdict(c).items()]
-    return Section(
-        "How to repeat it",
-        [Grid("With what and where", ["", ""], rows), Grid("Every setting", ["setting", "value"], settings)],
-        "The command under the title, with the same versions on the same kind of machine.",
-    )
+    rows = {
+        "folder": run.folder.resolve().name,
+        "label split": f"{c.split}, seed {c.seed}, {_labels(run)} labels",
+        "its SHA-256": split.get("sha256", "unknown"),
+        "SHA-256 of the labeled images": split.get("images_sha256", "unknown"),
+        "machine": summary.get("device", later),
+        "ranks": summary.get("ranks", later),
+        "commit": summary.get("commit", "unknown"),
+        **(versions if isinstance(versions, dict) else {}),
+    }
+    settings = dataclasses.asdict(c).items()
+    grids = [Grid("With what and where", ["", ""], rows.items()), Grid("Every setting", ["setting", "value"], settings)]
+    note = "The command under the title, with the same versions on the same kind of machine."
+    return Section("How to repeat it", grids, note)
 
 
 # Several runs
 
 
 def compare(found: Found) -> list[Section]:
-    """What several runs have in common, and where they differ."""
-    runs = found.runs
-    sections = []
-    if found.table.get("lines"):
-        sections.append(_table_section(found))
-    if found.table.get("costs"):
-        sections.append(_costs(found.table["costs"]))
-    sections.append(_results(found))
-    sections.append(_curves(runs))
-    return sections
+    """Return what several runs have in common, and where they differ."""
+    table = found.table
+    sections = [_table(table["lines"])] if table.get("lines") else []
+    sections += [_costs(table["costs"])] if table.get("costs") else []
+    return [*sections, _results(found), _curves(found.runs)]
 
 
-def _table_section(found: Found) -> Section:
-    """The lines of table.json, as far as they are as expected."""
+def _table(lines: Iterable[Any]) -> Section:
+    """Show the lines of table.json, as far as they are as expected."""
     rows = []
-    for line in found.table["lines"]:
+    for line in lines:
         if not isinstance(line, dict):
             continue
         spread, last, paper, full = (line.get(name) or {} for name in ("median", "last", "paper", "to_full"))
         interval = f" [{full['low']:+.2f}, {full['high']:+.2f}]" if full.get("low") is not None else ""
         rows.append([
-            str(line.get("preset")), str(line.get("row")),
+            line.get("preset"), line.get("row"),
             f"{len(line.get('seeds', ()))} of {len(line.get('wanted', ()))}",
             _pm(spread.get("mean"), spread.get("deviation")), _pm(last.get("mean"), last.get("deviation")),
             _pm(paper.get("error"), paper.get("deviation")),
@@ -448,51 +378,36 @@ def _table_section(found: Found) -> Section:
 
 
 def _costs(variants: Sequence[dict[str, str]]) -> Section:
-    """What `remixmatch ablate` has measured of each variant's step."""
-    columns = {
-        "ms a step": ("step_ms", ".2f"), "times the full method": ("ratio", ".2f"),
-        "images/s": ("images_per_second", ",.0f"), "MiB": ("memory_mib", ",.0f"),
-        "launches": ("launches", ",.0f"), "GB": ("gigabytes", ".2f"),
-    }  # fmt: skip
-    shown = {title: each for title, each in columns.items() if any(_number(row, each[0]) for row in variants)}
-    rows = [
-        [row["variant"], *("" if (found := _number(row, name)) is None else format(found, form) for name, form in
-                           shown.values())]
-        for row in variants
+    """Show what `remixmatch ablate` has measured of each variant's step."""
+    columns = [
+        ("step_ms", "ms a step", ".2f"), ("ratio", "times the full method", ".2f"),
+        ("images_per_second", "images/s", ",.0f"), ("memory_mib", "MiB", ",.0f"),
+        ("launches", "launches", ",.0f"), ("gigabytes", "GB", ".2f"),
     ]  # fmt: skip
-    ratios = {row["variant"]: ratio for row in variants if (ratio := _number(row, "ratio")) is not None}
-    parts: list[Chart | Gallery | Grid] = []
+    cells = {title: [_number(row, name, form) for row in variants] for name, title, form in columns}
+    cells = {"variant": [row["variant"] for row in variants]} | {k: each for k, each in cells.items() if any(each)}
+    ratios = {row["variant"]: float(row["ratio"]) for row in variants if _number(row, "ratio", "")}
+    chart = None
     if ratios:
         slowest = max(ratios, key=ratios.__getitem__)
         text = f"Time of a step. The longest is that of {slowest}: {ratios[slowest]:.2f} times the full method's."
         drawn = {name: [(name, ratio)] for name, ratio in ratios.items()}
-        parts.append(charts.dots("Time of a step", "times the full method's", drawn, text))
+        chart = charts.dots("Time of a step", "times the full method's", drawn, text)
     note = "Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."
-    return Section("Cost", [*parts, Grid("Cost of each variant", ["variant", *shown], rows, note)])
+    grid = Grid("Cost of each variant", list(cells), list(zip(*cells.values(), strict=True)), note)
+    return Section("Cost", [chart, grid])
 
 
-def _number(row: dict[str, str], name: str) -> float | None:
+def _number(row: Mapping[str, Any], name: str, form: str) -> str:
+    """Format a number of a row; return "" if it is none."""
     try:
-        return float(row[name])
+        return format(float(row[name]), form)
     except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _pm(centre: float | None, deviation: float | None) -> str:
-    if centre is None:
         return ""
-    return f"{centre:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A run and the one that it is compared with.
-
-    Attributes:
-        run: which.
-        other: the reference.
-        points: how much larger the run's test error is.
-    """
+class Pair(NamedTuple):
+    """A run, the reference that it is compared with, and how much larger the run's test error is."""
 
     run: Run
     other: Run
@@ -500,58 +415,61 @@ class Pair:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Pair]]:
-    """Test errors less those of the reference, by group.
+    """Return test errors less those of the reference, by group.
 
     The reference of a group is the first group of the same data and number of labels, of it the run with the same seed.
     Where there is one group only, it is the first run, and each other run counts as a group.
     """
-    ended = [(run, run.error) for run in runs if run.error is not None]
-    alone = len({run.group for run, _ in ended}) == 1
-    reference: dict[tuple[Any, ...], str] = {}
-    errors: dict[Any, tuple[Run, float]] = {}
-    found: dict[str, list[Pair]] = {}
-    for run, error in ended:
-        group = reference.setdefault(_task(run), run.group)
-        other = errors.setdefault(_task(run) if alone else (run.group, run.config.seed), (run, error))
-        if not alone:
-            other = errors.get((group, run.config.seed), (run, error))
-        if other[0] is not run and (alone or group != run.group):
-            found.setdefault(run.name if alone else run.group, []).append(Pair(run, other[0], error - other[1]))
-    return found
+    errors, names = _ended(runs)
+    alone = len({run.group for run in errors}) == 1
+    firsts: dict[tuple[str, int], Run] = {}
+    seeds: dict[tuple[str, int], Run] = {}
+    found = []
+    for run, error in errors.items():
+        first = firsts.setdefault((run.config.dataset, _labels(run)), run)
+        seeds.setdefault((run.group, run.config.seed), run)
+        other = first if alone else seeds.get((first.group, run.config.seed), run)
+        if other is not run and (alone or first.group != run.group):
+            found.append((names[run], Pair(run, other, error - errors[other])))
+    return _grouped(found)
 
 
-def _task(run: Run) -> tuple[Any, ...]:
-    """What has to be equal for errors to be compared."""
-    return run.config.dataset, run.split.get("labels", run.config.labels)
+def _ended(runs: Iterable[Run]) -> tuple[dict[Run, float], dict[Run, str]]:
+    """Return the errors of runs that have ended, and the names of their groups: their own if there is one group."""
+    errors = {run: run.error for run in runs if run.error is not None}
+    alone = len({run.group for run in errors}) == 1
+    return errors, {run: run.name if alone else run.group for run in errors}
+
+
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for group, each in pairs:
+        groups.setdefault(group, []).append(each)
+    return groups
 
 
 def _results(found: Found) -> Section:
     runs = found.runs
     apart = differences(runs)
-    by_run = {pair.run.name: pair.points for pairs in apart.values() for pair in pairs}
-    rows = []
-    for number, run in enumerate(runs):
-        difference = by_run.get(run.name)
-        rows.append([
-            (run.name, f"#run-{number}"), run.group, str(run.config.seed),
-            "not finished" if run.error is None else f"{run.error:.2f}",
+    errors, names = _ended(runs)
+    by_run = {pair.run: f"{pair.points:+.2f}" for pairs in apart.values() for pair in pairs}
+    rows = [
+        [
+            {"name": run.name, "href": f"#run-{number}"}, run.group, run.config.seed,
+            f"{errors[run]:.2f}" if run in errors else "not finished",
             f"{100 - run.summary['test_accuracy']:.2f}" if run.done else "",
-            "" if difference is None else f"{difference:+.2f}",
-            f"{run.last_step:,}", f"{run.split.get('labels', run.config.labels):,}",
+            by_run.get(run, ""), f"{run.last_step:,}", f"{_labels(run):,}",
             duration(run.summary["train_seconds"]) if run.done else "",
-        ])  # fmt: skip
-    head = ["run", "group", "seed", "error, %", "last", "difference, points", "steps", "labels", "time"]  # fmt: skip
-    parts: list[Chart | Gallery | Grid] = []
-    ended = [(run, run.error) for run in runs if run.error is not None]
-    alone = len({run.group for run, _ in ended}) == 1
-    names = {run: run.name if alone else run.group for run, _ in ended}
-    if ended:
-        groups: dict[str, list[tuple[str, float]]] = {}
-        for run, error in ended:
-            groups.setdefault(names[run], []).append((run.name, error))
-        best, lowest = min(ended, key=lambda each: each[1])
-        text = f"Test errors of {len(ended)} runs. The lowest is {lowest:.2f} %, of {best.name}."
-        paper = {names[run]: run.summary["paper_error"] for run, _ in ended if "paper_error" in run.summary}
+        ]
+        for number, run in enumerate(runs)
+    ]  # fmt: skip
+    head = ["run", "group", "seed", "error, %", "last", "difference, points", "steps", "labels", "time"]
+    parts: list[Chart | Grid] = []
+    if errors:
+        groups = _grouped((names[run], (run.name, error)) for run, error in errors.items())
+        best = min(errors, key=errors.__getitem__)
+        text = f"Test errors of {len(errors)} runs. The lowest is {errors[best]:.2f} %, of {best.name}."
+        paper = {names[run]: run.summary["paper_error"] for run in errors if "paper_error" in run.summary}
         note = "A dot is a run, the tick the mean" + (", the diamond the paper's figure." if paper else ".")
         parts.append(charts.dots("Test error", "error, %", groups, text, note, marks=paper))
     if apart:
@@ -560,75 +478,66 @@ def _results(found: Found) -> Section:
         references = dict.fromkeys(names[pair.other] for pairs in apart.values() for pair in pairs)
         note = f"To {', '.join(references)}, for the same seed where seeds differ: to the right errors are higher."
         drawn = {
-            group: [(f"{pair.run.name} - {pair.other.name}", pair.points) for pair in pairs]
+            group: [(f"{run.name} - {other.name}", points) for run, other, points in pairs]
             for group, pairs in apart.items()
         }
         parts.append(charts.dots("Differences in test error", "points", drawn, text, note, zero=True))
     parts.append(Grid("All runs", head, rows, "Errors are medians over the last 20 evaluations."))
-    parts += [grid for grid in [_settings(runs)] if grid.rows]
     note = f"Not on this page: {'; '.join(found.left_out)}." if found.left_out else ""
-    return Section("Results", parts, note)
+    return Section("Results", [*parts, _settings(runs)], note)
 
 
-def _settings(runs: Sequence[Run]) -> Grid:
-    """How the settings of each group differ from those of the first."""
-    first: dict[str, Run] = {}
-    for run in runs:
-        first.setdefault(run.group, run)
-    base, *others = first.values()
-    rows = []
-    for run in others:
-        same = dataclasses.replace(base.config, seed=run.config.seed)
-        rows.append([run.group, "; ".join(changed_fields(same, run.config)) or "none"])
-    return Grid(f"Settings that differ from those of {base.group}", ["group", "settings"], rows)
+def _settings(runs: Sequence[Run]) -> Grid | None:
+    """Show how the settings of each group differ from those of the first."""
+    base, *others = (members[0] for members in _grouped((run.group, run) for run in runs).values())
+    rows = [
+        [
+            run.group,
+            "; ".join(changed_fields(dataclasses.replace(base.config, seed=run.config.seed), run.config)) or "none",
+        ]
+        for run in others
+    ]
+    return Grid(f"Settings that differ from those of {base.group}", ["group", "settings"], rows) if rows else None
 
 
 def _curves(runs: Sequence[Run]) -> Section:
-    """Each measure of all runs in one chart."""
+    """Show each measure of all runs in one chart."""
     unlabeled = [run for run in runs if run.config.unlabeled]
     learning = [run for run in runs if run.config.augment == "ctaugment"]
-    drawn = [
-        _curve("Test accuracy", "%", {run: run.series("test_accuracy") for run in runs}),
-        _curve("Test loss", "nats", {run: run.series("test_loss") for run in runs}),
-        _curve("Loss of the labeled rows", "nats", {run: run.series("loss_x") for run in runs}),
-        _curve("Confidence of the guesses", "%", {run: _percents(run, "confidence") for run in unlabeled}),
-        _curve(
-            "Guesses that are right", "%", {run: _right(run) for run in unlabeled},
-            "Of unlabeled training images, by labels that are not seen by training.",
-        ),
-        _curve("Distance of p~(y) from p(y)", "%", {run: _percents(run, "alignment_gap") for run in unlabeled}),
-        _curve("CTAugment's omega", "omega", {run: run.series("omega") for run in learning}),
-    ]  # fmt: skip
-    return Section("Curves", _charts(*drawn))
+    known = "Of unlabeled training images, by labels that are not seen by training."
+    return Section("Curves", [
+        _curve("Test accuracy", "%", runs, Run.series, "test_accuracy"),
+        _curve("Test loss", "nats", runs, Run.series, "test_loss"),
+        _curve("Loss of the labeled rows", "nats", runs, Run.series, "loss_x"),
+        _curve("Confidence of the guesses", "%", unlabeled, _percents, "confidence"),
+        _curve("Guesses that are right", "%", unlabeled, _known, "accuracy", known),
+        _curve("Distance of p~(y) from p(y)", "%", unlabeled, _percents, "alignment_gap"),
+        _curve("CTAugment's omega", "omega", learning, Run.series, "omega"),
+    ])  # fmt: skip
 
 
-def _right(run: Run) -> Line:
-    known = [(row["step"], 100 * row["guesses"]["accuracy"]) for row in run.history if row.get("guesses")]
-    return [step for step, _ in known], [share for _, share in known]
-
-
-def _curve(title: str, unit: str, series: dict[Run, Line], note: str = "") -> Chart | None:
-    """A line for each run; of many runs the mean of each group, or the range of the one group that there is."""
-    known = {run: line for run, line in series.items() if line[0]}
-    groups: dict[str, list[Line]] = {}
-    for run, line in known.items():
-        groups.setdefault(run.group, []).append(line)
-    found = {run.name: line for run, line in known.items()}
+def _curve(
+    title: str, unit: str, runs: Sequence[Run], read: Callable[[Run, str], Line], name: str, note: str = ""
+) -> Chart | None:
+    """Draw a line for each run; of many runs the mean of each group, or the range of the only group."""
+    known = {run: line for run in runs if (line := read(run, name))[0]}
+    groups = _grouped((run.group, line) for run, line in known.items())
+    found, notes = {run.name: line for run, line in known.items()}, [note] if note else []
     if len(known) > MANY and len(groups) == 1:
         kinds: dict[str, Callable[[Iterable[float]], Any]] = {"highest": max, "mean": mean, "lowest": min}
-        found = {name: over_runs(list(known.values()), kind) for name, kind in kinds.items()}
-        note = f"{note} Over {len(known)} runs, step by step.".strip()
+        found = {kind: over_runs(list(known.values()), combine) for kind, combine in kinds.items()}
+        notes.append(f"Over {len(known)} runs, step by step.")
     elif len(known) > MANY and len(groups) < len(known):
         found = {group: over_runs(lines, mean) for group, lines in groups.items()}
-        note = f"{note} Means over the runs of a group.".strip()
+        notes.append("Means over the runs of a group.")
     if len(found) > MOST_LINES:
-        note = f"{note} The first {MOST_LINES} of {len(found)}.".strip()
+        notes.append(f"The first {MOST_LINES} of {len(found)}.")
         found = dict(itertools.islice(found.items(), MOST_LINES))
-    return charts.lines(title, unit, found, note)
+    return charts.lines(title, unit, found, " ".join(notes))
 
 
 def over_runs(lines: Sequence[Line], kind: Callable[[Iterable[float]], Any]) -> Line:
-    """One line for several, at the steps that all of them have."""
+    """Combine several lines into one, at the steps that all of them have."""
     members = [dict(zip(*line, strict=True)) for line in lines]
     steps = sorted(set.intersection(*map(set, members)))
     return steps, [kind(each[step] for each in members) for step in steps]

@@ -4,25 +4,21 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from bench.rivals import loaders
 
+ITEMS = 5
 
-class Slow(Dataset):
-    """Items that take a worker 20 ms each."""
 
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, item):
-        time.sleep(0.02)
-        return torch.tensor([item, 10 * item]), item
+def slow_item(number):
+    """Takes a worker 20 ms."""
+    time.sleep(0.02)
+    return torch.tensor([number, 10 * number]), number
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_random_items_without_end(workers):
-    loader = loaders.EndlessLoader(Slow(), 3, workers)
+    loader = loaders.EndlessLoader(slow_item, ITEMS, 3, workers)
     seen = set()
     for _ in range(5):  # more than there are items
         pair, number = next(loader)
@@ -33,22 +29,22 @@ def test_batches_are_random_items_without_end(workers):
 
 
 def test_a_settled_loader_has_nothing_pending_and_makes_nothing():
-    loader = loaders.EndlessLoader(Slow(), 3, 2)
+    loader = loaders.EndlessLoader(slow_item, ITEMS, 3, 2)
     assert loader.pending == 4  # two for each worker, of 60 ms each
     loader.settle()
     assert loader.pending == 0
     next(loader)
     assert loader.pending == 1
     loader.settle()
-    made = loader._collate.made.value
+    made = loader._made.value
     time.sleep(0.2)
-    assert loader.pending == 0 and loader._collate.made.value == made == 5
+    assert loader.pending == 0 and loader._made.value == made == 5
     loader.close()
 
 
 def test_a_worker_that_makes_nothing_is_not_waited_for_for_ever(monkeypatch):
     monkeypatch.setattr(loaders, "_LONGEST_BATCH", 0.01)
-    loader = loaders.EndlessLoader(Slow(), 3, 1)
+    loader = loaders.EndlessLoader(slow_item, ITEMS, 3, 1)
     with pytest.raises(RuntimeError, match="2 batches are pending, and none has come for 0 s"):
         loader.settle()
     loader.close()

@@ -34,8 +34,8 @@ def test_a_row_for_each_part(tmp_path, monkeypatch, capsys):
         assert training[f"{name}_ratio"] == pytest.approx(training[f"{name}_ms"] / training[f"few_{name}_ms"])
     assert abs(training["data_memory_mib"]) < training["peak_memory_mib"] / 2
     told = capsys.readouterr().out
-    assert "opening 2,000 images of 32x32: " in told and "preparing 70 JPEGs of 500x375 to 96x96: " in told
-    assert "training on 1,500 images of 96x96: " in told
+    assert "part: opening; images: 2,000; side: 32; open, s: " in told and "preparing; images: 70; side: 96; " in told
+    assert "part: training; images: 1,500; side: 96; views: fused; step, ms: " in told
     assert not list(folder.iterdir()) and os.environ["REMIXMATCH_DATA"] == "as it was"
     lines = data.BENCH.tables["data"].markdown([opening, preparing, training]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| opening", "| preparing", "| training"]

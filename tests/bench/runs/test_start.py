@@ -19,7 +19,7 @@ def test_a_start_is_timed_by_part(tmp_path, capsys):
     parts = [row[f"{part}_seconds"] for part in PARTS]
     assert min(parts) > 0 and sum(parts) == pytest.approx(row["start_seconds"])
     assert row["cpu_seconds"] > 0 and row["help_seconds"] > 0
-    assert "to the first trained step (python" in capsys.readouterr().out
+    assert f"command to first step, s: {row['start_seconds']:.2f}; interpreter: " in capsys.readouterr().out
 
 
 def test_what_cannot_start():

@@ -110,8 +110,8 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
     count.main(CountOptions(out=out, k=(1, 4), batch=32, target="sm_90", budget=budget, update=True, cubins=True))
     assert seen == [(1, 32, "sm_90", (32, 10), True), (4, 32, "sm_90", (32, 10), True)]
     said = capsys.readouterr().out
-    assert "predicted, not measured, for H100" in said and "6 launches a step" in said
-    assert "at most 90 registers (one); 1 have a configuration that spills" in said
+    assert "predicted, not measured, for H100" in said and "launches: 6; " in said
+    assert "most registers: 90, one\nkernels with a configuration that spills: 1\n  one\n" in said
     first, second = records.read(out)
     assert (first["k"], second["k"], first["launches"], first["bytes"]) == (1, 4, 6, 13000)
     assert first["predicted_ms_h100"] > 0 and first["predicted_ms_h200"] > 0

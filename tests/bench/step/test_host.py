@@ -28,7 +28,7 @@ def test_a_row_a_case_with_its_parts(tmp_path, capsys):
         assert row["planner_us"] == pytest.approx(parts["plan"] + parts["rows"] + parts["views"])
         assert row["main_us"] == pytest.approx(parts["policy"] + parts["to_device"])
         assert row["total_us"] == pytest.approx(row["planner_us"] + row["main_us"])
-        assert f"K={row['k']} B={row['batch']}: {row['total_us']:.0f} us a step" in printed
+        assert f"K: {row['k']}; B: {row['batch']}; plan, us: {row['plan_us']:.0f}; " in printed
     assert host.BENCH.tables["host"].markdown(rows).count("\n") == 2 + len(rows) + 1
 
 

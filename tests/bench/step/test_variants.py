@@ -34,7 +34,7 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
     assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 and row["k"] == 1 for row in rows)
     replay = records.read(tmp_path / "replay.jsonl")
     assert {"convolutions, products", "gaps"} <= {row["kind"] for row in replay}
-    assert "one stream: " in capsys.readouterr().out
+    assert "variant: one stream; step, ms: " in capsys.readouterr().out
 
 
 @CPU
@@ -47,7 +47,7 @@ def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="failed: broken"):
         variants.main(options)
     assert [row["variant"] for row in records.read(options.out)] == [AS_IT_IS]
-    assert "broken: the step ended with exit code" in capsys.readouterr().err
+    assert "broken: failed\n" in (said := capsys.readouterr().err) and "the step ended with exit code" in said
 
 
 def test_rounds_go_forwards_and_backwards():
@@ -133,7 +133,7 @@ def test_a_gpus_convolutions_are_cudnns(monkeypatch):
 
     monkeypatch.setattr("bench.step.convolutions.measure", measure)
     monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
-    convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1)
+    list(convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1))
     assert seen == [(True, True, False), (True, False, False)]
 
 
