@@ -17,7 +17,7 @@ BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digi
 
 
 @dataclass
-class ReportOptions:
+class TablesOptions:
     """Prints records as Markdown tables."""
 
     results: Path = records.OUT
@@ -28,7 +28,7 @@ class ReportOptions:
     """Draw PNG charts into this folder."""
 
 
-def main(options: ReportOptions) -> None:
+def main(options: TablesOptions) -> None:
     """Print the tables of all benches with records, put the one of digits into a page and draw charts.
 
     Raises:
@@ -118,4 +118,4 @@ def _draw(tables: Mapping[str, Table], rows: Mapping[str, Sequence[Row]], folder
         plt.close(figure)
 
 
-BENCH = Bench(options=ReportOptions, main=main, quick="")
+BENCH = Bench(options=TablesOptions, main=main, quick="")

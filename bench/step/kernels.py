@@ -60,7 +60,7 @@ GUESSES: Sizes = {
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One kernel at one size.
 
     Attributes:
@@ -82,7 +82,7 @@ class Case:
     compiles: bool = True
 
 
-def guess_case(size: Size, device: torch.device) -> Case:
+def guess_case(size: Size, device: torch.device) -> KernelCase:
     """The guess of one step, from logits as the engine hands them over: float32."""
 
     def arguments() -> Sequence[Any]:
@@ -93,7 +93,7 @@ def guess_case(size: Size, device: torch.device) -> Case:
         return [t.to(device) for t in (logits, p_model_history, torch.tensor(3), marginal)] + [0.5]
 
     batch_bytes = 4 * size.batch * size.classes
-    return Case(
+    return KernelCase(
         guess_labels,
         guess_labels_reference,
         arguments,
@@ -103,7 +103,7 @@ def guess_case(size: Size, device: torch.device) -> Case:
     )
 
 
-def assemble_case(size: Size, device: torch.device) -> Case:
+def assemble_case(size: Size, device: torch.device) -> KernelCase:
     """The network's whole input of one step, from the numbers of a real plan."""
     spec = PlanSpec(size.batch, size.k, 10 * size.batch, 20 * size.batch, max_shift=4, flip=True)
     plan = make_plan(spec, 0, 0, ctaugment.initial_weights())
@@ -119,7 +119,7 @@ def assemble_case(size: Size, device: torch.device) -> Case:
         return [t.to(device) for t in (*tensors, *torch.tensor([Classifier.mean, Classifier.std]))] + [dtype]
 
     image = 3 * size.side**2
-    return Case(
+    return KernelCase(
         assemble_batch,
         assemble_batch_reference,
         arguments,
@@ -129,7 +129,7 @@ def assemble_case(size: Size, device: torch.device) -> Case:
     )
 
 
-def augment_case(size: Size, device: torch.device) -> Case:
+def augment_case(size: Size, device: torch.device) -> KernelCase:
     """All views of one step, from images that lie on the device, by the numbers of a real plan."""
     images = 10 * size.batch
     spec = PlanSpec(size.batch, size.k, images, images, max_shift=4, flip=True)
@@ -141,7 +141,7 @@ def augment_case(size: Size, device: torch.device) -> Case:
         arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
         return [torch.from_numpy(array).to(device) for array in arrays]
 
-    return Case(
+    return KernelCase(
         augment_views,
         augment_views_reference,
         arguments,
@@ -153,7 +153,7 @@ def augment_case(size: Size, device: torch.device) -> Case:
 
 
 # to add a kernel: a function like those above, and its entry here
-KERNELS: dict[str, tuple[Callable[[Size, torch.device], Case], Sizes]] = {
+KERNELS: dict[str, tuple[Callable[[Size, torch.device], KernelCase], Sizes]] = {
     "guess_labels": (guess_case, GUESSES),
     "assemble_batch": (assemble_case, BATCHES),
     "augment_views": (augment_case, BATCHES),
@@ -212,7 +212,7 @@ def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _rows(
-    case: Case, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
+    case: KernelCase, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
 ) -> Iterator[dict[str, Any]]:
     bandwidth = ceilings(device).copy_bytes_per_second
     forms = {"triton": case.operation, "eager": case.twin, "compiled": torch.compile(case.twin, dynamic=False)}

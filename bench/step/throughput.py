@@ -161,7 +161,7 @@ class ThroughputOptions:
     """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
 
 
-class Case(NamedTuple):
+class ThroughputCase(NamedTuple):
     """What distinguishes a case from the others; K is 0 where all of them are meant."""
 
     k: int
@@ -195,7 +195,7 @@ def main(options: ThroughputOptions) -> None:
     base = dataclasses.replace(base, **{name: getattr(options, name) for name in same})
     groups = [(k,) for k in options.k] if cuda else [options.k]
     for ks in groups:
-        names = list(itertools.starmap(Case, itertools.product(ks, modes, views, options.micro_batches)))
+        names = list(itertools.starmap(ThroughputCase, itertools.product(ks, modes, views, options.micro_batches)))
         _measure_together(options, base, steps, names, device)
 
 
@@ -207,10 +207,10 @@ def base_config(name: str, cuda: bool) -> Config:
 
 
 def _measure_together(
-    options: ThroughputOptions, base: Config, steps: int, names: list[Case], device: torch.device
+    options: ThroughputOptions, base: Config, steps: int, names: list[ThroughputCase], device: torch.device
 ) -> None:
-    cases: dict[Case, TimedSteps] = {}
-    memory: dict[Case, dict[str, float]] = {}
+    cases: dict[ThroughputCase, TimedSteps] = {}
+    memory: dict[ThroughputCase, dict[str, float]] = {}
     failures = records.Failures()
     steps = whole_batches(steps, base)
     for name in names:
@@ -256,7 +256,7 @@ def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
     return {"soak_steps": steps, "memory_growth_mib": _resident(case.feed.execution.device) - before}
 
 
-def _print_ratios(step_ms: Mapping[Case, float]) -> None:
+def _print_ratios(step_ms: Mapping[ThroughputCase, float]) -> None:
     """What is measured here: modes against eager, views against synthetic ones, and the cost of K."""
     for name, ms in step_ms.items():
         if name.mode != "eager" and (eager := step_ms.get(name._replace(mode="eager"))):

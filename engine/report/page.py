@@ -26,7 +26,7 @@ from engine.config.presets import command
 from engine.errors import UserError
 from engine.report import charts
 from engine.report.charts import Chart
-from engine.report.reading import REFERENCE, Found, Run
+from engine.report.reading import REFERENCE, Found, RunData
 
 MANY = 8  # runs of which a page has fewer pictures, and lines are those of groups
 LOSSLESS_SIDE = 32  # of pictures that stay PNGs, in pixels
@@ -110,7 +110,7 @@ def library() -> str:
 # One run
 
 
-def article(run: Run, many: bool) -> dict[str, Any]:
+def article(run: RunData, many: bool) -> dict[str, Any]:
     """Return all about one run: its name, facts (name, value, words), the command that repeats it, and sections.
 
     It has fewer pictures if it is one of `many`.
@@ -128,7 +128,7 @@ def article(run: Run, many: bool) -> dict[str, Any]:
     return {"name": run.name, "facts": _facts(run), "command": words, "sections": shown}
 
 
-def _facts(run: Run) -> list[tuple[str, str, str]]:
+def _facts(run: RunData) -> list[tuple[str, str, str]]:
     c, summary = run.config, run.summary
     if run.done:
         facts = [
@@ -150,7 +150,7 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _labels(run: Run) -> int:
+def _labels(run: RunData) -> int:
     return run.split.get("labels", run.config.labels)
 
 
@@ -169,18 +169,18 @@ def _pm(center: float | None, deviation: float | None) -> str:
     return f"{center:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
-def _percents(run: Run, name: str) -> Line:
+def _percents(run: RunData, name: str) -> Line:
     steps, values = run.series(name)
     return steps, [100 * each for each in values]
 
 
-def _known(run: Run, name: str) -> Line:
+def _known(run: RunData, name: str) -> Line:
     """Return a measure, in percent, of guesses for images whose labels are known but not seen by training."""
     rows = [row for row in run.history if row.get("guesses")]
     return [row["step"] for row in rows], [100 * row["guesses"][name] for row in rows]
 
 
-def _learning(run: Run) -> Section:
+def _learning(run: RunData) -> Section:
     names = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
     terms = {"sum" if name == "loss" else name.removeprefix("loss_"): run.series(name) for name in names}
     accuracy = charts.lines(
@@ -196,7 +196,7 @@ def _learning(run: Run) -> Section:
     return Section("Accuracy and losses", [accuracy, losses, test_loss])
 
 
-def _guesses(run: Run) -> Section:
+def _guesses(run: RunData) -> Section:
     if not run.config.unlabeled:
         return Section("Guesses", note="A supervised run guesses no labels.")
     series = {
@@ -230,7 +230,7 @@ def intervals(results: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
     return list(zip(*counts, strict=True))
 
 
-def _alignment(run: Run) -> Section:
+def _alignment(run: RunData) -> Section:
     if not run.config.unlabeled:
         return Section("Alignment")
     gap = {"distance": _percents(run, "alignment_gap")}
@@ -246,7 +246,7 @@ def _alignment(run: Run) -> Section:
     return Section("Alignment", shown, note)
 
 
-def _augmentation(run: Run) -> Section:
+def _augmentation(run: RunData) -> Section:
     if run.config.augment != "ctaugment":
         return Section("CTAugment")
     rows = [row for row in run.history if row.get("bins")]
@@ -259,14 +259,14 @@ def _augmentation(run: Run) -> Section:
     return Section("CTAugment", [bins, omega])
 
 
-def confusion(run: Run) -> np.ndarray:
+def confusion(run: RunData) -> np.ndarray:
     """Return (L, L) counts of test images, truth by row."""
     count = len(run.classes)
     flat = run.results["labels"].astype(np.int64) * count + run.results["predicted"]
     return np.bincount(flat, minlength=count * count).reshape(count, count)
 
 
-def _errors(run: Run, many: bool) -> Section:
+def _errors(run: RunData, many: bool) -> Section:
     title, results = "Errors on the test images", run.results
     if not results or not run.classes:
         why = "are missing from this folder, or damaged" if run.done else "are written at a run's end"
@@ -285,7 +285,7 @@ def _errors(run: Run, many: bool) -> Section:
     return Section(title, [*maps, gallery], note)
 
 
-def _views(run: Run, many: bool) -> Section:
+def _views(run: RunData, many: bool) -> Section:
     if not run.results:
         drawn = run.folder / "views.png"
         if many or not drawn.exists():
@@ -323,7 +323,7 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _provenance(run: Run) -> Section:
+def _provenance(run: RunData) -> Section:
     c, summary, split, later = run.config, run.summary, run.split, "written at the end of the run"
     versions = summary.get("versions")
     rows = {
@@ -409,12 +409,12 @@ def _number(row: Mapping[str, Any], name: str, form: str) -> str:
 class Pair(NamedTuple):
     """A run, the reference that it is compared with, and how much larger the run's test error is."""
 
-    run: Run
-    other: Run
+    run: RunData
+    other: RunData
     points: float
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Pair]]:
+def differences(runs: Sequence[RunData]) -> dict[str, list[Pair]]:
     """Return test errors less those of the reference, by group.
 
     The reference of a group is the first group of the same data and number of labels, of it the run with the same seed.
@@ -422,8 +422,8 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Pair]]:
     """
     errors, names = _ended(runs)
     alone = len({run.group for run in errors}) == 1
-    firsts: dict[tuple[str, int], Run] = {}
-    seeds: dict[tuple[str, int], Run] = {}
+    firsts: dict[tuple[str, int], RunData] = {}
+    seeds: dict[tuple[str, int], RunData] = {}
     found = []
     for run, error in errors.items():
         first = firsts.setdefault((run.config.dataset, _labels(run)), run)
@@ -434,7 +434,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Pair]]:
     return _grouped(found)
 
 
-def _ended(runs: Iterable[Run]) -> tuple[dict[Run, float], dict[Run, str]]:
+def _ended(runs: Iterable[RunData]) -> tuple[dict[RunData, float], dict[RunData, str]]:
     """Return the errors of runs that have ended, and the names of their groups: their own if there is one group."""
     errors = {run: run.error for run in runs if run.error is not None}
     alone = len({run.group for run in errors}) == 1
@@ -487,7 +487,7 @@ def _results(found: Found) -> Section:
     return Section("Results", [*parts, _settings(runs)], note)
 
 
-def _settings(runs: Sequence[Run]) -> Grid | None:
+def _settings(runs: Sequence[RunData]) -> Grid | None:
     """Show how the settings of each group differ from those of the first."""
     base, *others = (members[0] for members in _grouped((run.group, run) for run in runs).values())
     rows = [
@@ -500,24 +500,24 @@ def _settings(runs: Sequence[Run]) -> Grid | None:
     return Grid(f"Settings that differ from those of {base.group}", ["group", "settings"], rows) if rows else None
 
 
-def _curves(runs: Sequence[Run]) -> Section:
+def _curves(runs: Sequence[RunData]) -> Section:
     """Show each measure of all runs in one chart."""
     unlabeled = [run for run in runs if run.config.unlabeled]
     learning = [run for run in runs if run.config.augment == "ctaugment"]
     known = "Of unlabeled training images, by labels that are not seen by training."
     return Section("Curves", [
-        _curve("Test accuracy", "%", runs, Run.series, "test_accuracy"),
-        _curve("Test loss", "nats", runs, Run.series, "test_loss"),
-        _curve("Loss of the labeled rows", "nats", runs, Run.series, "loss_x"),
+        _curve("Test accuracy", "%", runs, RunData.series, "test_accuracy"),
+        _curve("Test loss", "nats", runs, RunData.series, "test_loss"),
+        _curve("Loss of the labeled rows", "nats", runs, RunData.series, "loss_x"),
         _curve("Confidence of the guesses", "%", unlabeled, _percents, "confidence"),
         _curve("Guesses that are right", "%", unlabeled, _known, "accuracy", known),
         _curve("Distance of p~(y) from p(y)", "%", unlabeled, _percents, "alignment_gap"),
-        _curve("CTAugment's omega", "omega", learning, Run.series, "omega"),
+        _curve("CTAugment's omega", "omega", learning, RunData.series, "omega"),
     ])  # fmt: skip
 
 
 def _curve(
-    title: str, unit: str, runs: Sequence[Run], read: Callable[[Run, str], Line], name: str, note: str = ""
+    title: str, unit: str, runs: Sequence[RunData], read: Callable[[RunData, str], Line], name: str, note: str = ""
 ) -> Chart | None:
     """Draw a line for each run; of many runs the mean of each group, or the range of the only group."""
     known = {run: line for run in runs if (line := read(run, name))[0]}

@@ -25,7 +25,7 @@ NAMED = ("preset", "method", "seed")  # fields that a group's name says, or that
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunData:
     """A run, as far as it has gone.
 
     Attributes:
@@ -89,7 +89,7 @@ class Found:
         left_out: folders that hold a run which has not begun, in words.
     """
 
-    runs: list[Run]
+    runs: list[RunData]
     table: dict[str, Any] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -139,11 +139,11 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/config.json") if path.is_file())
 
 
-def _read_run(folder: Path, name: str, group: str, config: Config) -> Run:
+def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
     split, results = read_json(folder / "split.json"), read_results(folder)
     if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
         results = None  # of other classes
-    return Run(
+    return RunData(
         folder=folder,
         name=name,
         group=group,

@@ -154,7 +154,7 @@ def guessed_images(config: Config, data: DataSet, split: np.ndarray, images_per_
 
 
 @dataclass(frozen=True)
-class Views:
+class SampleViews:
     """A few images and their views, as pictures.
 
     Attributes:
@@ -167,7 +167,7 @@ class Views:
     captions: Sequence[Sequence[str]]
 
 
-def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: DataSet, views: Views) -> None:
+def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: DataSet, views: SampleViews) -> None:
     """Writes results.npz.
 
     Args:

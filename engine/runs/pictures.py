@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.method.losses import LOSSES
-from engine.runs.history import Views
+from engine.runs.history import SampleViews
 from pipelines.ctaugment import describe
 from pipelines.files import atomic_write
 from pipelines.plan import make_plan
@@ -59,7 +59,7 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def make_views(feed: Feed, step: int) -> Views:
+def make_views(feed: Feed, step: int) -> SampleViews:
     """The first unlabeled images of a step: image, weak view, and strong views with their names.
 
     Labeled images and their strong view where the method has no unlabeled ones.
@@ -91,10 +91,10 @@ def make_views(feed: Feed, step: int) -> Views:
         ]
         for row in range(shown)
     ]
-    return Views(np.concatenate([images[:, None], views.swapaxes(0, 1)], axis=1), captions)
+    return SampleViews(np.concatenate([images[:, None], views.swapaxes(0, 1)], axis=1), captions)
 
 
-def draw_views(views: Views, path: Path) -> None:
+def draw_views(views: SampleViews, path: Path) -> None:
     """Draws views, a row for each image, with their captions.
 
     Args:

@@ -83,7 +83,7 @@ class AblateOptions:
 
 
 @dataclass(frozen=True)
-class Variant:
+class AblationRow:
     """A row of the results.
 
     Attributes:
@@ -306,7 +306,7 @@ def write(
 ) -> None:
     """Writes ablate.csv, table.md and chart.png from what is known, and prints the table."""
     lines = table_results.make_lines("ablation", entries, found)
-    variants = [Variant(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
+    variants = [AblationRow(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "ablate.csv", _csv(name, entries, found, variants), shared=True)
     title = table_results.title(f"{name}, ablated", entries, options.training.steps_scale)
@@ -320,7 +320,7 @@ def write(
     print(f"\n{out / 'table.md'}, ablate.csv, chart.png")
 
 
-def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], variants: Sequence[Variant]) -> str:
+def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], variants: Sequence[AblationRow]) -> str:
     """One row a variant and seed; errors are empty where nothing was trained."""
     of_variant = {variant.name: variant for variant in variants}
     rows = []
@@ -346,11 +346,11 @@ def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], 
 _COST = ("step_ms", "ratio", "ratio_low", "ratio_high", "images_per_second", "memory_mib")
 
 
-def markdown(title: str, variants: Sequence[Variant]) -> str:
+def markdown(title: str, variants: Sequence[AblationRow]) -> str:
     """The table: a row a variant, with what its figures are."""
     trained = any(variant.line.median for variant in variants)
     counted = any(variant.counts for variant in variants)
-    columns: dict[str, Callable[[Variant], str]] = {
+    columns: dict[str, Callable[[AblationRow], str]] = {
         "variant": lambda each: each.name,
         "ms a step": lambda each: _shown("{step_ms:.2f}", each.cost),
         "times the full method": lambda each: _shown("{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})", each.cost),
@@ -387,7 +387,7 @@ def _shown(form: str, numbers: Mapping[str, Any]) -> str:
     return form.format(**numbers) if numbers else ""
 
 
-def _shown_price(variant: Variant) -> str:
+def _shown_price(variant: AblationRow) -> str:
     """A price, in brackets where the difference may be none; empty where there is no price."""
     if variant.price is None or variant.line.to_full is None:
         return ""

@@ -31,7 +31,7 @@ BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """What a table has.
 
     Attributes:
@@ -50,32 +50,32 @@ class Table:
 
 
 TABLES = {
-    "cifar10": Table(
+    "cifar10": PaperTable(
         "CIFAR-10 with 250, 1 000 and 4 000 labels, and baselines",
         ("cifar10-250", "cifar10-1000", "cifar10-4000"),
         (FULL, *BASELINES),
     ),
-    "svhn": Table(
+    "svhn": PaperTable(
         "SVHN with 250, 1 000 and 4 000 labels, and baselines",
         ("svhn-250", "svhn-1000", "svhn-4000"),
         (FULL, *BASELINES),
     ),
-    "stl10": Table("STL-10 with 1 000 labels, K = 4 and 1", ("stl10-1000", "stl10-1000-k1"), (FULL,)),
-    "few-labels": Table(
+    "stl10": PaperTable("STL-10 with 1 000 labels, K = 4 and 1", ("stl10-1000", "stl10-1000-k1"), (FULL,)),
+    "few-labels": PaperTable(
         "CIFAR-10 and SVHN with 40 labels", ("cifar10-40", "svhn-40", "svhn-extra-40"), (FULL,)
     ),
     # the authors' scripts take split 3
-    "ablation": Table(
+    "ablation": PaperTable(
         "ReMixMatch less one part at a time, CIFAR-10 with 250 labels",
         ("cifar10-250",),
         (FULL, *ABLATIONS),
         (3,),
         "ablation",
     ),
-    "digits": Table(
+    "digits": PaperTable(
         "scikit-learn's digits with 40 labels, and baselines", ("digits-40",), (FULL, *BASELINES), (0, 1, 2, 3, 4)
     ),
-    "fashion": Table(
+    "fashion": PaperTable(
         "Fashion-MNIST at 16x16 with 100 labels, and baselines", ("fashion-100-small",), (FULL, *BASELINES)
     ),
 }  # fmt: skip
@@ -133,7 +133,7 @@ class Entry:
 
 
 def make_entries(
-    table: Table,
+    table: PaperTable,
     flags: Sequence[str] = (),
     seeds: Sequence[int] = (),
     rows: Sequence[str] = (),

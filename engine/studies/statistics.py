@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Run:
+class Result:
     """A finished run of a table.
 
     Attributes:
@@ -146,8 +146,8 @@ def line(
     row: str,
     preset: str,
     wanted: Sequence[int],
-    runs: Mapping[int, Run],
-    full: Mapping[int, Run] | None,
+    runs: Mapping[int, Result],
+    full: Mapping[int, Result] | None,
     paper: Figure | None,
     papers_difference: float | None = None,
 ) -> Line:

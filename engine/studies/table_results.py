@@ -91,7 +91,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         entries: its cells.
         found: states by the digest of a cell.
     """
-    runs: dict[tuple[str, str], dict[int, statistics.Run]] = {}
+    runs: dict[tuple[str, str], dict[int, statistics.Result]] = {}
     wanted: dict[tuple[str, str], list[int]] = {}
     for entry in entries:
         place = entry.preset, entry.row
@@ -100,7 +100,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         each = found.get(entry.cell.digest)
         if each and each.state == "done":
             median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
-            done[entry.seed] = statistics.Run(
+            done[entry.seed] = statistics.Result(
                 median, last, each.summary["steps"], entry.cell.config.split, _seconds(each.summary)
             )
     ablation = TABLES[name].kind == "ablation"

@@ -19,14 +19,14 @@ def row(method, seed, accuracy, **more):
 
 def test_report_needs_rows_and_markers(tmp_path, capsys):
     with pytest.raises(UserError, match="has no records: measure some with remixmatch bench NAME"):
-        report.main(report.ReportOptions(results=tmp_path))
+        report.main(report.TablesOptions(results=tmp_path))
     records.append(tmp_path / "digits.jsonl", row("digits-40", 0, 96.0, median_last_20=95.0))
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(UserError, match="has no line"):
-        report.main(report.ReportOptions(results=tmp_path, readme=readme))
+        report.main(report.TablesOptions(results=tmp_path, readme=readme))
     readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
-    report.main(report.ReportOptions(results=tmp_path, readme=readme))
+    report.main(report.TablesOptions(results=tmp_path, readme=readme))
     text = readme.read_text()
     assert text.startswith(f"a\n{report.BEGIN}\n| method") and text.endswith(f"{report.END}\nb\n") and "old" not in text
     assert capsys.readouterr().out == "## digits\n\n" + text[2:].split("\n", 1)[1].split(f"\n{report.END}")[0] + "\n"
@@ -78,20 +78,20 @@ def test_charts_are_drawn_of_what_has_rows(tmp_path):
         records.append(tmp_path / "throughput.jsonl", measured("throughput", k=k, images_per_second=100.0 * k))
         records.append(tmp_path / "baseline.jsonl", measured("baseline", k=k, images_per_second=10.0 * k))
     records.append(tmp_path / "kernels.jsonl", measured("kernels", share_of_copy=0.5))
-    report.main(report.ReportOptions(results=tmp_path, charts=folder))
+    report.main(report.TablesOptions(results=tmp_path, charts=folder))
     assert {path.name for path in folder.iterdir()} == {"throughput.png", "kernels.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
     records.append(tmp_path / "pipelines.jsonl", measured("pipelines", views_per_second=1.0))
-    report.main(report.ReportOptions(results=tmp_path, charts=folder))
+    report.main(report.TablesOptions(results=tmp_path, charts=folder))
     assert (folder / "pipelines.png").exists()
 
 
 def test_records_are_those_of_the_current_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"bench-results has no records: .* --results CHECKOUT/bench/results"):
-        report.main(report.ReportOptions())
+        report.main(report.TablesOptions())
     records.append(records.OUT / "digits.jsonl", row("mine", 0, 96.0))
-    report.main(report.ReportOptions())
+    report.main(report.TablesOptions())
     out, err = capsys.readouterr()
     assert "| mine | 40 | 1 | 96.0 |" in out and err == "remixmatch: records of bench-results\n"
 

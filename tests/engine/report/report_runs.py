@@ -8,7 +8,7 @@ import numpy as np
 from engine.config.config import config_json
 from engine.config.methods import with_method
 from engine.config.presets import preset
-from engine.runs.history import History, Views, named_bins, save_results
+from engine.runs.history import History, SampleViews, named_bins, save_results
 from pipelines.cache import DataSet
 from pipelines.ctaugment import initial_weights
 
@@ -64,7 +64,9 @@ def make_run(
     images = rng.integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)
     data = DataSet("made", tuple(classes), images, labels, images, labels)
     probabilities = 0.5 * np.eye(count)[rng.permutation(labels) if count > 2 else labels] + 0.5 / count
-    views = Views(images[: 6 * 4].reshape(6, 4, side, side, 3), [["image", "weak", "rotate 0.71, blur 0.20", "x"]] * 6)
+    views = SampleViews(
+        images[: 6 * 4].reshape(6, 4, side, side, 3), [["image", "weak", "rotate 0.71, blur 0.20", "x"]] * 6
+    )
     save_results(folder, probabilities.astype(np.float32), slice(None), data, views)
     return folder
 

@@ -215,7 +215,7 @@ def test_large_images_and_many_predictions_are_cut(tmp_path, monkeypatch):
     rows = history.predicted_rows(data)
     probabilities = np.full((90, 10), 0.05, np.float32)
     probabilities[:, 3] = 0.55
-    views = history.Views(np.zeros((2, 3, 200, 200, 3), np.uint8), [["image", "weak", "x"]] * 2)
+    views = history.SampleViews(np.zeros((2, 3, 200, 200, 3), np.uint8), [["image", "weak", "x"]] * 2)
     history.save_results(tmp_path, probabilities, rows, data, views)
     found = read_results(tmp_path)
     assert len(found["labels"]) == 90 and (found["labels"] == data.test_labels[::4]).all()

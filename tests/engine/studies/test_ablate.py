@@ -9,7 +9,7 @@ from engine.config.methods import ABLATIONS
 from engine.errors import UserError
 from engine.measuring import records
 from engine.studies import ablate, reproduce, statistics
-from engine.studies.ablate import AXES, Variant, variants_of
+from engine.studies.ablate import AXES, AblationRow, variants_of
 from engine.studies.paper_tables import TABLES, make_entries
 from tests.engine.studies.made_jobs import finish
 
@@ -19,8 +19,8 @@ COST = {"ratio_low": 0.4, "ratio_high": 0.6, "images_per_second": 100.0, "memory
 
 
 def line(row, errors, full=None):
-    runs = {seed: statistics.Run(error, error, 40, "balanced") for seed, error in errors.items()}
-    of_full = {seed: statistics.Run(error, error, 40, "balanced") for seed, error in full.items()} if full else None
+    runs = {seed: statistics.Result(error, error, 40, "balanced") for seed, error in errors.items()}
+    of_full = {seed: statistics.Result(error, error, 40, "balanced") for seed, error in full.items()} if full else None
     return statistics.line(row, "digits-40", tuple(errors), runs, of_full, None)
 
 
@@ -46,16 +46,16 @@ def test_a_price_is_what_the_dearer_pays_for_a_point(ratio, worse, price):
     full = {1: 20.0, 2: 22.0}
     compared = line("l2", {seed: error + worse for seed, error in full.items()}, full)
     # 10 ms more or less than the full method, whose step takes as long as the ratio says
-    variant = Variant("l2", {"step_ms": 10.0 if ratio < 1 else 20.0, "ratio": ratio}, {}, compared)
+    variant = AblationRow("l2", {"step_ms": 10.0 if ratio < 1 else 20.0, "ratio": ratio}, {}, compared)
     assert variant.price == (None if price is None else pytest.approx(price))
-    assert Variant("l2", {}, {}, compared).price is None
-    assert Variant("l2", {"step_ms": 10.0, "ratio": ratio}, {}, line("l2", full)).price is None
+    assert AblationRow("l2", {}, {}, compared).price is None
+    assert AblationRow("l2", {"step_ms": 10.0, "ratio": ratio}, {}, line("l2", full)).price is None
 
 
 @pytest.mark.parametrize(("errors", "price"), [({1: 23, 2: 21, 3: 22}, "(10.00)"), ({1: 21, 2: 23, 3: 22}, "10.00")])
 def test_a_price_is_in_brackets_where_the_difference_may_be_none(errors, price):
     compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})  # a point on average: of 3, -1 and 1, or of 1, 1 and 1
-    table = ablate.markdown("a title", [Variant("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)])
+    table = ablate.markdown("a title", [AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)])
     assert f" of 3 pairs | {price} |" in table
 
 

@@ -72,7 +72,7 @@ def test_one_seed_has_no_interval_and_says_so():
     assert statistics.difference({1: 3.0}, {2: 1.0}) is None
     assert statistics.difference({1: 3.0, 2: 4.0}, {2: 1.0}) == statistics.Difference(3.0, None, None, (2,))
     assert statistics.difference({1: 3.0, 2: 4.0}, {1: 2.0, 2: 3.0}) == statistics.Difference(1.0, 1.0, 1.0, (1, 2))
-    run = statistics.Run(6.0, 6.5, 100, "paper")
+    run = statistics.Result(6.0, 6.5, 100, "paper")
     full = statistics.line("remixmatch", "p", (1, 2, 3), {1: run}, None, None)
     other = statistics.line("uda", "p", (1,), {1: dataclasses.replace(run, median=7.5)}, {1: run}, None)
     text = statistics.markdown("title", [full, other], "remixmatch")
@@ -85,11 +85,11 @@ def test_one_seed_has_no_interval_and_says_so():
 
 def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
     runs = {
-        seed: statistics.Run(6.0, 6.5, 100, "paper", seconds) for seed, seconds in ((1, 60.0), (2, 600.0), (3, 90.0))
+        seed: statistics.Result(6.0, 6.5, 100, "paper", seconds) for seed, seconds in ((1, 60.0), (2, 600.0), (3, 90.0))
     }
     timed, unknown = (
         statistics.line(row, "p", (1, 2, 3), of_row, None, None)
-        for row, of_row in (("remixmatch", runs), ("uda", {1: statistics.Run(6.0, 6.5, 100, "paper")}))
+        for row, of_row in (("remixmatch", runs), ("uda", {1: statistics.Result(6.0, 6.5, 100, "paper")}))
     )
     rows = statistics.markdown("title", [timed, unknown], "remixmatch").splitlines()
     assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
@@ -110,8 +110,8 @@ def test_differences_stand_beside_the_papers(tmp_path):
     full = {1: 10.0, 2: 12.0, 3: 11.0}
     signs = {}
     for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "not told": (1.0, -1.0, 0.5)}.items():
-        runs = {seed: statistics.Run(full[seed] + worse[seed - 1], 0.0, 1, "paper") for seed in full}
-        of_full = {seed: statistics.Run(error, 0.0, 1, "paper") for seed, error in full.items()}
+        runs = {seed: statistics.Result(full[seed] + worse[seed - 1], 0.0, 1, "paper") for seed in full}
+        of_full = {seed: statistics.Result(error, 0.0, 1, "paper") for seed, error in full.items()}
         signs[name] = statistics.line("l2", "p", (1, 2, 3), runs, of_full, None, papers_difference=11.34)
     assert [line.sign for line in signs.values()] == list(signs)
     text = statistics.markdown("title", list(signs.values()), "remixmatch")
