@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import registry
-from engine.commands.parsing import parse, show_usage
+from engine.commands.parsing import parse, usage_is_all
 from engine.errors import UserError
 
 
@@ -16,11 +16,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: no bench, or an unknown one.
     """
     benches = registry.find()
-    if not argv or argv[0] in ("-h", "--help"):
-        texts = {name: listed.help for name, listed in benches.items()}
-        show_usage("bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags.")
-        if not argv:
-            raise UserError("bench needs a name")
+    texts = {name: listed.help for name, listed in benches.items()}
+    if usage_is_all(argv, "name", "bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags."):
         return
     if argv[0] not in benches:
         raise UserError(f"bench takes one of {', '.join(benches)}")

@@ -97,15 +97,13 @@ class PlanSpec:
     @cached_property
     def strongly_augmented(self) -> np.ndarray:
         """View rows whose images are strongly augmented, but for the probes: int64."""
-        blocks = np.array(
-            [
-                *([0] if self.labeled_augment == "strong" else []),
-                *(self.anchor_blocks if self.anchor_augment == "strong" else []),
-                *self.strong_blocks,
-            ],
-            dtype=np.int64,
-        )
-        return (blocks[:, None] * self.batch + np.arange(self.batch)).reshape(-1)
+        blocks = list(self.strong_blocks)
+        if self.anchor_augment == "strong":
+            blocks = [*self.anchor_blocks, *blocks]
+        if self.labeled_augment == "strong":
+            blocks = [0, *blocks]
+        first = np.array(blocks, dtype=np.int64) * self.batch
+        return (first[:, None] + np.arange(self.batch)).reshape(-1)
 
 
 @dataclass(frozen=True)

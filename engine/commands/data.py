@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from engine.commands.parsing import parse, show_usage
+from engine.commands.parsing import parse, usage_is_all
 from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
 from engine.errors import UserError
@@ -120,10 +120,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: no such subcommand, or a mistake in its flags.
         KeyboardInterrupt: SIGINT came; says how to go on.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        show_usage("data COMMAND ...", SUBCOMMANDS, "remixmatch data COMMAND --help says more.")
-        if not argv:
-            raise UserError("data needs a command")
+    more = "remixmatch data COMMAND --help says more."
+    if usage_is_all(argv, "command", "data COMMAND ...", SUBCOMMANDS, more):
         return
     commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
         "prepare": (PrepareOptions, _prepare),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
@@ -20,6 +20,25 @@ def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
     for word, text in words.items():
         print(f"  {word:{width}}  {text}")
     print(f"\n{more}")
+
+
+def usage_is_all(argv: Sequence[str], needs: str, usage: str, words: Mapping[str, str], more: str) -> bool:
+    """Show how a command is used if its first word is missing or asks for that, and return whether it did.
+
+    Args:
+        argv: Words after the command.
+        needs: What the first word should be, such as "preset".
+        usage: See `show_usage`, as are `words` and `more`.
+
+    Raises:
+        UserError: The first word is missing.
+    """
+    if argv and argv[0] not in ("-h", "--help"):
+        return False
+    show_usage(usage, words, more)
+    if not argv:
+        raise UserError(f"{usage.split()[0]} needs a {needs}")
+    return True
 
 
 def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
 from engine.commands.output import show_warnings_only
-from engine.commands.parsing import show_usage
+from engine.commands.parsing import usage_is_all
 from engine.config import presets
 from engine.config.config import load_config
 from engine.distributed import launch
@@ -31,14 +31,12 @@ def main(argv: list[str]) -> None:
         UserError: a mistake in preset, flags, data or folder.
         Stopped: a signal came; the step reached is saved.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        texts = {
-            name: f"{config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps"
-            for name, config in presets.PRESETS.items()
-        }
-        show_usage("train PRESET [flags]", texts, "remixmatch train PRESET --help lists every flag with its default.")
-        if not argv:
-            raise UserError("train needs a preset")
+    texts = {
+        name: f"{config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps"
+        for name, config in presets.PRESETS.items()
+    }
+    more = "remixmatch train PRESET --help lists every flag with its default."
+    if usage_is_all(argv, "preset", "train PRESET [flags]", texts, more):
         return
     ranges.begin("set up")
     options = parse_train(argv, presets.preset(argv[0]))

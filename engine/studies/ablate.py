@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from engine.commands.parsing import parse, show_usage
+from engine.commands.parsing import parse, usage_is_all
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS
 from engine.errors import UserError, cannot_write, unknown
@@ -121,12 +121,9 @@ def main(argv: Sequence[str]) -> None:
         UserError: a preset, axis or flag that cannot work; cells failed.
         Stopped: a signal came; what was running is saved.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        texts = {name: ", ".join(names) for name, names in AXES.items()}
-        more = "These are the axes. remixmatch ablate PRESET --help lists the flags."
-        show_usage("ablate PRESET [flags] [-- flags of train]", texts, more)
-        if not argv:
-            raise UserError("ablate needs a preset")
+    texts = {name: ", ".join(names) for name, names in AXES.items()}
+    more = "These are the axes. remixmatch ablate PRESET --help lists the flags."
+    if usage_is_all(argv, "preset", "ablate PRESET [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
     here = rest.index("--") if "--" in rest else len(rest)

@@ -31,7 +31,7 @@ import torch
 from engine import run
 from engine.commands.main import guarded
 from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
-from engine.commands.parsing import show_usage
+from engine.commands.parsing import usage_is_all
 from engine.config import presets
 from engine.config.config import Config
 from engine.distributed import collectives, launch
@@ -101,11 +101,9 @@ def main(argv: Sequence[str]) -> None:
         Stopped: SIGINT came; nothing is written.
     """
     argv = list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        words = {"PRESET": "as `remixmatch train --help` lists them"}
-        show_usage("profile PRESET [flags]", words, "remixmatch profile PRESET --help lists every flag.")
-        if not argv:
-            raise UserError("profile needs a preset")
+    words = {"PRESET": "as `remixmatch train --help` lists them"}
+    more = "remixmatch profile PRESET --help lists every flag."
+    if usage_is_all(argv, "preset", "profile PRESET [flags]", words, more):
         return
     options = parse_profile(argv)
     _check(options)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.commands.parsing import parse, show_usage
+from engine.commands.parsing import parse, usage_is_all
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
@@ -107,12 +107,9 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         UserError: a table, flag or cell that cannot work.
         Stopped: a signal came; what was running is saved.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        texts = {name: table.text for name, table in TABLES.items()}
-        more = "remixmatch reproduce TABLE --help lists its flags."
-        show_usage("reproduce TABLE [flags] [-- flags of train]", texts, more)
-        if not argv:
-            raise UserError("reproduce needs a table")
+    texts = {name: table.text for name, table in TABLES.items()}
+    more = "remixmatch reproduce TABLE --help lists its flags."
+    if usage_is_all(argv, "table", "reproduce TABLE [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
     if name not in TABLES:
