@@ -21,6 +21,7 @@ from engine.inference import predict
 from engine.inference.export import safetensors_bytes
 from engine.measuring.provenance import commit, device_name, versions
 from engine.runs import history
+from engine.runs.folder import check_folder
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.trainer import Trainer
@@ -92,6 +93,9 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
 
 def _begin(setup: RunSetup) -> None:
     commit()  # what trains is what was there at the start, whatever is committed meanwhile
+    assert setup.folder is not None
+    if not setup.resumed:  # another run may have begun there since this one was set up
+        check_folder(setup.config, setup.folder, resume=False)
     write_run_files(setup)
 
 

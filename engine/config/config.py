@@ -393,6 +393,11 @@ def parse_config(text: str, path: Path) -> Config:
     try:
         values: Any = json.loads(text)
         config = Config(**values)
+        for field in dataclasses.fields(Config):
+            found, wanted = getattr(config, field.name), type(field.default)
+            kinds: dict[Any, Any] = {tuple: list, float: int | float}  # in JSON
+            if not isinstance(found, kinds.get(wanted, wanted)):
+                raise TypeError(f"{field.name} is {found!r}")
         return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
     except (json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{path} is not a configuration of this version: {error}") from None

@@ -3,7 +3,8 @@
 `python -m engine.measuring.step_worker REQUEST` compiles and warms up the step of a configuration, prints `ready`, and
 then answers each line of its input by a line: `sample N` by the seconds that a step takes over N of them, `profile N`
 by what the device did in N steps, `memory` by the MiB that it has had at most. `bench variants` and `ablate` have
-several such processes take turns; with the packages of another checkout on PYTHONPATH, the step is that checkout's.
+several such processes take turns; with the packages of another checkout on PYTHONPATH, the step is that
+checkout's, which has to have this file.
 """
 
 from __future__ import annotations

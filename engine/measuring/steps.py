@@ -1,4 +1,4 @@
-"""Training steps that nobody evaluates or saves, ready to be timed: what benches, ablations and profiles measure."""
+"""Training steps that nobody evaluates or saves, ready to be timed: what benches and ablations measure."""
 
 from __future__ import annotations
 

@@ -77,20 +77,23 @@ class Term(NamedTuple):
 
     Attributes:
         value: its mean over its samples, a scalar.
-        weight: what it is multiplied by, of the configuration and the ramp, which rises from 0 to 1; 0 for a term that
-            the run does not have.
+        weight: what it is multiplied by; a term of weight 0 is not computed.
+        ramped: whether the weight rises from 0 over the first `ramp_kimg`.
+        unlabeled: whether it is of unlabeled samples, which supervised training does not have.
     """
 
     value: Callable[[Samples], Tensor]
-    weight: Callable[[Config, Tensor | float], Tensor | float]
+    weight: Callable[[Config], float]
+    ramped: bool = False
+    unlabeled: bool = True
 
 
 # the first is of the labeled samples, has no weight, and is there in every method
 TERMS: dict[str, Term] = {
-    "loss_x": Term(labeled, lambda c, ramp: 1.0),
-    "loss_u": Term(unlabeled, lambda c, ramp: c.w_u * ramp),
-    "loss_u1": Term(unmixed, lambda c, ramp: c.w_u1 * ramp),
-    "loss_rot": Term(rotation, lambda c, ramp: c.w_rot),
+    "loss_x": Term(labeled, lambda c: 1.0, unlabeled=False),
+    "loss_u": Term(unlabeled, lambda c: c.w_u, ramped=True),
+    "loss_u1": Term(unmixed, lambda c: c.w_u1, ramped=True),
+    "loss_rot": Term(rotation, lambda c: c.w_rot),
 }
 LOSSES = ("loss", *TERMS)
 
@@ -112,11 +115,12 @@ def total_loss(samples: Samples, ramp: Tensor | float) -> tuple[Tensor, Tensor]:
     """
     c, loss, values = samples.config, None, []
     for term in TERMS.values():
-        weight = term.weight(c, ramp) if c.unlabeled or loss is None else 0.0
-        if isinstance(weight, float) and weight == 0:
+        weight = term.weight(c)
+        if not weight or (term.unlabeled and not c.unlabeled):
             values.append(samples.log_p.new_zeros(()))
             continue
         values.append(term.value(samples))
-        loss = values[-1] if loss is None else loss + weight * values[-1]
+        factor = weight * ramp if term.ramped else weight
+        loss = values[-1] if loss is None else loss + factor * values[-1]
     assert loss is not None, "the first term counts fully"
     return loss, torch.stack([loss, *values]).detach()

@@ -36,6 +36,13 @@ class TrainState:
     targets: Targets
     step: Tensor
 
+    def __post_init__(self) -> None:
+        taken = self.targets.state_dict().keys() & vars(self).keys()
+        if taken:
+            raise ValueError(
+                f"buffers of {type(self.targets).__name__} need other names than {', '.join(sorted(taken))}"
+            )
+
     @property
     def device(self) -> torch.device:
         """Where all of it is."""

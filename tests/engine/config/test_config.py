@@ -95,7 +95,9 @@ def test_configuration_survives_the_file(tmp_path):
     assert changed_fields(config, dataclasses.replace(config, k=4, align=False)) == ["k 2 -> 4", "align True -> False"]
 
 
-@pytest.mark.parametrize("text", ["{", '{"steps": 3, "colour": 1}', "[1]"])
+@pytest.mark.parametrize(
+    "text", ["{", '{"steps": 3, "colour": 1}', "[1]", '{"k": "x"}', '{"lr": null}', '{"flip": "no"}']
+)
 def test_foreign_configuration(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)

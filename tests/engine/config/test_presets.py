@@ -50,3 +50,9 @@ def test_every_field_is_a_flag():
             assert read_back(command(config)) == config and config != base
     probabilities = dataclasses.replace(base, class_distribution=(0.1,) * 10)
     assert read_back(command(dataclasses.replace(probabilities, k=1))).class_distribution == (0.1,) * 10
+
+
+def test_a_method_and_an_ablation_go_together():
+    config = read_back(["train", "cifar10-250", "--method", "fixmatch", "--ablate", "k=4", "no-ema", "--mu", "2"])
+    wanted = dataclasses.replace(with_method(PRESETS["cifar10-250"], "fixmatch"), k=4, ema_decay=0.0, mu=2)
+    assert config == wanted

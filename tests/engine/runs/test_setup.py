@@ -1,5 +1,6 @@
 """A run is set up once: nobody checks its configuration or opens its data a second time."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 import engine.runs.setup as run_setup
 import pipelines.folder as image_folder
+from engine import run
 from engine.api import train
 from engine.commands.main import main
 from engine.config.presets import preset
@@ -99,3 +101,26 @@ def test_a_file_of_probabilities_takes_the_place_of_the_running_marginal(tmp_pat
     path.write_text("{" + ", ".join(f'"{c}": {c + 1}' for c in range(10)) + "}")
     given = setup_run(preset("digits-40"), class_prior=path).config.class_distribution
     assert given == pytest.approx([(c + 1) / 55 for c in range(10)])
+
+
+def test_a_run_that_began_in_between_keeps_its_folder(tmp_path):
+    """Two runs of one folder are set up, as by two commands at once: the one that begins later writes nothing."""
+    small = dict(batch=8, k=1, width=16, blocks=1, steps=2, eval_every=2, device="cpu")
+    configs = [dataclasses.replace(preset("digits-40"), **small | dict(k=k)) for k in (1, 2)]
+    first, second = (setup_run(config, tmp_path / "run") for config in configs)
+    run.train(first, quiet=True)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds a run already"):
+        run.train(second, quiet=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]"])
+def test_a_damaged_split_is_written_anew(tmp_path, content):
+    config = dataclasses.replace(preset("digits-40"), steps=2)
+    setup = setup_run(config, tmp_path / "run")
+    run_setup.write_run_files(setup)
+    whole = (tmp_path / "run" / "split.json").read_bytes()
+    (tmp_path / "run" / "split.json").write_bytes(content)
+    run_setup.write_run_files(setup_run(config, tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "split.json").read_bytes() == whole

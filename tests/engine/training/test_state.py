@@ -1,0 +1,44 @@
+"""The state of training: what a checkpoint takes back, and which parameters are trained."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from engine.config.presets import preset
+from engine.method import targets
+from engine.training.state import make_state
+
+CPU = torch.device("cpu")
+
+
+def state(**changes):
+    small = dict(width=8, blocks=1)
+    return make_state(dataclasses.replace(preset("digits-40"), **small | changes), 5, CPU, (16, 16))
+
+
+def test_the_scale_of_the_loss_is_taken_back():
+    trained, fresh = state(precision="fp16"), state(precision="fp16")
+    trained.scaler.load_state_dict(trained.scaler.state_dict() | {"scale": 1024.0, "_growth_tracker": 7})
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.scaler.state_dict() == trained.scaler.state_dict() and fresh.scaler.state_dict()["scale"] == 1024.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"), [({}, True), (dict(w_rot=0.0), False), (dict(method="supervised"), False)]
+)
+def test_the_rotation_head_is_trained_where_there_is_the_task(changes, trained):
+    head = state(**changes).network.rotation_head
+    assert all(parameter.requires_grad == trained for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["step", "network", "optimizer", "scaler"])
+def test_a_buffer_cannot_take_the_name_of_something_else(name, monkeypatch):
+    class Named(targets.Targets):
+        def __init__(self, config, classes):
+            super().__init__(config, classes)
+            self.register_buffer(name, torch.zeros(()))
+
+    monkeypatch.setitem(targets.TARGETS, "remixmatch", Named)
+    with pytest.raises(ValueError, match=f"buffers of Named need other names than {name}"):
+        state()
