@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON files that may be damaged."""
+"""Files that are written whole or not at all, JSON files that may be damaged, and what an error says."""
 
 from __future__ import annotations
 
@@ -113,3 +113,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def first_line(error: BaseException, most: int = 120) -> str:
+    """Return the first line of what an error says, at most so many characters of it; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__

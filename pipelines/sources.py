@@ -17,8 +17,7 @@ import numpy as np
 
 from pipelines import cache
 from pipelines.cache import DataError
-from pipelines.files import atomic_write
-from pipelines.text import first_line
+from pipelines.files import atomic_write, first_line
 
 # Debian's package dataset-fashion-mnist has the original files there, packed anew
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")

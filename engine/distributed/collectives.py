@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.distributed.watchdog import Watchdog
 from engine.errors import RankError, UserError
-from pipelines.text import first_line
+from pipelines.files import first_line
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError, unknown
 from engine.models.wide_resnet import Classifier, initialise_linear
-from pipelines.text import first_line
+from pipelines.files import first_line
 
 
 class Backbone(Classifier):

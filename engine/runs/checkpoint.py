@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
-from pipelines.files import PARTIAL, atomic_write
-from pipelines.text import first_line
+from pipelines.files import PARTIAL, atomic_write, first_line
 
 log = logging.getLogger(__name__)
 

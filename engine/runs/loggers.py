@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pipelines.files import read_json, write_text
-from pipelines.text import first_line
+from pipelines.files import first_line, read_json, write_text
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.files import atomic_write, read_json, read_json_lines, write_bytes, write_text
+from pipelines.files import atomic_write, first_line, read_json, read_json_lines, write_bytes, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,3 +188,17 @@ def test_damaged_lines_are_left_out_and_others_stay(tmp_path):
     assert read_json_lines(path) == [{"a": 1}, {"a": "\ufffd"}, {"a": 4}]
     with pytest.raises(OSError):  # which is not as if there were no row
         read_json_lines(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (KeyError("name"), "'name'"),
+        (OSError(28, "No space left"), "[Errno 28] No space left"),
+        (ValueError("x" * 200), "x" * 120),
+    ],
+)
+def test_the_first_line_of_an_error_or_its_type(error, said):
+    assert first_line(error) == said and first_line(error, 2) == said[: 2 if str(error) else None]
