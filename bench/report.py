@@ -12,6 +12,7 @@ from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.records import Row
+from pipelines.files import write_text
 
 BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digits table -->"
 
@@ -95,7 +96,7 @@ def _replace(path: Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not end:
         raise UserError(f"{path} has no line '{BEGIN}' with '{END}' after it")
-    path.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+    write_text(path, f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def _draw(tables: Mapping[str, Table], rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
