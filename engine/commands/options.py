@@ -133,11 +133,15 @@ def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping
         kind: Any = Literal[tuple(methods.METHODS)] if each.name == "method" else hints[each.name]
         hint = Annotated[kind, tyro.conf.arg(help=help.get(each.name, each.metadata["help"]))]
         sections[each.metadata["section"]].append((each.name, hint, field(default=getattr(config, each.name))))
-    members: list[Any] = []
-    for name, fields in sections.items():
-        section = dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": SECTIONS[name]})
-        members.append((name, section, field(default=section())))
-    members += [(name, type(default), field(default=default)) for name, default in groups.items()]
+    defaults = {
+        name: dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": SECTIONS[name]})()
+        for name, fields in sections.items()
+    } | dict(groups)
+    # without help of its own tyro looks for that of each group in the source, which a class made here has not
+    members = [
+        (name, Annotated[type(default), tyro.conf.arg(help=type(default).__doc__)], field(default=default))
+        for name, default in defaults.items()
+    ]
     return dataclasses.make_dataclass("Options", members, frozen=True, namespace={"__doc__": text})
 
 
