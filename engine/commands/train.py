@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
         if begun.preset != preset:
             raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
         options = parse_train(argv, begun)
-    ranks = int(os.environ.get("WORLD_SIZE", options.ranks.gpus))
+    ranks = launch.ranks_to_be(options.ranks.gpus)
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
     if options.config.network == "auto":
         height, width = setup.data.sides

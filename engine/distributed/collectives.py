@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.distributed import launch
 from engine.distributed.watchdog import Watchdog
 from engine.errors import RankError, UserError
 from pipelines.files import first_line
@@ -33,7 +34,7 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
     Raises:
         RankError: the other ranks did not come in time, or there is no GPU for this one.
     """
-    if dist.is_initialized() or (ranks_to_be() == 1 and not alone):
+    if dist.is_initialized() or (launch.ranks_to_be() == 1 and not alone):
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -51,18 +52,13 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
                 "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
             )
     except dist.DistError as error:
-        raise RankError(f"the {ranks_to_be()} ranks did not come together: {_reason(error)}") from error
+        raise RankError(f"the {launch.ranks_to_be()} ranks did not come together: {_reason(error)}") from error
 
 
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def ranks_to_be() -> int:
-    """Ranks that torchrun's environment speaks of, joined or not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def grouped() -> bool:

@@ -66,6 +66,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def ranks_to_be(otherwise: int = 1) -> int:
+    """Return how many ranks torchrun's environment speaks of, joined or not; without one, what is given."""
+    return int(os.environ.get("WORLD_SIZE", otherwise))
+
+
 def restarted() -> bool:
     """Whether torchrun started this process in place of one that failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

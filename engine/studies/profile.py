@@ -14,7 +14,6 @@ import dataclasses
 import gzip
 import itertools
 import json
-import os
 import shlex
 import signal
 import sys
@@ -111,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     launch.end_with_parent()
 
     def set_up() -> RunSetup:
-        ranks = int(os.environ.get("WORLD_SIZE", options.ranks.gpus))
+        ranks = launch.ranks_to_be(options.ranks.gpus)
         return setup_run(options.config, ranks=ranks, class_prior=options.source.class_prior)
 
     setup = None if launch.under_torchrun() else set_up()
