@@ -76,7 +76,7 @@ def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
     ]
     newest = {(row["k"], row["batch"]): row for row in papers}
     for row in measured:
-        captured = row.get("variant") == "as it is" or (row.get("mode") == "graph" and row.get("views") == "synthetic")
+        captured = row.get("variant") == "baseline" or (row.get("mode") == "graph" and row.get("views") == "synthetic")
         count = newest.get((row["k"], row["batch"]))
         if not captured or count is None:
             continue

@@ -27,7 +27,7 @@ from engine.runs.setup import setup_run
 if TYPE_CHECKING:
     import torch
 
-    from engine.models.wide_resnet import Classifier
+    from engine.models.wide_resnet import TwoHeadNetwork
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Model:
 
     classes: tuple[str, ...]
     side: int
-    _network: Classifier
+    _network: TwoHeadNetwork
     _device: torch.device
 
     def predict(self, images: np.ndarray | Sequence[str | Path]) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Keeps Python's garbage collector away from imports.
 
     torch alone makes half a million objects that stay for good; to look for garbage among them again and again is a

@@ -43,7 +43,7 @@ def share(make: Callable[[], RunSetup]) -> RunSetup:
         own.append(make())
         return own[0].config, own[0].split, own[0].folder, own[0].resumed
 
-    config, *rest = collectives.on_first(first)
+    config, *rest = collectives.run_on_rank_0(first)
     if own:
         return own[0]
     try:
@@ -74,7 +74,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
         # written to only now, when nothing is left that the user may have to be told of
-        collectives.on_first(lambda: _begin(setup))
+        collectives.run_on_rank_0(lambda: _begin(setup))
         if setup.resumed:
             if trainer.resume():
                 log.info(f"resuming {folder} from step {trainer.step}")
@@ -85,7 +85,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         finally:
             progress.close()
         summary = _summary(setup.config, trainer)
-        collectives.on_first(lambda: _finish(folder, summary, trainer))
+        collectives.run_on_rank_0(lambda: _finish(folder, summary, trainer))
     except OSError as error:
         raise cannot_write(folder, error, "what was saved stays: mend that and go on with --resume") from error
     return summary

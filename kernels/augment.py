@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.photometric import PHOTOMETRIC, Parameters, apply
+from kernels.photometric import PHOTOMETRIC, OpLevels, apply
 
 # what the numbers in `ops` stand for: a photometric operation, or an affine map; no change is the identity's matrix
 OPS = (*PHOTOMETRIC, "affine")
@@ -119,7 +119,7 @@ def augment_views_reference(
             if OPS[code] == "affine":
                 views[rows] = _affine(views[rows], numbers)
             else:
-                given = Parameters(numbers[:, 1].view(-1, 1, 1, 1), numbers[:, 2], numbers[:, 3:5])
+                given = OpLevels(numbers[:, 1].view(-1, 1, 1, 1), numbers[:, 2], numbers[:, 3:5])
                 views[rows] = apply(OPS[code], views[rows], given)
     return views
 

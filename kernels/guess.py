@@ -188,7 +188,7 @@ def _guess_kernel(
             tl.store(history_row, batch_sum / batch, mask=writable)
 
 
-def guess_parameters(batch: int, classes: int, history_rows: int) -> dict[str, Any]:
+def launch_config(batch: int, classes: int, history_rows: int) -> dict[str, Any]:
     """Choose the compile-time sizes and the number of warps for `batch` rows of `classes` logits."""
     block_l = max(triton.next_power_of_2(classes), 16)
     # All rows in one program if they fit (64 rows of 128 classes do): it needs neither scratch nor counter.
@@ -215,7 +215,7 @@ def launch_guess_labels(
 ) -> torch.Tensor:
     """Launch the Triton kernel; arguments and result as for `guess_labels`, unchecked."""
     batch, classes = logits.shape
-    parameters = guess_parameters(batch, classes, p_model_history.shape[0])
+    parameters = launch_config(batch, classes, p_model_history.shape[0])
     programs = parameters["PROGRAMS"]
     targets = _empty_targets(logits, p_model_history, slot, label_marginal, temperature, align)
     # A single program touches neither of the two: any tensor stands in, and nothing is allocated or zeroed.

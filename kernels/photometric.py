@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Parameters:
+class OpLevels:
     """What a photometric operation is given; n rows.
 
     Attributes:
@@ -28,12 +28,12 @@ class Parameters:
     second: torch.Tensor
     centre: torch.Tensor
 
-    def rows(self, first: int, last: int) -> Parameters:
+    def rows(self, first: int, last: int) -> OpLevels:
         """Rows first to last - 1."""
-        return Parameters(self.level[first:last], self.second[first:last], self.centre[first:last])
+        return OpLevels(self.level[first:last], self.second[first:last], self.centre[first:last])
 
 
-Operation = Callable[[torch.Tensor, Parameters], torch.Tensor]
+Operation = Callable[[torch.Tensor, OpLevels], torch.Tensor]
 # how a function's result is used: as it is; as blend(image, result, v); as blend(result, image, 0.1 + 1.9 v), which is
 # ImageEnhance
 REPLACED, BLENDED, ENHANCED = range(3)
@@ -41,7 +41,7 @@ PHOTOMETRIC: dict[str, tuple[int, Operation]] = {}
 
 
 def photometric(use: int) -> Callable[[Operation], Operation]:
-    """Registers a function of (images (n, H, W, 3) uint8, Parameters) to integers that broadcast to them."""
+    """Registers a function of (images (n, H, W, 3) uint8, OpLevels) to integers that broadcast to them."""
 
     def register(function: Operation) -> Operation:
         PHOTOMETRIC[function.__name__] = (use, function)
@@ -85,7 +85,7 @@ def planes(images: torch.Tensor) -> torch.Tensor:
 
 
 @photometric(REPLACED)
-def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def autocontrast(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     values = planes(images)
     low, high = values.amin(dim=2, keepdim=True).double(), values.amax(dim=2, keepdim=True).double()
     # PIL's very operations in double precision: it truncates, and a product may be just short of an integer
@@ -97,7 +97,7 @@ def autocontrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 
 
 @photometric(BLENDED)
-def blur(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def blur(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     """PIL's BLUR: ones on the outer ring of 5x5, sum 16; the outermost two pixels stay as they are."""
     if min(images.shape[1:3]) < 5:
         return images
@@ -140,23 +140,23 @@ def _framed(images: torch.Tensor, inside: torch.Tensor, border: int) -> torch.Te
 
 
 @photometric(ENHANCED)
-def brightness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def brightness(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     return images.new_zeros(1)
 
 
 @photometric(ENHANCED)
-def color(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def color(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     # a last dimension of 1 that broadcasts to 3 would be slow, in each pass of the blend
     return torch.stack((grey(images).to(torch.uint8),) * 3, dim=3)
 
 
 @photometric(ENHANCED)
-def contrast(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def contrast(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     return grey(images).double().mean(dim=(1, 2)).add_(0.5).floor_().view(-1, 1, 1, 1)
 
 
 @photometric(REPLACED)
-def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def cutout(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     """A grey square of side 1 + floor(0.499 v min(H, W)) about pixel (floor(cy H), floor(cx W)), clipped."""
     n, height, width, channels = images.shape
     side = 1 + (0.499 * min(height, width) * given.level.double()).floor_().view(n, 1)
@@ -172,7 +172,7 @@ def cutout(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 
 
 @photometric(REPLACED)
-def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def equalize(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     n, pixels = len(images), images.shape[1] * images.shape[2]
     # one histogram of 256 cells for each channel of each image, end to end
     cell = cells(images)
@@ -189,28 +189,28 @@ def equalize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 
 
 @photometric(BLENDED)
-def invert(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def invert(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     return 255 - images
 
 
 @photometric(REPLACED)
-def posterize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def posterize(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     dropped = 7 - (7.999 * given.level.double()).to(torch.int32)
     return images & (0xFF << dropped).to(torch.uint8)
 
 
 @photometric(ENHANCED)
-def sharpness(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def sharpness(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     return smoothed(images)
 
 
 @photometric(BLENDED)
-def smooth(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def smooth(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     return smoothed(images)
 
 
 @photometric(REPLACED)
-def solarize(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def solarize(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     threshold = (255.999 * given.level.double()).to(torch.uint8)
     return images ^ (images >= threshold).to(torch.uint8).mul_(255)
 
@@ -275,7 +275,7 @@ def _filters(level: np.ndarray, chosen: np.ndarray, length: int) -> np.ndarray:
 
 
 @photometric(REPLACED)
-def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def rescale(images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     """The centre crop of side (1 - 0.5 v) of the image, resized back: across, to 8 bits, then down."""
     n, height, width, _ = images.shape
     # filters are small and many operations away from levels: the host is quickest
@@ -294,7 +294,7 @@ def rescale(images: torch.Tensor, given: Parameters) -> torch.Tensor:
 # ---------------------------------------------------------------- a transformation as it is used
 
 
-def apply(name: str, images: torch.Tensor, given: Parameters) -> torch.Tensor:
+def apply(name: str, images: torch.Tensor, given: OpLevels) -> torch.Tensor:
     """One operation, by its name in PHOTOMETRIC: (n, H, W, 3) uint8 to the same."""
     use, function = PHOTOMETRIC[name]
     result = function(images, given)

@@ -201,7 +201,7 @@ def finish(
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def describe(folder: Path, again: str) -> dict[str, Any]:
+def read_description(folder: Path, again: str) -> dict[str, Any]:
     """The description of a cache whose files have the right sizes.
 
     Args:
@@ -235,9 +235,9 @@ def open_cache(folder: Path, again: str) -> DataSet:
     """A data set from its cache.
 
     Raises:
-        DataError: see `describe`.
+        DataError: see `read_description`.
     """
-    found = describe(folder, again)
+    found = read_description(folder, again)
 
     def read(name: str) -> np.ndarray:
         # copy on write: torch wants arrays that it may write to, and nothing ever does
@@ -276,7 +276,7 @@ def unmap(images: np.ndarray) -> None:
 _LARGE_BYTES, _AT_ONCE = 2**28, 32
 
 
-def read_rows(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def take_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Some images, copied: (N, H, W, 3) and (n,) int64 to (n, H, W, 3).
 
     Of a large memory map no more than some tens of images are mapped at a time, each of which can be a huge page.
@@ -294,9 +294,9 @@ def verify(folder: Path, again: str) -> None:
     """Compares the contents of a cache's files with their checksums.
 
     Raises:
-        DataError: one of them differs, or see `describe`.
+        DataError: one of them differs, or see `read_description`.
     """
-    for name, file in describe(folder, again)["files"].items():
+    for name, file in read_description(folder, again)["files"].items():
         if sha256(folder / name) != file["sha256"]:
             raise DataError(f"{folder / name} is damaged: its checksum differs; prepare it again: {again}")
 

@@ -37,7 +37,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 from threadpoolctl import threadpool_limits
 
-from kernels.photometric import PHOTOMETRIC, Parameters, apply
+from kernels.photometric import PHOTOMETRIC, OpLevels, apply
 from pipelines import ctaugment, geometric
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
@@ -69,7 +69,7 @@ class _Batch:
     Attributes:
         weak: (V, H, W, 3) uint8, shifted and flipped.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
-        parameters: (V, 2, 6) float32, see `geometric.parameters`.
+        parameters: (V, 2, 6) float32, see `geometric.op_parameters`.
     """
 
     weak: np.ndarray
@@ -90,7 +90,7 @@ def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
             order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op))
         of_rows = numbers[torch.from_numpy(order), stage, 1:5]
         level, second, centre = of_rows.split((1, 1, 2), dim=1)
-        rows = Parameters(level[..., None, None], second[:, 0], centre)
+        rows = OpLevels(level[..., None, None], second[:, 0], centre)
         first = 0
         for op, count in enumerate(np.bincount(given.ops[:, stage]).tolist()):
             last = first + count
@@ -173,7 +173,7 @@ class DaliViews(Views):
             self._pipeline.outputs()
 
     def _prepare(self, views: ViewPlan) -> _Batch:
-        numbers = geometric.parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        numbers = geometric.op_parameters(views.ops, views.levels, views.centre, self.height, self.width)
         return _Batch(self._cut_out(views), views.ops, numbers)
 
     def _cut_out(self, views: ViewPlan) -> np.ndarray:

@@ -258,7 +258,7 @@ def prepare(
 def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
     """What an earlier call has made from the same, if it is whole."""
     try:
-        source = cache.describe(folder, "")["source"]
+        source = cache.read_description(folder, "")["source"]
     except DataError:
         return None
     if source.get("key") != key:
@@ -347,7 +347,7 @@ def open_folder(root: Path) -> DataSet:
     folder = cache_of(root)
     if not root.exists() and not folder.exists():
         raise DataError(f"{root} is not a folder")
-    found = cache.describe(folder, prepare_command(root))
+    found = cache.read_description(folder, prepare_command(root))
     size, before = found["source"]["size"], found["source"]["stamps"]
     if root.is_dir():  # without its files, the cache is all that is needed
         changes = list(_changes(before, _stamps(root, scan(root))))

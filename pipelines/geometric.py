@@ -79,7 +79,7 @@ _UNMOVED = np.array([1, 0, 0, 0, 1, 0], np.float32)
 IS_GEOMETRIC = np.array([name in GEOMETRIC for name in NAMES])
 
 
-def parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int) -> np.ndarray:
+def op_parameters(ops: np.ndarray, levels: np.ndarray, centre: np.ndarray, height: int, width: int) -> np.ndarray:
     """Numbers of both transformations of V views of H x W images.
 
     Args:

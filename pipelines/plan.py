@@ -143,7 +143,7 @@ def stack(plans: Sequence[ViewPlan]) -> ViewPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GlobalPlan:
     """Every random number of one step.
 
     Attributes:
@@ -222,7 +222,7 @@ _UNIFORM_EDGES = ctaugment.bin_edges(ctaugment.bin_probabilities(ctaugment.initi
 def _draw_ops(
     rng: np.random.Generator, rows: int, edges: np.ndarray, counts: np.ndarray = _BINS_OR_ONE
 ) -> tuple[np.ndarray, ...]:
-    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `Plan` for shapes.
+    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `GlobalPlan` for shapes.
 
     Args:
         rng: of one purpose and step.
@@ -241,7 +241,7 @@ def _draw_ops(
     return ops, levels, centre, bins
 
 
-def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan:
+def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> GlobalPlan:
     """Draws one step: a pure function of its arguments.
 
     Args:
@@ -299,7 +299,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Plan
     lam, perm = np.ones(pool), np.arange(pool)
     if spec.mixup_alpha:
         lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool), mixup.permutation(pool)
-    return Plan(
+    return GlobalPlan(
         step=step,
         labeled=labeled,
         unlabeled=unlabeled,

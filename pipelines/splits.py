@@ -170,7 +170,7 @@ def compare(expected: Sequence[int] | np.ndarray, found: Sequence[int] | np.ndar
     return Comparison(len(one & other), tuple(sorted(one - other)), tuple(sorted(other - one)))
 
 
-def read_rows(path: Path) -> list[int]:
+def read_indices(path: Path) -> list[int]:
     """Rows that a file lists: a run's split.json, a JSON list, an object with one, an array of numpy, or one a line.
 
     Raises:

@@ -147,7 +147,7 @@ def _capture(config: Config, sides: list[int], classes: int, options: dict[str, 
         _runtime.emulated_mark(f"{_PART} {part}".encode())
 
     with _recorded_captures(), ranges.listening(mark):
-        make_step(config, state, feed.rows, execution, feed.example)
+        make_step(config, state, feed.layout, execution, feed.example)
     length = _runtime.emulated_recorded(None, 0)
     text = ctypes.create_string_buffer(length)
     _runtime.emulated_recorded(text, length)

@@ -19,7 +19,7 @@ import torch
 
 from bench.registry import Bench, Table, quartiles
 from engine.measuring import records
-from engine.method.batch_layout import arrange, step_plan
+from engine.method.batch_layout import BatchLayout, rank_plan
 from engine.training.step_input import StepInput
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.datasets import noise_32
@@ -63,7 +63,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
     data = noise_32()
     labels = data.train_labels[:LABELS]
     spec = PlanSpec(batch, k, LABELS, len(data.train_images), MAX_SHIFT, flip=True)
-    rows = arrange(spec, bn_groups=1, rank=0, ranks=1, micro_batches=1)
+    rows = BatchLayout.for_rank(spec, bn_groups=1, rank=0, ranks=1, micro_batches=1)
     kind = "gpu" if device.type == "cuda" else "cpu"
     which = np.arange(LABELS), data.unlabeled_rows
     source = FusedViews(data.train_images, *which, len(rows.views), MAX_SHIFT, kind, device.index or 0)
@@ -76,7 +76,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
             times = [time.thread_time()]
             plan = make_plan(spec, 0, step, weights)
             times.append(time.thread_time())
-            numbers = step_plan(rows, plan, labels[plan.labeled])
+            numbers = rank_plan(rows, plan, labels[plan.labeled])
             times.append(time.thread_time())
             source.prepare(stack([plan.views.rows(rows.views)]))
             times.append(time.thread_time())

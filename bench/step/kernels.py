@@ -20,9 +20,9 @@ from bench.registry import Bench, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
-from engine.method.batch_layout import arrange, step_plan
+from engine.method.batch_layout import BatchLayout, rank_plan
 from engine.method.targets import P_MODEL_STEPS
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from kernels.assemble import assemble_batch, assemble_batch_reference
 from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference
@@ -107,7 +107,7 @@ def assemble_case(size: Size, device: torch.device) -> KernelCase:
     """The network's whole input of one step, from the numbers of a real plan."""
     spec = PlanSpec(size.batch, size.k, 10 * size.batch, 20 * size.batch, max_shift=4, flip=True)
     plan = make_plan(spec, 0, 0, ctaugment.initial_weights())
-    numbers = step_plan(arrange(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
+    numbers = rank_plan(BatchLayout.for_rank(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows, views = len(numbers.source), size.batch * spec.blocks
 
@@ -116,7 +116,7 @@ def assemble_case(size: Size, device: torch.device) -> KernelCase:
         tensors = [
             torch.from_numpy(a) for a in (stored, numbers.source, numbers.partner, numbers.lam, numbers.rotations)
         ]
-        return [t.to(device) for t in (*tensors, *torch.tensor([Classifier.mean, Classifier.std]))] + [dtype]
+        return [t.to(device) for t in (*tensors, *torch.tensor([TwoHeadNetwork.mean, TwoHeadNetwork.std]))] + [dtype]
 
     image = 3 * size.side**2
     return KernelCase(
@@ -137,7 +137,7 @@ def augment_case(size: Size, device: torch.device) -> KernelCase:
     rows, image = len(views.image), 3 * size.side**2
 
     def arguments() -> Sequence[Any]:
-        numbers = geometric.parameters(views.ops, views.levels, views.centre, size.side, size.side)
+        numbers = geometric.op_parameters(views.ops, views.levels, views.centre, size.side, size.side)
         arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
         return [torch.from_numpy(array).to(device) for array in arrays]
 

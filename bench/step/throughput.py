@@ -79,7 +79,7 @@ def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
     limit = ceilings(execution.device)
     macs, activations = network_cost(config, case.feed.data.sides)
     trained = case.feed.images_per_step
-    forward = len(case.feed.rows.source) - len(case.feed.rows.target)  # guesses and probes
+    forward = len(case.feed.layout.source) - len(case.feed.layout.target_index)  # guesses and probes
     arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
     rows = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
     traffic = execution.precision.itemsize * activations * rows / limit.copy_bytes_per_second

@@ -3,7 +3,7 @@
 A variant is the same step with one decision taken otherwise: an option of Inductor, passes on one stream, an input of
 eight channels, cuDNN's own choice; or the step of an earlier checkout (`--before FOLDER`). Each is compiled in a
 process of its own, some at once, and then all take turns, sample by sample, with nothing else on the device: figures
-are medians, and the ratio to the step as it is the median over rounds. Then the step as it is is profiled: time by kind
+are medians, and the ratio to the baseline the median over rounds. Then the baseline is profiled: time by kind
 of kernel, and gaps in which the device does nothing.
 """
 
@@ -30,7 +30,7 @@ from engine.measuring.trace import by_kind
 from engine.training.execution import INDUCTOR
 
 WORKER = "engine/measuring/step_worker.py"  # of a checkout
-AS_IT_IS, BEFORE = "as it is", "before"
+BASELINE, BEFORE = "baseline", "before"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Variant:
 
 
 VARIANTS = {
-    AS_IT_IS: Variant(),
+    BASELINE: Variant(),
     "Inductor's defaults": Variant(execution={"inductor": {}}),
     "read threshold alone": Variant(
         execution={"inductor": {"realize_reads_threshold": INDUCTOR["realize_reads_threshold"]}}
@@ -68,7 +68,7 @@ class VariantsOptions:
     before: Path | None = None
     """A checkout of an earlier version, whose step takes turns with the others."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which; the step as it is always."""
+    """Which variants; the baseline is always among them."""
     k: int = 8
     """Strong views of an unlabeled image."""
     batch: int = 0
@@ -88,7 +88,7 @@ def _worker(variant: Variant, config: Mapping[str, Any]) -> StepWorker:
 
 
 def main(options: VariantsOptions) -> None:
-    """Times the variants, profiles the step as it is, and adds rows.
+    """Times the variants, profiles the baseline, and adds rows.
 
     Raises:
         UserError: a flag that cannot work.
@@ -96,7 +96,7 @@ def main(options: VariantsOptions) -> None:
     records.check_numbers(options, k=1, repeats=1, steps=1, at_once=1)
     records.check_choices(options, variants=VARIANTS)
     device = bench_device()
-    wanted = {AS_IT_IS: VARIANTS[AS_IT_IS]}
+    wanted = {BASELINE: VARIANTS[BASELINE]}
     if options.before:
         if not (options.before / WORKER).exists():
             raise UserError(f"--before {options.before} is no checkout that can be timed: there is no {WORKER} in it")
@@ -112,12 +112,12 @@ def main(options: VariantsOptions) -> None:
         case = {"k": options.k, "batch": options.batch or (64 if device.type == "cuda" else 0)}
         for name, times in samples.items():
             row = quartiles("step_ms", 1e3 * np.array(times)) | {
-                "ratio": median(np.divide(times, samples[AS_IT_IS]).tolist()),
+                "ratio": median(np.divide(times, samples[BASELINE]).tolist()),
                 "peak_memory_mib": processes[name].ask("memory"),
             }
             BENCH.write(options.out, "variants", device, **case, variant=name, **row)
         if options.profile:
-            events = processes[AS_IT_IS].ask(f"profile {options.profile}")
+            events = processes[BASELINE].ask(f"profile {options.profile}")
             for kind, figures in by_kind(events, options.profile).items():
                 BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **figures)
     failures.finish()
@@ -139,8 +139,8 @@ def _started(
                 with failures.part(name):
                     process.ready()
                     ready[name] = process
-        if AS_IT_IS not in ready:
-            raise RuntimeError("the step as it is does not run")
+        if BASELINE not in ready:
+            raise RuntimeError("the baseline does not run")
         yield ready
 
 

@@ -23,7 +23,7 @@ from engine.runs.setup import open_data
 from pipelines import cache
 from pipelines.cache import DataSet
 from pipelines.datasets import DATASETS, PREPARED
-from pipelines.splits import RULES, compare, digest, image_digest, read_rows
+from pipelines.splits import RULES, compare, digest, image_digest, read_indices
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _prepare(options: PrepareOptions) -> None:
     folder = cache.data_dir() / name
     if not options.again:
         try:
-            cache.describe(folder, "")
+            cache.read_description(folder, "")
             print(f"{name} is ready in {folder}")
             return
         except cache.DataError:
@@ -351,7 +351,7 @@ def _check_split(options: CheckSplitOptions) -> None:
         raise UserError("of which data set? give it by --data")
     data, seed = open_data(data_name(name)), 1 if seed is None else seed
     try:
-        found = read_rows(path)
+        found = read_indices(path)
     except ValueError as error:
         raise UserError(str(error)) from None
     if max(found) >= len(data.train_images):

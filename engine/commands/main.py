@@ -73,11 +73,11 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `remixmatch`; see `guarded` for its exit codes."""
-    guarded(_dispatch, list(sys.argv[1:] if arguments is None else arguments))
+    """Entry point of `remixmatch`; see `run_with_exit_codes` for its exit codes."""
+    run_with_exit_codes(_dispatch, list(sys.argv[1:] if arguments is None else arguments))
 
 
-def guarded(command: Callable[[list[str]], None], argv: list[str]) -> None:
+def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Calls a command with its arguments.
 
     Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal; so it does, and

@@ -153,7 +153,7 @@ def check_ranks(ranks: RankOptions) -> None:
     if not ranks.timeout > 0:
         raise UserError(f"--timeout must be more than 0 seconds, got {ranks.timeout}")
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if launch.under_torchrun() and ranks.gpus not in (1, int(local)):
+    if launch.is_torchrun_worker() and ranks.gpus not in (1, int(local)):
         raise UserError(f"--gpus {ranks.gpus} under a torchrun of {local}: leave out one of the two")
 
 

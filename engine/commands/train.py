@@ -14,7 +14,7 @@ from engine.config import presets
 from engine.config.config import load_config
 from engine.distributed import launch
 from engine.errors import UserError
-from engine.imports import uncollected
+from engine.imports import gc_paused
 from engine.runs.folder import default_folder
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
@@ -37,19 +37,19 @@ def main(argv: list[str]) -> None:
     more = "remixmatch train PRESET --help lists every flag with its default."
     if usage_is_all(argv, "preset", "train PRESET [flags]", texts, more):
         return
-    ranges.begin("set up")
+    ranges.enter("set up")
     options = parse_train(argv, presets.preset(argv[0]))
     if options.folder.quiet:
         show_warnings_only()
     ranks = options.ranks
     check_ranks(ranks)
     set_data_dir(options.source.data_dir)
-    launch.end_with_parent()
+    launch.die_with_parent()
     # alone, before torch is imported; ranks agree on what rank 0 finds
-    setup = None if launch.under_torchrun() else _set_up(argv, options, options.folder.resume)
+    setup = None if launch.is_torchrun_worker() else _set_up(argv, options, options.folder.resume)
 
-    ranges.begin("import")
-    with uncollected():
+    ranges.enter("import")
+    with gc_paused():
         from engine import run
         from engine.distributed import collectives
         from engine.training.execution import pick_device
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> None:
         # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
         launch.launch(["train", *argv, "--out", str(setup.folder)], ranks.gpus, ranks.max_restarts)
         return
-    ranges.begin("build")
+    ranges.enter("build")
     collectives.start(pick_device(setup.config if setup else options.config), ranks.timeout)
     try:
         if setup is None:
             # of ranks that are started again, those of another machine than the failed one's do not know that they are
-            resume = options.folder.resume or any(collectives.everyones(launch.restarted()))
+            resume = options.folder.resume or any(collectives.all_gather_object(launch.restarted()))
             setup = run.share(lambda: _set_up(argv, options, resume))
         summary = run.train(setup, options.folder.quiet, ranks.timeout, ranks.check_ranks)
     except RuntimeError as error:
@@ -92,7 +92,7 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
         if begun.preset != preset:
             raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
         options = parse_train(argv, begun)
-    ranks = launch.ranks_to_be(options.ranks.gpus)
+    ranks = launch.world_size_from_env(options.ranks.gpus)
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
     if options.config.network == "auto":
         height, width = setup.data.sides

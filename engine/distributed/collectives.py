@@ -34,7 +34,7 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
     Raises:
         RankError: the other ranks did not come in time, or there is no GPU for this one.
     """
-    if dist.is_initialized() or (launch.ranks_to_be() == 1 and not alone):
+    if dist.is_initialized() or (launch.world_size_from_env() == 1 and not alone):
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -52,7 +52,7 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
                 "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
             )
     except dist.DistError as error:
-        raise RankError(f"the {launch.ranks_to_be()} ranks did not come together: {_reason(error)}") from error
+        raise RankError(f"the {launch.world_size_from_env()} ranks did not come together: {_reason(error)}") from error
 
 
 def stop() -> None:
@@ -119,7 +119,7 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def on_first(function: Callable[[], Result]) -> Result:
+def run_on_rank_0(function: Callable[[], Result]) -> Result:
     """Calls a function on rank 0; every rank gets what it returns, or the UserError or OSError that it raises."""
     outcome: list = [None, None]
     if rank() == 0:
@@ -134,7 +134,7 @@ def on_first(function: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def everyones(own: object) -> list:
+def all_gather_object(own: object) -> list:
     """What every rank holds, rank by rank."""
     if ranks() == 1:
         return [own]

@@ -61,12 +61,12 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
         ) from None
 
 
-def under_torchrun() -> bool:
+def is_torchrun_worker() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def ranks_to_be(otherwise: int = 1) -> int:
+def world_size_from_env(otherwise: int = 1) -> int:
     """Return how many ranks torchrun's environment speaks of, joined or not; without one, what is given."""
     return int(os.environ.get("WORLD_SIZE", otherwise))
 
@@ -76,14 +76,14 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def end_with_parent() -> None:
+def die_with_parent() -> None:
     """Has the system send SIGHUP to this process when torchrun, or whoever else asked for that, is killed.
 
     So no rank, and no cell of a table, trains on by itself. The signal may come several times, once for each thread of
     the parent's that ends.
     """
     parent = os.environ.pop(PARENT, "")  # not for processes that this one starts
-    if (under_torchrun() or parent) and sys.platform == "linux":
+    if (is_torchrun_worker() or parent) and sys.platform == "linux":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
     if parent and os.getppid() != int(parent):  # it was gone before the system was asked

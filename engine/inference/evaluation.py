@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.distributed import collectives
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from kernels.assemble import assemble_batch
 
 REPORTED_EVALUATIONS = 20
@@ -19,7 +19,7 @@ REPORTED_EVALUATIONS = 20
 
 @torch.no_grad()
 def class_logits(
-    network: Classifier, images: np.ndarray, device: torch.device, rows: int = 512
+    network: TwoHeadNetwork, images: np.ndarray, device: torch.device, rows: int = 512
 ) -> Iterator[tuple[slice, Tensor]]:
     """Logits of unaugmented images, in fp32, pass by pass.
 
@@ -38,7 +38,7 @@ def class_logits(
         yield passed, network(normalized(network, images[passed], device))[0].float()
 
 
-def normalized(network: Classifier, images: np.ndarray, device: torch.device) -> Tensor:
+def normalized(network: TwoHeadNetwork, images: np.ndarray, device: torch.device) -> Tensor:
     """(n, H, W, 3) uint8 to the network's (n, 3, H, W) input."""
     mean, std = (torch.tensor(levels, device=device) for levels in (network.mean, network.std))
     views = torch.from_numpy(np.ascontiguousarray(images)).to(device)
@@ -48,7 +48,9 @@ def normalized(network: Classifier, images: np.ndarray, device: torch.device) ->
     return rows.to(next(network.parameters()).dtype)
 
 
-def evaluate(network: Classifier, images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[float, float]:
+def evaluate(
+    network: TwoHeadNetwork, images: np.ndarray, labels: np.ndarray, device: torch.device
+) -> tuple[float, float]:
     """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
 
     Every rank classifies its share, the images r, r + R, ...

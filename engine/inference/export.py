@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engine.config.config import Config, config_json, parse_config
 from engine.errors import UserError, cannot_write
 from engine.models.build import make_network
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from pipelines.files import write_bytes
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
@@ -38,7 +38,7 @@ class Predictor(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: Classifier) -> None:
+    def __init__(self, network: TwoHeadNetwork) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(network.mean).view(3, 1, 1), persistent=False)
@@ -50,7 +50,7 @@ class Predictor(nn.Module):
 
 
 def export(
-    network: Classifier, config: Config, classes: tuple[str, ...], sides: tuple[int, int], to: str, path: Path
+    network: TwoHeadNetwork, config: Config, classes: tuple[str, ...], sides: tuple[int, int], to: str, path: Path
 ) -> None:
     """Writes a network; a file of that name is replaced as a whole.
 
@@ -77,7 +77,7 @@ def export(
         raise cannot_write(path, error) from error
 
 
-def _to_safetensors(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
+def _to_safetensors(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
     return safetensors_bytes(network, metadata)
 
 
@@ -88,19 +88,19 @@ def safetensors_bytes(network: nn.Module, metadata: dict[str, str] | None = None
     return save({name: value.contiguous() for name, value in network.state_dict().items()}, metadata)
 
 
-def _program(network: Classifier, sides: tuple[int, int]) -> Any:
+def _program(network: TwoHeadNetwork, sides: tuple[int, int]) -> Any:
     images = torch.zeros((_EXAMPLES, *sides, 3), dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
     return torch.export.export(Predictor(network).eval(), (images,), dynamic_shapes={"images": {0: batch}})
 
 
-def _to_torch(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
+def _to_torch(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
     file = io.BytesIO()  # torch aborts the process where a file cannot be written
     torch.export.save(_program(network, sides), file, extra_files={_METADATA: json.dumps(metadata)})
     return file.getvalue()
 
 
-def _to_onnx(network: Classifier, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
+def _to_onnx(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
     try:
         import onnx
         import onnxscript  # noqa: F401  what torch.onnx needs

@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from pipelines.decode import DecodeError, image_files, resized, rgb
 from pipelines.files import atomic_write
 
@@ -74,7 +74,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
 
 
 def classify(
-    network: Classifier, files: Sequence[Path], side: int, device: torch.device, batch: int
+    network: TwoHeadNetwork, files: Sequence[Path], side: int, device: torch.device, batch: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Class probabilities of image files, a batch in memory at a time.
 
@@ -94,7 +94,7 @@ def classify(
             yield from zip([path for path, _ in read], found, strict=True)
 
 
-def probabilities(network: Classifier, images: np.ndarray, device: torch.device) -> np.ndarray:
+def probabilities(network: TwoHeadNetwork, images: np.ndarray, device: torch.device) -> np.ndarray:
     """Class probabilities of (N, H, W, 3) uint8 images: (N, L) float32."""
     return np.concatenate([logits.softmax(-1).cpu().numpy() for _, logits in class_logits(network, images, device)])
 

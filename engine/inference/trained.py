@@ -11,7 +11,7 @@ import torch
 from engine.config.config import Config, load_config
 from engine.errors import UserError
 from engine.models.build import make_network
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from engine.runs import checkpoint
 from engine.runs.folder import read_classes
 from engine.training.execution import pick_device, set_numerics
@@ -33,7 +33,7 @@ class Trained:
     config: Config
     classes: tuple[str, ...]
     sides: tuple[int, int]
-    network: Classifier
+    network: TwoHeadNetwork
     device: torch.device
 
 

@@ -76,8 +76,8 @@ class TimedSteps:
         keep_freed_memory(chosen.device)
         feed = Feed(config, data, split, chosen)
         state = make_state(config, len(data.classes), chosen.device, data.sides)
-        execute = make_step(config, state, feed.rows, chosen, feed.example)
-        rows = len(feed.rows.views) * config.view_steps
+        execute = make_step(config, state, feed.layout, chosen, feed.example)
+        rows = len(feed.layout.views) * config.view_steps
         feed.begin(0, SyntheticViews(rows, data.sides, chosen.device) if views == "synthetic" else None)
         return cls(config, feed, state, execute)
 

@@ -137,9 +137,9 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[dict[str, Any]
     with recording as profiler, ranges.listening(opened), record_function(STEPS):
         run()
         if device.type == "cuda":
-            ranges.begin("wait for device")
+            ranges.enter("wait for device")
             torch.cuda.synchronize(device)
-        ranges.end()
+        ranges.leave()
         opened.finish()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

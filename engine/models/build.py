@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from engine.config.config import Config
-from engine.models.wide_resnet import Classifier, WideResNet
+from engine.models.wide_resnet import TwoHeadNetwork, WideResNet
 
 
 def make_network(
     config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32), trained: bool = False
-) -> Classifier:
+) -> TwoHeadNetwork:
     """The network of a configuration, at its initial weights, in training mode and channels-last.
 
     Args:
@@ -23,7 +23,7 @@ def make_network(
     Raises:
         UserError: see `Backbone`.
     """
-    network: Classifier
+    network: TwoHeadNetwork
     if backbone := config.backbone:
         from engine.models.timm_backbone import Backbone  # of an optional package
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError, unknown
-from engine.models.wide_resnet import Classifier, initialise_linear
+from engine.models.wide_resnet import TwoHeadNetwork, initialize_linear
 from pipelines.files import first_line
 
 
-class Backbone(Classifier):
+class Backbone(TwoHeadNetwork):
     """A model of timm without its own classifier, and two linear heads side by side.
 
     Args:
@@ -70,7 +70,7 @@ class Backbone(Classifier):
                 module.momentum = bn_momentum
         generator = torch.Generator().manual_seed(seed)
         for head in (self.head, self.rotation_head):
-            initialise_linear(head, generator)
+            initialize_linear(head, generator)
         data = timm.data.resolve_model_data_config(self.body)
         self.mean = tuple(255.0 * value for value in data["mean"])
         self.std = tuple(255.0 * value for value in data["std"])

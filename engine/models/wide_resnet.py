@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
         return carried + residual
 
 
-class Classifier(nn.Module):
+class TwoHeadNetwork(nn.Module):
     """A network with class and rotation logits, and what a step needs of it beside them.
 
     Attributes:
@@ -75,7 +75,7 @@ class Classifier(nn.Module):
             torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))
 
     @torch.no_grad()
-    def copy_running_statistics(self, other: Classifier) -> None:
+    def copy_running_statistics(self, other: TwoHeadNetwork) -> None:
         """Takes those of another network of the same kind."""
         if buffers := self._statistics():
             torch._foreach_copy_(buffers, other._statistics())
@@ -85,13 +85,13 @@ class Classifier(nn.Module):
         return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
 
 
-def initialise_linear(layer: nn.Linear, generator: torch.Generator) -> None:
+def initialize_linear(layer: nn.Linear, generator: torch.Generator) -> None:
     """Xavier's normal weights, no bias."""
     nn.init.xavier_normal_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
 
 
-class WideResNet(Classifier):
+class WideResNet(TwoHeadNetwork):
     """`scales` groups of `blocks` residual blocks of widths w, 2w, 4w, ..., global mean, two linear heads.
 
     In the names of Zagoruyko & Komodakis, WRN-depth-widen_factor: depth = scales * (2 * blocks + 1) + 1, widen_factor =
@@ -144,7 +144,7 @@ class WideResNet(Classifier):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
                 nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out), generator=generator)
             elif isinstance(module, nn.Linear):
-                initialise_linear(module, generator)
+                initialize_linear(module, generator)
 
     def forward(self, images: Tensor, track: bool = True, stats_rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Classifies images.

@@ -164,8 +164,8 @@ def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoin
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
             log.warning(f"{path} is not a checkpoint of this engine; trying the one before")
             continue
-        known_by = loaded["run"]
-        if any(known_by.get(name, value) != value for name, value in (run or {}).items()):
+        saved_identity = loaded["run"]
+        if any(saved_identity.get(name, value) != value for name, value in (run or {}).items()):
             log.warning(f"{path} is a checkpoint of another run; trying the one before")
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])

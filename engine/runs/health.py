@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.config.config import Config
 from kernels.guess import EPSILON
-from pipelines.cache import read_rows
+from pipelines.cache import take_images
 
 EVERY = 32  # steps between two looks, at least: a mean over fewer is mostly noise
 HOLD = 128  # steps over which all looks must see the same; p~(y) itself is the mean of so many
@@ -37,7 +37,7 @@ _LEAST_IMAGES, _MOST_IMAGES, _ROWS_AN_IMAGE = 64, 256, 200
 
 
 @dataclass(frozen=True)
-class Look:
+class Observation:
     """What is seen of a run at one moment.
 
     Attributes:
@@ -126,7 +126,7 @@ class Health:
         rows = (step - self._compared) * self.images_per_step
         return step >= self.ema_late and "ema" not in self._said and rows >= _ROWS_AN_IMAGE * self.images
 
-    def look(self, seen: Look) -> list[str]:
+    def check(self, seen: Observation) -> list[str]:
         """Looks at the run, and forgets the steps that were added before.
 
         Returns:
@@ -148,7 +148,7 @@ class Health:
             return [f"step {seen.step}: {text}"]
         return []
 
-    def _found(self, seen: Look, means: Mapping[str, float]) -> dict[str, str]:
+    def _found(self, seen: Observation, means: Mapping[str, float]) -> dict[str, str]:
         """What is wrong at this look, by its kind, causes before their results.
 
         Where guesses collapse, labels are not learned any more; where labels are not learned, guesses say nothing and
@@ -252,7 +252,7 @@ class Health:
             f"{p_data[worst]:.3f} and p~(y) {p_model[worst]:.3f}, a ratio of {ratio[worst]:.3g}; look at {advice}"
         )
 
-    def _ema_far(self, seen: Look) -> str:
+    def _ema_far(self, seen: Observation) -> str:
         """Whether what is evaluated is another network than what learns."""
         if seen.agreement is None or seen.step < self.ema_late:
             return ""
@@ -278,4 +278,4 @@ class Health:
 
 def compared_images(images: np.ndarray, count: int) -> np.ndarray:
     """So many images, evenly spaced, some more than once where there are fewer: (N, H, W, 3) to (count, H, W, 3)."""
-    return read_rows(images, np.linspace(0, len(images) - 1, count).astype(np.int64))
+    return take_images(images, np.linspace(0, len(images) - 1, count).astype(np.int64))

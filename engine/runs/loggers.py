@@ -78,7 +78,7 @@ def _logged(folder: Path, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _remember(folder: Path, name: str, **values: Any) -> None:
+def _update_state(folder: Path, name: str, **values: Any) -> None:
     known = {each: _logged(folder, each) for each in ("tensorboard", *_OPEN)}
     known[name] |= values
     write_text(folder / "logged.json", json.dumps({each: values for each, values in known.items() if values}) + "\n")
@@ -139,7 +139,7 @@ class Board:
             events.append(self._event(wall_time=row.time, step=row.step, summary=Summary(value=values)))
         self._write(events)
         if rows:
-            _remember(self._folder, "tensorboard", step=rows[-1].step)
+            _update_state(self._folder, "tensorboard", step=rows[-1].step)
             self._last = rows[-1].step
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -214,7 +214,7 @@ class Client:
                 last = rows.pop(0).step
         finally:
             if last:
-                _remember(self._folder, self._name, run=self._run, step=last)
+                _update_state(self._folder, self._name, run=self._run, step=last)
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -227,7 +227,7 @@ class Client:
 
     def _open(self) -> _Open:
         self._run = self._run or _logged(self._folder, self._name).get("run") or uuid.uuid4().hex[:8]
-        _remember(self._folder, self._name, run=self._run)
+        _update_state(self._folder, self._name, run=self._run)
         return _OPEN[self._name](self._folder.resolve(), self._run, dict(self._config))
 
     def _fail(self, what: str) -> None:

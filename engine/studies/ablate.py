@@ -32,7 +32,7 @@ from engine.measuring.markdown import table
 from engine.measuring.step_worker import StepWorker, take_turns
 from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
 from engine.studies.job_progress import trained_rows
-from engine.studies.paper_tables import FULL, Entry
+from engine.studies.paper_tables import REMIXMATCH, Entry
 from engine.training.execution import pick_device
 from pipelines.cache import set_data_dir
 from pipelines.files import write_text
@@ -79,7 +79,7 @@ class AblateOptions:
     """Make table and chart from rows in these files, which --collect wrote, here or of reproduce; run nothing."""
     collect: Path | None = None
     """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
-    training: reproduce.CellOptions = field(default_factory=reproduce.CellOptions)
+    training: reproduce.JobOptions = field(default_factory=reproduce.JobOptions)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
         paper_tables.TABLES["ablation"],
         rest[here + 1 :],
         options.seeds,
-        (FULL, *variants_of(options.axes)),
+        (REMIXMATCH, *variants_of(options.axes)),
         (name,),
         options.training.steps_scale,
     )
@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
     out = options.out or OUT / options.training.scaled(name)
     configs: dict[str, Config] = {}
     for entry in entries:
-        configs.setdefault(entry.row, entry.cell.config)
+        configs.setdefault(entry.row, entry.job.config)
     if len(configs) == 1:
         raise UserError(f"--axes {' '.join(options.axes)}: the preset is so already, which leaves nothing to compare")
     measured, failed = out / MEASURED, ""
@@ -161,9 +161,9 @@ def main(argv: Sequence[str]) -> None:
             costs, counts = (_known(rows, kind, configs) for kind in ("costs", "counts"))
         else:
             counts = {}
-            costs = _once(measured, configs, lambda row: time_step(configs[row], configs[FULL], options))
+            costs = _once(measured, configs, lambda row: time_step(configs[row], configs[REMIXMATCH], options))
             failed = "" if options.time_only else reproduce.train(entries, out, options.training)
-            found = table_results.look(out, entries)
+            found = table_results.read_statuses(out, entries)
         if options.count:
             counts |= {row: _counted(config) for row, config in configs.items() if row not in counts}
         write(name, entries, found, costs, counts, out, options)
@@ -205,7 +205,7 @@ def _known(rows: Sequence[records.Row], kind: str, configs: Mapping[str, Config]
     found = {
         row["cell"]: row
         for row in rows
-        if row["bench"] == "ablate" and row.get("kind") == kind and row["full"] == keys[FULL]
+        if row["bench"] == "ablate" and row.get("kind") == kind and row["full"] == keys[REMIXMATCH]
     }
     return {variant: found[key] for variant, key in keys.items() if key in found}
 
@@ -232,7 +232,7 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         device = pick_device(configs[variant])
         known[variant] = records.record(
             "ablate", device, kind="costs", preset=configs[variant].preset, variant=variant, cell=keys[variant],
-            full=keys[FULL], **figures,
+            full=keys[REMIXMATCH], **figures,
         )  # fmt: skip
         records.append(path, known[variant])
         print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
@@ -322,10 +322,10 @@ def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], 
     of_variant = {variant.name: variant for variant in variants}
     rows = []
     for entry in entries:
-        variant, each = of_variant[entry.row], found.get(entry.cell.digest)
+        variant, each = of_variant[entry.row], found.get(entry.job.digest)
         done = each.summary if each and each.state == "done" else {}
         rows.append({
-            "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.cell.digest,
+            "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.job.digest,
             "error_median": 100 - done["median_last_20"] if done else "",
             "error_last": 100 - done["test_accuracy"] if done else "",
             "steps": done.get("steps", ""), "train_seconds": done.get("train_seconds", ""),
@@ -388,4 +388,4 @@ def _shown_price(variant: AblationRow) -> str:
     """A price, in brackets where the difference may be none; empty where there is no price."""
     if variant.price is None or variant.line.to_full is None:
         return ""
-    return f"{variant.price:.2f}" if variant.line.to_full.told else f"({variant.price:.2f})"
+    return f"{variant.price:.2f}" if variant.line.to_full.significant else f"({variant.price:.2f})"

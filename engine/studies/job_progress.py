@@ -1,4 +1,4 @@
-"""How far the cells of a table are, and how long they will take: by those that are done, or on a GPU as predicted."""
+"""How far the jobs of a table are, and how long they will take: by those that are done, or on a GPU as predicted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from engine.config.config import Config
 from engine.config.methods import ablate, with_method
 from engine.config.presets import PRESETS
 from engine.studies.jobs import STATES, Status
-from engine.studies.paper_tables import FULL, Entry
+from engine.studies.paper_tables import REMIXMATCH, Entry
 
 
 class Progress:
-    """The states of all cells: a table that changes on a terminal, a line for each change elsewhere.
+    """The states of all jobs: a table that changes on a terminal, a line for each change elsewhere.
 
     Args:
-        entries: all cells.
+        entries: all jobs.
         workers: of this process, for the time left.
         live: whether states will come again and again.
     """
@@ -43,7 +43,7 @@ class Progress:
             self._live.stop()
 
     def __call__(self, statuses: Sequence[Status]) -> None:
-        """Takes the states of all cells."""
+        """Takes the states of all jobs."""
         if self._live:
             self._live.update(self._grid(statuses), refresh=True)
             return
@@ -51,18 +51,18 @@ class Progress:
         for number, (entry, each) in enumerate(zip(self._entries, statuses, strict=True)):
             known = self._shown[number] if self._shown else ("waiting", "")
             if states[number] != known:
-                words = f"{entry.cell.name}: {self._words(entry, each)}"
+                words = f"{entry.job.name}: {self._words(entry, each)}"
                 print(f"[{counts(statuses)}] {words}{self._left(statuses)}", flush=True)
         self._shown = states
 
     def print_all(self, statuses: Sequence[Status]) -> None:
-        """Prints the state of every cell."""
+        """Prints the state of every job."""
         for entry, each in zip(self._entries, statuses, strict=True):
-            print(f"{entry.cell.name}: {self._words(entry, each)}")
+            print(f"{entry.job.name}: {self._words(entry, each)}")
         print(f"{counts(statuses)}{self._left(statuses)}")
 
     def _words(self, entry: Entry, each: Status) -> str:
-        steps = entry.cell.config.steps
+        steps = entry.job.config.steps
         if each.state == "done":
             median, last = (100 - each.summary[name] for name in ("median_last_20", "test_accuracy"))
             return f"done, error {median:.2f} % (median of last 20), {last:.2f} % (last)"
@@ -71,7 +71,7 @@ class Progress:
         return f"{each.state}{where}{step}" + (f": {each.reason}" if each.reason else "")
 
     def _left(self, statuses: Sequence[Status]) -> str:
-        seconds = time_left([entry.cell.config for entry in self._entries], statuses, self._workers)
+        seconds = time_left([entry.job.config for entry in self._entries], statuses, self._workers)
         return "" if seconds is None or not seconds else f"; about {duration(seconds)} left"
 
     def _grid(self, statuses: Sequence[Status]) -> Grid:
@@ -85,14 +85,14 @@ class Progress:
         room = max(self._console.height - 8, 4)
         for number in sorted(order[:room]):
             entry, each = self._entries[number], statuses[number]
-            grid.add_row(escape(entry.cell.name), escape(self._words(entry, each)))
+            grid.add_row(escape(entry.job.name), escape(self._words(entry, each)))
         if len(order) > room:
             grid.add_row(f"and {len(order) - room} more", "")
         return grid
 
 
 def counts(statuses: Sequence[Status]) -> str:
-    """How many cells are in each state, in words."""
+    """How many jobs are in each state, in words."""
     found = [each.state for each in statuses]
     return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
 
@@ -114,12 +114,12 @@ def trained_rows(config: Config) -> int:
 
 
 def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:
-    """Seconds until all cells are done, by those that are: a row trained takes as long as before; None without any.
+    """Seconds until all jobs are done, by those that are: a row trained takes as long as before; None without any.
 
     Args:
-        configs: of the cells.
+        configs: of the jobs.
         statuses: theirs.
-        workers: of this process; if more cells run, others are at work too.
+        workers: of this process; if more jobs run, others are at work too.
     """
     seconds = work_done = left = 0.0
     for config, each in zip(configs, statuses, strict=True):
@@ -153,11 +153,11 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
     known: dict[str, dict[int, float]] = {}  # milliseconds a step by method and trained rows; a newer row counts
     for row in rows:
         if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
-            counted = with_method(PRESETS[row["preset"]], row.get("method", FULL))
+            counted = with_method(PRESETS[row["preset"]], row.get("method", REMIXMATCH))
             counted = ablate(counted, row["ablate"]) if "ablate" in row else counted
             counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
             known.setdefault(counted.method, {})[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
-    full = known.get(FULL, {})
+    full = known.get(REMIXMATCH, {})
     if len(full) < 2:
         return None
     slope = (full[max(full)] - full[min(full)]) / (max(full) - min(full))
@@ -168,19 +168,19 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
 
 
 def print_plan(entries: Sequence[Entry]) -> None:
-    """Prints the cells in their order, with what they are predicted to take."""
+    """Prints the jobs in their order, with what they are predicted to take."""
     from engine.measuring import records
 
     rows = records.read(records.RESULTS / "count.jsonl")
     total, unknown = 0.0, 0
     for entry in entries:
-        config = entry.cell.config
+        config = entry.job.config
         hours = predicted_hours(config, "h100", rows)
         total += hours or 0.0
         unknown += hours is None
         words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
-        print(f"{entry.cell.name}: {config.steps:,} steps of {trained_rows(config):,} rows, {words}")
+        print(f"{entry.job.name}: {config.steps:,} steps of {trained_rows(config):,} rows, {words}")
     print(
-        f"{len(entries)} cells; {total:.1f} H100 hours, predicted from `remixmatch bench count`, not measured, without "
+        f"{len(entries)} jobs; {total:.1f} H100 hours, predicted from `remixmatch bench count`, not measured, without "
         f"evaluations" + (f"; no prediction for {unknown} of them" if unknown else "")
     )

@@ -1,13 +1,13 @@
 """Many runs in one folder, trained by any number of workers, on one machine or on several that share the folder.
 
-A cell is one run. Its folder is named by a hash of its configuration, and holds, beside what every run has (see
+A job is one run. Its folder is named by a hash of its configuration, and holds, beside what every run has (see
 `engine.run`):
 
     claims/1.json, claims/2.json, ...   who has worked on it, one after another; the last one counts
     log.txt                             what the run has printed
     failed.json                         why it failed, until it is tried again
 
-A cell is done once its summary.json is there. Whoever creates the next file in `claims` owns the cell, until its claim
+A job is done once its summary.json is there. Whoever creates the next file in `claims` owns the job, until its claim
 says that it was released, or is stale. Claims are never removed, so of two that take over the same stale claim exactly
 one succeeds, however late the other comes: it asks for a name that is taken.
 """
@@ -53,7 +53,7 @@ _CUT_OFF = {code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) fo
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields that make two configurations two cells.
+    """The fields that make two configurations two jobs.
 
     Those that differ from the defaults of `Config` only: a field that a later version adds, with a default that leaves
     everything as it was, does not make weeks of finished runs unknown.
@@ -68,13 +68,13 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """A hash of what makes a configuration a cell of its own."""
+    """A hash of what makes a configuration a job of its own."""
     content = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:_HASH_DIGITS]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One run to be done.
 
     Attributes:
@@ -98,12 +98,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a cell from its folder.
+    """What is known of a job from its folder.
 
     Attributes:
         state: waiting is also what was begun and cut off.
         step: trained, as far as has been logged.
-        summary: of a cell that is done.
+        summary: of a job that is done.
         reason: why it failed.
         host: of who works on it, or did last.
         commit: of the engine that worked on it last; "" if nobody did.
@@ -140,7 +140,7 @@ def started(pid: int) -> int:
 
 
 def newest_claim(folder: Path) -> Path | None:
-    """The claim of a cell's folder that counts."""
+    """The claim of a job's folder that counts."""
     try:
         numbers = [int(name.removesuffix(".json")) for name in os.listdir(folder / "claims") if name[:-5].isdecimal()]
     except OSError:
@@ -149,7 +149,7 @@ def newest_claim(folder: Path) -> Path | None:
 
 
 class Claim:
-    """A cell's folder that this process has claimed.
+    """A job's folder that this process has claimed.
 
     Args:
         path: of its file, which is there.
@@ -161,7 +161,7 @@ class Claim:
         self._next = path.with_name(f"{int(path.stem) + 1}.json")
 
     def child(self, pid: int) -> None:
-        """Notes the process that trains: while it lives the cell is not free, even if this process is gone."""
+        """Notes the process that trains: while it lives the job is not free, even if this process is gone."""
         self._write(child=[pid, started(pid)])
 
     def renew(self) -> None:
@@ -169,11 +169,11 @@ class Claim:
         os.utime(self.path)
 
     def lost(self) -> bool:
-        """Whether somebody else took this process for dead and has the cell now."""
+        """Whether somebody else took this process for dead and has the job now."""
         return self._next.exists()
 
     def release(self) -> None:
-        """Leaves the cell to others."""
+        """Leaves the job to others."""
         self._write(released=True)
 
     def _write(self, **values: Any) -> None:
@@ -182,10 +182,10 @@ class Claim:
 
 
 def claim(folder: Path, commit: str = "") -> Claim | None:
-    """Claims a cell's folder, which is made if missing; None if somebody has it.
+    """Claims a job's folder, which is made if missing; None if somebody has it.
 
     Args:
-        folder: of the cell.
+        folder: of the job.
         commit: of the engine that will work on it, for the record.
     """
     (folder / "claims").mkdir(parents=True, exist_ok=True)
@@ -239,9 +239,9 @@ def _now(folder: Path) -> float:
 # What a folder tells
 
 
-def status(root: Path, cell: Cell) -> Status:
-    """What is known of a cell, by its folder in `root` alone."""
-    folder = root / cell.name
+def status(root: Path, job: Job) -> Status:
+    """What is known of a job, by its folder in `root` alone."""
+    folder = root / job.name
     newest = newest_claim(folder)
     content = read_json(newest) if newest else {}
     known = {"host": content.get("host", ""), "commit": content.get("commit", "")}
@@ -249,12 +249,12 @@ def status(root: Path, cell: Cell) -> Status:
         begun = load_config(folder / "config.json") if (folder / "config.json").exists() else None
     except UserError as error:
         return Status("failed", reason=f"{error}; move the folder away", **known)
-    if begun and digest(begun) != cell.digest:
-        differing = changed_fields(begun, cell.config, ignored=PLACE)
+    if begun and digest(begun) != job.digest:
+        differing = changed_fields(begun, job.config, ignored=PLACE)
         reason = f"{folder} holds another configuration ({'; '.join(differing)}): move the folder away"
         return Status("failed", reason=reason, **known)
-    if begun and (summary := read_json(folder / "summary.json")) and summary.get("steps") == cell.config.steps:
-        return Status("done", cell.config.steps, summary, **known)
+    if begun and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:
+        return Status("done", job.config.steps, summary, **known)
     step = last_step(folder / "metrics.jsonl")
     if newest and not claimable(newest):
         return Status("running", step, **known)
@@ -281,10 +281,10 @@ def tail(path: Path) -> list[str]:
         return []
 
 
-def forget_failures(root: Path, cells: Sequence[Cell]) -> None:
-    """Lets failed cells be tried again; what was known of each failure stays under another name."""
-    for cell in cells:
-        folder = root / cell.name
+def forget_failures(root: Path, jobs: Sequence[Job]) -> None:
+    """Lets failed jobs be tried again; what was known of each failure stays under another name."""
+    for job in jobs:
+        folder = root / job.name
         newest = newest_claim(folder)
         if newest and claimable(newest):
             with contextlib.suppress(FileNotFoundError):  # somebody else did
@@ -308,27 +308,27 @@ class Stop(StopRequest):
 
 def work(
     root: Path,
-    cells: Sequence[Cell],
+    jobs: Sequence[Job],
     environments: Sequence[Mapping[str, str]],
     commit: str,
     stop: Stop,
     show: Callable[[Sequence[Status]], None] = lambda statuses: None,
 ) -> list[Status]:
-    """Trains cells until none is left that is free, each in a process of its own.
+    """Trains jobs until none is left that is free, each in a process of its own.
 
-    Failures are kept in the cells' folders and stop nothing else. A cell that another machine seems to work on is
+    Failures are kept in the jobs' folders and stop nothing else. A job that another machine seems to work on is
     waited for until that one gives a sign of life or its claim is stale.
 
     Args:
-        root: holds the folders of the cells.
-        cells: in the order in which they are begun.
+        root: holds the folders of the jobs.
+        jobs: in the order in which they are begun.
         environments: one for each worker: variables that its processes have beside this one's.
         commit: of the engine, for the record.
-        stop: ends the work: running cells save their step, and are resumed by the next worker.
-        show: called every half second with the states of all cells, and once at the end.
+        stop: ends the work: running jobs save their step, and are resumed by the next worker.
+        show: called every half second with the states of all jobs, and once at the end.
 
     Returns:
-        The states of all cells.
+        The states of all jobs.
 
     Raises:
         OSError: the folder cannot be written.
@@ -338,13 +338,13 @@ def work(
     finished: dict[str, Status] = {}
 
     def look() -> list[Status]:
-        for cell in cells:
-            if cell.name not in finished and (found := status(root, cell)).state == "done":
-                finished[cell.name] = found
-        return [finished.get(cell.name) or status(root, cell) for cell in cells]
+        for job in jobs:
+            if job.name not in finished and (found := status(root, job)).state == "done":
+                finished[job.name] = found
+        return [finished.get(job.name) or status(root, job) for job in jobs]
 
     with stop.listening(), ThreadPoolExecutor(len(environments), "worker") as pool:
-        workers = [pool.submit(_worker, root, cells, each, commit, stop, tried) for each in environments]
+        workers = [pool.submit(_worker, root, jobs, each, commit, stop, tried) for each in environments]
         try:
             while not all(each.done() for each in workers):
                 if any(each.done() and each.exception() for each in workers):
@@ -363,42 +363,42 @@ def work(
 
 
 def _worker(
-    root: Path, cells: Sequence[Cell], environment: Mapping[str, str], commit: str, stop: Stop, tried: set[str]
+    root: Path, jobs: Sequence[Job], environment: Mapping[str, str], commit: str, stop: Stop, tried: set[str]
 ) -> None:
-    """Takes one cell after another."""
+    """Takes one job after another."""
     seen: dict[Path, float] = {}  # claims of other machines, and when they last gave a sign of life
     while not stop.number:
-        for cell in cells:
-            if cell.name in tried or status(root, cell).state != "waiting":
+        for job in jobs:
+            if job.name in tried or status(root, job).state != "waiting":
                 continue
-            owned = claim(root / cell.name, commit)
+            owned = claim(root / job.name, commit)
             if owned is None:
                 continue
-            tried.add(cell.name)
+            tried.add(job.name)
             try:
                 # it may have been done between the look and the claim
-                if _free(root, cell):
-                    _train(root / cell.name, cell, owned, environment, stop)
+                if _free(root, job):
+                    _train(root / job.name, job, owned, environment, stop)
             finally:
                 if not owned.lost():
                     owned.release()
             break
         else:
-            if not _undecided(root, cells, seen):
+            if not _undecided(root, jobs, seen):
                 return
             stop.wait(1.0)
 
 
-def _free(root: Path, cell: Cell) -> bool:
-    folder = root / cell.name
-    return not (folder / "failed.json").exists() and status(root, cell).state != "done"
+def _free(root: Path, job: Job) -> bool:
+    folder = root / job.name
+    return not (folder / "failed.json").exists() and status(root, job).state != "done"
 
 
-def _undecided(root: Path, cells: Sequence[Cell], seen: dict[Path, float]) -> bool:
+def _undecided(root: Path, jobs: Sequence[Job], seen: dict[Path, float]) -> bool:
     """Whether a claim of another machine may still turn out to be stale: it gave no sign of life since first seen."""
-    for cell in cells:
-        newest = newest_claim(root / cell.name)
-        if newest and read_json(newest).get("machine") != machine() and status(root, cell).state == "running":
+    for job in jobs:
+        newest = newest_claim(root / job.name)
+        if newest and read_json(newest).get("machine") != machine() and status(root, job).state == "running":
             changed = newest.stat().st_mtime
             if changed <= seen.setdefault(newest, changed):
                 return True
@@ -406,23 +406,23 @@ def _undecided(root: Path, cells: Sequence[Cell], seen: dict[Path, float]) -> bo
 
 
 def train_command(folder: Path, config: Config) -> list[str]:
-    """What trains the run whose config.json is in the folder: the run is exactly the cell, however it was begun."""
+    """What trains the run whose config.json is in the folder: the run is exactly the job, however it was begun."""
     return [sys.executable, "-m", "engine", "train", config.preset, "--out", str(folder), "--resume", "--quiet"]
 
 
-def _train(folder: Path, cell: Cell, owned: Claim, environment: Mapping[str, str], stop: Stop) -> None:
-    """Trains a claimed cell in a process of its own, up to its end or until `stop` asks for the end."""
+def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str], stop: Stop) -> None:
+    """Trains a claimed job in a process of its own, up to its end or until `stop` asks for the end."""
     begun = folder / "config.json"
     if not begun.exists():
-        write_text(begun, config_json(cell.config))
+        write_text(begun, config_json(job.config))
     variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[2]), PARENT: str(os.getpid())}
     with (folder / "log.txt").open("ab") as log:
         # written by the file's own handle: a run that resumes adds to what was said before
-        code = _attend(train_command(folder, cell.config), {**variables, **environment}, log, owned, stop)
+        code = _attend(train_command(folder, job.config), {**variables, **environment}, log, owned, stop)
     if code is None or (stop.number and code) or code in _CUT_OFF:
         return
     newest = read_json(folder / "summary.json")
-    if code == 0 and newest.get("steps") == cell.config.steps:
+    if code == 0 and newest.get("steps") == job.config.steps:
         return
     said = [line for line in tail(folder / "log.txt") if line.strip()][-TAIL_LINES:]
     why = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"

@@ -1,6 +1,6 @@
-"""What the tables of `remixmatch reproduce` have: their cells, in order, and the papers' figures for them.
+"""What the tables of `remixmatch reproduce` have: their jobs, in order, and the papers' figures for them.
 
-Each run is a cell (see `engine.studies.jobs`). Those that say the most come first: one seed of everything before the
+Each run is a job (see `engine.studies.jobs`). Those that say the most come first: one seed of everything before the
 second of anything.
 """
 
@@ -19,10 +19,10 @@ from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, Figure, preset
 from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
-from engine.studies.jobs import Cell
+from engine.studies.jobs import Job
 from pipelines.cache import DataSet
 
-FULL = "remixmatch"
+REMIXMATCH = "remixmatch"
 # by --steps-scale
 SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
 _NO_SEED = -1  # which no flag can be equal to
@@ -53,22 +53,22 @@ TABLES = {
     "cifar10": PaperTable(
         "CIFAR-10 with 250, 1 000 and 4 000 labels, and baselines",
         ("cifar10-250", "cifar10-1000", "cifar10-4000"),
-        (FULL, *BASELINES),
+        (REMIXMATCH, *BASELINES),
     ),
     "svhn": PaperTable(
         "SVHN with 250, 1 000 and 4 000 labels, and baselines",
         ("svhn-250", "svhn-1000", "svhn-4000"),
-        (FULL, *BASELINES),
+        (REMIXMATCH, *BASELINES),
     ),
-    "stl10": PaperTable("STL-10 with 1 000 labels, K = 4 and 1", ("stl10-1000", "stl10-1000-k1"), (FULL,)),
+    "stl10": PaperTable("STL-10 with 1 000 labels, K = 4 and 1", ("stl10-1000", "stl10-1000-k1"), (REMIXMATCH,)),
     "few-labels": PaperTable(
-        "CIFAR-10 and SVHN with 40 labels", ("cifar10-40", "svhn-40", "svhn-extra-40"), (FULL,)
+        "CIFAR-10 and SVHN with 40 labels", ("cifar10-40", "svhn-40", "svhn-extra-40"), (REMIXMATCH,)
     ),
     # the authors' scripts take split 3
     "ablation": PaperTable(
         "ReMixMatch less one part at a time, CIFAR-10 with 250 labels",
         ("cifar10-250",),
-        (FULL, *ABLATIONS),
+        (REMIXMATCH, *ABLATIONS),
         (3,),
         "ablation",
     ),
@@ -83,7 +83,7 @@ TABLES = {
 _PAPER = "ReMixMatch (arXiv 1911.09785)"
 # test errors in percent, by preset and row
 FIGURES: dict[tuple[str, str], Figure] = {
-    **{(name, FULL): figure for name, figure in PUBLISHED.items()},
+    **{(name, REMIXMATCH): figure for name, figure in PUBLISHED.items()},
     **{
         (f"{data}-{labels}", "mixmatch"): Figure(error, None, f"{_PAPER}, table 1")
         for data, errors in {"cifar10": (11.08, 7.75, 6.24), "svhn": (3.78, 3.27, 2.89)}.items()
@@ -94,7 +94,7 @@ FIGURES: dict[tuple[str, str], Figure] = {
 ABLATION_FIGURES: dict[tuple[str, str], Figure] = {
     ("cifar10-250", name): Figure(error, None, f"{_PAPER}, section 4.3")
     for name, error in {
-        FULL: 5.94, "k=1": 7.32, "k=2": 6.74, "k=4": 6.21, "k=16": 5.93, "no-rotation": 6.08, "no-premixup": 6.66,
+        REMIXMATCH: 5.94, "k=1": 7.32, "k=2": 6.74, "k=4": 6.21, "k=16": 5.93, "no-rotation": 6.08, "no-premixup": 6.66,
         "no-alignment": 7.28, "l2": 17.28, "no-strong": 12.51, "no-weak": 29.36,
     }.items()
 }  # fmt: skip
@@ -108,28 +108,28 @@ def papers_difference(row: str, k: int) -> float | None:
         k: K of the full method that it is compared with: the paper has other ablations at K = 8 alone.
     """
     errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
-    errors["k=8"] = errors[FULL]
-    beside = f"k={k}" if row.startswith("k=") else FULL
-    return errors[row] - errors[beside] if row != FULL and row in errors and beside in errors else None
+    errors["k=8"] = errors[REMIXMATCH]
+    beside = f"k={k}" if row.startswith("k=") else REMIXMATCH
+    return errors[row] - errors[beside] if row != REMIXMATCH and row in errors and beside in errors else None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell and its place in a table.
+    """A job and its place in a table.
 
     Attributes:
         row: method or ablation.
         preset: column.
         seed: of the run.
         base: the configuration that the table has there, before --steps-scale and flags after `--`.
-        cell: what is run.
+        job: what is run.
     """
 
     row: str
     preset: str
     seed: int
     base: Config
-    cell: Cell
+    job: Job
 
 
 def make_entries(
@@ -140,23 +140,23 @@ def make_entries(
     presets: Sequence[str] = (),
     steps_scale: float = 1.0,
 ) -> list[Entry]:
-    """The cells of a table, in the order in which they are begun: seed by seed, the full method first.
+    """The jobs of a table, in the order in which they are begun: seed by seed, the full method first.
 
     Args:
         table: what it has.
-        flags: of `remixmatch train`, for every cell.
+        flags: of `remixmatch train`, for every job.
         seeds, rows, presets: by default the table's.
         steps_scale: see `scaled`.
 
     Raises:
-        UserError: there is no such row; a cell's configuration cannot work; flags make two cells equal.
+        UserError: there is no such row; a job's configuration cannot work; flags make two jobs equal.
     """
-    allowed = METHODS if table.kind == "method" else {FULL: {}, **ABLATIONS}
+    allowed = METHODS if table.kind == "method" else {REMIXMATCH: {}, **ABLATIONS}
     rows = rows or table.rows
     for row in rows:
         if row not in allowed:
             raise UserError(f"--methods: {unknown(table.kind, row, allowed)}")
-    rows = tuple(sorted(rows, key=lambda row: row != FULL))
+    rows = tuple(sorted(rows, key=lambda row: row != REMIXMATCH))
     entries = []
     for seed in seeds or table.seeds:
         for row in rows:
@@ -165,7 +165,7 @@ def make_entries(
                 base = whole
                 if table.kind == "method":
                     base = with_method(whole, row)
-                elif row != FULL:
+                elif row != REMIXMATCH:
                     base = ablate(whole, row)
                     if base == whole:  # K as the preset has it
                         continue
@@ -177,9 +177,9 @@ def make_entries(
                     validate(config)
                 except UserError as error:
                     raise UserError(f"{label}: {error}") from None
-                entries.append(Entry(row, name, seed, base, Cell(label, config)))
+                entries.append(Entry(row, name, seed, base, Job(label, config)))
     if not entries:
-        raise UserError("no cell is left: every ablation given is how the preset is")
+        raise UserError("no job is left: every ablation given is how the preset is")
     _check_different(entries)
     return entries
 
@@ -187,10 +187,10 @@ def make_entries(
 def _check_different(entries: Sequence[Entry]) -> None:
     seen: dict[str, Entry] = {}
     for entry in entries:
-        other = seen.setdefault(entry.cell.digest, entry)
+        other = seen.setdefault(entry.job.digest, entry)
         if other is not entry:
             raise UserError(
-                f"{other.cell.label} and {entry.cell.label} are one configuration: leave out one of them, or the flag "
+                f"{other.job.label} and {entry.job.label} are one configuration: leave out one of them, or the flag "
                 "after -- that makes them equal"
             )
 
@@ -200,7 +200,7 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
     """A configuration, without its seed, with flags of `remixmatch train`.
 
     Raises:
-        UserError: a flag that is not one of a cell's settings.
+        UserError: a flag that is not one of a job's settings.
     """
     if not flags:
         return config
@@ -209,9 +209,9 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
     for group in ("folder", "ablations", "source", "ranks"):
         for name, value in vars(getattr(options, group)).items():
             if value != getattr(getattr(shared, group), name):
-                raise UserError(f"--{name.replace('_', '-')} after -- is not a setting that all cells can share")
+                raise UserError(f"--{name.replace('_', '-')} after -- is not a setting that all jobs can share")
     for name in changes(config, options.config).keys() & {"method", "seed"}:
-        raise UserError(f"--{name} after -- is not a setting that all cells can share")
+        raise UserError(f"--{name} after -- is not a setting that all jobs can share")
     return options.config
 
 
@@ -238,23 +238,23 @@ def scaled(config: Config, scale: float) -> Config:
 
 
 def needs_data(entries: Sequence[Entry]) -> bool:
-    """Whether the data decide what a cell is."""
-    return any(entry.cell.config.network == "auto" or entry.cell.config.max_shift < 0 for entry in entries)
+    """Whether the data decide what a job is."""
+    return any(entry.job.config.network == "auto" or entry.job.config.max_shift < 0 for entry in entries)
 
 
 def with_data(entries: Sequence[Entry]) -> list[Entry]:
-    """The cells with what depends on their images.
+    """The jobs with what depends on their images.
 
     Raises:
-        UserError: a data set is missing, or does not have what a cell asks for.
+        UserError: a data set is missing, or does not have what a job asks for.
     """
     opened: dict[str, DataSet] = {}
     found = []
     for entry in entries:
         try:
-            setup = setup_run(entry.cell.config, data=opened.get(entry.cell.config.dataset))
+            setup = setup_run(entry.job.config, data=opened.get(entry.job.config.dataset))
         except UserError as error:
-            raise UserError(f"{entry.cell.label}: {error}") from None
+            raise UserError(f"{entry.job.label}: {error}") from None
         opened[setup.config.dataset] = setup.data
-        found.append(dataclasses.replace(entry, cell=dataclasses.replace(entry.cell, config=setup.config)))
+        found.append(dataclasses.replace(entry, job=dataclasses.replace(entry.job, config=setup.config)))
     return found

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import torch
 
 from engine import run
-from engine.commands.main import guarded
+from engine.commands.main import run_with_exit_codes
 from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
 from engine.commands.parsing import usage_is_all
 from engine.config import presets
@@ -107,13 +107,13 @@ def main(argv: Sequence[str]) -> None:
     options = parse_profile(argv)
     _check(options)
     set_data_dir(options.source.data_dir)
-    launch.end_with_parent()
+    launch.die_with_parent()
 
     def set_up() -> RunSetup:
-        ranks = launch.ranks_to_be(options.ranks.gpus)
+        ranks = launch.world_size_from_env(options.ranks.gpus)
         return setup_run(options.config, ranks=ranks, class_prior=options.source.class_prior)
 
-    setup = None if launch.under_torchrun() else set_up()
+    setup = None if launch.is_torchrun_worker() else set_up()
     device = pick_device(setup.config if setup else options.config)
     nvtx = options.others["profiling"].nvtx
     if nvtx and device.type != "cuda":
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         if nvtx:
             _mark_for_nsys(setup, warm_up)
         else:
-            _profile(setup, warm_up, collectives.on_first(lambda: _folder(options)), argv)
+            _profile(setup, warm_up, collectives.run_on_rank_0(lambda: _folder(options)), argv)
     except RuntimeError as error:
         if lost := collectives.lost(error):
             raise lost from error
@@ -221,7 +221,7 @@ def _mark_for_nsys(setup: RunSetup, warm_up: int) -> None:
         with torch.cuda.nvtx.range(STEPS), ranges.listening(opened):
             _advance(trainer, steps)
             torch.cuda.synchronize()
-            ranges.end()
+            ranges.leave()
             opened.finish()
         torch.cuda.profiler.stop()
     print(f"{steps} steps with NVTX ranges between cudaProfilerStart and cudaProfilerStop")
@@ -238,8 +238,8 @@ def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
             if pick_device(setup.config).type == "cuda":
                 memory_file = files.enter_context(atomic_write(folder / MEMORY.format(rank)))
             found = _measure(setup, warm_up, trace_file, memory_file)
-            every = collectives.everyones(found["step_ms"])
-        collectives.everyones(None)  # rank 0's file is last, and says that all are there
+            every = collectives.all_gather_object(found["step_ms"])
+        collectives.all_gather_object(None)  # rank 0's file is last, and says that all are there
         if rank == 0:
             found |= {"ranks": len(every), "ranks_step_ms": every}
             row = records.record("profile", found.pop("torch_device"), **found)
@@ -345,7 +345,7 @@ def _mark_seconds() -> float:
             pass
         return (time.perf_counter() - begin) / _MARKS
 
-    rounds = in_turns({"mark": lambda: called(ranges.begin), "loop": looped}, 5)
+    rounds = in_turns({"mark": lambda: called(ranges.enter), "loop": looped}, 5)
     return median(each["mark"] - each["loop"] for each in rounds)
 
 
@@ -461,4 +461,4 @@ def _device_words(row: Mapping[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv.insert(1, "profile")  # the result gives the command as an installed engine has it
-    guarded(main, sys.argv[2:])
+    run_with_exit_codes(main, sys.argv[2:])

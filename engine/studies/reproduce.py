@@ -1,6 +1,6 @@
 """`remixmatch reproduce TABLE`: a table of the paper, from runs over methods or ablations, presets and seeds.
 
-Each run is a cell (see `engine.studies.jobs`), so that a table can be interrupted, gone on with, and shared among GPUs,
+Each run is a job (see `engine.studies.jobs`), so that a table can be interrupted, gone on with, and shared among GPUs,
 machines and jobs of Slurm.
 """
 
@@ -24,16 +24,16 @@ from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
-from engine.studies.table_results import collect, collected, look, write_tables
+from engine.studies.table_results import collect, collected, read_statuses, write_tables
 from pipelines.cache import set_data_dir
 
 OUT = Path("runs") / "reproduce"
-SAVE_SECONDS = 60  # that running cells get to save their step when a job's time is over
+SAVE_SECONDS = 60  # that running jobs get to save their step when a job's time is over
 
 
 @dataclass(frozen=True)
-class CellOptions:
-    """How cells are trained."""
+class JobOptions:
+    """How jobs are trained."""
 
     steps_scale: float = 1.0
     """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
@@ -43,7 +43,7 @@ class CellOptions:
     workers: int = 0
     """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
     retry: bool = False
-    """Try cells again that failed."""
+    """Try jobs again that failed."""
 
     def check(self) -> None:
         """Raise UserError where a flag cannot work."""
@@ -53,15 +53,15 @@ class CellOptions:
             raise UserError(f"--workers must be at least 0, got {self.workers}")
 
     def scaled(self, name: str) -> str:
-        """The name of a folder of cells, which says how they are scaled."""
+        """The name of a folder of jobs, which says how they are scaled."""
         return name if self.steps_scale == 1 else f"{name}-steps{self.steps_scale:g}"
 
 
 @dataclass
 class ReproduceOptions:
-    """Trains the cells of a table that are not done, and writes table.md and table.json.
+    """Trains the jobs of a table that are not done, and writes table.md and table.json.
 
-    Flags of `remixmatch train` after `--` change every cell, as in: remixmatch reproduce digits -- --width 8"""
+    Flags of `remixmatch train` after `--` change every job, as in: remixmatch reproduce digits -- --width 8"""
 
     seeds: tuple[int, ...] = ()
     """Seeds, each a label split and initial weights; by default those of the table."""
@@ -70,41 +70,41 @@ class ReproduceOptions:
     preset: tuple[str, ...] = ()
     """Presets, in place of the table's."""
     out: Path | None = None
-    """Folder of the cells and the table; by default runs/reproduce/TABLE. May be shared by several machines."""
+    """Folder of the jobs and the table; by default runs/reproduce/TABLE. May be shared by several machines."""
     plan: bool = False
-    """Print the cells in their order with predicted times, and run nothing."""
+    """Print the jobs in their order with predicted times, and run nothing."""
     status: bool = False
-    """Print the state of every cell, and run nothing."""
+    """Print the state of every job, and run nothing."""
     tables: bool = False
     """Write table.md and table.json from what is done, and run nothing."""
     rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
     """Make the table from rows in these files, written by --collect, instead of folders; run nothing."""
     collect: Path | None = None
-    """Add a row to this file for every cell that is done and not in it, and run nothing."""
+    """Add a row to this file for every job that is done and not in it, and run nothing."""
     submit: Literal["no", "slurm", "local"] = "no"
     """Have submitit start --workers jobs of one worker each: on Slurm, or on this machine to try it out."""
     partition: str = ""
     """Of Slurm."""
     gpus: int = 1
-    """GPUs of a job: 1, or 0 for cells on CPUs."""
+    """GPUs of a job: 1, or 0 for jobs on CPUs."""
     cpus: int = 8
     """CPU cores of a job."""
     hours: float = 24.0
     """Time limit of a job, which before it is over saves its step, queues itself again and goes on."""
     slurm: tuple[str, ...] = ()
     """Further parameters of Slurm, as in: --slurm account=abc qos=long"""
-    training: CellOptions = field(default_factory=CellOptions)
+    training: JobOptions = field(default_factory=JobOptions)
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     """Entry point of `remixmatch reproduce`.
 
     Args:
-        argv: the table, its flags, and after `--` those of all cells.
+        argv: the table, its flags, and after `--` those of all jobs.
         stop: ends the work from elsewhere.
 
     Raises:
-        UserError: a table, flag or cell that cannot work.
+        UserError: a table, flag or job that cannot work.
         Stopped: a signal came; what was running is saved.
     """
     texts = {name: table.text for name, table in TABLES.items()}
@@ -130,21 +130,21 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         write_tables(name, entries, out, collected(options.rows), scale)
     elif options.status:
         show = Progress(entries, 1, live=False)
-        show.print_all([status(out, entry.cell) for entry in entries])
+        show.print_all([status(out, entry.job) for entry in entries])
     elif options.collect:
         collect(entries, out, options.collect)
     elif options.tables:
-        write_tables(name, entries, out, look(out, entries), scale)
+        write_tables(name, entries, out, read_statuses(out, entries), scale)
     else:
         entries = with_data(entries)
         if options.submit != "no":
             if options.training.retry:
-                forget_failures(out, [entry.cell for entry in entries])
+                forget_failures(out, [entry.job for entry in entries])
             _submit(name, argv, entries, options, out)
             return
         failed = train(entries, out, options.training, stop)
         # looked at anew: another worker may have ended since
-        write_tables(name, entries, out, look(out, entries), scale)
+        write_tables(name, entries, out, read_statuses(out, entries), scale)
         if failed:
             raise UserError(failed)
 
@@ -156,7 +156,7 @@ def check(options: ReproduceOptions) -> None:
         if getattr(options, flag) < bound:
             raise UserError(f"--{flag} must be at least {bound}, got {getattr(options, flag)}")
     if options.gpus > 1:
-        raise UserError(f"--gpus is 1, or 0 for cells on CPUs, since a cell trains on one GPU; got {options.gpus}")
+        raise UserError(f"--gpus is 1, or 0 for jobs on CPUs, since a job trains on one GPU; got {options.gpus}")
     if not options.hours > 0:
         raise UserError(f"--hours must be more than 0, got {options.hours}")
     for flag in ("seeds", "methods", "preset"):
@@ -173,7 +173,7 @@ def check_different(flag: str, given: Sequence[object]) -> None:
 
 
 def default_out(name: str, options: ReproduceOptions) -> Path:
-    """Where a table's cells go: `runs/reproduce/TABLE`, with presets and scale where they are not the table's."""
+    """Where a table's jobs go: `runs/reproduce/TABLE`, with presets and scale where they are not the table's."""
     return OUT / options.training.scaled("-".join([name, *options.preset]))
 
 
@@ -181,8 +181,8 @@ def default_out(name: str, options: ReproduceOptions) -> Path:
 
 
 def devices(entries: Sequence[Entry]) -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none if all cells are for CPUs."""
-    if all(entry.cell.config.device == "cpu" for entry in entries):
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none if all jobs are for CPUs."""
+    if all(entry.job.config.device == "cpu" for entry in entries):
         return []
     import torch
 
@@ -203,11 +203,11 @@ def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": threads} for _ in range(workers)]
 
 
-def train(entries: Sequence[Entry], out: Path, options: CellOptions, stop: Stop | None = None) -> str:
-    """Trains the cells that are not done, and shows how far they are.
+def train(entries: Sequence[Entry], out: Path, options: JobOptions, stop: Stop | None = None) -> str:
+    """Trains the jobs that are not done, and shows how far they are.
 
     Returns:
-        What cannot be gone on with: how many cells failed; "" if none did.
+        What cannot be gone on with: how many jobs failed; "" if none did.
 
     Raises:
         UserError: the folder cannot be written.
@@ -217,18 +217,18 @@ def train(entries: Sequence[Entry], out: Path, options: CellOptions, stop: Stop 
 
     stop = stop or Stop()
     if options.retry:
-        forget_failures(out, [entry.cell for entry in entries])
+        forget_failures(out, [entry.job for entry in entries])
     own = environments(options.workers, devices(entries))
     try:
         with Progress(entries, len(own)) as show:
-            statuses = work(out, [entry.cell for entry in entries], own, records.commit(), stop, show)
+            statuses = work(out, [entry.job for entry in entries], own, records.commit(), stop, show)
     except OSError as error:
         advice = "what was saved stays: mend that and give the same command again"
         raise cannot_write(out, error, advice) from error
     if stop.number:
         raise Stopped(f"{counts(statuses)}; what was running is saved, the same command goes on with it", stop.number)
     failed = sum(each.state == "failed" for each in statuses)
-    return f"{failed} of {len(statuses)} cells failed, for reasons above; --retry tries them again" if failed else ""
+    return f"{failed} of {len(statuses)} jobs failed, for reasons above; --retry tries them again" if failed else ""
 
 
 class _Job:

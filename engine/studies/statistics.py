@@ -63,7 +63,7 @@ class Difference:
     seeds: tuple[int, ...]
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         """Whether it is told from 0: there is an interval, and it does not hold 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
@@ -108,8 +108,8 @@ class Line:
         found, papers = self.to_full, self.papers_difference
         if found is None or papers is None:
             return ""
-        if not found.told:
-            return "not told"
+        if not found.significant:
+            return "n.s."
         return "same" if found.mean * papers > 0 else "opposite"
 
 
@@ -229,7 +229,7 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
     if signed:
         words.append(
             "Differences in the paper are on CIFAR-10 with 250 labels, one split; those of K are to the K that the "
-            'preset has. A sign is "not told" where the interval holds 0, or there is none.'
+            'preset has. A sign is "n.s." where the interval holds 0, or there is none.'
         )
     if timed:
         words.append("Minutes are the median over the runs; on a CPU, of its time in all threads.")

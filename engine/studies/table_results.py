@@ -1,4 +1,4 @@
-"""The result of `remixmatch reproduce`: a table in Markdown and JSON, from folders of cells or from rows of them."""
+"""The result of `remixmatch reproduce`: a table in Markdown and JSON, from folders of jobs or from rows of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from engine.config.presets import PRESETS, command, preset
 from engine.errors import UserError, cannot_write
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
-from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, FULL, SCALED, TABLES, Entry, papers_difference
+from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, REMIXMATCH, SCALED, TABLES, Entry, papers_difference
 from pipelines.files import read_json, write_text
 
 
-def look(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
-    """What is known of each cell, by its digest."""
-    return {entry.cell.digest: status(out, entry.cell) for entry in entries}
+def read_statuses(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
+    """What is known of each job, by its digest."""
+    return {entry.job.digest: status(out, entry.job) for entry in entries}
 
 
 def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
@@ -29,11 +29,11 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
 
     Args:
         name: of the table.
-        entries: its cells.
+        entries: its jobs.
         scale: of the steps.
     """
     words = [f"{name}: test error in percent"]
-    fewer = sorted({(each.cell.config.steps, each.base.steps) for each in entries})
+    fewer = sorted({(each.job.config.steps, each.base.steps) for each in entries})
     fewer = [(steps, whole) for steps, whole in fewer if steps != whole]
     if fewer:
         counts = ", ".join(f"{steps:,} steps instead of {whole:,}" for steps, whole in fewer)
@@ -42,7 +42,7 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
     known = PLACE | ({"steps"} if scale == 1 else set(SCALED))
     changed: dict[str, None] = {}
     for each in entries:
-        for name, (_, now) in changes(each.base, each.cell.config, ignored=known).items():
+        for name, (_, now) in changes(each.base, each.job.config, ignored=known).items():
             changed[f"{name} {now}"] = None
     if changed:
         words.append(f"other settings than the presets': {', '.join(changed)}")
@@ -52,9 +52,9 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
 def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[str, Status], scale: float) -> None:
     """Writes table.md and table.json, and prints the table."""
     lines = make_lines(name, entries, found)
-    states = [(entry, found.get(entry.cell.digest, Status("waiting"))) for entry in entries]
+    states = [(entry, found.get(entry.job.digest, Status("waiting"))) for entry in entries]
     notes = [
-        f"Not in the table: {entry.cell.name}, {each.state}" + (f": {each.reason}" if each.reason else "")
+        f"Not in the table: {entry.job.name}, {each.state}" + (f": {each.reason}" if each.reason else "")
         for entry, each in states
         if each.state != "done"
     ]
@@ -65,12 +65,12 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         commits = dict.fromkeys(each.commit or "unknown" for each in done)
         notes.append(f"Trained on {'; '.join(places)}; torch {', '.join(torches)}; commit {', '.join(commits)}.")
     head = title(name, entries, scale)
-    text = statistics.markdown(head, lines, FULL, notes)
+    text = statistics.markdown(head, lines, REMIXMATCH, notes)
     content = {
         "table": name,
         "title": head,
         "lines": statistics.to_json(lines),
-        "cells": [_cell_json(entry, found.get(entry.cell.digest, Status("waiting")), out) for entry in entries],
+        "cells": [_cell_json(entry, found.get(entry.job.digest, Status("waiting")), out) for entry in entries],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     try:
@@ -88,8 +88,8 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
 
     Args:
         name: of the table.
-        entries: its cells.
-        found: states by the digest of a cell.
+        entries: its jobs.
+        found: states by the digest of a job.
     """
     runs: dict[tuple[str, str], dict[int, statistics.Result]] = {}
     wanted: dict[tuple[str, str], list[int]] = {}
@@ -97,11 +97,11 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         place = entry.preset, entry.row
         wanted.setdefault(place, []).append(entry.seed)
         done = runs.setdefault(place, {})
-        each = found.get(entry.cell.digest)
+        each = found.get(entry.job.digest)
         if each and each.state == "done":
             median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
             done[entry.seed] = statistics.Result(
-                median, last, each.summary["steps"], entry.cell.config.split, _seconds(each.summary)
+                median, last, each.summary["steps"], entry.job.config.split, _seconds(each.summary)
             )
     ablation = TABLES[name].kind == "ablation"
     figures = ABLATION_FIGURES if ablation else FIGURES
@@ -111,7 +111,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
             preset_name,
             sorted(wanted[preset_name, row]),
             runs[preset_name, row],
-            runs.get((preset_name, FULL)) if row != FULL else None,
+            runs.get((preset_name, REMIXMATCH)) if row != REMIXMATCH else None,
             figures.get((preset_name, row)),
             papers_difference(row, preset(preset_name).k) if ablation else None,
         )
@@ -126,19 +126,19 @@ def _seconds(summary: Mapping[str, Any]) -> float | None:
 
 
 def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
-    split = read_json(out / entry.cell.name / "split.json")
+    split = read_json(out / entry.job.name / "split.json")
     return {
         "row": entry.row,
         "preset": entry.preset,
         "seed": entry.seed,
-        "cell": entry.cell.name,
+        "cell": entry.job.name,
         "state": each.state,
         "reason": each.reason,
         "host": each.host,
         "commit": each.commit or "unknown",
         "split_sha256": split.get("sha256"),
         "summary": dict(each.summary),
-        "config": dataclasses.asdict(entry.cell.config),
+        "config": dataclasses.asdict(entry.job.config),
     }
 
 
@@ -146,10 +146,10 @@ _SUMMED_UP = ("steps", "test_accuracy", "median_last_20", "train_seconds", "cpu_
 
 
 def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
-    """Adds a row for every cell that is done and has none.
+    """Adds a row for every job that is done and has none.
 
     Args:
-        entries: the cells.
+        entries: the jobs.
         out: their folder.
         path: of the rows.
     """
@@ -158,17 +158,17 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
     known = {row.get("cell") for row in records.read(path)}
     count = 0
     for entry in entries:
-        each = status(out, entry.cell)
-        if each.state != "done" or entry.cell.digest in known:
+        each = status(out, entry.job)
+        if each.state != "done" or entry.job.digest in known:
             continue
-        config, when = entry.cell.config, (out / entry.cell.name / "summary.json").stat().st_mtime
+        config, when = entry.job.config, (out / entry.job.name / "summary.json").stat().st_mtime
         records.append(path, {
             "bench": "reproduce",
             "row": entry.row,
             "preset": entry.preset,
             "seed": entry.seed,
             **{name: each.summary[name] for name in _SUMMED_UP},
-            "cell": entry.cell.digest,
+            "cell": entry.job.digest,
             "changes": {
                 name: value
                 for name, value in dataclasses.asdict(config).items()

@@ -14,7 +14,7 @@ import torch
 
 from engine.config.config import Config
 from engine.distributed import collectives
-from engine.method.batch_layout import Rows
+from engine.method.batch_layout import BatchLayout
 from engine.training import ranges
 from engine.training.execution import Execution
 from engine.training.state import TrainState
@@ -27,19 +27,19 @@ _WARM_UP, _WARM_UP_RANKS = 3, 11
 
 
 def make_step(
-    config: Config, state: TrainState, rows: Rows, execution: Execution, example: Callable[[], StepInput]
+    config: Config, state: TrainState, layout: BatchLayout, execution: Execution, example: Callable[[], StepInput]
 ) -> Callable[[StepInput], StepOutput]:
     """The step of a run, in the mode of its execution.
 
     Args:
         config: the run's configuration.
         state: changed in place by every call.
-        rows: this rank's rows.
+        layout: this rank's rows.
         execution: eager, compiled or captured, and in which precision.
         example: gives an input of the shapes of all steps, if the step is captured.
     """
     compiled = execution.mode != "eager"
-    make = partial(Step, config, state, rows, execution.precision, compiled, execution.inductor, execution.concurrent)
+    make = partial(Step, config, state, layout, execution.precision, compiled, execution.inductor, execution.concurrent)
     return CapturedStep(make, example()) if execution.mode == "graph" else make()
 
 
@@ -78,7 +78,7 @@ class CapturedStep:
             Tensors that the next call overwrites, in the order of the current stream.
         """
         self._static.copy_(data)
-        ranges.begin("replay")
+        ranges.enter("replay")
         self._graph.replay()
         return self._output
 

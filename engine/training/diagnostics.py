@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.inference.evaluation import normalized
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from engine.training.state import TrainState
 
 CONFIDENCE_BINS = 10
@@ -17,7 +17,7 @@ CONFIDENCE_BINS = 10
 
 @torch.no_grad()
 def agreement(
-    network: Classifier, ema_model: Classifier, images: np.ndarray, device: torch.device
+    network: TwoHeadNetwork, ema_model: TwoHeadNetwork, images: np.ndarray, device: torch.device
 ) -> tuple[float, float]:
     """Share of (n, H, W, 3) uint8 images that f and f_ema classify alike, and what it would be by chance.
 

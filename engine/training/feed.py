@@ -21,8 +21,8 @@ from torch import Tensor
 
 from engine.config.config import Config
 from engine.distributed import collectives
-from engine.imports import uncollected
-from engine.method.batch_layout import Rows, StepPlan, arrange, step_plan
+from engine.imports import gc_paused
+from engine.method.batch_layout import BatchLayout, RankPlan, rank_plan
 from engine.training import ranges
 from engine.training.execution import Execution
 from engine.training.step import METRICS, StepOutput
@@ -30,7 +30,7 @@ from engine.training.step_input import StepInput
 from pipelines.cache import DataSet
 from pipelines.ctaugment import CTAugmentPolicy
 from pipelines.fused import FusedViews
-from pipelines.plan import Plan, PlanSpec, ViewPlan, make_plan, stack
+from pipelines.plan import GlobalPlan, PlanSpec, ViewPlan, make_plan, stack
 
 
 class ViewLoader(Protocol):
@@ -63,10 +63,10 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
     )
 
 
-def arrange_rows(config: Config, spec: PlanSpec, rank: int, ranks: int) -> Rows:
+def rank_layout(config: Config, spec: PlanSpec, rank: int, ranks: int) -> BatchLayout:
     """The rows of a rank of a run."""
     micro_batches = config.micro_batches_of(ranks)
-    return arrange(
+    return BatchLayout.for_rank(
         spec,
         config.bn_groups if config.bn == "split" else micro_batches,
         rank,
@@ -82,7 +82,7 @@ def arrange_rows(config: Config, spec: PlanSpec, rank: int, ranks: int) -> Rows:
 class _Pending:
     """A step whose output is being copied to the host."""
 
-    plan: Plan
+    plan: GlobalPlan
     metrics: Tensor  # (len(METRICS),) float32, on the host once `arrived`
     omega: Tensor  # (B,) float32, likewise
     arrived: torch.cuda.Event | None
@@ -92,8 +92,8 @@ class _Pending:
 class _Planned:
     """Plans of `view_steps` steps, whose views are one batch."""
 
-    plans: list[Plan]
-    numbers: list[StepPlan]
+    plans: list[GlobalPlan]
+    numbers: list[RankPlan]
     views: Any  # what their loader has prepared
 
 
@@ -111,7 +111,7 @@ class Feed:
 
     Attributes:
         spec: what plans are drawn for.
-        rows: this rank's rows.
+        layout: this rank's rows.
         policy: CTAugment's, up to the last step drained.
         waited_seconds: of the host, for steps to end.
     """
@@ -126,7 +126,7 @@ class Feed:
     ) -> None:
         self.config, self.data, self.split, self.execution = config, data, split, execution
         self.spec = plan_spec(config, data, split)
-        self.rows = arrange_rows(config, self.spec, collectives.rank(), collectives.ranks())
+        self.layout = rank_layout(config, self.spec, collectives.rank(), collectives.ranks())
         self.policy = CTAugmentPolicy(config.lag, learn=config.augment == "ctaugment")
         self.waited_seconds = 0.0
         self._on_metrics = on_metrics
@@ -134,20 +134,20 @@ class Feed:
         self._planned = 0  # the first step without a plan
         self._planning: deque[Future[_Planned]] = deque()  # batches of plans whose views have not been asked for
         self._ready: deque[_Planned] = deque()  # batches of plans whose views are being made
-        self._made: deque[tuple[Plan, StepPlan, Tensor]] = deque()  # steps whose views are there
-        self._training: Plan | None = None  # of the step that `next` gave
+        self._made: deque[tuple[GlobalPlan, RankPlan, Tensor]] = deque()  # steps whose views are there
+        self._training: GlobalPlan | None = None  # of the step that `next` gave
         self._pending: deque[_Pending] = deque()
         self._closing = ExitStack()
 
     @property
     def images_per_step(self) -> int:
         """Rows of the training pass over all ranks: the mixup pool, u_1, and rotated u_1."""
-        return len(self.rows.target) * collectives.ranks()
+        return len(self.layout.target_index) * collectives.ranks()
 
     def example(self) -> StepInput:
         """An input of the shapes of all steps, its views black."""
         plan = make_plan(self.spec, self.config.seed, 0, self.policy.weights)
-        shape = (len(self.rows.views), *self.data.train_images.shape[1:])
+        shape = (len(self.layout.views), *self.data.train_images.shape[1:])
         blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
         return StepInput.pack(blank, self._numbers(plan), self.execution.device)
 
@@ -178,21 +178,21 @@ class Feed:
             stop: this rank has been asked to stop, see `StepInput`.
         """
         if not self._made:
-            ranges.begin("wait for views")
+            ranges.enter("wait for views")
             batch = self._ready.popleft()
             views = self._views.collect().chunk(self.config.view_steps)
             self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
             # later views are begun before this step trains, so that both go on at once
             self._prefetch_plans()
             self._prefetch_views()
-        ranges.begin("numbers")
+        ranges.enter("copy plan")
         self._training, numbers, made = self._made.popleft()
         return StepInput.pack(made, numbers, self.execution.device, stop)
 
     def put(self, output: StepOutput) -> None:
         """Starts copying the output of the step that `next` gave to the host."""
         assert self._training is not None, "put follows next"
-        ranges.begin("metrics")
+        ranges.enter("metrics")
         metrics, omega = output.metrics, output.omega
         arrived = None
         if self.execution.device.type == "cuda":
@@ -201,21 +201,21 @@ class Feed:
             arrived.record()
         self._pending.append(_Pending(self._training, metrics, omega, arrived))
         self._training = None
-        ranges.end()
+        ranges.leave()
 
     def drain(self, end: int) -> None:
         """Waits for the output of every step before `end`: omega goes to the policy, metrics to `on_metrics`."""
         while self._pending and self._pending[0].plan.step < end:
             done = self._pending.popleft()
             if done.arrived is not None:
-                ranges.begin("wait for device")
+                ranges.enter("wait for device")
                 begin = time.perf_counter()
                 done.arrived.synchronize()
                 self.waited_seconds += time.perf_counter() - begin
-            ranges.begin("drain")
+            ranges.enter("drain")
             self._on_metrics(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
             self.policy.observe(done.plan.step, done.plan.probe_ops, done.plan.probe_bins, done.omega.numpy())
-        ranges.end()
+        ranges.leave()
 
     def end(self) -> None:
         """Waits for what is being made and releases it."""
@@ -229,18 +229,18 @@ class Feed:
             device: where; by default the run's.
         """
         c, device = self.config, device or self.execution.device
-        rows = rows or len(self.rows.views) * c.view_steps
+        rows = rows or len(self.layout.views) * c.view_steps
         images = (self.data.train_images, self.split, self.data.unlabeled_rows if c.unlabeled else None)
         if self.execution.views == "fused":
             kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
             return FusedViews(*images, rows, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
-        with uncollected():
+        with gc_paused():
             from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
 
             return DaliViews(*images, rows, c.max_shift, c.view_threads, c.prefetch)
 
-    def _numbers(self, plan: Plan) -> StepPlan:
-        return step_plan(self.rows, plan, self._labels[plan.labeled])
+    def _numbers(self, plan: GlobalPlan) -> RankPlan:
+        return rank_plan(self.layout, plan, self._labels[plan.labeled])
 
     def _prefetch_plans(self) -> None:
         """Has the next `view_steps` steps planned, once the policy has every probe that they may know."""
@@ -248,26 +248,26 @@ class Feed:
         if first >= self.config.steps:
             return  # the last batch may reach past the run's end: those plans are never executed
         self.drain(end - self.config.lag)
-        ranges.begin("plan")
+        ranges.enter("plan")
         weights = [self.policy.weights_for(step) for step in range(first, end)]
         self._planning.append(self._planner.submit(self._plan, first, weights))
         self._planned = end
 
     def _plan(self, first: int, weights: list[np.ndarray]) -> _Planned:
-        ranges.begin("plan")
+        ranges.enter("plan")
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
-        views = stack([plan.views.rows(self.rows.views) for plan in plans])
+        views = stack([plan.views.rows(self.layout.views) for plan in plans])
         numbers = [self._numbers(plan) for plan in plans]
-        ranges.begin("views")
+        ranges.enter("views")
         prepared = self._views.prepare(views)
-        ranges.end()
+        ranges.leave()
         return _Planned(plans, numbers, prepared)
 
     def _prefetch_views(self) -> None:
         if self._planning:
-            ranges.begin("wait for plan")
+            ranges.enter("wait for plan")
             batch = self._planning.popleft().result()
-            ranges.begin("views")
+            ranges.enter("views")
             self._views.submit(batch.views)
             self._ready.append(batch)

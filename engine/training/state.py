@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.config.config import Config
 from engine.method.targets import Targets, make_targets
 from engine.models.build import make_network
-from engine.models.wide_resnet import Classifier
+from engine.models.wide_resnet import TwoHeadNetwork
 from engine.training.optimizers import OPTIMIZERS, load_optimizer
 
 
@@ -29,8 +29,8 @@ class TrainState:
         step: () int64, steps done.
     """
 
-    network: Classifier
-    ema_model: Classifier
+    network: TwoHeadNetwork
+    ema_model: TwoHeadNetwork
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     targets: Targets

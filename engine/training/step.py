@@ -32,7 +32,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.config.config import Config
 from engine.distributed import collectives
-from engine.method.batch_layout import Rows
+from engine.method.batch_layout import BatchLayout
 from engine.method.losses import LOSSES, Samples, ramp_up, total_loss
 from engine.training import ranges
 from engine.training.execution import compiler
@@ -68,7 +68,7 @@ class Step:
     Args:
         config: the run's configuration.
         state: changed in place by every call.
-        rows: this rank's rows.
+        layout: this rank's rows.
         precision: dtype of the network's input and of autocast, which float32 and float64 switch off.
         compiled: whether the networks, targets, losses and metrics go through torch.compile.
         inductor: see `Execution`.
@@ -79,7 +79,7 @@ class Step:
         self,
         config: Config,
         state: TrainState,
-        rows: Rows,
+        layout: BatchLayout,
         precision: torch.dtype,
         compiled: bool = False,
         inductor: Mapping[str, Any] | None = None,
@@ -94,13 +94,13 @@ class Step:
         def on_device(array) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        self.guess_order, self.probe_order = on_device(rows.guess_order), on_device(rows.probe_order)
-        self.class_weights, self.rotation_weights = on_device(rows.class_weights), on_device(rows.rotation_weights)
-        self.accumulation_steps = rows.accumulation_steps  # M / R
-        guessed, probed = rows.guess_order.size // rows.ranks, len(rows.probe_order) // rows.ranks
-        self.passes = len(rows.target), guessed, probed  # rows of each
+        self.guess_order, self.probe_order = on_device(layout.guess_order), on_device(layout.probe_order)
+        self.class_weights, self.rotation_weights = on_device(layout.class_weights), on_device(layout.rotation_weights)
+        self.accumulation_steps = layout.accumulation_steps  # M / R
+        guessed, probed = layout.guess_order.size // layout.ranks, len(layout.probe_order) // layout.ranks
+        self.pass_sizes = len(layout.target_index), guessed, probed  # rows of each
         # a micro-batch begins with its pool; models of timm do not know this argument
-        pool_rows = len(rows.pool) // rows.accumulation_steps
+        pool_rows = len(layout.pool) // layout.accumulation_steps
         self.statistics = {"stats_rows": pool_rows} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
@@ -110,17 +110,19 @@ class Step:
         self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
         # passes whose results are needed late run beside the training pass, where there are any; but not where two
         # passes exchange statistics, since collectives of two streams have no common order on all ranks
-        self.probing = self.guessing = None
+        self.probe_stream = self.guess_stream = None
         if device.type == "cuda" and concurrent:
             if probed:
-                self.probing = torch.cuda.Stream(device)
+                self.probe_stream = torch.cuda.Stream(device)
             if guessed and config.bn != "sync":
-                self.guessing = torch.cuda.Stream(device)
+                self.guess_stream = torch.cuda.Stream(device)
         compile_ = compiler(config, device, inductor) if compiled else lambda function: function
         self.guess_model: nn.Module = compile_(state.network)
         self.train_model: nn.Module = self.guess_model
         self.ema_model: nn.Module = compile_(state.ema_model)
-        self.make_targets, self.losses, self.finish = map(compile_, (self._make_targets, self._losses, self._finish))
+        self.make_targets = compile_(self.make_targets)  # type: ignore[method-assign]
+        self.losses = compile_(self.losses)  # type: ignore[method-assign]
+        self.finish = compile_(self.finish)  # type: ignore[method-assign]
         # with one pass on one rank, running statistics are where they belong when it is done
         self.one_pass = self.accumulation_steps == 1 and collectives.ranks() == 1
         self.loss_gradient = torch.tensor(1 / self.accumulation_steps, device=device)
@@ -149,11 +151,11 @@ class Step:
         c, state = self.config, self.state
 
         # 1. Views (section 3.2), mixed, rotated and normalised as planned: uint8 to the network's rows in one pass
-        ranges.begin("numbers")
+        ranges.enter("copy plan")
         data = data.to(self.device)
-        ranges.begin("exchange")
+        ranges.enter("exchange")
         views = collectives.gather(data.views)  # (V, H, W, 3) uint8
-        ranges.begin("assemble")
+        ranges.enter("assemble")
         rows = assemble_batch(
             views,
             data.source,
@@ -165,17 +167,17 @@ class Step:
             self.rows_dtype,
             c.stem_channels,
         ).to(self.precision)  # (N, 3, H, W)
-        trained, weak, probes = rows.split(self.passes)
+        trained, weak, probes = rows.split(self.pass_sizes)
 
         # 2. CTAugment's probes on f_ema (3.2.2), and the guess q = f(u_weak), both beside the training pass
         probe_logits = guess_logits = None
         if len(probes):
-            with _on(self.probing):
-                ranges.begin("probes")
+            with _on(self.probe_stream):
+                ranges.enter("probes")
                 probe_logits = self._logits(self.ema_model, probes)
         if len(weak):
-            with _on(self.guessing):
-                ranges.begin("guess")
+            with _on(self.guess_stream):
+                ranges.enter("guess")
                 guess_logits = self._logits(partial(self.guess_model, track=False), weak)
 
         losses: list[Tensor] = []
@@ -184,25 +186,25 @@ class Step:
         accumulated = self.accumulation_steps
         rotations = data.rotations[: len(trained)].chunk(accumulated)
         for number, micro_batch in enumerate(trained.chunk(accumulated)):
-            with self._unsynchronised(number + 1 < accumulated):
-                ranges.begin("forward")
+            with self._without_sync(number + 1 < accumulated):
+                ranges.enter("forward")
                 with self.autocast:
                     logits, rotation_logits = self.train_model(micro_batch, **self.statistics)
 
                 # 3. Alignment (3.1), sharpening, and mixup of the targets as of the images (MixMatch, 3.3), for all
                 # micro-batches: the first losses are the first to need them
                 if number == 0:
-                    ranges.begin("exchange")
-                    _wait_for(self.guessing)
+                    ranges.enter("exchange")
+                    _wait_for(self.guess_stream)
                     probe_logits, guess_logits = self._exchange(probe_logits, guess_logits)
-                    ranges.begin("targets")
+                    ranges.enter("targets")
                     targets, guesses = self.make_targets(guess_logits, data)
 
                 # 4. Losses (3.3) and their gradients, accumulated over the micro-batches
-                ranges.begin("losses")
+                ranges.enter("losses")
                 mixed = targets.chunk(accumulated)[number]
                 loss, terms = self.losses(logits, rotation_logits, mixed, rotations[number])
-                ranges.begin("backward")
+                ranges.enter("backward")
                 state.scaler.scale(loss).backward(self.loss_gradient)
             losses.append(terms)
             if saved_stats is not None:
@@ -210,28 +212,28 @@ class Step:
                 state.network.set_running_statistics(saved_stats)  # every pass moves them from the same values
 
         # 5. Update of the parameters: Adam, decoupled weight decay
-        ranges.begin("update")
+        ranges.enter("update")
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
 
         with torch.no_grad():
             # 6. Exponential moving average; running statistics are those of the live network
-            ranges.begin("ema")
-            _wait_for(self.probing)
+            ranges.enter("ema")
+            _wait_for(self.probe_stream)
             mean_losses, stop = losses[0], data.stop
             if not self.one_pass:
                 local = torch.cat([_mean(new_stats), _mean(losses), data.stop])
-                ranges.begin("exchange")
-                everyones = collectives.mean(local)
-                ranges.begin("ema")
-                stats, mean_losses, stop = everyones.split([len(new_stats[0]), len(LOSSES), 1])
+                ranges.enter("exchange")
+                reduced = collectives.mean(local)
+                ranges.enter("ema")
+                stats, mean_losses, stop = reduced.split([len(new_stats[0]), len(LOSSES), 1])
                 state.network.set_running_statistics(stats)
             state.ema_model.copy_running_statistics(state.network)
             self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
 
             # 7. The label marginal p(y) that the next step's alignment reads (3.1), and what the host is told
-            ranges.begin("metrics")
+            ranges.enter("metrics")
             return StepOutput(*self.finish(mean_losses, stop, probe_logits, guesses, data.labels))
 
     def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
@@ -245,16 +247,16 @@ class Step:
         there = [part for part in logits if part is not None]
         if collectives.ranks() == 1 or not there:
             return logits
-        _wait_for(self.probing)
-        everyones = collectives.gather(torch.cat(there)).unflatten(0, (collectives.ranks(), -1))
-        gathered = iter([part.flatten(0, 1) for part in everyones.split([len(part) for part in there], dim=1)])
-        return tuple(None if part is None else next(gathered) for part in logits)
+        _wait_for(self.probe_stream)
+        gathered = collectives.gather(torch.cat(there)).unflatten(0, (collectives.ranks(), -1))
+        parts = iter([part.flatten(0, 1) for part in gathered.split([len(part) for part in there], dim=1)])
+        return tuple(None if part is None else next(parts) for part in logits)
 
-    def _unsynchronised(self, accumulating: bool) -> contextlib.AbstractContextManager:
+    def _without_sync(self, accumulating: bool) -> contextlib.AbstractContextManager:
         """Keeps gradients this rank's while it accumulates: the last micro-batch exchanges the sum."""
         return self.train_model.no_sync() if accumulating and collectives.grouped() else contextlib.nullcontext()  # type: ignore
 
-    def _make_targets(self, logits: Tensor | None, data: StepInput) -> tuple[Tensor, Tensor]:
+    def make_targets(self, logits: Tensor | None, data: StepInput) -> tuple[Tensor, Tensor]:
         """Make the pseudo-labels, and mix all targets as the images are (sections 3.1 and 3.2.1; MixMatch, 3.3).
 
         Args:
@@ -273,10 +275,10 @@ class Step:
             if weights is not None:
                 pseudo_labels = pseudo_labels * weights[:, None]
             known = torch.cat([known, pseudo_labels])
-        lam = data.lam[: len(data.target), None]
-        return lam * known[data.target] + (1 - lam) * known[data.partner_target], pseudo_labels
+        lam = data.lam[: len(data.target_index), None]
+        return lam * known[data.target_index] + (1 - lam) * known[data.partner_target_index], pseudo_labels
 
-    def _losses(
+    def losses(
         self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss and its terms for one micro-batch: see `engine.method.losses`."""
@@ -284,7 +286,7 @@ class Step:
         samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares)
         return total_loss(samples, ramp_up(self.config, self.state.step))
 
-    def _finish(
+    def finish(
         self, losses: Tensor, stop: Tensor, probe_logits: Tensor | None, guesses: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Moves p(y) and the step, and puts together what the host is told: see `StepOutput`.

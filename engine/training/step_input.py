@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.method.batch_layout import StepPlan
+from engine.method.batch_layout import RankPlan
 from pipelines.packed import Layout
 
 _layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
@@ -17,10 +17,10 @@ _layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's data: one rank's views, on the device, and `StepPlan`'s arrays and `stop`, parts of one buffer.
+    """A step's data: one rank's views, on the device, and `RankPlan`'s arrays and `stop`, parts of one buffer.
 
     Attributes:
-        views: (V / R, H, W, 3) uint8, in the order of `Rows.views`.
+        views: (V / R, H, W, 3) uint8, in the order of `BatchLayout.views`.
         packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all: from pinned memory
             of the host, where it is until the step takes it.
         stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
@@ -33,13 +33,13 @@ class StepInput:
     partner: Tensor
     lam: Tensor
     rotations: Tensor
-    target: Tensor
-    partner_target: Tensor
+    target_index: Tensor
+    partner_target_index: Tensor
     labels: Tensor
     stop: Tensor
 
     @classmethod
-    def pack(cls, views: Tensor, plan: StepPlan, device: torch.device, stop: bool = False) -> StepInput:
+    def pack(cls, views: Tensor, plan: RankPlan, device: torch.device, stop: bool = False) -> StepInput:
         """A step's plan beside its views, ready for the device, and whether this rank has been asked to stop."""
         arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
         layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))

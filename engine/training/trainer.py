@@ -24,7 +24,7 @@ from engine.errors import Stopped, UserError
 from engine.inference.evaluation import evaluate, median_of_last
 from engine.method.losses import LOSSES
 from engine.runs import checkpoint
-from engine.runs.health import Health, Look, compared_images
+from engine.runs.health import Health, Observation, compared_images
 from engine.runs.history import History, guessed_images, named_bins
 from engine.runs.progress import MetricsLog, ProgressLine
 from engine.runs.setup import RunSetup, write_run_files
@@ -36,7 +36,7 @@ from engine.training.feed import Feed
 from engine.training.state import TrainState, make_state
 from engine.training.step import StepOutput
 from engine.training.step_input import StepInput
-from pipelines.cache import read_rows
+from pipelines.cache import take_images
 
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
-        found = collectives.on_first(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
+        found = collectives.run_on_rank_0(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
         if found is None:
             return False
         content = found.content
@@ -128,7 +128,7 @@ class Trainer:
             "micro_batches": self.micro_batches,
         }
         if last:
-            collectives.on_first(lambda: self.saver.save_last(self.step, content))
+            collectives.run_on_rank_0(lambda: self.saver.save_last(self.step, content))
         elif collectives.rank() == 0:
             self.saver.save(self.step, content)
 
@@ -185,10 +185,10 @@ class Trainer:
 
     def begin(self) -> None:
         """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views."""
-        ranges.begin("prepare")
-        self.execute = make_step(self.config, self.state, self.feed.rows, self.execution, self.feed.example)
+        ranges.enter("prepare")
+        self.execute = make_step(self.config, self.state, self.feed.layout, self.execution, self.feed.example)
         self.feed.begin(self.step)
-        ranges.end()
+        ranges.leave()
 
     def advance(self) -> None:
         """Trains one step. Returns when it is on its way."""
@@ -228,23 +228,23 @@ class Trainer:
                 self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
             marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
             if self.health.due(self.step):
-                self._look(*marginals)
-            self._remember(*marginals)
+                self._check_health(*marginals)
+            self._log_history(*marginals)
         if self.check_ranks and self.step % self.check_ranks == 0:
             self._compare_ranks()
         if last or self.step % c.checkpoint_every == 0 or self.saver.due:
             self.save(last)
 
-    def _look(self, p_model: list[float], label_marginal: list[float]) -> None:
+    def _check_health(self, p_model: list[float], label_marginal: list[float]) -> None:
         """Warns where the run does not learn. All ranks see the same, and all take part in what they compare."""
         state, compared = self.state, None
         if self.health.comparing(self.step):
             images = compared_images(self.data.train_images, self.health.images)
             compared = agreement(state.network, state.ema_model, images, self.execution.device)
-        for warning in self.health.look(Look(self.step, p_model, label_marginal, compared)):
+        for warning in self.health.check(Observation(self.step, p_model, label_marginal, compared)):
             log.warning(warning)
 
-    def _remember(self, p_model: list[float], label_marginal: list[float]) -> None:
+    def _log_history(self, p_model: list[float], label_marginal: list[float]) -> None:
         """Adds to the history what a report shows of this moment. All ranks take part in the guesses."""
         values: dict[str, Any] = {}
         if self.config.unlabeled:
@@ -254,7 +254,7 @@ class Trainer:
         if self.feed.policy.learn:
             values["bins"] = named_bins(self.feed.policy.weights)
         if self.guessed.due(self.step, self.config):
-            images = read_rows(self.data.train_images, self.guessed.rows)
+            images = take_images(self.data.train_images, self.guessed.rows)
             labels = self.data.train_labels[self.guessed.rows]
             values["guesses"] = guess_quality(self.state, images, labels, self.execution.device)
         if self._history:
@@ -263,7 +263,7 @@ class Trainer:
     def _compare_ranks(self) -> None:
         """Raises UserError where a bit of a rank's state is not as on rank 0."""
         self.feed.drain(self.step)
-        first, *others = collectives.everyones(
+        first, *others = collectives.all_gather_object(
             digests(self.state.state_dict() | {"policy": self.feed.policy.state_dict()})
         )
         for rank, other in enumerate(others, 1):

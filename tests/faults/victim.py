@@ -193,11 +193,11 @@ class Victim:
 
     def newest(self):
         """Step of the newest good checkpoint, 0 without one."""
-        known_by = {}
+        identity = {}
         with suppress(OSError):
-            known_by = json.loads((self.run / "config.json").read_text())
-            del known_by["steps"], known_by["class_distribution"]  # JSON has no tuples
-        found = checkpoint.load_newest(self.run / CHECKPOINTS, known_by)
+            identity = json.loads((self.run / "config.json").read_text())
+            del identity["steps"], identity["class_distribution"]  # JSON has no tuples
+        found = checkpoint.load_newest(self.run / CHECKPOINTS, identity)
         return found.step if found else 0
 
     def seen(self):

@@ -77,7 +77,7 @@ def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tu
         views.shift,
         views.flip,
         CODE[views.ops],
-        geometric.parameters(views.ops, views.levels, views.centre, height, width),
+        geometric.op_parameters(views.ops, views.levels, views.centre, height, width),
     )
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 

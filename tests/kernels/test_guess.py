@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.guess import guess_labels, guess_labels_reference, guess_parameters, launch_guess_labels
+from kernels.guess import guess_labels, guess_labels_reference, launch_config, launch_guess_labels
 
 HISTORY = 128
 CLASSES = (2, 3, 10, 17, 100, 1000)
@@ -100,7 +100,7 @@ def test_temperature_and_alignment(implementation, align, temperature):
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (40, 1000)])
 def test_ring(implementation, batch, classes):
     """Only row `slot` changes, to the batch mean of q; the guess sees the history as it was before."""
-    assert (guess_parameters(batch, classes, HISTORY)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write.
+    assert (launch_config(batch, classes, HISTORY)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write.
     logits, p_model_history, _, label_marginal = problem(batch, classes)
     p_model_history[:] = 1e-9 + 1.0 / classes  # A stale row would stand out: the updated one is far from it.
     targets, _ = guess_in_float64(logits, p_model_history, torch.tensor(0), label_marginal, 0.5)

@@ -185,6 +185,6 @@ def test_rows_are_copies_of_those_asked_for(tmp_path, monkeypatch, large):
     np.save(tmp_path / "images.npy", whole)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     for rows in (np.arange(99, 0, -1), np.array([5, 5, 0]), np.arange(0)):
-        found = cache.read_rows(mapped, rows)
+        found = cache.take_images(mapped, rows)
         np.testing.assert_array_equal(found, whole[rows])
         assert found.flags.owndata or found.base is None or not np.shares_memory(found, mapped)

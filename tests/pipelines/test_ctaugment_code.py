@@ -74,7 +74,9 @@ def test_rotations_are_by_whole_degrees_to_the_bit(height, width):
     level = np.linspace(0, BELOW_ONE, 2000, dtype=np.float32)
     levels, ops = np.zeros((len(level), 2, 2), np.float32), np.full((len(level), 2), ctaugment.IDENTITY)
     ops[:, 0], levels[:, 0, 0] = NAMES.index("rotate"), level
-    numbers = geometric.parameters(*code_effects(ops, levels, min(height, width)), np.zeros_like(levels), height, width)
+    numbers = geometric.op_parameters(
+        *code_effects(ops, levels, min(height, width)), np.zeros_like(levels), height, width
+    )
     degrees = np.array([int(np.round((2 * float(each) - 1) * 45)) for each in level])
     assert set(degrees) == set(range(-45, 46))
     expected = geometric.rotate(degrees / 45.0, height, width).astype(np.float32)

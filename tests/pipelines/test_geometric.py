@@ -34,7 +34,7 @@ def test_parameters_are_those_of_each_view_alone(rows, height, width):
     levels, centre = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
     moving = np.isin(ops, [NAMES.index(name) for name in geometric.GEOMETRIC])
     levels[moving, 1] *= 2**-24  # what single precision cannot hold of their level
-    made = geometric.parameters(ops, levels, centre, height, width)
+    made = geometric.op_parameters(ops, levels, centre, height, width)
     assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
     for at in np.ndindex(rows, 2):
         name = NAMES[ops[at]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.datasets import DataSet, digits
-from pipelines.splits import RULES, compare, digest, image_digest, read_rows
+from pipelines.splits import RULES, compare, digest, image_digest, read_indices
 
 
 def made(labels, class_order=(), folds=()):
@@ -158,9 +158,9 @@ def test_lists_of_others_are_read(tmp_path):
         ("d.txt", "5\n0\n7\n"),
     ]:
         (tmp_path / name).write_text(text)
-        assert read_rows(tmp_path / name) == rows
+        assert read_indices(tmp_path / name) == rows
     np.save(tmp_path / "e.npy", np.array(rows))
-    assert read_rows(tmp_path / "e.npy") == rows
+    assert read_indices(tmp_path / "e.npy") == rows
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_lists_that_are_none(tmp_path, text, words):
     path = tmp_path / "list"
     path.write_text(text)
     with pytest.raises(ValueError, match=words) as error:
-        read_rows(path)
+        read_indices(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     with pytest.raises(ValueError, match="No such file"):
-        read_rows(tmp_path / "no")
+        read_indices(tmp_path / "no")

@@ -158,7 +158,7 @@ def test_all_six_filters_of_rescale_are_used():
 def test_images_smaller_than_a_filter(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8))
     level, second, centre = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
-    given = photometric.Parameters(level, second, centre)
+    given = photometric.OpLevels(level, second, centre)
     for name in photometric.PHOTOMETRIC:
         op = NAMES.index(name)
         made = photometric.apply(name, images, given).numpy().astype(int)

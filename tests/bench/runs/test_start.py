@@ -33,9 +33,9 @@ def test_what_cannot_start():
 def test_where_a_step_ends(step):
     """Neither where it is captured, nor where plans are drawn in between or in another thread."""
     plans = ["", "plan", "wait for plan", "views"]
-    captured = ["prepare", "numbers", "assemble", "metrics", *plans, ""]
-    first = ["wait for views", "drain", *plans, "numbers", *step, "metrics", ""]
-    second = ["numbers", *step, "metrics", ""]
+    captured = ["prepare", "copy plan", "assemble", "metrics", *plans, ""]
+    first = ["wait for views", "drain", *plans, "copy plan", *step, "metrics", ""]
+    second = ["copy plan", *step, "metrics", ""]
     heard, ends = [], []
     listener = on_step_end(lambda: ends.append(len(heard)))
     for part in [*captured, *first, *second]:

@@ -9,7 +9,7 @@ import torch
 from bench import report
 from bench.step import convolutions, variants
 from bench.step.convolutions import ConvolutionsOptions, Shape
-from bench.step.variants import AS_IT_IS, ROOT, VARIANTS, VariantsOptions
+from bench.step.variants import BASELINE, ROOT, VARIANTS, VariantsOptions
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import Ceilings
@@ -30,7 +30,7 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
         VariantsOptions(out=out, before=before, variants=("one stream",), k=1, batch=4, repeats=2, steps=1, profile=1)
     )
     rows = records.read(out)
-    assert [row["variant"] for row in rows] == [AS_IT_IS, "before", "one stream"]
+    assert [row["variant"] for row in rows] == [BASELINE, "before", "one stream"]
     assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 and row["k"] == 1 for row in rows)
     replay = records.read(tmp_path / "replay.jsonl")
     assert {"convolutions, products", "gaps"} <= {row["kind"] for row in replay}
@@ -40,13 +40,13 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
 @CPU
 def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     broken = variants.Variant(config={"precision": "no such"})
-    monkeypatch.setattr("bench.step.variants.VARIANTS", {AS_IT_IS: VARIANTS[AS_IT_IS], "broken": broken})
+    monkeypatch.setattr("bench.step.variants.VARIANTS", {BASELINE: VARIANTS[BASELINE], "broken": broken})
     options = VariantsOptions(
         out=tmp_path / "rows.jsonl", variants=("broken",), k=1, batch=4, repeats=1, steps=1, profile=0
     )
     with pytest.raises(SystemExit, match="failed: broken"):
         variants.main(options)
-    assert [row["variant"] for row in records.read(options.out)] == [AS_IT_IS]
+    assert [row["variant"] for row in records.read(options.out)] == [BASELINE]
     assert "broken: failed\n" in (said := capsys.readouterr().err) and "the step ended with exit code" in said
 
 
@@ -141,7 +141,7 @@ def test_a_prediction_stands_beside_its_measurement():
     count = dict(preset="cifar10-250", k=8, batch=64, predicted_ms_h100=6.0, predicted_ms_h200=5.0)
     common = dict(k=8, batch=64, device="NVIDIA H200", step_ms=7.5)
     measured = [
-        dict(common, bench="variants", variant="as it is"),
+        dict(common, bench="variants", variant="baseline"),
         dict(common, bench="variants", variant="one stream"),
         dict(common, bench="throughput", mode="graph", views="fused"),
         dict(common, bench="throughput", mode="graph", views="synthetic", k=4),

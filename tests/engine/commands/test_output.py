@@ -67,7 +67,7 @@ def test_of_several_ranks_the_first_speaks_and_others_of_their_own_end_alone(cap
 
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as ended:
-        cli.guarded(command, [])
+        cli.run_with_exit_codes(command, [])
     assert (ended.value.code, capfd.readouterr().err) == (code, said)
 
 
@@ -80,12 +80,12 @@ def test_other_libraries_and_the_users_own_logging_are_left_alone(capfd, caplog)
         logging.getLogger("engineer").warning("of a similar name")
 
     for _ in range(3):  # nothing is left by one command for the next
-        cli.guarded(command, [])
+        cli.run_with_exit_codes(command, [])
     assert capfd.readouterr().err == "remixmatch: of the engine\n" * 3
     assert caplog.messages == ["of another", "of a similar name"] * 3 and other.handlers == []
     assert state() == before == [([], logging.NOTSET, True)] * len(OURS)
     with pytest.raises(ZeroDivisionError):
-        cli.guarded(lambda argv: 1 // 0, [])
+        cli.run_with_exit_codes(lambda argv: 1 // 0, [])
     assert state() == before
 
 

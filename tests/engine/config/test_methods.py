@@ -16,10 +16,10 @@ from engine.config.config import load_config
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
-from engine.method.batch_layout import step_plan
+from engine.method.batch_layout import rank_plan
 from engine.run import _published
 from engine.runs.folder import default_folder
-from engine.training.feed import arrange_rows, plan_spec
+from engine.training.feed import plan_spec, rank_layout
 from engine.training.state import make_state
 from engine.training.step import METRICS, Step
 from engine.training.step_input import StepInput
@@ -62,10 +62,10 @@ class Bench:
         state.step.fill_(START)
         self.before = copy.deepcopy(state)
         views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
-        rows = arrange_rows(config, spec, 0, 1)
+        rows = rank_layout(config, spec, 0, 1)
         step = Step(config, state, rows, precision, compiled)
         state.optimizer.step, state.optimizer.zero_grad = lambda: None, lambda: None  # gradients stay where they are
-        output = step(StepInput.pack(views[rows.views], step_plan(rows, self.plan, self.labels), CPU))
+        output = step(StepInput.pack(views[rows.views], rank_plan(rows, self.plan, self.labels), CPU))
         self.metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
         self.omega = output.omega
         self.state = state

@@ -159,10 +159,10 @@ def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypa
             trainer.state.network.stem.weight[0, 0, 0, 0] *= 1 + 2**-20
         changed = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
         assert [name for name in own if own[name] != changed[name]] == ["network.stem.weight"]
-        monkeypatch.setattr(collectives, "everyones", lambda mine: [own, own, mine])
+        monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [own, own, mine])
         with pytest.raises(UserError, match=r"differ after step 0: rank 2 has another network.stem.weight than rank 0"):
             trainer._compare_ranks()
-        monkeypatch.setattr(collectives, "everyones", lambda mine: [mine, mine])
+        monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine])
         trainer._compare_ranks()
     finally:
         trainer.end()

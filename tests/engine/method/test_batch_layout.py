@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engine.method.batch_layout import arrange, step_plan
+from engine.method.batch_layout import BatchLayout, rank_plan
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
 
@@ -17,7 +17,7 @@ SPEC = PlanSpec(batch=24, k=2, labeled_images=40, unlabeled_images=100, max_shif
     [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 1, 2), (6, 3, 3), (6, 3, 6)],
 )
 def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
-    shares = [arrange(SPEC, groups, rank, ranks, parts) for rank in range(ranks)]
+    shares = [BatchLayout.for_rank(SPEC, groups, rank, ranks, parts) for rank in range(ranks)]
     pool = np.concatenate([share.pool for share in shares])
     np.testing.assert_array_equal(np.sort(pool), np.arange(24 * 4))
     for rank, share in enumerate(shares):
@@ -41,7 +41,7 @@ def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
 def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
     size = 24 // groups
     for rank in range(ranks):
-        pool = arrange(SPEC, groups, rank, ranks, ranks).pool.reshape(-1, size)
+        pool = BatchLayout.for_rank(SPEC, groups, rank, ranks, ranks).pool.reshape(-1, size)
         for group in pool:
             assert len(set(group % 24)) == size, "one view of each image"
             assert len(set(group % 24 % groups)) == 1, "images of one part of the batch"
@@ -51,7 +51,7 @@ def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
 
 def test_two_ranks_form_the_groups_of_one():
     def groups(ranks):
-        rows = [arrange(SPEC, 4, rank, ranks, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
+        rows = [BatchLayout.for_rank(SPEC, 4, rank, ranks, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
         return {tuple(group) for group in np.concatenate(rows)}
 
     assert groups(1) == groups(2) == groups(4)
@@ -63,9 +63,11 @@ def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
     plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
     for ranks in (1, 2, parts):
         for rank in range(ranks):
-            share = arrange(spec, groups, rank, ranks, parts)
-            views = np.concatenate([arrange(spec, groups, each, ranks, parts).views for each in range(ranks)])
-            step = step_plan(share, plan, np.zeros(32, np.int64))
+            share = BatchLayout.for_rank(spec, groups, rank, ranks, parts)
+            views = np.concatenate(
+                [BatchLayout.for_rank(spec, groups, each, ranks, parts).views for each in range(ranks)]
+            )
+            step = rank_plan(share, plan, np.zeros(32, np.int64))
             trained = views[step.source[: -2 * len(share.images)]].reshape(share.accumulation_steps, -1)
             pairs = zip(
                 share.pool.reshape(share.accumulation_steps, -1),
@@ -85,11 +87,11 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
     plan = make_plan(SPEC, seed=0, step=0, weights=initial_weights())
     labels = np.arange(24) % 10
     parts = max(parts, ranks)
-    shares = [arrange(SPEC, parts, rank, ranks, parts) for rank in range(ranks)]
+    shares = [BatchLayout.for_rank(SPEC, parts, rank, ranks, parts) for rank in range(ranks)]
     gathered = np.concatenate([share.views for share in shares])  # the global view row at each gathered place
     known = np.concatenate([np.arange(24), 100 + np.arange(24)])  # stands for [labels; guesses]
     for share in shares:
-        step = step_plan(share, plan, labels)
+        step = rank_plan(share, plan, labels)
         source, partner = gathered[step.source], gathered[step.partner]
         trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.accumulation_steps)
         passed = slice(len(share.pool) + 2 * len(share.images), None)
@@ -108,9 +110,9 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
             assert (step.lam[unmixed] == 1).all()
             # all K + 1 views of an image share its one target, and so do u_1 and its rotation
             for shown, target in (
-                (pool, step.target[mixed]), (plan.perm[pool], step.partner_target[mixed]),
-                (own + 2 * 24, step.target[first]), (own + 2 * 24, step.partner_target[first]),
-                (own + 2 * 24, step.target[rotated]), (own + 2 * 24, step.partner_target[rotated]),
+                (pool, step.target_index[mixed]), (plan.perm[pool], step.partner_target_index[mixed]),
+                (own + 2 * 24, step.target_index[first]), (own + 2 * 24, step.partner_target_index[first]),
+                (own + 2 * 24, step.target_index[rotated]), (own + 2 * 24, step.partner_target_index[rotated]),
             ):  # fmt: skip
                 np.testing.assert_array_equal(known[target], np.where(shown < 24, shown, 100 + shown % 24))
         expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak, probe
@@ -125,10 +127,10 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
 def test_supervised_rows_are_the_labeled_pool_and_the_probes():
     spec = PlanSpec(batch=8, k=2, labeled_images=40, unlabeled_images=0, max_shift=2, flip=False)
     plan = make_plan(spec, 0, 0, initial_weights())
-    rows = arrange(spec, 1, 0, 1, 1)
-    step = step_plan(rows, plan, np.zeros(8, np.int64))
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    step = rank_plan(rows, plan, np.zeros(8, np.int64))
     np.testing.assert_array_equal(step.source, np.arange(16))
-    assert step.target.max() < 8 and not step.rotations.any()
+    assert step.target_index.max() < 8 and not step.rotations.any()
     np.testing.assert_array_equal(rows.class_weights[0], np.full(8, 1 / 8, np.float32))
     assert not rows.class_weights[1:].any() and not rows.rotation_weights.any()
 
@@ -161,20 +163,23 @@ def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
     of_pool = [("x" if block == "x" else "u", i) for block, i in pool]
     of_guess = [v for v in pool if v[0] != "x"] if passed.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
 
-    shares = [arrange(spec, parts, rank, ranks, parts, **passed) for rank in range(ranks)]
+    shares = [BatchLayout.for_rank(spec, parts, rank, ranks, parts, **passed) for rank in range(ranks)]
     gathered = [views[row] for share in shares for row in share.views]
     trained, guessed, probed = [], [], []
     for share in shares:
-        step = step_plan(share, plan, np.zeros(batch, np.int64))
-        rows = len(share.target)
+        step = rank_plan(share, plan, np.zeros(batch, np.int64))
+        rows = len(share.target_index)
         own_guesses = len(of_guess) // ranks
         shown = [gathered[row] for row in step.source]
         guessed += shown[rows : rows + own_guesses]
         probed += shown[rows + own_guesses :]
-        for row, number in zip(share.mixed, share.pool, strict=True):
+        for row, number in zip(share.mixed_index, share.pool, strict=True):
             partner = plan.perm[number]
             assert shown[row] == pool[number] and gathered[step.partner[row]] == pool[partner]
-            assert known[step.target[row]] == of_pool[number] and known[step.partner_target[row]] == of_pool[partner]
+            assert (
+                known[step.target_index[row]] == of_pool[number]
+                and known[step.partner_target_index[row]] == of_pool[partner]
+            )
             trained.append(pool[number])
         terms = np.concatenate([share.class_weights, share.rotation_weights[None]])
         micro_batches = np.arange(rows).reshape(share.accumulation_steps, -1)
@@ -183,10 +188,10 @@ def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
                 counted = micro_batch[weights > 0]
                 images = [shown[row][1] for row in counted]
                 if what in ("x", "u"):
-                    assert all((shown[row][0] == "x") == (what == "x") and row in share.mixed for row in counted)
+                    assert all((shown[row][0] == "x") == (what == "x") and row in share.mixed_index for row in counted)
                 elif passed.get("unmixed" if what == "u_1" else "rotated", True):
                     assert {shown[row][0] for row in counted} == {"u_1"} and len(images) == unlabeled // parts
-                    assert all(known[step.target[row]] == ("u", shown[row][1]) for row in counted)
+                    assert all(known[step.target_index[row]] == ("u", shown[row][1]) for row in counted)
                     turns = plan.rotations[images] if what == "rotated" else np.zeros(len(images))
                     np.testing.assert_array_equal(step.rotations[counted], turns)
                 else:
@@ -197,7 +202,7 @@ def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
         for part in range(share.accumulation_steps):
             size = own_guesses // share.accumulation_steps
             of_part = shown[rows + part * size : rows + (part + 1) * size]
-            own = {known[target] for target in step.target.reshape(share.accumulation_steps, -1)[part]}
+            own = {known[target] for target in step.target_index.reshape(share.accumulation_steps, -1)[part]}
             assert {("u", image) for _, image in of_part} == {each for each in own if each[0] == "u"}
     assert sorted(trained) == sorted(pool)
     ordered = [[guessed[place] for place in of_view] for of_view in shares[0].guess_order]

@@ -11,7 +11,7 @@ from engine.config.presets import PRESETS, preset
 from engine.inference.evaluation import normalized
 from engine.models.wide_resnet import WideResNet
 from engine.runs import health
-from engine.runs.health import Health, Look, compared_images
+from engine.runs.health import Health, Observation, compared_images
 from engine.runs.setup import setup_run
 from engine.training.diagnostics import agreement
 
@@ -37,7 +37,7 @@ def warnings(watch, looks, every=50, start=0, **metrics):
         for _ in range(every):
             watch.add(GOOD | metrics)
         assert watch.due(step)
-        said += watch.look(Look(step, **attributes))
+        said += watch.check(Observation(step, **attributes))
     return said
 
 
@@ -185,7 +185,7 @@ def test_comparing_takes_at_most_half_a_percent_of_the_trained_rows(name):
         watch.add(GOOD)
         far = watch.comparing(step)
         compared += [step] * far
-        watch.look(Look(step, UNIFORM, UNIFORM, (1.0, 0.1) if far else None))
+        watch.check(Observation(step, UNIFORM, UNIFORM, (1.0, 0.1) if far else None))
     assert compared and 64 <= watch.images <= 256
     # two passes without gradient of the images, against forward and backward, three passes, of the trained rows
     assert len(compared) * 2 * watch.images <= 0.005 * 3 * rows * compared[-1]
@@ -211,7 +211,7 @@ def test_looks_are_at_least_some_steps_apart():
     for step in range(1, 201):
         watch.add(GOOD)
         if watch.due(step):
-            watch.look(Look(step, UNIFORM, UNIFORM))
+            watch.check(Observation(step, UNIFORM, UNIFORM))
             assert step % health.EVERY == 0
 
 

@@ -12,11 +12,11 @@ def entries(name, *flags, **options):
 
 def finish(out, entry, accuracy, median=None):
     """Leaves what a finished run leaves."""
-    folder = out / entry.cell.name
+    folder = out / entry.job.name
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(config_json(entry.cell.config))
+    (folder / "config.json").write_text(config_json(entry.job.config))
     summary = {
-        "steps": entry.cell.config.steps, "test_accuracy": accuracy, "median_last_20": median or accuracy - 1,
+        "steps": entry.job.config.steps, "test_accuracy": accuracy, "median_last_20": median or accuracy - 1,
         "train_seconds": 10.0, "cpu_seconds": 20.0, "device": "a device", "versions": {"torch": "9.9"},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))

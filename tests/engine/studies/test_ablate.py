@@ -161,14 +161,14 @@ def ablations(flags, seeds, rows):
     return make_entries(TABLES["ablation"], flags, seeds, rows, ("digits-40",))
 
 
-def _done(root, cells, *_):
+def _done(root, jobs, *_):
     from engine.studies.jobs import status
 
-    return [status(root, cell) for cell in cells]
+    return [status(root, job) for job in jobs]
 
 
 def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
-    full, other = (entry.cell.config for entry in ablations(SMALL[1:], (1,), ("remixmatch", "no-rotation")))
+    full, other = (entry.job.config for entry in ablations(SMALL[1:], (1,), ("remixmatch", "no-rotation")))
     options = ablate.AblateOptions(repeats=3, seconds=0.01)
     cost = ablate.time_step(other, full, options)
     assert cost["ratio_low"] <= cost["ratio"] <= cost["ratio_high"] and cost["step_ms"] > 0

@@ -1,4 +1,4 @@
-"""How far the cells of a table are, and how long they take: states, time left, predictions for a GPU."""
+"""How far the jobs of a table are, and how long they take: states, time left, predictions for a GPU."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def test_states_are_shown_one_a_line(tmp_path, capsys):
         show(statuses)
     show([done, Status("failed", reason="exit code 2: no [memory]"), *waiting[2:]])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0] == f"[1 running, 3 waiting] {found[0].cell.name}: running on here"
+    assert len(lines) == 3 and lines[0] == f"[1 running, 3 waiting] {found[0].job.name}: running on here"
     assert ": done, error 3.50 % (median of last 20), 3.00 % (last); about " in lines[1]
     assert ": failed: exit code 2: no [memory]" in lines[2]
     finish(tmp_path / "out", found[0], 97.0)

@@ -16,11 +16,11 @@ import pytest
 from engine.config.config import Config, config_json
 from engine.config.presets import preset
 from engine.studies import jobs
-from engine.studies.jobs import Cell, Stop, claim, claimable, digest, newest_claim, status, work
+from engine.studies.jobs import Job, Stop, claim, claimable, digest, newest_claim, status, work
 from pipelines.files import read_json
 
 ROOT = Path(__file__).parents[3]
-# in place of a training process: {folder} {steps}; what it does stands in `does` of the cells' root
+# in place of a training process: {folder} {steps}; what it does stands in `does` of the jobs' root
 CHILD = """
 import json, os, pathlib, signal, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -38,7 +38,7 @@ def fake(folder, config):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A folder for cells whose training is CHILD."""
+    """A folder for jobs whose training is CHILD."""
     monkeypatch.setattr(jobs, "train_command", fake)
     folder = tmp_path / "cells"
     folder.mkdir()
@@ -46,7 +46,7 @@ def root(tmp_path, monkeypatch):
 
 
 def some(count):
-    return [Cell(f"digits-seed{seed}", dataclasses.replace(preset("digits-40"), seed=seed)) for seed in range(count)]
+    return [Job(f"digits-seed{seed}", dataclasses.replace(preset("digits-40"), seed=seed)) for seed in range(count)]
 
 
 def does(root, text):
@@ -58,14 +58,14 @@ def ran(root):
 
 
 def states(root, wanted):
-    return [status(root, cell).state for cell in wanted]
+    return [status(root, job).state for job in wanted]
 
 
 def finish(root, wanted, workers=1, **options):
     return [each.state for each in work(root, wanted, [{}] * workers, "commit", options.pop("stop", Stop()), **options)]
 
 
-# What makes a cell
+# What makes a job
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
@@ -91,37 +91,37 @@ def test_the_hash_knows_numbers_by_their_value_and_not_fields_at_their_default()
 
 
 def test_a_cell_is_done_if_its_own_summary_is_there(root):
-    (cell,) = some(1)
-    folder = root / cell.name
+    (job,) = some(1)
+    folder = root / job.name
     folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"steps": cell.config.steps}))
-    assert states(root, [cell]) == ["waiting"], "no configuration"
-    (folder / "config.json").write_text(config_json(dataclasses.replace(cell.config, device="cpu", keep=1)))
-    assert states(root, [cell]) == ["done"]
+    (folder / "summary.json").write_text(json.dumps({"steps": job.config.steps}))
+    assert states(root, [job]) == ["waiting"], "no configuration"
+    (folder / "config.json").write_text(config_json(dataclasses.replace(job.config, device="cpu", keep=1)))
+    assert states(root, [job]) == ["done"]
     (folder / "summary.json").write_text(json.dumps({"steps": 7}))
-    assert states(root, [cell]) == ["waiting"]
+    assert states(root, [job]) == ["waiting"]
     (folder / "summary.json").write_text('{"steps":')
-    assert states(root, [cell]) == ["waiting"]
+    assert states(root, [job]) == ["waiting"]
 
 
 def test_a_changed_configuration_is_another_cell(root):
-    (cell,) = some(1)
-    assert finish(root, [cell]) == ["done"]
-    changed = dataclasses.replace(cell, config=dataclasses.replace(cell.config, lr=0.003))
-    assert states(root, [changed]) == ["waiting"] and changed.name != cell.name
-    assert finish(root, [cell, changed]) == ["done", "done"] and ran(root) == [cell.name, changed.name]
+    (job,) = some(1)
+    assert finish(root, [job]) == ["done"]
+    changed = dataclasses.replace(job, config=dataclasses.replace(job.config, lr=0.003))
+    assert states(root, [changed]) == ["waiting"] and changed.name != job.name
+    assert finish(root, [job, changed]) == ["done", "done"] and ran(root) == [job.name, changed.name]
 
 
 def test_a_folder_of_another_configuration_is_not_touched(root):
-    (cell,) = some(1)
-    folder = root / cell.name
+    (job,) = some(1)
+    folder = root / job.name
     folder.mkdir()
-    (folder / "config.json").write_text(config_json(dataclasses.replace(cell.config, k=5, device="cpu")))
-    (folder / "summary.json").write_text(json.dumps({"steps": cell.config.steps}))
-    assert finish(root, [cell]) == ["failed"] and not (root / "ran.txt").exists()
-    assert "another configuration (k 5 -> 2): move the folder away" in status(root, cell).reason
+    (folder / "config.json").write_text(config_json(dataclasses.replace(job.config, k=5, device="cpu")))
+    (folder / "summary.json").write_text(json.dumps({"steps": job.config.steps}))
+    assert finish(root, [job]) == ["failed"] and not (root / "ran.txt").exists()
+    assert "another configuration (k 5 -> 2): move the folder away" in status(root, job).reason
     (folder / "config.json").write_text("{")
-    assert "not a configuration of this version" in status(root, cell).reason
+    assert "not a configuration of this version" in status(root, job).reason
 
 
 # Claims
@@ -217,13 +217,13 @@ def test_a_claim_of_another_machine_lasts_while_it_gives_signs_of_life(tmp_path,
 
 
 def test_a_claim_that_was_released_is_free_and_tells_who_had_it(root):
-    (cell,) = some(1)
-    owned = claim(root / cell.name, "abc")
-    assert claim(root / cell.name) is None and status(root, cell).state == "running"
+    (job,) = some(1)
+    owned = claim(root / job.name, "abc")
+    assert claim(root / job.name) is None and status(root, job).state == "running"
     owned.release()
-    found = status(root, cell)
+    found = status(root, job)
     assert found.state == "waiting" and found.commit == "abc" and found.host
-    assert claim(root / cell.name).path.name == "2.json" and owned.lost()
+    assert claim(root / job.name).path.name == "2.json" and owned.lost()
 
 
 # Working
@@ -231,7 +231,7 @@ def test_a_claim_that_was_released_is_free_and_tells_who_had_it(root):
 
 def test_cells_are_done_once_by_any_number_of_workers_in_their_order(root):
     wanted = some(12)
-    assert finish(root, wanted, workers=1) == ["done"] * 12 and ran(root) == [cell.name for cell in wanted]
+    assert finish(root, wanted, workers=1) == ["done"] * 12 and ran(root) == [job.name for job in wanted]
     more = some(30)
     script = (
         "import sys, pathlib; from tests.engine.studies import test_jobs as t; t.jobs.train_command = t.fake\n"
@@ -240,7 +240,7 @@ def test_cells_are_done_once_by_any_number_of_workers_in_their_order(root):
     command = [sys.executable, "-c", script, str(root)]
     others = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) for _ in range(2)]
     assert [other.wait(120) for other in others] == [0, 0]
-    assert states(root, more) == ["done"] * 30 and sorted(ran(root)) == sorted(cell.name for cell in more)
+    assert states(root, more) == ["done"] * 30 and sorted(ran(root)) == sorted(job.name for job in more)
 
 
 def test_each_worker_has_its_variables(root):
@@ -297,8 +297,8 @@ def test_work_that_is_stopped_leaves_cells_to_be_resumed(root):
     assert finish(root, wanted) == ["done"] * 3
 
 
-def read_claim(root, cell):
-    return read_json(newest_claim(root / cell.name))
+def read_claim(root, job):
+    return read_json(newest_claim(root / job.name))
 
 
 def test_a_child_that_is_told_to_end_is_not_begun_again_at_once(root):
@@ -311,24 +311,24 @@ def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
     """It was asleep, say, and another machine took it for dead."""
     monkeypatch.setattr(jobs, "RENEW_SECONDS", 0.1)
     does(root, "(folder / 'claims' / '2.json').write_text('{\"released\": true}'); time.sleep(60)")
-    (cell,) = some(1)
+    (job,) = some(1)
     began = time.monotonic()
-    assert finish(root, [cell]) == ["waiting"] and time.monotonic() - began < 30
-    assert newest_claim(root / cell.name).name == "2.json" and not (root / cell.name / "failed.json").exists()
-    assert not read_json(root / cell.name / "claims" / "1.json")["released"]
+    assert finish(root, [job]) == ["waiting"] and time.monotonic() - began < 30
+    assert newest_claim(root / job.name).name == "2.json" and not (root / job.name / "failed.json").exists()
+    assert not read_json(root / job.name / "claims" / "1.json")["released"]
 
 
 def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(root, monkeypatch):
-    (cell,) = some(1)
+    (job,) = some(1)
 
     def late(folder, commit):
         with monkeypatch.context() as context:
             context.setattr(jobs, "claim", claim)
-            assert finish(root, [cell]) == ["done"]
+            assert finish(root, [job]) == ["done"]
         return claim(folder, commit)
 
     monkeypatch.setattr(jobs, "claim", late)
-    assert finish(root, [cell]) == ["done"] and ran(root) == [cell.name]
+    assert finish(root, [job]) == ["done"] and ran(root) == [job.name]
 
 
 @pytest.mark.parametrize("alive", [False, True])

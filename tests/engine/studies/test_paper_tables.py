@@ -1,4 +1,4 @@
-"""What the tables of `remixmatch reproduce` have: cells in their order, flags, and steps that are scaled."""
+"""What the tables of `remixmatch reproduce` have: jobs in their order, flags, and steps that are scaled."""
 
 import dataclasses
 import math
@@ -20,10 +20,10 @@ def test_one_seed_of_everything_comes_before_the_second_of_anything(name):
     first = found[: len(TABLES[name].presets)]
     assert [entry.row for entry in first] == ["remixmatch"] * len(first), "the full method first"
     assert [entry.preset for entry in first] == list(TABLES[name].presets)
-    assert len({entry.cell.name for entry in found}) == len(found)
+    assert len({entry.job.name for entry in found}) == len(found)
     for entry in found:
-        assert entry.cell.config == entry.base and entry.base.seed == entry.seed
-        assert entry.cell.name.startswith(f"{entry.preset}-{entry.row}-seed{entry.seed}-")
+        assert entry.job.config == entry.base and entry.base.seed == entry.seed
+        assert entry.job.name.startswith(f"{entry.preset}-{entry.row}-seed{entry.seed}-")
 
 
 def test_tables_have_the_papers_rows_and_seeds():
@@ -35,14 +35,14 @@ def test_tables_have_the_papers_rows_and_seeds():
     small = entries("ablation", presets=("fashion-100-small",), seeds=(1, 2))
     assert {entry.row for entry in small} == {"remixmatch", *ABLATIONS} - {"k=2"}, "K is 2 there"
     mixmatch = entries("svhn", rows=("mixmatch",), seeds=(1,))
-    assert {entry.cell.config.w_u for entry in mixmatch} == {250.0}
+    assert {entry.job.config.w_u for entry in mixmatch} == {250.0}
 
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("scale", [0.01, 0.002])
 def test_a_rehearsal_is_evaluated_as_often(name, scale):
     for entry in entries(name, steps_scale=scale, seeds=(1,)):
-        config, base = entry.cell.config, entry.base
+        config, base = entry.job.config, entry.base
         assert config.steps == max(1, round(base.steps * scale)) and config.ramp_kimg == base.ramp_kimg * scale
         evaluations = math.ceil(config.steps / config.eval_every)
         assert evaluations >= min(20, config.steps)
@@ -57,7 +57,7 @@ def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
 
     def config_of(scale, *flags):
         (entry,) = entries("digits", *flags, rows=("remixmatch",), seeds=(1,), steps_scale=scale)
-        return entry.cell.config
+        return entry.job.config
 
     left, flags = {}, ("--steps", "8000", "--ema-decay", "0.999", "--bn-momentum", "0.01")
     for config in (config_of(1, *flags), config_of(0.25, *flags)):
@@ -73,5 +73,5 @@ def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
 def test_flags_are_part_of_every_cell_and_steps_are_scaled_after_them():
     (plain,) = entries("digits", seeds=(1,), rows=("fixmatch",))
     (entry,) = entries("digits", "--batch", "4", "--steps", "1000", seeds=(1,), rows=("fixmatch",), steps_scale=0.1)
-    assert entry.cell.config.batch == 4 and entry.cell.config.steps == 100 and entry.base == plain.base
-    assert entry.cell.config.mu == 7 and entry.cell.digest != plain.cell.digest
+    assert entry.job.config.batch == 4 and entry.job.config.steps == 100 and entry.base == plain.base
+    assert entry.job.config.mu == 7 and entry.job.digest != plain.job.digest

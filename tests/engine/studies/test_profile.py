@@ -229,14 +229,14 @@ def test_without_kernels_a_replay_has_the_operators_that_were_captured():
 def test_nothing_happens_where_nobody_listens():
     begin = time.perf_counter()
     for _ in range(1000):
-        ranges.begin("forward")
-        ranges.end()
+        ranges.enter("forward")
+        ranges.leave()
     assert time.perf_counter() - begin < 20e-3, "20 us a pair: a hundred times what it takes"
     heard = []
     with ranges.listening(heard.append):
-        ranges.begin("views")
-        ranges.end()
-    ranges.begin("forward")
+        ranges.enter("views")
+        ranges.leave()
+    ranges.enter("forward")
     assert heard == ["views", ""]
 
 
@@ -339,7 +339,9 @@ def test_nearly_all_time_of_a_step_is_in_named_ranges(profiled):
     named = {name: part["share"] for name, part in row["ranges"].items()}
     assert sum(named.values()) == pytest.approx(1) and named[OTHERS] == pytest.approx(1 - row["named_share"])
     assert sum(part["ms"] for part in row["ranges"].values()) == pytest.approx(row["step_ms"])
-    assert set(ranges.PARTS) <= named.keys() and {"plan", "wait for plan", "views", "numbers", "drain"} <= named.keys()
+    assert (
+        set(ranges.PARTS) <= named.keys() and {"plan", "wait for plan", "views", "copy plan", "drain"} <= named.keys()
+    )
     assert row["ranges"]["plan"]["threads_ms"] > 0 and row["hidden"]["views"]["worked_ms"] > 0
     assert row["marks"] == pytest.approx(18, abs=2) and row["marks_share"] < 1e-3
     assert row["command"].startswith("remixmatch profile digits-40") and row["steps"] == 16
@@ -353,7 +355,7 @@ def test_table_and_json_are_those_of_the_trace(profiled):
     with gzip.open(out / "profile" / "rank0.trace.json.gz") as file:
         trace = json.load(file)
     events = read(trace)
-    assert {*ranges.PARTS, "views", "plan", "numbers"} <= {event.name for event in events if event.kind == RANGE}
+    assert {*ranges.PARTS, "views", "plan", "copy plan"} <= {event.name for event in events if event.kind == RANGE}
     assert len({event.thread for event in events if event.name == "plan"}) == 2, "the loop's and the planner's"
     found = analyse(events, row["steps"])
     for what in ("step_ms", "named_share", "ranges", "operators"):
@@ -442,7 +444,7 @@ def test_mistakes(arguments, words, capsys):
 
 def test_a_mistake_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.guarded(profile.main, ["digits-40", "--steps", "0"])
+        cli.run_with_exit_codes(profile.main, ["digits-40", "--steps", "0"])
     assert ended.value.code == 2 and capsys.readouterr().err == "remixmatch: --steps must be at least 1, got 0\n"
 
 

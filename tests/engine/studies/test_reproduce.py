@@ -22,7 +22,7 @@ from tests.engine.studies.made_jobs import entries
 from tests.pipelines.test_sources import cifar
 from tests.processes import ROOT, command
 
-SECONDS = 1200  # after which something hangs: a slow machine with other work takes minutes for twenty cells
+SECONDS = 1200  # after which something hangs: a slow machine with other work takes minutes for twenty jobs
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["digits", "--methods", "fixmach"], "--methods: unknown method 'fixmach'; did you mean fixmatch"),
         (["ablation", "--methods", "fixmatch"], "--methods: unknown ablation 'fixmatch'; did you mean remixmatch"),
         (["ablation", "--preset", "cifar"], "unknown preset 'cifar'"),
-        (["ablation", "--methods", "k=8"], "no cell is left"),
+        (["ablation", "--methods", "k=8"], "no job is left"),
         (["digits", "--seeds", "1", "1"], "--seeds names one of them twice: 1 1"),
         (["digits", "--seeds", "-1"], "digits-40-remixmatch-seed-1: --seed must be at least 0"),
         (["digits", "--steps-scale", "0"], "--steps-scale must be more than 0"),
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["digits", "--slurm", "account"], "--slurm takes NAME=VALUE, got 'account'"),
         (["digits", "--sedes", "1"], "nrecognized"),
         (["digits", "--", "--width", "4"], "digits-40-remixmatch-seed0: --width must be at least 8"),
-        (["digits", "--", "--seed", "4"], "--seed after -- is not a setting that all cells can share"),
+        (["digits", "--", "--seed", "4"], "--seed after -- is not a setting that all jobs can share"),
         (["digits", "--", "--method", "uda"], "--method after -- is not a setting"),
         (["digits", "--", "--ablate", "k=4"], "--ablate after -- is not a setting"),
         (["digits", "--", "--out", "x"], "--out after -- is not a setting"),
@@ -82,12 +82,12 @@ def test_workers_share_gpus_or_cores(monkeypatch):
     assert reproduce.environments(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
 
 
-# Whole runs, each cell a process that trains
+# Whole runs, each job a process that trains
 
 
 @pytest.fixture
 def start():
-    """Starts the command; what still runs when a test is over is killed, and with it its cells."""
+    """Starts the command; what still runs when a test is over is killed, and with it its jobs."""
     started = []
 
     def start(log, *words, **options):
@@ -113,7 +113,7 @@ def until(condition, process, log):
 
 
 def claims_of(out, entry):
-    folder = out / entry.cell.name / "claims"
+    folder = out / entry.job.name / "claims"
     return [read_json(folder / f"{n + 1}.json") for n in range(len(list(folder.glob("*.json"))))]
 
 
@@ -127,7 +127,7 @@ def made_up_cifar(tmp_path, monkeypatch):
     sources.prepare("cifar10", folder, download=False)
 
 
-# cells of 20 steps, each followed by an evaluation; batch norm over groups needs K + 2 labeled images
+# jobs of 20 steps, each followed by an evaluation; batch norm over groups needs K + 2 labeled images
 SMALL = ["--", *("--steps", "10000", "--eval-every", "512", "--checkpoint-every", "2000", "--batch", "10")]
 SMALL += ["--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"]
 
@@ -136,22 +136,22 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
-    assert len(found) == 19 and {entry.cell.config.steps for entry in found} == {20}
+    assert len(found) == 19 and {entry.job.config.steps for entry in found} == {20}
 
     def states():
-        return [status(out, entry.cell).state for entry in found]
+        return [status(out, entry.job).state for entry in found]
 
     def checkpoints(entry):
-        return list((out / entry.cell.name / "checkpoints").glob("step-*.pt"))
+        return list((out / entry.job.name / "checkpoints").glob("step-*.pt"))
 
     def in_the_middle():
-        running = [entry for entry in found if status(out, entry.cell).state == "running"]
+        running = [entry for entry in found if status(out, entry.job).state == "running"]
         return states().count("done") >= 4 and any(map(checkpoints, running))
 
     process = start(log, *words, start_new_session=True)
 
     def held_in_the_middle():
-        """Looks again at what no longer moves: a cell may have ended between two looks."""
+        """Looks again at what no longer moves: a job may have ended between two looks."""
         if not in_the_middle():
             return False
         os.killpg(process.pid, signal.SIGSTOP)
@@ -165,30 +165,30 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {
-        entry.cell.name: (out / entry.cell.name / "summary.json").stat().st_mtime_ns
+        entry.job.name: (out / entry.job.name / "summary.json").stat().st_mtime_ns
         for entry, state in zip(found, states(), strict=True)
         if state == "done"
     }
-    begun = [entry for entry in found if claims_of(out, entry) and entry.cell.name not in before]
+    begun = [entry for entry in found if claims_of(out, entry) and entry.job.name not in before]
     assert 4 <= len(before) < 19 and begun, states()
-    saved = {entry.cell.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
+    saved = {entry.job.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
     assert saved
 
     process = start(log, *words)
     assert process.wait(SECONDS) == 0, log.read_text()
     assert states() == ["done"] * 19, log.read_text()
     for entry in found:
-        folder, claims = out / entry.cell.name, claims_of(out, entry)
+        folder, claims = out / entry.job.name, claims_of(out, entry)
         # none lost, and none done twice
         assert len(claims) == (2 if entry in begun else 1)
-        if entry.cell.name in before:
-            assert (folder / "summary.json").stat().st_mtime_ns == before[entry.cell.name]
+        if entry.job.name in before:
+            assert (folder / "summary.json").stat().st_mtime_ns == before[entry.job.name]
         evaluated = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "test_accuracy" in row]
         assert evaluated == list(range(1, 21))
         assert not (folder / "failed.json").exists()
-        if entry.cell.name in saved:  # gone on with, and not begun again
+        if entry.job.name in saved:  # gone on with, and not begun again
             kept = {path.stat().st_mtime_ns for path in checkpoints(entry)}
-            assert saved[entry.cell.name] in kept or min(kept) > saved[entry.cell.name]
+            assert saved[entry.job.name] in kept or min(kept) > saved[entry.job.name]
             assert "starting from step 0" not in (folder / "log.txt").read_text()
     text = (out / "table.md").read_text()
     assert "REHEARSAL with 20 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
@@ -208,7 +208,7 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
     (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), rows=("supervised",))
-    folder = out / entry.cell.name
+    folder = out / entry.job.name
     process = start(log, *words, "800")
     until(lambda: jobs.last_step(folder / "metrics.jsonl") >= 40, process, log)
     os.kill(process.pid, number)
@@ -222,7 +222,7 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     # nothing else would have saved it
     (saved,) = (int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints"))
     assert 40 <= saved < 800 and saved >= jobs.last_step(folder / "metrics.jsonl")
-    assert status(out, entry.cell).state == "waiting"
+    assert status(out, entry.job).state == "waiting"
     if number == signal.SIGTERM:
         assert "1 waiting; what was running is saved" in log.read_text()
     reached = jobs.last_step(folder / "metrics.jsonl")
@@ -230,7 +230,7 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     assert process.wait(SECONDS) == 0, log.read_text()
     steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(20, 801, 20)) and 40 <= reached < 800
-    assert len(claims_of(out, entry)) == 2 and status(out, entry.cell).state == "done"
+    assert len(claims_of(out, entry)) == 2 and status(out, entry.job).state == "done"
 
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
@@ -250,7 +250,7 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
     assert done.returncode == 0 and said.read_text().startswith("2 jobs: ") and "--status" in said.read_text()
 
     def states():
-        return [status(out, entry.cell).state for entry in found]
+        return [status(out, entry.job).state for entry in found]
 
     def logs():
         return "\n".join(path.read_text() for path in (out / "jobs").glob("*_log.*"))
@@ -261,11 +261,11 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
             assert time.monotonic() < deadline, f"{states()}\n{logs()}"
             time.sleep(0.05)
 
-    wait(lambda: jobs.last_step(out / found[0].cell.name / "metrics.jsonl") >= 20)
+    wait(lambda: jobs.last_step(out / found[0].job.name / "metrics.jsonl") >= 20)
     first = claims_of(out, found[0])[0]
     os.kill(first["worker"][0], signal.SIGUSR2)  # as Slurm does before a job's time is over
     wait(lambda: states() == ["done"] * 2)
-    assert len(claims_of(out, found[0])) == 2 and "SIGTERM: step" in (out / found[0].cell.name / "log.txt").read_text()
+    assert len(claims_of(out, found[0])) == 2 and "SIGTERM: step" in (out / found[0].job.name / "log.txt").read_text()
     wait(lambda: len(list((out / "jobs").glob("*_result.pkl"))) == 2)
     assert len({claims_of(out, entry)[0]["worker"][0] for entry in found}) == 2
     assert "Traceback" not in logs(), logs()

@@ -109,7 +109,7 @@ def test_differences_stand_beside_the_papers(tmp_path):
     )
     full = {1: 10.0, 2: 12.0, 3: 11.0}
     signs = {}
-    for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "not told": (1.0, -1.0, 0.5)}.items():
+    for name, worse in {"same": (1.0, 1.1, 0.9), "opposite": (-1.0, -1.1, -0.9), "n.s.": (1.0, -1.0, 0.5)}.items():
         runs = {seed: statistics.Result(full[seed] + worse[seed - 1], 0.0, 1, "paper") for seed in full}
         of_full = {seed: statistics.Result(error, 0.0, 1, "paper") for seed, error in full.items()}
         signs[name] = statistics.line("l2", "p", (1, 2, 3), runs, of_full, None, papers_difference=11.34)
@@ -139,12 +139,12 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
         "| cifar10-250 | mixmatch | 2 of 3 (1 2) | 12.00 ± 1.41 | 11.00 ± 1.41 | 11.08 | +0.92 | +4.50 ["
     )
     assert "of 2 pairs | 0.2 | 1,048,576 | paper |" in rows[1]
-    assert f"Not in the table: {found[5].cell.name}, waiting" in text and "Trained on a device; torch 9.9" in text
+    assert f"Not in the table: {found[5].job.name}, waiting" in text and "Trained on a device; torch 9.9" in text
     kept = json.loads((out / "table.json").read_text())
     assert [line["row"] for line in kept["lines"]] == ["remixmatch", "mixmatch"]
     assert kept["lines"][0]["paper"]["source"].endswith("table 1") and kept["lines"][1]["to_full"]["seeds"] == [1, 2]
-    cell = kept["cells"][0]
-    assert cell["config"]["k"] == 8 and cell["summary"]["test_accuracy"] == 94.0 and cell["commit"] == "unknown"
+    job = kept["cells"][0]
+    assert job["config"]["k"] == 8 and job["summary"]["test_accuracy"] == 94.0 and job["commit"] == "unknown"
 
     path = tmp_path / "rows.jsonl"
     for _ in range(2):  # what is there is not added again

@@ -13,7 +13,7 @@ import torch
 
 from engine.distributed import collectives
 from engine.errors import UserError
-from engine.method.batch_layout import arrange, step_plan
+from engine.method.batch_layout import BatchLayout, rank_plan
 from engine.training import optimizers
 from engine.training.cuda_graph import CapturedStep, Snapshot
 from engine.training.execution import pick_mode, pick_precision, pick_views
@@ -35,7 +35,7 @@ TOLERANCE = {torch.float32: (1e-3, 0.03), torch.bfloat16: (0.03, 0.1), torch.flo
 def trained(config, mode, steps, device=CPU, precision=torch.float32):
     """Trains on made-up classes of images; returns (steps, 8) metrics and the final state."""
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1, 1)
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     state = make_state(config, CLASSES, device)
     torch._dynamo.reset()  # every variant is compiled, however many there were before
     make = partial(Step, config, state, rows, precision, compiled=mode != "eager")
@@ -48,7 +48,7 @@ def trained(config, mode, steps, device=CPU, precision=torch.float32):
     for number in range(steps):
         plan = make_plan(spec, 0, number, initial_weights())
         views = torch.from_numpy(images[plan.views.image + np.where(plan.views.labeled, 0, 40)]).to(device)
-        data = StepInput.pack(views, step_plan(rows, plan, classes[plan.labeled]), device)
+        data = StepInput.pack(views, rank_plan(rows, plan, classes[plan.labeled]), device)
         if step is None:
             step = CapturedStep(make, data) if mode == "graph" else make()
         seen.append(step(data).metrics.clone())
@@ -141,8 +141,8 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
 def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
     config = tiny(batch=5, k=2)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1, 1)
-    plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    plan = rank_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
     data = StepInput.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
     for name, array in vars(plan).items():
         part = getattr(data, name)
@@ -154,15 +154,15 @@ def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
 def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
     config = tiny()
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1, 1)
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     views = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     first, second = (
-        StepInput.pack(views, step_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
+        StepInput.pack(views, rank_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
         for step, labels in enumerate((np.arange(8), np.arange(8)[::-1].copy()))
     )
     own = first.clone()
     own.packed.copy_(second.packed)
-    for name in ("source", "partner", "lam", "rotations", "target", "partner_target", "labels"):
+    for name in ("source", "partner", "lam", "rotations", "target_index", "partner_target_index", "labels"):
         assert torch.equal(getattr(own, name), getattr(second, name)), name
     assert not torch.equal(first.labels, second.labels), "the example is left alone"
 
@@ -234,8 +234,8 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
     config = tiny(scales=1)
     state = make_state(config, CLASSES, CPU)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1, 1)
-    plan = step_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.zeros(config.batch, np.int64))
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    plan = rank_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.zeros(config.batch, np.int64))
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8)
     made = []
 
@@ -290,12 +290,12 @@ def test_a_step_never_waits_for_the_device(tiny):
     config = tiny(device="cuda")
     trained(config, "eager", 2, torch.device("cuda", 0))  # whatever is lazily made
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = arrange(spec, 1, 0, 1, 1)
+    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     device = torch.device("cuda", 0)
     step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
     plan = make_plan(spec, 0, 0, initial_weights())
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8, device=device)
-    data = StepInput.pack(views, step_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
+    data = StepInput.pack(views, rank_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
     step(data)
     torch.cuda.set_sync_debug_mode("error")
     try:

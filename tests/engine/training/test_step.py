@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.method.batch_layout import step_plan
+from engine.method.batch_layout import rank_plan
 from engine.method.losses import LOSSES
 from engine.method.targets import P_MODEL_STEPS
-from engine.training.feed import arrange_rows
+from engine.training.feed import rank_layout
 from engine.training.state import decayed_parameters, make_state
 from engine.training.step import METRICS, Step
 from engine.training.step_input import StepInput
@@ -31,7 +31,7 @@ class Bench:
         self.spec = PlanSpec(
             config.batch, config.k, 20, 50 if config.unlabeled else 0, max_shift=1, flip=False, mixup_alpha=0.75
         )
-        self.rows = arrange_rows(config, self.spec, 0, 1)
+        self.rows = rank_layout(config, self.spec, 0, 1)
         self.state = make_state(config, CLASSES, CPU)
         # neither network nor marginals at their start, where much would cancel
         rng = torch.Generator().manual_seed(1)
@@ -47,7 +47,7 @@ class Bench:
         self.step = Step(config, self.state, self.rows, torch.float32)
 
     def run(self):
-        data = StepInput.pack(self.views[self.rows.views], step_plan(self.rows, self.plan, self.labels), CPU)
+        data = StepInput.pack(self.views[self.rows.views], rank_plan(self.rows, self.plan, self.labels), CPU)
         return self.step(data)
 
 
