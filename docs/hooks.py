@@ -31,7 +31,6 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "bench/NOTES.md": "notes.md",
 }
 SOURCE = "source"  # folder of the pages that show source files
 LANGUAGES = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".toml": "toml", ".yml": "yaml", ".json": "json"}

@@ -18,6 +18,7 @@ SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights"
 
 # of which elements a browser fetches which attribute by itself
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "object": "data"}
+OVERVIEW = "docs/measurements/index.md"
 QUOTES = [quote for text in TEXTS.values() for quote in hooks.quotes(text)]
 
 
@@ -152,8 +153,28 @@ def test_readme_is_read_in_two_minutes():
     readme = TEXTS["README.md"]
     assert len(readme.splitlines()) <= 120
     assert "](docs/images/views.png)" in readme
-    # each page but those that others lead to
-    assert set(re.findall(r"\]\((docs/[\w-]+\.md)", readme)) == TEXTS.keys() - {"README.md"}
+    # Each page, but only the overview of a folder.
+    expected = {page for page in TEXTS if page.startswith("docs/") and page.count("/") == 1} | {OVERVIEW}
+    assert set(re.findall(r"\]\((docs/[\w/-]+\.md)", readme)) == expected
+
+
+def test_the_overview_of_measurements_links_to_every_page():
+    folder = OVERVIEW.rpartition("/")[0]
+    linked = re.findall(r"^\| \[[^]]+\]\(([\w-]+\.md)\) \|", TEXTS[OVERVIEW], re.MULTILINE)
+    assert {f"{folder}/{page}" for page in linked} == {page for page in TEXTS if page.startswith(folder)} - {OVERVIEW}
+    for page in linked:
+        assert page == "log.md" or re.match(r"# .+\n\n\*\*Conclusion", TEXTS[f"{folder}/{page}"]), page
+
+
+def test_the_menu_has_every_page_of_measurements():
+    menu = re.findall(r"^ +- [^:]+: (measurements/[\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{page}" for page in menu) == sorted(page for page in TEXTS if "/measurements/" in page)
+
+
+def test_log_of_measurements_is_newest_first():
+    dates = re.findall(r"^## (.+)$", TEXTS["docs/measurements/log.md"], re.MULTILINE)
+    assert dates == sorted(set(dates), reverse=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
 
 
 def test_figures_of_readme_stand_with_the_results():

@@ -5,7 +5,7 @@ means of the metrics, p(y), p~(y), and now and then at how far f_ema is from the
 on all ranks, and no test label is among them.
 
 Thresholds are far from what healthy runs show once they have had time to learn (`Health.late`), and something has to be
-seen for `HOLD` steps. Which values healthy and broken runs have is in bench/NOTES.md.
+seen for `HOLD` steps. Which values healthy and broken runs have is in docs/measurements/faults.md.
 """
 
 from __future__ import annotations
