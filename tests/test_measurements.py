@@ -1,0 +1,221 @@
+"""The pages of docs/measurements/ and docs/benchmarks.md agree with the records in bench/results/."""
+
+import re
+from functools import cache
+from statistics import mean, stdev
+
+import pytest
+
+from bench.registry import find
+from engine.measuring import records
+from tests.pages import TEXTS
+
+H100 = "NVIDIA H100 80GB HBM3"
+MACHINES = {"Intel Xeon, 2 cores": "Intel", "AMD EPYC, 2 cores": "EPYC", "NVIDIA H100": H100}
+FILES = {
+    path.relative_to(records.RESULTS).with_suffix("").as_posix(): path for path in records.RESULTS.rglob("*.jsonl")
+}
+
+
+@cache
+def rows(name):
+    return records.read(FILES[name])
+
+
+def newest(name, device="", **case):
+    """The last record of a case on a device."""
+    return [row for row in rows(name) if device in row["device"] and case.items() <= row.items()][-1]
+
+
+def page(name):
+    return TEXTS[f"docs/measurements/{name}.md"]
+
+
+def table(text, head):
+    """What stands below a table's head that contains these words."""
+    return text.partition(head)[2].partition("\n\n")[0]
+
+
+def cells(text, start):
+    """The cells of the table row that starts with these."""
+    (line,) = re.findall(rf"^\| {re.escape(start)} \|(.*)\|$", text, re.MULTILINE)
+    return [cell.strip() for cell in line.split("|")]
+
+
+def numbers(cell):
+    return re.findall(r"(?<![\w.])[+-]?\d+(?:\.\d+)?", re.sub(r"(?<=\d) (?=\d{3}\b)", "", cell))
+
+
+def agree(shown, wanted):
+    """Whether numbers are what was measured, each to its own number of decimals."""
+    assert len(shown) == len(wanted), (shown, wanted)
+    for text, value in zip(shown, wanted, strict=True):
+        half = 0.5 * 10 ** -len(text.partition(".")[2])
+        assert abs(float(text) - value) <= half + 1e-9, (shown, wanted)
+
+
+def test_the_overview_says_which_machine_made_which_records():
+    found = table(page("index"), f"| records | {' | '.join(MACHINES)} |")
+    assert set(re.findall(r"^\| `([\w/]+)` \|", found, re.MULTILINE)) == set(FILES)
+    for name in FILES:
+        measured = ["yes" if any(word in row["device"] for row in rows(name)) else "" for word in MACHINES.values()]
+        assert cells(found, f"`{name}`") == measured, name
+
+
+def test_what_is_not_measured_on_a_gpu_has_no_records():
+    gpu = [row for name in FILES for row in rows(name) if not row["device"].startswith("CPU")]
+    assert {row["device"] for row in gpu} == {H100}
+    (said,) = re.findall(r"^\*\*Not measured on a GPU:\*\* (.+?)\n\n", page("h100"), re.MULTILINE | re.DOTALL)
+    assert all(
+        word in said for word in ("baseline", "convolutions", "uncaptured", "--deterministic", "pipelines", "apex")
+    )
+    assert not {"baseline", "convolutions", "pipelines", "data", "scaling"} & {row["bench"] for row in gpu}
+    steps = [row for row in gpu if row["bench"] == "throughput"]
+    assert {row["mode"] for row in steps} == {"graph", "eager"} and {row["optimizer"] for row in steps} == {"torch"}
+    assert not any(row.get("deterministic") for row in steps)
+    assert not any("dali" in (row.get("views"), row["versions"]["nvidia-dali-cuda130"]) for row in gpu)
+    assert all(row.get("ranks", 1) == 1 for row in gpu)
+    assert {"baseline", "convolutions", "pipelines", "data", "scaling"} <= find().keys()
+
+
+def step(k, views, device=H100, **case):
+    return newest("throughput", device, k=k, batch=64, mode="graph", views=views, **case)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_steps_of_the_h100(k):
+    real, ready = step(k, "fused"), step(k, "synthetic")
+    found = [numbers(cell)[0] for cell in cells(table(page("h100"), "on ready-made views, ms"), str(k))]
+    wanted = [real["step_ms"], ready["step_ms"], real["images_per_second"], real["floor_ms"]]
+    agree(found, [*wanted, real["floor_ratio"], real["peak_memory_mib"]])
+    line = 4.4 + 0.54 * k
+    assert abs(line / ready["step_ms"] - 1) < 0.014
+    assert 1.003 < real["step_ms"] / ready["step_ms"] < 1.0135
+
+
+def test_variants_of_the_h100():
+    names = {"cuDNN by heuristic": "cuDNN by rule", "eight input channels": "8 input channels"}
+    names["combined kernels with their own block sizes"] = "combined kernels, blocks of their own"
+    found = re.findall(
+        r"^\| (\w[^|]+) \| ([\d.]+) \|$", table(page("h100"), "| variant | time, relative |"), re.MULTILINE
+    )
+    assert len(found) == 7
+    for name, ratio in found:
+        agree([ratio], [newest("variants", H100, variant=names.get(name, name))["ratio"]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_counts_and_their_predictions(k):
+    case = {"ablate": f"k={k}"} if k not in (1, 8) else {}
+    count = [row for row in rows("count") if row["preset"] == "cifar10-250" and "method" not in row]
+    count = [row for row in count if row["k"] == k and row.get("ablate") == case.get("ablate")][-1]
+    (line,) = re.findall(rf"^\| ReMixMatch \| {k} \| 1 \|(.*)\|$", page("compiled-step"), re.MULTILINE)
+    predicted = count["predicted_ms_h100"], count["predicted_ms_h200"]
+    agree(numbers(line), [count["launches"], count["bytes"] / 1e9, *predicted])
+    assert abs(predicted[0] / step(k, "synthetic")["step_ms"] - 1) < 0.013
+
+
+@pytest.mark.parametrize("name", ["FixMatch", "UDA", "MixMatch", "pseudo-label"])
+def test_counts_of_other_methods(name):
+    count = newest("count", preset="cifar10-250", method=name.lower())
+    wanted = [count["launches"], count["bytes"] / 1e9, count["predicted_ms_h100"], count["predicted_ms_h200"]]
+    agree([numbers(cell)[0] for cell in cells(page("compiled-step"), name)[2:]], wanted)
+
+
+def test_steps_of_a_cpu():
+    run = [row for row in rows("throughput") if "eager compile" in row["command"]]
+    times = {(row["k"], row["mode"]): row for row in run}
+    ratios = []
+    for k in (1, 2, 4, 8, 16):
+        eager, compiled = times[k, "eager"], times[k, "compile"]
+        ratios.append(eager["step_ms"] / compiled["step_ms"])
+        wanted = [eager["step_ms"], compiled["step_ms"], ratios[-1], eager["images_per_second"]]
+        agree([numbers(cell)[0] for cell in cells(table(page("cpu"), "eager / compiled"), str(k))], wanted)
+    for text in (page("cpu"), TEXTS["docs/benchmarks.md"]):
+        agree(
+            re.search(r"(1\.\d\d) to (1\.\d\d) times as (?:fast|many steps/s)", " ".join(text.split())).groups(),
+            [min(ratios), max(ratios)],
+        )
+
+
+@pytest.mark.parametrize(
+    ("start", "trainer", "beside", "k"),
+    [
+        ("plain, K = 1", "plain", None, 1),
+        ("engine, K = 1", "engine", "plain", 1),
+        ("plain, K = 8", "plain", None, 8),
+        ("engine, K = 8", "engine", "plain", 8),
+        ("usb, K = 2", "usb", None, 2),
+        ("engine against usb, K = 2", "engine", "usb", 2),
+        ("engine against usb, K = 8", "engine", "usb", 8),
+        ("torchssl, K = 2", "torchssl", None, 2),
+        ("engine against torchssl, K = 2", "engine", "torchssl", 2),
+        ("engine against torchssl, K = 8", "engine", "torchssl", 8),
+    ],
+)
+def test_baselines(start, trainer, beside, k):
+    case = {"trainer": trainer, "k": k} | ({"beside": beside} if beside else {})
+    real, ready = (newest("baseline", **case, data=data) for data in ("real", "synthetic"))
+    wanted = [real["networks_ms"], real["rest_ms"], real["views_ms"], real["step_ms"]]
+    if beside:
+        for row in (ready, real):
+            wanted += [row["engine_ratio"], row["engine_ratio_low"], row["engine_ratio_high"]]
+    agree(numbers(" ".join(cells(page("cpu"), start))), wanted)
+
+
+@pytest.mark.parametrize(("word", "commit"), [("busy", "9b438d02abaf"), ("quieter", "5470e6aafef1")])
+@pytest.mark.parametrize(("k", "batch"), [(1, 64), (8, 64), (16, 64), (8, 448)])
+def test_the_hosts_part_of_a_step(word, commit, k, batch):
+    row = newest("host", commit=commit, k=k, batch=batch)
+    parts = ("plan", "rows", "views", "planner", "policy", "to_device", "main", "total")
+    agree(cells(page("cpu"), f"K = {k}, B = {batch}, {word}"), [row[f"{part}_us"] for part in parts])
+
+
+def test_the_page_of_benchmarks_has_the_numbers_of_the_records():
+    text = TEXTS["docs/benchmarks.md"]
+    data = {row["part"]: row for row in rows("data")}
+    named = newest("runs/profile", "CPU")
+    for start, wanted in {
+        "command to first trained step": [newest("start")["start_seconds"]],
+        "SIGKILL of a rank to the group's next step": [newest("restart")["restart_seconds"]],
+        "opening 50 000 images of 32x32": [1e3 * data["opening"]["open_seconds"]],
+        "`data prepare` of JPEGs relative to DALI's decoding alone": [data["preparing"]["prepare_ratio"]],
+        "training on 105 000 images of 96x96 relative to 5 000": [
+            *(data["training"][name] for name in ("step_ratio", "least_step_ratio", "most_step_ratio")),
+        ],
+        "time of a digits-40 step in named ranges": [100 * named["named_share"], named["marks"], named["mark_ns"]],
+    }.items():
+        agree(numbers(cells(text, start)[0])[: len(wanted)], wanted)
+    for shown in (text, page("cpu")):
+        for k in (1, 8):
+            ends = sorted(row["total_us"] / 1e3 for row in rows("host") if (row["k"], row["batch"]) == (k, 64))
+            said = rf"{ends[0]:.1f} to {ends[-1]:.1f} ms (per step at K = {k}|at K = {k}|\(K = {k}\))"
+            assert re.search(said, " ".join(shown.split()))
+
+
+def test_twenty_seeds_of_digits():
+    found = {
+        row["seed"]: row["test_accuracy"]
+        for row in rows("digits")
+        if row["method"] == "digits-40" and "EPYC" in row["device"]
+    }
+    assert sorted(found) == list(range(20))
+    blind = {row["seed"]: row["test_accuracy"] for row in rows("runs/blind") if row["method"] == "digits-40"}
+    assert sorted(blind) == [5, 6, 7, 8, 9]
+    (twenty,) = re.findall(r"^- digits-40: (.+) % over twenty", page("accuracy"), re.MULTILINE)
+    agree(numbers(twenty), [mean(found.values()), stdev(found.values())])
+    (five,) = re.findall(r"more digits seeds, run once with nothing changed\s+after, have (.+?) %", page("accuracy"))
+    agree(numbers(five), [mean(blind.values()), stdev(blind.values())])
+
+
+def test_runs_of_the_h100_at_the_presets_own_size():
+    runs = [row for row in rows("ablate") if row["bench"] == "reproduce" and row["device"] == H100]
+    assert len(runs) == 26 and {row["steps"] for row in runs} == {8000}
+    minutes = sorted(row["train_seconds"] / 60 for row in runs)
+    assert f"{minutes[0]:.1f} to {minutes[-1]:.1f} minutes each" in " ".join(page("accuracy").split())
+    for seed in (1, 2, 3):
+        cpu = [row for row in rows("runs/fashion") if row["method"] == "fashion-100-small"]
+        (cpu,) = (row for row in cpu if row["seed"] == seed and row.get("width") == 32)
+        gpu = next(row for row in runs if row["row"] == "remixmatch" and row["seed"] == seed)
+        wanted = [row[name] for name in ("test_accuracy", "median_last_20") for row in (cpu, gpu)]
+        agree(cells(table(page("h100"), "median of last 20, H100"), str(seed)), wanted)
