@@ -1,1 +1,1 @@
-"""Data: data sets and label splits, the plan of every step, CTAugment's policy, and the DALI views."""
+"""Data sets, label splits, the random plan of each step, CTAugment, and augmented views (DALI or a Triton kernel)."""

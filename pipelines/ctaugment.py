@@ -1,13 +1,13 @@
-"""CTAugment's policy: which distortions exist, how bins are sampled, how probes move their weights.
+"""CTAugment policy: the transformations, how their bins are sampled, and how probes update bin weights.
 
-ReMixMatch (ICLR 2020), section 3.2.2. The policy's whole state is one array of bin weights,
-`weights: (T, 2, 17) float64`, for T transformations of at most two parameters of at most 17 bins each.
-Cells that no parameter owns stay 0 and are never drawn. The image operations themselves are
-`kernels/photometric.py`'s and the matrices of `geometric.py`; all follow the one table below.
+ReMixMatch (ICLR 2020), section 3.2.2. The state of the policy is one array of bin weights,
+`weights: (T, 2, 17) float64`: T transformations with at most two parameters of at most 17 bins each. Unused entries
+stay 0 and are never drawn. The image operations are in `kernels/photometric.py` and `geometric.py`; all follow the
+table below.
 
-The authors' code differs from the paper in how levels are drawn and in what five transformations do at a level. What it
-does is at the end of this file, as functions of a plan's numbers: levels drawn its way, and levels at which the paper's
-transformations do what its own do.
+The authors' code differs from the paper in how levels are drawn and in the effect of five transformations. The end of
+this file reproduces it: levels drawn as in that code, and the levels at which the paper's transformations have the
+same effect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DECAY = 0.99
 
 @dataclass(frozen=True)
 class Transformation:
-    """A distortion and the number of bins of each of its parameters."""
+    """An image transformation and the number of bins of each of its parameters."""
 
     name: str
     bins: tuple[int, ...]
@@ -56,88 +56,88 @@ TRANSFORMATIONS: tuple[Transformation, ...] = (
 NAMES: tuple[str, ...] = tuple(t.name for t in TRANSFORMATIONS)
 IDENTITY = NAMES.index("identity")
 
-# bins of each (transformation, parameter), 0 where it has no such parameter: (T, 2) int64
+# Number of bins of each (transformation, parameter), 0 if there is no such parameter: (T, 2) int64.
 BINS = np.zeros((len(TRANSFORMATIONS), MAX_PARAMETERS), dtype=np.int64)
-for _row, _transformation in enumerate(TRANSFORMATIONS):
-    BINS[_row, : len(_transformation.bins)] = _transformation.bins
+for _op, _transformation in enumerate(TRANSFORMATIONS):
+    BINS[_op, : len(_transformation.bins)] = _transformation.bins
 _BIN_EXISTS = np.arange(MAX_BINS) < BINS[..., None]  # (T, 2, 17) bool
-# segments between neighbouring bins, likewise: (T, 2) int64
+# Number of segments between neighboring bins: (T, 2) int64.
 SEGMENTS = np.maximum(BINS - 1, 0)
 _SEGMENT_EXISTS = np.arange(MAX_BINS - 1) < SEGMENTS[..., None]  # (T, 2, 16) bool
 
 
 def initial_weights() -> np.ndarray:
-    """Bin weights at the start: (T, 2, 17) float64, 1 in every bin that exists, 0 elsewhere."""
+    """Return the initial bin weights: (T, 2, 17) float64, 1 for existing bins and 0 elsewhere."""
     return _BIN_EXISTS.astype(np.float64)
 
 
 def bin_probabilities(weights: np.ndarray, decay: float = DECAY, threshold: float = THRESHOLD) -> np.ndarray:
-    """Probability of each bin when a strong view is sampled.
+    """Return the probability of each bin when sampling a strong view.
 
-    `m^ = (m + 1 - rho) / max(m + 1 - rho)`, entries below the threshold dropped, then normalised.
+    `m^ = (m + 1 - rho) / max(m + 1 - rho)`; entries below the threshold are set to 0, the rest normalized.
 
     Args:
         weights: (T, 2, 17) float64 bin weights.
         decay: rho.
-        threshold: entries of `m^` below it are never drawn.
+        threshold: Entries of `m^` below this value are never drawn.
 
     Returns:
-        (T, 2, 17) float64; rows of existing parameters sum to 1, the others are 0.
+        (T, 2, 17) float64; sums to 1 over the bins of each existing parameter, 0 elsewhere.
     """
     raised = np.where(_BIN_EXISTS, weights + (1.0 - decay), 0.0)
     peak = raised.max(axis=-1, keepdims=True)
-    normalised = np.divide(raised, peak, out=np.zeros_like(raised), where=peak > 0)
-    return _shares(np.where(normalised >= threshold, normalised, 0.0))
+    scaled = np.divide(raised, peak, out=np.zeros_like(raised), where=peak > 0)
+    return _normalized(np.where(scaled >= threshold, scaled, 0.0))
 
 
-def _shares(weights: np.ndarray) -> np.ndarray:
+def _normalized(weights: np.ndarray) -> np.ndarray:
     total = weights.sum(axis=-1, keepdims=True)
     return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
 def bin_edges(probabilities: np.ndarray) -> np.ndarray:
-    """Where each bin begins in [0, 1), from its predecessors' probabilities: what `draw_bins` takes.
+    """Return the lower edge of each bin in the cumulative distribution, for `draw_bins`.
 
     Args:
-        probabilities: (T, 2, n) float64, see `bin_probabilities` and `segment_probabilities`.
+        probabilities: (T, 2, n) float64 from `bin_probabilities` or `segment_probabilities`.
 
     Returns:
-        (n, T, 2) float64, rising along the first axis; inf after the last bin with any probability, and for parameters
-        that do not exist.
+        (n, T, 2) float64, ascending along the first axis; inf after the last bin of nonzero probability, and for
+        parameters that do not exist.
     """
     cumulative = np.cumsum(np.moveaxis(probabilities, -1, 0), axis=0)
     edges = np.zeros_like(cumulative)
     edges[1:] = cumulative[:-1]
-    # the last bin with any probability closes the interval, whatever the rounding of the sum
+    # Even if the sum is rounded down, the last bin of nonzero probability extends to 1.
     edges[edges >= cumulative[-1]] = np.inf
     return edges
 
 
 def draw_bins(edges: np.ndarray, ops: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Bins by inverting the cumulative distribution of each drawn transformation's parameters.
+    """Draw bins by inverting the cumulative distribution of each parameter.
 
     Args:
-        edges: (n, T, 2) float64, see `bin_edges`.
+        edges: (n, T, 2) float64 from `bin_edges`.
         ops: (...,) int64, indices into `TRANSFORMATIONS`.
-        uniform: (..., 2) float64 in [0, 1), one number a parameter.
+        uniform: (..., 2) float64 in [0, 1), one number per parameter.
 
     Returns:
-        (..., 2) int64 bins; -1 where the transformation has no such parameter.
+        (..., 2) int64 bins; -1 if the transformation has no such parameter.
     """
-    # bins come first: numpy compares and adds long rows of draws several times faster than rows of 17 bins
-    begun = (uniform >= edges.take(ops, axis=1)).sum(axis=0, dtype=np.int8)
-    return np.subtract(begun, 1, dtype=np.int64)
+    # Bins are the first axis because numpy reduces a few long axes several times faster than many axes of 17 bins.
+    reached = (uniform >= edges.take(ops, axis=1)).sum(axis=0, dtype=np.int8)
+    return np.subtract(reached, 1, dtype=np.int64)
 
 
 def update_weights(
     weights: np.ndarray, ops: np.ndarray, bins: np.ndarray, omega: np.ndarray, decay: float = DECAY
 ) -> np.ndarray:
-    """Weights after one step's probes: `m_bin <- rho * m_bin + (1 - rho) * w`, for each bin used, in row order.
+    """Return the weights after one step's probes: `m_bin <- rho * m_bin + (1 - rho) * w` for each bin used, in order.
 
     Args:
-        weights: (T, 2, 17) float64; not changed.
-        ops: (B, 2) int64, the probes' transformations.
-        bins: (B, 2, 2) int64, their bins, -1 where there is none.
+        weights: (T, 2, 17) float64; not modified.
+        ops: (B, 2) int64, transformations of the probes.
+        bins: (B, 2, 2) int64, their bins; -1 if there is none.
         omega: (B,) float, `w = 1 - 1/2 * sum |f_ema(x_probe) - p|`, in [0, 1].
         decay: rho.
 
@@ -145,12 +145,12 @@ def update_weights(
         (T, 2, 17) float64, a new array.
     """
     updated = weights.copy()
-    # a bin may be used several times in a step, and the last use counts most: hence the loop, in order. It touches
-    # cells through a memoryview, whose elements are Python's numbers and cost a fraction of an array's
+    # The loop keeps the order of the probes: a bin may be used several times in a step, and its last use counts most.
+    # Indexing a memoryview yields Python numbers, at a fraction of the cost of indexing an array.
     cells = updated.reshape(-1).data
-    row, stage, parameter = np.nonzero(bins >= 0)
-    used = (MAX_PARAMETERS * ops[row, stage] + parameter) * MAX_BINS + bins[row, stage, parameter]
-    gains = (1.0 - decay) * omega[row].astype(np.float64)
+    probe, stage, parameter = np.nonzero(bins >= 0)
+    used = (MAX_PARAMETERS * ops[probe, stage] + parameter) * MAX_BINS + bins[probe, stage, parameter]
+    gains = (1.0 - decay) * omega[probe].astype(np.float64)
     for cell, gain in zip(used.tolist(), gains.tolist(), strict=True):
         cells[cell] = decay * cells[cell] + gain
     return updated
@@ -158,7 +158,7 @@ def update_weights(
 
 @dataclass
 class Probes:
-    """One step's probes, waiting for the step in which they may change the weights."""
+    """Probes of one step, pending until they may change the weights."""
 
     step: int
     ops: np.ndarray  # (B, 2) int64
@@ -169,13 +169,12 @@ class Probes:
 class CTAugmentPolicy:
     """Bin weights with a fixed delay between a probe and its effect.
 
-    Plans are made ahead of the step that executes them, so the probes of step s first count in the plan of step
-    s + lag. The delay is a number of the configuration and not an accident of timing, which is what lets a
-    resumed run repeat an undisturbed one bit for bit.
+    Plans are made ahead of the steps that use them, so the probes of step s first affect the plan of step s + lag. The
+    delay is configured and does not depend on timing: a resumed run is bit-identical to an uninterrupted one.
 
     Args:
-        lag: steps from a probe to the first plan that knows it; at least 1.
-        learn: with False weights stay uniform for ever: RandAugment over the same transformations.
+        lag: Steps from a probe to the first plan that it affects; at least 1.
+        learn: If False, weights stay uniform: RandAugment over the same transformations.
     """
 
     def __init__(self, lag: int, learn: bool = True) -> None:
@@ -183,55 +182,55 @@ class CTAugmentPolicy:
             raise ValueError(f"lag must be at least 1 step, got {lag}")
         self.lag = lag
         self.learn = learn
-        self.weights = initial_weights()  # holds every probe that the plan of the next step may know
-        self.waiting: list[Probes] = []  # younger ones, oldest first
-        self._after: list[np.ndarray] = []  # weights after each of these and all before it: each is applied once
+        self.weights = initial_weights()  # Includes every probe that may affect the plan of the next step.
+        self.waiting: list[Probes] = []  # Later probes, oldest first.
+        self._after: list[np.ndarray] = []  # Weights after each of `waiting`, so that each is applied only once.
 
     def weights_for(self, step: int) -> np.ndarray:
-        """Bin weights for the plan of `step`: every probe of steps up to `step - lag`, none later.
+        """Return the bin weights for the plan of `step`, which include the probes of all steps up to `step - lag`.
 
-        Changes nothing, so plans may be made ahead and, after a restart, made again.
+        Has no side effects, so plans can be made ahead of time and made again after a restart.
 
         Returns:
-            (T, 2, 17) float64; must not be changed.
+            (T, 2, 17) float64; must not be modified.
         """
         known = sum(probes.step <= step - self.lag for probes in self.waiting)
         return self._after[known - 1] if known else self.weights
 
     def observe(self, step: int, ops: np.ndarray, bins: np.ndarray, omega: np.ndarray) -> None:
-        """Hands in the probes of a finished step; steps come in order, none left out.
+        """Record the probes of a finished step. Must be called for every step, in order.
 
         Args:
-            step: the step that ran them.
+            step: Step that ran the probes.
             ops: (B, 2) int64.
-            bins: (B, 2, 2) int64, -1 where there is none.
+            bins: (B, 2, 2) int64, -1 if there is none.
             omega: (B,) float32.
         """
         if not self.learn:
             return
-        self._wait(Probes(step, ops, bins, omega))
+        self._enqueue(Probes(step, ops, bins, omega))
         self.weights = self.weights_for(step + 1)
         while self.waiting and self.waiting[0].step <= step + 1 - self.lag:
             del self.waiting[0], self._after[0]
 
-    def _wait(self, probes: Probes) -> None:
+    def _enqueue(self, probes: Probes) -> None:
         newest = self._after[-1] if self._after else self.weights
         self.waiting.append(probes)
         self._after.append(update_weights(newest, probes.ops, probes.bins, probes.omega))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed policy needs, as arrays and integers."""
+        """Return the state of the policy as arrays and integers."""
         return {"weights": self.weights, "waiting": [vars(probes) for probes in self.waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.weights, self.waiting, self._after = state["weights"], [], []
         for probes in state["waiting"]:
-            self._wait(Probes(**probes))
+            self._enqueue(Probes(**probes))
 
 
 def describe(ops: Iterable[int], levels: np.ndarray) -> str:
-    """Names and levels of one view's transformations, for a caption: `rotate 0.71, blur 0.20`."""
+    """Return the names and levels of a view's transformations for a caption: `rotate 0.71, blur 0.20`."""
     parts = []
     for op, op_levels in zip(ops, levels, strict=True):
         shown = " ".join(f"{level:.2f}" for level in op_levels[: len(TRANSFORMATIONS[op].bins)])
@@ -239,13 +238,13 @@ def describe(ops: Iterable[int], levels: np.ndarray) -> str:
     return ", ".join(parts)
 
 
-# ---------------------------------------------------------------- as in the authors' code
+# ---------------------------------------------------------------- The authors' code
 _ROTATE, _CUTOUT = NAMES.index("rotate"), NAMES.index("cutout")
-_UNMOVING = np.array([name in ("rescale", "translate_x", "translate_y") for name in NAMES])
+_NO_EFFECT = np.array([name in ("rescale", "translate_x", "translate_y") for name in NAMES])
 
 
 def _whole_degrees() -> np.ndarray:
-    """Levels of rotate at -45, -44, ..., 45 degrees: (91, 2) float32 in [0, 1), whose sums are exact to 2^-48."""
+    """Return the levels of rotate for -45, -44, ..., 45 degrees: (91, 2) float32 in [0, 1), sums exact to 2^-48."""
     level = np.arange(91) / 90
     first = np.minimum(np.floor(level * 2**24), 2**24 - 1) / 2**24
     return np.stack([first, level - first], axis=-1).astype(np.float32)
@@ -255,40 +254,42 @@ _WHOLE_DEGREES = _whole_degrees()
 
 
 def segment_probabilities(probabilities: np.ndarray) -> np.ndarray:
-    """Probability of each segment between neighbouring bins, from which the authors' code draws: the sum of both bins'.
+    """Return the probability of each segment between neighboring bins, from which the authors' code draws levels.
+
+    It is proportional to the sum of the probabilities of both bins.
 
     Args:
-        probabilities: (T, 2, 17) float64, see `bin_probabilities`.
+        probabilities: (T, 2, 17) float64 from `bin_probabilities`.
 
     Returns:
-        (T, 2, 16) float64; rows of existing parameters sum to 1, the others are 0.
+        (T, 2, 16) float64; sums to 1 over the segments of each existing parameter, 0 elsewhere.
     """
-    return _shares(np.where(_SEGMENT_EXISTS, probabilities[..., 1:] + probabilities[..., :-1], 0.0))
+    return _normalized(np.where(_SEGMENT_EXISTS, probabilities[..., 1:] + probabilities[..., :-1], 0.0))
 
 
 def code_probe_bins(ops: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Bins that the authors' code updates for a probe's levels, which it draws from all of [0, 1).
+    """Return the bins that the authors' code updates, given the levels of the probes, which it draws from [0, 1).
 
     Args:
         ops: (..., 2) int64, indices into `TRANSFORMATIONS`.
         levels: (..., 2, 2) float32 in [0, 1).
 
     Returns:
-        (..., 2, 2) int64; -1 where the transformation has no such parameter.
+        (..., 2, 2) int64; -1 if the transformation has no such parameter.
     """
     bins = BINS.take(ops, axis=0)
     return np.where(bins > 0, (levels.astype(np.float64) * bins * 0.999).astype(np.int64), -1)
 
 
 def code_effects(ops: np.ndarray, levels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Transformations of the paper that do what those of the authors' code do at the given levels.
+    """Return transformations and levels at which the paper's definitions reproduce the authors' code.
 
-    Of those that differ, the code
+    The code differs from the paper in five transformations:
 
-    - translates by (2 v - 1) * 0.3 pixels, which leaves every pixel the nearest to its place;
-    - rescales what is left when 0.25 v pixels are cut off each side, for which PIL takes the whole image;
-    - rotates by (2 v - 1) * 45 degrees, rounded to whole ones;
-    - cuts out 2 floor(s / 2) pixels along each axis where the paper has s = 1 + floor(0.499 v side): for 1, none.
+    - translate_x and translate_y shift by (2 v - 1) * 0.3 pixels: no effect with nearest-neighbor sampling;
+    - rescale crops 0.25 v pixels from each side, which PIL rounds to the whole image: no effect;
+    - rotate rounds (2 v - 1) * 45 to whole degrees;
+    - cutout's side is 2 floor(s / 2) pixels instead of s = 1 + floor(0.499 v side): no effect for s = 1.
 
     Args:
         ops: (V, 2) int, indices into `TRANSFORMATIONS`.
@@ -296,21 +297,22 @@ def code_effects(ops: np.ndarray, levels: np.ndarray, side: int) -> tuple[np.nda
         side: min(H, W) of the images.
 
     Returns:
-        Both again, new arrays. What leaves the image as it is has become the identity, which costs a view nothing. The
-        second level of rotate is what single precision cannot hold of the first.
+        New ops and levels. Transformations without effect become the identity, which costs nothing. The second level of
+        rotate is the remainder that float32 cannot represent in the first.
     """
     ops, levels = ops.copy(), levels.copy()
-    flat, of_flat = ops.reshape(-1), levels.reshape(-1, MAX_PARAMETERS)
-    rotated, cut = np.flatnonzero(flat == _ROTATE), np.flatnonzero(flat == _CUTOUT)
-    degrees = np.rint((2.0 * of_flat[rotated, 0].astype(np.float64) - 1.0) * 45.0).astype(np.int64)
-    of_flat[rotated] = _WHOLE_DEGREES.take(degrees + 45, axis=0)
+    flat_ops, flat_levels = ops.reshape(-1), levels.reshape(-1, MAX_PARAMETERS)
+    rotated, cut = np.flatnonzero(flat_ops == _ROTATE), np.flatnonzero(flat_ops == _CUTOUT)
+    degrees = np.rint((2.0 * flat_levels[rotated, 0].astype(np.float64) - 1.0) * 45.0).astype(np.int64)
+    flat_levels[rotated] = _WHOLE_DEGREES.take(degrees + 45, axis=0)
 
     scale = 0.499 * side
-    pixels = 1.0 + np.floor(scale * of_flat[cut, 0].astype(np.float64))
+    pixels = 1.0 + np.floor(scale * flat_levels[cut, 0].astype(np.float64))
     odd = pixels % 2 == 1
-    of_flat[cut[odd], 0] = np.maximum(pixels[odd] - 1.5, 0.0) / scale  # the middle of the levels of one pixel less
-    flat[cut[pixels == 1]] = IDENTITY
+    # The middle of the levels at which the side is one pixel shorter.
+    flat_levels[cut[odd], 0] = np.maximum(pixels[odd] - 1.5, 0.0) / scale
+    flat_ops[cut[pixels == 1]] = IDENTITY
 
-    flat[_UNMOVING.take(flat)] = IDENTITY
-    of_flat[flat == IDENTITY] = 0.0
+    flat_ops[_NO_EFFECT.take(flat_ops)] = IDENTITY
+    flat_levels[flat_ops == IDENTITY] = 0.0
     return ops, levels

@@ -1,4 +1,4 @@
-"""Arrays end to end in one buffer of bytes, so that one copy takes all of them to a device."""
+"""Arrays packed into one byte buffer, so that a single copy moves all of them to a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes, so that every array may be read wide, and is aligned alike whatever the sizes of the others
+_ALIGNMENT = 16  # In bytes. Allows vectorized reads, and keeps alignment independent of the other arrays' sizes.
 
 
 class Layout:
-    """Where each array lies in a buffer; computed once for all buffers of that layout.
+    """Position of each array in the buffer, computed once for all buffers of the layout.
 
     Args:
-        arrays: name, dtype and shape of each.
+        arrays: Name, dtype and shape of each array.
     """
 
     def __init__(self, arrays: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
@@ -30,30 +30,30 @@ class Layout:
             self.bytes += size + -size % _ALIGNMENT
 
     def allocate(self, pinned: bool = False) -> Tensor:
-        """A buffer: (bytes,) uint8 on the host, uninitialised.
+        """Return an uninitialized buffer: (bytes,) uint8 on the host.
 
         Args:
-            pinned: in memory from which a GPU copies by itself; torch keeps that until the copy is over.
+            pinned: Allocate page-locked memory for asynchronous copies; torch keeps it alive until a copy has finished.
         """
         return torch.empty(self.bytes, dtype=torch.uint8, pin_memory=pinned)
 
     def arrays(self, buffer: Tensor) -> dict[str, np.ndarray]:
-        """The arrays in a buffer on the host, as views of it: for writing, in a fraction of the time of `tensors`."""
+        """Return the arrays of a host buffer as numpy views; much faster than `tensors`, for writing."""
         content = buffer.numpy()
         return {name: np.ndarray(shape, dtype, content, offset) for name, shape, dtype, offset in self._arrays}
 
     def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The arrays in a buffer, on whatever device, as views of it.
+        """Return the arrays of a buffer on any device as tensor views.
 
         Args:
-            buffer: whole, as `allocate` gives it, or a copy.
+            buffer: A buffer from `allocate`, or a copy of one.
 
         Raises:
-            ValueError: the buffer is of another size.
+            ValueError: The buffer has the wrong size.
         """
         if buffer.numel() != self.bytes:
             raise ValueError(f"a buffer of this layout has {self.bytes} bytes, got {buffer.numel()}")
-        # one call an array, where split, view and slice would be three: this is done every step, in the main thread
+        # One call per array instead of split, view and slice: this runs every step, in the main thread.
         typed = {dtype: buffer.view(dtype) for dtype in {dtype for _, dtype, *_ in self._tensors}}
         return {
             name: typed[dtype].as_strided(shape, stride, offset) for name, dtype, shape, stride, offset in self._tensors

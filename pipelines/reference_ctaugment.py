@@ -1,8 +1,7 @@
-"""CTAugment's views made one at a time with PIL: oracle of the DALI graph's tests and yardstick of its speed.
+"""CTAugment with PIL, one image at a time: reference implementation for tests, baseline for benchmarks.
 
-ReMixMatch (ICLR 2020), section 3.2.2. Written as one would without any thought of batches: one function a
-transformation, from an RGB image and its level to an RGB image. Levels are fractions in [0, 1). The five that are
-different in the authors' code are there a second time, as that has them.
+ReMixMatch (ICLR 2020), section 3.2.2. One function per transformation maps an RGB image and a level in [0, 1) to an RGB
+image. The five transformations that differ in the authors' code also have a version that follows that code.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipelines import ctaugment
 
-GREY = (127, 127, 127)
-# the order in which rescale's second level counts them
+GRAY = (127, 127, 127)
+# In the order of rescale's second level.
 FILTERS = (
     Image.Resampling.NEAREST,
     Image.Resampling.BOX,
@@ -29,17 +28,17 @@ FILTERS = (
 
 
 def _signed(level: float) -> float:
-    """A level in [0, 1) as a fraction in [-1, 1)."""
+    """Map a level in [0, 1) to [-1, 1)."""
     return 2.0 * level - 1.0
 
 
 def _factor(level: float) -> float:
-    """ImageEnhance's factor, from 0.1 to 2."""
+    """Return the factor for ImageEnhance, from 0.1 to 2."""
     return 0.1 + 1.9 * level
 
 
 def _affine(image: Image.Image, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
-    """Nearest neighbour, black outside; output (x, y) comes from input (a x + b y + c, d x + e y + f)."""
+    """Sample output (x, y) at input (a x + b y + c, d x + e y + f): nearest neighbor, black outside."""
     return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f))
 
 
@@ -67,14 +66,14 @@ def contrast(image: Image.Image, level: float) -> Image.Image:
     return ImageEnhance.Contrast(image).enhance(_factor(level))
 
 
-def cutout(image: Image.Image, level: float, centre: Sequence[float]) -> Image.Image:
-    """Grey square about pixel (floor(cy H), floor(cx W)), clipped at the border; centre is (cy, cx)."""
+def cutout(image: Image.Image, level: float, center: Sequence[float]) -> Image.Image:
+    """Paste a gray square centered at pixel (floor(cy H), floor(cx W)), clipped at the border; center is (cy, cx)."""
     width, height = image.size
     side = 1 + math.floor(0.499 * level * min(height, width))
-    top = math.floor(centre[0] * height) - side // 2
-    left = math.floor(centre[1] * width) - side // 2
+    top = math.floor(center[0] * height) - side // 2
+    left = math.floor(center[1] * width) - side // 2
     image = image.copy()
-    image.paste(GREY, (left, top, left + side, top + side))
+    image.paste(GRAY, (left, top, left + side, top + side))
     return image
 
 
@@ -91,7 +90,7 @@ def posterize(image: Image.Image, level: float) -> Image.Image:
 
 
 def rescale(image: Image.Image, level: float, chosen: float) -> Image.Image:
-    """Centre crop of side (1 - 0.5 v) of the image, resized back with one of PIL's filters."""
+    """Center-crop to (1 - 0.5 v) of each side and resize back with one of PIL's filters."""
     width, height = image.size
     x, y = 0.25 * level * width, 0.25 * level * height
     box = (x, y, width - x, height - y)
@@ -133,18 +132,18 @@ def translate_y(image: Image.Image, level: float) -> Image.Image:
 FUNCTIONS: dict[str, Callable[..., Image.Image]] = {name: globals()[name] for name in ctaugment.NAMES}
 
 
-def code_cutout(image: Image.Image, level: float, centre: Sequence[float]) -> Image.Image:
-    """As many grey pixels before the centre's as from it on, clipped at the border."""
+def code_cutout(image: Image.Image, level: float, center: Sequence[float]) -> Image.Image:
+    """Paste a gray square of even side, clipped at the border."""
     width, height = image.size
     half = (1 + math.floor(0.499 * level * min(height, width))) // 2
-    y, x = math.floor(centre[0] * height), math.floor(centre[1] * width)
+    y, x = math.floor(center[0] * height), math.floor(center[1] * width)
     pixels = np.array(image)
-    pixels[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = GREY
+    pixels[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = GRAY
     return Image.fromarray(pixels)
 
 
 def code_rescale(image: Image.Image, level: float, chosen: float) -> Image.Image:
-    """A quarter of `level` pixels less on each side, as PIL crops that; all filters, whatever their order, agree."""
+    """Crop `level / 4` pixels from each side and resize back; PIL rounds the crop to the whole image."""
     width, height = image.size
     margin = 0.25 * level
     cropped = image.crop((margin, margin, width - margin, height - margin))  # type: ignore[arg-type]
@@ -163,27 +162,27 @@ def code_translate_y(image: Image.Image, level: float) -> Image.Image:
     return _affine(image, 1, 0, 0, 0, 1, _signed(level) * 0.3)
 
 
-OF_CODE = ("cutout", "rescale", "rotate", "translate_x", "translate_y")  # which differ there
-CODE_FUNCTIONS = FUNCTIONS | {name: globals()[f"code_{name}"] for name in OF_CODE}
+CODE_DIFFERS = ("cutout", "rescale", "rotate", "translate_x", "translate_y")
+CODE_FUNCTIONS = FUNCTIONS | {name: globals()[f"code_{name}"] for name in CODE_DIFFERS}
 
 
 def transformed(
     image: Image.Image,
     op: int,
     levels: Sequence[float],
-    centre: Sequence[float],
+    center: Sequence[float],
     functions: dict[str, Callable[..., Image.Image]] = FUNCTIONS,
 ) -> Image.Image:
-    """One transformation, by its index in `ctaugment.TRANSFORMATIONS`, of the paper or of `CODE_FUNCTIONS`."""
+    """Apply one transformation: `op` indexes `ctaugment.TRANSFORMATIONS`; see FUNCTIONS and CODE_FUNCTIONS."""
     name = ctaugment.NAMES[op]
     arguments: list[Any] = [float(level) for level in levels[: len(ctaugment.TRANSFORMATIONS[op].bins)]]
     if name == "cutout":
-        arguments.append(centre)
+        arguments.append(center)
     return functions[name](image, *arguments)
 
 
 def weak(image: np.ndarray, shift: Sequence[int], flip: int) -> np.ndarray:
-    """A translation by (dy, dx), down and to the right, reflected at the border, then the mirror image."""
+    """Translate by (dy, dx), down and to the right, with reflect padding; then mirror if `flip` is 1."""
     height, width, _ = image.shape
     dy, dx = int(shift[0]), int(shift[1])
     padded = np.pad(image, ((abs(dy), abs(dy)), (abs(dx), abs(dx)), (0, 0)), mode="reflect")
@@ -198,22 +197,22 @@ def pil_view(
     flip: int,
     ops: Sequence[int],
     levels: np.ndarray,
-    centre: np.ndarray,
+    center: np.ndarray,
 ) -> np.ndarray:
-    """One row of a `ViewPlan`.
+    """Make one view of a `ViewPlan`.
 
     Args:
         image: (H, W, 3) uint8.
-        shift: (dy, dx) in pixels, each less than the side.
-        flip: 1 mirrors the image.
-        ops: (2,) int, indices into `ctaugment.TRANSFORMATIONS`, applied left to right.
+        shift: (dy, dx) in pixels, each smaller than the corresponding side.
+        flip: 1 to mirror the image.
+        ops: (2,) int, indices into `ctaugment.TRANSFORMATIONS`, applied in order.
         levels: (2, 2) float in [0, 1).
-        centre: (2, 2) float in [0, 1), cutout's centre (y, x).
+        center: (2, 2) float in [0, 1), center (y, x) of cutout.
 
     Returns:
         (H, W, 3) uint8.
     """
     view = Image.fromarray(np.ascontiguousarray(weak(image, shift, flip)))
-    for op, op_levels, op_centre in zip(ops, levels, centre, strict=True):
-        view = transformed(view, int(op), op_levels, op_centre)
+    for op, op_levels, op_center in zip(ops, levels, center, strict=True):
+        view = transformed(view, int(op), op_levels, op_center)
     return np.asarray(view)

@@ -9,7 +9,7 @@ from pipelines.ctaugment import CTAugmentPolicy, code_effects
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
-from pipelines.reference_ctaugment import CODE_FUNCTIONS, OF_CODE, transformed
+from pipelines.reference_ctaugment import CODE_DIFFERS, CODE_FUNCTIONS, transformed
 
 NAMES = ctaugment.NAMES
 BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
@@ -64,7 +64,7 @@ def test_views_are_those_of_the_authors_code(views, height, width):
 
 def test_what_the_code_does_as_the_paper_says_stays_as_it_was_drawn():
     _, _, ops, levels, _ = cases(32, 32)
-    same = ~np.isin(ops, [NAMES.index(name) for name in OF_CODE])
+    same = ~np.isin(ops, [NAMES.index(name) for name in CODE_DIFFERS])
     changed_ops, changed_levels = code_effects(ops, levels, 32)
     assert (changed_ops == ops)[same].all() and (changed_levels == levels)[same].all()
 
@@ -123,7 +123,7 @@ def test_probes_are_drawn_from_all_levels_and_move_the_bin_that_the_code_says():
         pool = SPEC.batch * SPEC.pool_blocks
         ops, levels = plan.views.ops[pool:], plan.views.levels[pool:]
         found += cells(levels[ops == NAMES.index("solarize"), 0], 34)
-        kept = ~np.isin(plan.probe_ops, [NAMES.index(name) for name in OF_CODE])
+        kept = ~np.isin(plan.probe_ops, [NAMES.index(name) for name in CODE_DIFFERS])
         assert (ops == plan.probe_ops)[kept].all()
         for at in zip(*np.nonzero(kept), strict=True):
             for parameter, bins in enumerate(ctaugment.TRANSFORMATIONS[ops[at]].bins):
