@@ -60,7 +60,7 @@ class DataSet:
     held_out: int = 0
 
     @property
-    def unlabeled_rows(self) -> np.ndarray:
+    def unlabeled_indices(self) -> np.ndarray:
         """Rows of the training images that are trained on without their label: (Nu,) int64."""
         return np.arange(len(self.train_images)) if self.unlabeled is None else self.unlabeled
 

@@ -129,10 +129,10 @@ class ViewPlan:
     levels: np.ndarray
     centre: np.ndarray
 
-    def rows(self, rows: np.ndarray) -> ViewPlan:
+    def select(self, views: np.ndarray) -> ViewPlan:
         """The plan of some of the rows, in the order given."""
         # `take` moves rows whole, several times faster than an index does
-        return ViewPlan(**{name: value.take(rows, axis=0) for name, value in vars(self).items()})
+        return ViewPlan(**{name: value.take(views, axis=0) for name, value in vars(self).items()})
 
 
 def stack(plans: Sequence[ViewPlan]) -> ViewPlan:
@@ -312,7 +312,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
     )
 
 
-def rank_rows(blocks: int, batch: int, rank: int, ranks: int) -> np.ndarray:
+def rank_views(blocks: int, batch: int, rank: int, ranks: int) -> np.ndarray:
     """View rows that one rank executes: images r, r + R, ... of every block, block by block.
 
     Returns:

@@ -104,7 +104,7 @@ def _unlabeled_item(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Return an image's weak view, two strong ones and the first of them rotated, (3, H, W) float32 each, and by how
     many quarters of a turn."""
-    image = Image.fromarray(data.train_images[data.unlabeled_rows[number]])
+    image = Image.fromarray(data.train_images[data.unlabeled_indices[number]])
     u_weak, u1, u2 = weak(image), strong(image), strong(image)
     quarters = random.randrange(4)
     return u_weak, u1, u2, transforms.functional.rotate(u1, 90 * quarters), quarters
@@ -118,7 +118,7 @@ def loaders(
     labeled, unlabeled = partial(_labeled_item, data, split, weak), partial(_unlabeled_item, data, weak, strong)
     return [
         EndlessLoader(labeled, len(split), config.batch, min(workers, 1)),
-        EndlessLoader(unlabeled, len(data.unlabeled_rows), config.batch, workers),
+        EndlessLoader(unlabeled, len(data.unlabeled_indices), config.batch, workers),
     ]
 
 

@@ -65,7 +65,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
     spec = PlanSpec(batch, k, LABELS, len(data.train_images), MAX_SHIFT, flip=True)
     rows = BatchLayout.for_rank(spec, bn_groups=1, rank=0, ranks=1, micro_batches=1)
     kind = "gpu" if device.type == "cuda" else "cpu"
-    which = np.arange(LABELS), data.unlabeled_rows
+    which = np.arange(LABELS), data.unlabeled_indices
     source = FusedViews(data.train_images, *which, len(rows.views), MAX_SHIFT, kind, device.index or 0)
     made = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)  # views, which have nothing to travel
     policy = CTAugmentPolicy(lag)
@@ -78,7 +78,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
             times.append(time.thread_time())
             numbers = rank_plan(rows, plan, labels[plan.labeled])
             times.append(time.thread_time())
-            source.prepare(stack([plan.views.rows(rows.views)]))
+            source.prepare(stack([plan.views.select(rows.views)]))
             times.append(time.thread_time())
             policy.observe(step, plan.probe_ops, plan.probe_bins, omega[step % lag])
             weights = policy.weights_for(step + lag)

@@ -66,7 +66,7 @@ def make_task(rows: int, side: int, batches: int, device: torch.device, threads:
     spec = PlanSpec(rows // K, K, IMAGES, IMAGES, MAX_SHIFT, flip=True)
     strong = np.arange(2 * spec.batch, (K + 2) * spec.batch)
     weights = ctaugment.initial_weights()
-    plans = [make_plan(spec, 0, step, weights).views.rows(strong) for step in range(batches)]
+    plans = [make_plan(spec, 0, step, weights).views.select(strong) for step in range(batches)]
     return Task(noise(IMAGES, side), plans, device, threads)
 
 

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipelines.plan import GlobalPlan, PlanSpec, rank_rows
+from pipelines.plan import GlobalPlan, PlanSpec, rank_views
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class BatchLayout:
         pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(accumulation_steps, -1)
 
         gathered = np.empty(batch * spec.blocks, dtype=np.int64)
-        gathered[np.concatenate([rank_rows(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
+        gathered[np.concatenate([rank_views(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
             batch * spec.blocks
         )
 
@@ -175,7 +175,7 @@ class BatchLayout:
             spec=spec,
             ranks=ranks,
             accumulation_steps=accumulation_steps,
-            views=rank_rows(spec.blocks, batch, rank, ranks),
+            views=rank_views(spec.blocks, batch, rank, ranks),
             images=images,
             pool=pool.reshape(-1),
             gathered=gathered,

@@ -138,7 +138,7 @@ def guessed_images(config: Config, data: DataSet, split: np.ndarray, images_per_
         split: (labels,) int64, the training images that keep their label: these are left out.
         images_per_step: rows of a step that are trained, over all ranks.
     """
-    hidden = np.setdiff1d(data.unlabeled_rows, split) if config.unlabeled else np.empty(0, np.int64)
+    hidden = np.setdiff1d(data.unlabeled_indices, split) if config.unlabeled else np.empty(0, np.int64)
     hidden = hidden[data.train_labels[hidden] >= 0]
     rows_between = config.eval_every * images_per_step
     count = min(max(rows_between // _ROWS_AN_IMAGE, _LEAST_IMAGES), _MOST_IMAGES, len(hidden))

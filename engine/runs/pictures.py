@@ -69,13 +69,13 @@ def make_views(feed: Feed, step: int) -> SampleViews:
         step: whose plan it is.
     """
     spec, config, data = feed.spec, feed.config, feed.data
-    shown_rows = data.unlabeled_rows if spec.unlabeled_images else feed.split
+    shown_rows = data.unlabeled_indices if spec.unlabeled_images else feed.split
     plan = make_plan(spec, config.seed, step, feed.policy.weights_for(step))
     weak = list(spec.anchor_blocks[:1])
     shown = min(GRID_ROWS, spec.batch)
     blocks = weak + (list(spec.strong_blocks[:: spec.mu]) or [0])[:GRID_STRONG]  # of the first B images
     rows = (np.array(blocks)[:, None] * spec.batch + np.arange(shown)).reshape(-1)
-    chosen = plan.views.rows(rows)
+    chosen = plan.views.select(rows)
     pipeline = feed.make_views(len(rows), torch.device("cpu"))
     try:
         pipeline.submit(pipeline.prepare(chosen))

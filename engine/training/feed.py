@@ -48,7 +48,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         batch=config.batch,
         k=config.k,
         labeled_images=len(split),
-        unlabeled_images=len(data.unlabeled_rows) if config.unlabeled else 0,
+        unlabeled_images=len(data.unlabeled_indices) if config.unlabeled else 0,
         max_shift=config.max_shift,
         flip=config.flip,
         augment=config.augment != "none",
@@ -230,7 +230,7 @@ class Feed:
         """
         c, device = self.config, device or self.execution.device
         rows = rows or len(self.layout.views) * c.view_steps
-        images = (self.data.train_images, self.split, self.data.unlabeled_rows if c.unlabeled else None)
+        images = (self.data.train_images, self.split, self.data.unlabeled_indices if c.unlabeled else None)
         if self.execution.views == "fused":
             kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
             return FusedViews(*images, rows, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
@@ -257,7 +257,7 @@ class Feed:
         ranges.enter("plan")
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
-        views = stack([plan.views.rows(self.layout.views) for plan in plans])
+        views = stack([plan.views.select(self.layout.views) for plan in plans])
         numbers = [self._numbers(plan) for plan in plans]
         ranges.enter("views")
         prepared = self._views.prepare(views)

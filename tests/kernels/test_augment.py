@@ -155,7 +155,7 @@ def test_kernel_is_the_twin_at_large_sizes(interpreter, side):
     """Of every way through the kernel one: filters, curves, a mean, resampling and affine maps."""
     views = plan(side, side, (0.7,))
     pairs = [("blur", "equalize"), ("rotate", "sharpness"), ("contrast", "rescale"), ("identity", "cutout")]
-    views = views.rows(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
+    views = views.select(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
     views.ops[:, 1] = [NAMES.index(second) for _, second in pairs]
     views.levels[:, 1] = 0.9
     case = problem(side, side, views)
@@ -171,7 +171,7 @@ def test_kernel_goes_on_from_any_round(interpreter, stage):
 
 
 def test_kernel_takes_a_number_without_an_operation_for_none(interpreter):
-    images, image, shift, flip, ops, parameters = problem(6, 5, plan(6, 5, (0.8,)).rows(np.arange(4)))
+    images, image, shift, flip, ops, parameters = problem(6, 5, plan(6, 5, (0.8,)).select(np.arange(4)))
     ops[:, 0] = torch.tensor([-1, len(OPS), 2**30, -(2**30)])
     with pytest.raises(ValueError, match="ops must be from 0 to 13, got -1073741824 to 1073741824"):
         augment_views(images, image, shift, flip, ops, parameters)
@@ -229,7 +229,7 @@ ARGUMENTS = ("images", "image", "shift", "flip", "ops", "parameters")
     ],
 )
 def test_errors(change, message):
-    arguments = dict(zip(ARGUMENTS, problem(6, 5, plan(6, 5, (0.8,)).rows(np.arange(4))), strict=True))
+    arguments = dict(zip(ARGUMENTS, problem(6, 5, plan(6, 5, (0.8,)).select(np.arange(4))), strict=True))
     with pytest.raises(ValueError, match=message):
         augment_views(**(arguments | change))
 
@@ -260,7 +260,7 @@ def test_gpu_row_beyond_int32():
     """The last of 80 000 images of 96 x 96 begins more than 2**31 bytes in."""
     images = torch.zeros(80_000, 96, 96, 3, dtype=torch.uint8, device="cuda")
     images[-1] = torch.arange(96, device="cuda").reshape(96, 1, 1)
-    _, _, shift, flip, ops, parameters = problem(96, 96, plan(96, 96, (0.5,)).rows(np.zeros(2, int)), "cuda")
+    _, _, shift, flip, ops, parameters = problem(96, 96, plan(96, 96, (0.5,)).select(np.zeros(2, int)), "cuda")
     ops[:], parameters[:] = CODES["affine"], torch.tensor([1.0, 0, 0, 0, 1, 0], device="cuda")
     image = torch.tensor([79_999, 0], device="cuda")
     views = augment_views(images, image, torch.zeros_like(shift), flip, ops, parameters)

@@ -41,7 +41,7 @@ def test_a_cache_gives_what_was_written(tmp_path):
     np.testing.assert_array_equal(data.test_images, chance.integers(256, size=(10, 4, 4, 3)))
     assert (data.name, data.classes, data.class_order, data.sides) == ("made", ("a", "b", "c"), (1, 2, 0), (4, 4))
     assert data.train_labels.dtype == np.int64 and data.train_labels.min() == -1
-    assert data.unlabeled is None and data.folds == () and len(data.unlabeled_rows) == 20
+    assert data.unlabeled is None and data.folds == () and len(data.unlabeled_indices) == 20
     assert isinstance(data.train_images, np.memmap)
     torch.from_numpy(np.asarray(data.train_images))  # without a warning about what may not be written
     assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]

@@ -56,7 +56,7 @@ def test_one_set_of_rectangles_and_the_largest_shift():
 def test_rows_do_not_depend_on_their_company(rows):
     views = plan(batch=16)
     some = np.random.default_rng(rows).permutation(len(views.image))[:rows]
-    np.testing.assert_array_equal(run(views.rows(some)), run(views)[some])
+    np.testing.assert_array_equal(run(views.select(some)), run(views)[some])
 
 
 def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str, resident: bool = True) -> None:

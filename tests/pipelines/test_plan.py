@@ -11,7 +11,7 @@ import pytest
 
 import pipelines.plan
 from pipelines import ctaugment
-from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_rows, stack
+from pipelines.plan import PlanSpec, ViewPlan, drawn_images, make_plan, rank_views, stack
 
 SPEC = PlanSpec(batch=16, k=3, labeled_images=40, unlabeled_images=1000, max_shift=2, flip=True)
 WEIGHTS = ctaugment.initial_weights()
@@ -320,12 +320,12 @@ def test_levels_lie_in_the_drawn_bins():
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_share_the_rows_of_one_plan(ranks):
     plan = make_plan(SPEC, 0, 3, WEIGHTS)
-    shares = [rank_rows(SPEC.blocks, SPEC.batch, rank, ranks) for rank in range(ranks)]
+    shares = [rank_views(SPEC.blocks, SPEC.batch, rank, ranks) for rank in range(ranks)]
     together = np.concatenate(shares)
     np.testing.assert_array_equal(np.sort(together), np.arange(len(plan.views.image)))
     for rank, share in enumerate(shares):
         assert set(share % SPEC.batch) == set(range(rank, SPEC.batch, ranks))
-        part = plan.views.rows(share)
+        part = plan.views.select(share)
         assert isinstance(part, ViewPlan)
         np.testing.assert_array_equal(part.image, plan.views.image[share])
         np.testing.assert_array_equal(part.levels, plan.views.levels[share])
@@ -342,4 +342,4 @@ def test_stacked_plans_follow_one_another():
 
 def test_uneven_ranks_are_refused():
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
-        rank_rows(4, 16, 0, 3)
+        rank_views(4, 16, 0, 3)

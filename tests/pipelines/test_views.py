@@ -95,7 +95,7 @@ def test_weak_views_are_pad_crop_flip():
 def test_shift_moves_the_image_down_and_right_before_the_flip():
     image = np.zeros((1, 8, 8, 3), dtype=np.uint8)
     image[0, 3, 2] = 255
-    views = plan(batch=1, k=1).rows(np.array([0, 0]))
+    views = plan(batch=1, k=1).select(np.array([0, 0]))
     views = replace(
         views,
         image=np.zeros(2, np.int64),
@@ -163,7 +163,7 @@ def test_random_plan_row_by_row_against_pil():
 def test_rows_do_not_depend_on_their_company(rows):
     views = plan()
     some = np.random.default_rng(rows).permutation(len(views.image))[:rows]
-    np.testing.assert_array_equal(run(views.rows(some)), run(views)[some])
+    np.testing.assert_array_equal(run(views.select(some)), run(views)[some])
 
 
 def test_same_bytes_whatever_the_threads_and_the_depth():
@@ -244,7 +244,7 @@ def test_wrong_plans_are_refused_and_do_no_harm(kind):
     rows = len(views.image)
     pipeline = make(rows, kind)
     with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
-        pipeline.submit(pipeline.prepare(views.rows(np.arange(3))))
+        pipeline.submit(pipeline.prepare(views.select(np.arange(3))))
     with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
         pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
     pipeline.submit(pipeline.prepare(views))
