@@ -89,8 +89,8 @@ def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
             by_op = np.argsort(given.ops[order, stage], kind="stable")
             order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op))
         of_rows = numbers[torch.from_numpy(order), stage, 1:5]
-        level, second, centre = of_rows.split((1, 1, 2), dim=1)
-        rows = OpLevels(level[..., None, None], second[:, 0], centre)
+        level, second, center = of_rows.split((1, 1, 2), dim=1)
+        rows = OpLevels(level[..., None, None], second[:, 0], center)
         first = 0
         for op, count in enumerate(np.bincount(given.ops[:, stage]).tolist()):
             last = first + count
@@ -173,7 +173,7 @@ class DaliViews(Views):
             self._pipeline.outputs()
 
     def _prepare(self, views: ViewPlan) -> _Batch:
-        numbers = geometric.op_parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        numbers = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
         return _Batch(self._cut_out(views), views.ops, numbers)
 
     def _cut_out(self, views: ViewPlan) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Image files to uint8 images of one size, on all cores: DALI decodes and resizes JPEGs, PIL whatever else there is.
 
 Every image is turned as its EXIF data says, resized so that its shorter side has the size wanted, and cropped about its
-centre. DALI and PIL both resize by an antialiased cubic filter and agree within rounding; on a CPU they decode JPEGs by
+center. DALI and PIL both resize by an antialiased cubic filter and agree within rounding; on a CPU they decode JPEGs by
 the same library. With a GPU DALI decodes by its hardware decoder where it has one, whose values may differ by some grey
 levels. What PIL alone reads as people expect goes by PIL: GIF's first frame, palettes, transparency (laid on black),
 16 bits a channel (stretched to 8), CMYK, and files that are not what their name says.
@@ -82,7 +82,7 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
 
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
-    """The shorter side to `size` pixels, then the centre: (size, size, 3) uint8."""
+    """The shorter side to `size` pixels, then the center: (size, size, 3) uint8."""
     width, height = image.size
     scale = size / min(width, height)
     sides = max(size, round(width * scale)), max(size, round(height * scale))

@@ -108,7 +108,7 @@ class FusedViews(Views):
         into["shift"][:] = views.shift
         into["flip"][:] = views.flip
         into["ops"][:] = KERNEL_CODES.take(views.ops)
-        into["parameters"][:] = geometric.op_parameters(views.ops, views.levels, views.centre, self.height, self.width)
+        into["parameters"][:] = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
         return _Prepared(buffer, images)
 
     def _begin(self, prepared: _Prepared) -> None:

@@ -118,7 +118,7 @@ class ViewPlan:
         ops: (V, 2) int32, indices into `ctaugment.TRANSFORMATIONS`, applied left to right.
         levels: (V, 2, 2) float32 in [0, 1), level of each parameter; 0 where there is none, but for the second of
             rotate under "code" (`ctaugment.code_effects`).
-        centre: (V, 2, 2) float32 in [0, 1), cutout's centre (y, x) as a fraction of the sides.
+        center: (V, 2, 2) float32 in [0, 1), cutout's center (y, x) as a fraction of the sides.
     """
 
     image: np.ndarray
@@ -127,7 +127,7 @@ class ViewPlan:
     flip: np.ndarray
     ops: np.ndarray
     levels: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
 
     def select(self, views: np.ndarray) -> ViewPlan:
         """The plan of some of the rows, in the order given."""
@@ -222,7 +222,7 @@ _UNIFORM_EDGES = ctaugment.bin_edges(ctaugment.bin_probabilities(ctaugment.initi
 def _draw_ops(
     rng: np.random.Generator, rows: int, edges: np.ndarray, counts: np.ndarray = _BINS_OR_ONE
 ) -> tuple[np.ndarray, ...]:
-    """Two transformations a row, levels, cutout centres and bins: see `ViewPlan` and `GlobalPlan` for shapes.
+    """Two transformations a row, levels, cutout centers and bins: see `ViewPlan` and `GlobalPlan` for shapes.
 
     Args:
         rng: of one purpose and step.
@@ -237,8 +237,8 @@ def _draw_ops(
     levels = np.where(bins >= 0, (bins + inside) / counts.take(ops, axis=0), 0.0).astype(np.float32)
     # float32 rounds the last sliver of the last bin up to 1, which would name a bin that does not exist
     np.minimum(levels, _LARGEST_LEVEL, out=levels)
-    centre = rng.random((rows, OPS_PER_VIEW, 2), dtype=np.float32)
-    return ops, levels, centre, bins
+    center = rng.random((rows, OPS_PER_VIEW, 2), dtype=np.float32)
+    return ops, levels, center, bins
 
 
 def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> GlobalPlan:
@@ -279,18 +279,18 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
 
     ops = np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32)
     levels = np.zeros((rows, OPS_PER_VIEW, ctaugment.MAX_PARAMETERS), dtype=np.float32)
-    centre = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
+    center = np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32)
     if spec.augment:
         strong = spec.strongly_augmented
         probabilities, counts = ctaugment.bin_probabilities(weights), _BINS_OR_ONE
         if spec.ctaugment == "code":
             probabilities, counts = ctaugment.segment_probabilities(probabilities), _SEGMENTS_OR_ONE
         *drawn, _ = _draw_ops(stream(seed, _STRONG, step), len(strong), ctaugment.bin_edges(probabilities), counts)
-        for of_views, of_strong in zip((ops, levels, centre), drawn, strict=True):
+        for of_views, of_strong in zip((ops, levels, center), drawn, strict=True):
             of_views[strong] = of_strong
     probes = batch if spec.probes else 0
-    probe_ops, probe_levels, probe_centre, probe_bins = _draw_ops(stream(seed, _PROBE, step), probes, _UNIFORM_EDGES)
-    ops[end:], levels[end:], centre[end:] = probe_ops, probe_levels, probe_centre
+    probe_ops, probe_levels, probe_center, probe_bins = _draw_ops(stream(seed, _PROBE, step), probes, _UNIFORM_EDGES)
+    ops[end:], levels[end:], center[end:] = probe_ops, probe_levels, probe_center
     if spec.ctaugment == "code":
         probe_bins = ctaugment.code_probe_bins(probe_ops, probe_levels)
         ops, levels = ctaugment.code_effects(ops, levels, spec.side)
@@ -303,7 +303,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
         step=step,
         labeled=labeled,
         unlabeled=unlabeled,
-        views=ViewPlan(image, is_labeled, shift, flip, ops, levels, centre),
+        views=ViewPlan(image, is_labeled, shift, flip, ops, levels, center),
         lam=np.maximum(lam, 1.0 - lam).astype(np.float32),
         perm=perm,
         rotations=stream(seed, _ROTATION, step).permutation(np.arange(spec.mu * batch) % 4),

@@ -30,7 +30,7 @@ def plain_views(rows: int) -> ViewPlan:
         flip=np.zeros(rows, dtype=np.int32),
         ops=np.full((rows, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32),
         levels=np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32),
-        centre=np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32),
+        center=np.zeros((rows, OPS_PER_VIEW, 2), dtype=np.float32),
     )
 
 

@@ -137,7 +137,7 @@ def augment_case(size: Size, device: torch.device) -> KernelCase:
     rows, image = len(views.image), 3 * size.side**2
 
     def arguments() -> Sequence[Any]:
-        numbers = geometric.op_parameters(views.ops, views.levels, views.centre, size.side, size.side)
+        numbers = geometric.op_parameters(views.ops, views.levels, views.center, size.side, size.side)
         arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
         return [torch.from_numpy(array).to(device) for array in arrays]
 

@@ -75,7 +75,7 @@ def pil(task: Task) -> Backend:
 
     def run() -> None:
         for plan in task.plans:
-            rows = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.centre, strict=True)
+            rows = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.center, strict=True)
             np.stack([pil_view(task.images[image], *numbers) for image, *numbers in rows])
 
     return run, "CTAugment, PIL, one process"

@@ -58,7 +58,7 @@ def plan(height: int, width: int, levels: tuple[float, ...], seed: int = 0) -> V
         flip=rng.integers(2, size=rows).astype(np.int32),
         ops=np.stack([ops, ops[other]], axis=-1).astype(np.int32),
         levels=np.stack([both, both[other]], axis=1),
-        centre=np.minimum(rng.random((rows, 2, 2), dtype=np.float32), np.float32(BELOW_ONE)),
+        center=np.minimum(rng.random((rows, 2, 2), dtype=np.float32), np.float32(BELOW_ONE)),
     )
 
 
@@ -77,14 +77,14 @@ def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tu
         views.shift,
         views.flip,
         CODE[views.ops],
-        geometric.op_parameters(views.ops, views.levels, views.centre, height, width),
+        geometric.op_parameters(views.ops, views.levels, views.center, height, width),
     )
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
 def by_pil(height: int, width: int, views: ViewPlan) -> np.ndarray:
     images = pictures(height, width)[views.image]
-    columns = (images, views.shift, views.flip, views.ops, views.levels, views.centre)
+    columns = (images, views.shift, views.flip, views.ops, views.levels, views.center)
     return np.stack([pil_view(*row) for row in zip(*columns, strict=True)])
 
 
@@ -143,7 +143,7 @@ def test_kernel_does_what_the_authors_code_does(interpreter, height, width, leve
     case = problem(height, width, views)
     made = interpreter(launch_augment_views, *case).numpy()
     for row, (op, given, centre) in enumerate(
-        zip(drawn.ops[:, 0], drawn.levels[:, 0], drawn.centre[:, 0], strict=True)
+        zip(drawn.ops[:, 0], drawn.levels[:, 0], drawn.center[:, 0], strict=True)
     ):
         image = Image.fromarray(pictures(height, width)[drawn.image[row]])
         expected = np.asarray(transformed(image, op, given, centre, CODE_FUNCTIONS))

@@ -38,25 +38,25 @@ def cases(height, width):
     stage, every = np.arange(len(rows)) % 2, np.arange(len(rows))
     ops, levels = np.full((len(rows), 2), ctaugment.IDENTITY, np.int32), np.zeros((len(rows), 2, 2), np.float32)
     ops[every, stage], levels[every, stage] = op, np.stack([level, second], axis=-1)
-    centre = np.random.default_rng(1).random((len(rows), 2, 2), dtype=np.float32)
-    return image, stage, ops, levels, centre
+    center = np.random.default_rng(1).random((len(rows), 2, 2), dtype=np.float32)
+    return image, stage, ops, levels, center
 
 
 @pytest.mark.parametrize("views", [DaliViews, FusedViews])
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (32, 32), (20, 31), (7, 9)])
 def test_views_are_those_of_the_authors_code(views, height, width):
     images = pictures(height, width)
-    image, stage, ops, levels, centre = cases(height, width)
+    image, stage, ops, levels, center = cases(height, width)
     rows = len(image)
     shift, flip = np.zeros((rows, 2), np.int32), np.zeros(rows, np.int32)
     effects = code_effects(ops, levels, min(height, width))
     assert ops is not effects[0] and levels is not effects[1] and effects[1].min() >= 0 and effects[1].max() < 1
     pipeline = views(images, np.arange(2), None, rows, 0)
-    pipeline.submit(pipeline.prepare(ViewPlan(image, np.ones(rows, bool), shift, flip, *effects, centre)))
+    pipeline.submit(pipeline.prepare(ViewPlan(image, np.ones(rows, bool), shift, flip, *effects, center)))
     made = pipeline.collect().numpy()
     pipeline.close()
     for row in range(rows):
-        drawn = ops[row, stage[row]], levels[row, stage[row]], centre[row, stage[row]]
+        drawn = ops[row, stage[row]], levels[row, stage[row]], center[row, stage[row]]
         expected = np.asarray(transformed(Image.fromarray(images[image[row]]), *drawn, CODE_FUNCTIONS))
         # resampling, whose weights are sums of sines, is none here: all is equal
         np.testing.assert_array_equal(made[row], expected, err_msg=f"{NAMES[drawn[0]]} at {drawn[1]}")

@@ -59,7 +59,7 @@ def test_a_gpu_decodes_the_same_but_for_some_grey_levels(tmp_path):
         assert np.abs(one.astype(int) - other).mean() < 3
 
 
-def test_the_shorter_side_is_resized_and_the_centre_kept():
+def test_the_shorter_side_is_resized_and_the_center_kept():
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = 200
     found = resized(Image.fromarray(image), 20)

@@ -20,7 +20,7 @@ def matrix(name, level, height, width):
         a, b, c, d, e, f = cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
     lines = []
     for along_x, along_y, start in ((a, b, c), (d, e, f)):
-        # PIL counts in steps of 2^-16 from the first pixel's centre
+        # PIL counts in steps of 2^-16 from the first pixel's center
         first = math.floor(65536 * (start + 0.5 * (along_x + along_y)) + 0.5) / 65536
         steps = [math.floor(65536 * step + 0.5) / 65536 for step in (along_x, along_y)]
         lines += [*steps, first - 0.5 * sum(steps)]
@@ -31,14 +31,14 @@ def matrix(name, level, height, width):
 def test_parameters_are_those_of_each_view_alone(rows, height, width):
     chance = np.random.default_rng(rows)
     ops = chance.integers(len(NAMES), size=(rows, 2)).astype(np.int32)
-    levels, centre = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
+    levels, center = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
     moving = np.isin(ops, [NAMES.index(name) for name in geometric.GEOMETRIC])
     levels[moving, 1] *= 2**-24  # what single precision cannot hold of their level
-    made = geometric.op_parameters(ops, levels, centre, height, width)
+    made = geometric.op_parameters(ops, levels, center, height, width)
     assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
     for at in np.ndindex(rows, 2):
         name = NAMES[ops[at]]
-        expected = [ops[at], *levels[at], *centre[at], 0]
+        expected = [ops[at], *levels[at], *center[at], 0]
         if name == "identity":
             expected = [1, 0, 0, 0, 1, 0]
         elif name in geometric.GEOMETRIC:

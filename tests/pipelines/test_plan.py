@@ -45,7 +45,7 @@ def slow_bin(weights, uniform, segments=False):
 
 
 def slow_ops(rng, rows, weights, segments=False):
-    """Transformations, levels, centres and bins (or segments between them) of some rows, number by number."""
+    """Transformations, levels, centers and bins (or segments between them) of some rows, number by number."""
     ops, uniform, inside = rng.integers(19, size=(rows, 2)), rng.random((rows, 2, 2)), rng.random((rows, 2, 2))
     levels, bins = np.zeros((rows, 2, 2), np.float32), np.full((rows, 2, 2), -1)
     for row, stage in np.ndindex(rows, 2):
@@ -140,7 +140,7 @@ def slow_plan(spec, seed, step, weights):
         "views.flip": flip,
         "views.ops": identity[0],
         "views.levels": identity[1],
-        "views.centre": identity[2],
+        "views.center": identity[2],
     }
 
 

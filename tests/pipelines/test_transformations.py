@@ -67,17 +67,17 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     cases = []
     for op, transformation in enumerate(ctaugment.TRANSFORMATIONS):
         seconds: tuple = (0.0,)
-        centres: tuple = CORNERS[-1:]
+        centers: tuple = CORNERS[-1:]
         if transformation.name == "rescale":
             seconds = tuple(index / 6 + 0.01 for index in range(6))
         if transformation.name == "cutout":
-            centres = CORNERS
+            centers = CORNERS
         for image in range(len(images)):
             for level in levels if transformation.bins else levels[:1]:
-                cases += [(op, image, level, second, centre) for second in seconds for centre in centres]
-    ops, image, level, second, centre = (np.array(column) for column in zip(*cases, strict=True))
+                cases += [(op, image, level, second, center) for second in seconds for center in centers]
+    ops, image, level, second, center = (np.array(column) for column in zip(*cases, strict=True))
     rows = len(cases)
-    both, centre = np.stack([level, second], axis=-1).astype(np.float32), centre.astype(np.float32)
+    both, center = np.stack([level, second], axis=-1).astype(np.float32), center.astype(np.float32)
     kind, options = (DaliViews, {}) if device == "cpu" else (FusedViews, {"device": device})
     pipeline = kind(images, np.arange(len(images)), None, rows, 0, **options)
     pipeline.submit(
@@ -89,7 +89,7 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
                 flip=np.zeros(rows, dtype=np.int32),
                 ops=np.stack([ops, np.full(rows, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
                 levels=np.stack([both, np.zeros_like(both)], axis=1),
-                centre=np.stack([centre, centre], axis=1).astype(np.float32),
+                center=np.stack([center, center], axis=1).astype(np.float32),
             )
         )
     )
@@ -97,8 +97,8 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     pipeline.close()
     expected = np.stack(
         [
-            np.asarray(reference_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_centre))
-            for op, which, row_levels, row_centre in zip(ops, image, both, centre, strict=True)
+            np.asarray(reference_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_center))
+            for op, which, row_levels, row_center in zip(ops, image, both, center, strict=True)
         ]
     )
     return Compared(np.array(NAMES)[ops], both, images[image], made, expected)
@@ -157,8 +157,8 @@ def test_all_six_filters_of_rescale_are_used():
 @pytest.mark.parametrize("side", [1, 2, 4])
 def test_images_smaller_than_a_filter(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8))
-    level, second, centre = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
-    given = photometric.OpLevels(level, second, centre)
+    level, second, center = torch.full((3, 1, 1, 1), 0.75), torch.full((3,), 0.875), torch.full((3, 2), 0.5)
+    given = photometric.OpLevels(level, second, center)
     for name in photometric.PHOTOMETRIC:
         op = NAMES.index(name)
         made = photometric.apply(name, images, given).numpy().astype(int)

@@ -143,7 +143,7 @@ def test_random_plan_row_by_row_against_pil():
                 views.flip[row],
                 views.ops[row],
                 views.levels[row],
-                views.centre[row],
+                views.center[row],
             )
             for row in range(len(images))
         ]
