@@ -59,14 +59,14 @@ class Prepared:
         cache: its folder.
         listing: what it was made from.
         unreadable: files that were left out, and why.
-        twins: pairs of a training and a test file with the same image.
+        duplicates: Pairs of a training file and a test file with the same image.
         strays: image files in the folder that are in no part of it.
     """
 
     cache: Path
     listing: Listing
     unreadable: tuple[tuple[str, str], ...]
-    twins: tuple[tuple[str, str], ...]
+    duplicates: tuple[tuple[str, str], ...]
     strays: tuple[str, ...]
 
 
@@ -238,7 +238,7 @@ def prepare(
             images = np.load(temporary / f"{part}_images.npy", mmap_mode="r")
             digests[part] = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
         first = {content: kept["train"][row][0] for row, content in enumerate(digests["train"])}
-        twins = [(first[c], kept["test"][row][0]) for row, c in enumerate(digests["test"]) if c in first]
+        duplicates = [(first[c], kept["test"][row][0]) for row, c in enumerate(digests["test"]) if c in first]
         for journal in temporary.glob("*.journal"):
             journal.unlink()
         source = {
@@ -249,10 +249,10 @@ def prepare(
             "held_out": listing.held_out,
             "key": key,
             "unreadable": unreadable,
-            "twins": twins,
+            "twins": duplicates,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(folder, listing, tuple(unreadable), tuple(twins), strays)
+    return Prepared(folder, listing, tuple(unreadable), tuple(duplicates), strays)
 
 
 def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
@@ -263,8 +263,8 @@ def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ..
         return None
     if source.get("key") != key:
         return None
-    unreadable, twins = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
-    return Prepared(folder, listing, unreadable, twins, strays)
+    unreadable, duplicates = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
+    return Prepared(folder, listing, unreadable, duplicates, strays)
 
 
 def _plain(listing: Listing) -> list[object]:

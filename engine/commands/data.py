@@ -213,10 +213,10 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
         log.warning(f"{file} is left out: {why}")
     if made.unreadable:
         log.warning(f"{len(made.unreadable)} files cannot be read and were left out")
-    for one, other in made.twins[:_SHOWN]:
+    for one, other in made.duplicates[:_SHOWN]:
         log.warning(f"{one} and {other} are the same image, in training and in test")
-    if made.twins:
-        log.warning(f"{len(made.twins)} images are in training and in test")
+    if made.duplicates:
+        log.warning(f"{len(made.duplicates)} images are in training and in test")
     if made.strays:
         log.warning(
             f"{len(made.strays)} image files are left out, since they are neither in train/CLASS/ nor in test/CLASS/ "

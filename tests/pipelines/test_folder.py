@@ -51,7 +51,7 @@ def test_labeled_images_come_first_and_classes_are_sorted(pets):
     assert numbers(data.train_images) == [3, 4, 0, 1, 2, 5, 6, 7, 8]
     assert data.train_labels.tolist() == [0, 0, 1, 1, 1, -1, -1, -1, -1]
     assert numbers(data.test_images) == [10, 9] and data.test_labels.tolist() == [0, 1]
-    assert made.unreadable == () and made.twins == () == made.strays and made.listing.held_out == 0
+    assert made.unreadable == () and made.duplicates == () == made.strays and made.listing.held_out == 0
 
 
 def test_a_table_says_the_same(pets, tmp_path):
@@ -91,7 +91,7 @@ def test_files_that_cannot_be_read_are_left_out(pets):
 
 def test_the_same_image_in_training_and_test_is_named(pets):
     put(pets, "test/dog/again.png", 2)
-    assert prepare(pets, 8).twins == (("train/dog/2.png", "test/dog/again.png"),)
+    assert prepare(pets, 8).duplicates == (("train/dog/2.png", "test/dog/again.png"),)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_folder_that_has_not_changed_is_not_decoded_again(pets, monkeypatch):
     (pets / "unlabeled/8.png").write_bytes(b"nothing")
     put(pets, "test/dog/again.png", 2)
     first, written = prepare(pets, 8), description(pets)
-    assert first.unreadable and first.twins
+    assert first.unreadable and first.duplicates
     made = []
     monkeypatch.setattr(folder, "decode", lambda files, *others: made.append(files) or decode(files, *others))
     assert prepare(pets, 8) == first and made == [] and description(pets) == written
