@@ -1,25 +1,24 @@
-"""Views by DALI on CPUs: CTAugment's eighteen transformations as one graph; PIL is the oracle.
+"""DALI view pipeline for CPUs: CTAugment's eighteen transformations as one graph that reproduces PIL.
 
-ReMixMatch (ICLR 2020), section 3.2.2; every kernel, border and rounding is PIL's. For small images DALI's cost is per
-row and node, not per pixel: so rows do not go through nineteen branches for each of their two transformations. The
-graph has three nodes:
+ReMixMatch (ICLR 2020), section 3.2.2; kernels, borders and rounding follow PIL. For small images DALI's cost is per
+sample and node, not per pixel, so the graph avoids a branch per transformation and has only three nodes:
 
-    geometric     where the first transformation is a rotation, a shear or a translation: conditional execution sends
-                  these rows to one nearest-neighbour `fn.warp_affine`, with a matrix for each row
-    photometric   one torch function over all rows, by the functions of kernels/photometric.py: for rows whose first,
-                  second or both transformations are point operations, filters, cutout or rescale
-    geometric     as before, where the second transformation is one
+    geometric     views whose first transformation is a rotation, shear or translation: conditional execution sends
+                  them to one nearest-neighbor `fn.warp_affine` with a matrix per sample
+    photometric   one torch function over the whole batch, with the functions of kernels/photometric.py: views whose
+                  first, second or both transformations are point operations, filters, cutout or rescale
+    geometric     the same for the second transformation
 
-These are all orders of the two kinds. The photometric node is torch because PIL's results do not follow from DALI's
-operators: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its
-rounding, `fn.resize` has no HAMMING and repeats the border where PIL renormalises the filter's taps.
+These cover every order of the two kinds. The photometric node uses torch because DALI's operators cannot reproduce PIL:
+DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding, and
+`fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
 
-A weakly augmented image is a window of the image with a margin, so it is cut out where rows are looked up, as cheap as
-the look-up itself; in DALI a slice and a flip of small images would cost more than both transformations.
+The weak augmentation is a window of the padded image, cut out while images are gathered, which costs no more than
+gathering them. In DALI, a slice and a flip of small images would cost more than both transformations.
 
-The result is PIL's byte for byte on every picture of the tests, up to 96x96 pixels. Single levels of rescale may
-differ, whose weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`) makes views: there this
-graph's Python node would cost some 550 launches and two synchronisations a batch.
+The result is identical to PIL's, byte for byte, on the test images of up to 96x96 pixels. Only rescale may differ, by
+one level in isolated pixels, because its weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`)
+makes the views: the Python node of this graph would cost about 550 launches and two synchronizations per batch.
 """
 
 from __future__ import annotations
@@ -42,21 +41,21 @@ from pipelines import ctaugment, geometric
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
-# three bytes that numpy moves as one
+# Lets numpy move the three bytes of a pixel at once.
 _PIXEL = np.dtype("V3")
 
 
-_thread = threading.local()  # of each of DALI's threads: whether it is limited
+_thread = threading.local()  # Whether each of DALI's threads is limited yet.
 
 
 def _one_thread() -> None:
-    """Keeps torch's operators in the thread that calls them, for DALI's threads only.
+    """Limit torch to one thread in the calling thread, one of DALI's.
 
-    These tensors are small, and a team of threads of its own for every DALI thread would fight the training
-    step for its cores. `torch.set_num_threads` would take the training step's threads away with them.
+    The tensors are small, and an OpenMP team per DALI thread would compete with the training step for cores.
+    `torch.set_num_threads` would also limit the training step.
     """
     if not getattr(_thread, "limited", False):
-        # torch sets a new thread's team when first asked, and would undo what came before
+        # torch sets the team size of a new thread on first use, which would override the limit.
         torch.get_num_threads()
         threadpool_limits(1, user_api="openmp")
         _thread.limited = True
@@ -64,12 +63,12 @@ def _one_thread() -> None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the graph is given for V rows, but for the pixels.
+    """Inputs of the graph for V views.
 
     Attributes:
-        weak: (V, H, W, 3) uint8, shifted and flipped.
+        weak: (V, H, W, 3) uint8, weakly augmented images.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
-        parameters: (V, 2, 6) float32, see `geometric.op_parameters`.
+        parameters: (V, 2, 6) float32 from `geometric.op_parameters`.
     """
 
     weak: np.ndarray
@@ -78,39 +77,37 @@ class _Batch:
 
 
 def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
-    order = np.argsort(given.ops[:, 0], kind="stable")  # row of the plan that each row of the batch is
-    # tensors are joined along a dimension they have: to give each a new one first would double the cost
-    batch = torch.cat([torch.from_dlpack(images[row]) for row in order.tolist()])
+    order = np.argsort(given.ops[:, 0], kind="stable")  # Index in the plan of each view of the batch.
+    # Concatenating along an existing dimension costs half as much as stacking.
+    batch = torch.cat([torch.from_dlpack(images[view]) for view in order.tolist()])
     batch = batch.view(len(images), -1, *batch.shape[1:])
-    numbers = torch.from_numpy(given.parameters)
+    parameters = torch.from_numpy(given.parameters)
     for stage in range(OPS_PER_VIEW):
-        # one transformation's rows side by side, and at a time, which a core's cache holds
+        # Process one transformation at a time: its views are contiguous and fit in a core's cache.
         if stage:
             by_op = np.argsort(given.ops[order, stage], kind="stable")
             order, batch = order[by_op], batch.index_select(0, torch.from_numpy(by_op))
-        of_rows = numbers[torch.from_numpy(order), stage, 1:5]
-        level, second, center = of_rows.split((1, 1, 2), dim=1)
-        rows = OpLevels(level[..., None, None], second[:, 0], center)
+        level, second, center = parameters[torch.from_numpy(order), stage, 1:5].split((1, 1, 2), dim=1)
+        levels = OpLevels(level[..., None, None], second[:, 0], center)
         first = 0
         for op, count in enumerate(np.bincount(given.ops[:, stage]).tolist()):
             last = first + count
             if count and ctaugment.NAMES[op] in PHOTOMETRIC:
-                batch[first:last] = apply(ctaugment.NAMES[op], batch[first:last], rows.rows(first, last))
+                batch[first:last] = apply(ctaugment.NAMES[op], batch[first:last], levels.rows(first, last))
             first = last
     capsules: list[Any] = [None] * len(order)
-    for row, image in zip(order.tolist(), batch.unbind(), strict=True):
-        capsules[row] = torch.utils.dlpack.to_dlpack(image)
+    for view, image in zip(order.tolist(), batch.unbind(), strict=True):
+        capsules[view] = torch.utils.dlpack.to_dlpack(image)
     return capsules
 
 
 def _photometric_node(waiting: deque[_Batch]) -> Callable[[list[Any]], list[Any]]:
-    """The function of the photometric node, for DALI's threads.
+    """Return the function of the photometric node, which DALI's threads call once per batch, in order.
 
-    It takes and returns n DLPack capsules of (H, W, 3) uint8, a batch a call and batches in order.
+    It takes and returns n DLPack capsules of (H, W, 3) uint8.
 
     Args:
-        waiting: the batches to come, oldest first. Parameters do not come by way of DALI, which would make a tensor
-            of each row.
+        waiting: Upcoming batches, oldest first. Their parameters bypass DALI, which would make one tensor per sample.
     """
 
     @do_not_convert
@@ -136,10 +133,10 @@ def _graph(photometric: Callable[[list[Any]], list[Any]]) -> Any:
 
 
 class DaliViews(Views):
-    """`Views` by DALI on the CPU: `submit` returns at once, and DALI's threads make the views.
+    """View pipeline that runs DALI on the CPU: `submit` returns immediately, and DALI's threads make the views.
 
     Args:
-        threads: DALI's CPU threads.
+        threads: Number of DALI's CPU threads.
     """
 
     def __init__(
@@ -147,48 +144,48 @@ class DaliViews(Views):
         images: np.ndarray,
         labeled: np.ndarray,
         unlabeled: np.ndarray | None,
-        rows: int,
+        batch_size: int,
         max_shift: int,
         threads: int = 1,
         prefetch: int = 2,
     ) -> None:
-        super().__init__(images, labeled, unlabeled, rows, max_shift, "cpu", prefetch)
+        super().__init__(images, labeled, unlabeled, batch_size, max_shift, "cpu", prefetch)
         self._waiting: deque[_Batch] = deque()
         self._pipeline: Any = _graph(
             _photometric_node(self._waiting),
-            batch_size=rows,
+            batch_size=batch_size,
             num_threads=threads,
             device_id=None,
             prefetch_queue_depth=prefetch,
-            exec_dynamic=True,  # its outputs live as long as somebody holds them
+            exec_dynamic=True,  # Outputs stay valid as long as they are referenced.
         )
         self._fill_queue()
 
     def _fill_queue(self) -> None:
-        """Runs a whole queue of rows that nobody sees, as DALI's first call would; also a warm-up."""
+        """Run and discard a queue of plain views: DALI's first call fills the whole queue. Also a warm-up."""
         for _ in range(self.prefetch):
-            self._feed(self._prepare(plain_views(self.rows)))
+            self._feed(self._prepare(plain_views(self.batch_size)))
         self._pipeline.schedule_run()
         for _ in range(self.prefetch):
             self._pipeline.outputs()
 
     def _prepare(self, views: ViewPlan) -> _Batch:
-        numbers = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
-        return _Batch(self._cut_out(views), views.ops, numbers)
+        parameters = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
+        return _Batch(self._weakly_augmented(views), views.ops, parameters)
 
-    def _cut_out(self, views: ViewPlan) -> np.ndarray:
-        """Shifted and flipped images: (V, H, W, 3) uint8."""
-        # each image of the batch once, with its margin: all views of one are windows of it
-        distinct, image = np.unique(self._places(views), return_inverse=True)
+    def _weakly_augmented(self, views: ViewPlan) -> np.ndarray:
+        """Return shifted and flipped images: (V, H, W, 3) uint8."""
+        # Pad each image of the batch only once: all its views are windows of the padded image.
+        distinct, image = np.unique(self._image_indices(views), return_inverse=True)
         margin = (self.max_shift, self.max_shift)
         padded = np.pad(self._images[distinct], ((0, 0), margin, margin, (0, 0)), mode="reflect")
-        # (n, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy: image, top and left of a window
+        # (n, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy, indexed by image, top and left of a window.
         windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
         top, left = (self.max_shift - views.shift).T
-        rows = windows[image, top, left]
+        weak = windows[image, top, left]
         flipped = np.flatnonzero(views.flip)
-        rows[flipped] = windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
-        return rows[..., None].view(np.uint8)
+        weak[flipped] = windows[..., ::-1][image[flipped], top[flipped], left[flipped]]
+        return weak[..., None].view(np.uint8)
 
     def _feed(self, batch: _Batch) -> None:
         feed = self._pipeline.feed_input

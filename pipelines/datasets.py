@@ -1,6 +1,6 @@
-"""Data sets.
+"""Registry of data sets.
 
-A data set is added by writing one function that returns a `DataSet` and entering it in `DATASETS`.
+To add a data set, write a function that returns a `DataSet` and add it to `DATASETS`.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pipelines.cache import DataSet
 from pipelines.plan import stream
 
 NOISE_32 = "noise-32"
-_SPLIT_STREAM = 100  # apart from the streams of plans
+_SPLIT_STREAM = 100  # Distinct from the streams of plans.
 _DIGITS_TEST_PER_CLASS = 36
 
 
 @lru_cache(maxsize=1)
 def digits() -> DataSet:
-    """scikit-learn's 1 797 handwritten digits, doubled from 8x8 to 16x16 and repeated over three channels.
+    """Return scikit-learn's 1 797 handwritten digits, enlarged from 8x8 to 16x16, with three equal channels.
 
-    The test part is 36 images a class, 360 in all, drawn once and for ever; the other 1 437 are for training.
+    The fixed test set has 36 images per class, 360 in total; the other 1 437 images are for training.
     """
     from PIL import Image
 
-    # the file that sklearn.datasets.load_digits reads, without importing scikit-learn, which takes twenty times as long
+    # Read the file of sklearn.datasets.load_digits directly: importing scikit-learn takes twenty times as long.
     package = find_spec("sklearn")
     assert package is not None and package.origin is not None, "scikit-learn is required"
     table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     labels = table[:, -1].astype(np.int64)
-    grey = (table[:, :-1].reshape(-1, 8, 8) * (255.0 / 16.0)).round().astype(np.uint8)
-    doubled = [np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)) for image in grey]
+    gray = (table[:, :-1].reshape(-1, 8, 8) * (255.0 / 16.0)).round().astype(np.uint8)
+    doubled = [np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)) for image in gray]
     images = np.repeat(np.stack(doubled)[..., None], 3, axis=-1)
 
     rng = stream(0, _SPLIT_STREAM, 0)
@@ -60,7 +60,7 @@ def noise(images: int, side: int, seed: int = 0) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def noise_32() -> DataSet:
-    """Random images of CIFAR-10's shape and classes, a tenth as many: for measuring speed without a download."""
+    """Return random images with CIFAR-10's shape and a tenth of its size, for benchmarks without a download."""
     train, test = np.arange(5000) % 10, np.arange(1000) % 10
     return DataSet(
         name=NOISE_32,
@@ -74,10 +74,10 @@ def noise_32() -> DataSet:
 
 @lru_cache(maxsize=2)
 def prepared(name: str) -> DataSet:
-    """A data set that `remixmatch data prepare` has made the cache of.
+    """Return a data set whose cache was made by `remixmatch data prepare`.
 
     Raises:
-        DataError: it has not, or the cache is damaged.
+        DataError: The data set is not prepared, or its cache is damaged.
     """
     return cache.open_cache(cache.data_dir() / name, cache.prepare_command(name))
 

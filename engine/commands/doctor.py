@@ -59,7 +59,7 @@ def _dali() -> Finding:
 
     from pipelines.dali import DaliViews
 
-    pipeline = DaliViews(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64), None, rows=1, max_shift=0)
+    pipeline = DaliViews(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64), None, batch_size=1, max_shift=0)
     pipeline.close()
     return True, f"{version('nvidia-dali-cuda130')}, builds the view pipeline", ""
 

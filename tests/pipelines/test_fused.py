@@ -1,4 +1,4 @@
-"""The fused views row by row against DALI's, and their behaviour as the same queue."""
+"""Fused views against DALI's, and the same queue behavior."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipelines.fused import FusedViews
 from pipelines.plan import ViewPlan
 
 
-def make(rows: int, **options):
-    return test_views.make(rows, FusedViews, **options)
+def make(count: int, **options):
+    return test_views.make(count, FusedViews, **options)
 
 
 def run(views: ViewPlan, kind=FusedViews) -> np.ndarray:
@@ -24,26 +24,26 @@ def run(views: ViewPlan, kind=FusedViews) -> np.ndarray:
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_views_are_those_of_the_dali_pipeline(augment):
+def test_fused_views_match_dali(augment):
     views = plan(batch=32, augment=augment)
     made, expected = run(views), run(views, DaliViews)
     assert made.shape == expected.shape and made.dtype == np.uint8
     difference = np.abs(made.astype(int) - expected).max(axis=-1)
     affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
     np.testing.assert_array_equal(made[~affine], expected[~affine])
-    # DALI may take a neighbouring pixel where a position falls between two, and what follows may then see another
-    # histogram
+    # DALI may sample a neighboring pixel at positions between two pixels, which may also change the histogram that the
+    # next transformation uses.
     assert (difference[affine] > 2).mean() < 0.01
 
 
-def test_one_set_of_rectangles_and_the_largest_shift():
+def test_rectangular_images_without_unlabeled_data_and_the_largest_shift():
     images, views = photos(4, 9, 7, 3), plan(batch=8, k=1)
-    rows = len(views.image)
-    shift = np.random.default_rng(0).integers(-6, 7, (rows, 2)).astype(np.int32)
-    views = replace(views, image=np.arange(rows) % 4, labeled=np.ones(rows, bool), shift=shift)
+    count = len(views.image)
+    shift = np.random.default_rng(0).integers(-6, 7, (count, 2)).astype(np.int32)
+    views = replace(views, image=np.arange(count) % 4, labeled=np.ones(count, bool), shift=shift)
     made = []
     for kind in (FusedViews, DaliViews):
-        pipeline = kind(images, np.arange(4), None, rows, 6)
+        pipeline = kind(images, np.arange(4), None, count, 6)
         pipeline.submit(pipeline.prepare(views))
         made.append(pipeline.collect().numpy())
         pipeline.close()
@@ -52,15 +52,15 @@ def test_one_set_of_rectangles_and_the_largest_shift():
     np.testing.assert_array_equal(made[0][rest], made[1][rest])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 50])
-def test_rows_do_not_depend_on_their_company(rows):
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_views_do_not_depend_on_the_rest_of_the_batch(count):
     views = plan(batch=16)
-    some = np.random.default_rng(rows).permutation(len(views.image))[:rows]
+    some = np.random.default_rng(count).permutation(len(views.image))[:count]
     np.testing.assert_array_equal(run(views.select(some)), run(views)[some])
 
 
 def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str, resident: bool = True) -> None:
-    """Several pending batches, kept and used long after: each is what its plan makes alone."""
+    """Check that batches kept long after they were collected equal those made from each plan alone."""
     pipeline = make(len(plans[0].image), prefetch=prefetch, device=device, resident=resident)
     kept = []
     for step, views in enumerate(plans):
@@ -76,7 +76,7 @@ def assert_in_order(plans: list[ViewPlan], prefetch: int, device: str, resident:
 
 
 def assert_near(made: np.ndarray, expected: np.ndarray) -> None:
-    """One level in a few pixels, as rescale's weights are sums of sines."""
+    """Allow differences of rescale, whose weights are sums of sines, in a few pixels."""
     assert (made != expected).mean() < 1e-4
 
 
@@ -86,7 +86,7 @@ def test_batches_come_in_order_and_own_their_memory(prefetch, resident):
     assert_in_order([plan(step, batch=2, k=2) for step in range(6)], prefetch, "cpu", resident)
 
 
-def test_larger_images_are_refused_in_one_line():
+def test_images_that_are_too_large_raise_a_one_line_error():
     with pytest.raises(ValueError, match="up to 256x256 pixels, got 257x8") as error:
         FusedViews(np.zeros((2, 257, 8, 3), np.uint8), np.arange(2), None, 4, 2)
     assert "\n" not in str(error.value)
@@ -99,15 +99,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
-def test_gpu_batches_are_those_of_the_cpu(prefetch, resident):
+def test_gpu_batches_match_cpu_batches(prefetch, resident):
     assert_in_order([plan(step, batch=16) for step in range(3 * prefetch + 2)], prefetch, "gpu", resident)
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("own_stream", [False, True])
-def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
-    """Used late, on a busy stream, while later batches are made: a batch must be whole, and left alone until then."""
+def test_gpu_views_are_safe_to_use_on_the_current_stream(own_stream):
+    """Use each batch late, on a busy stream: it must be complete and not be overwritten by later batches."""
     plans = [plan(step, batch=64) for step in range(6)]
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     pipeline = make(len(plans[0].image), prefetch=2, device="gpu")
@@ -115,8 +115,8 @@ def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
     with torch.cuda.stream(stream):
         for views in plans:
             pipeline.submit(pipeline.prepare(views))
-            torch.cuda._sleep(20_000_000)  # cycles: about 10 ms, in which the host goes on
-            copies.append(pipeline.collect().clone())  # and releases the batch itself
+            torch.cuda._sleep(20_000_000)  # Cycles: about 10 ms, during which the host runs ahead.
+            copies.append(pipeline.collect().clone())  # Releases the batch itself.
     pipeline.close()
     stream.synchronize()
     for copy, views in zip(copies, plans, strict=True):
@@ -126,7 +126,7 @@ def test_gpu_views_are_ready_for_the_stream_that_uses_them(own_stream):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("resident", [True, False])
-def test_gpu_does_not_make_the_host_wait(resident):
+def test_gpu_views_do_not_synchronize(resident):
     views = plan(batch=64)
     pipeline = make(len(views.image), prefetch=2, device="gpu", resident=resident)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,4 +1,4 @@
-"""The plan: pure, complete, distributed as the paper says, and the same for any number of ranks."""
+"""The plan of a step: a pure function, distributed as in the paper, and independent of the number of ranks."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ WEIGHTS = ctaugment.initial_weights()
 
 
 def arrays(plan):
-    """Every array of a plan, by name."""
+    """Return all arrays of a plan by name."""
     found = {name: value for name, value in vars(plan).items() if isinstance(value, np.ndarray)}
     return found | {f"views.{name}": value for name, value in vars(plan.views).items()}
 
@@ -28,45 +28,45 @@ def generator(seed, purpose, position):
 
 
 def slow_bin(weights, uniform, segments=False):
-    """One parameter's bin, by the formulas of the paper's section 3.2.2: `weights` of its existing bins alone.
+    """Draw one parameter's bin with the formulas of section 3.2.2, given the weights of its existing bins.
 
-    Or the segment between two of them, as in the authors' code.
+    With `segments`, draw a segment between two bins, as in the authors' code.
     """
     raised = [weight + 0.01 for weight in weights]
     kept = [m / max(raised) if m / max(raised) >= 0.8 else 0.0 for m in raised]
     if segments:
         kept = [first + second for first, second in pairwise(kept)]
-    begin = 0.0
+    edge = 0.0
     for chosen, share in enumerate(kept):
-        begin += share / sum(kept)
-        if share and uniform < begin:
+        edge += share / sum(kept)
+        if share and uniform < edge:
             return chosen
     return max(chosen for chosen, share in enumerate(kept) if share)
 
 
-def slow_ops(rng, rows, weights, segments=False):
-    """Transformations, levels, centers and bins (or segments between them) of some rows, number by number."""
-    ops, uniform, inside = rng.integers(19, size=(rows, 2)), rng.random((rows, 2, 2)), rng.random((rows, 2, 2))
-    levels, bins = np.zeros((rows, 2, 2), np.float32), np.full((rows, 2, 2), -1)
-    for row, stage in np.ndindex(rows, 2):
-        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, stage]].bins):
-            at = row, stage, parameter
-            bins[at] = slow_bin(weights[ops[row, stage], parameter, :count].tolist(), uniform[at], segments)
+def slow_ops(rng, views, weights, segments=False):
+    """Draw transformations, levels, centers and bins (or segments between them) one number at a time."""
+    ops, uniform, inside = rng.integers(19, size=(views, 2)), rng.random((views, 2, 2)), rng.random((views, 2, 2))
+    levels, bins = np.zeros((views, 2, 2), np.float32), np.full((views, 2, 2), -1)
+    for view, stage in np.ndindex(views, 2):
+        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[view, stage]].bins):
+            at = view, stage, parameter
+            bins[at] = slow_bin(weights[ops[view, stage], parameter, :count].tolist(), uniform[at], segments)
             levels[at] = min(np.float32((bins[at] + inside[at]) / (count - segments)), np.float32(1 - 2**-24))
-    return ops, levels, rng.random((rows, 2, 2), dtype=np.float32), bins
+    return ops, levels, rng.random((views, 2, 2), dtype=np.float32), bins
 
 
 def slow_code_bins(ops, levels):
-    """The bins that the authors' code updates for a probe's levels."""
+    """Return the bins that the authors' code updates for the levels of probes."""
     bins = np.full(levels.shape, -1)
-    for row, stage in np.ndindex(ops.shape):
-        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[row, stage]].bins):
-            bins[row, stage, parameter] = int(float(levels[row, stage, parameter]) * count * 0.999)
+    for view, stage in np.ndindex(ops.shape):
+        for parameter, count in enumerate(ctaugment.TRANSFORMATIONS[ops[view, stage]].bins):
+            bins[view, stage, parameter] = int(float(levels[view, stage, parameter]) * count * 0.999)
     return bins
 
 
 def slow_code_effect(op, levels, side):
-    """One transformation with levels at which it does what the authors' code does."""
+    """Return a transformation and levels that reproduce the authors' code."""
     name, level, nothing = ctaugment.NAMES[op], float(levels[0]), (ctaugment.IDENTITY, (0, 0))
     if name in ("translate_x", "translate_y", "rescale"):
         return nothing
@@ -84,45 +84,46 @@ def slow_code_effect(op, levels, side):
 
 
 def slow_plan(spec, seed, step, weights):
-    """Every array of a plan, row by row, from the module's docstring and the order in which each stream is drawn."""
+    """Return all arrays of a plan, view by view: reference implementation from the docstring of pipelines.plan."""
     batch, unlabeled_batch = spec.batch, spec.mu * spec.batch
-    blocks = [("x_strong", batch)]  # name and rows of each
+    blocks = [("x_strong", batch)]  # Name and number of views of each.
     if spec.unlabeled_images:
         blocks += [] if spec.anchor == "none" else [("u_weak", unlabeled_batch)]
         blocks += [("u", unlabeled_batch)] * spec.k
     blocks += [("x_probe", batch)] if spec.probes else []
-    names = [name for name, rows in blocks for _ in range(rows)]
+    names = [name for name, views in blocks for _ in range(views)]
 
     def images(purpose, count, drawn):
-        places = [divmod(step * drawn + row, count) for row in range(drawn)]
+        places = [divmod(step * drawn + number, count) for number in range(drawn)]
         return np.array([generator(seed, purpose, epoch).permutation(count)[place] for epoch, place in places], int)
 
     labeled = images(0, spec.labeled_images, batch)
     unlabeled = images(1, spec.unlabeled_images, unlabeled_batch) if spec.unlabeled_images else np.zeros(0, int)
-    rows, probed = len(names), batch if spec.probes else 0
+    views, probed = len(names), batch if spec.probes else 0
     not_pooled = ("x_probe",) if spec.anchor == "trained" else ("x_probe", "u_weak")
     pool = sum(name not in not_pooled for name in names)
     weak, mixup = generator(seed, 2, step), generator(seed, 5, step)
-    shift = weak.integers(-spec.max_shift, spec.max_shift, (rows, 2), np.int32, endpoint=True)
-    flip = weak.integers(2, size=rows, dtype=np.int32) * spec.flip
+    shift = weak.integers(-spec.max_shift, spec.max_shift, (views, 2), np.int32, endpoint=True)
+    flip = weak.integers(2, size=views, dtype=np.int32) * spec.flip
     augment = {"u": "strong", "u_weak": spec.anchor_augment, "x_strong": spec.labeled_augment, "x_probe": "weak"}
-    for row in range(rows):
-        if augment[names[row]] == "none":
-            shift[row], flip[row] = 0, 0
-    strong = [row for row in range(rows) if augment[names[row]] == "strong"]
-    identity = np.zeros((rows, 2), np.int32), np.zeros((rows, 2, 2), np.float32), np.zeros((rows, 2, 2), np.float32)
+    for view in range(views):
+        if augment[names[view]] == "none":
+            shift[view], flip[view] = 0, 0
+    strong = [view for view in range(views) if augment[names[view]] == "strong"]
+    ops, levels = np.zeros((views, 2), np.int32), np.zeros((views, 2, 2), np.float32)
+    center = np.zeros((views, 2, 2), np.float32)
     if spec.augment:
         drawn = slow_ops(generator(seed, 3, step), len(strong), weights, spec.ctaugment == "code")
-        for row, *numbers in zip(strong, *drawn[:3], strict=True):
-            identity[0][row], identity[1][row], identity[2][row] = numbers
+        for view, *numbers in zip(strong, *drawn[:3], strict=True):
+            ops[view], levels[view], center[view] = numbers
     probes = slow_ops(generator(seed, 4, step), probed, ctaugment.initial_weights())
-    for all_rows, of_probes in zip(identity, probes[:3], strict=True):
-        all_rows[rows - probed :] = of_probes
+    for array, of_probes in zip((ops, levels, center), probes[:3], strict=True):
+        array[views - probed :] = of_probes
     probe_bins = probes[3]
     if spec.ctaugment == "code":
         probe_bins = slow_code_bins(*probes[:2])
-        for at in np.ndindex(rows, 2):
-            identity[0][at], identity[1][at] = slow_code_effect(identity[0][at], identity[1][at], spec.side)
+        for at in np.ndindex(views, 2):
+            ops[at], levels[at] = slow_code_effect(ops[at], levels[at], spec.side)
     lam, perm = [1.0] * pool, np.arange(pool)
     if spec.mixup_alpha:
         lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, pool), mixup.permutation(pool)
@@ -131,16 +132,16 @@ def slow_plan(spec, seed, step, weights):
         "unlabeled": unlabeled,
         "lam": np.array([max(value, 1 - value) for value in lam], np.float32),
         "perm": perm,
-        "rotations": generator(seed, 6, step).permutation([row % 4 for row in range(unlabeled_batch)]),
+        "rotations": generator(seed, 6, step).permutation([number % 4 for number in range(unlabeled_batch)]),
         "probe_ops": probes[0],
         "probe_bins": probe_bins,
         "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name, _ in blocks]),
         "views.labeled": np.array([name.startswith("x") for name in names]),
         "views.shift": shift,
         "views.flip": flip,
-        "views.ops": identity[0],
-        "views.levels": identity[1],
-        "views.center": identity[2],
+        "views.ops": ops,
+        "views.levels": levels,
+        "views.center": center,
     }
 
 
@@ -169,7 +170,7 @@ def slow_plan(spec, seed, step, weights):
         dict(ctaugment="code", side=96, augment=False),
     ],
 )
-def test_every_array_is_that_of_a_slow_plan(changes):
+def test_plan_matches_the_reference_implementation(changes):
     spec = dataclasses.replace(SPEC, **changes)
     chance = np.random.default_rng(0)
     for seed, step in ((0, 0), (0, 1), (2**40 + 1, 70_000)):
@@ -181,8 +182,8 @@ def test_every_array_is_that_of_a_slow_plan(changes):
             assert made[name].tobytes() == array.tobytes(), name
 
 
-def test_no_epoch_is_drawn_twice_in_a_run(monkeypatch):
-    """Six short epochs of labels a step leave the unlabeled set's long one where it is."""
+def test_no_epoch_is_shuffled_twice(monkeypatch):
+    """Six short labeled epochs per step must not evict the long unlabeled one from the cache."""
     drawn = Counter()
     original = pipelines.plan.stream
 
@@ -200,7 +201,7 @@ def test_no_epoch_is_drawn_twice_in_a_run(monkeypatch):
 
 def test_plan_is_a_pure_function_of_seed_step_and_weights():
     first = arrays(make_plan(SPEC, seed=3, step=70_000, weights=WEIGHTS))
-    make_plan(SPEC, seed=3, step=5, weights=WEIGHTS)  # nothing drawn in between may matter
+    make_plan(SPEC, seed=3, step=5, weights=WEIGHTS)  # Other draws in between must not matter.
     again = arrays(make_plan(SPEC, seed=3, step=70_000, weights=WEIGHTS))
     assert first.keys() == again.keys()
     for name in first:
@@ -208,7 +209,7 @@ def test_plan_is_a_pure_function_of_seed_step_and_weights():
 
 
 @pytest.mark.parametrize("other", [dict(seed=4, step=9), dict(seed=3, step=10)])
-def test_other_seed_or_step_draws_other_numbers(other):
+def test_plans_differ_between_seeds_and_steps(other):
     first = arrays(make_plan(SPEC, seed=3, step=9, weights=WEIGHTS))
     second = arrays(make_plan(SPEC, weights=WEIGHTS, **other))
     for name in (
@@ -225,9 +226,9 @@ def test_other_seed_or_step_draws_other_numbers(other):
         assert not np.array_equal(first[name], second[name]), name
 
 
-def test_weights_move_strong_views_and_nothing_else():
+def test_weights_affect_only_the_levels_of_strong_views():
     weights = WEIGHTS.copy()
-    weights[1:, :, 1:] *= 0.1  # only the first bin of everything stays above the threshold
+    weights[1:, :, 1:] *= 0.1  # Only the first bin of each parameter stays above the threshold.
     first = arrays(make_plan(SPEC, seed=0, step=0, weights=WEIGHTS))
     second = arrays(make_plan(SPEC, seed=0, step=0, weights=weights))
     assert {name for name in first if not np.array_equal(first[name], second[name])} == {"views.levels"}
@@ -255,18 +256,18 @@ def test_blocks_of_views():
     assert all((ops[block] != ctaugment.IDENTITY).mean() > 0.7 for block in range(SPEC.k + 3) if block != 1)
     np.testing.assert_array_equal(ops[-1], plan.probe_ops)
     assert np.abs(views.shift).max() == SPEC.max_shift
-    # every strong view is a weak view drawn anew
+    # Each strong view has its own weak augmentation.
     assert not np.array_equal(views.shift[2 * batch : 3 * batch], views.shift[3 * batch : 4 * batch])
 
 
-def test_without_unlabeled_data_there_are_two_blocks():
+def test_two_blocks_without_unlabeled_data():
     spec = dataclasses.replace(SPEC, unlabeled_images=0)
     plan = make_plan(spec, seed=0, step=0, weights=WEIGHTS)
     assert plan.views.labeled.all() and len(plan.views.image) == 2 * spec.batch
     assert len(plan.lam) == len(plan.perm) == spec.batch and not len(plan.unlabeled)
 
 
-def test_no_strong_augmentation_still_probes():
+def test_probes_remain_without_strong_augmentation():
     plan = make_plan(dataclasses.replace(SPEC, augment=False), seed=0, step=0, weights=WEIGHTS)
     pool = SPEC.batch * SPEC.pool_blocks
     assert (plan.views.ops[:pool] == ctaugment.IDENTITY).all()
@@ -278,24 +279,24 @@ def test_no_flip_and_no_shift():
     assert not plan.views.flip.any() and not plan.views.shift.any()
 
 
-def test_mixup_numbers():
+def test_mixup_coefficients_and_partners():
     lam = np.concatenate([make_plan(SPEC, 0, step, WEIGHTS).lam for step in range(60)])
     assert lam.dtype == np.float32 and lam.min() >= 0.5 and lam.max() <= 1.0
-    # max(lam, 1 - lam) of Beta(a, a) folds the density about 1/2: mean 1/2 + E|lam - 1/2|
+    # max(lam, 1 - lam) folds the density of Beta(a, a) at 1/2: the mean is 1/2 + E|lam - 1/2|.
     reference = np.random.default_rng(0).beta(0.75, 0.75, 400_000)
     assert abs(lam.mean() - np.maximum(reference, 1 - reference).mean()) < 0.01
     plan = make_plan(SPEC, 0, 0, WEIGHTS)
     np.testing.assert_array_equal(np.sort(plan.perm), np.arange(SPEC.batch * (SPEC.k + 2)))
 
 
-def test_a_quarter_of_the_batch_for_each_rotation():
+def test_each_rotation_occurs_for_a_quarter_of_the_batch():
     for step in range(5):
         rotations = make_plan(SPEC, 0, step, WEIGHTS).rotations
         np.testing.assert_array_equal(np.bincount(rotations, minlength=4), [4, 4, 4, 4])
 
 
 @pytest.mark.parametrize(("batch", "images"), [(16, 40), (64, 10), (7, 7), (5, 1437)])
-def test_each_epoch_shows_every_image_once(batch, images):
+def test_every_image_occurs_once_per_epoch(batch, images):
     steps = 3 * images // batch + 2
     drawn = np.concatenate([drawn_images(1, 0, step, batch, images) for step in range(steps)])
     epochs = drawn[: 3 * images].reshape(3, images)
@@ -318,7 +319,7 @@ def test_levels_lie_in_the_drawn_bins():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_ranks_share_the_rows_of_one_plan(ranks):
+def test_ranks_split_the_views_of_one_plan(ranks):
     plan = make_plan(SPEC, 0, 3, WEIGHTS)
     shares = [rank_views(SPEC.blocks, SPEC.batch, rank, ranks) for rank in range(ranks)]
     together = np.concatenate(shares)
@@ -331,15 +332,15 @@ def test_ranks_share_the_rows_of_one_plan(ranks):
         np.testing.assert_array_equal(part.levels, plan.views.levels[share])
 
 
-def test_stacked_plans_follow_one_another():
+def test_stack_concatenates_plans():
     first, second = (make_plan(SPEC, 0, step, WEIGHTS).views for step in (0, 1))
     both = stack([first, second])
-    rows = len(first.image)
+    views = len(first.image)
     for name, value in vars(both).items():
-        np.testing.assert_array_equal(value[:rows], getattr(first, name))
-        np.testing.assert_array_equal(value[rows:], getattr(second, name))
+        np.testing.assert_array_equal(value[:views], getattr(first, name))
+        np.testing.assert_array_equal(value[views:], getattr(second, name))
 
 
-def test_uneven_ranks_are_refused():
-    with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
+def test_indivisible_batch_raises():
+    with pytest.raises(ValueError, match="cannot be split across 3 ranks"):
         rank_views(4, 16, 0, 3)

@@ -1,4 +1,4 @@
-"""Views row by row against numpy and PIL, and the pipeline's behaviour as a queue."""
+"""Views against numpy and PIL, and the queue behavior of the pipelines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GEOMETRIC = [ctaugment.NAMES.index(name) for name in geometric.GEOMETRIC]
 
 @cache
 def photos(images: int, height: int, width: int, seed: int) -> np.ndarray:
-    """Smooth colours with some grain: (images, height, width, 3) uint8."""
+    """Return smooth colors with some grain: (images, height, width, 3) uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     wave = rng.uniform(-9, 9, (images, 1, 1, 3, 2))
@@ -44,13 +44,13 @@ def unlabeled_set() -> np.ndarray:
 
 
 def plan(step: int = 0, k: int = 5, batch: int = 64, augment: bool = True) -> ViewPlan:
-    """batch * (k + 3) rows as a training step has them."""
+    """Return the plan of the batch * (k + 3) views of a training step."""
     spec = PlanSpec(batch, k, IMAGES, 2 * IMAGES, max_shift=SHIFT, flip=True, augment=augment)
     return make_plan(spec, seed=7, step=step, weights=ctaugment.initial_weights()).views
 
 
 def sources(views: ViewPlan) -> np.ndarray:
-    """The image of each row."""
+    """Return the source image of each view."""
     images = unlabeled_set()[views.image]
     images[views.labeled] = labeled_set()[views.image[views.labeled]]
     return images
@@ -59,8 +59,8 @@ def sources(views: ViewPlan) -> np.ndarray:
 both = pytest.mark.parametrize("kind", [DaliViews, FusedViews])
 
 
-# the images lie in another order than a plan numbers them: the labeled ones last, and backwards
-NUMBERS = np.arange(3 * IMAGES)[: -(IMAGES + 1) : -1], np.arange(2 * IMAGES)
+# Stored order differs from the plan's: the labeled images come last, in reverse.
+INDICES = np.arange(3 * IMAGES)[: -(IMAGES + 1) : -1], np.arange(2 * IMAGES)
 
 
 @cache
@@ -68,8 +68,8 @@ def all_images() -> np.ndarray:
     return np.concatenate([unlabeled_set(), labeled_set()[::-1]])
 
 
-def make(rows: int, kind=DaliViews, **options) -> Views:
-    return kind(all_images(), *NUMBERS, rows, SHIFT, **options)
+def make(count: int, kind=DaliViews, **options) -> Views:
+    return kind(all_images(), *INDICES, count, SHIFT, **options)
 
 
 def run(views: ViewPlan, kind=DaliViews, **options) -> np.ndarray:
@@ -80,15 +80,15 @@ def run(views: ViewPlan, kind=DaliViews, **options) -> np.ndarray:
     return made
 
 
-def test_weak_views_are_pad_crop_flip():
+def test_weak_augmentation_is_pad_crop_flip():
     views = plan()
     views = replace(views, ops=np.zeros_like(views.ops))
     made = run(views)
     around = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
-    for row, padded in enumerate(np.pad(sources(views), around, mode="reflect")):
-        top, left = SHIFT - views.shift[row]
+    for view, padded in enumerate(np.pad(sources(views), around, mode="reflect")):
+        top, left = SHIFT - views.shift[view]
         expected = padded[top : top + SIDE, left : left + SIDE]
-        np.testing.assert_array_equal(made[row], expected[:, ::-1] if views.flip[row] else expected)
+        np.testing.assert_array_equal(made[view], expected[:, ::-1] if views.flip[view] else expected)
     assert {-SHIFT, 0, SHIFT} <= {*views.shift.ravel().tolist()} and {*views.flip.tolist()} == {0, 1}
 
 
@@ -108,65 +108,65 @@ def test_shift_moves_the_image_down_and_right_before_the_flip():
     made = pipeline.collect()
     assert made[0, 4, 5].tolist() == [255] * 3
     assert made[1, 4, 7 - 5].tolist() == [255] * 3
-    assert made[0, 4, 1].tolist() == [255] * 3, "what the shift uncovers is the reflection"
+    assert made[0, 4, 1].tolist() == [255] * 3, "uncovered pixels are filled by reflection"
 
 
 @pytest.mark.parametrize("height, width", [(16, 24), (9, 7)])
-def test_any_sides_and_the_largest_shift(height, width):
+def test_weak_augmentation_of_any_size_with_the_largest_shift(height, width):
     images, largest = photos(4, height, width, 3), min(height, width) - 1
     rng = np.random.default_rng(0)
     views = plan(batch=8, k=1)
-    rows = len(views.image)
+    count = len(views.image)
     views = replace(
         views,
-        image=np.arange(rows) % 4,
-        labeled=np.ones(rows, bool),
-        shift=rng.integers(-largest, largest + 1, (rows, 2)).astype(np.int32),
+        image=np.arange(count) % 4,
+        labeled=np.ones(count, bool),
+        shift=rng.integers(-largest, largest + 1, (count, 2)).astype(np.int32),
         ops=np.zeros_like(views.ops),
     )
-    pipeline = DaliViews(images, np.arange(4), None, rows, largest)
+    pipeline = DaliViews(images, np.arange(4), None, count, largest)
     pipeline.submit(pipeline.prepare(views))
     made = pipeline.collect().numpy()
-    for row in range(rows):
-        np.testing.assert_array_equal(made[row], weak(images[row % 4], views.shift[row], views.flip[row]))
+    for view in range(count):
+        np.testing.assert_array_equal(made[view], weak(images[view % 4], views.shift[view], views.flip[view]))
 
 
-def test_random_plan_row_by_row_against_pil():
+def test_random_plan_matches_pil():
     views = plan()
     made, images = run(views), sources(views)
     assert made.shape == (512, SIDE, SIDE, 3) and made.dtype == np.uint8
     expected = np.stack(
         [
             pil_view(
-                images[row],
-                views.shift[row],
-                views.flip[row],
-                views.ops[row],
-                views.levels[row],
-                views.center[row],
+                images[view],
+                views.shift[view],
+                views.flip[view],
+                views.ops[view],
+                views.levels[view],
+                views.center[view],
             )
-            for row in range(len(images))
+            for view in range(len(images))
         ]
     )
     difference = np.abs(made.astype(int) - expected).max(axis=-1)
-    # geometric transformations alone may take a neighbouring pixel where a position falls between two, and what follows
-    # may then see another histogram
+    # Geometric transformations may sample a neighboring pixel at positions between two pixels, which may also change
+    # the histogram that the next transformation uses.
     affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
-    assert difference[~affine].max() <= 2, "one level a round"
+    assert difference[~affine].max() <= 2, "one level per transformation"
     assert (difference[~affine] > 0).mean() < 1e-3
     assert (difference[affine] > 2).mean() < 0.01
-    # a row that is not what the plan says would differ nearly everywhere
+    # A wrong view would differ nearly everywhere.
     assert np.median(difference, axis=(1, 2)).max() <= 2
 
 
-@pytest.mark.parametrize("rows", [1, 3, 130])
-def test_rows_do_not_depend_on_their_company(rows):
+@pytest.mark.parametrize("count", [1, 3, 130])
+def test_views_do_not_depend_on_the_rest_of_the_batch(count):
     views = plan()
-    some = np.random.default_rng(rows).permutation(len(views.image))[:rows]
+    some = np.random.default_rng(count).permutation(len(views.image))[:count]
     np.testing.assert_array_equal(run(views.select(some)), run(views)[some])
 
 
-def test_same_bytes_whatever_the_threads_and_the_depth():
+def test_views_do_not_depend_on_threads_and_prefetch():
     plans = [plan(step, batch=32) for step in range(6)]
     made = {}
     for threads, prefetch in ((1, 1), (2, 2), (4, 3)):
@@ -199,36 +199,36 @@ def test_batches_come_in_order_and_own_their_memory():
         np.testing.assert_array_equal(batch.numpy(), expected)
 
 
-def test_views_are_made_while_the_caller_goes_on(monkeypatch):
-    """Views that cannot be finished before `submit` has returned: a pipeline that made them in it would hang here."""
+def test_submit_is_asynchronous(monkeypatch):
+    """Block the views until `submit` has returned: a synchronous pipeline would hang."""
     views = plan(batch=16)
     expected = run(views)
     pipeline = make(len(views.image))
-    begun, returned = threading.Event(), threading.Event()
+    started, returned = threading.Event(), threading.Event()
     photometric = dali._apply_photometric
 
     def held(images, parameters):
-        begun.set()
+        started.set()
         assert returned.wait(120), "submit has not returned"
         return photometric(images, parameters)
 
     monkeypatch.setattr(dali, "_apply_photometric", held)
     pipeline.submit(pipeline.prepare(views))
-    assert begun.wait(120), "views are begun before anybody asks for them"
+    assert started.wait(120), "work starts before `collect`"
     returned.set()
     np.testing.assert_array_equal(pipeline.collect().numpy(), expected)
     pipeline.close()
 
 
 @both
-def test_a_full_queue_refuses_and_an_empty_one_too(kind):
+def test_misuse_of_the_queue_raises(kind):
     views = plan(batch=2, k=1)
     pipeline = make(len(views.image), kind, prefetch=2)
-    with pytest.raises(RuntimeError, match="submit a plan first"):
+    with pytest.raises(RuntimeError, match="no batch is pending; submit one first"):
         pipeline.collect()
     pipeline.submit(pipeline.prepare(views))
     pipeline.submit(pipeline.prepare(views))
-    with pytest.raises(RuntimeError, match="2 batches are pending"):
+    with pytest.raises(RuntimeError, match="2 batches are already pending; collect one first"):
         pipeline.submit(pipeline.prepare(views))
     assert torch.equal(pipeline.collect(), pipeline.collect())
     pipeline.submit(pipeline.prepare(views))
@@ -239,14 +239,14 @@ def test_a_full_queue_refuses_and_an_empty_one_too(kind):
 
 
 @both
-def test_wrong_plans_are_refused_and_do_no_harm(kind):
+def test_invalid_plans_raise_and_leave_the_pipeline_usable(kind):
     views = plan(batch=2, k=1)
-    rows = len(views.image)
-    pipeline = make(rows, kind)
-    with pytest.raises(ValueError, match=f"makes {rows} rows a batch, the plan has 3"):
+    count = len(views.image)
+    pipeline = make(count, kind)
+    with pytest.raises(ValueError, match=f"expected a plan of {count} views, got 3"):
         pipeline.submit(pipeline.prepare(views.select(np.arange(3))))
-    with pytest.raises(ValueError, match="up to 4 pixels here, the plan has 5"):
-        pipeline.submit(pipeline.prepare(replace(views, shift=np.full((rows, 2), -5, np.int32))))
+    with pytest.raises(ValueError, match="at most max_shift = 4 pixels, got 5"):
+        pipeline.submit(pipeline.prepare(replace(views, shift=np.full((count, 2), -5, np.int32))))
     pipeline.submit(pipeline.prepare(views))
     np.testing.assert_array_equal(pipeline.collect().numpy(), run(views, kind))
 
@@ -256,21 +256,21 @@ def test_wrong_plans_are_refused_and_do_no_harm(kind):
     "change, message",
     [
         ({"images": np.zeros((2, 8, 8, 3), np.float32)}, "uint8"),
-        ({"images": np.zeros((2, 8, 8, 1), np.uint8)}, "grey"),
+        ({"images": np.zeros((2, 8, 8, 1), np.uint8)}, "grayscale"),
         ({"images": np.zeros((2, 8, 8), np.uint8)}, r"\(N, H, W, 3\)"),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "N > 0"),
-        ({"unlabeled": np.array([0, 2])}, "must number the 2 images"),
-        ({"labeled": np.array([-1])}, "must number the 2 images"),
+        ({"unlabeled": np.array([0, 2])}, "must be indices from 0 to 1"),
+        ({"labeled": np.array([-1])}, "must be indices from 0 to 1"),
         ({"max_shift": 8}, "from 0 to 7"),
         ({"max_shift": -1}, "max_shift"),
-        ({"rows": 0}, "rows"),
+        ({"batch_size": 0}, "batch_size"),
         ({"prefetch": 0}, "prefetch"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
+def test_invalid_arguments_raise_a_one_line_error(kind, change, message):
     both = np.arange(2)
     images = np.zeros((2, 8, 8, 3), np.uint8)
-    arguments = {"images": images, "labeled": both, "unlabeled": both, "rows": 4, "max_shift": 2} | change
+    arguments = {"images": images, "labeled": both, "unlabeled": both, "batch_size": 4, "max_shift": 2} | change
     with pytest.raises(ValueError, match=message) as error:
         kind(**arguments)
     assert "\n" not in str(error.value)
@@ -279,7 +279,7 @@ def test_wrong_arguments_are_refused_in_one_line(kind, change, message):
 @pytest.mark.gpu
 @pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_views_match_the_cpu_ones():
+def test_gpu_views_match_cpu_views():
     views = plan()
     pipeline = make(len(views.image), FusedViews, device="gpu")
     pipeline.submit(pipeline.prepare(views))
@@ -287,19 +287,19 @@ def test_gpu_views_match_the_cpu_ones():
     assert made.is_cuda
     difference = np.abs(made.cpu().numpy().astype(int) - run(views)).max(axis=-1)
     affine = np.isin(views.ops, GEOMETRIC).any(axis=1)
-    assert difference[~affine].max() <= 2, "one level a round"
+    assert difference[~affine].max() <= 2, "one level per transformation"
     assert (difference[affine] > 2).mean() < 0.01
 
 
 def mapped(path) -> int:
-    """Bytes of a file that are in this process's memory."""
+    """Return the resident bytes of a file in this process."""
     text = Path("/proc/self/smaps").read_text()
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)
     return sum(1024 * int(re.search(r"^Rss: +(\d+)", part, re.MULTILINE)[1]) for part in parts if str(path) in part)
 
 
 @pytest.mark.parametrize(("kind", "options"), [(DaliViews, {}), (FusedViews, {"resident": False})])
-def test_of_a_large_memory_map_little_stays_in_memory(tmp_path, monkeypatch, kind, options):
+def test_large_memory_maps_do_not_stay_resident(tmp_path, monkeypatch, kind, options):
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((5000, 64, 64, 3), np.uint8))
     images, left = np.load(path, mmap_mode="c"), {}
