@@ -1,8 +1,7 @@
-"""What a data set is, and data sets on disk: uint8 images that are memory-mapped, so that opening costs little.
+"""Data sets and their on-disk cache of memory-mapped uint8 images.
 
-A cache is a folder with `cache.json` and arrays in numpy's format. It is written under another name and renamed whole,
-so that a half-written one is never read. Opening looks at the version and at the sizes of the files, `verify` at their
-contents.
+A cache is a folder with `cache.json` and .npy files. It is written under a temporary name and then renamed, so that an
+incomplete cache is never read. Opening checks the format and the file sizes; `verify` checks the contents.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from pipelines.files import PARTIAL, sync_to_disk
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
-_flag = ""  # of the command line, with which this process was told where caches lie
+_flag = ""  # The --data-dir flag of this process, repeated in the commands that messages suggest.
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Decoded images by number, and their labels; in memory or memory-mapped, so that nothing may copy all of them.
+    """Decoded images and labels, in memory or memory-mapped; must never be copied as a whole.
 
     Attributes:
-        name: as in `pipelines.datasets.DATASETS`.
-        classes: names of the L classes.
-        train_images: (N, H, W, 3) uint8, labeled and unlabeled ones.
-        train_labels: (N,) int64, -1 where the label is not known.
+        name: Name in `pipelines.datasets.DATASETS`, or `folder:` and the path of a folder.
+        classes: Names of the L classes.
+        train_images: (N, H, W, 3) uint8, labeled and unlabeled images.
+        train_labels: (N,) int64, -1 for unknown labels.
         test_images: (M, H, W, 3) uint8.
         test_labels: (M,) int64.
-        unlabeled: rows of the training images that are trained on without their label; None for all of them, as in the
-            paper, the labeled ones included.
-        class_order: classes in the order in which the paper's split goes through them; () for ascending.
-        folds: published label splits, each rows of the training images; () without any.
-        held_out: how many labeled images were made the test part, where the source has none; 0 otherwise.
+        unlabeled: Indices of the training images used without labels. None for all of them, including the labeled
+            ones, as in the paper.
+        class_order: Order in which the paper's split visits the classes; () for ascending.
+        folds: Published label splits, each as indices of training images; () if there are none.
+        held_out: Number of labeled images held out as test images because the source has none; 0 otherwise.
     """
 
     name: str
@@ -61,27 +60,27 @@ class DataSet:
 
     @property
     def unlabeled_indices(self) -> np.ndarray:
-        """Rows of the training images that are trained on without their label: (Nu,) int64."""
+        """Indices of the training images used without labels: (Nu,) int64."""
         return np.arange(len(self.train_images)) if self.unlabeled is None else self.unlabeled
 
     @property
     def sides(self) -> tuple[int, int]:
-        """H and W."""
+        """H and W of the images."""
         return self.train_images.shape[1:3]
 
 
 class DataError(ValueError):
-    """Data that is not there, or not as it should be; the message says what, and what to do."""
+    """Missing or invalid data; the message says what is wrong and what to do."""
 
 
 def data_dir() -> Path:
-    """Where caches lie: the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    """Return the folder of all caches: the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
     given = os.environ.get("REMIXMATCH_DATA")
     return Path(given) if given else Path.home() / ".cache" / "remixmatch"
 
 
 def set_data_dir(folder: Path | None) -> None:
-    """Has this process, and those that it starts, look for caches there; None leaves all as it is."""
+    """Set the folder of all caches for this process and its children; None changes nothing."""
     global _flag
     _flag = f" --data-dir {shlex.quote(str(folder))}" if folder else ""
     if folder:
@@ -89,25 +88,26 @@ def set_data_dir(folder: Path | None) -> None:
 
 
 def prepare_command(what: str, flags: str = "") -> str:
-    """The command line that prepares a data set or a folder, for a message.
+    """Return the command that prepares a data set or a folder, for a message.
 
     Args:
-        what: its name, or the folder.
-        flags: besides the place of caches where this process was given one.
+        what: Name of the data set, or path of the folder.
+        flags: Additional flags. `--data-dir` is appended if this process was given one.
     """
     return f"remixmatch data prepare {shlex.quote(what)}{flags}{_flag}"
 
 
 @contextlib.contextmanager
 def writing(folder: Path, key: str = "") -> Iterator[Path]:
-    """Gives a folder to be filled by `array` and `finish`, which takes the place of `folder` if all went well.
+    """Yield a temporary folder to fill with `array` and `finish`; it replaces `folder` on success.
 
     Args:
-        folder: the cache.
-        key: says what it is made from; what an interrupted process has made from the same is given again.
+        folder: The cache.
+        key: Identifies the source of the cache. After an interruption, the next call with the same key continues with
+            the same files. Without a key, they are discarded.
 
     Raises:
-        DataError: the folder cannot be written, or another process is writing it.
+        DataError: The folder cannot be written, or another process is writing it.
     """
     temporary = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
@@ -116,7 +116,7 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"{folder} is being prepared by another process") from None
+                raise DataError(f"{folder} is being prepared by another process; wait until it has finished") from None
             kept = temporary / _KEY
             if not key or not kept.exists() or kept.read_text(encoding="utf-8") != key:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -146,8 +146,8 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
 
 
 def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
-    """A new array of a cache under way, memory-mapped for writing."""
-    # its blocks are asked for now: a disk that gets full under a memory map would kill the process
+    """Create an array of an unfinished cache, memory-mapped for writing."""
+    # Allocate disk blocks now: running out of space while writing to a memory map would kill the process.
     with (folder / f"{name}.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -159,21 +159,21 @@ def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8
     return np.load(folder / f"{name}.npy", mmap_mode="r+")
 
 
-def shorten(folder: Path, name: str, rows: int) -> None:
-    """Leaves the first rows of an array of a cache under way."""
+def shorten(folder: Path, name: str, length: int) -> None:
+    """Truncate an array of an unfinished cache to `length` entries."""
     path = folder / f"{name}.npy"
     values = np.load(path, mmap_mode="r")
-    offset, shape, dtype = values.offset, (rows, *values.shape[1:]), values.dtype  # type: ignore[attr-defined]
+    offset, shape, dtype = values.offset, (length, *values.shape[1:]), values.dtype  # type: ignore[attr-defined]
     del values
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with path.open("r+b") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        assert file.tell() == offset, "numpy leaves room for every length of an array"
+        assert file.tell() == offset, "numpy pads the header so that its size does not depend on the array's length"
         file.truncate(offset + int(np.prod(shape)) * dtype.itemsize)
 
 
 def save(folder: Path, name: str, values: np.ndarray) -> None:
-    """A small array of a cache under way."""
+    """Write a small array of an unfinished cache."""
     np.save(folder / f"{name}.npy", values)
 
 
@@ -184,14 +184,15 @@ def finish(
     class_order: tuple[int, ...] = (),
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Describes a cache whose arrays are complete.
+    """Write the description of a cache whose arrays are complete.
 
     Args:
-        folder: has `train_images`, `train_labels`, `test_images`, `test_labels`, perhaps `unlabeled` and `folds`.
-        name: of the data set.
-        classes: names.
-        class_order: see `DataSet`.
-        source: what it was made from: plain values.
+        folder: Folder with `train_images`, `train_labels`, `test_images`, `test_labels`, and optionally `unlabeled` and
+            `folds`.
+        name: Name of the data set.
+        classes: Names of the classes.
+        class_order: See `DataSet`.
+        source: Source of the data, as JSON values.
     """
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.glob("*.npy"))}
     description = {
@@ -201,70 +202,73 @@ def finish(
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def read_description(folder: Path, again: str) -> dict[str, Any]:
-    """The description of a cache whose files have the right sizes.
+def read_description(folder: Path, command: str) -> dict[str, Any]:
+    """Return the description of a cache after checking its format and the sizes of its files.
 
     Args:
-        folder: the cache.
-        again: the command that prepares it.
+        folder: The cache.
+        command: Command that prepares it, for messages.
 
     Raises:
-        DataError: it is not there, damaged, foreign, or of another version.
+        DataError: The cache is missing, damaged, or has another format.
     """
     path = folder / _DESCRIPTION
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not str(found.get("format", "")).startswith("remixmatch-cache-"):
-            raise DataError(f"{folder} is not a cache of this engine; prepare it again: {again}")
-        if found["format"] != FORMAT:
-            raise DataError(f"{folder} is of another version ({found['format']}); prepare it again: {again}")
-        for name, file in found["files"].items():
+        description = json.loads(path.read_text(encoding="utf-8"))
+        found = str(description.get("format", "")) if isinstance(description, dict) else ""
+        if not found.startswith("remixmatch-cache-"):
+            raise DataError(f"{folder} is not a remixmatch cache; run: {command}")
+        if found != FORMAT:
+            raise DataError(f"{folder} has cache format {found}, expected {FORMAT}; run: {command}")
+        for name, file in description["files"].items():
             size = (folder / name).stat().st_size if (folder / name).exists() else 0
             if size != file["bytes"]:
-                raise DataError(
-                    f"{folder / name} has {size} bytes instead of {file['bytes']}; prepare it again: {again}"
-                )
+                raise DataError(f"{folder / name} has {size} bytes, expected {file['bytes']}; run: {command}")
     except FileNotFoundError:
-        raise DataError(f"there is no data in {folder}; prepare it: {again}") from None
+        raise DataError(f"no prepared data in {folder}; run: {command}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}); prepare it again: {again}") from None
-    return found
+        raise DataError(f"{path} cannot be read ({type(error).__name__}); run: {command}") from None
+    return description
 
 
-def open_cache(folder: Path, again: str) -> DataSet:
-    """A data set from its cache.
+def open_cache(folder: Path, command: str) -> DataSet:
+    """Open a cached data set.
+
+    Args:
+        folder: The cache.
+        command: Command that prepares it, for messages.
 
     Raises:
-        DataError: see `read_description`.
+        DataError: See `read_description`.
     """
-    found = read_description(folder, again)
+    description = read_description(folder, command)
 
     def read(name: str) -> np.ndarray:
-        # copy on write: torch wants arrays that it may write to, and nothing ever does
+        # Copy-on-write because torch requires writable arrays; nothing is ever written.
         return np.load(folder / f"{name}.npy", mmap_mode="c")
 
     try:
-        optional = {name: read(name) for name in _OPTIONAL if f"{name}.npy" in found["files"]}
+        optional = {name: read(name) for name in _OPTIONAL if f"{name}.npy" in description["files"]}
         return DataSet(
-            name=found["name"],
-            classes=tuple(found["classes"]),
+            name=description["name"],
+            classes=tuple(description["classes"]),
             train_images=read("train_images"),
             train_labels=np.array(read("train_labels")),
             test_images=read("test_images"),
             test_labels=np.array(read("test_labels")),
             unlabeled=np.array(optional["unlabeled"]) if "unlabeled" in optional else None,
-            class_order=tuple(found["class_order"]),
+            class_order=tuple(description["class_order"]),
             folds=tuple(np.array(fold) for fold in optional.get("folds", ())),
-            held_out=int(found["source"].get("held_out", 0)),
+            held_out=int(description["source"].get("held_out", 0)),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} cannot be read ({error}); prepare it again: {again}") from None
+        raise DataError(f"{folder} cannot be read ({error}); run: {command}") from None
 
 
 def unmap(images: np.ndarray) -> None:
-    """Takes what was read of a memory map out of the process's memory; it is mapped again when it is read again.
+    """Release the resident pages of a memory-mapped array; they are mapped again on the next read.
 
-    The system's own cache keeps it as long as there is room. Nothing happens to an array that is not mapped.
+    The page cache keeps them while there is room. Does nothing if the array is not memory-mapped.
     """
     base: Any = images
     while isinstance(base, np.ndarray):
@@ -276,32 +280,36 @@ def unmap(images: np.ndarray) -> None:
 _LARGE_BYTES, _AT_ONCE = 2**28, 32
 
 
-def take_images(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Some images, copied: (N, H, W, 3) and (n,) int64 to (n, H, W, 3).
+def take_images(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Copy selected images: (N, H, W, 3) and (n,) int64 to (n, H, W, 3).
 
-    Of a large memory map no more than some tens of images are mapped at a time, each of which can be a huge page.
+    In a large memory map, only a few tens of images stay mapped at a time, since each can map a huge page.
     """
     if images.nbytes <= _LARGE_BYTES:
-        return images[rows]
+        return images[indices]
     parts = []
-    for first in range(0, len(rows), _AT_ONCE):
-        parts.append(images[rows[first : first + _AT_ONCE]])
+    for first in range(0, len(indices), _AT_ONCE):
+        parts.append(images[indices[first : first + _AT_ONCE]])
         unmap(images)
-    return np.concatenate(parts) if parts else images[rows]
+    return np.concatenate(parts) if parts else images[indices]
 
 
-def verify(folder: Path, again: str) -> None:
-    """Compares the contents of a cache's files with their checksums.
+def verify(folder: Path, command: str) -> None:
+    """Compare the files of a cache with their checksums.
+
+    Args:
+        folder: The cache.
+        command: Command that prepares it anew, for messages.
 
     Raises:
-        DataError: one of them differs, or see `read_description`.
+        DataError: A checksum differs; see also `read_description`.
     """
-    for name, file in read_description(folder, again)["files"].items():
+    for name, file in read_description(folder, command)["files"].items():
         if sha256(folder / name) != file["sha256"]:
-            raise DataError(f"{folder / name} is damaged: its checksum differs; prepare it again: {again}")
+            raise DataError(f"{folder / name} is damaged (wrong checksum); run: {command}")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,10 @@
-"""Image files to uint8 images of one size, on all cores: DALI decodes and resizes JPEGs, PIL whatever else there is.
+"""Decoding of image files to uint8 images of one size, on all cores: DALI for plain JPEGs, PIL for the rest.
 
-Every image is turned as its EXIF data says, resized so that its shorter side has the size wanted, and cropped about its
-center. DALI and PIL both resize by an antialiased cubic filter and agree within rounding; on a CPU they decode JPEGs by
-the same library. With a GPU DALI decodes by its hardware decoder where it has one, whose values may differ by some grey
-levels. What PIL alone reads as people expect goes by PIL: GIF's first frame, palettes, transparency (laid on black),
-16 bits a channel (stretched to 8), CMYK, and files that are not what their name says.
+Every image is rotated according to its EXIF data, resized so that its shorter side has the requested size, and
+center-cropped. DALI and PIL both resize with an antialiased cubic filter and agree within rounding; on a CPU they
+decode JPEGs with the same library. On a GPU, DALI uses the hardware decoder if there is one, whose values may differ by
+a few gray levels. PIL handles what DALI does not: the first frame of GIFs, palettes, transparency (composited on
+black), 16 bits per channel (stretched to 8), CMYK, and files with a misleading suffix.
 """
 
 from __future__ import annotations
@@ -22,43 +22,43 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipelines.files import first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-BATCH = 64  # images that DALI decodes together
+BATCH = 64  # Images per DALI batch.
 
 
 class DecodeError(ValueError):
-    """A file that holds no image that can be read."""
+    """File that cannot be read as an image."""
 
 
 def image_files(folder: Path) -> list[str]:
-    """Names, from the folder on, of all files below it that have an image's suffix, sorted; hidden ones are left out.
+    """Return the relative paths of all files below a folder with an image suffix, sorted, without hidden ones.
 
     Raises:
-        OSError: it, or a folder in it, cannot be read.
+        OSError: The folder or a subfolder cannot be read.
     """
 
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    files = []
     for path, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = os.path.relpath(path, folder)
         images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        found += [os.path.normpath(os.path.join(inside, name)) for name in images]
-    return sorted(found)
+        files += [os.path.normpath(os.path.join(inside, name)) for name in images]
+    return sorted(files)
 
 
 def rgb(content: bytes) -> tuple[Image.Image, str]:
-    """An image file's first frame as it is seen: 8 bits, RGB, upright.
+    """Decode the first frame of an image file as 8-bit RGB, with its EXIF orientation applied.
 
     Args:
-        content: the file's.
+        content: Content of the file.
 
     Returns:
-        The image, and in words what was changed beyond that, "" for nothing.
+        The image, and a description of a lossy change of its value range, or "".
 
     Raises:
-        DecodeError: it cannot be read.
+        DecodeError: The file cannot be read.
     """
     try:
         with Image.open(BytesIO(content)) as opened:
@@ -66,8 +66,8 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
             image = ImageOps.exif_transpose(opened)
             image.load()
     except UnidentifiedImageError:
-        raise DecodeError("it is of no known format") from None
-    except Exception as error:  # a damaged file fails in as many ways as there are formats
+        raise DecodeError("unknown image format") from None
+    except Exception as error:  # Each format has its own errors for damaged files.
         raise DecodeError(first_line(error, 100)) from None
     changed = ""
     if image.mode.startswith(("I", "F")):
@@ -82,29 +82,29 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
 
 
 def resized(image: Image.Image, size: int) -> np.ndarray:
-    """The shorter side to `size` pixels, then the center: (size, size, 3) uint8."""
+    """Resize the shorter side to `size` pixels and center-crop: (size, size, 3) uint8."""
     width, height = image.size
     scale = size / min(width, height)
     sides = max(size, round(width * scale)), max(size, round(height * scale))
     if sides != image.size:
         image = image.resize(sides, Image.Resampling.BICUBIC)
-    left, top = (sides[0] - size + 1) // 2, (sides[1] - size + 1) // 2  # as DALI rounds
+    left, top = (sides[0] - size + 1) // 2, (sides[1] - size + 1) // 2  # Rounded as in DALI.
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def decode(
     files: Sequence[Path], size: int, threads: int = 0, device: str = "cpu"
 ) -> Iterator[tuple[int, np.ndarray | str]]:
-    """Decodes files in batches, in order.
+    """Decode files in batches, in order.
 
     Args:
-        files: of the formats that PIL reads.
-        size: side of the images, in pixels.
-        threads: 0 for as many as there are cores.
-        device: "cpu", or "gpu" for DALI to decode and resize JPEGs on the first GPU.
+        files: Image files in formats that PIL supports.
+        size: Side of the images in pixels.
+        threads: Number of threads; 0 for one per core.
+        device: "cpu", or "gpu" to decode and resize JPEGs on the first GPU.
 
     Yields:
-        Each file's number with its image, (size, size, 3) uint8, or in words why it cannot be read.
+        Index of each file, and its image, (size, size, 3) uint8, or the reason why it cannot be read.
     """
     threads = threads or len(os.sched_getaffinity(0))
     jpegs = _Jpegs(size, threads, device)
@@ -144,28 +144,28 @@ def _by_pil(content: bytes | str, size: int) -> np.ndarray | str:
 
 
 def _plain_jpeg(content: bytes) -> bool:
-    """Whether it is a JPEG of one or three channels that ends where it should: others are left to PIL."""
+    """Return whether this is a complete 8-bit JPEG with one or three channels; PIL decodes all others."""
     if not content.startswith(b"\xff\xd8") or b"\xff\xd9" not in content[-64:]:
         return False
     at = 2
     while at + 9 < len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of frame.
             return content[at + 4] == 8 and content[at + 9] in (1, 3)
         at += 2 + length
     return False
 
 
 def decoded_and_resized(files: Any, size: int, device: str) -> Any:
-    """DALI's nodes from JPEGs to images of one size; for the body of a pipeline.
+    """Add DALI nodes that decode JPEGs and resize them to one size; for the body of a pipeline definition.
 
     Args:
-        files: the node of their bytes, one JPEG a sample.
-        size: side of the images, in pixels.
+        files: Node with the bytes of one JPEG per sample.
+        size: Side of the images in pixels.
         device: "cpu" or "gpu".
 
     Returns:
-        The node of the images, (size, size, 3) uint8.
+        Node with the images, (size, size, 3) uint8.
     """
     from nvidia.dali import fn, types
 
@@ -176,17 +176,17 @@ def decoded_and_resized(files: Any, size: int, device: str) -> Any:
         mode="not_smaller",
         interp_type=types.INTERP_CUBIC,
         antialias=True,
-        subpixel_scale=False,  # the whole image onto whole pixels, as PIL does
+        subpixel_scale=False,  # Maps the whole image to whole pixels, as PIL does.
     )
     return fn.crop(images, crop=(size, size), crop_pos_x=0.5, crop_pos_y=0.5)
 
 
 class _Jpegs:
-    """Decodes, turns and resizes batches of JPEGs by DALI.
+    """Decodes, rotates and resizes batches of JPEGs with DALI.
 
     Args:
-        size: side of the images.
-        threads: DALI's.
+        size: Side of the images in pixels.
+        threads: Number of DALI's threads.
         device: "cpu" or "gpu".
     """
 
@@ -195,7 +195,7 @@ class _Jpegs:
         self._pipeline: Any = None
 
     def __call__(self, contents: Sequence[bytes | str]) -> list[np.ndarray | str]:
-        """Images (size, size, 3) uint8; "" for each of a batch in which one cannot be decoded."""
+        """Return images, (size, size, 3) uint8, or "" for every file of the batch if one cannot be decoded."""
         if not contents:
             return []
         self._pipeline = self._pipeline or self._build()
@@ -203,7 +203,7 @@ class _Jpegs:
         try:
             (made,) = self._pipeline.run(files=batch)
         except RuntimeError:
-            self._pipeline = None  # which cannot be used any more
+            self._pipeline = None  # Unusable after an error.
             return [""] * len(contents)
         return list(np.asarray(made.as_cpu().as_tensor()))
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, JSON files that may be damaged, and what an error says."""
+"""Atomic file writes, tolerant reading of JSON files, and one-line error texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".partial"  # ends the name of a file that is not complete yet
+PARTIAL = ".partial"  # Suffix of files that are not complete yet.
 
 
 class _File(io.FileIO):
-    """A file that remembers its first failed write, which a library on top may turn into an error of its own."""
+    """File that records its first failed write, in case a library replaces that error by its own."""
 
     error: OSError | None = None
 
@@ -29,18 +29,18 @@ class _File(io.FileIO):
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` once the block has ended without an error.
+    """Open a file that replaces `path` when the block ends without an error.
 
-    Until then it is `.NAME.partial` in the same folder, and a former file keeps its content. An error leaves no partial
-    file. A kill may leave one, which the next write of the same file overwrites.
+    Until then it is `.NAME.partial` in the same folder, and an existing file keeps its content. An error leaves no
+    partial file. A killed process may leave one, which the next write of the same file overwrites.
 
     Args:
         path: File to replace; its folder must exist.
-        sync: Flush the file and its folder to the disk, so that the file survives a power cut.
+        sync: Flush the file and its folder to disk, so that the file survives a power failure.
         shared: Other processes may write the same file at the same time; the last one wins.
 
     Raises:
-        OSError: The file could not be written, whatever a library in the block made of that error.
+        OSError: The file could not be written, even if a library in the block raised another error instead.
     """
     owner = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     partial = path.with_name(f".{path.name}{owner}{PARTIAL}")
@@ -54,7 +54,7 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
                 if raw.error not in (None, error):
                     raise raw.error from error
                 raise
-            if raw.error is not None:  # the block went on after it
+            if raw.error is not None:  # The block ignored the error.
                 raise raw.error
             if sync:
                 os.fsync(raw.fileno())
@@ -70,18 +70,18 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
 
 
 def write_bytes(path: Path, content: bytes, *, shared: bool = False) -> None:
-    """Replace a file by `atomic_write`."""
+    """Replace a file using `atomic_write`."""
     with atomic_write(path, shared=shared) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """Replace a file by `atomic_write`, in UTF-8."""
+    """Replace a file with UTF-8 text using `atomic_write`."""
     write_bytes(path, text.encode("utf-8"), shared=shared)
 
 
 def sync_to_disk(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flush a file's content, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,32 +90,32 @@ def sync_to_disk(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where the file is missing, damaged or anything else."""
+    """Return the JSON object in a file; an empty one if the file is missing or does not contain an object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file with one on each line; none where it is missing. Damaged lines are left out.
+    """Return the objects of a JSON Lines file, skipping damaged lines; an empty list if the file is missing.
 
     Raises:
-        OSError: The file is there and cannot be read: to go on as if it were empty might write over it.
+        OSError: The file exists but cannot be read. Treating it as empty could lead to overwriting it.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    rows = []
+    records = []
     for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def first_line(error: BaseException, most: int = 120) -> str:
-    """Return the first line of what an error says, at most so many characters of it; its type if it says nothing."""
+    """Return the first line of an error's message, at most `most` characters; its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__

@@ -1,9 +1,10 @@
-"""The user's own images: a folder with few labels, prepared once into a cache.
+"""Data sets from a folder of images with few labels, converted once to a cache.
 
     pets/train/CLASS/*   pets/unlabeled/*   pets/test/CLASS/*
 
-Or pets/labels.csv with a line `file,label` for every image below pets/, the label empty where it is not known; a third
-column may say `test`. Without a test part a fifth of the labeled images of every class is held out, always the same.
+Alternatively, pets/labels.csv has a line `file,label` for every image below pets/, with an empty label if it is
+unknown; an optional third column may contain `test`. Without test images, a fixed fifth of the labeled images of every
+class is held out.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from pipelines.cache import DataError, DataSet
 from pipelines.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 
-_HELD_OUT = 5  # of so many labeled images of a class one is held out
-_STREAM = 101  # apart from those of plans and splits
-_NAMED = 3  # of many files, so many are named
+_HELD_OUT = 5  # One in this many labeled images of a class is held out.
+_STREAM = 101  # Distinct from the streams of plans and splits.
+_NAMED = 3  # Files named in a message before it abbreviates.
 TABLE = "labels.csv"
-SAVE_SECONDS = 1.0  # of decoding, at least, before what there is of it is saved
+SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder, before any is opened.
+    """Files of a folder, before any is opened.
 
     Attributes:
-        classes: names, sorted.
-        train: files below the folder and their classes, -1 where the class is not known: labeled ones first.
-        test: likewise.
-        held_out: how many of the labeled images were made the test part.
+        classes: Names of the classes, sorted.
+        train: Relative paths of the training images and their classes, -1 if unknown; labeled ones first.
+        test: Relative paths of the test images and their classes.
+        held_out: Number of labeled images held out as test images.
     """
 
     classes: tuple[str, ...]
@@ -53,14 +54,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` has made.
+    """Result of `prepare`.
 
     Attributes:
-        cache: its folder.
-        listing: what it was made from.
-        unreadable: files that were left out, and why.
+        cache: Folder of the cache.
+        listing: Files of the folder.
+        unreadable: Skipped files and the reasons.
         duplicates: Pairs of a training file and a test file with the same image.
-        strays: image files in the folder that are in no part of it.
+        strays: Image files outside train/CLASS, unlabeled and test/CLASS.
     """
 
     cache: Path
@@ -71,10 +72,10 @@ class Prepared:
 
 
 def scan(root: Path) -> Listing:
-    """Lists a folder.
+    """List the files of a folder.
 
     Raises:
-        DataError: it is not as the module's docstring says, or cannot be read.
+        DataError: The folder cannot be read, or does not have the structure described in the module docstring.
     """
     try:
         if not root.is_dir():
@@ -84,11 +85,11 @@ def scan(root: Path) -> Listing:
         raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
     classes = tuple(sorted({label for _, label in train if label}))
     if len(classes) < 2:
-        what = f"one class only, {classes[0]}" if classes else "no labeled image"
-        raise DataError(f"{root} has {what}; it takes two classes, as train/CLASS/... or in {TABLE}")
+        what = f"only one class, {classes[0]}" if classes else "no labeled images"
+        raise DataError(f"{root} has {what}; provide at least two classes in train/CLASS/ or {TABLE}")
     unknown = sorted({label for _, label in test} - set(classes))
     if unknown:
-        raise DataError(f"{root}: test images of a class that no training image has: {some(unknown)}")
+        raise DataError(f"{root} has test classes without training images: {some(unknown)}")
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     known = [(file, numbers[label]) for file, label in train if label]
     tested = [(file, numbers[label]) for file, label in test]
@@ -96,7 +97,8 @@ def scan(root: Path) -> Listing:
         known, tested = _hold_out(known, len(classes))
         if not tested:
             raise DataError(
-                f"{root} has no test part, and no class has two labeled images of which one can be held out"
+                f"{root} has no test images, and no class has the two labeled images needed to hold one out; add test "
+                "images or labels"
             )
     return Listing(
         classes=classes,
@@ -114,7 +116,7 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
         for folder in (path for path in classes if path.is_dir() and not path.name.startswith(".")):
             files = [(file, folder.name) for file in _images(root, folder)]
             if not files:
-                raise DataError(f"{folder} is a class without an image")
+                raise DataError(f"class folder {folder} contains no images; add some or delete it")
             parts[part] += files
     unlabeled = [(file, "") for file in _images(root, root / "unlabeled")]
     return parts["train"] + unlabeled, parts["test"]
@@ -131,59 +133,61 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
         lines = lines[1:]
     wrong = [number for number, line in enumerate(lines, 1) if len(line) not in (2, 3)]
     if wrong:
-        raise DataError(f"{path}: entry {wrong[0]} has {len(lines[wrong[0] - 1])} columns; there are file,label[,test]")
+        columns = len(lines[wrong[0] - 1])
+        raise DataError(f"{path}: entry {wrong[0]} has {columns} columns, expected file,label or file,label,part")
     files = [str(Path(line[0].strip())) for line in lines]
     twice = sorted(file for file, count in Counter(files).items() if count > 1)
     if twice:
-        raise DataError(f"{path} names a file twice: {some(twice)}")
-    there = set(_images(root, root))
-    if missing := sorted(set(files) - there):
-        raise DataError(f"{path} has {len(missing)} entries without an image file: {some(missing)}")
-    if extra := sorted(there - set(files)):
-        raise DataError(f"{path} has no entry for {len(extra)} files: {some(extra)}")
+        raise DataError(f"{path} lists files more than once: {some(twice)}")
+    existing = set(_images(root, root))
+    if missing := sorted(set(files) - existing):
+        raise DataError(f"{path} lists image files that do not exist: {some(missing)}")
+    if extra := sorted(existing - set(files)):
+        raise DataError(f"{path} does not list all image files; missing: {some(extra)}")
     parts: dict[str, list[tuple[str, str]]] = {"": [], "test": []}
     for name, line in sorted(zip(files, lines, strict=True)):
         part = line[2].strip().lower() if len(line) == 3 else ""
         label = line[1].strip()
         if part not in ("", "train", "test") or (part == "test" and not label):
             raise DataError(
-                f"{path}: {name} is of part '{part}' with label '{label}'; a part is train or test, labeled"
+                f"{path}: {name} has part '{part}' and label '{label}'; use part train or test, and a label for test "
+                "images"
             )
         parts["test" if part == "test" else ""].append((name, label))
     return parts[""], parts["test"]
 
 
 def _images(root: Path, folder: Path) -> list[str]:
-    """Names of the image files in a folder, from `root` on; none where there is no such folder."""
+    """Return the image files in a folder, relative to `root`; none if the folder does not exist."""
     inside = folder.relative_to(root)
     return [os.path.normpath(inside / name) for name in image_files(folder)] if folder.is_dir() else []
 
 
 def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    chance = stream(0, _STREAM, 0)
+    rng = stream(0, _STREAM, 0)
     tested: set[int] = set()
     for c in range(classes):
-        rows = [row for row, (_, label) in enumerate(known) if label == c]
-        count = max(len(rows) // _HELD_OUT, 1) if len(rows) > 1 else 0
-        tested |= {rows[place] for place in chance.permutation(len(rows))[:count]}
-    kept = [pair for row, pair in enumerate(known) if row not in tested]
-    return kept, [known[row] for row in sorted(tested)]
+        indices = [index for index, (_, label) in enumerate(known) if label == c]
+        count = max(len(indices) // _HELD_OUT, 1) if len(indices) > 1 else 0
+        tested |= {indices[place] for place in rng.permutation(len(indices))[:count]}
+    kept = [pair for index, pair in enumerate(known) if index not in tested]
+    return kept, [known[index] for index in sorted(tested)]
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
 
 def cache_of(root: Path) -> Path:
-    """Where a folder's cache lies."""
-    where = root.resolve()
-    return cache.data_dir() / "folders" / f"{where.name}-{hashlib.sha256(os.fsencode(where)).hexdigest()[:12]}"
+    """Return the cache of a folder of images."""
+    path = root.resolve()
+    return cache.data_dir() / "folders" / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
 def prepare_command(root: Path, size: int | str = "SIZE") -> str:
-    """The command line that prepares a folder, for a message."""
+    """Return the command that prepares a folder, for a message."""
     return cache.prepare_command(str(root), f" --size {size}")
 
 
@@ -195,20 +199,18 @@ def prepare(
     device: str = "cpu",
     again: bool = False,
 ) -> Prepared:
-    """Decodes a folder's images into its cache, going on where an interrupted call has stopped.
-
-    A cache that is there is left as it is if the folder has not changed since.
+    """Decode the images of a folder to its cache. Continues after an interruption, and skips unchanged folders.
 
     Args:
-        root: the folder.
-        size: side of the images, in pixels.
-        progress: called now and then with what is done, how much of it, of how much.
-        threads: 0 for as many as there are cores.
-        device: see `pipelines.decode.decode`.
-        again: make the cache anew in any case.
+        root: Folder of images.
+        size: Side of the images in pixels.
+        progress: Called regularly with a description, the amount done and the total.
+        threads: Number of threads; 0 for one per core.
+        device: See `pipelines.decode.decode`.
+        again: Make the cache even if the folder has not changed.
 
     Raises:
-        DataError: the folder is not as it should be, hardly an image can be read, or the cache cannot be written.
+        DataError: The folder is invalid, too few of its images can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
     stamps, strays = _stamps(root, listing), _strays(root, listing)
@@ -225,8 +227,8 @@ def prepare(
         kept: dict[str, list[tuple[str, int]]] = {}
         for part, pairs in (("train", listing.train), ("test", listing.test)):
             bad = _decode_part(decoded, temporary, part, [file for file, _ in pairs], size, progress)
-            unreadable += [(pairs[row][0], why) for row, why in bad.items()]
-            kept[part] = [pair for row, pair in enumerate(pairs) if row not in bad]
+            unreadable += [(pairs[index][0], why) for index, why in bad.items()]
+            kept[part] = [pair for index, pair in enumerate(pairs) if index not in bad]
             labels = np.array([label for _, label in kept[part]], dtype=np.int64)
             for c, name in enumerate(listing.classes):
                 if part == "train" and not (labels == c).any():
@@ -237,8 +239,8 @@ def prepare(
             cache.save(temporary, f"{part}_labels", labels)
             images = np.load(temporary / f"{part}_images.npy", mmap_mode="r")
             digests[part] = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-        first = {content: kept["train"][row][0] for row, content in enumerate(digests["train"])}
-        duplicates = [(first[c], kept["test"][row][0]) for row, c in enumerate(digests["test"]) if c in first]
+        first = {content: kept["train"][index][0] for index, content in enumerate(digests["train"])}
+        duplicates = [(first[c], kept["test"][index][0]) for index, c in enumerate(digests["test"]) if c in first]
         for journal in temporary.glob("*.journal"):
             journal.unlink()
         source = {
@@ -256,7 +258,7 @@ def prepare(
 
 
 def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
-    """What an earlier call has made from the same, if it is whole."""
+    """Return the result of an earlier call with the same key, or None if there is none or its cache is damaged."""
     try:
         source = cache.read_description(folder, "")["source"]
     except DataError:
@@ -279,9 +281,9 @@ def _decode_part(
     size: int,
     progress: Progress,
 ) -> dict[int, str]:
-    """Fills an array with the images that can be read; returns the others and why they cannot.
+    """Decode readable images into an array. Returns the indices of unreadable files and the reasons.
 
-    A journal says how far it came, so that a later call goes on from there.
+    A journal records the progress, so that a later call can continue.
     """
     journal, name = temporary / f"{part}.journal", f"{part}_images"
     bad: dict[int, str] = {}
@@ -289,78 +291,80 @@ def _decode_part(
     if journal.exists():
         for line in journal.read_text(encoding="utf-8").splitlines():
             try:
-                start, found = json.loads(line)
-            except ValueError:  # cut short by a kill
+                start, failures = json.loads(line)
+            except ValueError:  # Truncated when the process was killed.
                 break
-            bad |= {int(row): why for row, why in found.items()}
-        bad = {row: why for row, why in bad.items() if row < start}
+            bad |= {int(index): why for index, why in failures.items()}
+        bad = {index: why for index, why in bad.items() if index < start}
         images = np.load(temporary / f"{name}.npy", mmap_mode="r+")
     else:
         images = cache.array(temporary, name, (len(files), size, size, 3))
-    row = start - len(bad)
+    written = start - len(bad)
     with journal.open("a", encoding="utf-8") as file:
         if start == 0:
             file.write("[0, {}]\n")
-        found, due = {}, time.monotonic() + SAVE_SECONDS
-        for place, image in decoded(files[start:]):
+        failures, due = {}, time.monotonic() + SAVE_SECONDS
+        for index, image in decoded(files[start:]):
             if isinstance(image, str):
-                found[start + place] = image
+                failures[start + index] = image
             else:
-                images[row] = image
-                row += 1
-            done = start + place + 1
+                images[written] = image
+                written += 1
+            done = start + index + 1
             if done == len(files) or (done % BATCH == 0 and time.monotonic() >= due):
                 images.flush()  # type: ignore[attr-defined]
-                file.write(json.dumps([done, found]) + "\n")
+                file.write(json.dumps([done, failures]) + "\n")
                 file.flush()
-                bad |= found
-                found, due = {}, time.monotonic() + SAVE_SECONDS
+                bad |= failures
+                failures, due = {}, time.monotonic() + SAVE_SECONDS
                 progress(f"{part} images", done, len(files))
     return bad
 
 
 def _strays(root: Path, listing: Listing) -> tuple[str, ...]:
-    """Image files that are in no part of the folder, such as those of a folder whose name is misspelt."""
+    """Return image files outside the expected subfolders, for example because a folder's name is misspelled."""
     known = {file for file, _ in (*listing.train, *listing.test)}
     return tuple(name for name in _images(root, root) if name not in known)
 
 
 def _stamps(root: Path, listing: Listing) -> dict[str, str]:
-    """Size and time of change of every file; "" for a link to nowhere, which decoding will tell."""
+    """Return size and modification time of every file; "" for a broken link, which decoding will report."""
     stamps = {}
     for file, _ in (*listing.train, *listing.test):
         try:
-            found = os.stat(root / file)
+            status = os.stat(root / file)
         except OSError:
             stamps[file] = ""
         else:
-            stamps[file] = f"{found.st_size} {found.st_mtime_ns}"
+            stamps[file] = f"{status.st_size} {status.st_mtime_ns}"
     return stamps
 
 
 def open_folder(root: Path) -> DataSet:
-    """The data set of a folder that has been prepared.
+    """Open the data set of a prepared folder.
 
     Raises:
-        DataError: it has not, or has changed since.
+        DataError: The folder is not prepared, or has changed since.
     """
     folder = cache_of(root)
     if not root.exists() and not folder.exists():
         raise DataError(f"{root} is not a folder")
-    found = cache.read_description(folder, prepare_command(root))
-    size, before = found["source"]["size"], found["source"]["stamps"]
-    if root.is_dir():  # without its files, the cache is all that is needed
+    source = cache.read_description(folder, prepare_command(root))["source"]
+    size, before = source["size"], source["stamps"]
+    if root.is_dir():  # If the folder is gone, its cache is sufficient.
         changes = list(_changes(before, _stamps(root, scan(root))))
         if changes:
-            raise DataError(f"{root} has changed since it was prepared: {some(changes)}; {prepare_command(root, size)}")
+            raise DataError(
+                f"{root} has changed since it was prepared ({some(changes)}); run: {prepare_command(root, size)}"
+            )
     return cache.open_cache(folder, prepare_command(root, size))
 
 
 def _changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
     for name in sorted(before.keys() | now.keys()):
         if name not in before:
-            yield f"{name} is new"
+            yield f"{name} was added"
         elif name not in now:
-            yield f"{name} is gone"
+            yield f"{name} was removed"
         elif before[name] != now[name]:
-            yield f"{name} is another"
+            yield f"{name} was modified"

@@ -1,8 +1,8 @@
-"""Label splits: which training images keep their label, by the paper's rule and by others that are in use.
+"""Label splits: which training images keep their labels, for the rules of the paper and of other code bases.
 
-The authors of ReMixMatch and FixMatch choose labels by a published script (create_split.py), from numpy's legacy
-generator, whose numbers never change: so their splits can be had again from labels and seed alone. A rule here is a
-function of (data set, labels wanted, seed) to rows of the training images, in increasing order.
+The authors of ReMixMatch and FixMatch choose labels with a published script (create_split.py) and numpy's legacy
+generator, whose stream is frozen. Their splits can thus be reproduced from the labels and the seed. A rule is a
+function from (data set, number of labels, seed) to sorted indices of training images.
 """
 
 from __future__ import annotations
@@ -18,56 +18,57 @@ import numpy as np
 from pipelines.cache import DataSet
 from pipelines.plan import stream
 
-_STREAM = 100  # apart from the streams of plans
+_STREAM = 100  # Distinct from the streams of plans.
 
 
 def paper(data: DataSet, labeled: int, seed: int) -> np.ndarray:
-    """The split of the paper's tables, which use seeds 1 to 5.
+    """Return the split used for the paper's tables, with seeds 1 to 5.
 
-    Each class's images are shuffled, unless the seed is 0, classes in `DataSet.class_order`; then labels go one by one
-    to the class that is furthest behind its share of the images, the first of that order at a tie. So labels follow
-    the classes' frequencies. A data set with published folds of that size has the fold of the seed's number.
+    The images of each class are shuffled unless the seed is 0, with classes in `DataSet.class_order`. Each label then
+    goes to the class furthest behind its share of the images; the first class in that order wins ties. The labels
+    follow the class frequencies. If the data set has published folds of this size, the seed selects a fold.
 
     Raises:
-        ValueError: there are not as many images or folds.
+        ValueError: There are not enough images or folds.
     """
     _check(data, labeled)
     if data.folds and len(data.folds[0]) == labeled:
         if seed >= len(data.folds):
-            raise ValueError(f"{data.name} has published folds 0 to {len(data.folds) - 1}, got seed {seed}")
+            raise ValueError(f"seed must select one of the published folds 0 to {len(data.folds) - 1}, got {seed}")
         return np.sort(data.folds[seed])
-    rows = [np.flatnonzero(data.train_labels == c) for c in data.class_order or range(len(data.classes))]
-    share = np.array([len(of_class) for of_class in rows], dtype=np.float64)
-    # with folds, the authors take the classes to be equally frequent
-    share = np.ones(len(rows)) if data.folds else share / share.max()
+    by_class = [np.flatnonzero(data.train_labels == c) for c in data.class_order or range(len(data.classes))]
+    share = np.array([len(images) for images in by_class], dtype=np.float64)
+    # For data sets with folds, the authors assume equally frequent classes.
+    share = np.ones(len(by_class)) if data.folds else share / share.max()
     if seed:
-        chance = np.random.RandomState(seed)
-        for of_class in rows:
-            chance.shuffle(of_class)
-    taken = np.zeros(len(rows), dtype=np.int64)
+        rng = np.random.RandomState(seed)
+        for images in by_class:
+            rng.shuffle(images)
+    taken = np.zeros(len(by_class), dtype=np.int64)
     chosen = []
     for _ in range(labeled):
         c = np.argmax(share - taken / max(taken.max(), 1))
-        if taken[c] == len(rows[c]):
-            name = data.classes[(data.class_order or range(len(rows)))[c]]
+        if taken[c] == len(by_class[c]):
+            name = data.classes[(data.class_order or range(len(by_class)))[c]]
             raise ValueError(
-                f"{labeled} labels by the paper's rule need more than the {taken[c]} images of class {name}"
+                f"{labeled} labels with rule paper need more images of class {name} than the {taken[c]} available; "
+                "use fewer labels"
             )
-        chosen.append(rows[c][taken[c]])
+        chosen.append(by_class[c][taken[c]])
         taken[c] += 1
     return np.sort(np.array(chosen))
 
 
 def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
-    """As many of every class.
+    """Return a split with the same number of labels for every class.
 
     Raises:
-        ValueError: `labeled` is not a positive multiple of the classes, or more than a class has.
+        ValueError: `labeled` is not a positive multiple of the number of classes, or a class has too few images.
     """
     classes = len(data.classes)
     if labeled < classes or labeled % classes:
         raise ValueError(
-            f"labels must be a positive multiple of the {classes} classes so that the split is balanced, got {labeled}"
+            f"a balanced split requires a positive multiple of {classes} labels (the number of classes), got {labeled}"
         )
     each = labeled // classes
     known = data.train_labels[data.train_labels >= 0]
@@ -75,8 +76,8 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     if each > counts.min():
         rarest = data.classes[counts.argmin()]
         raise ValueError(
-            f"{labeled} labels need {each} images of every class, but class {rarest} has {counts.min()}; "
-            f"at most {counts.min() * classes} labels"
+            f"a balanced split of {labeled} labels needs {each} images per class, but class {rarest} has "
+            f"{counts.min()}; use at most {counts.min() * classes} labels"
         )
     rng = stream(seed, _STREAM, 1)
     return np.sort(
@@ -85,34 +86,34 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
 
 
 def usb(data: DataSet, labeled: int, seed: int) -> np.ndarray:
-    """The rule of USB, TorchSSL and FixMatch-pytorch: as many of every class, shuffled by numpy's seeded generator.
+    """Return the balanced split of USB, TorchSSL and FixMatch-pytorch, which shuffle with numpy's legacy generator.
 
-    They draw from numpy's global generator, and agree with this if nothing else has drawn from it since it was seeded.
-    Where classes are equally frequent it is the paper's split of that seed, too.
+    They use numpy's global generator; the splits agree if nothing else has drawn from it since it was seeded. If
+    classes are equally frequent, the split is also the paper's for that seed.
 
     Raises:
-        ValueError: see `balanced`.
+        ValueError: See `balanced`.
     """
-    balanced(data, labeled, 0)  # the same has to hold
-    chance = np.random.RandomState(seed)
+    balanced(data, labeled, 0)  # Raises the same errors.
+    rng = np.random.RandomState(seed)
     chosen = []
     for c in range(len(data.classes)):
-        rows = np.flatnonzero(data.train_labels == c)
-        chance.shuffle(rows)
-        chosen.append(rows[: labeled // len(data.classes)])
+        images = np.flatnonzero(data.train_labels == c)
+        rng.shuffle(images)
+        chosen.append(images[: labeled // len(data.classes)])
     return np.sort(np.concatenate(chosen))
 
 
 def everything(data: DataSet, labeled: int, seed: int) -> np.ndarray:
-    """Every image that has a label, whatever the other arguments.
+    """Return all labeled images; `labeled` and `seed` are ignored.
 
     Raises:
-        ValueError: no image has one.
+        ValueError: No image has a label.
     """
-    rows = np.flatnonzero(data.train_labels >= 0)
-    if not len(rows):
-        raise ValueError(f"no training image of {data.name} has a label")
-    return rows
+    indices = np.flatnonzero(data.train_labels >= 0)
+    if not len(indices):
+        raise ValueError(f"{data.name} has no labeled training images")
+    return indices
 
 
 RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
@@ -128,30 +129,30 @@ RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
 def _check(data: DataSet, labeled: int) -> None:
     known = int((data.train_labels >= 0).sum())
     if not 1 <= labeled <= known:
-        raise ValueError(f"labels must be from 1 to the {known} that there are, got {labeled}")
+        raise ValueError(f"labels must be from 1 to {known} (the number of labeled images), got {labeled}")
 
 
-def digest(rows: np.ndarray) -> str:
-    """SHA-256 of a split: its rows in increasing order, as little-endian 64-bit integers."""
-    return hashlib.sha256(np.sort(rows).astype("<i8").tobytes()).hexdigest()
+def digest(indices: np.ndarray) -> str:
+    """Return the SHA-256 of a split: its indices in ascending order, as little-endian 64-bit integers."""
+    return hashlib.sha256(np.sort(indices).astype("<i8").tobytes()).hexdigest()
 
 
-def image_digest(images: np.ndarray, rows: np.ndarray) -> str:
-    """SHA-256 of the images of a split, in increasing order of their rows: tells whether their source has an order."""
+def image_digest(images: np.ndarray, indices: np.ndarray) -> str:
+    """Return the SHA-256 of a split's images in ascending order of index, to detect a different order of the source."""
     content = hashlib.sha256()
-    for row in np.sort(rows):
-        content.update(np.ascontiguousarray(images[row]).data)
+    for index in np.sort(indices):
+        content.update(np.ascontiguousarray(images[index]).data)
     return content.hexdigest()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two splits.
+    """Difference between two splits.
 
     Attributes:
-        common: how many rows both have.
-        missing: rows of the first alone.
-        extra: rows of the second alone.
+        common: Number of indices in both splits.
+        missing: Indices only in the first split.
+        extra: Indices only in the second split.
     """
 
     common: int
@@ -160,36 +161,38 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether they are the same set."""
+        """Whether both splits are the same set."""
         return not self.missing and not self.extra
 
 
 def compare(expected: Sequence[int] | np.ndarray, found: Sequence[int] | np.ndarray) -> Comparison:
-    """What two splits have in common."""
-    one, other = {int(row) for row in expected}, {int(row) for row in found}
-    return Comparison(len(one & other), tuple(sorted(one - other)), tuple(sorted(other - one)))
+    """Compare two splits as sets."""
+    first, second = {int(index) for index in expected}, {int(index) for index in found}
+    return Comparison(len(first & second), tuple(sorted(first - second)), tuple(sorted(second - first)))
 
 
 def read_indices(path: Path) -> list[int]:
-    """Rows that a file lists: a run's split.json, a JSON list, an object with one, an array of numpy, or one a line.
+    """Read image indices from a run's split.json, a JSON list or object, a .npy file, or text with one per line.
+
+    A JSON object holds the list under `train_rows`, `labeled`, `label` or `indices`.
 
     Raises:
-        ValueError: the file cannot be read, or holds anything else.
+        ValueError: The file cannot be read, or does not contain a list of unique indices.
     """
     try:
         if path.suffix == ".npy":
-            rows = np.load(path, allow_pickle=False).tolist()
+            indices = np.load(path, allow_pickle=False).tolist()
         else:
             text = path.read_text(encoding="utf-8")
-            rows = json.loads(text) if text.lstrip()[:1] in ("[", "{") else [int(word) for word in text.split()]
+            indices = json.loads(text) if text.lstrip()[:1] in ("[", "{") else [int(word) for word in text.split()]
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "neither JSON nor a number a line"
-        raise ValueError(f"{path} cannot be read as a list of rows ({reason})") from None
-    if isinstance(rows, dict):
-        lists = [rows[key] for key in ("train_rows", "labeled", "label", "indices") if key in rows]
-        rows = lists[0] if lists else None
-    if not isinstance(rows, list) or not rows or not all(type(row) is int and row >= 0 for row in rows):
-        raise ValueError(f"{path} does not hold a list of rows, numbers from 0")
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"{path} names a row twice")
-    return rows
+        reason = error.strerror if isinstance(error, OSError) else "neither JSON nor one integer per line"
+        raise ValueError(f"{path} cannot be read as a list of image indices ({reason})") from None
+    if isinstance(indices, dict):
+        lists = [indices[key] for key in ("train_rows", "labeled", "label", "indices") if key in indices]
+        indices = lists[0] if lists else None
+    if not isinstance(indices, list) or not indices or not all(type(i) is int and i >= 0 for i in indices):
+        raise ValueError(f"{path} must contain a list of image indices, integers from 0")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{path} contains an image index more than once")
+    return indices

@@ -5,7 +5,7 @@ from pipelines import datasets
 
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
-    """An empty folder for caches."""
+    """Return an empty folder for caches."""
     folder = tmp_path / "data"
     monkeypatch.setenv("REMIXMATCH_DATA", str(folder))
     datasets.prepared.cache_clear()

@@ -1,4 +1,4 @@
-"""Caches: whole or not there, of this version, of the right sizes; and what they give."""
+"""Caches: atomic, checked for format and sizes, and complete."""
 
 import json
 import os
@@ -13,17 +13,17 @@ from pipelines import cache
 from pipelines.cache import DataError
 from tests.processes import ROOT
 
-AGAIN = "remixmatch data prepare made"
+COMMAND = "remixmatch data prepare made"
 
 
 def write(folder, images=20, side=4, key="", **options):
-    chance = np.random.default_rng(images)
+    rng = np.random.default_rng(images)
     with cache.writing(folder, key) as temporary:
-        for part, rows in (("train", images), ("test", images // 2)):
-            cache.array(temporary, f"{part}_images", (rows, side, side, 3))[:] = chance.integers(
-                256, size=(rows, side, side, 3)
+        for part, count in (("train", images), ("test", images // 2)):
+            cache.array(temporary, f"{part}_images", (count, side, side, 3))[:] = rng.integers(
+                256, size=(count, side, side, 3)
             )
-            cache.save(temporary, f"{part}_labels", np.arange(rows) % 3 - (part == "train"))
+            cache.save(temporary, f"{part}_labels", np.arange(count) % 3 - (part == "train"))
         cache.finish(temporary, "made", ("a", "b", "c"), **options)
     return folder
 
@@ -33,19 +33,19 @@ def folder(tmp_path):
     return write(tmp_path / "made")
 
 
-def test_a_cache_gives_what_was_written(tmp_path):
+def test_a_cache_returns_what_was_written(tmp_path):
     folder = write(tmp_path / "made", class_order=(1, 2, 0))
-    data = cache.open_cache(folder, AGAIN)
-    chance = np.random.default_rng(20)
-    np.testing.assert_array_equal(data.train_images, chance.integers(256, size=(20, 4, 4, 3)))
-    np.testing.assert_array_equal(data.test_images, chance.integers(256, size=(10, 4, 4, 3)))
+    data = cache.open_cache(folder, COMMAND)
+    rng = np.random.default_rng(20)
+    np.testing.assert_array_equal(data.train_images, rng.integers(256, size=(20, 4, 4, 3)))
+    np.testing.assert_array_equal(data.test_images, rng.integers(256, size=(10, 4, 4, 3)))
     assert (data.name, data.classes, data.class_order, data.sides) == ("made", ("a", "b", "c"), (1, 2, 0), (4, 4))
     assert data.train_labels.dtype == np.int64 and data.train_labels.min() == -1
     assert data.unlabeled is None and data.folds == () and len(data.unlabeled_indices) == 20
     assert isinstance(data.train_images, np.memmap)
-    torch.from_numpy(np.asarray(data.train_images))  # without a warning about what may not be written
+    torch.from_numpy(np.asarray(data.train_images))  # Must not warn about an array that is not writable.
     assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
-    cache.verify(folder, AGAIN)
+    cache.verify(folder, COMMAND)
 
 
 def test_opening_does_not_read_the_images(tmp_path):
@@ -71,34 +71,37 @@ def test_opening_does_not_read_the_images(tmp_path):
     [
         (
             lambda folder: (folder / "cache.json").unlink(),
-            "there is no data in .*; prepare it: remixmatch data prepare",
+            "no prepared data in .*; run: remixmatch data prepare",
         ),
         (lambda folder: (folder / "cache.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "cache.json").write_text("[1]"), "is not a cache of this engine"),
-        (lambda folder: (folder / "cache.json").write_text('{"format": "other-1"}'), "is not a cache of this engine"),
-        (lambda folder: (folder / "cache.json").write_text('{"format": "remixmatch-cache-0"}'), "of another version"),
-        (lambda folder: os.truncate(folder / "train_images.npy", 500), "has 500 bytes instead of 1088"),
+        (lambda folder: (folder / "cache.json").write_text("[1]"), "is not a remixmatch cache"),
+        (lambda folder: (folder / "cache.json").write_text('{"format": "other-1"}'), "is not a remixmatch cache"),
+        (
+            lambda folder: (folder / "cache.json").write_text('{"format": "remixmatch-cache-0"}'),
+            "has cache format remixmatch-cache-0, expected remixmatch-cache-1",
+        ),
+        (lambda folder: os.truncate(folder / "train_images.npy", 500), "has 500 bytes, expected 1088"),
         (lambda folder: (folder / "test_labels.npy").unlink(), "test_labels.npy has 0 bytes"),
     ],
 )
-def test_what_is_not_whole_is_never_read(folder, harm, words):
+def test_invalid_caches_are_not_opened(folder, harm, words):
     harm(folder)
     with pytest.raises(DataError, match=words) as error:
-        cache.open_cache(folder, AGAIN)
-    assert "\n" not in str(error.value) and AGAIN in str(error.value)
+        cache.open_cache(folder, COMMAND)
+    assert "\n" not in str(error.value) and COMMAND in str(error.value)
 
 
-def test_changed_bytes_are_found_when_asked_for(folder):
+def test_verify_detects_changed_bytes(folder):
     path = folder / "train_images.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    cache.open_cache(folder, AGAIN)
-    with pytest.raises(DataError, match=r"train_images.npy is damaged: its checksum differs; prepare it again"):
-        cache.verify(folder, AGAIN)
+    cache.open_cache(folder, COMMAND)
+    with pytest.raises(DataError, match=r"train_images.npy is damaged \(wrong checksum\); run: remixmatch data"):
+        cache.verify(folder, COMMAND)
 
 
-def test_an_error_leaves_the_former_cache(folder):
+def test_an_error_leaves_the_existing_cache(folder):
     before = json.loads((folder / "cache.json").read_text())
     with pytest.raises(ZeroDivisionError), cache.writing(folder) as temporary:
         cache.array(temporary, "train_images", (3, 4, 4, 3))
@@ -106,10 +109,10 @@ def test_an_error_leaves_the_former_cache(folder):
     assert json.loads((folder / "cache.json").read_text()) == before
     assert sorted(path.name for path in folder.parent.iterdir()) == [".made.lock", "made"]
     write(folder, images=30)
-    assert len(cache.open_cache(folder, AGAIN).train_images) == 30
+    assert len(cache.open_cache(folder, COMMAND).train_images) == 30
 
 
-def test_a_kill_leaves_nothing_that_is_read(tmp_path):
+def test_a_killed_process_leaves_no_cache(tmp_path):
     folder = tmp_path / "made"
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom pipelines import cache\n"
@@ -119,17 +122,17 @@ def test_a_kill_leaves_nothing_that_is_read(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
-    with pytest.raises(DataError, match="is being prepared by another process"), cache.writing(folder):
+    with pytest.raises(DataError, match="is being prepared by another process; wait"), cache.writing(folder):
         pass
     process.kill()
     process.wait()
-    with pytest.raises(DataError, match="there is no data"):
-        cache.open_cache(folder, AGAIN)
+    with pytest.raises(DataError, match="no prepared data"):
+        cache.open_cache(folder, COMMAND)
     write(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
 
 
-def test_what_was_made_from_the_same_is_given_again(tmp_path):
+def test_writing_continues_with_the_same_key(tmp_path):
     for key, expected in (("one", False), ("one", True), ("other", False)):
         with pytest.raises(ZeroDivisionError), cache.writing(tmp_path / "made", key) as temporary:
             assert (temporary / "half").exists() is expected
@@ -150,13 +153,13 @@ def test_arrays_are_shortened_in_place(tmp_path):
         cache.finish(temporary, "made", ())
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_an_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot be written \((Not a directory|File exists)\)"):
         write(tmp_path / "file" / "made")
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_one_line_error(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -166,12 +169,12 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "made").exists()
 
 
-def test_where_caches_lie(tmp_path, monkeypatch):
+def test_folder_of_all_caches(tmp_path, monkeypatch):
     monkeypatch.delenv("REMIXMATCH_DATA", raising=False)
     assert cache.data_dir().parts[-2:] == (".cache", "remixmatch")
     cache.set_data_dir(None)
     assert "REMIXMATCH_DATA" not in os.environ
-    monkeypatch.setenv("REMIXMATCH_DATA", "")  # so that it is put back
+    monkeypatch.setenv("REMIXMATCH_DATA", "")  # Restores the variable after the test.
     monkeypatch.setattr(cache, "_flag", "")
     cache.set_data_dir(tmp_path)
     assert cache.data_dir() == tmp_path
@@ -179,12 +182,12 @@ def test_where_caches_lie(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("large", [0, 2**40])
-def test_rows_are_copies_of_those_asked_for(tmp_path, monkeypatch, large):
+def test_take_images_returns_copies(tmp_path, monkeypatch, large):
     monkeypatch.setattr(cache, "_LARGE_BYTES", large)
     whole = np.random.default_rng(0).integers(256, size=(100, 4, 4, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", whole)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    for rows in (np.arange(99, 0, -1), np.array([5, 5, 0]), np.arange(0)):
-        found = cache.take_images(mapped, rows)
-        np.testing.assert_array_equal(found, whole[rows])
-        assert found.flags.owndata or found.base is None or not np.shares_memory(found, mapped)
+    for indices in (np.arange(99, 0, -1), np.array([5, 5, 0]), np.arange(0)):
+        taken = cache.take_images(mapped, indices)
+        np.testing.assert_array_equal(taken, whole[indices])
+        assert taken.flags.owndata or taken.base is None or not np.shares_memory(taken, mapped)

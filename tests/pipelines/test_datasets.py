@@ -1,4 +1,4 @@
-"""Data sets."""
+"""The digits data set."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from pipelines.datasets import DATASETS, digits
 
 
-def test_digits_are_all_of_scikit_learns():
+def test_digits_contain_all_of_scikit_learns_images():
     data = digits()
     assert data.train_images.shape == (1437, 16, 16, 3) and data.test_images.shape == (360, 16, 16, 3)
     assert data.train_images.dtype == data.test_images.dtype == np.uint8
@@ -20,19 +20,19 @@ def test_digits_are_all_of_scikit_learns():
     assert DATASETS["digits"]() is data
 
 
-def test_digits_are_what_scikit_learn_gives():
-    """Every image with its label, as many times as it comes."""
+def test_digits_match_scikit_learn():
+    """Compare images and labels as multisets."""
     data, source = digits(), load_digits()
     expected = []
     for image, label in zip(source.images, source.target, strict=True):
-        grey = Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
-        expected.append((grey.convert("RGB").tobytes(), int(label)))
+        gray = Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        expected.append((gray.convert("RGB").tobytes(), int(label)))
     images = np.concatenate([data.train_images, data.test_images])
     labels = np.concatenate([data.train_labels, data.test_labels])
     assert sorted(zip(map(bytes, images), labels.tolist(), strict=True)) == sorted(expected)
 
 
-def test_training_and_test_digits_are_apart_but_for_twins_in_the_source():
+def test_no_test_digit_is_a_training_digit():
     data = digits()
     train = {image.tobytes() for image in data.train_images}
     assert sum(image.tobytes() in train for image in data.test_images) == 0

@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all: after errors, failed writes of the kernel, kills, and among processes."""
+"""Atomic file writes with errors, failed writes, killed processes and concurrent writers."""
 
 import errno
 import os
@@ -28,13 +28,13 @@ def names(folder):
 
 @pytest.fixture
 def former(tmp_path):
-    """A file in a folder of its own."""
+    """Return an existing file, the only one in its folder."""
     path = tmp_path / "file.txt"
     path.write_text("former")
     return path
 
 
-def test_the_former_content_stays_until_the_new_one_is_complete(former):
+def test_the_old_content_stays_until_the_new_content_is_complete(former):
     with atomic_write(former) as file:
         file.write(b"new")
         file.flush()
@@ -55,14 +55,14 @@ def test_text_is_utf8_and_permissions_follow_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), OSError(5, "elsewhere"), KeyboardInterrupt(), SystemExit(3)])
-def test_an_error_of_the_block_leaves_the_former_file_alone(former, error):
+def test_an_error_in_the_block_leaves_the_old_file(former, error):
     with pytest.raises(type(error)) as raised, atomic_write(former) as file:
         file.write(b"half")
         raise error
     assert raised.value is error and former.read_text() == "former" and names(former.parent) == ["file.txt"]
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_errors_name_the_path_that_cannot_be_written(tmp_path):
     with pytest.raises(FileNotFoundError) as raised:
         write_text(tmp_path / "none" / "file.txt", "new")
     assert raised.value.filename == str(tmp_path / "none" / "file.txt")
@@ -72,7 +72,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     assert raised.value.filename == str(tmp_path / "folder") and names(tmp_path) == ["folder"]
 
 
-# the kernel refuses bytes past a limit, as a full disk does
+# The kernel rejects writes past a limit, as with a full disk.
 LIMITED = """
 import resource, signal
 from pathlib import Path
@@ -94,7 +94,7 @@ except OSError as error:
         ("    with atomic_write(path) as file:\n        for _ in range(200): file.write(bytes(1000))", "NoneType"),
         ("    with atomic_write(path) as file:\n        file.write(bytes(100_001))", "NoneType"),
         (
-            # as torch.save does
+            # As in torch.save.
             "    with atomic_write(path) as file:\n"
             "        try: file.write(bytes(200_000))\n"
             "        except OSError: raise RuntimeError('unexpected pos') from None",
@@ -107,16 +107,16 @@ except OSError as error:
             "NoneType",
         ),
     ],
-    ids=["at once", "when flushed", "one write", "made another error", "ignored"],
+    ids=["at once", "when flushed", "one write", "replaced by another error", "ignored"],
 )
-def test_a_failed_write_is_told_by_its_cause_and_costs_nothing(former, block, cause):
+def test_a_failed_write_raises_its_cause_and_keeps_the_old_file(former, block, cause):
     process = python(LIMITED.format(block), former.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, errors = process.communicate(timeout=60)
-    assert (said.split(), errors) == ([str(errno.EFBIG), cause], "")
+    output, errors = process.communicate(timeout=60)
+    assert (output.split(), errors) == ([str(errno.EFBIG), cause], "")
     assert former.read_text() == "former" and names(former.parent) == ["file.txt"]
 
 
-def test_a_kill_costs_nothing_and_its_remains_go_with_the_next_write(former):
+def test_a_killed_process_leaves_a_partial_file_that_the_next_write_replaces(former):
     script = """
 from pathlib import Path
 from pipelines.files import atomic_write
@@ -136,7 +136,7 @@ with atomic_write(Path("file.txt")) as file:
     assert former.read_text() == "new" and names(former.parent) == ["file.txt"]
 
 
-def test_several_processes_may_replace_one_file(tmp_path):
+def test_several_processes_can_replace_one_file(tmp_path):
     script = """
 import os
 from pathlib import Path
@@ -154,7 +154,7 @@ for _ in range(200):
     assert [process.wait(60) for process in processes] == [0] * 3 and names(tmp_path) == ["file.txt"]
 
 
-def test_what_is_to_survive_a_power_cut_is_flushed_before_and_after_its_new_name(former, monkeypatch):
+def test_sync_flushes_the_file_before_and_the_folder_after_the_rename(former, monkeypatch):
     seen, fsync = [], os.fsync
 
     def flush(descriptor):
@@ -170,7 +170,7 @@ def test_what_is_to_survive_a_power_cut_is_flushed_before_and_after_its_new_name
     assert seen == [("file", 3, "unflushed"), ("folder", None, "new")]
 
 
-def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
+def test_missing_or_damaged_json_is_read_as_empty(tmp_path):
     path = tmp_path / "file.json"
     for content in (None, b"", b'{"a": 1', b"[1]", b"3", b'{"a": "\xff"}'):
         if content is not None:
@@ -181,17 +181,17 @@ def test_json_that_is_missing_or_damaged_is_empty(tmp_path):
     assert read_json(path) == {"a": [1]}
 
 
-def test_damaged_lines_are_left_out_and_others_stay(tmp_path):
-    path = tmp_path / "rows.jsonl"
+def test_damaged_json_lines_are_skipped(tmp_path):
+    path = tmp_path / "records.jsonl"
     assert read_json_lines(path) == []
     path.write_bytes(b'{"a": 1}\n[2]\n\n{"a": "\xff"}\n3\n{"a": 4}\n{"a": 5')
     assert read_json_lines(path) == [{"a": 1}, {"a": "\ufffd"}, {"a": 4}]
-    with pytest.raises(OSError):  # which is not as if there were no row
+    with pytest.raises(OSError):  # An unreadable file is not the same as an empty one.
         read_json_lines(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "text"),
     [
         (ValueError("\n  one\ntwo"), "one"),
         (ValueError(), "ValueError"),
@@ -200,5 +200,5 @@ def test_damaged_lines_are_left_out_and_others_stay(tmp_path):
         (ValueError("x" * 200), "x" * 120),
     ],
 )
-def test_the_first_line_of_an_error_or_its_type(error, said):
-    assert first_line(error) == said and first_line(error, 2) == said[: 2 if str(error) else None]
+def test_first_line_of_an_error_or_its_type(error, text):
+    assert first_line(error) == text and first_line(error, 2) == text[: 2 if str(error) else None]

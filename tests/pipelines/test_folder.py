@@ -1,4 +1,4 @@
-"""Folders of images: what is listed, what is made of it, and what is wrong with it."""
+"""Folders of images: listing, preparation and errors."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.processes import ROOT
 
 
 def put(root, name, number):
-    """An image of one colour, which tells its number."""
+    """Save an image of one color that encodes its number."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 16), (number, 255 - number, 7)).save(path)
@@ -24,7 +24,7 @@ def put(root, name, number):
 
 @pytest.fixture
 def pets(tmp_path, data_dir):
-    """Three dogs, two cats, four unknown ones; a dog and a cat for testing."""
+    """Return a folder with three dogs, two cats, four unlabeled images, and a dog and a cat for testing."""
     root = tmp_path / "pets"
     for number in range(3):
         put(root, f"train/dog/{number}.png", number)
@@ -54,7 +54,7 @@ def test_labeled_images_come_first_and_classes_are_sorted(pets):
     assert made.unreadable == () and made.duplicates == () == made.strays and made.listing.held_out == 0
 
 
-def test_a_table_says_the_same(pets, tmp_path):
+def test_labels_can_be_given_in_a_table(pets, tmp_path):
     lines = ["file,label,part"]
     for path in sorted(pets.rglob("*.png")):
         file = path.relative_to(pets)
@@ -68,7 +68,7 @@ def test_a_table_says_the_same(pets, tmp_path):
     assert dict(listing.train)["train/dog/1.png"] == 1
 
 
-def test_without_a_test_part_a_fifth_of_every_class_is_held_out(tmp_path, data_dir):
+def test_a_fifth_of_every_class_is_held_out_without_test_images(tmp_path, data_dir):
     root = tmp_path / "pets"
     for number in range(11):
         put(root, f"train/{'a' if number < 10 else 'b'}/{number:02}.png", number)
@@ -76,10 +76,10 @@ def test_without_a_test_part_a_fifth_of_every_class_is_held_out(tmp_path, data_d
     listing = scan(root)
     assert listing.held_out == 3 and [label for _, label in listing.test] == [0, 0, 1]
     assert len(listing.train) == 9 and not {file for file, _ in listing.train} & {file for file, _ in listing.test}
-    assert scan(root) == listing, "always the same"
+    assert scan(root) == listing, "the choice is fixed"
 
 
-def test_files_that_cannot_be_read_are_left_out(pets):
+def test_unreadable_files_are_skipped(pets):
     (pets / "train/dog/1.png").write_bytes(b"nothing")
     (pets / "unlabeled/8.png").write_bytes(b"")
     made = prepare(pets, 8)
@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_are_left_out(pets):
     assert data.train_labels.tolist() == [0, 0, 1, 1, -1, -1, -1]
 
 
-def test_the_same_image_in_training_and_test_is_named(pets):
+def test_images_in_both_training_and_test_are_reported(pets):
     put(pets, "test/dog/again.png", 2)
     assert prepare(pets, 8).duplicates == (("train/dog/2.png", "test/dog/again.png"),)
 
@@ -97,59 +97,60 @@ def test_the_same_image_in_training_and_test_is_named(pets):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda root: (root / "train/empty").mkdir(), "empty is a class without an image"),
-        (lambda root: put(root, "test/bird/x.png", 1), "test images of a class that no training image has: bird"),
-        (lambda root: [path.unlink() for path in root.glob("train/cat/*/*")], "cat is a class without an image"),
-        (lambda root: os.rename(root / "train/cat", root / "unlabeled/cat"), "one class only, dog"),
-        (lambda root: os.rename(root / "train", root / "trained"), "has no labeled image"),
+        (lambda root: (root / "train/empty").mkdir(), "class folder .*empty contains no images"),
+        (lambda root: put(root, "test/bird/x.png", 1), "has test classes without training images: bird"),
+        (lambda root: [path.unlink() for path in root.glob("train/cat/*/*")], "class folder .*cat contains no images"),
+        (lambda root: os.rename(root / "train/cat", root / "unlabeled/cat"), "has only one class, dog"),
+        (lambda root: os.rename(root / "train", root / "trained"), "has no labeled images"),
         (lambda root: (root / "labels.csv").write_text("a,b,c,d\n"), "entry 1 has 4 columns"),
-        (lambda root: (root / "labels.csv").write_text("a.png,cat\n" * 2), "names a file twice: a.png"),
-        (lambda root: (root / "labels.csv").write_text("a.png,cat\n"), "1 entries without an image file: a.png"),
+        (lambda root: (root / "labels.csv").write_text("a.png,cat\n" * 2), "lists files more than once: a.png"),
+        (lambda root: (root / "labels.csv").write_text("a.png,cat\n"), "lists image files that do not exist: a.png"),
         (
             lambda root: (root / "labels.csv").write_text("test/cat/b.png,cat\n"),
-            "no entry for 10 files: test/dog/a.png, train/cat/nested 3/x.png, train/cat/nested 4/x.png and 7 more",
+            "missing: test/dog/a.png, train/cat/nested 3/x.png, train/cat/nested 4/x.png and 7 more",
         ),
         (lambda root: (root / "labels.csv").write_bytes(b"\xff\xfe\x00"), "labels.csv cannot be read"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_one_line(pets, harm, words):
+def test_invalid_folders_raise_a_one_line_error(pets, harm, words):
     harm(pets)
     with pytest.raises(DataError, match=words) as error:
         scan(pets)
     assert "\n" not in str(error.value)
 
 
-def test_no_image_that_can_be_read(pets):
+def test_a_class_without_readable_images_raises(pets):
     for path in pets.glob("train/cat/*/*"):
         path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"no labeled image of class cat in .* can be read"):
         prepare(pets, 8)
-    with pytest.raises(DataError, match=r"there is no data in .*; prepare it: remixmatch data prepare .* --size SIZE"):
+    with pytest.raises(DataError, match=r"no prepared data in .*; run: remixmatch data prepare .* --size SIZE"):
         open_folder(pets)
     with pytest.raises(DataError, match="is not a folder"):
         scan(pets / "no")
 
 
-def test_a_folder_that_has_changed_is_not_read(pets):
+def test_a_changed_folder_raises(pets):
     prepare(pets, 8)
     (pets / "unlabeled/8.png").unlink()
     put(pets, "unlabeled/new.png", 20)
     put(pets, "train/dog/0.png", 30)
-    with pytest.raises(DataError, match=r"has changed since it was prepared: .*--size 8") as error:
+    with pytest.raises(DataError, match=r"has changed since it was prepared .*; run: .*--size 8$") as error:
         open_folder(pets)
-    told = str(error.value)
-    assert "train/dog/0.png is another" in told and "8.png is gone" in told and "new.png is new" in told
+    message = str(error.value)
+    assert "train/dog/0.png was modified" in message and "8.png was removed" in message
+    assert "new.png was added" in message
     prepare(pets, 8)
     assert 20 in numbers(open_folder(pets).train_images)
 
 
-def test_a_cache_is_enough_where_the_folder_has_gone(pets):
+def test_the_cache_is_sufficient_if_the_folder_is_gone(pets):
     prepare(pets, 8)
     os.rename(pets, pets.with_name("moved"))
     assert len(open_folder(pets).train_images) == 9
 
 
-def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
+def test_an_interrupted_preparation_continues(tmp_path, data_dir):
     root = tmp_path / "many"
     for number in range(1200):
         put(
@@ -165,7 +166,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
         "folder.prepare(Path(sys.argv[1]), 8, progress)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, root], cwd=ROOT).returncode == -9
-    with pytest.raises(DataError, match="there is no data"):
+    with pytest.raises(DataError, match="no prepared data"):
         open_folder(root)
     seen, original = [], folder.decode
     made = []
@@ -179,7 +180,7 @@ def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
         result = prepare(root, 8, lambda *words: seen.append(words))
     finally:
         folder.decode = original
-    assert made[0] == 1198 - 1024, "training images that were not made before"
+    assert made[0] == 1198 - 1024, "only training images that were not decoded before"
     assert dict(result.unreadable).keys() == {"unlabeled/0300.png"}
     data = open_folder(root)
     expected = [n % 250 for n in range(1200) if n != 300]
@@ -187,16 +188,16 @@ def test_an_interrupted_preparation_goes_on(tmp_path, data_dir):
     assert sorted(numbers(data.train_images) + tested) == sorted(expected) and len(tested) == 2
     assert numbers(data.train_images)[-5:] == expected[-5:]
     assert np.all(data.train_labels[8:] == -1)
-    gone_on = description(root)
+    continued = description(root)
     prepare(root, 8, again=True)
-    assert description(root) == gone_on, "undisturbed, with all checksums"
+    assert description(root) == continued, "identical to an uninterrupted preparation, including checksums"
 
 
 def description(root):
     return (folder.cache_of(root) / "cache.json").read_text()
 
 
-def test_a_folder_that_has_not_changed_is_not_decoded_again(pets, monkeypatch):
+def test_an_unchanged_folder_is_not_decoded_again(pets, monkeypatch):
     (pets / "unlabeled/8.png").write_bytes(b"nothing")
     put(pets, "test/dog/again.png", 2)
     first, written = prepare(pets, 8), description(pets)
@@ -206,18 +207,18 @@ def test_a_folder_that_has_not_changed_is_not_decoded_again(pets, monkeypatch):
     assert prepare(pets, 8) == first and made == [] and description(pets) == written
     assert prepare(pets, 8, again=True) == first and len(made) == 2
     (folder.cache_of(pets) / "train_labels.npy").unlink()
-    assert prepare(pets, 8) == first and len(made) == 4, "its cache is damaged"
+    assert prepare(pets, 8) == first and len(made) == 4, "the cache was damaged"
     prepare(pets, 9)
     assert len(made) == 6 and open_folder(pets).sides == (9, 9)
 
 
-def test_links_to_nowhere_are_left_out(pets):
+def test_broken_links_are_skipped(pets):
     (pets / "unlabeled/link.png").symlink_to(pets / "no.png")
     assert prepare(pets, 8).unreadable == (("unlabeled/link.png", "No such file or directory"),)
     assert len(open_folder(pets).train_images) == 9
 
 
-def test_images_in_no_part_of_the_folder_are_named(pets):
+def test_images_outside_the_expected_subfolders_are_reported(pets):
     put(pets, "unlabelled/1.png", 60)
     put(pets, "train/x.png", 61)
     strays = ("train/x.png", "unlabelled/1.png")
@@ -225,14 +226,14 @@ def test_images_in_no_part_of_the_folder_are_named(pets):
     assert len(open_folder(pets).train_images) == 9
 
 
-def test_hidden_folders_are_not_looked_at(pets):
+def test_hidden_folders_are_ignored(pets):
     put(pets, "train/.hidden/x.png", 50)
     put(pets, "train/cat/.hidden/x.png", 51)
     assert scan(pets).classes == ("cat", "dog") and len(scan(pets).train) == 9
 
 
 @pytest.mark.parametrize("part", ["unlabeled", "train", "train/cat", "train/cat/nested 3"])
-def test_a_part_that_cannot_be_read_is_not_passed_over(pets, monkeypatch, part):
+def test_an_unreadable_subfolder_raises(pets, monkeypatch, part):
     def refusing(function):
         def read(path="."):
             if os.fspath(path) == str(pets / part):
@@ -247,7 +248,7 @@ def test_a_part_that_cannot_be_read_is_not_passed_over(pets, monkeypatch, part):
         scan(pets)
 
 
-def test_names_of_any_bytes_and_letters(tmp_path, data_dir):
+def test_file_names_may_contain_any_bytes(tmp_path, data_dir):
     root = tmp_path / os.fsdecode(b"p\xff ts")
     for number, name in enumerate(("a b/1.png", "a b/2.png", "é 猫/3.png", os.fsdecode(b"\xe9/4.png"))):
         put(root, f"train/{name}", number)
@@ -264,5 +265,5 @@ def test_commands_in_messages_can_be_pasted(tmp_path, data_dir):
     put(root, "train/a/1.png", 1)
     with pytest.raises(DataError, match="my pets is not a folder"):
         open_folder(tmp_path / "no" / "my pets")
-    with pytest.raises(DataError, match=r"prepare it: remixmatch data prepare '.*/my pets' --size SIZE$"):
+    with pytest.raises(DataError, match=r"; run: remixmatch data prepare '.*/my pets' --size SIZE$"):
         open_folder(root)

@@ -1,4 +1,4 @@
-"""Label splits: the paper's rule read a second time, golden rows, digests, comparisons, and lists of others."""
+"""Label splits: reference implementation of the paper's rule, golden values, digests, comparisons, foreign lists."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from pipelines.splits import RULES, compare, digest, image_digest, read_indices
 
 
 def made(labels, class_order=(), folds=()):
-    """A data set of black images with these labels."""
+    """Return a data set of black images with the given labels."""
     labels = np.array(labels)
     images = np.zeros((len(labels), 2, 2, 3), np.uint8)
     names = tuple(f"class {c}" for c in range(labels.max() + 1))
@@ -20,22 +20,22 @@ def made(labels, class_order=(), folds=()):
 
 
 def uneven(seed, counts=(50, 7, 23, 90, 41), unknown=30):
-    """Labels in a random order, some of them unknown."""
+    """Return imbalanced labels in random order, some of them unknown."""
     labels = np.repeat(np.arange(-1, len(counts)), (unknown, *counts))
     return np.random.default_rng(seed).permutation(labels)
 
 
 def slow_paper(labels, wanted, seed, order):
-    """The authors' script, step by step, on Python's lists."""
-    by_class = [[row for row, label in enumerate(labels) if label == c] for c in order]
-    most = max(len(rows) for rows in by_class)
+    """Choose labels as the authors' script does, with Python lists."""
+    by_class = [[index for index, label in enumerate(labels) if label == c] for c in order]
+    most = max(len(images) for images in by_class)
     if seed != 0:
         generator = np.random.RandomState(seed)
-        for rows in by_class:
-            generator.shuffle(rows)
+        for images in by_class:
+            generator.shuffle(images)
     taken, chosen = [0] * len(by_class), []
     while len(chosen) < wanted:
-        behind = [len(rows) / most - n / max(*taken, 1) for rows, n in zip(by_class, taken, strict=True)]
+        behind = [len(images) / most - n / max(*taken, 1) for images, n in zip(by_class, taken, strict=True)]
         c = behind.index(max(behind))
         chosen.append(by_class[c][taken[c]])
         taken[c] += 1
@@ -45,14 +45,14 @@ def slow_paper(labels, wanted, seed, order):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (1, 2, 3, 4, 0)])
 @pytest.mark.parametrize("wanted", [1, 5, 40, 171])
 @pytest.mark.parametrize("seed", [0, 1, 5])
-def test_the_papers_rule_is_that_of_the_authors_script(seed, wanted, order):
+def test_paper_rule_matches_the_authors_script(seed, wanted, order):
     labels = uneven(seed)
     split = RULES["paper"](made(labels, () if order[0] == 0 else order), wanted, seed)
     assert split.dtype == np.int64 and split.tolist() == slow_paper(labels, wanted, seed, order)
 
 
-def test_golden_rows():
-    """Numbers that no change of numpy or of this code may move."""
+def test_golden_splits():
+    """Check fixed values that no change of numpy or of this code may alter."""
     data = made(np.arange(1000) % 10)
     assert RULES["paper"](data, 10, 1).tolist() == [5, 38, 66, 403, 441, 447, 649, 800, 894, 952]
     assert RULES["usb"](data, 10, 1).tolist() == [5, 38, 66, 403, 441, 447, 649, 800, 894, 952]
@@ -60,8 +60,8 @@ def test_golden_rows():
     assert RULES["balanced"](data, 10, 1).tolist() == [45, 104, 226, 271, 428, 497, 520, 889, 913, 952]
 
 
-def test_labels_follow_the_natural_frequencies():
-    """As in SVHN, of which 40 labels are not 4 a class."""
+def test_paper_rule_follows_class_frequencies():
+    """In SVHN, for example, 40 labels are not 4 per class."""
     counts = (4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659)
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), counts))
     data = made(labels, class_order=(*range(1, 10), 0))
@@ -72,26 +72,26 @@ def test_labels_follow_the_natural_frequencies():
     assert split.tolist() != slow_paper(labels, 40, 1, range(10)), "digit 0 is shuffled last"
 
 
-def test_a_published_fold_is_taken_by_its_number():
+def test_the_seed_selects_a_published_fold():
     folds = (np.array([5, 3, 1]), np.array([4, 0, 2]))
     data = made([0, 0, 0, 1, 1, 1, -1, -1], folds=folds)
     assert RULES["paper"](data, 3, 0).tolist() == [1, 3, 5] and RULES["paper"](data, 3, 1).tolist() == [0, 2, 4]
-    with pytest.raises(ValueError, match="published folds 0 to 1, got seed 2"):
+    with pytest.raises(ValueError, match="one of the published folds 0 to 1, got 2"):
         RULES["paper"](data, 3, 2)
-    # of another size, classes count as equally frequent
+    # For other sizes, classes are assumed to be equally frequent.
     data = made([0] * 8 + [1] * 2, folds=folds)
     assert np.bincount(data.train_labels[RULES["paper"](data, 4, 0)]).tolist() == [2, 2]
 
 
-def test_equal_classes_make_the_papers_split_and_that_of_others_one():
+def test_rules_paper_and_usb_agree_for_balanced_classes():
     data = made(np.random.default_rng(0).permutation(np.repeat(np.arange(10), 60)))
     for seed in (1, 2, 3):
         np.testing.assert_array_equal(RULES["paper"](data, 250, seed), RULES["usb"](data, 250, seed))
     assert RULES["paper"](data, 250, 1).tolist() != RULES["paper"](data, 250, 2).tolist()
 
 
-def test_what_others_draw():
-    """FixMatch-pytorch and TorchSSL choose by numpy's global generator, which somebody has seeded."""
+def test_usb_rule_matches_numpys_global_generator():
+    """FixMatch-pytorch and TorchSSL draw from numpy's global generator after seeding it."""
     labels = uneven(3, counts=(20, 30, 25))
     np.random.seed(7)
     chosen = [np.random.choice(np.flatnonzero(labels == c), 4, replace=False) for c in range(3)]
@@ -117,24 +117,24 @@ def test_balanced_splits_are_balanced_seeded_and_sorted():
 
 @pytest.mark.parametrize("rule", ["balanced", "usb"])
 @pytest.mark.parametrize("labeled", [0, 5, 41, -10])
-def test_unbalanced_label_counts_are_refused(rule, labeled):
-    with pytest.raises(ValueError, match="multiple of the 10 classes"):
+def test_indivisible_label_counts_raise(rule, labeled):
+    with pytest.raises(ValueError, match=f"positive multiple of 10 labels .*, got {labeled}"):
         RULES[rule](digits(), labeled, 0)
 
 
-def test_more_labels_than_there_are_are_refused():
-    with pytest.raises(ValueError, match="class 8 has 138; at most 1380"):
+def test_too_many_labels_raise():
+    with pytest.raises(ValueError, match="class 8 has 138; use at most 1380"):
         RULES["balanced"](digits(), 1390, 0)
     assert len(RULES["balanced"](digits(), 1380, 0)) == 1380
-    with pytest.raises(ValueError, match="from 1 to the 1437 that there are, got 1438"):
+    with pytest.raises(ValueError, match=r"from 1 to 1437 \(the number of labeled images\), got 1438"):
         RULES["paper"](digits(), 1438, 1)
-    with pytest.raises(ValueError, match="need more than the 2 images of class class 1"):
+    with pytest.raises(ValueError, match="need more images of class class 1 than the 2 available"):
         RULES["paper"](made([0] * 8 + [1] * 2, folds=(np.arange(3),)), 9, 1)
-    with pytest.raises(ValueError, match="no training image of made up has a label"):
+    with pytest.raises(ValueError, match="made up has no labeled training images"):
         RULES["all"](DataSet("made up", ("a",), *[np.full(3, -1)] * 4), 1, 0)
 
 
-def test_digests_are_of_rows_and_of_images_in_their_order():
+def test_digests_of_indices_and_images_in_ascending_order():
     images = np.random.default_rng(0).integers(256, size=(9, 2, 3, 3), dtype=np.uint8)
     expected = hashlib.sha256(struct.pack("<3q", 1, 4, 8)).hexdigest()
     assert digest(np.array([8, 1, 4])) == expected == digest(np.array([1, 4, 8], np.int32))
@@ -149,33 +149,33 @@ def test_splits_are_compared_as_sets():
     assert (found.common, found.missing, found.extra, found.same) == (2, (1, 2), (5,), False)
 
 
-def test_lists_of_others_are_read(tmp_path):
-    rows = [5, 0, 7]
+def test_supported_formats_of_index_lists(tmp_path):
+    indices = [5, 0, 7]
     for name, text in [
-        ("a.json", json.dumps(rows)),
-        ("b.json", json.dumps({"train_rows": rows, "classes": ["x"] * 3})),
-        ("c.json", json.dumps({"label": rows})),
+        ("a.json", json.dumps(indices)),
+        ("b.json", json.dumps({"train_rows": indices, "classes": ["x"] * 3})),
+        ("c.json", json.dumps({"label": indices})),
         ("d.txt", "5\n0\n7\n"),
     ]:
         (tmp_path / name).write_text(text)
-        assert read_indices(tmp_path / name) == rows
-    np.save(tmp_path / "e.npy", np.array(rows))
-    assert read_indices(tmp_path / "e.npy") == rows
+        assert read_indices(tmp_path / name) == indices
+    np.save(tmp_path / "e.npy", np.array(indices))
+    assert read_indices(tmp_path / "e.npy") == indices
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("five\n", "neither JSON nor a number a line"),
+        ("five\n", "neither JSON nor one integer per line"),
         ("[1, 2", "neither JSON"),
-        ("[]", "does not hold a list of rows"),
-        ('{"rows of": [1]}', "does not hold"),
-        ("[1, -2]", "does not hold"),
-        ("[1, 2.5]", "does not hold"),
-        ("[1, 2, 1]", "names a row twice"),
+        ("[]", "must contain a list of image indices"),
+        ('{"rows of": [1]}', "must contain"),
+        ("[1, -2]", "must contain"),
+        ("[1, 2.5]", "must contain"),
+        ("[1, 2, 1]", "contains an image index more than once"),
     ],
 )
-def test_lists_that_are_none(tmp_path, text, words):
+def test_invalid_index_lists_raise(tmp_path, text, words):
     path = tmp_path / "list"
     path.write_text(text)
     with pytest.raises(ValueError, match=words) as error:

@@ -86,12 +86,14 @@ def test_help_and_mistakes(capsys, tmp_path):
     assert "data takes one of prepare, list" in fails(capsys, "data", "prepar")
     assert "which data set? there are digits, cifar10" in fails(capsys, "data", "info")
     assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
-    assert "there is no data in" in fails(capsys, "data", "info", "cifar10")
+    assert "no prepared data in" in fails(capsys, "data", "info", "cifar10")
     (tmp_path / "empty").mkdir()
     assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
-    assert "has no labeled image" in fails(capsys, "data", "prepare", "empty", "--size", 16)
+    assert "has no labeled images" in fails(capsys, "data", "prepare", "empty", "--size", 16)
     assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
-    assert "cifar-10-python.tar.gz is missing: put" in fails(capsys, "data", "prepare", "cifar10", "--no-download")
+    assert "cifar-10-python.tar.gz is missing; download http" in fails(
+        capsys, "data", "prepare", "cifar10", "--no-download"
+    )
     told = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
     assert told == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
     if not torch.cuda.is_available():
@@ -102,7 +104,7 @@ def test_help_and_mistakes(capsys, tmp_path):
 def test_list_and_info(capsys, tmp_path):
     listed = say(capsys, "data", "list")
     assert "digits             1437 training images, 1437 with a label, 360 test images, 10 classes, 16x16" in listed
-    assert "prepare it: remixmatch data prepare stl10" in listed
+    assert "run: remixmatch data prepare stl10" in listed
     told = say(capsys, "data", "info", "digits", "--png", tmp_path / "grid.png")
     data = digits()
     mean = data.train_images.reshape(-1, 3).mean(0)[0]
@@ -136,7 +138,7 @@ def test_splits_are_printed_and_checked(capsys, tmp_path):
     assert "there is no 'papers'; there are balanced, paper" in fails(capsys, *check[:2], "--rule", "papers")[
         :0
     ] + fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
-    assert "--labels: labels must be from 1 to the 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
+    assert "--labels: labels must be from 1 to 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
     assert "of which data set" in fails(capsys, *check[:3])
 
 
@@ -162,7 +164,7 @@ def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_
 
 
 def test_a_preset_whose_data_is_not_there_says_what_to_type(capsys):
-    assert "prepare it: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
+    assert "run: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
     assert "which folder? give it by --data" in fails(capsys, "train", "folder")
 
 
@@ -311,8 +313,8 @@ def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatc
     (cached,) = (data_dir / "folders").glob("my*")
     (data_dir / "folders" / ".other.partial").mkdir()
     os.truncate(cached / "train_images.npy", 1000)
-    again = "prepare it again: remixmatch data prepare FOLDER --size SIZE"
-    assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes instead of 24704; {again}")
+    again = "run: remixmatch data prepare FOLDER --size SIZE"
+    assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes, expected 24704; {again}")
 
     say(capsys, "data", "prepare", root, "--size", 16)
     content = bytearray((cached / "train_images.npy").read_bytes())
@@ -320,7 +322,7 @@ def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatc
     (cached / "train_images.npy").write_bytes(content)
     told = fails(capsys, "data", "info", root, "--verify")
     again = f"remixmatch data prepare '{root}' --size 16 --again"
-    assert told.endswith(f"train_images.npy is damaged: its checksum differs; prepare it again: {again}\n")
+    assert told.endswith(f"train_images.npy is damaged (wrong checksum); run: {again}\n")
     say(capsys, *shlex.split(again)[1:])
     assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
 
@@ -344,8 +346,8 @@ def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
     [
         (["--network", "timm:resnet5"], "'resnet5'; did you mean resnet50"),
         (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
-        (["--split", "paper", "--labels", 17], "--labels: labels must be from 1 to the 16 that there are, got 17"),
-        (["--split", "balanced", "--labels", 18], "18 labels need 9 images of every class, but class china has 8"),
+        (["--split", "paper", "--labels", 17], "labels must be from 1 to 16 (the number of labeled images), got 17"),
+        (["--split", "balanced", "--labels", 18], "18 labels needs 9 images per class, but class china has 8"),
         (["--max-shift", 16], "--max-shift must be less than the images' 16 pixels, got 16"),
         (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
     ],
@@ -361,9 +363,9 @@ def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     (photos / "unlabeled" / "china 10.jpg").unlink()
-    told = f"photos has changed since it was prepared: unlabeled/china 10.jpg is gone; remixmatch data prepare {photos}"
+    told = "photos has changed since it was prepared (unlabeled/china 10.jpg was removed); run: remixmatch data prepare"
     for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
-        assert f"{told} --size 16" in fails(capsys, *command)
+        assert f"{told} {photos} --size 16" in fails(capsys, *command)
     say(capsys, "data", "prepare", photos, "--size", 16)
     assert "8 images" in say(capsys, "eval", "run")
 
@@ -420,10 +422,10 @@ def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypat
     assert cache.data_dir() == tmp_path / "an other"
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK, *flag)
     monkeypatch.setenv("REMIXMATCH_DATA", str(data_dir))
-    assert "there is no data in" in fails(capsys, "eval", "run")
+    assert "no prepared data in" in fails(capsys, "eval", "run")
     assert "8 images" in say(capsys, "eval", "run", *flag)
     told = fails(capsys, "data", "info", "cifar10", *flag)
-    assert told.endswith("prepare it: remixmatch data prepare cifar10 --data-dir 'an other'\n")
+    assert told.endswith("; run: remixmatch data prepare cifar10 --data-dir 'an other'\n")
 
 
 def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):

@@ -215,7 +215,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
         (("--gpus", "0"), "--gpus must be at least 1, got 0"),
         (("--gpus", "3"), "--batch 16 cannot be shared by 3 ranks"),
         (("--gpus", "2", "--bn", "split"), "--bn-groups must be a multiple of the 2 ranks"),
-        (("--gpus", "2", "--labels", "45"), "positive multiple of the 10 classes"),
+        (("--gpus", "2", "--labels", "45"), "positive multiple of 10 labels"),
         (("--max-restarts", "-1"), "--max-restarts must be at least 0, got -1"),
         (("--timeout", "0"), "--timeout must be more than 0 seconds, got 0.0"),
     ],
@@ -269,4 +269,4 @@ def test_a_rank_without_the_data_says_so(tmp_path):
         for rank, data in enumerate((here, str(tmp_path / "empty")))
     ]
     assert finish(ranks) == [1, 1]
-    assert "rank 1: there is no data in" in logs[1].read_text() and "rank 0: lost the other" in logs[0].read_text()
+    assert "rank 1: no prepared data in" in logs[1].read_text() and "rank 0: lost the other" in logs[0].read_text()
