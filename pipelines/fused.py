@@ -1,7 +1,7 @@
 """View pipeline with a fused kernel. With the images resident on the GPU, only the plan is transferred each step.
 
 One launch (`kernels/augment.py`), on its own stream, applies the weak augmentation and both transformations to all
-views. If the images do not fit on the GPU, those of a batch are transferred with its plan. On a CPU the reference
+views. If the images do not fit on the GPU, each batch's images are transferred with its plan. On a CPU the reference
 implementation of the kernel runs synchronously.
 """
 
@@ -50,7 +50,7 @@ class FusedViews(Views):
 
     Args:
         device_id: Index of the GPU.
-        resident: Keep all images on the device; if False, `prepare` gathers those of a batch in pinned memory.
+        resident: Keep all images on the device; if False, `prepare` gathers each batch's images in pinned memory.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""CTAugment's policy against the paper's formulas."""
+"""The CTAugment policy against the formulas of the paper."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from pipelines.ctaugment import (
 ROTATE, POSTERIZE, RESCALE = (ctaugment.NAMES.index(n) for n in ("rotate", "posterize", "rescale"))
 
 
-def test_table_has_eighteen_transformations_and_the_identity():
+def test_there_are_eighteen_transformations_and_the_identity():
     assert len(set(ctaugment.NAMES)) == 19
     assert [t.bins for t in ctaugment.TRANSFORMATIONS].count((17,)) == 16
     assert ctaugment.TRANSFORMATIONS[POSTERIZE].bins == (8,)
@@ -30,7 +30,7 @@ def test_all_weights_start_at_one():
     assert set(np.unique(weights)) == {0.0, 1.0}
 
 
-def test_probabilities_at_the_start_are_uniform_over_existing_bins():
+def test_initial_probabilities_are_uniform_over_existing_bins():
     probabilities = bin_probabilities(initial_weights())
     np.testing.assert_allclose(probabilities[ROTATE, 0], 1 / 17)
     np.testing.assert_allclose(probabilities[POSTERIZE, 0, :8], 1 / 8)
@@ -39,18 +39,18 @@ def test_probabilities_at_the_start_are_uniform_over_existing_bins():
     assert not probabilities[ctaugment.IDENTITY].any()
 
 
-def test_threshold_drops_bins_below_eight_tenths_of_the_peak():
+def test_bins_below_eight_tenths_of_the_maximum_are_dropped():
     weights = initial_weights()
     # m^ = (m + 0.01) / (1 + 0.01)
-    weights[ROTATE, 0, 0] = 0.8 * 1.01 - 0.01 - 1e-9  # just under
-    weights[ROTATE, 0, 1] = 0.8 * 1.01 - 0.01 + 1e-9  # just over
+    weights[ROTATE, 0, 0] = 0.8 * 1.01 - 0.01 - 1e-9  # Just below.
+    weights[ROTATE, 0, 1] = 0.8 * 1.01 - 0.01 + 1e-9  # Just above.
     weights[ROTATE, 0, 2] = 0.9
     p = bin_probabilities(weights)[ROTATE, 0]
     kept = np.array([0.0, 0.8, 0.91 / 1.01] + [1.0] * 14)
     np.testing.assert_allclose(p, kept / kept.sum(), atol=1e-8)
 
 
-def test_draws_follow_the_probabilities_and_never_a_dropped_bin():
+def test_draws_follow_the_probabilities():
     weights = initial_weights()
     weights[ROTATE, 0, [0, 16]] = 0.1
     weights[ROTATE, 0, 5] = 0.85
@@ -75,22 +75,22 @@ def test_the_ends_of_the_unit_interval_draw_existing_bins():
                 assert bins[:, parameter].tolist() == [-1, -1]
 
 
-def test_a_number_on_the_edge_of_a_bin_belongs_to_it():
+def test_the_lower_edge_belongs_to_the_bin():
     weights = initial_weights()
-    weights[ROTATE, 0, [0, 4, 5, 16]] = 0.1  # never drawn: the first, the last, and two side by side
+    weights[ROTATE, 0, [0, 4, 5, 16]] = 0.1  # Never drawn: the first, the last, and two neighbors.
     probabilities = bin_probabilities(weights)[ROTATE, 0]
-    begins = np.cumsum(probabilities)[:-1]
+    edges = np.cumsum(probabilities)[:-1]
     kept = [chosen for chosen in range(17) if probabilities[chosen]]
     ops = np.full(len(kept), ROTATE)
     for shift, expected in ((0.0, kept), (-1e-12, [kept[0], *kept[:-1]])):
-        numbers = np.array([0.0, *begins[[chosen - 1 for chosen in kept[1:]]] + shift])
+        numbers = np.array([0.0, *edges[[chosen - 1 for chosen in kept[1:]]] + shift])
         bins = draw_bins(bin_edges(bin_probabilities(weights)), ops, np.stack([numbers, numbers], axis=-1))
         assert bins[:, 0].tolist() == expected and bins.dtype == np.int64
-    # no number in [0, 1) passes the last bin that is drawn, even where the sum of probabilities is rounded down
+    # Every number in [0, 1) maps to a kept bin, even if the sum of probabilities is rounded down.
     assert np.isinf(bin_edges(bin_probabilities(weights))[16, ROTATE, 0])
 
 
-def test_update_moves_only_used_bins_and_in_row_order():
+def test_update_changes_only_used_bins_in_order():
     ops = np.array([[ROTATE, RESCALE], [ctaugment.IDENTITY, ROTATE]])
     bins = np.array([[[3, -1], [2, 5]], [[-1, -1], [3, -1]]])
     before = initial_weights()
@@ -112,36 +112,36 @@ def probes(step):
 
 
 def random_probes(step, batch=6):
-    chance = np.random.default_rng(step)
-    ops = chance.integers(len(ctaugment.NAMES), size=(batch, 2))
-    bins = (chance.random((batch, 2, 2)) * ctaugment.BINS[ops]).astype(int)
-    omega = chance.random(batch, dtype=np.float32)
+    rng = np.random.default_rng(step)
+    ops = rng.integers(len(ctaugment.NAMES), size=(batch, 2))
+    bins = (rng.random((batch, 2, 2)) * ctaugment.BINS[ops]).astype(int)
+    omega = rng.random(batch, dtype=np.float32)
     return dict(step=step, ops=ops, bins=np.where(ctaugment.BINS[ops] > 0, bins, -1), omega=omega)
 
 
 def slow_weights(until):
-    """Weights after the probes of all steps before `until`, number by number."""
+    """Return the weights after the probes of all steps before `until`, computed one number at a time."""
     weights = initial_weights()
     for step in range(until):
         given = random_probes(step)
-        for row, match in enumerate(given["omega"]):
+        for probe, match in enumerate(given["omega"]):
             for stage, parameter in np.ndindex(2, 2):
-                chosen = given["bins"][row, stage, parameter]
+                chosen = given["bins"][probe, stage, parameter]
                 if chosen >= 0:
-                    cell = given["ops"][row, stage], parameter, chosen
+                    cell = given["ops"][probe, stage], parameter, chosen
                     weights[cell] = 0.99 * float(weights[cell]) + (1 - 0.99) * float(match)
     return weights
 
 
 @pytest.mark.parametrize("lag", [1, 3, 8])
-def test_weights_are_those_of_all_probes_in_order_whoever_asks_and_when(lag):
+def test_weights_include_exactly_the_probes_up_to_the_lag(lag):
     policy = CTAugmentPolicy(lag)
     for step in range(12):
         policy.observe(**random_probes(step))
         for planned in (*range(step + lag, step, -1), step + 1, step + lag, step + lag + 5):
             expected = slow_weights(min(planned - lag, step) + 1)
             assert policy.weights_for(planned).tobytes() == expected.tobytes(), (step, planned)
-        # a checkpoint holds what the next plan may know, and the younger probes as they were handed in
+        # A checkpoint contains the weights for the next plan, and the later probes unchanged.
         state = policy.state_dict()
         assert state.keys() == {"weights", "waiting"}
         assert state["weights"].tobytes() == slow_weights(max(step + 2 - lag, 0)).tobytes()
@@ -149,7 +149,7 @@ def test_weights_are_those_of_all_probes_in_order_whoever_asks_and_when(lag):
         assert [probes["step"] for probes in state["waiting"]] == list(range(max(step + 2 - lag, 0), step + 1))
         if step % 4 == 3:
             policy = CTAugmentPolicy(lag)
-            policy.observe(**random_probes(99))  # what was known before does not stay
+            policy.observe(**random_probes(99))  # Loading must discard the previous state.
             policy.load_state_dict(state)
 
 
@@ -169,20 +169,20 @@ def test_each_probe_is_applied_once(monkeypatch):
     assert len(applied) == 20
 
 
-def test_a_probe_counts_lag_steps_later_and_not_before():
+def test_a_probe_takes_effect_after_lag_steps():
     policy = CTAugmentPolicy(lag=3)
     for step in range(6):
         policy.observe(**probes(step))
-        for planned in range(step + 1, step + 4):  # plans that may be made by now
+        for planned in range(step + 1, step + 4):  # Plans that can be made by now.
             moved = (policy.weights_for(planned)[ROTATE, 0] < 1).sum()
             assert moved == max(0, planned - 3 + 1)
 
 
-def test_a_resumed_policy_goes_on_as_the_first():
+def test_a_restored_policy_continues_identically():
     policy, resumed = CTAugmentPolicy(lag=4), CTAugmentPolicy(lag=4)
     for step in range(7):
         policy.observe(**probes(step))
-        policy.weights_for(step + 3)  # a plan made ahead leaves no trace
+        policy.weights_for(step + 3)  # Planning ahead must have no side effects.
     resumed.load_state_dict(policy.state_dict())
     for step in range(7, 12):
         for one in (policy, resumed):
@@ -197,7 +197,7 @@ def test_without_learning_weights_stay_uniform():
     np.testing.assert_array_equal(policy.weights_for(9), initial_weights())
 
 
-def test_lag_under_one_is_refused():
+def test_lag_below_one_raises():
     with pytest.raises(ValueError, match="at least 1"):
         CTAugmentPolicy(lag=0)
 

@@ -1,4 +1,4 @@
-"""Numbers that transformations are executed with, against arithmetic on one view at a time."""
+"""Parameters of transformations, compared with scalar arithmetic."""
 
 import math
 
@@ -10,7 +10,7 @@ from pipelines.ctaugment import NAMES
 
 
 def matrix(name, level, height, width):
-    """PIL's AFFINE coefficients of one transformation; (x, y) comes from (a x + b y + c, d x + e y + f)."""
+    """Return PIL's AFFINE coefficients: output (x, y) is sampled at input (a x + b y + c, d x + e y + f)."""
     v = 2 * level - 1
     if name.startswith("translate"):
         return [1, 0, 0.3 * v * width * (name == "translate_x"), 0, 1, 0.3 * v * height * (name == "translate_y")]
@@ -20,23 +20,23 @@ def matrix(name, level, height, width):
         a, b, c, d, e, f = cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
     lines = []
     for along_x, along_y, start in ((a, b, c), (d, e, f)):
-        # PIL counts in steps of 2^-16 from the first pixel's center
+        # PIL advances in multiples of 2^-16 from the center of the first pixel.
         first = math.floor(65536 * (start + 0.5 * (along_x + along_y)) + 0.5) / 65536
         steps = [math.floor(65536 * step + 0.5) / 65536 for step in (along_x, along_y)]
         lines += [*steps, first - 0.5 * sum(steps)]
     return lines
 
 
-@pytest.mark.parametrize(("rows", "height", "width"), [(300, 32, 32), (40, 17, 48), (1, 8, 8)])
-def test_parameters_are_those_of_each_view_alone(rows, height, width):
-    chance = np.random.default_rng(rows)
-    ops = chance.integers(len(NAMES), size=(rows, 2)).astype(np.int32)
-    levels, center = (chance.random((rows, 2, 2), dtype=np.float32) for _ in range(2))
+@pytest.mark.parametrize(("count", "height", "width"), [(300, 32, 32), (40, 17, 48), (1, 8, 8)])
+def test_op_parameters_match_scalar_arithmetic(count, height, width):
+    rng = np.random.default_rng(count)
+    ops = rng.integers(len(NAMES), size=(count, 2)).astype(np.int32)
+    levels, center = (rng.random((count, 2, 2), dtype=np.float32) for _ in range(2))
     moving = np.isin(ops, [NAMES.index(name) for name in geometric.GEOMETRIC])
-    levels[moving, 1] *= 2**-24  # what single precision cannot hold of their level
+    levels[moving, 1] *= 2**-24  # The part of the level that float32 cannot represent.
     made = geometric.op_parameters(ops, levels, center, height, width)
-    assert made.dtype == np.float32 and made.shape == (rows, 2, 6)
-    for at in np.ndindex(rows, 2):
+    assert made.dtype == np.float32 and made.shape == (count, 2, 6)
+    for at in np.ndindex(count, 2):
         name = NAMES[ops[at]]
         expected = [ops[at], *levels[at], *center[at], 0]
         if name == "identity":

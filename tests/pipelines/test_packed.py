@@ -1,4 +1,4 @@
-"""Arrays in one buffer: each as it was, aligned, wherever the buffer goes."""
+"""Arrays packed into one buffer: contents, alignment and size."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,11 @@ ARRAYS = {
 }
 
 
-def layout(rows=()):
-    return Layout((name, dtype, (*rows, *shape)) for name, (dtype, shape) in ARRAYS.items())
+def layout(batch=()):
+    return Layout((name, dtype, (*batch, *shape)) for name, (dtype, shape) in ARRAYS.items())
 
 
-def test_parts_share_the_buffer_and_do_not_touch():
+def test_arrays_are_disjoint_views_of_the_buffer():
     made = layout()
     buffer = made.allocate()
     for value, part in enumerate(made.tensors(buffer).values(), 1):
@@ -30,7 +30,7 @@ def test_parts_share_the_buffer_and_do_not_touch():
         assert part.dtype == dtype and part.shape == shape and part.is_contiguous() and (part == value).all()
 
 
-def test_what_numpy_writes_torch_reads():
+def test_arrays_and_tensors_agree():
     made = layout((2,))
     buffer = made.allocate()
     written = {}
@@ -43,14 +43,14 @@ def test_what_numpy_writes_torch_reads():
         np.testing.assert_array_equal(part.numpy(), written[name])
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16])
-def test_parts_are_aligned_for_any_number_of_rows(rows):
-    made = layout((rows,))
+@pytest.mark.parametrize("batch", [1, 7, 16])
+def test_arrays_are_aligned_for_any_batch_size(batch):
+    made = layout((batch,))
     buffer = made.allocate()
     assert all((part.data_ptr() - buffer.data_ptr()) % 16 == 0 for part in made.tensors(buffer).values())
 
 
-def test_a_buffer_of_another_layout_is_refused():
+def test_a_buffer_of_the_wrong_size_raises():
     for wrong in (layout().allocate()[:-16], torch.cat([layout().allocate()] * 2)):
         with pytest.raises(ValueError, match=f"has {layout().bytes} bytes, got {len(wrong)}"):
             layout().tensors(wrong)

@@ -1,4 +1,4 @@
-"""Every transformation against PIL, in batches of one DALI run a size."""
+"""Every transformation against PIL, with one batch per image size."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 LEVELS = (0.0, 0.03, 0.21, 0.25, 0.4999, 0.5, 0.68, 0.83, 0.97, BELOW_ONE)
 CORNERS = ((0.0, 0.0), (BELOW_ONE, BELOW_ONE), (0.0, BELOW_ONE), (BELOW_ONE, 0.5), (0.5, 0.5))
 SIDES = ((16, 16), (32, 32), (96, 96), (20, 31))
-# a geometric transformation may take the neighbour of PIL's pixel where a position falls on the edge between two: share
-# of all pixels
-NEIGHBOURS = 0.001
+# Allowed share of pixels for which a geometric transformation samples a neighbor of PIL's pixel, at positions on the
+# edge between two.
+NEIGHBORS = 0.001
 
 
 @cache
-def pictures(height: int, width: int) -> np.ndarray:
-    """What images may look like, easy and hard: (8, height, width, 3) uint8."""
+def sample_images(height: int, width: int) -> np.ndarray:
+    """Return easy and hard images: (8, height, width, 3) uint8."""
     rng = np.random.default_rng(height + width)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     gradient = np.stack([255 * x, 255 * y, 255 * (1 - x * y)], axis=-1)
@@ -46,7 +46,7 @@ def pictures(height: int, width: int) -> np.ndarray:
 
 @dataclass
 class Compared:
-    """Rows of every transformation, as DALI and as PIL made them."""
+    """Views with each transformation, from the pipeline and from PIL."""
 
     names: np.ndarray  # (V,) of str
     level: np.ndarray  # (V, 2) float32
@@ -55,14 +55,14 @@ class Compared:
     expected: np.ndarray  # (V, H, W, 3) uint8
 
     def difference(self, name: str) -> np.ndarray:
-        rows = self.names == name
-        return np.abs(self.made[rows].astype(int) - self.expected[rows])
+        views = self.names == name
+        return np.abs(self.made[views].astype(int) - self.expected[views])
 
 
 @cache
 def compared(height: int, width: int, device: str = "cpu") -> Compared:
-    """Every picture through every transformation at every level, as a plan's first round."""
-    images = pictures(height, width)
+    """Apply every transformation at every level to every image, as the first transformation of a view."""
+    images = sample_images(height, width)
     levels = LEVELS if height < 96 else LEVELS[::3]
     cases = []
     for op, transformation in enumerate(ctaugment.TRANSFORMATIONS):
@@ -76,18 +76,18 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
             for level in levels if transformation.bins else levels[:1]:
                 cases += [(op, image, level, second, center) for second in seconds for center in centers]
     ops, image, level, second, center = (np.array(column) for column in zip(*cases, strict=True))
-    rows = len(cases)
+    count = len(cases)
     both, center = np.stack([level, second], axis=-1).astype(np.float32), center.astype(np.float32)
     kind, options = (DaliViews, {}) if device == "cpu" else (FusedViews, {"device": device})
-    pipeline = kind(images, np.arange(len(images)), None, rows, 0, **options)
+    pipeline = kind(images, np.arange(len(images)), None, count, 0, **options)
     pipeline.submit(
         pipeline.prepare(
             ViewPlan(
                 image=image,
-                labeled=np.ones(rows, dtype=bool),
-                shift=np.zeros((rows, 2), dtype=np.int32),
-                flip=np.zeros(rows, dtype=np.int32),
-                ops=np.stack([ops, np.full(rows, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
+                labeled=np.ones(count, dtype=bool),
+                shift=np.zeros((count, 2), dtype=np.int32),
+                flip=np.zeros(count, dtype=np.int32),
+                ops=np.stack([ops, np.full(count, ctaugment.IDENTITY)], axis=-1).astype(np.int32),
                 levels=np.stack([both, np.zeros_like(both)], axis=1),
                 center=np.stack([center, center], axis=1).astype(np.float32),
             )
@@ -97,50 +97,49 @@ def compared(height: int, width: int, device: str = "cpu") -> Compared:
     pipeline.close()
     expected = np.stack(
         [
-            np.asarray(reference_ctaugment.transformed(Image.fromarray(images[which]), op, row_levels, row_center))
-            for op, which, row_levels, row_center in zip(ops, image, both, center, strict=True)
+            np.asarray(reference_ctaugment.transformed(Image.fromarray(images[which]), op, op_levels, op_center))
+            for op, which, op_levels, op_center in zip(ops, image, both, center, strict=True)
         ]
     )
     return Compared(np.array(NAMES)[ops], both, images[image], made, expected)
 
 
-def test_every_transformation_is_there_once():
+def test_every_transformation_is_implemented_once():
     assert sorted([*geometric.GEOMETRIC, *photometric.PHOTOMETRIC, "identity"]) == sorted(NAMES)
     assert set(reference_ctaugment.FUNCTIONS) == set(NAMES)
 
 
 @pytest.mark.parametrize("height, width", SIDES)
 @pytest.mark.parametrize("name", ["identity", *photometric.PHOTOMETRIC])
-def test_points_filters_and_resampling_are_pil_within_a_level(name, height, width):
+def test_photometric_transformations_match_pil(name, height, width):
     difference = compared(height, width).difference(name)
     assert difference.size and difference.max() <= 1
-    # the arithmetic is PIL's own, so a level is an exception; rescale's weights are sums of sines
+    # The arithmetic follows PIL exactly. Only rescale, whose weights are sums of sines, may differ by a level.
     assert (difference > 0).mean() <= (0.001 if name == "rescale" else 0.0)
 
 
 @pytest.mark.parametrize("height, width", SIDES)
 @pytest.mark.parametrize("name", geometric.GEOMETRIC)
-def test_geometric_transformations_are_pil_but_for_pixels_between_two(name, height, width):
+def test_geometric_transformations_match_pil_except_between_pixels(name, height, width):
     everything = compared(height, width)
     difference = everything.difference(name).max(axis=-1)
-    assert (difference > 0).mean() <= NEIGHBOURS
-    rows = everything.names == name
-    at_rest = rows & (everything.level[:, 0] == 0.5)
+    assert (difference > 0).mean() <= NEIGHBORS
+    at_rest = (everything.names == name) & (everything.level[:, 0] == 0.5)
     np.testing.assert_array_equal(everything.made[at_rest], everything.source[at_rest])
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "blur", "equalize", "invert", "smooth", "rescale"])
 def test_level_zero_changes_nothing(name):
     everything = compared(32, 32)
-    rows = (everything.names == name) & (everything.level[:, 0] == 0)
-    np.testing.assert_array_equal(everything.made[rows], everything.source[rows])
+    views = (everything.names == name) & (everything.level[:, 0] == 0)
+    np.testing.assert_array_equal(everything.made[views], everything.source[views])
 
 
-def test_filters_leave_the_border_alone():
+def test_filters_do_not_change_the_border():
     everything = compared(32, 32)
     for name, border in (("blur", 2), ("smooth", 1), ("sharpness", 1)):
-        rows = everything.names == name
-        same = everything.made[rows] == everything.source[rows]
+        views = everything.names == name
+        same = everything.made[views] == everything.source[views]
         for edge in (same[:, :border], same[:, -border:], same[:, :, :border], same[:, :, -border:]):
             assert edge.all()
         assert not same.all()
@@ -148,8 +147,8 @@ def test_filters_leave_the_border_alone():
 
 def test_all_six_filters_of_rescale_are_used():
     everything = compared(32, 32)
-    rows = (everything.names == "rescale") & (everything.level[:, 0] == np.float32(0.68))
-    made = [everything.made[rows & ((6 * everything.level[:, 1]).astype(int) == index)] for index in range(6)]
+    views = (everything.names == "rescale") & (everything.level[:, 0] == np.float32(0.68))
+    made = [everything.made[views & ((6 * everything.level[:, 1]).astype(int) == index)] for index in range(6)]
     assert np.array_equal(made[0], made[1]), "NEAREST and BOX are the same when enlarging"
     assert all(not np.array_equal(made[first], made[first + 1]) for first in range(1, 5))
 
@@ -162,19 +161,19 @@ def test_images_smaller_than_a_filter(side):
     for name in photometric.PHOTOMETRIC:
         op = NAMES.index(name)
         made = photometric.apply(name, images, given).numpy().astype(int)
-        for row in range(3):
-            image = Image.fromarray(images[row].numpy())
+        for view in range(3):
+            image = Image.fromarray(images[view].numpy())
             expected = reference_ctaugment.transformed(image, op, (0.75, 0.875), (0.5, 0.5))
-            assert np.abs(made[row] - np.asarray(expected)).max() <= 1, name
+            assert np.abs(made[view] - np.asarray(expected)).max() <= 1, name
 
 
 @pytest.mark.gpu
 @pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
-def test_gpu_is_pil_as_well(name):
+def test_gpu_views_match_pil(name):
     difference = compared(32, 32, "gpu").difference(name).max(axis=-1)
     if name in geometric.GEOMETRIC:
-        assert (difference > 0).mean() <= 2 * NEIGHBOURS
+        assert (difference > 0).mean() <= 2 * NEIGHBORS
     else:
         assert difference.max() <= 1
