@@ -14,7 +14,7 @@ DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's 
 `fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
 
 The weak augmentation is a window of the padded image, cut out while images are gathered, which costs no more than
-gathering them. In DALI, a slice and a flip of small images would cost more than both transformations.
+gathering them. In DALI it would take two more nodes, a slice and a flip.
 
 The result is identical to PIL's, byte for byte, on the test images of up to 96x96 pixels. Only rescale may differ, by
 one level in isolated pixels, because its weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`)

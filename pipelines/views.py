@@ -15,8 +15,8 @@ import torch
 from pipelines import cache, ctaugment
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 
-# Memory-mapped sets larger than _MAPPED_BYTES are unmapped every _MAPPED_IMAGES images. Each image can map a huge page
-# of 2 MiB, and the resident memory of the process would appear to grow with the set.
+# Memory-mapped sets larger than _MAPPED_BYTES are unmapped every _MAPPED_IMAGES images. Otherwise each image could keep
+# a huge page of 2 MiB mapped, and the resident memory of the process would appear to grow with the set.
 _MAPPED_BYTES, _MAPPED_IMAGES = 2**30, 128
 
 
