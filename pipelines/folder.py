@@ -181,7 +181,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def cache_of(root: Path) -> Path:
-    """Return the cache of a folder of images."""
+    """Return the path of the cache of a folder of images."""
     path = root.resolve()
     return cache.data_dir() / "folders" / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 

@@ -262,7 +262,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
     unlabeled = np.empty(0, dtype=np.int64)
     if spec.unlabeled_images:
         unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, spec.mu * batch, spec.unlabeled_images)
-    # The first block (x_strong) and the last (x_probe) are labeled; those in between are not.
+    # The first block (x_strong) and the last (x_probe, if any) are labeled; the blocks in between are not.
     end = batch * spec.strong_blocks.stop
     image, is_labeled = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool)
     image[:batch] = labeled
