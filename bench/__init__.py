@@ -1,1 +1,1 @@
-"""Measurements: throughput, kernels, pipelines, scaling, profiles, ablations and their report."""
+"""Benchmarks of the engine and the report of their records."""

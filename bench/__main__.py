@@ -1,8 +1,8 @@
-"""`python -m bench NAME` is `remixmatch bench NAME`, in a checkout that nobody installed."""
+"""Run `remixmatch bench NAME` as `python -m bench NAME`, from a checkout that is not installed."""
 
 import sys
 
 from engine.commands.main import main
 
-sys.argv.insert(1, "bench")  # records give the command as an installed engine has it
+sys.argv.insert(1, "bench")  # Records store the command line of the installed `remixmatch`.
 main()

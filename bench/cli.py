@@ -1,4 +1,4 @@
-"""`remixmatch bench NAME`: lists the benches and runs one."""
+"""The command `remixmatch bench`, which lists the benches and runs one."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from engine.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the bench that the first argument names.
+    """Run the bench named by the first argument.
 
     Raises:
-        UserError: no bench, or an unknown one.
+        UserError: The bench is missing or unknown.
     """
     benches = registry.find()
     texts = {name: listed.help for name, listed in benches.items()}
     if usage_is_all(argv, "name", "bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags."):
         return
     if argv[0] not in benches:
-        raise UserError(f"bench takes one of {', '.join(benches)}")
+        raise UserError(f"unknown bench '{argv[0]}'; available benches: {', '.join(benches)}")
     bench = benches[argv[0]].load()
     options = parse(bench.options, f"bench {argv[0]}", list(argv[1:]))
 
     from engine.measuring import records
 
-    records.commit()  # Records name the commit that was there at the start, whatever is committed meanwhile.
+    records.commit()  # Cached here: records name the commit at the start, even if HEAD moves during the run.
     bench.main(options)

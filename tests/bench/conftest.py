@@ -1,4 +1,4 @@
-"""Benches at sizes that prove they run, on one thread: the figures mean nothing."""
+"""Fixtures that make benches run quickly, on one thread. The measured numbers are meaningless."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CEILINGS = Ceilings(copy_bytes_per_second=1e10, matmul_flops_per_second=1e12)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A bench may set the number of threads; convolutions crash that are already there for fewer of them."""
+    """Run on one thread and restore the setting: convolutions created for fewer threads crash if it grows."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -19,7 +19,7 @@ def one_thread():
 
 @pytest.fixture
 def known_ceilings(monkeypatch):
-    """Ceilings that need no measuring."""
+    """Replace the measured ceilings with constants."""
     for bench in ("step.kernels", "step.pipelines", "rivals.baseline"):
         monkeypatch.setattr(f"bench.{bench}.ceilings", lambda device: CEILINGS)
     return CEILINGS

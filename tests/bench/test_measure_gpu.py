@@ -1,4 +1,4 @@
-"""The script that measures everything: parts go on after one that fails, and the table comes last."""
+"""The script that measures a GPU: a failing part does not stop the others, and the report comes last."""
 
 import os
 import runpy
@@ -31,44 +31,45 @@ def measure(tmp_path, *arguments, dali=0):
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_parts_that_fail_are_named_and_the_others_go_on(tmp_path, small):
+def test_failed_parts_are_listed_and_do_not_stop_the_others(tmp_path, small):
     done = measure(tmp_path, *["--small"] * small)
     assert done.returncode == 1, done.stderr
-    ran = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench ")]
-    order = "variants convolutions pipelines scaling baseline report"
-    assert ran == (order if small else "variants baseline convolutions pipelines report").split()
+    benches = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench ")]
+    small_benches = "variants convolutions pipelines scaling baseline report"
+    assert benches == (small_benches if small else "variants baseline convolutions pipelines report").split()
     assert "ran -m engine.studies.profile cifar10-250 --dataset noise-32" in done.stdout
     assert ("ran -m pytest -q -m gpu" in done.stdout) is not small
     assert ("-n 8 --dist worksteal tests" in done.stdout) is not small
-    broken, killed = "kernels (exit code 7)", "throughput (out of time)"
-    failed = [broken, killed] if small else [killed, broken, "deterministic (out of time)"]
+    broken, killed = "kernels (exit code 7)", "throughput (timed out)"
+    failed = [broken, killed] if small else [killed, broken, "deterministic (timed out)"]
     assert done.stdout.splitlines()[-1] == f"failed: {';'.join(failed)}"
     assert (tmp_path / "out" / "kernels.log").read_text() == "broken\n"
     assert f"--out {tmp_path}/out/pipelines.jsonl" in done.stdout
 
 
-def test_it_goes_on_without_dali(tmp_path):
+def test_runs_without_dali(tmp_path):
     done = measure(tmp_path, "--small", dali=1)
-    assert "DALI is not here: going on without it" in done.stdout
+    assert "DALI is not installed; skipping the tests of DALI views" in done.stdout
     assert "--views fused synthetic" in done.stdout
     assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
 
 
-def test_an_earlier_checkout_takes_turns(tmp_path, monkeypatch):
+def test_an_earlier_checkout_is_timed_too(tmp_path, monkeypatch):
     assert "--before" not in measure(tmp_path).stdout
     monkeypatch.setenv("BEFORE", "/an earlier/checkout")
     for arguments in ([], ["--small"]):
         assert "--before /an earlier/checkout" in measure(tmp_path, *arguments).stdout
 
 
-def test_mistakes(tmp_path):
+def test_invalid_option(tmp_path):
     done = measure(tmp_path, "--cpu")
     assert done.returncode == 2 and "unknown option '--cpu'" in done.stderr
 
 
-def test_python_m_bench_reports_a_mistake_in_one_line(monkeypatch, capsys):
+def test_python_m_bench_reports_an_error_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "kernel"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("bench", run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [f"remixmatch: bench takes one of {', '.join(registry.find())}"]
+    message = f"remixmatch: unknown bench 'kernel'; available benches: {', '.join(registry.find())}"
+    assert capsys.readouterr().err.splitlines() == [message]

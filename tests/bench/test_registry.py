@@ -1,4 +1,4 @@
-"""A bench is one file: the list of benches, their flags, tables, keys and page follow from it."""
+"""Discovery of benches: one file adds a bench to the list, the flags, the report and the documentation."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from tests.pages import TEXTS
 FOLDER = Path(bench.__file__).parent
 BENCHES = registry.find()
 
-MADE_UP = '''"""`remixmatch bench made_up`: twice a number, which nobody measures."""
+MADE_UP = '''"""`remixmatch bench made_up`: doubles a number without measuring anything."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,8 @@ class Options:
 
 
 def main(options):
-    row = {"number": options.number, "name": options.name, "result": 2 * options.number}
-    records.append(options.out, records.record("made_up", torch.device("cpu"), **row))
+    values = {"number": options.number, "name": options.name, "result": 2 * options.number}
+    records.append(options.out, records.record("made_up", torch.device("cpu"), **values))
 
 
 BENCH = Bench(
@@ -48,7 +48,7 @@ BENCH = Bench(
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """A bench in a folder of its own, which is added to the package's."""
+    """A bench in a separate folder that is added to the package path."""
     path = tmp_path / "more" / "things" / "made_up.py"
     path.parent.mkdir(parents=True)
     path.write_text(MADE_UP)
@@ -59,12 +59,12 @@ def made_up(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_a_new_bench_is_one_file(made_up, capsys):
+def test_one_file_adds_a_bench(made_up, capsys):
     assert registry.find().keys() - BENCHES.keys() == {"made_up"}
     cli.main(["--help"])
     out = capsys.readouterr().out
-    assert re.search(r"^  made_up +twice a number, which nobody measures$", out, re.MULTILINE)
-    assert made_up not in sys.modules, "the list needs no import"
+    assert re.search(r"^  made_up +doubles a number without measuring anything$", out, re.MULTILINE)
+    assert made_up not in sys.modules, "listing benches must not import them"
 
     with pytest.raises(SystemExit) as ended:
         cli.main(["made_up", "--help"])
@@ -82,27 +82,27 @@ def test_a_new_bench_is_one_file(made_up, capsys):
     assert lines[7].startswith("Measured on CPU")
 
 
-def test_every_file_that_defines_a_bench_is_found():
+def test_all_files_that_define_a_bench_are_found():
     defining = {path.stem for path in FOLDER.rglob("*.py") if "\nBENCH = " in path.read_text(encoding="utf-8")}
     assert defining == BENCHES.keys() and len(defining) > 10
 
 
 @pytest.mark.parametrize("name", BENCHES)
-def test_a_bench_writes_its_own_kind_of_record_to_the_current_folder(name):
-    found = BENCHES[name].load()
+def test_a_bench_writes_its_kind_of_record_to_the_default_folder(name):
+    loaded = BENCHES[name].load()
     if name == "report":
-        assert not found.tables
+        assert not loaded.tables
         return
-    assert found.options().out == records.OUT / f"{name}.jsonl" == Path("bench-results", f"{name}.jsonl")
-    assert name in found.tables
+    assert loaded.options().out == records.OUT / f"{name}.jsonl" == Path("bench-results", f"{name}.jsonl")
+    assert name in loaded.tables
 
 
-def test_no_two_benches_write_one_kind_of_record():
+def test_kinds_of_records_are_unique():
     kinds = [kind for listed in BENCHES.values() for kind in listed.load().tables]
     assert len(kinds) == len(set(kinds))
 
 
-def test_the_page_of_benchmarks_lists_them_all():
+def test_the_benchmarks_page_lists_all_benches():
     lines = re.findall(r"^remixmatch bench (\w+)[^#\n]* # (.+)$", TEXTS["docs/benchmarks.md"], re.MULTILINE)
     assert dict(lines) == {name: listed.help for name, listed in BENCHES.items()}
     assert len(lines) == len(BENCHES)

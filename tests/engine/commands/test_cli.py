@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
         (["train", "digits-40", "--max-shift", "16"], "--max-shift must be less than the images' 16 pixels"),
         (["train", "digits-40", "--class-distribution", "0.5", "0.5"], "takes 10 numbers, one a class, got 2"),
         (["train", "digits-40", "--max-shift", "two"], "invalid literal"),
-        (["bench", "nothing"], "bench takes one of"),
+        (["bench", "nothing"], "unknown bench 'nothing'; available benches: "),
         (["doctor", "now"], "now"),
     ],
 )
