@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from bench.registry import Bench, Table, quartiles
 from bench.rivals import plain, ports
 from bench.rivals.loaders import EndlessLoader
-from bench.step.throughput import added_memory, figures, speed
+from bench.step.throughput import added_memory, speed, step_metrics
 from engine.config.checks import validate
 from engine.config.config import Config
 from engine.errors import UserError
@@ -241,7 +241,7 @@ def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) ->
         steps["networks"] = network_passes(state.network, probe_and_guess, trained, data.sides, autocast)
     facts = {"precision": str(execution.precision).removeprefix("torch."), "mode": execution.mode}
     return Contestant(
-        ENGINE, config, facts, steps, list(feeds.values()), lambda data, *timed: figures(cases[data], *timed)
+        ENGINE, config, facts, steps, list(feeds.values()), lambda data, *timed: step_metrics(cases[data], *timed)
     )
 
 

@@ -1,10 +1,10 @@
 """`remixmatch bench convolutions`: every convolution of WRN-28-2 alone, against its roofline bound.
 
-Forward, gradient of the input and gradient of the weight are timed apart, for each shape that the network has, with
-the rows of a training pass; the first convolution also with five channels of zeros more. On a GPU in bf16 and
-channels-last, with cuDNN's measured choice and with its choice by rule. The bound is the longer of each tensor's bytes,
-once, at the copy bandwidth, and of the operations at the matrix product's rate, both measured in the same run; the
-tensors of the smaller shapes fit into a large GPU's cache.
+The forward pass, the input gradient and the weight gradient of every shape in the network are timed separately, at the
+batch size of a training pass; the first convolution also with its input padded to 8 channels. On a GPU they run in
+bf16, channels-last, with cuDNN's benchmark mode and with its heuristic. The bound is the larger of two times: each
+tensor's bytes once at copy bandwidth, and the operations at the matrix-product rate, both measured in the same run.
+The tensors of the smaller shapes fit into a large GPU's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PASSES = ("forward", "input gradient", "weight gradient")
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """A convolution: channels, side of its input in pixels, side of its filters, stride."""
+    """Shape of a convolution: channels, side of its input in pixels, side of its kernel, stride."""
 
     inputs: int
     outputs: int
@@ -42,70 +42,71 @@ class Shape:
 
 @dataclass
 class ConvolutionsOptions:
-    """Times every convolution shape of WRN-28-2 alone."""
+    """Time every convolution shape of WRN-28-2 on its own."""
 
     out: Path = records.OUT / "convolutions.jsonl"
-    """Rows are added to this file."""
+    """File to append the records to."""
     rows: int = 0
-    """Rows of a pass; by default 768 with a GPU, the training pass of K = 8 and B = 64, and 8 without."""
+    """Batch size; by default 768 with a GPU, the training pass of K = 8 and B = 64, and 8 without."""
     repeats: int = 10
-    """Samples; the median counts."""
+    """Samples per case; the median is reported."""
     by_rule: bool = True
-    """On a GPU, cuDNN's choice by rule beside its measured one."""
+    """On a GPU, also time the algorithms that cuDNN's heuristic picks without benchmarking."""
 
 
 def shapes(side: int = 32) -> dict[Shape, int]:
-    """The shapes of WRN-28-2's convolutions for images of a side, and how often each is there."""
-    found: dict[Shape, int] = {}
+    """Return the convolution shapes of WRN-28-2 for square images of `side` pixels, with the count of each."""
+    counts: dict[Shape, int] = {}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def count_shape(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         shape = Shape(
             module.in_channels, module.out_channels, inputs[0].shape[-1], module.kernel_size[0], module.stride[0]
         )
-        found[shape] = found.get(shape, 0) + 1
+        counts[shape] = counts.get(shape, 0) + 1
 
     network = WideResNet(10).eval()
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note)
+            module.register_forward_hook(count_shape)
     with torch.no_grad():
         network(torch.zeros(1, 3, side, side))
-    return found
+    return counts
 
 
 def main(options: ConvolutionsOptions) -> None:
-    """Times every shape and pass, and adds rows.
+    """Time every shape and pass, and write records.
 
     Raises:
-        UserError: a flag that cannot work.
+        UserError: A flag is invalid.
     """
     records.check_numbers(options, repeats=1, rows=0)
     device = bench_device()
     cuda = device.type == "cuda"
     rows = options.rows or (768 if cuda else 8)
     print(ceilings(device).text())
-    counted = shapes()
-    stem = next(iter(counted))
-    choices = [True, False] if cuda and options.by_rule else [True]
-    for shape, times in [*counted.items(), (Shape(8, stem.outputs, stem.side, stem.taps, stem.stride), 0)]:
-        for row in _time(shape, rows, device, choices, options.repeats):
-            case = {"shape": str(shape), "in_network": times, "rows": rows}
-            BENCH.write(options.out, "convolutions", device, **case, **row)
+    counts = shapes()
+    stem = next(iter(counts))
+    modes = [True, False] if cuda and options.by_rule else [True]
+    for shape, count in [*counts.items(), (Shape(8, stem.outputs, stem.side, stem.taps, stem.stride), 0)]:
+        for fields in _time(shape, rows, device, modes, options.repeats):
+            case = {"shape": str(shape), "in_network": count, "rows": rows}
+            BENCH.write(options.out, "convolutions", device, **case, **fields)
 
 
-def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], repeats: int) -> Iterator[dict[str, Any]]:
+def _time(shape: Shape, rows: int, device: torch.device, modes: list[bool], repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the record fields of each pass of a convolution, for each mode of `torch.backends.cudnn.benchmark`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
-    def made(*sizes: int) -> Tensor:
-        drawn = torch.randn(*sizes, generator=generator)
-        return drawn.to(device, dtype, memory_format=torch.channels_last)
+    def random(*sizes: int) -> Tensor:
+        values = torch.randn(*sizes, generator=generator)
+        return values.to(device, dtype, memory_format=torch.channels_last)
 
     out_side = (shape.side - 1) // shape.stride + 1
-    images = made(rows, shape.inputs, shape.side, shape.side)
-    weight = made(shape.outputs, shape.inputs, shape.taps, shape.taps)
-    gradient = made(rows, shape.outputs, out_side, out_side)
+    images = random(rows, shape.inputs, shape.side, shape.side)
+    weight = random(shape.outputs, shape.inputs, shape.taps, shape.taps)
+    gradient = random(rows, shape.outputs, out_side, out_side)
     padding, stride = [shape.taps // 2] * 2, [shape.stride] * 2
     backward = torch.ops.aten.convolution_backward
     fixed = (None, stride, padding, [1, 1], False, [0, 0], 1)
@@ -119,8 +120,8 @@ def _time(shape: Shape, rows: int, device: torch.device, choices: list[bool], re
     moved = images.nbytes + weight.nbytes + gradient.nbytes
     flops = 2 * gradient.numel() * weight[0].numel()
     floor = max(moved / limit.copy_bytes_per_second, flops / limit.matmul_flops_per_second)
-    for benchmark in choices:
-        # by default these flags would switch cuDNN off
+    for benchmark in modes:
+        # enabled defaults to False in this context manager.
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
             timings = measure(functions, device, repeats, queued=True)
         for name, timing in timings.items():
@@ -140,10 +141,10 @@ BENCH = Bench(
             key=("shape", "rows", "pass", "benchmark"),
             columns={
                 "shape": "{shape}",
-                "in the network": "{in_network}",
-                "rows": "{rows}",
+                "count in WRN-28-2": "{in_network}",
+                "batch": "{rows}",
                 "pass": "{pass}",
-                "measured choice": "{benchmark}",
+                "cudnn.benchmark": "{benchmark}",
                 "time, us": "{microseconds:.1f}",
                 "roofline bound, us": "{floor_microseconds:.1f}",
                 "ratio to bound": "{floor_ratio:.2f}",

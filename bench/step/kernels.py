@@ -1,8 +1,8 @@
 """`remixmatch bench kernels`: each Triton kernel and its PyTorch reference, against the device's copy bandwidth.
 
 A kernel's roofline bound is the time to read its inputs once and write its outputs once at the device's copy
-bandwidth, measured in the same run. The share is bound / time. At a step's size everything lies in the L2 cache of a
-large GPU, where a share may pass 100 % and launch latency counts; the large sizes do not fit.
+bandwidth, measured in the same run. The share of copy bandwidth is bound / time. At the size of a step all data fit
+into a large GPU's L2 cache: the share can exceed 100 %, and launch latency matters. The large sizes do not fit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.registry import Bench, Table, quartiles
+from bench.registry import Bench, Record, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -36,7 +36,7 @@ PROVIDERS = ("triton", "eager", "compiled")
 
 @dataclass(frozen=True)
 class Size:
-    """A batch of a step: B, K, the images' side and L."""
+    """Batch of a step: B, K, the images' side in pixels, and L."""
 
     batch: int
     k: int
@@ -47,13 +47,12 @@ class Size:
         return f"B={self.batch} K={self.k} {self.side}x{self.side} L={self.classes}"
 
 
-# by the device's type; "step" is a training step's
-Sizes = dict[str, dict[str, Size]]
-BATCHES: Sizes = {
+Sizes = dict[str, dict[str, Size]]  # By device type and name; "step" is the size of a training step.
+BATCH_SIZES: Sizes = {
     "cuda": {"step": Size(64, 8, 32), "large": Size(1024, 8, 32), "large-96": Size(128, 8, 96)},
     "cpu": {"step": Size(8, 2, 16), "large": Size(32, 8, 32)},
 }
-GUESSES: Sizes = {
+GUESS_SIZES: Sizes = {
     "cuda": {"step": Size(64, 8, 32), "large": Size(2**18, 8, 32, 100)},
     "cpu": {"step": Size(8, 2, 16), "large": Size(2**12, 8, 32)},
 }
@@ -61,20 +60,20 @@ GUESSES: Sizes = {
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One kernel at one size.
+    """A kernel at one size.
 
     Attributes:
-        operation: the kernel as the engine calls it.
-        twin: its plain PyTorch form.
-        arguments: makes the arguments of both, the same ones each time.
-        moved: bytes that have to be read or written.
-        formula: how `moved` is counted.
-        shape: the size in words.
-        compiles: whether the twin's way through its code does not depend on values, so that it can be compiled whole.
+        operation: The kernel as the engine calls it.
+        reference: Its implementation in plain PyTorch.
+        arguments: Makes the arguments of both; every call returns equal ones.
+        moved: Bytes that must be read or written.
+        formula: How `moved` is counted.
+        shape: Description of the size.
+        compiles: Whether the reference has no data-dependent control flow, so that it compiles as one graph.
     """
 
     operation: Callable[..., torch.Tensor]
-    twin: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
     arguments: Callable[[], Sequence[Any]]
     moved: int
     formula: str
@@ -83,7 +82,7 @@ class KernelCase:
 
 
 def guess_case(size: Size, device: torch.device) -> KernelCase:
-    """The guess of one step, from logits as the engine hands them over: float32."""
+    """Return the pseudo-labels of one step, from float32 logits as in the engine."""
 
     def arguments() -> Sequence[Any]:
         generator = torch.Generator().manual_seed(0)
@@ -98,24 +97,22 @@ def guess_case(size: Size, device: torch.device) -> KernelCase:
         guess_labels_reference,
         arguments,
         2 * batch_bytes + 4 * size.classes * (P_MODEL_STEPS + 2),
-        "4 B L (logits) + 4 B L (targets) + 4 L (128 + 2) (p_model_history read, its row written, marginal)",
+        "4 B L (logits) + 4 B L (targets) + 4 L (128 + 2) (p_model_history read, one entry written, marginal)",
         f"B={size.batch} L={size.classes}",
     )
 
 
 def assemble_case(size: Size, device: torch.device) -> KernelCase:
-    """The network's whole input of one step, from the numbers of a real plan."""
+    """Return the network input of one step, from a real plan."""
     spec = PlanSpec(size.batch, size.k, 10 * size.batch, 20 * size.batch, max_shift=4, flip=True)
     plan = make_plan(spec, 0, 0, ctaugment.initial_weights())
-    numbers = rank_plan(BatchLayout.for_rank(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
+    own = rank_plan(BatchLayout.for_rank(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows, views = len(numbers.source), size.batch * spec.blocks
+    inputs, views = len(own.source), size.batch * spec.blocks
 
     def arguments() -> Sequence[Any]:
-        stored = noise(views, size.side)
-        tensors = [
-            torch.from_numpy(a) for a in (stored, numbers.source, numbers.partner, numbers.lam, numbers.rotations)
-        ]
+        arrays = noise(views, size.side), own.source, own.partner, own.lam, own.rotations
+        tensors = [torch.from_numpy(array) for array in arrays]
         return [t.to(device) for t in (*tensors, *torch.tensor([TwoHeadNetwork.mean, TwoHeadNetwork.std]))] + [dtype]
 
     image = 3 * size.side**2
@@ -123,109 +120,114 @@ def assemble_case(size: Size, device: torch.device) -> KernelCase:
         assemble_batch,
         assemble_batch_reference,
         arguments,
-        views * image + rows * image * dtype.itemsize + rows * 28 + 24,
-        f"3 H W V (each view once) + 3 H W N {dtype.itemsize} (batch) + 28 N (rows, partners, lam, rotations)",
-        f"{size}: V={views} N={rows}, {str(dtype).removeprefix('torch.')}",
+        views * image + inputs * image * dtype.itemsize + inputs * 28 + 24,
+        f"3 H W V (each view once) + 3 H W N {dtype.itemsize} (batch) + 28 N (source, partner, lam, rotations)",
+        f"{size}: V={views} N={inputs}, {str(dtype).removeprefix('torch.')}",
     )
 
 
 def augment_case(size: Size, device: torch.device) -> KernelCase:
-    """All views of one step, from images that lie on the device, by the numbers of a real plan."""
+    """Return all views of one step, from images on the device and a real plan."""
     images = 10 * size.batch
     spec = PlanSpec(size.batch, size.k, images, images, max_shift=4, flip=True)
     views = make_plan(spec, 0, 0, ctaugment.initial_weights()).views
-    rows, image = len(views.image), 3 * size.side**2
+    count, image = len(views.image), 3 * size.side**2
 
     def arguments() -> Sequence[Any]:
-        numbers = geometric.op_parameters(views.ops, views.levels, views.center, size.side, size.side)
-        arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], numbers)
+        parameters = geometric.op_parameters(views.ops, views.levels, views.center, size.side, size.side)
+        arrays = (noise(images, size.side), views.image, views.shift, views.flip, KERNEL_CODES[views.ops], parameters)
         return [torch.from_numpy(array).to(device) for array in arrays]
 
     return KernelCase(
         augment_views,
         augment_views_reference,
         arguments,
-        2 * rows * image + rows * 76,
-        "3 H W V (an image read) + 3 H W V (a view written) + 76 V (places, shifts, flips, operations, parameters)",
-        f"{size}: V={rows}",
+        2 * count * image + count * 76,
+        "3 H W V (images read) + 3 H W V (views written) + 76 V (indices, shifts, flips, operations, parameters)",
+        f"{size}: V={count}",
         compiles=False,
     )
 
 
-# to add a kernel: a function like those above, and its entry here
+# To add a kernel, write a function like those above and register it here.
 KERNELS: dict[str, tuple[Callable[[Size, torch.device], KernelCase], Sizes]] = {
-    "guess_labels": (guess_case, GUESSES),
-    "assemble_batch": (assemble_case, BATCHES),
-    "augment_views": (augment_case, BATCHES),
+    "guess_labels": (guess_case, GUESS_SIZES),
+    "assemble_batch": (assemble_case, BATCH_SIZES),
+    "augment_views": (augment_case, BATCH_SIZES),
 }
 
 
 @dataclass
 class KernelsOptions:
-    """Times each kernel and its PyTorch twin."""
+    """Time each kernel and its PyTorch reference."""
 
     out: Path = records.OUT / "kernels.jsonl"
-    """Rows are added to this file."""
+    """File to append the records to."""
     repeats: int = 30
-    """Samples of each; the median counts."""
+    """Samples per case; the median is reported."""
     kernels: tuple[str, ...] = tuple(KERNELS)
     """Kernels to time."""
     providers: tuple[str, ...] = PROVIDERS
-    """triton (on a GPU only), eager and compiled: the twin as it is, and under torch.compile."""
+    """triton: the kernel, on a GPU only; eager, compiled: the PyTorch reference without and with torch.compile."""
     sizes: tuple[str, ...] = ()
-    """Of step, large and large-96; by default all that the device has."""
+    """step, large, large-96 (on a GPU only); by default all sizes for the device."""
 
 
 def main(options: KernelsOptions) -> None:
-    """Times every case, provider by provider in turn.
+    """Time every case, with the samples of its providers interleaved.
 
     Raises:
-        UserError: no such kernel, provider or size.
+        UserError: A kernel, provider or size is unknown, or none of the providers runs on this device.
     """
     device = bench_device()
-    records.check_choices(options, kernels=KERNELS, providers=PROVIDERS, sizes=BATCHES[device.type])
+    records.check_choices(options, kernels=KERNELS, providers=PROVIDERS, sizes=BATCH_SIZES[device.type])
     records.check_numbers(options, repeats=1)
     providers = [p for p in options.providers if p != "triton" or device.type == "cuda"]
     if not providers:
-        raise UserError("--providers triton: there is no GPU here; add eager or compiled")
+        raise UserError("--providers triton needs a GPU; without one, choose from eager, compiled")
     if len(providers) < len(options.providers):
-        print("triton: needs a GPU, left out")
+        print("triton: skipped, needs a GPU")
     print(ceilings(device).text())
     failures = records.Failures()
     for kernel in options.kernels:
-        case_of, sizes = KERNELS[kernel]
+        make_case, sizes = KERNELS[kernel]
         for name, size in sizes[device.type].items():
             if options.sizes and name not in options.sizes:
                 continue
-            for row in _rows(case_of(size, device), providers, device, options.repeats, failures):
-                BENCH.write(options.out, "kernels", device, kernel=kernel, size=name, **row)
+            for fields in _time(make_case(size, device), providers, device, options.repeats, failures):
+                BENCH.write(options.out, "kernels", device, kernel=kernel, size=name, **fields)
     failures.finish()
 
 
 def _check(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises AssertionError where a result is wrong by more than the order of its sums can explain."""
-    if expected.dtype is torch.uint8:  # a resampled pixel may come out as the next grey level
+    """Raise AssertionError if a result differs from the reference by more than rounding."""
+    if expected.dtype is torch.uint8:  # Rounding can move a resampled pixel by one gray level.
         differing = (got != expected).float().mean().item()
         assert differing <= 0.005, f"{100 * differing:.2f} % of the pixels differ"
     else:
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-def _rows(
+def _time(
     case: KernelCase, providers: Sequence[str], device: torch.device, repeats: int, failures: records.Failures
 ) -> Iterator[dict[str, Any]]:
+    """Check a case's result from each provider, then yield the record fields of those that passed."""
     bandwidth = ceilings(device).copy_bytes_per_second
-    forms = {"triton": case.operation, "eager": case.twin, "compiled": torch.compile(case.twin, dynamic=False)}
+    implementations = {
+        "triton": case.operation,
+        "eager": case.reference,
+        "compiled": torch.compile(case.reference, dynamic=False),
+    }
     functions = {}
-    expected = case.twin(*case.arguments())
+    expected = case.reference(*case.arguments())
     for provider in providers:
         if provider == "compiled" and not case.compiles:
             continue
-        form = forms[provider]
+        implementation = implementations[provider]
         with failures.part(f"{case.operation.__name__} {provider}, {case.shape}"):
             arguments = case.arguments()
-            _check(form(*arguments), expected)
-            functions[provider] = partial(form, *arguments)
+            _check(implementation(*arguments), expected)
+            functions[provider] = partial(implementation, *arguments)
     del expected
     times = measure(functions, device, repeats, queued=True)
     floor = case.moved / bandwidth
@@ -244,18 +246,17 @@ def _rows(
         }
 
 
-def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
-    cases = list(dict.fromkeys((row["kernel"], row["size"]) for row in rows["kernels"]))
-    providers = list(dict.fromkeys(row["provider"] for row in rows["kernels"]))
+def _chart(axes: Any, kinds: Mapping[str, Sequence[Record]]) -> None:
+    newest = kinds["kernels"]
+    cases = list(dict.fromkeys((record["kernel"], record["size"]) for record in newest))
+    providers = list(dict.fromkeys(record["provider"] for record in newest))
     width = 0.8 / len(providers)
     for number, provider in enumerate(providers):
-        shares = {
-            (r["kernel"], r["size"]): 100 * r["share_of_copy"] for r in rows["kernels"] if r["provider"] == provider
-        }
-        places = [place + (number - (len(providers) - 1) / 2) * width for place in range(len(cases))]
-        axes.bar(places, [shares.get(case, 0.0) for case in cases], width, label=provider)
+        shares = {(r["kernel"], r["size"]): 100 * r["share_of_copy"] for r in newest if r["provider"] == provider}
+        positions = [x + (number - (len(providers) - 1) / 2) * width for x in range(len(cases))]
+        axes.bar(positions, [shares.get(case, 0.0) for case in cases], width, label=provider)
     axes.set_xticks(range(len(cases)), [f"{kernel}\n{size}" for kernel, size in cases], fontsize="small")
-    axes.axhline(100, color="grey", linewidth=0.8)
+    axes.axhline(100, color="gray", linewidth=0.8)
     axes.set_ylabel("share of copy bandwidth, %")
     axes.legend(fontsize="small")
 
@@ -278,7 +279,7 @@ BENCH = Bench(
                 "host, us": "{host_microseconds:.1f}",
                 "bytes": "{bytes:,}",
                 "GB/s": "{gigabytes_per_second:.3g}",
-                "share of copy": "{share_of_copy:.1%}",
+                "share of copy bandwidth": "{share_of_copy:.1%}",
             },
         ),
     },

@@ -1,7 +1,7 @@
 """`remixmatch bench throughput`: training steps per second by K, mode and source of views, against the roofline bound.
 
-Rows are by K, by how a step is executed, by where its views come from and by micro-batches. "synthetic" views lie ready
-on the device: what a run loses by making real ones is the difference. Cases take turns, sample by sample.
+Cases vary K, the execution mode, the source of views and the number of micro-batches. Their samples are interleaved.
+"synthetic" views are precomputed on the device: the difference to real views is the cost of making them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.registry import Bench, Table, quartiles
+from bench.registry import Bench, Record, Table, quartiles
 from engine.config.config import Config
 from engine.config.presets import preset
 from engine.errors import UserError
@@ -34,21 +34,21 @@ from engine.models.wide_resnet import ResidualBlock, WideResNet
 from pipelines.datasets import NOISE_32
 
 MODES = ("eager", "compile", "graph")
-# how often an activation is moved where batch norm is a pass of its own. Forward it is written, and read by its
-# successor and for statistics or the shortcut; backward it is read again, and its gradient written and read
+# Memory passes over an activation when batch norm is a separate pass. Forward: one write, a read by the next layer, and
+# a read for statistics or the shortcut. Backward: another read, and a write and a read of its gradient.
 _PASSES_FORWARD, _PASSES_TRAINED = 3, 6
 
 
-def figures(case: TimedSteps, timing: Timing, steps: int) -> dict[str, Any]:
-    """Return the figures of samples of `steps` steps, with the roofline bound."""
-    row = speed(timing, steps, case.feed.images_per_step)
-    if case.feed.execution.device.type == "cuda":  # on a CPU, host and device are one
-        row["host_ms"] = 1e3 * case.host_seconds / case.steps
-    return row | _roofline(case, timing.seconds / steps)
+def step_metrics(case: TimedSteps, timing: Timing, steps: int) -> dict[str, Any]:
+    """Return the record fields for samples of `steps` steps: speed and roofline bound."""
+    metrics = speed(timing, steps, case.feed.images_per_step)
+    if case.feed.execution.device.type == "cuda":  # On a CPU, host and device are the same.
+        metrics["host_ms"] = 1e3 * case.host_seconds / case.steps
+    return metrics | _roofline(case, timing.seconds / steps)
 
 
 def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
-    """Return how fast samples of `steps` steps were, each of which trains so many images."""
+    """Return the record fields for the speed of samples of `steps` steps that train `images` images each."""
     rate = steps / timing.seconds
     return {
         "steps_per_second": rate,
@@ -59,30 +59,31 @@ def speed(timing: Timing, steps: int, images: int) -> dict[str, float]:
 
 @contextmanager
 def added_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Give a column of a record: the most that a GPU allocates in here beyond what it had before, in MiB.
+    """Yield a dict that receives `peak_memory_mib`, the peak of GPU memory allocated within the block, in MiB.
 
-    On a CPU there is none: a process has one peak, which says nothing about one of several cases.
+    Memory allocated before the block does not count. On a CPU the dict stays empty: the peak of a process cannot be
+    attributed to one of several cases.
     """
-    column: dict[str, float] = {}
+    fields: dict[str, float] = {}
     if device.type != "cuda":
-        yield column
+        yield fields
         return
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    yield column
-    column["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    yield fields
+    fields["peak_memory_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
-    """The roofline bound of a step: by arithmetic and by memory traffic, at the rates measured in this process."""
+    """Return the roofline bound of a step, from arithmetic and memory traffic at the rates measured in this process."""
     config, execution = case.config, case.feed.execution
     limit = ceilings(execution.device)
     macs, activations = network_cost(config, case.feed.data.sides)
     trained = case.feed.images_per_step
-    forward = len(case.feed.layout.source) - len(case.feed.layout.target_index)  # guesses and probes
+    forward = len(case.feed.layout.source) - len(case.feed.layout.target_index)  # Guess and probes.
     arithmetic = 2 * macs * (3 * trained + forward) / limit.matmul_flops_per_second
-    rows = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
-    traffic = execution.precision.itemsize * activations * rows / limit.copy_bytes_per_second
+    passes = _PASSES_TRAINED * trained + _PASSES_FORWARD * forward
+    traffic = execution.precision.itemsize * activations * passes / limit.copy_bytes_per_second
     floor = max(arithmetic, traffic)
     return {
         "floor_arithmetic_ms": 1e3 * arithmetic,
@@ -93,9 +94,9 @@ def _roofline(case: TimedSteps, step: float) -> dict[str, float]:
 
 
 def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
-    """Multiplications and activation elements of one image's way through the network, forward.
+    """Return the multiply-accumulates and activation elements of one image's forward pass.
 
-    Activations are outputs of convolutions, of batch norm with its leaky ReLU, and of residual sums.
+    Activations are the outputs of convolutions, of batch norm with its leaky ReLU, and of residual sums.
     """
     network = WideResNet(2, config.scales, config.blocks, config.width).eval()
     macs = elements = 0
@@ -115,54 +116,54 @@ def network_cost(config: Config, sides: Sequence[int]) -> tuple[int, int]:
 
 
 def measure(config: Config, steps: int, views: str, repeats: int = 5) -> dict[str, Any]:
-    """Return the `figures` of one configuration, over at least so many steps, with one of VIEWS."""
+    """Return the `step_metrics` of one configuration, measured over at least `steps` steps with one of VIEWS."""
     case = TimedSteps.begin(config, views)
     each = whole_batches(-(-steps // repeats), config)
     try:
         device = case.feed.execution.device
         timing = measure_times({"": lambda: case.advance(each)}, device, repeats, warm_up=2)[""]
-        return figures(case, timing, each)
+        return step_metrics(case, timing, each)
     finally:
         case.end()
 
 
 def whole_batches(steps: int, config: Config) -> int:
-    """Steps rounded up to whole batches of views, so that every sample makes as many."""
+    """Round steps up to a multiple of `view_steps`, so that every sample makes the same number of view batches."""
     return -(-steps // config.view_steps) * config.view_steps
 
 
 @dataclass
 class ThroughputOptions:
-    """Times training steps by K, mode and source of views."""
+    """Time training steps by K, mode and source of views."""
 
     out: Path = records.OUT / "throughput.jsonl"
-    """Rows are added to this file."""
+    """File to append the records to."""
     repeats: int = 7
-    """Samples; the median counts."""
+    """Samples per case; the median is reported."""
     preset: str = ""
-    """What is trained; by default the paper's step (WRN-28-2, 32x32, B = 64) with a GPU and digits-40 without."""
+    """Preset to train; by default the paper's step (WRN-28-2, 32x32, B = 64) with a GPU and digits-40 without."""
     k: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Strong views of an unlabeled image."""
+    """Strong views per unlabeled image."""
     modes: tuple[str, ...] = ()
-    """eager, compile, graph; by default all that the device can."""
+    """eager, compile, graph; by default all modes that the device supports."""
     views: tuple[str, ...] = ()
-    """fused, dali (on a CPU), synthetic; by default fused and synthetic with a GPU, and DALI's without."""
+    """fused, dali (on a CPU), synthetic; by default fused and synthetic with a GPU, dali without."""
     micro_batches: tuple[int, ...] = (1,)
-    """Parts in which a step's rows are trained one after another."""
+    """Micro-batches per step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """As in a run."""
+    """Same as in remixmatch train."""
     optimizer: Literal["torch", "apex"] = "torch"
-    """As in a run."""
+    """Same as in remixmatch train."""
     deterministic: bool = False
-    """As in a run."""
+    """Same as in remixmatch train."""
     steps: int | None = None
-    """Steps a sample; by default 20 with a GPU and 8 without."""
+    """Steps per sample; by default 20 with a GPU and 8 without."""
     soak: int = 0
-    """Steps trained after the samples, over which the growth of memory is measured; 0 for none."""
+    """Also train this many steps after the samples and report the growth of memory; 0 to skip."""
 
 
 class ThroughputCase(NamedTuple):
-    """What distinguishes a case from the others; K is 0 where all of them are meant."""
+    """Key of a case; K = 0 stands for all K."""
 
     k: int
     mode: str
@@ -171,14 +172,14 @@ class ThroughputCase(NamedTuple):
 
     def __str__(self) -> str:
         words = [f"K={self.k}"] * (self.k > 0) + [self.mode, self.views]
-        return " ".join(words + [f"in {self.micro_batches} parts"] * (self.micro_batches > 1))
+        return " ".join(words + [f"micro-batches={self.micro_batches}"] * (self.micro_batches > 1))
 
 
 def main(options: ThroughputOptions) -> None:
-    """Times every case; on a CPU all of them in turn, on a GPU those of one K.
+    """Time every case. Samples of all cases are interleaved on a CPU, those of one K on a GPU.
 
     Raises:
-        UserError: a flag that cannot work.
+        UserError: A flag is invalid.
     """
     device = bench_device()
     cuda = device.type == "cuda"
@@ -188,7 +189,7 @@ def main(options: ThroughputOptions) -> None:
     records.check_numbers(options, k=1, micro_batches=1, repeats=1, steps=1)
     steps = options.steps or (20 if cuda else 8)
     if "graph" in modes and not cuda:
-        raise UserError("--modes graph needs a GPU; without one there are eager and compile")
+        raise UserError("--modes graph needs a GPU; without one, choose from eager, compile")
     print(ceilings(device).text())
     base = base_config(options.preset, cuda)
     same = ("precision", "optimizer", "deterministic")
@@ -200,7 +201,7 @@ def main(options: ThroughputOptions) -> None:
 
 
 def base_config(name: str, cuda: bool) -> Config:
-    """The configuration that a bench of that preset varies."""
+    """Return the base configuration of a bench: a preset, or the device's default if the name is empty."""
     if name or not cuda:
         return preset(name or "digits-40")
     return Config(preset="bench", dataset=NOISE_32, labels=250)
@@ -224,16 +225,16 @@ def _measure_together(
     timings = measure_times(functions, device, options.repeats, warm_up=1) if functions else {}
     step_ms = {}
     for name, case in cases.items():
-        row = {"preset": base.preset, "batch": base.batch, "optimizer": base.optimizer, **name._asdict()}
-        row["precision"] = str(case.feed.execution.precision).removeprefix("torch.")
+        fields = {"preset": base.preset, "batch": base.batch, "optimizer": base.optimizer, **name._asdict()}
+        fields["precision"] = str(case.feed.execution.precision).removeprefix("torch.")
         if base.deterministic:
-            row["deterministic"] = True
-        row |= figures(case, timings[str(name)], steps) | memory[name]
+            fields["deterministic"] = True
+        fields |= step_metrics(case, timings[str(name)], steps) | memory[name]
         if options.soak:
-            row |= _soak(case, options.soak)
-            print(f"{name}: memory {row['memory_growth_mib']:+.1f} MiB over {options.soak} steps")
-        step_ms[name] = row["step_ms"]
-        BENCH.write(options.out, "throughput", device, **row)
+            fields |= _soak(case, options.soak)
+            print(f"{name}: memory {fields['memory_growth_mib']:+.1f} MiB over {options.soak} steps")
+        step_ms[name] = fields["step_ms"]
+        BENCH.write(options.out, "throughput", device, **fields)
     for case in cases.values():
         case.end()
     _print_ratios(step_ms)
@@ -241,7 +242,7 @@ def _measure_together(
 
 
 def _resident(device: torch.device) -> float:
-    """MiB in use now."""
+    """Return the memory in use, in MiB."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -249,7 +250,7 @@ def _resident(device: torch.device) -> float:
 
 
 def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
-    """Memory's growth over so many steps, after a tenth of them for whatever is lazily made."""
+    """Measure the growth of memory over `steps` steps, after a tenth as many for lazy allocations."""
     case.advance(max(steps // 10, 1))
     before = _resident(case.feed.execution.device)
     case.advance(steps)
@@ -257,46 +258,46 @@ def _soak(case: TimedSteps, steps: int) -> dict[str, Any]:
 
 
 def _print_ratios(step_ms: Mapping[ThroughputCase, float]) -> None:
-    """What is measured here: modes against eager, views against synthetic ones, and the cost of K."""
+    """Print the speedup over eager, the cost of views and of micro-batches, and a linear fit of the time over K."""
     for name, ms in step_ms.items():
         if name.mode != "eager" and (eager := step_ms.get(name._replace(mode="eager"))):
-            print(f"{name}: {eager / ms:.2f} times as fast as eager")
+            print(f"{name}: {eager / ms:.2f}x the speed of eager")
         if name.views != "synthetic" and (synthetic := step_ms.get(name._replace(views="synthetic"))):
             print(f"{name}: views cost {100 * (ms / synthetic - 1):+.1f} %")
         if name.micro_batches > 1 and (whole := step_ms.get(name._replace(micro_batches=1))):
-            print(f"{name}: {ms / whole:.2f} times as long as in one pass")
+            print(f"{name}: {ms / whole:.2f}x the time of a single pass")
     for every_k in dict.fromkeys(name._replace(k=0) for name in step_ms):
         points = [(name.k, ms) for name, ms in step_ms.items() if name._replace(k=0) == every_k]
         if len(points) > 2:
             ks, times = np.array(points).T
             slope, start = np.polyfit(ks, times, 1)
-            off = np.abs(slope * ks + start - times) / times
-            print(f"{every_k}: {start:.2f} + {slope:.2f} K ms a step, off by at most {100 * off.max():.1f} %")
+            error = np.abs(slope * ks + start - times) / times
+            print(f"{every_k}: {start:.2f} + {slope:.2f} K ms per step, error at most {100 * error.max():.1f} %")
 
 
-_RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}  # of `bench baseline`
+_RIVALS = {"plain": "plain PyTorch", "usb": "USB's step", "torchssl": "TorchSSL's step"}
 
 
-def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
-    lines: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)  # points by style and name
-    preset = rows["throughput"][-1]["preset"]  # Rates of different networks cannot be compared on one axis.
-    for row in rows["throughput"]:
-        if row["preset"] == preset:
-            name = f"{row['mode']}, {row['views']} views, {row['precision']}, {row['optimizer']}"
-            if row.get("micro_batches", 1) > 1:
-                name += f", {row['micro_batches']} micro-batches"
-            lines["-o", name][row["k"]] = row["images_per_second"]
-    for row in rows.get("baseline", []) if preset == "bench" else []:
-        if rival := _RIVALS.get(
-            row.get("trainer", "plain")
-        ):  # The oldest records are of plain and have no such column.
-            lines["--s", f"{rival}, {row['data']} views, {row['precision']}"][row["k"]] = row["images_per_second"]
+def _chart(axes: Any, kinds: Mapping[str, Sequence[Record]]) -> None:
+    lines: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)  # Points by style and name.
+    preset = kinds["throughput"][-1]["preset"]  # Rates of different networks cannot be compared on one axis.
+    for record in kinds["throughput"]:
+        if record["preset"] == preset:
+            name = f"{record['mode']}, {record['views']} views, {record['precision']}, {record['optimizer']}"
+            if record.get("micro_batches", 1) > 1:
+                name += f", {record['micro_batches']} micro-batches"
+            lines["-o", name][record["k"]] = record["images_per_second"]
+    for record in kinds.get("baseline", []) if preset == "bench" else []:
+        # The oldest records lack "trainer"; they are all of plain PyTorch.
+        if rival := _RIVALS.get(record.get("trainer", "plain")):
+            label = f"{rival}, {record['data']} views, {record['precision']}"
+            lines["--s", label][record["k"]] = record["images_per_second"]
     for (style, name), points in lines.items():
         axes.plot(*zip(*sorted(points.items()), strict=True), style, label=name)
     ks = sorted({k for points in lines.values() for k in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set(xlabel="K", ylabel="trained rows a second", ylim=(0, None))
+    axes.set(xlabel="K", ylabel="trained images/s", ylim=(0, None))
     axes.legend(fontsize="small")
 
 

@@ -1,4 +1,4 @@
-"""The kernels bench: its table of cases, its count of bytes, its rows."""
+"""The kernels bench: cases, counts of bytes, records."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def size_of(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def test_moved_bytes_are_those_of_arguments_and_result():
+def test_moved_bytes_are_the_size_of_arguments_and_result():
     guess = kernels.guess_case(TINY, CPU)
     logits, p_model_history, slot, marginal, temperature = guess.arguments()
     result = guess.operation(logits, p_model_history, slot, marginal, temperature)
@@ -28,44 +28,47 @@ def test_moved_bytes_are_those_of_arguments_and_result():
 
 
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
-def test_every_kernel_has_a_steps_and_a_large_size_on_every_device_and_agrees_with_its_twin(kernel):
-    case_of, sizes = kernels.KERNELS[kernel]
+def test_every_kernel_has_a_step_and_a_large_size_and_matches_its_reference(kernel):
+    make_case, sizes = kernels.KERNELS[kernel]
     for device in ("cuda", "cpu"):
-        assert {"step", "large"} <= sizes[device].keys() <= kernels.BATCHES[device].keys()
-    case = case_of(TINY, CPU)
-    torch.testing.assert_close(case.operation(*case.arguments()), case.twin(*case.arguments()))
+        assert {"step", "large"} <= sizes[device].keys() <= kernels.BATCH_SIZES[device].keys()
+    case = make_case(TINY, CPU)
+    torch.testing.assert_close(case.operation(*case.arguments()), case.reference(*case.arguments()))
 
 
-def test_rows_hold_time_bytes_and_share(tmp_path, known_ceilings, capsys):
+def test_records_contain_time_bytes_and_share(tmp_path, known_ceilings, capsys):
     out = tmp_path / "kernels.jsonl"
     kernels.main(kernels.KernelsOptions(out=out, repeats=2, providers=("triton", "eager"), sizes=("step",)))
-    rows = records.read(out)
-    printed = capsys.readouterr().out
-    assert [(r["kernel"], r["provider"], r["size"]) for r in rows] == [(k, "eager", "step") for k in kernels.KERNELS]
-    assert printed.startswith("CPU") and "triton: needs a GPU" in printed and known_ceilings.text() in printed
-    for row in rows:
-        assert row["share_of_copy"] == pytest.approx(row["gigabytes_per_second"] / 10)
-        assert row["floor_microseconds"] == pytest.approx(row["bytes"] / 1e10 * 1e6)
-        assert row["bytes_formula"] and row["microseconds_low"] <= row["microseconds"] <= row["microseconds_high"]
+    written = records.read(out)
+    output = capsys.readouterr().out
+    assert [(r["kernel"], r["provider"], r["size"]) for r in written] == [(k, "eager", "step") for k in kernels.KERNELS]
+    assert output.startswith("CPU") and "triton: skipped, needs a GPU" in output and known_ceilings.text() in output
+    for record in written:
+        assert record["share_of_copy"] == pytest.approx(record["gigabytes_per_second"] / 10)
+        assert record["floor_microseconds"] == pytest.approx(record["bytes"] / 1e10 * 1e6)
+        assert (
+            record["bytes_formula"]
+            and record["microseconds_low"] <= record["microseconds"] <= record["microseconds_high"]
+        )
 
 
-def test_a_provider_that_fails_is_named_and_the_others_are_timed(tmp_path, known_ceilings, monkeypatch, capsys):
+def test_a_failed_provider_is_listed_and_the_others_are_timed(tmp_path, known_ceilings, monkeypatch, capsys):
     case = kernels.guess_case(TINY, CPU)
     calls = []
 
-    def wrong_but_once(*arguments):
+    def correct_only_once(*arguments):
         calls.append(arguments)
-        return case.twin(*arguments) + (len(calls) > 1)
+        return case.reference(*arguments) + (len(calls) > 1)
 
-    broken = dataclasses.replace(case, twin=wrong_but_once)
-    monkeypatch.setitem(kernels.KERNELS, "broken", (lambda size, device: broken, kernels.GUESSES))
+    broken = dataclasses.replace(case, reference=correct_only_once)
+    monkeypatch.setitem(kernels.KERNELS, "broken", (lambda size, device: broken, kernels.GUESS_SIZES))
     out = tmp_path / "kernels.jsonl"
     options = kernels.KernelsOptions(
         out=out, repeats=1, kernels=("broken", "guess_labels"), providers=("eager",), sizes=("step",)
     )
     with pytest.raises(SystemExit, match="failed: guess_labels eager"):
         kernels.main(options)
-    assert [row["kernel"] for row in records.read(out)] == ["guess_labels"]
+    assert [record["kernel"] for record in records.read(out)] == ["guess_labels"]
     assert "AssertionError" in capsys.readouterr().err
 
 
@@ -74,12 +77,12 @@ def test_a_provider_that_fails_is_named_and_the_others_are_timed(tmp_path, known
     [
         ({"kernels": ("gues",)}, "--kernels: unknown 'gues'; choose from guess_labels"),
         ({"providers": ("jax",)}, "--providers: unknown 'jax'"),
-        ({"providers": ("triton",)}, "there is no GPU here"),
+        ({"providers": ("triton",)}, "--providers triton needs a GPU"),
         ({"sizes": ("huge",)}, "--sizes: unknown 'huge'"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )
-def test_mistakes(options, message, tmp_path, monkeypatch):
+def test_invalid_options(options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
-        kernels.main(kernels.KernelsOptions(out=tmp_path / "rows.jsonl", **options))
+        kernels.main(kernels.KernelsOptions(out=tmp_path / "records.jsonl", **options))
