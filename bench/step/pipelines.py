@@ -1,8 +1,8 @@
 """`remixmatch bench pipelines`: strong views per second: DALI, the fused kernel, PIL, torchvision and others.
 
-One call of a backend makes `batches` batches of views, from none pending to none pending, so that no backend works
-in the background of another's time; what can be made ahead within a call is. Numbers are drawn before (ours) or on the
-way (theirs). Every row stands beside a single process of PIL in the same run.
+One call of a backend makes `batches` batches of views and starts and ends with none pending, so that no backend works
+in the background while another is timed; within a call, backends prefetch. The engine's random numbers are drawn before
+the call, those of the other libraries within it. Every run includes a single process of PIL for comparison.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from bench.registry import Bench, Table, quartiles
+from bench.registry import Bench, Record, Table, quartiles
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
@@ -36,14 +36,14 @@ _LOADER_BATCH = 64
 
 @dataclass(frozen=True)
 class Task:
-    """What a backend has to make.
+    """Views that a backend has to make.
 
     Attributes:
         images: (2048, side, side, 3) uint8.
-        plans: one a batch, of strong views only.
-        device: where they are wanted.
-        threads: CPU threads or processes that a backend of several may have.
-        closing: closed at the end, for a backend's threads and processes.
+        plans: One per batch, of strong views only.
+        device: Target device of the views.
+        threads: Number of CPU threads or processes a parallel backend may use.
+        closing: Closed at the end; backends register their threads and processes here.
     """
 
     images: np.ndarray
@@ -53,16 +53,16 @@ class Task:
     closing: ExitStack = field(default_factory=ExitStack)
 
     @property
-    def rows(self) -> int:
-        """Views a batch."""
+    def batch(self) -> int:
+        """Views per batch."""
         return len(self.plans[0].image)
 
 
-Backend = tuple[Callable[[], Any], str]  # makes every batch of a task and waits for the last; and what it is, in words
+Backend = tuple[Callable[[], Any], str]  # A function that makes every batch of a task and waits, and a description.
 
 
 def make_task(rows: int, side: int, batches: int, device: torch.device, threads: int) -> Task:
-    """Plans of the strong views of unlabeled images, as a training step has them."""
+    """Return a task whose plans are those of a training step's strong views of unlabeled images."""
     spec = PlanSpec(rows // K, K, IMAGES, IMAGES, MAX_SHIFT, flip=True)
     strong = np.arange(2 * spec.batch, (K + 2) * spec.batch)
     weights = ctaugment.initial_weights()
@@ -71,18 +71,18 @@ def make_task(rows: int, side: int, batches: int, device: torch.device, threads:
 
 
 def pil(task: Task) -> Backend:
-    """The same CTAugment plans, view by view in this process."""
+    """Make the same CTAugment views with PIL, one at a time in this process."""
 
     def run() -> None:
         for plan in task.plans:
-            rows = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.center, strict=True)
-            np.stack([pil_view(task.images[image], *numbers) for image, *numbers in rows])
+            views = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.center, strict=True)
+            np.stack([pil_view(task.images[image], *parameters) for image, *parameters in views])
 
     return run, "CTAugment, PIL, one process"
 
 
 def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
-    """A pipeline with prepare, submit, collect and close, kept as full as it lets itself be."""
+    """Keep a pipeline that has prepare, submit, collect and close filled to its prefetch depth."""
 
     def run() -> None:
         for plan in task.plans[:prefetch]:
@@ -100,23 +100,23 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
 def _dali(task: Task, threads: int) -> Backend:
     from pipelines.dali import DaliViews
 
-    every = np.arange(len(task.images))  # All images are labeled, and unlabeled ones as well.
-    pipeline = DaliViews(task.images, every, every, task.rows, MAX_SHIFT, threads, prefetch=2)
+    every = np.arange(len(task.images))  # Every image is both labeled and unlabeled.
+    pipeline = DaliViews(task.images, every, every, task.batch, MAX_SHIFT, threads, prefetch=2)
     return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
 
 
 def fused(task: Task) -> Backend:
-    """All of a view in one kernel, from images that lie on the device; on a CPU its twin."""
+    """Make each view in one fused kernel from images on the device; on a CPU, with its PyTorch reference."""
     from pipelines.fused import FusedViews
 
     every = np.arange(len(task.images))
     device = "gpu" if task.device.type == "cuda" else "cpu"
-    pipeline = FusedViews(task.images, every, every, task.rows, MAX_SHIFT, device, task.device.index or 0, prefetch=2)
+    pipeline = FusedViews(task.images, every, every, task.batch, MAX_SHIFT, device, task.device.index or 0, prefetch=2)
     return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
 
 
 def randaugment(side: int) -> v2.Compose:
-    """Weak, then two operations drawn anew for every image: PIL image to (3, side, side) uint8."""
+    """Return a weak augmentation followed by two random operations per image: PIL image to (3, side, side) uint8."""
     return v2.Compose([
         v2.RandomCrop(side, padding=MAX_SHIFT, padding_mode="reflect"),
         v2.RandomHorizontalFlip(),
@@ -126,7 +126,7 @@ def randaugment(side: int) -> v2.Compose:
 
 
 class StrongViews(Dataset):
-    """One view an item: torchvision's RandAugment of a PIL image."""
+    """Data set whose items are views by torchvision's RandAugment of PIL images."""
 
     def __init__(self, images: np.ndarray, length: int) -> None:
         self.images, self.length = images, length
@@ -140,10 +140,10 @@ class StrongViews(Dataset):
 
 
 def torchvision(task: Task) -> Backend:
-    """What most would write: a DataLoader with a worker a core, its batches copied to the device."""
+    """Make views the common way: in a DataLoader with a worker per core, with batches copied to the device."""
     loader = DataLoader(
-        StrongViews(task.images, task.rows * len(task.plans)),
-        batch_size=min(_LOADER_BATCH, task.rows),
+        StrongViews(task.images, task.batch * len(task.plans)),
+        batch_size=min(_LOADER_BATCH, task.batch),
         num_workers=task.threads,
         persistent_workers=True,
         pin_memory=task.device.type == "cuda",
@@ -153,24 +153,24 @@ def torchvision(task: Task) -> Backend:
         for batch in loader:
             batch.to(task.device, non_blocking=True)
 
-    # Workers end with the loader, and the loader with `run`.
+    # The workers live as long as the loader, which `run` holds.
     return run, f"RandAugment of torchvision v2, PIL in a DataLoader of {task.threads} workers"
 
 
 def _on_tensors(task: Task, transform: Callable[[torch.Tensor], Any], what: str) -> Backend:
-    """A library that works on float batches on the device, where the images lie."""
+    """Apply a transform of float batches to images on the device."""
     images = torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().to(task.device)
-    rows = [torch.from_numpy(plan.image).to(task.device) for plan in task.plans]
+    batches = [torch.from_numpy(plan.image).to(task.device) for plan in task.plans]
 
     def run() -> None:
-        for chosen in rows:
-            transform(images[chosen].float() / 255)
+        for indices in batches:
+            transform(images[indices].float() / 255)
 
     return run, what
 
 
 def kornia(task: Task) -> Backend:
-    """Kornia's crop, flip and RandAugment, which draws its two operations for the batch, not for an image."""
+    """Use kornia's crop, flip and RandAugment, which draws its two operations per batch, not per image."""
     from kornia import augmentation as k
 
     transform = k.AugmentationSequential(
@@ -182,14 +182,14 @@ def kornia(task: Task) -> Backend:
 
 
 def triton_augment(task: Task) -> Backend:
-    """Its one fused chain, the same operations for every image: no equalize, autocontrast, filters or cutout."""
+    """Use triton-augment's fixed chain, which has no equalize, autocontrast, filters or cutout."""
     from triton_augment import TritonFusedAugment
 
     transform = TritonFusedAugment(
         horizontal_flip_p=0.5, degrees=45, translate=(0.3, 0.3), scale=(0.5, 1.0), shear=17, brightness=(0.1, 2.0),
         contrast=(0.1, 2.0), saturation=(0.1, 2.0),
     )  # fmt: skip
-    return _on_tensors(task, transform, "affine, flip and colour jitter of triton-augment in one launch, on the GPU")
+    return _on_tensors(task, transform, "affine, flip and color jitter of triton-augment in one launch, on the GPU")
 
 
 BACKENDS: dict[str, Callable[[Task], Backend]] = {
@@ -206,29 +206,29 @@ NEED_GPU = ("triton-augment",)
 
 @dataclass
 class PipelinesOptions:
-    """Times what makes strong views: ours, and what a user would take instead."""
+    """Time the engine's view pipelines and alternatives from other libraries."""
 
     out: Path = records.OUT / "pipelines.jsonl"
-    """Rows are added to this file."""
+    """File to append the records to."""
     repeats: int = 5
-    """Samples of each; the median counts."""
+    """Samples per backend; the median is reported."""
     backends: tuple[str, ...] = tuple(BACKENDS)
-    """Backends to time; pil is always there, for the ratio."""
+    """Backends to time; pil is always included, as the baseline."""
     rows: int = 512
-    """Views a batch, a multiple of 8: 512 are the strong views of a step with B = 64 and K = 8."""
+    """Views per batch, a multiple of 8; 512 is a step's strong views of unlabeled images at B = 64 and K = 8."""
     side: int = 32
     """Height and width of the images."""
     batches: int | None = None
-    """Batches a sample; by default 8 with a GPU and 2 without."""
+    """Batches per sample; by default 8 with a GPU and 2 without."""
     threads: int = len(os.sched_getaffinity(0))
-    """CPU threads or worker processes of backends that have several; by default all cores."""
+    """CPU threads or worker processes of parallel backends; by default all cores."""
 
 
 def main(options: PipelinesOptions) -> None:
-    """Times every backend that is here, in turn.
+    """Time every installed backend, with their samples interleaved.
 
     Raises:
-        UserError: a flag that cannot work.
+        UserError: A flag is invalid.
     """
     records.check_choices(options, backends=BACKENDS)
     records.check_numbers(options, repeats=1, rows=K, side=MAX_SHIFT + 1, threads=1, batches=1)
@@ -238,33 +238,33 @@ def main(options: PipelinesOptions) -> None:
     batches = options.batches or (8 if device.type == "cuda" else 2)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     runs: dict[str, Callable[[], Any]] = {}
-    words: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     failures = records.Failures()
     with task.closing:
-        # in the table's order, in which torchvision's workers are forked before other libraries start threads
+        # The order of BACKENDS matters: torchvision's workers fork before other libraries start threads.
         for name, make in BACKENDS.items():
             if name != "pil" and name not in options.backends:
                 continue
             if name in NEED_GPU and device.type != "cuda":
-                print(f"{name}: needs a GPU", flush=True)
+                print(f"{name}: skipped, needs a GPU", flush=True)
                 continue
             with failures.part(name):
                 try:
-                    run, words[name] = make(task)
+                    run, descriptions[name] = make(task)
                 except ModuleNotFoundError as error:
-                    print(f"{name}: not installed ({error.name})", flush=True)
+                    print(f"{name}: skipped, {error.name} is not installed", flush=True)
                     continue
                 begin = time.perf_counter()
                 run()
                 print(f"{name}: first call {time.perf_counter() - begin:.2f} s", flush=True)
                 runs[name] = run
         times = measure(runs, device, options.repeats, warm_up=1)
-    views = task.rows * batches
+    views = task.batch * batches
     floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
     print(ceilings(device).text())
     print(f"roofline bound: {1 / floor:.4g} views/s, each read once and written once at copy bandwidth")
     for name, t in times.items():
-        case = {"backend": name, "what": words[name], "rows": task.rows, "side": options.side}
+        case = {"backend": name, "what": descriptions[name], "rows": task.batch, "side": options.side}
         case |= {"batches": batches, "threads": options.threads}
         speeds = quartiles("views_per_second", views / np.array(t.samples))
         speeds |= {"ratio_to_pil": times["pil"].seconds / t.seconds, "floor_views_per_second": 1 / floor}
@@ -273,16 +273,18 @@ def main(options: PipelinesOptions) -> None:
     failures.finish()
 
 
-def _chart(axes: Any, rows: Mapping[str, Sequence[records.Row]]) -> None:
-    # points, since a bar on a logarithmic scale has no foot
-    for row in sorted(rows["pipelines"], key=lambda row: row["views_per_second"]):
-        axes.plot(row["views_per_second"], row["backend"], "o", color="tab:blue")
-        at = (row["views_per_second"], row["backend"])
-        axes.annotate(f"{row['views_per_second']:,.0f}", at, (8, -3), textcoords="offset points", fontsize="small")
+def _chart(axes: Any, kinds: Mapping[str, Sequence[Record]]) -> None:
+    # Points instead of bars, which have no zero on a logarithmic axis.
+    for record in sorted(kinds["pipelines"], key=lambda record: record["views_per_second"]):
+        point = (record["views_per_second"], record["backend"])
+        axes.plot(*point, "o", color="tab:blue")
+        axes.annotate(
+            f"{record['views_per_second']:,.0f}", point, (8, -3), textcoords="offset points", fontsize="small"
+        )
     axes.set_xscale("log")
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)
-    axes.set_xlabel("strong views a second")
+    axes.set_xlabel("strong views/s")
 
 
 BENCH = Bench(
@@ -295,11 +297,11 @@ BENCH = Bench(
             key=("backend", "rows", "side"),
             columns={
                 "backend": "{backend}",
-                "what": "{what}",
+                "description": "{what}",
                 "views/s": "{views_per_second:,.0f}",
                 "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
-                "times PIL": "{ratio_to_pil:.2f}",
-                "share of copy": "{share_of_copy:.2%}",
+                "speedup over PIL": "{ratio_to_pil:.2f}",
+                "share of copy bandwidth": "{share_of_copy:.2%}",
             },
         ),
     },

@@ -1,4 +1,4 @@
-"""The host bench: every part of every case timed, sums that agree, the policy fed as a run feeds it."""
+"""The host bench: parts add up to totals, and probes reach the policy as in a run."""
 
 import itertools
 
@@ -14,32 +14,32 @@ from pipelines.plan import make_plan
 TINY = dict(repeats=2, k=(1, 3), batch=(4, 6), steps=2, lag=3)
 
 
-def test_a_row_a_case_with_its_parts(tmp_path, capsys):
+def test_writes_a_record_per_case_with_its_parts(tmp_path, capsys):
     out = tmp_path / "host.jsonl"
     host.main(host.HostOptions(out=out, **(TINY | dict(repeats=1))))
-    rows = records.read(out)
-    assert [(row["k"], row["batch"]) for row in rows] == [(1, 4), (3, 4), (1, 6), (3, 6)]
-    printed = capsys.readouterr().out
-    for row in rows:
-        assert row["bench"] == "host" and row["lag"] == 3 and row["pinned"] == torch.cuda.is_available()
-        assert row["device"].startswith("CPU")
-        parts = {part: row[f"{part}_us"] for part in ("plan", "rows", "views", "policy", "to_device")}
+    written = records.read(out)
+    assert [(record["k"], record["batch"]) for record in written] == [(1, 4), (3, 4), (1, 6), (3, 6)]
+    output = capsys.readouterr().out
+    for record in written:
+        assert record["bench"] == "host" and record["lag"] == 3 and record["pinned"] == torch.cuda.is_available()
+        assert record["device"].startswith("CPU")
+        parts = {part: record[f"{part}_us"] for part in ("plan", "rows", "views", "policy", "to_device")}
         assert all(microseconds > 0 for microseconds in parts.values())
-        assert row["planner_us"] == pytest.approx(parts["plan"] + parts["rows"] + parts["views"])
-        assert row["main_us"] == pytest.approx(parts["policy"] + parts["to_device"])
-        assert row["total_us"] == pytest.approx(row["planner_us"] + row["main_us"])
-        assert f"K: {row['k']}; B: {row['batch']}; plan, us: {row['plan_us']:.0f}; " in printed
-    assert host.BENCH.tables["host"].markdown(rows).count("\n") == 2 + len(rows) + 1
+        assert record["planner_us"] == pytest.approx(parts["plan"] + parts["rows"] + parts["views"])
+        assert record["main_us"] == pytest.approx(parts["policy"] + parts["to_device"])
+        assert record["total_us"] == pytest.approx(record["planner_us"] + record["main_us"])
+        assert f"K: {record['k']}; B: {record['batch']}; plan, us: {record['plan_us']:.0f}; " in output
+    assert host.BENCH.tables["host"].markdown(written).count("\n") == 2 + len(written) + 1
 
 
-def test_quartiles_enclose_the_median(tmp_path):
+def test_median_lies_between_the_quartiles(tmp_path):
     out = tmp_path / "host.jsonl"
     host.main(host.HostOptions(out=out, **TINY))
-    for row in records.read(out):
-        assert row["total_us_low"] < row["total_us"] < row["total_us_high"]
+    for record in records.read(out):
+        assert record["total_us_low"] < record["total_us"] < record["total_us_high"]
 
 
-def test_plans_are_made_with_the_weights_that_probes_have_moved(monkeypatch):
+def test_plans_use_the_weights_updated_by_probes(monkeypatch):
     observed, planned = [], []
 
     class Watched(CTAugmentPolicy):
@@ -60,7 +60,7 @@ def test_plans_are_made_with_the_weights_that_probes_have_moved(monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["repeats", "k", "batch", "steps", "lag"])
-def test_flags_that_cannot_work(flag, tmp_path):
-    wrong = (0,) if flag in ("k", "batch") else 0
+def test_invalid_flags(flag, tmp_path):
+    invalid = (0,) if flag in ("k", "batch") else 0
     with pytest.raises(UserError, match=f"--{flag} must be at least 1, got 0"):
-        host.main(host.HostOptions(out=tmp_path / "host.jsonl", **(TINY | {flag: wrong})))
+        host.main(host.HostOptions(out=tmp_path / "host.jsonl", **(TINY | {flag: invalid})))

@@ -1,4 +1,4 @@
-"""The pipelines bench: what is here is timed beside PIL, what is not is said."""
+"""The pipelines bench: installed backends are compared with PIL, missing ones are reported."""
 
 import sys
 import types
@@ -22,30 +22,30 @@ def bench(tmp_path, *backends, **changes):
     return records.read(out)
 
 
-def test_views_a_second_stand_beside_pil(tmp_path, monkeypatch, capsys):
+def test_backends_are_compared_with_pil(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kornia", None)
     pytest.importorskip("nvidia.dali")
-    rows = bench(tmp_path, "torchvision", "dali-cpu-1", "kornia")
-    assert [row["backend"] for row in rows] == ["pil", "torchvision", "dali-cpu-1"]
-    assert rows[0]["ratio_to_pil"] == 1
-    for row in rows:
-        assert row["ratio_to_pil"] == pytest.approx(row["views_per_second"] / rows[0]["views_per_second"])
-        assert row["share_of_copy"] == pytest.approx(row["views_per_second"] * 2 * 3 * 16 * 16 / 1e10)
-        assert row["views_per_second_low"] <= row["views_per_second"] <= row["views_per_second_high"]
-    assert "kornia: not installed" in capsys.readouterr().out
+    written = bench(tmp_path, "torchvision", "dali-cpu-1", "kornia")
+    assert [record["backend"] for record in written] == ["pil", "torchvision", "dali-cpu-1"]
+    assert written[0]["ratio_to_pil"] == 1
+    for record in written:
+        assert record["ratio_to_pil"] == pytest.approx(record["views_per_second"] / written[0]["views_per_second"])
+        assert record["share_of_copy"] == pytest.approx(record["views_per_second"] * 2 * 3 * 16 * 16 / 1e10)
+        assert record["views_per_second_low"] <= record["views_per_second"] <= record["views_per_second_high"]
+    assert "kornia: skipped, kornia is not installed" in capsys.readouterr().out
 
 
-def test_a_plan_is_of_strong_views_only():
+def test_plans_contain_only_strong_views():
     task = pipelines.make_task(64, 16, 2, torch.device("cpu"), 1)
-    assert task.rows == 64 and len(task.plans) == 2
+    assert task.batch == 64 and len(task.plans) == 2
     for plan in task.plans:
         assert not plan.labeled.any()
-        # identity is one of 19 transformations: hardly a row has it twice
+        # Identity is one of 19 transformations, so few views draw it twice.
         assert ((plan.ops != ctaugment.IDENTITY).any(axis=1)).mean() > 0.9
 
 
-def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
-    from pipelines.dali import DaliViews  # needs DALI, which the bench and its other tests do not
+def test_a_call_makes_every_batch(tmp_path, monkeypatch):
+    from pipelines.dali import DaliViews  # Imported here: only this test requires DALI.
 
     made = []
 
@@ -59,26 +59,26 @@ def test_a_pipeline_makes_every_batch_of_a_call(tmp_path, monkeypatch):
             return views
 
     monkeypatch.setitem(sys.modules, "pipelines.fused", types.SimpleNamespace(FusedViews=Counting))
-    rows = bench(tmp_path, "fused")
-    assert [row["backend"] for row in rows] == ["pil", "fused"]
+    written = bench(tmp_path, "fused")
+    assert [record["backend"] for record in written] == ["pil", "fused"]
     calls = len(made) // TINY["batches"]
-    assert len(made) == calls * TINY["batches"] and calls >= 3  # the first look, warm-up, one sample
+    assert len(made) == calls * TINY["batches"] and calls >= 3  # First call, warm-up, one sample.
     for first, again in zip(made, made[TINY["batches"] :], strict=False):
         assert np.array_equal(first, again)
 
 
-def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_skipped_and_broken_ones_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pipelines.fused", None)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "pipelines.dali", raising=False)
-    broken = types.SimpleNamespace(FusedViews=None)  # is no class to call
-    assert [row["backend"] for row in bench(tmp_path, "fused", "dali-cpu-1")] == ["pil"]
-    printed = capsys.readouterr().out
-    assert "fused: not installed" in printed and "dali-cpu-1: not installed" in printed
+    broken = types.SimpleNamespace(FusedViews=None)  # Not callable.
+    assert [record["backend"] for record in bench(tmp_path, "fused", "dali-cpu-1")] == ["pil"]
+    output = capsys.readouterr().out
+    assert "fused: skipped, pipelines.fused is not installed" in output and "dali-cpu-1: skipped, " in output
     monkeypatch.setitem(sys.modules, "pipelines.fused", broken)
     with pytest.raises(SystemExit, match="failed: fused"):
         bench(tmp_path, "fused")
-    assert [row["backend"] for row in records.read(tmp_path / "pipelines.jsonl")] == ["pil", "pil"]
+    assert [record["backend"] for record in records.read(tmp_path / "pipelines.jsonl")] == ["pil", "pil"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_absent_packages_are_not_failures_and_failing_ones_are(tmp_path, monkeyp
         ({"repeats": 0}, "--repeats must be at least 1"),
     ],
 )
-def test_mistakes(options, message, tmp_path):
+def test_invalid_options(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         bench(tmp_path, "pil", **options)
     with pytest.raises(UserError, match="--backends: unknown 'dali'"):
