@@ -1,10 +1,10 @@
 """`remixmatch bench variants`: the captured step with each optimization toggled (interleaved), plus a profile.
 
-A variant is the same step with one decision taken otherwise: an option of Inductor, passes on one stream, an input of
-eight channels, cuDNN's own choice; or the step of an earlier checkout (`--before FOLDER`). Each is compiled in a
-process of its own, some at once, and then all take turns, sample by sample, with nothing else on the device: figures
-are medians, and the ratio to the baseline the median over rounds. Then the baseline is profiled: time by kind
-of kernel, and gaps in which the device does nothing.
+A variant is the same step with one setting changed (Inductor options, a single stream, 8 input channels, cuDNN's
+heuristic), or the step of an earlier checkout (`--before FOLDER`). Each variant is compiled in its own process, several
+at a time. Then their samples are interleaved, with nothing else running on the device. A record has the median time and
+the median over rounds of the ratio to the baseline. Finally the baseline is profiled: time by kind of kernel, and gaps
+in which the device is idle.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from engine.measuring.timing import bench_device
 from engine.measuring.trace import by_kind
 from engine.training.execution import INDUCTOR
 
-WORKER = "engine/measuring/step_worker.py"  # of a checkout
+WORKER = "engine/measuring/step_worker.py"  # Path in a checkout.
 BASELINE, BEFORE = "baseline", "before"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A step with something changed: see `StepWorker`."""
+    """Changes to the baseline step; see `StepWorker`."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     execution: Mapping[str, Any] = field(default_factory=dict)
@@ -61,26 +61,26 @@ VARIANTS = {
 
 @dataclass
 class VariantsOptions:
-    """Times the captured step with each decision taken otherwise, in turns."""
+    """Time the captured step with each optimization toggled, then profile it."""
 
     out: Path = records.OUT / "variants.jsonl"
-    """Rows are added to this file, those of the profile to replay.jsonl beside it."""
+    """File to append the records to; those of the profile go to replay.jsonl in the same folder."""
     before: Path | None = None
-    """A checkout of an earlier version, whose step takes turns with the others."""
+    """Checkout of an earlier version to time alongside the variants."""
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Which variants; the baseline is always among them."""
+    """Variants to time; the baseline is always included."""
     k: int = 8
-    """Strong views of an unlabeled image."""
+    """Strong views per unlabeled image."""
     batch: int = 0
-    """B; by default 64 with a GPU, and small without."""
+    """B; by default 64 with a GPU, and that of digits-40 without."""
     repeats: int = 15
-    """Rounds."""
+    """Samples per variant; the median is reported."""
     steps: int = 20
-    """Steps a sample."""
+    """Steps per sample."""
     at_once: int = max(len(os.sched_getaffinity(0)) // 2, 1)
-    """Variants that are compiled at the same time; by default half as many as there are cores."""
+    """Variants to compile at the same time; by default half the number of cores."""
     profile: int = 3
-    """Steps that are profiled; 0 for none."""
+    """Steps to profile; 0 to skip the profile."""
 
 
 def _worker(variant: Variant, config: Mapping[str, Any]) -> StepWorker:
@@ -88,38 +88,38 @@ def _worker(variant: Variant, config: Mapping[str, Any]) -> StepWorker:
 
 
 def main(options: VariantsOptions) -> None:
-    """Times the variants, profiles the baseline, and adds rows.
+    """Time the variants, profile the baseline and write records.
 
     Raises:
-        UserError: a flag that cannot work.
+        UserError: A flag is invalid.
     """
     records.check_numbers(options, k=1, repeats=1, steps=1, at_once=1)
     records.check_choices(options, variants=VARIANTS)
     device = bench_device()
-    wanted = {BASELINE: VARIANTS[BASELINE]}
+    variants = {BASELINE: VARIANTS[BASELINE]}
     if options.before:
         if not (options.before / WORKER).exists():
-            raise UserError(f"--before {options.before} is no checkout that can be timed: there is no {WORKER} in it")
-        wanted[BEFORE] = Variant(checkout=options.before.resolve())
-    wanted |= {name: VARIANTS[name] for name in options.variants}
+            raise UserError(f"--before {options.before} is not a checkout that can be timed: it has no {WORKER}")
+        variants[BEFORE] = Variant(checkout=options.before.resolve())
+    variants |= {name: VARIANTS[name] for name in options.variants}
     cuda = device.type == "cuda"
     config = dataclasses.asdict(base_config("", cuda)) | {"k": options.k, "mode": "graph" if cuda else "eager"}
     if options.batch:
         config["batch"] = options.batch
     failures = records.Failures()
-    with _started(wanted, config, options.at_once, failures) as processes:
-        samples = take_turns(processes, options.repeats, options.steps)
+    with _started(variants, config, options.at_once, failures) as workers:
+        samples = take_turns(workers, options.repeats, options.steps)
         case = {"k": options.k, "batch": options.batch or (64 if device.type == "cuda" else 0)}
         for name, times in samples.items():
-            row = quartiles("step_ms", 1e3 * np.array(times)) | {
+            fields = quartiles("step_ms", 1e3 * np.array(times)) | {
                 "ratio": median(np.divide(times, samples[BASELINE]).tolist()),
-                "peak_memory_mib": processes[name].ask("memory"),
+                "peak_memory_mib": workers[name].ask("memory"),
             }
-            BENCH.write(options.out, "variants", device, **case, variant=name, **row)
+            BENCH.write(options.out, "variants", device, **case, variant=name, **fields)
         if options.profile:
-            events = processes[BASELINE].ask(f"profile {options.profile}")
-            for kind, figures in by_kind(events, options.profile).items():
-                BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **figures)
+            events = workers[BASELINE].ask(f"profile {options.profile}")
+            for kind, metrics in by_kind(events, options.profile).items():
+                BENCH.write(options.out.with_name("replay.jsonl"), "replay", device, **case, kind=kind, **metrics)
     failures.finish()
 
 
@@ -127,27 +127,27 @@ def main(options: VariantsOptions) -> None:
 def _started(
     variants: Mapping[str, Variant], config: Mapping[str, Any], at_once: int, failures: records.Failures
 ) -> Iterator[dict[str, StepWorker]]:
-    """Starts variants, some at a time, and gives those that are ready."""
+    """Start the variants, `at_once` at a time, yield those that compiled, and end all of them on exit."""
     ready: dict[str, StepWorker] = {}
-    with ExitStack() as ending:
+    with ExitStack() as closing:
         names = list(variants)
         for first in range(0, len(names), at_once):
             group = {name: _worker(variants[name], config) for name in names[first : first + at_once]}
-            for process in group.values():
-                ending.callback(process.end)
-            for name, process in group.items():
+            for worker in group.values():
+                closing.callback(worker.end)
+            for name, worker in group.items():
                 with failures.part(name):
-                    process.ready()
-                    ready[name] = process
+                    worker.ready()
+                    ready[name] = worker
         if BASELINE not in ready:
-            raise RuntimeError("the baseline does not run")
+            raise RuntimeError("the baseline variant failed; its error is above")
         yield ready
 
 
 BENCH = Bench(
     options=VariantsOptions,
     main=main,
-    quick=None,  # Eight processes train, one after another.
+    quick=None,  # It compiles nine variants, each in its own process.
     tables={
         "variants": Table(
             key=("k", "batch", "variant"),
@@ -157,7 +157,7 @@ BENCH = Bench(
                 "variant": "{variant}",
                 "step, ms": "{step_ms:.3f}",
                 "quartiles": "{step_ms_low:.3f} to {step_ms_high:.3f}",
-                "times as long as it is": "{ratio:.3f}",
+                "relative to baseline": "{ratio:.3f}",
                 "memory, MiB": "{peak_memory_mib:.0f}",
             },
         ),
@@ -167,9 +167,9 @@ BENCH = Bench(
                 "K": "{k}",
                 "B": "{batch}",
                 "kind": "{kind}",
-                "ms a step": "{ms:.3f}",
+                "ms per step": "{ms:.3f}",
                 "share": "{share:.1%}",
-                "kernels": "{kernels:.0f}",
+                "kernels per step": "{kernels:.0f}",
             },
         ),
     },

@@ -1,4 +1,4 @@
-"""`remixmatch bench count`: what a GPU's compiled step launches, against its budget, and what is made of counts."""
+"""`remixmatch bench count`: launches of the compiled step compared with the budget, predictions and records."""
 
 import dataclasses
 import json
@@ -26,10 +26,10 @@ CASE = {"preset": "cifar10-250", "k": 8, "batch": 64, "target": "sm_90", "precis
 @pytest.mark.compiler
 @pytest.mark.parametrize("k", [8, pytest.param(1, marks=pytest.mark.long)])
 def test_the_step_is_within_its_budget(k):
-    """More launches or bytes are a change of `bench/budget.json`, made by `bench count --budget FILE --update`."""
+    """If a change of the counts is intended, update `bench/budget.json` with `bench count --budget FILE --update`."""
     budget = json.loads(BUDGET.read_text())
     if budget["torch"] != torch.__version__.split("+")[0]:
-        pytest.skip(f"the budget is torch {budget['torch']}'s, this is {torch.__version__}")
+        pytest.skip(f"the budget is for torch {budget['torch']}, installed is {torch.__version__}")
     config = dataclasses.replace(preset("cifar10-250"), k=k, precision="bf16")
     counted = count.count(config, "sm_90", (32, 10)).by_part()
     assert count.compare_budget(BUDGET, CASE | {"k": k}, counted) == []
@@ -43,29 +43,29 @@ def test_the_step_is_within_its_budget(k):
 
 
 @pytest.mark.compiler
-def test_counts_are_repeated_exactly_and_notice_an_option(tmp_path):
+def test_counts_are_reproducible_and_depend_on_inductor_options(tmp_path):
     config = dataclasses.replace(
         preset("digits-40"), k=1, batch=8, scales=1, width=16, precision="bf16", lag=16, view_steps=1
     )
     one, other = (count.count(config, "sm_80", (16, 10)) for _ in range(2))
     assert one == other
-    # by hand: 8 labeled, 16 unlabeled pool rows, u_1 and its rotation, in a network of one block of width 16
+    # By hand: a pool of 8 labeled and 16 unlabeled views, 8 u_1, 8 rotated u_1; a network with one block of width 16.
     convolutions = [launch for launch in one.launches if launch.part == "forward" and launch.kind == "library"]
-    rows, pixels = 40, 256
-    each = [2 * rows * pixels * 9 * inputs * 16 for inputs in (3, 16, 16)]
-    assert [launch.flops for launch in convolutions] == [*each, 2 * rows * 16 * 10, 2 * rows * 16 * 4]
-    first = 2 * (rows * pixels * (3 + 16) + 9 * 3 * 16)
-    assert convolutions[0].bytes == first, "rows and weights read, result written, in bf16"
-    compiled = sum(one.bytes for one in one.launches if one.kind != "operator")
-    assert compiled == pytest.approx(one.graph_bytes, rel=0.01), "as Inductor counts whole graphs"
+    images, pixels = 40, 256
+    each = [2 * images * pixels * 9 * inputs * 16 for inputs in (3, 16, 16)]
+    assert [launch.flops for launch in convolutions] == [*each, 2 * images * 16 * 10, 2 * images * 16 * 4]
+    first = 2 * (images * pixels * (3 + 16) + 9 * 3 * 16)
+    assert convolutions[0].bytes == first, "images and weights read, result written, in bf16"
+    compiled = sum(launch.bytes for launch in one.launches if launch.kind != "operator")
+    assert compiled == pytest.approx(one.graph_bytes, rel=0.01), "the total differs from Inductor's own"
     path = tmp_path / "budget.json"
     case = CASE | {"preset": "digits-40", "k": 1, "target": "sm_80"}
     count.write_budget(path, case, one.by_part())
     assert count.compare_budget(path, case, other.by_part()) == []
     changed = count.count(config, "sm_80", (16, 10), {"combo_kernels": False})
-    said = count.compare_budget(path, case, changed.by_part())
+    lines = count.compare_budget(path, case, changed.by_part())
     assert len(changed.launches) > len(one.launches)
-    assert any("forward: triton" in line for line in said) and "--update" in said[-1]
+    assert any("forward: triton" in line for line in lines) and "--update" in lines[-1]
 
 
 @pytest.mark.compiler
@@ -79,7 +79,7 @@ def test_generated_kernels_are_compiled_for_the_target():
         assert tried and all(0 < one["registers"] <= 255 and one["spilled_bytes"] >= 0 for one in tried)
 
 
-def test_parts_add_up_and_the_least_is_what_convolutions_move():
+def test_parts_add_up_and_least_bytes_are_those_of_library_calls():
     by_part = Count(LAUNCHES).by_part()
     assert list(by_part) == ["assemble", "forward", "backward", "update"]
     assert by_part["forward"] == {
@@ -88,16 +88,16 @@ def test_parts_add_up_and_the_least_is_what_convolutions_move():
     assert by_part["update"]["operator"] == 1 and by_part["update"]["least_bytes"] == 700
 
 
-def test_a_prediction_is_bytes_or_operations_and_a_constant_a_launch():
+def test_a_prediction_is_the_larger_of_bytes_and_operations_plus_a_constant_per_launch():
     device = count.Device("made up", copy_bytes_per_second=1e9, matmul_flops_per_second=1e13, source="")
-    # at a share of a half the convolutions' operations take 1.8 and 3.6 us, their bytes 2 and 5
+    # At a share of 0.5 the convolutions' operations take 1.8 and 3.6 us, their bytes 2 and 5 us.
     expected = (0.3 + 4 + 2 + 5 + 1 + 0.7) * 1e-6 + 6 * 2e-6
     assert Count(LAUNCHES).seconds(device, 0.5, 2e-6) == pytest.approx(expected)
     slower = expected + (9 - 2 + 18 - 5) * 1e-6
     assert Count(LAUNCHES).seconds(device, 0.1, 2e-6) == pytest.approx(slower)
 
 
-def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
+def test_writes_records_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
     seen = []
 
     def counted(config, target, images, inductor=None, cubins=False):
@@ -109,9 +109,9 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
     out, budget = tmp_path / "count.jsonl", tmp_path / "budget.json"
     count.main(CountOptions(out=out, k=(1, 4), batch=32, target="sm_90", budget=budget, update=True, cubins=True))
     assert seen == [(1, 32, "sm_90", (32, 10), True), (4, 32, "sm_90", (32, 10), True)]
-    said = capsys.readouterr().out
-    assert "predicted, not measured, for H100" in said and "launches: 6; " in said
-    assert "most registers: 90, one\nkernels with a configuration that spills: 1\n  one\n" in said
+    printed = capsys.readouterr().out
+    assert "predicted, not measured, for H100" in printed and "launches: 6; " in printed
+    assert "most registers: 90, one\nkernels with a configuration that spills: 1\n  one\n" in printed
     first, second = records.read(out)
     assert (first["k"], second["k"], first["launches"], first["bytes"]) == (1, 4, 6, 13000)
     assert first["predicted_ms_h100"] > 0 and first["predicted_ms_h200"] > 0
@@ -125,40 +125,40 @@ def test_a_row_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (dict(preset="cifar"), "unknown preset 'cifar'"),
-        (dict(preset="folder"), "give --side and --classes"),
+        (dict(preset="folder"), "use --side and --classes"),
         (dict(conv_share=0.0), "--conv-share must be more than 0"),
         (dict(launch_us=-0.5), "--launch-us must be at least 0"),
-        (dict(update=True), "--update needs --budget"),
+        (dict(update=True), "--update requires --budget"),
         (dict(k=(0,)), "--k must be at least 1"),
     ],
 )
-def test_what_cannot_be_counted(options, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_options(options, message):
+    with pytest.raises(UserError, match=message):
         count.main(CountOptions(**options))
 
 
-def test_without_a_compiler(tmp_path, monkeypatch):
+def test_a_compiler_is_required(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.emulator.run.ROOT", tmp_path)
     monkeypatch.setattr("bench.emulator.run.compiler", lambda: None)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler"):
         count.count(preset("digits-40"), "sm_90", (16, 10))
 
 
-def test_without_a_checkout(tmp_path, monkeypatch):
+def test_a_checkout_is_required(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.emulator.run.HERE", tmp_path)
     with pytest.raises(UserError, match="the emulated device needs a checkout of the project"):
         count.count(preset("digits-40"), "sm_90", (16, 10))
 
 
-def test_a_broken_budget_is_one_line(tmp_path):
+def test_a_broken_budget_is_a_user_error(tmp_path):
     (tmp_path / "budget.json").write_text("{")
     with pytest.raises(UserError, match=r"budget.json is not a budget"):
         count.compare_budget(tmp_path / "budget.json", CASE, {})
 
 
-def test_every_target_names_its_devices():
+def test_every_target_has_devices():
     for name, target in TARGETS.items():
         assert name == f"sm_{target.capability}" and target.devices

@@ -1,4 +1,4 @@
-"""`bench variants` and `bench convolutions` at sizes of a CPU, and what they make of a device's answers."""
+"""The variants and convolutions benches at CPU sizes, and how they process a device's timings."""
 
 import os
 from pathlib import Path
@@ -15,12 +15,12 @@ from engine.measuring import records
 from engine.measuring.timing import Ceilings
 from engine.measuring.trace import by_kind
 
-CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="uses CPU sizes")
 
 
 @CPU
-def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsys):
-    """The earlier checkout is this one under another name, whose step says so."""
+def test_variants_and_an_earlier_checkout_are_timed(tmp_path, capsys):
+    """The earlier checkout is a copy of this one, made of symlinks."""
     before = tmp_path / "before"
     before.mkdir()
     for package in ("engine", "kernels", "pipelines", "bench"):
@@ -29,28 +29,28 @@ def test_variants_take_turns_and_an_earlier_checkout_beside_them(tmp_path, capsy
     variants.main(
         VariantsOptions(out=out, before=before, variants=("one stream",), k=1, batch=4, repeats=2, steps=1, profile=1)
     )
-    rows = records.read(out)
-    assert [row["variant"] for row in rows] == [BASELINE, "before", "one stream"]
-    assert rows[0]["ratio"] == 1 and all(row["step_ms"] > 0 and row["k"] == 1 for row in rows)
+    written = records.read(out)
+    assert [record["variant"] for record in written] == [BASELINE, "before", "one stream"]
+    assert written[0]["ratio"] == 1 and all(record["step_ms"] > 0 and record["k"] == 1 for record in written)
     replay = records.read(tmp_path / "replay.jsonl")
-    assert {"convolutions, products", "gaps"} <= {row["kind"] for row in replay}
+    assert {"convolutions, products", "gaps"} <= {record["kind"] for record in replay}
     assert "variant: one stream; step, ms: " in capsys.readouterr().out
 
 
 @CPU
-def test_a_variant_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+def test_a_failed_variant_is_listed_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     broken = variants.Variant(config={"precision": "no such"})
     monkeypatch.setattr("bench.step.variants.VARIANTS", {BASELINE: VARIANTS[BASELINE], "broken": broken})
     options = VariantsOptions(
-        out=tmp_path / "rows.jsonl", variants=("broken",), k=1, batch=4, repeats=1, steps=1, profile=0
+        out=tmp_path / "records.jsonl", variants=("broken",), k=1, batch=4, repeats=1, steps=1, profile=0
     )
     with pytest.raises(SystemExit, match="failed: broken"):
         variants.main(options)
-    assert [row["variant"] for row in records.read(options.out)] == [BASELINE]
+    assert [record["variant"] for record in records.read(options.out)] == [BASELINE]
     assert "broken: failed\n" in (said := capsys.readouterr().err) and "the step ended with exit code" in said
 
 
-def test_rounds_go_forwards_and_backwards():
+def test_rounds_alternate_their_order():
     order = []
 
     class Process:
@@ -71,7 +71,7 @@ def test_time_by_kind_counts_overlapping_kernels_and_gaps():
         return {"name": name, "begin": begin, "end": end}
 
     events = [
-        kernel("sm90_xmma_fprop_implicit_gemm", 0, 100), kernel("triton_red_fused_1", 50, 150),  # beside one another
+        kernel("sm90_xmma_fprop_implicit_gemm", 0, 100), kernel("triton_red_fused_1", 50, 150),  # They overlap.
         kernel("triton_poi_fused_2", 200, 300), kernel("Memcpy DtoD", 300, 310), kernel("strange", 310, 400),
     ]  # fmt: skip
     found = by_kind(events, steps=2)
@@ -82,49 +82,49 @@ def test_time_by_kind_counts_overlapping_kernels_and_gaps():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (dict(repeats=0), "--repeats must be at least 1"),
         (dict(at_once=0), "--at-once must be at least 1"),
         (dict(variants=("fast",)), "--variants: unknown 'fast'"),
-        (dict(before=Path("nowhere")), "--before nowhere is no checkout"),
+        (dict(before=Path("nowhere")), "--before nowhere is not a checkout"),
     ],
 )
-def test_what_cannot_be_compared(options, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_options(options, message):
+    with pytest.raises(UserError, match=message):
         variants.main(VariantsOptions(**options))
 
 
 def test_shapes_are_those_of_the_papers_network():
-    found = convolutions.shapes()
-    assert sum(found.values()) == 28 and found[Shape(3, 16, 32, 3, 1)] == 1
-    # 4 blocks a group of two convolutions; the first of a group has another input
-    assert found[Shape(32, 32, 32, 3, 1)] == 7 and found[Shape(64, 64, 16, 3, 1)] == 7
-    assert found[Shape(64, 128, 16, 3, 2)] == 1 and found[Shape(64, 128, 16, 1, 2)] == 1
+    counts = convolutions.shapes()
+    assert sum(counts.values()) == 28 and counts[Shape(3, 16, 32, 3, 1)] == 1
+    # Each group has 4 blocks of 2 convolutions; the first one's input differs.
+    assert counts[Shape(32, 32, 32, 3, 1)] == 7 and counts[Shape(64, 64, 16, 3, 1)] == 7
+    assert counts[Shape(64, 128, 16, 3, 2)] == 1 and counts[Shape(64, 128, 16, 1, 2)] == 1
 
 
-def test_every_convolution_is_timed_alone(tmp_path, monkeypatch):
+def test_every_shape_and_pass_is_timed(tmp_path, monkeypatch):
     limit = Ceilings(copy_bytes_per_second=1e10, matmul_flops_per_second=1e12)
     monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: limit)
     few = {Shape(3, 16, 32, 3, 1): 1, Shape(32, 64, 32, 1, 2): 1}
     monkeypatch.setattr("bench.step.convolutions.shapes", lambda: few)
     out = tmp_path / "convolutions.jsonl"
     convolutions.main(ConvolutionsOptions(out=out, rows=2, repeats=1, by_rule=False))
-    rows = records.read(out)
-    assert [row["pass"] for row in rows] == [*convolutions.PASSES] * 3
-    strided = rows[3]
+    written = records.read(out)
+    assert [record["pass"] for record in written] == [*convolutions.PASSES] * 3
+    strided = written[3]
     itemsize = 2 if torch.cuda.is_available() else 4
     assert strided["shape"] == "32->64 32x32, 1x1/2" and strided["flops"] == 2 * 2 * 64 * 16 * 16 * 32
     assert strided["bytes"] == itemsize * (2 * 32 * 32 * 32 + 64 * 32 + 2 * 64 * 16 * 16)
-    assert rows[6]["shape"] == "8->16 32x32, 3x3/1" and rows[6]["in_network"] == 0
-    for row in rows:
-        assert row["floor_ratio"] == pytest.approx(row["microseconds"] / row["floor_microseconds"])
+    assert written[6]["shape"] == "8->16 32x32, 3x3/1" and written[6]["in_network"] == 0
+    for record in written:
+        assert record["floor_ratio"] == pytest.approx(record["microseconds"] / record["floor_microseconds"])
     with pytest.raises(UserError, match="--rows must be at least 0"):
         convolutions.main(ConvolutionsOptions(rows=-1))
 
 
-def test_a_gpus_convolutions_are_cudnns(monkeypatch):
-    """Whose flags, as a context, switch cuDNN off by default: torch's own kernels are a hundred times as slow."""
+def test_cudnn_stays_enabled(monkeypatch):
+    """`cudnn.flags` disables cuDNN by default, and PyTorch's own kernels are a hundred times slower."""
     seen = []
 
     def measure(functions, *args, **kwargs):
@@ -137,7 +137,7 @@ def test_a_gpus_convolutions_are_cudnns(monkeypatch):
     assert seen == [(True, True, False), (True, False, False)]
 
 
-def test_a_prediction_stands_beside_its_measurement():
+def test_predictions_are_compared_with_measurements():
     count = dict(preset="cifar10-250", k=8, batch=64, predicted_ms_h100=6.0, predicted_ms_h200=5.0)
     common = dict(k=8, batch=64, device="NVIDIA H200", step_ms=7.5)
     measured = [
@@ -150,11 +150,11 @@ def test_a_prediction_stands_beside_its_measurement():
     others = [dict(count, ablate="no-rotation"), dict(count, method="mixmatch")]
     (line,) = report.predictions([count, *others], measured)
     assert line == ("K = 8, B = 64, NVIDIA H200 (variants): predicted 5.00 ms, measured 7.50 ms, 1.50 times as long")
-    of_another_k = dict(count, k=4, ablate="k=4", predicted_ms_h200=6.0)
-    assert len(report.predictions([count, *others, of_another_k], measured)) == 2
+    another_k = dict(count, k=4, ablate="k=4", predicted_ms_h200=6.0)
+    assert len(report.predictions([count, *others, another_k], measured)) == 2
 
 
-def test_environment_of_a_variant_is_its_checkout(monkeypatch):
+def test_a_variant_runs_in_its_checkout(monkeypatch):
     seen = {}
 
     class Popen:
