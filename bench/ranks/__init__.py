@@ -1,1 +1,1 @@
-"""Benches of several ranks."""
+"""Benches with several ranks."""

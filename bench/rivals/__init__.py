@@ -1,1 +1,1 @@
-"""The step of other trainers, beside the engine's."""
+"""Training steps of other implementations, for comparison with the engine."""

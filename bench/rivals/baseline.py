@@ -1,22 +1,22 @@
 """`remixmatch bench baseline`: the engine's training step against those of plain PyTorch and other libraries.
 
-Three rivals: `plain` is good everyday PyTorch (`plain.py`); `usb` and `torchssl` are the step as these libraries
-write it (`ports.py`), which have K = 2. Beside `plain` the engine trains with the same K, beside the others with
-K = 2 and with every larger K that is asked for.
+There are three rivals: `plain` is good everyday PyTorch (`plain.py`); `usb` and `torchssl` are the steps of these two
+libraries (`ports.py`), which fix K = 2. The engine is compared with `plain` at the same K, and with the others at K = 2
+and at every larger K requested.
 
-A rival and the engine take turns, sample by sample, in one process; a ratio is the median over the repeats of the ratio
-within one. A sample is so many steps with nothing pending before and nothing pending after: at its start every
-prefetched batch of a rival's DataLoader, or of the engine's view pipeline, lies ready; its end waits until workers,
-planner and view pipeline have replaced what the steps took. So none works while another is timed, and each makes as
-many batches as it trains. That is fair to a loader that prefetches: where training is slower than loading, batches are
-made behind the steps, and the last one behind the last step; where loading is slower, workers are busy from the start
-of the sample to its end. No sample pays for an empty queue. What is not exact: at the end some workers may idle while
-another finishes, which is less than one batch a sample, the less the more `--steps`; and a batch that is made is not
-waited for while it is sent.
+The samples of a rival and the engine are interleaved in one process, and a speedup is the median over the repeats of
+the ratio within a repeat. When a sample of N steps starts, every prefetched batch of the rival's DataLoader or of the
+engine's view pipeline is ready. It ends when workers, planner and view pipeline have refilled their queues. So nothing
+runs in the background of another's sample, each trainer makes as many batches as it trains, and no sample starts with
+an empty queue. If training is slower than loading, loading overlaps with the steps; if loading is slower, the workers
+are busy throughout the sample.
 
-Where time goes: "networks" is the forward and backward passes alone, of as many rows as the step's, "the rest" of a
-step on views that lie ready is what is left without them, and "views" is what a step takes longer when it has its views
-made. A captured step cannot be cut in two, so that the engine has no "networks" there.
+Two effects remain. At the end of a sample some workers may idle while another finishes, which costs less than one batch
+and less with more `--steps`. The transfer of a finished batch from a worker is not waited for.
+
+"networks" is the time of the forward and backward passes alone, at the step's batch sizes; "other" is the rest of a
+step on precomputed views; "views" is the additional time of a step that makes its views. The engine has no "networks"
+time on a GPU, where its step is a single CUDA graph.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ DATA = ("real", "synthetic")
 
 @dataclass(frozen=True)
 class Rival:
-    """How one trains without the engine.
+    """A trainer that does not use the engine.
 
     Attributes:
-        step: makes the step, from (config, data, split, device); it takes a batch of each loader.
-        loaders: makes its DataLoaders, from (config, data, split, device, workers).
-        k: the only K that it has; None for any.
-        joint: whether all rows that are trained have one forward pass, not one for each B rows.
-        precision: of autocast on a GPU.
+        step: Makes the step from (config, data, split, device); the step takes a batch of each loader.
+        loaders: Makes its DataLoaders from (config, data, split, device, workers).
+        k: The only K that it supports; None for any.
+        joint: Whether all trained inputs share one forward pass; otherwise there is a pass per B inputs.
+        precision: Autocast dtype on a GPU.
     """
 
     step: Callable[[Config, DataSet, np.ndarray, torch.device], Any]
@@ -83,7 +83,7 @@ RIVALS = {
 
 
 def step_config(k: int, device: torch.device, batch: int | None = None) -> Config:
-    """Return the paper's training step for CIFAR-10's shape on a GPU and a small one on a CPU, with B if given."""
+    """Return the configuration to train: the paper's at CIFAR-10's shape on a GPU, a small one on a CPU."""
     config = Config(preset="bench", dataset=NOISE_32, labels=250, k=k, steps=2**20)
     if device.type != "cuda":
         config = dataclasses.replace(config, batch=8, blocks=1, width=8)
@@ -92,34 +92,34 @@ def step_config(k: int, device: torch.device, batch: int | None = None) -> Confi
 
 @dataclass
 class BaselineOptions:
-    """Times the step as one would write it without this engine, and the engine beside it, in turns."""
+    """Time the training step of the engine and of other implementations."""
 
     out: Path = records.OUT / "baseline.jsonl"
-    """Rows are added to this file."""
+    """File to append the records to."""
     repeats: int = 5
-    """Samples of each; the median counts."""
+    """Samples per trainer; the median is reported."""
     rivals: tuple[str, ...] = ("plain", "usb")
-    """plain: good everyday PyTorch; usb and torchssl: the step as these libraries write it, with K = 2."""
+    """plain: good everyday PyTorch; usb, torchssl: the steps of these libraries, with K = 2."""
     k: tuple[int, ...] = (1, 8)
-    """Strong views of an unlabeled image: of plain and the engine beside it, and of the engine beside the others, which
-    also has K = 2 there."""
+    """Strong views per unlabeled image. usb and torchssl always have K = 2; the engine is compared with them at K = 2
+    and at every larger value."""
     steps: int | None = None
-    """Steps a sample; by default 20 with a GPU and 8 without."""
+    """Steps per sample; by default 20 with a GPU and 8 without."""
     batch: int | None = None
     """B; by default 64 with a GPU and 8 without."""
     data: tuple[str, ...] = DATA
-    """real: views made on the way. synthetic: views that lie on the device, for the step alone."""
+    """real: make views while training; synthetic: train on precomputed views on the device."""
     workers: int = len(os.sched_getaffinity(0))
-    """DataLoader workers; by default one a core. usb and torchssl have one more, for labeled images."""
+    """DataLoader workers; by default one per core. usb and torchssl have another one for labeled images."""
     parts: bool = True
-    """Times the networks' passes alone, too, in turn with the steps."""
+    """Also time the forward and backward passes alone."""
 
 
 class SettledViews:
-    """A view pipeline that can be waited for: what has been made is kept until it is collected.
+    """A view pipeline that can be waited for without collecting its views.
 
     Args:
-        views: the pipeline.
+        views: The pipeline.
     """
 
     def __init__(self, views: ViewLoader) -> None:
@@ -129,26 +129,26 @@ class SettledViews:
         self.prepare, self.close = views.prepare, views.close
 
     def submit(self, prepared: Any) -> None:
-        """Hands over a batch."""
+        """Start a batch."""
         self._views.submit(prepared)
         self._pending += 1
 
     def collect(self) -> Tensor:
-        """The oldest batch: (V, H, W, 3) uint8."""
+        """Return the oldest batch, (V, H, W, 3) uint8."""
         if self._made:
             return self._made.popleft()
         self._pending -= 1
         return self._views.collect()
 
     def settle(self) -> None:
-        """Waits until every batch handed over is made; on a GPU, has the current stream wait."""
+        """Wait until every submitted batch is done; on a GPU, make the current stream wait."""
         for _ in range(self._pending):
             self._made.append(self._views.collect())
         self._pending = 0
 
 
 class SettledFeed(Feed):
-    """The engine's prefetching loader, which can be waited for."""
+    """The engine's prefetching loader, extended by a way to wait for its queue."""
 
     _settled: SettledViews
 
@@ -158,24 +158,24 @@ class SettledFeed(Feed):
         super().begin(step, self._settled)
 
     def settle(self) -> None:
-        """Waits until planner and view pipeline have nothing to do."""
+        """Wait until planner and view pipeline are idle."""
         for plans in self._planning:
             plans.result()
         self._settled.settle()
 
 
 @dataclass
-class Contestant:
-    """A rival or the engine at one K, ready to take turns.
+class TimedTrainer:
+    """A rival or the engine at one K, ready to be timed.
 
     Attributes:
-        name: of RIVALS, or ENGINE.
-        config: what it trains.
-        facts: columns of its records that say how it trains.
-        steps: trains one step, on each kind of views of DATA; "networks": its networks' passes alone, unless a step is
-            captured whole.
-        sources: of its batches.
-        figures: columns of a record, from (data, timing, steps of a sample).
+        name: One of RIVALS, or ENGINE.
+        config: Configuration to train.
+        facts: Constant fields of its records.
+        steps: Functions that train one step, by kind of views (DATA); "networks" runs the forward and backward passes
+            alone and is missing if the step is a CUDA graph.
+        sources: Sources of its batches.
+        metrics: Makes the measured fields of a record from (data, timing, steps of a sample).
     """
 
     name: str
@@ -183,10 +183,10 @@ class Contestant:
     facts: dict[str, Any]
     steps: dict[str, Callable[[], Any]]
     sources: Sequence[EndlessLoader | SettledFeed]
-    figures: Callable[[str, Timing, int], dict[str, float]]
+    metrics: Callable[[str, Timing, int], dict[str, float]]
 
     def advance(self, kind: str, steps: int) -> None:
-        """Train some steps, and return when nothing is pending."""
+        """Train `steps` steps and wait until nothing is pending."""
         for _ in range(steps):
             self.steps[kind]()
         for source in self.sources:
@@ -195,16 +195,16 @@ class Contestant:
 
 def make_rival(
     name: str, config: Config, options: BaselineOptions, device: torch.device, closing: ExitStack
-) -> Contestant:
-    """Make one of RIVALS, whose workers end when `closing` is closed."""
+) -> TimedTrainer:
+    """Make one of RIVALS. Its workers end when `closing` is closed."""
     rival = RIVALS[name]
     setup = setup_run(config)
     config, data, split = setup.config, setup.data, setup.split
     trained = rival.step(config, data, split, device)
     blocks = config.k + 4
-    rows = [config.batch * blocks] if rival.joint else [config.batch] * blocks
+    passes = [config.batch * blocks] if rival.joint else [config.batch] * blocks
     guess = [(trained.network, config.batch)]
-    steps = {"networks": network_passes(trained.network, guess, rows, data.sides, trained.autocast)}
+    steps = {"networks": network_passes(trained.network, guess, passes, data.sides, trained.autocast)}
     loaders: list[EndlessLoader] = []
     if "synthetic" in options.data:
         batch = [[t.to(device) for t in next(loader)] for loader in rival.loaders(config, data, split, device, 0)]
@@ -216,13 +216,13 @@ def make_rival(
         closing.callback(loader.close)
     precision = rival.precision if device.type == "cuda" else torch.float32
     facts = {"precision": str(precision).removeprefix("torch."), "mode": "eager"}
-    return Contestant(
+    return TimedTrainer(
         name, config, facts, steps, loaders, lambda data, timing, steps: speed(timing, steps, config.batch * blocks)
     )
 
 
-def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) -> Contestant:
-    """Make the engine: one step, captured on a GPU, with a feed for each kind of views, ended with `closing`."""
+def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) -> TimedTrainer:
+    """Make the engine: one step, captured on a GPU, with a feed for each kind of views. They end with `closing`."""
     set_up = TimedSteps.begin(config, "synthetic")
     set_up.feed.end()
     config, state, execution, data = set_up.config, set_up.state, set_up.feed.execution, set_up.feed.data
@@ -240,7 +240,7 @@ def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) ->
         trained = [set_up.feed.images_per_step]
         steps["networks"] = network_passes(state.network, probe_and_guess, trained, data.sides, autocast)
     facts = {"precision": str(execution.precision).removeprefix("torch."), "mode": execution.mode}
-    return Contestant(
+    return TimedTrainer(
         ENGINE, config, facts, steps, list(feeds.values()), lambda data, *timed: step_metrics(cases[data], *timed)
     )
 
@@ -252,28 +252,28 @@ def network_passes(
     sides: tuple[int, int],
     autocast: torch.autocast,
 ) -> Callable[[], None]:
-    """A step's passes through its networks and nothing else, on copies of them and random rows.
+    """Return a function that runs only the network passes of a step, on copies of the networks and random inputs.
 
     Args:
-        network: what is trained: (N, 3, H, W) to class and rotation logits.
-        forward: passes without gradient: the network and rows of each.
-        trained: rows of each pass that has a backward.
+        network: The trained network, from (N, 3, H, W) to class and rotation logits.
+        forward: Network and batch size of each pass without gradient.
+        trained: Batch size of each pass with a backward pass.
         sides: H and W.
-        autocast: as in the step.
+        autocast: Autocast context of the step.
     """
     weight = next(network.parameters())
     layout = torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
-    def rows(count: int) -> Tensor:
+    def random(count: int) -> Tensor:
         return torch.randn(count, 3, *sides, device=weight.device).contiguous(memory_format=layout)
 
     network, *others = copy.deepcopy([network, *(other for other, _ in forward)])  # One copy of each network.
-    without = [(other, rows(count)) for other, (_, count) in zip(others, forward, strict=True)]
-    inputs = [rows(count) for count in trained]
+    without_gradient = [(other, random(count)) for other, (_, count) in zip(others, forward, strict=True)]
+    inputs = [random(count) for count in trained]
 
     def run() -> None:
         with torch.no_grad(), autocast:
-            for other, images in without:
+            for other, images in without_gradient:
                 other(images)
         with autocast:
             logits = [part for images in inputs for part in network(images)]
@@ -284,96 +284,96 @@ def network_passes(
 
 
 def main(options: BaselineOptions) -> None:
-    """Times every rival and the engine, in turns.
+    """Time every rival and the engine, with their samples interleaved.
 
     Raises:
-        UserError: a flag that cannot work.
+        UserError: A flag is invalid.
     """
     records.check_choices(options, data=DATA, rivals=RIVALS)
     records.check_numbers(options, k=1, repeats=1, workers=1, steps=1)
     for flag in ("data", "rivals", "k"):
         if not getattr(options, flag):
-            raise UserError(f"--{flag} takes one or more values")
+            raise UserError(f"--{flag} needs at least one value")
     device = bench_device()
     steps = options.steps or (20 if device.type == "cuda" else 8)
     groups = [group for name in options.rivals for group in _groups(name, options.k)]
-    configs = {k: step_config(k, device, options.batch) for _, own, beside in groups for k in (own, *beside)}
+    configs = {k: step_config(k, device, options.batch) for _, own, engine_ks in groups for k in (own, *engine_ks)}
     for config in configs.values():
         validate(config)
     print(ceilings(device).text())
     set_numerics(deterministic=False)
     with ExitStack() as closing:
-        # workers are forked while there are no threads of a view pipeline
+        # Make the rivals first, so that their workers fork before the view pipelines start threads.
         rivals = [
             _warmed_up(partial(make_rival, name, configs[k], options, device, closing), options, device)
             for name, k, _ in groups
         ]
-        engines: dict[int, Contestant] = {}
-        for rival, (_, _, beside) in zip(rivals, groups, strict=True):
-            for k in beside:
+        engines: dict[int, TimedTrainer] = {}
+        for rival, (_, _, engine_ks) in zip(rivals, groups, strict=True):
+            for k in engine_ks:
                 if k not in engines:
                     engines[k] = _warmed_up(partial(make_engine, configs[k], options, closing), options, device)
-            for row in _turns(rival, [engines[k] for k in beside], options, steps, device):
-                BENCH.write(options.out, "baseline", device, **row)
+            for fields in _compare(rival, [engines[k] for k in engine_ks], options, steps, device):
+                BENCH.write(options.out, "baseline", device, **fields)
 
 
 def _groups(name: str, ks: Sequence[int]) -> list[tuple[str, int, list[int]]]:
-    """Who takes turns: a rival, its K, and those of the engine."""
+    """Return the comparisons for a rival: its name, its K, and the values of K of the engine."""
     own = RIVALS[name].k
     if own is None:
         return [(name, k, [k]) for k in ks]
     return [(name, own, [own, *(k for k in ks if k > own)])]
 
 
-def _warmed_up(make: Callable[[], Contestant], options: BaselineOptions, device: torch.device) -> Contestant:
-    """Make a contestant and train a little: compilation, allocation, the first batches of workers."""
+def _warmed_up(make: Callable[[], TimedTrainer], options: BaselineOptions, device: torch.device) -> TimedTrainer:
+    """Make a trainer and train a few steps, for compilation, allocation and the first batches of the workers."""
     with added_memory(device) as memory:
-        contestant = make()
+        trainer = make()
         for data in options.data:
-            contestant.advance(data, 2)
-    contestant.facts |= memory
-    return contestant
+            trainer.advance(data, 2)
+    trainer.facts |= memory
+    return trainer
 
 
-def _turns(
-    rival: Contestant, engines: Sequence[Contestant], options: BaselineOptions, steps: int, device: torch.device
+def _compare(
+    rival: TimedTrainer, engines: Sequence[TimedTrainer], options: BaselineOptions, steps: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Time a rival and the engine beside it, and give a record of each of them and each kind of views."""
-    contestants = [rival, *engines]
+    """Time a rival and the engine; yield the record fields of each trainer on each kind of views."""
+    trainers = [rival, *engines]
     kinds = ["networks"] * options.parts + sorted(options.data, reverse=True)
-    turns = {
-        _name(one, kind): partial(one.advance, kind, steps)
+    functions = {
+        _name(trainer, kind): partial(trainer.advance, kind, steps)
         for kind in kinds
-        for one in contestants
-        if kind in one.steps
+        for trainer in trainers
+        if kind in trainer.steps
     }
-    timings = measure(turns, device, options.repeats, warm_up=1)
+    timings = measure(functions, device, options.repeats, warm_up=1)
     for data in options.data:
-        for one in contestants:
-            taken = {kind: timings[name] for kind in kinds if (name := _name(one, kind)) in timings}
-            row: dict[str, Any] = {"trainer": one.name, "k": one.config.k, "batch": one.config.batch, "data": data}
-            row |= {"samples": options.repeats, "steps": steps} | one.facts
-            row |= one.figures(data, taken[data], steps) | _parts(taken, data, steps)
-            if one is rival:
-                row["workers"] = options.workers if data == "real" else 0
-                row["floor_ms"] = engines[0].figures(data, taken[data], steps)["floor_ms"]  # of the same K
-                row["floor_ratio"] = row["step_ms"] / row["floor_ms"]
+        for trainer in trainers:
+            own = {kind: timings[name] for kind in kinds if (name := _name(trainer, kind)) in timings}
+            fields: dict[str, Any] = {"trainer": trainer.name, "k": trainer.config.k, "batch": trainer.config.batch}
+            fields |= {"data": data, "samples": options.repeats, "steps": steps} | trainer.facts
+            fields |= trainer.metrics(data, own[data], steps) | _parts(own, data, steps)
+            if trainer is rival:
+                fields["workers"] = options.workers if data == "real" else 0
+                fields["floor_ms"] = engines[0].metrics(data, own[data], steps)["floor_ms"]  # Same K, same bound.
+                fields["floor_ratio"] = fields["step_ms"] / fields["floor_ms"]
             else:
-                # Ratios of each repeat, since a machine's speed changes more between repeats than within one.
-                theirs = timings[_name(rival, data)].samples
-                row |= {"beside": rival.name, **quartiles("engine_ratio", np.divide(theirs, taken[data].samples))}
-                images = (one.config.k + 4) / (rival.config.k + 4)
-                row["engine_images_ratio"] = images * row["engine_ratio"]
-            yield row
+                # Take the ratio within each repeat: a machine's speed varies more between repeats than within one.
+                ratios = np.divide(timings[_name(rival, data)].samples, own[data].samples)
+                fields |= {"beside": rival.name, **quartiles("engine_ratio", ratios)}
+                images = (trainer.config.k + 4) / (rival.config.k + 4)
+                fields["engine_images_ratio"] = images * fields["engine_ratio"]
+            yield fields
 
 
-def _name(contestant: Contestant, kind: str) -> str:
-    return f"{contestant.name} K={contestant.config.k} {kind}"
+def _name(trainer: TimedTrainer, kind: str) -> str:
+    return f"{trainer.name} K={trainer.config.k} {kind}"
 
 
-def _parts(taken: dict[str, Timing], data: str, steps: int) -> dict[str, float]:
-    """Milliseconds of a step's parts: medians over the repeats, of the difference where a part is one."""
-    ms = {kind: 1e3 * np.array(timing.samples) / steps for kind, timing in taken.items()}
+def _parts(timings: dict[str, Timing], data: str, steps: int) -> dict[str, float]:
+    """Return the milliseconds of a step's parts: medians over the repeats, of differences for "other" and "views"."""
+    ms = {kind: 1e3 * np.array(timing.samples) / steps for kind, timing in timings.items()}
     parts = {}
     if "networks" in ms:
         parts["networks_ms"] = ms["networks"]
@@ -393,7 +393,7 @@ BENCH = Bench(
             key=("trainer", "beside", "k", "batch", "data", "precision"),
             columns={
                 "trainer": "{trainer}",
-                "beside": "{beside}",
+                "compared with": "{beside}",
                 "K": "{k}",
                 "B": "{batch}",
                 "views": "{data}",
@@ -401,13 +401,13 @@ BENCH = Bench(
                 "step, ms": "{step_ms:.2f}",
                 "quartiles": "{step_ms_low:.2f} to {step_ms_high:.2f}",
                 "networks, ms": "{networks_ms:.2f}",
-                "the rest": "{rest_ms:.2f}",
+                "other, ms": "{rest_ms:.2f}",
                 "views, ms": "{views_ms:.2f}",
                 "images/s": "{images_per_second:,.0f}",
                 "ratio to bound": "{floor_ratio:.2f}",
-                "engine, times": "{engine_ratio:.2f}",
-                "their quartiles": "{engine_ratio_low:.2f} to {engine_ratio_high:.2f}",
-                "in images/s": "{engine_images_ratio:.2f}",
+                "engine speedup": "{engine_ratio:.2f}",
+                "speedup quartiles": "{engine_ratio_low:.2f} to {engine_ratio_high:.2f}",
+                "speedup in images/s": "{engine_images_ratio:.2f}",
             },
         ),
     },

@@ -1,4 +1,4 @@
-"""DataLoaders of the rivals of `bench baseline`: batches without end, and a way to wait until no worker is at work."""
+"""Endless DataLoaders for the rivals of `bench baseline`, with a way to wait until their workers are idle."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-_LONGEST_BATCH = 60.0  # seconds, after which a worker has died or hangs
+_LONGEST_BATCH = 60.0  # Seconds without a batch after which the workers are assumed dead.
 
 
-def _make_batch(make_item: Callable[[int], Any], made: Any, numbers: list[int]) -> Any:
-    """Make items and their batch, as a DataLoader does by default, and count it."""
-    batch = default_collate([make_item(number) for number in numbers])
+def _make_batch(make_item: Callable[[int], Any], made: Any, indices: list[int]) -> Any:
+    """Make a batch with the default collate function, and count it."""
+    batch = default_collate([make_item(index) for index in indices])
     with made.get_lock():
         made.value += 1
     return batch
 
 
 class EndlessLoader:
-    """Random batches of a data set, which worker processes make ahead: two for each worker, as is the default.
+    """Endless random batches of a data set, prefetched by worker processes at DataLoader's default of two per worker.
 
     Args:
-        make_item: makes an item of the data set from its number.
-        items: in the data set.
-        batch: items a batch.
-        workers: processes; without any, `next` makes the batch.
-        pinned: whether batches lie in pinned memory.
+        make_item: Makes an item of the data set from its index.
+        items: Size of the data set.
+        batch: Items per batch.
+        workers: Number of worker processes; with 0, `next` makes the batch.
+        pinned: Whether batches are in pinned memory.
     """
 
     def __init__(
         self, make_item: Callable[[int], Any], items: int, batch: int, workers: int, pinned: bool = False
     ) -> None:
-        self._drawn = 0  # batches handed to workers
-        self._made = multiprocessing.Value("q", 0)  # batches made by all workers
+        self._drawn = 0  # Batches requested from the workers.
+        self._made = multiprocessing.Value("q", 0)  # Batches made by all workers.
         self._batches: Iterator[Any] = iter(
             DataLoader(
                 range(items),  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ class EndlessLoader:
 
     @property
     def pending(self) -> int:
-        """Batches that workers have been asked for and have not made yet."""
+        """Number of batches that are requested but not finished."""
         return self._drawn - self._made.value
 
     def __iter__(self) -> EndlessLoader:
@@ -65,10 +65,10 @@ class EndlessLoader:
         return next(self._batches)
 
     def settle(self) -> None:
-        """Waits until nothing is pending: the workers then sleep until the next batch is taken.
+        """Wait until nothing is pending. The workers then sleep until the next batch is taken.
 
         Raises:
-            RuntimeError: no batch has come for a minute.
+            RuntimeError: No batch was finished for a minute.
         """
         pending, since = self.pending, time.monotonic()
         while pending:
@@ -76,8 +76,8 @@ class EndlessLoader:
             if self.pending < pending:
                 pending, since = self.pending, time.monotonic()
             elif time.monotonic() - since > _LONGEST_BATCH:
-                raise RuntimeError(f"{pending} batches are pending, and none has come for {_LONGEST_BATCH:.0f} s")
+                raise RuntimeError(f"{pending} batches are pending, but none was finished in {_LONGEST_BATCH:.0f} s")
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stop the workers."""
         self._batches = iter(())

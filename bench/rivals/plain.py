@@ -1,9 +1,9 @@
-"""ReMixMatch as one would write it in PyTorch today: a rival of `bench baseline`.
+"""Plain PyTorch implementation of ReMixMatch, a rival of `bench baseline`.
 
-The yardstick is good everyday code: the whole of algorithm 1 eagerly under autocast, channels-last, a fused AdamW,
-averages by torch.optim.swa_utils, weak and K RandAugment views of every image by torchvision v2 in a DataLoader with a
-worker a core, bytes pinned and normalised on the device. It does less than the engine in one point: RandAugment
-learns nothing, so there are no probes. The network is the engine's, since that is not what is compared.
+This is good everyday code: all of algorithm 1, run eagerly under autocast and channels-last, with fused AdamW, an EMA
+from torch.optim.swa_utils, and a DataLoader with a worker per core that makes a weak and K RandAugment views per image
+with torchvision v2. Batches are pinned uint8, normalized on the device. It omits one thing that the engine does:
+RandAugment does not learn, so there are no probes. The network is the engine's, since networks are not compared.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def make_item(
-    data: DataSet, split: np.ndarray, k: int, weak: Transform, strong: Transform, number: int
+    data: DataSet, split: np.ndarray, k: int, weak: Transform, strong: Transform, index: int
 ) -> tuple[Tensor, int, Tensor, Tensor]:
-    """Return a labeled image, strongly augmented, its class, and an unlabeled image's weak view and K strong views."""
+    """Return a strong view of a random labeled image, its class, and a weak and K strong views of image `index`."""
     labeled = split[int(torch.randint(len(split), ()))]
     x = strong(Image.fromarray(data.train_images[labeled]))
-    image = Image.fromarray(data.train_images[number])
+    image = Image.fromarray(data.train_images[index])
     views = torch.stack([strong(image) for _ in range(k)])
     return x, int(data.train_labels[labeled]), weak(image), views
 
 
 class PlainStep:
-    """Networks, optimiser and marginals, and the step that changes them.
+    """Network, EMA, optimizer and marginals, with the step that updates them.
 
     Args:
         config: B, K, the network and the method's constants.
-        data: what is trained on.
-        split: rows of the training images that keep their label; not looked at.
-        device: where.
+        data: Data set to train on.
+        split: Indices of the labeled training images; unused, since the loader draws them.
+        device: Device to train on.
     """
 
     def __init__(self, config: Config, data: DataSet, split: np.ndarray, device: torch.device) -> None:
@@ -70,13 +70,13 @@ class PlainStep:
         self.steps = 0
 
     def step(self, batch: Sequence[Tensor]) -> Tensor:
-        """One step.
+        """Train one step.
 
         Args:
             batch: x (B, 3, H, W) uint8, y (B,) int64, weak (B, 3, H, W) and strong (B, K, 3, H, W) uint8.
 
         Returns:
-            Its loss, ().
+            The loss, a scalar.
         """
         c = self.config
         x, y, weak, strong = (t.to(self.device, non_blocking=True) for t in batch)
@@ -100,8 +100,8 @@ class PlainStep:
         lam = self.beta.sample((len(pool),))
         lam = torch.maximum(lam, 1 - lam)
         perm = torch.randperm(len(pool), device=self.device)
-        images = lam[:, None, None, None]
-        mixed = images * pool + (1 - images) * pool[perm]
+        lam_images = lam[:, None, None, None]
+        mixed = lam_images * pool + (1 - lam_images) * pool[perm]
         targets = lam[:, None] * targets + (1 - lam[:, None]) * targets[perm]
         quarters = [u1[k::4].rot90(k, (2, 3)) for k in range(4)]
         rotated = torch.cat(quarters)
@@ -109,9 +109,9 @@ class PlainStep:
             [torch.full((len(quarter),), k, device=self.device) for k, quarter in enumerate(quarters)]
         )
 
-        rows = torch.cat([mixed, u1, rotated]).contiguous(memory_format=torch.channels_last)
+        inputs = torch.cat([mixed, u1, rotated]).contiguous(memory_format=torch.channels_last)
         with self.autocast:
-            logits, rotation_logits = self.network(rows)
+            logits, rotation_logits = self.network(inputs)
             b = len(x)
             labeled, unlabeled, logits_u1, _ = logits.float().split([b, len(pool) - b, b, b])
             ramp = min(1.0, self.steps * c.batch / (1024 * c.ramp_kimg))
@@ -132,7 +132,7 @@ class PlainStep:
 def loaders(
     config: Config, data: DataSet, split: np.ndarray, device: torch.device, workers: int
 ) -> list[EndlessLoader]:
-    """Return one loader, of `make_item`."""
+    """Return the loader of `make_item`, as a list."""
     side = data.train_images.shape[1]
     weak = v2.Compose([
         v2.RandomCrop(side, padding=config.max_shift, padding_mode="reflect"),

@@ -1,23 +1,23 @@
-"""ReMixMatch's step as TorchSSL and USB write it: a rival of `bench baseline`, with K = 2.
+"""The ReMixMatch step of TorchSSL and USB with K = 2, a rival of `bench baseline`.
 
-These two PyTorch libraries are what ReMixMatch is mostly trained with. Written from their sources (TorchSSL at f26e1d4,
-USB at 1ef4cbe), for one device, with no code of the engine but `Config`, from which sizes and loss weights are taken.
-As in them:
+It is rewritten from the sources of these two popular PyTorch libraries (TorchSSL at f26e1d4, USB at 1ef4cbe) for a
+single device. It uses no code of the engine except `Config`, for sizes and loss weights. As in these libraries:
 
-- labeled images are augmented weakly; an unlabeled one has a weak and two strong views, by PIL in the workers of two
-  DataLoaders, whose batches are normalised floats in pageable memory; the first strong view is also rotated there;
-- each batch of B rows has a forward pass of its own, with its own statistics of batch norm: the guess, the K + 2 parts
-  of the mixed pool, u_1, rotated u_1. Only the first part moves running statistics, which are saved and put back
-  around the others. In USB that part is the labeled rows alone; TorchSSL interleaves rows of all parts;
-- p~(y) is a moving average that has seen the present batch, p(y) the marginal of the label split;
-- mixup has one lambda for the whole batch, drawn on the host;
-- SGD with Nesterov momentum and a cosine schedule; the EMA goes parameter by parameter; the host reads the losses of
-  every step;
-- on a GPU, autocast to fp16 with a loss scaler, which is their option `amp`; tensors are not channels-last.
+- Labeled images are augmented weakly; an unlabeled image has a weak and two strong views. PIL makes them in the workers
+  of two DataLoaders, whose batches are normalized floats in pageable memory. The first strong view is also rotated
+  there.
+- Each batch of B inputs has its own forward pass with its own batch-norm statistics: u_weak for the guess, the K + 2
+  parts of the mixed pool, u_1, rotated u_1. Only the first part of the pool updates the running statistics, which are
+  saved and restored around the other passes. In USB this part is the labeled images; TorchSSL interleaves all parts.
+- p~(y) is a moving average that includes the current batch; p(y) is the class distribution of the labeled images.
+- Mixup has one lambda for the whole batch, drawn on the host.
+- The optimizer is SGD with Nesterov momentum and a cosine schedule. The EMA is updated one parameter at a time, and the
+  host reads the losses of every step.
+- On a GPU, the step uses fp16 autocast with a loss scaler (their option `amp`). Tensors are not channels-last.
 
-Left out, in their favour: two forward passes of USB whose logits no loss reads, copies of the EMA into a second
-network, synchronisation before and after a step for their log, and logging itself. The network has the engine's shape:
-theirs differ in the blocks where the width changes, whose first convolution takes its input before batch norm.
+Omitted, in favor of the libraries: two forward passes in USB whose logits no loss uses, copies of the EMA into a second
+network, synchronization before and after a step for logging, and logging itself. The network has the engine's
+architecture. In theirs, where a block changes the width, the first convolution takes the input before batch norm.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from pipelines.cache import DataSet
 
 K = 2
 LR, MOMENTUM, WEIGHT_DECAY = 0.03, 0.9, 5e-4
-_COSINE = 7 / 16  # of half a period, over the whole training
-_WARM_UP = 1 / 64  # of the training: the ramp of the unlabeled losses
+_COSINE = 7 / 16  # Fraction of half a cosine period over the whole training.
+_WARM_UP = 1 / 64  # Fraction of the training over which the unlabeled losses ramp up.
 _P_MODEL_DECAY = 0.999
 
-# RandAugment of FixMatch: 3 of these in a row, each with a value between its bounds, then cutout
+# FixMatch's RandAugment: 3 of these operations in sequence, each with a value between its bounds, then cutout.
 _OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, float], ...] = (
     (lambda image, _: ImageOps.autocontrast(image), 0, 1),
     (lambda image, v: ImageEnhance.Brightness(image).enhance(v), 0.05, 0.95),
@@ -64,8 +64,8 @@ _OPERATIONS: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, flo
     (lambda image, v: _affine(image, (1, 0, 0, 0, 1, v * image.height)), -0.3, 0.3),
 )
 _OPERATIONS_PER_VIEW = 3
-_LARGEST_CUTOUT = 0.5  # of the side
-_GREY = (125, 123, 114)
+_LARGEST_CUTOUT = 0.5  # Fraction of the image's side.
+_GRAY = (125, 123, 114)
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
@@ -73,18 +73,18 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
 
 
 def randaugment(image: Image.Image) -> Image.Image:
-    """A strong view of an RGB image, from Python's own random numbers, of which each worker has a stream."""
+    """Return a strong view of an RGB image, drawn with Python's `random`, which each worker seeds differently."""
     for operation, low, high in random.choices(_OPERATIONS, k=_OPERATIONS_PER_VIEW):
         image = operation(image, random.uniform(low, high))
     side = random.uniform(0, _LARGEST_CUTOUT) * image.width
     left, top = (max(0.0, random.uniform(0, length) - side / 2) for length in image.size)
     image = image.copy()
-    ImageDraw.Draw(image).rectangle((left, top, min(left + side, image.width), min(top + side, image.height)), _GREY)
+    ImageDraw.Draw(image).rectangle((left, top, min(left + side, image.width), min(top + side, image.height)), _GRAY)
     return image
 
 
 def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Compose]:
-    """The weak and the strong augmentation: PIL image to (3, side, side) float32 in [-1, 1]."""
+    """Return the weak and the strong augmentation: PIL image to (3, side, side) float32 in [-1, 1]."""
     weak = [transforms.RandomCrop(side, padding=config.max_shift, padding_mode="reflect")]
     if config.flip:
         weak.append(transforms.RandomHorizontalFlip())
@@ -93,18 +93,22 @@ def _views(side: int, config: Config) -> tuple[transforms.Compose, transforms.Co
     return transforms.Compose([*weak, *to_tensor]), transforms.Compose(strong)
 
 
-def _labeled_item(data: DataSet, rows: np.ndarray, weak: transforms.Compose, number: int) -> tuple[Tensor, int]:
-    """Return a labeled image's weak view (3, H, W) float32, and its class."""
-    row = rows[number]
-    return weak(Image.fromarray(data.train_images[row])), int(data.train_labels[row])
+def _labeled_item(data: DataSet, split: np.ndarray, weak: transforms.Compose, index: int) -> tuple[Tensor, int]:
+    """Return a labeled image's weak view, (3, H, W) float32, and its class."""
+    image = split[index]
+    return weak(Image.fromarray(data.train_images[image])), int(data.train_labels[image])
 
 
 def _unlabeled_item(
-    data: DataSet, weak: transforms.Compose, strong: transforms.Compose, number: int
+    data: DataSet, weak: transforms.Compose, strong: transforms.Compose, index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Return an image's weak view, two strong ones and the first of them rotated, (3, H, W) float32 each, and by how
-    many quarters of a turn."""
-    image = Image.fromarray(data.train_images[data.unlabeled_indices[number]])
+    """Return the views of an unlabeled image and its rotation.
+
+    Returns:
+        A weak view, two strong views, the first strong view rotated, (3, H, W) float32 each, and the number of quarter
+        turns.
+    """
+    image = Image.fromarray(data.train_images[data.unlabeled_indices[index]])
     u_weak, u1, u2 = weak(image), strong(image), strong(image)
     quarters = random.randrange(4)
     return u_weak, u1, u2, transforms.functional.rotate(u1, 90 * quarters), quarters
@@ -113,7 +117,7 @@ def _unlabeled_item(
 def loaders(
     config: Config, data: DataSet, split: np.ndarray, device: torch.device, workers: int
 ) -> list[EndlessLoader]:
-    """Two, of labeled and of unlabeled images; the first, with one view an image, has one worker beside the others."""
+    """Return the loaders of labeled and unlabeled images. The first makes one view per image and gets one worker."""
     weak, strong = _views(data.sides[0], config)
     labeled, unlabeled = partial(_labeled_item, data, split, weak), partial(_unlabeled_item, data, weak, strong)
     return [
@@ -123,7 +127,7 @@ def loaders(
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and leaky ReLU, around a shortcut."""
+    """Pre-activation residual block with two 3x3 convolutions."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, activate_first: bool, momentum: float) -> None:
         super().__init__()
@@ -136,14 +140,14 @@ class _Block(nn.Module):
         self.relu = nn.LeakyReLU(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         activated = self.relu(self.bn1(x))
         residual = self.conv2(self.relu(self.bn2(self.conv1(activated))))
         return self.shortcut(activated if self.activate_first else x) + residual
 
 
 class PortNetwork(nn.Module):
-    """A Wide ResNet of torch's own layers, WRN-28-2 with `Config`'s defaults, and a second head for rotations."""
+    """Wide ResNet with a second head for rotations, made of torch's layers; WRN-28-2 with the defaults of `Config`."""
 
     def __init__(self, classes: int, config: Config) -> None:
         super().__init__()
@@ -168,15 +172,15 @@ class PortNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) to class logits (N, L) and rotation logits (N, 4)."""
+        """Map (N, 3, H, W) to class logits (N, L) and rotation logits (N, 4)."""
         features = self.relu(self.bn(self.blocks(self.stem(images))))
         features = F.adaptive_avg_pool2d(features, 1).flatten(1)
         return self.head(features), self.rotation_head(features)
 
 
 @contextlib.contextmanager
-def kept_statistics(network: nn.Module) -> Iterator[None]:
-    """Passes in here normalise by their own rows, and leave running statistics as they were."""
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Restore the running statistics of batch norm on exit; passes still normalize by their own batch."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     saved = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
     try:
@@ -187,8 +191,10 @@ def kept_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def interleave(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Swaps the i-th part of the first batch with that of the i-th batch, so that the first has rows of all n; applied
-    twice it changes nothing. n tensors (B, ...) to as many."""
+    """Swap part i of the first batch with part i of batch i, so that the first batch has samples of all n batches.
+
+    Applying it twice restores the batches. Takes and returns n tensors (B, ...).
+    """
     parts = [list(batch.tensor_split(len(batches))) for batch in batches]
     for i in range(1, len(batches)):
         parts[0][i], parts[i][i] = parts[i][i], parts[0][i]
@@ -196,22 +202,22 @@ def interleave(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over rows: (N, L) logits, (N, L) probabilities to ()."""
+    """Return the mean cross-entropy of (N, L) logits with (N, L) target probabilities."""
     return torch.sum(-targets * F.log_softmax(logits.float(), dim=-1), dim=1).mean()
 
 
 class PortStep:
-    """Network, EMA, optimiser and marginals, and the step that changes them.
+    """Network, EMA, optimizer and marginals, with the step that updates them.
 
     Args:
-        config: B, the network, steps of the training, loss weights, T and mixup's alpha.
-        data: what is trained on.
-        split: rows of the training images that keep their label.
-        device: where.
-        interleaved: TorchSSL's order of the mixed pool; otherwise USB's.
+        config: B, the network, total steps, loss weights, T and mixup's alpha.
+        data: Data set to train on.
+        split: Indices of the labeled training images.
+        device: Device to train on.
+        interleaved: Whether to interleave the mixed pool as TorchSSL does; USB does not.
 
     Attributes:
-        ema: the EMA of the parameters and the network's own buffers, by name, as a state dict of it.
+        ema: State dict with the EMA of the parameters and the network's current buffers.
         p_model: p~(y), (L,) float32; None before the first step.
     """
 
@@ -237,14 +243,14 @@ class PortStep:
         self.steps = 0
 
     def step(self, labeled: Sequence[Tensor], unlabeled: Sequence[Tensor]) -> dict[str, float]:
-        """One step.
+        """Train one step.
 
         Args:
             labeled: x (B, 3, H, W) float32 and y (B,) int64.
-            unlabeled: u_weak, u_1, u_2 and rotated u_1, (B, 3, H, W) float32 each, and (B,) int64 quarters of a turn.
+            unlabeled: u_weak, u_1, u_2 and rotated u_1, (B, 3, H, W) float32 each, and (B,) int64 quarter turns.
 
         Returns:
-            The loss and its terms, without their weights.
+            The loss and its unweighted terms.
         """
         c = self.config
         x, y = (t.to(self.device) for t in labeled)
@@ -257,7 +263,7 @@ class PortStep:
             if self.interleaved:
                 parts = interleave(parts)
             logits = [self.network(parts[0])[0]]
-            with kept_statistics(self.network):
+            with frozen_statistics(self.network):
                 logits += [self.network(part)[0] for part in parts[1:]]
                 logits_u1, _ = self.network(u1)
                 _, logits_rot = self.network(rotated)
@@ -281,8 +287,8 @@ class PortStep:
 
     @torch.no_grad()
     def _guess(self, weak: Tensor) -> Tensor:
-        """Aligned and sharpened labels of weak views: (B, 3, H, W) to (B, L)."""
-        with kept_statistics(self.network):
+        """Return aligned and sharpened labels (B, L) of weak views (B, 3, H, W)."""
+        with frozen_statistics(self.network):
             logits, _ = self.network(weak)
         q = torch.softmax(logits.float(), dim=-1)
         if self.p_model is None:
@@ -296,7 +302,7 @@ class PortStep:
 
     @torch.no_grad()
     def _mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes every row with one of the same pool: (N, 3, H, W) and (N, L) to the same."""
+        """Mix every image (N, 3, H, W) and target (N, L) with a random partner from the pool."""
         lam = np.random.beta(self.config.mixup_alpha, self.config.mixup_alpha)
         lam = max(lam, 1 - lam)
         partner = torch.randperm(len(images)).to(self.device)

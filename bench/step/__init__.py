@@ -1,1 +1,1 @@
-"""Benches of the training step and its parts."""
+"""Benches of the training step and its components."""

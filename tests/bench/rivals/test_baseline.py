@@ -1,4 +1,4 @@
-"""The baseline bench: plain PyTorch trains, rivals and engine take turns with nothing pending, rows hold the ratios."""
+"""The baseline bench: plain PyTorch trains, samples are interleaved and start idle, records contain the speedups."""
 
 import dataclasses
 import time
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 
 def opened(config):
-    """A configuration's data set and split."""
+    """Return the data set and split of a configuration."""
     setup = setup_run(config)
     return setup.data, setup.split
 
 
 @pytest.fixture(autouse=True)
 def known_bound(monkeypatch, known_ceilings):
-    """The engine's roofline bound needs no measuring."""
+    """Use constant ceilings for the engine's roofline bound."""
     monkeypatch.setattr("bench.step.throughput.ceilings", lambda device: known_ceilings)
 
 
@@ -51,7 +51,7 @@ def test_a_batch_has_the_views_of_a_step():
     assert x.dtype == weak.dtype == strong.dtype == torch.uint8
 
 
-def test_a_plain_step_moves_network_ema_model_and_marginals():
+def test_a_plain_step_updates_network_ema_model_and_marginals():
     trained = plain.PlainStep(tiny(), *opened(tiny()), CPU)
     before = [p.clone() for p in trained.network.parameters()]
     batch = one_batch(tiny())
@@ -70,30 +70,30 @@ def run(tmp_path, **changes):
     return records.read(out)
 
 
-def test_rivals_and_engine_take_turns(tmp_path, monkeypatch):
-    """Sample by sample, each kind of views by itself; a rival with K = 2 has the engine beside it twice."""
+def test_samples_of_rivals_and_engine_are_interleaved(tmp_path, monkeypatch):
+    """Each kind of views is timed separately; the engine is timed twice with a rival of K = 2."""
     turns = []
-    advance = baseline.Contestant.advance
+    advance = baseline.TimedTrainer.advance
 
     def recorded(self, kind, steps):
         if kind != "networks":
             turns.append((self.name, self.config.k, kind, steps))
         advance(self, kind, steps)
 
-    monkeypatch.setattr(baseline.Contestant, "advance", recorded)
-    rows = run(tmp_path, k=(3,), repeats=2, steps=3)
+    monkeypatch.setattr(baseline.TimedTrainer, "advance", recorded)
+    written = run(tmp_path, k=(3,), repeats=2, steps=3)
     groups = [("plain", 3), ("engine", 3)], [("usb", 2), ("engine", 2), ("engine", 3)]
     rounds = [[(*who, data) for data in ("synthetic", "real") for who in group] for group in groups]
-    timed = [turn[:3] for turn in turns if turn[3] == 3]  # two steps are the warm-up of a trainer that was just made
-    assert timed == [turn for round_ in rounds for turn in 3 * round_]  # the first of three is a warm-up, too
-    written = [(row["trainer"], row["k"], row["data"]) for row in rows]
-    assert written == [(*who, data) for group in groups for data in ("real", "synthetic") for who in group]
-    assert [row.get("beside") for row in rows] == 2 * [None, "plain"] + 2 * [None, "usb", "usb"]
-    assert [row["workers"] for row in rows if "beside" not in row] == [1, 0, 1, 0]
+    timed = [turn[:3] for turn in turns if turn[3] == 3]  # Warm-up of a new trainer takes two steps.
+    assert timed == [turn for round_ in rounds for turn in 3 * round_]  # The first of three rounds is a warm-up.
+    cases = [(record["trainer"], record["k"], record["data"]) for record in written]
+    assert cases == [(*who, data) for group in groups for data in ("real", "synthetic") for who in group]
+    assert [record.get("beside") for record in written] == 2 * [None, "plain"] + 2 * [None, "usb", "usb"]
+    assert [record["workers"] for record in written if "beside" not in record] == [1, 0, 1, 0]
 
 
-def test_rows_hold_medians_of_what_was_timed_side_by_side(tmp_path, monkeypatch, capsys):
-    seconds = {  # of samples of two steps
+def test_records_contain_medians_of_interleaved_samples(tmp_path, monkeypatch, capsys):
+    seconds = {  # Of samples of two steps.
         "usb K=2 networks": (0.6, 1.2, 0.6),
         "engine K=2 networks": (0.2, 0.2, 0.2),
         "engine K=4 networks": (1.0, 1.0, 1.0),
@@ -115,20 +115,21 @@ def test_rows_hold_medians_of_what_was_timed_side_by_side(tmp_path, monkeypatch,
     assert usb["images_per_second"] == pytest.approx(2 * 6 / 0.6) and usb["floor_ratio"] > 0
     parts = {name: usb[f"{name}_ms"] for name in ("networks", "rest", "views")}
     assert parts == pytest.approx({"networks": 300, "rest": 200, "views": 100})
-    assert engine["engine_ratio"] == engine["engine_images_ratio"] == pytest.approx(2)  # of 2, 4 and 2
+    assert engine["engine_ratio"] == engine["engine_images_ratio"] == pytest.approx(2)  # The median of 2, 4 and 2.
     assert (engine["engine_ratio_low"], engine["engine_ratio_high"]) == pytest.approx((2, 3))
     assert larger["engine_ratio"] == pytest.approx(0.6) and larger["engine_images_ratio"] == pytest.approx(0.8)
-    shown = "engine, times: 2.00; their quartiles: 2.00 to 3.00; in images/s: 2.00"
+    shown = "engine speedup: 2.00; speedup quartiles: 2.00 to 3.00; speedup in images/s: 2.00"
     assert shown in capsys.readouterr().out
 
 
-def test_parts_and_data_may_be_left_out(tmp_path):
-    rows = run(tmp_path, rivals=("torchssl",), data=("synthetic",), parts=False)
-    assert [row["trainer"] for row in rows] == ["torchssl", "engine"] and {row["data"] for row in rows} == {"synthetic"}
-    assert not any("networks_ms" in row or "views_ms" in row for row in rows)
+def test_parts_and_data_are_optional(tmp_path):
+    written = run(tmp_path, rivals=("torchssl",), data=("synthetic",), parts=False)
+    assert [record["trainer"] for record in written] == ["torchssl", "engine"]
+    assert {record["data"] for record in written} == {"synthetic"}
+    assert not any("networks_ms" in record or "views_ms" in record for record in written)
 
 
-def test_a_rivals_turn_ends_with_nothing_pending(monkeypatch):
+def test_a_rivals_sample_ends_with_nothing_pending(monkeypatch):
     make_item = plain.make_item
 
     def slowly(*arguments):
@@ -142,11 +143,11 @@ def test_a_rivals_turn_ends_with_nothing_pending(monkeypatch):
         assert [loader.pending for loader in rival.sources] == [0]
 
 
-def test_the_engines_turn_ends_with_nothing_pending(monkeypatch):
+def test_the_engines_sample_ends_with_nothing_pending(monkeypatch):
     make_plan = feed_module.make_plan
 
     def slowly(*arguments):
-        time.sleep(0.1)  # longer than a step
+        time.sleep(0.1)  # Longer than a step.
         return make_plan(*arguments)
 
     monkeypatch.setattr(feed_module, "make_plan", slowly)
@@ -159,7 +160,7 @@ def test_the_engines_turn_ends_with_nothing_pending(monkeypatch):
         assert feed._planning and all(plans.done() for plans in feed._planning)
 
 
-def test_settling_changes_no_view():
+def test_settling_does_not_change_views():
     config = dataclasses.replace(tiny(), steps=8)
     data, split = opened(config)
     execution = Execution.pick(config, data.train_images.shape)
@@ -176,17 +177,17 @@ def test_settling_changes_no_view():
         feed.end()
 
 
-def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
+def test_the_report_reads_old_and_new_records(tmp_path):
     committed = records.read(records.RESULTS / "baseline.jsonl")
-    old = [row for row in committed if "trainer" not in row]
-    assert len(old) == 4  # measured one after the other, of plain PyTorch alone
-    now = [row | {"device": old[0]["device"]} for row in run(tmp_path, data=("synthetic",))]
-    table = baseline.BENCH.tables["baseline"].markdown([*old, *now]).splitlines()
+    old = [record for record in committed if "trainer" not in record]
+    assert len(old) == 4  # Not interleaved, and of plain PyTorch only.
+    new = [record | {"device": old[0]["device"]} for record in run(tmp_path, data=("synthetic",))]
+    table = baseline.BENCH.tables["baseline"].markdown([*old, *new]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if line.startswith("|")]
     shown = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
     assert [line["trainer"] for line in shown] == 4 * [""] + ["plain", "engine", "usb", "engine"]
-    assert [line["engine, times"] for line in shown[:4]] == [f"{row['engine_ratio']:.2f}" for row in old]
-    assert [line["engine, times"] != "" for line in shown[4:]] == [False, True, False, True]
+    assert [line["engine speedup"] for line in shown[:4]] == [f"{record['engine_ratio']:.2f}" for record in old]
+    assert [line["engine speedup"] != "" for line in shown[4:]] == [False, True, False, True]
     assert all(float(line["step, ms"]) > 0 for line in shown)
 
 
@@ -195,9 +196,9 @@ def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
     [
         ({"data": ("fake",)}, "--data: unknown 'fake'; choose from real, synthetic"),
         ({"rivals": ("mine",)}, "--rivals: unknown 'mine'; choose from plain, usb, torchssl"),
-        ({"rivals": ()}, "--rivals takes one or more values"),
-        ({"data": ()}, "--data takes one or more values"),
-        ({"k": ()}, "--k takes one or more values"),
+        ({"rivals": ()}, "--rivals needs at least one value"),
+        ({"data": ()}, "--data needs at least one value"),
+        ({"k": ()}, "--k needs at least one value"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
         ({"rivals": ("usb",), "k": (0,)}, "--k must be at least 1, got 0"),
         ({"batch": 0}, "--batch must be at least 1, got 0"),
@@ -206,6 +207,6 @@ def test_the_report_reads_rows_of_before_and_of_now(tmp_path):
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )
-def test_mistakes(changes, message, tmp_path):
+def test_invalid_options(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path, **changes)
