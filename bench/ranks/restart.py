@@ -1,8 +1,8 @@
 """`remixmatch bench restart`: from SIGKILL of a rank to the next step of its group, by part.
 
-One real run, started as a user starts it with --gpus and --max-restarts. Again and again one of its ranks is killed,
-and the clock runs until the group has trained its next step. It is read off from outside: processes in /proc, and the
-log of metrics, which is opened anew when a rank 0 has its checkpoint and gets a row for every step.
+The bench starts a real run with --gpus and --max-restarts, repeatedly kills one of its ranks, and times how long the
+group takes to train its next step. It observes the run from outside: processes in /proc, and metrics.jsonl, which
+rank 0 replaces after it has loaded the checkpoint and extends after every step.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from engine.measuring.timing import bench_device
 from engine.runs.progress import read_metrics
 
 _IMPORTS = "import engine.commands.main, engine.run, pipelines.dali"
-_LIMIT_SECONDS = 300.0  # for anything that is waited for
+_LIMIT_SECONDS = 300.0  # Timeout of every wait.
 
 
 @dataclass
 class RestartOptions:
-    """Kills ranks of a run and times how it comes back."""
+    """Kill ranks of a run and time how long it takes to recover."""
 
     out: Path = records.OUT / "restart.jsonl"
-    """Rows are added to this file."""
+    """File to append the record to."""
     repeats: int = 5
-    """Kills; the median counts."""
+    """Number of kills; the median is reported."""
     ranks: int = 2
-    """Ranks of the run."""
+    """Number of ranks."""
     preset: str = "digits-40"
-    """What is trained."""
+    """Preset to train."""
     checkpoint_every: int = 25
-    """Steps between its checkpoints."""
+    """Steps between checkpoints."""
     seed: int = 0
-    """Of the ranks and moments of the kills."""
+    """Seed of the choice of ranks and of the times to kill them."""
 
 
 def main(options: RestartOptions) -> None:
-    """Starts the run, kills, waits, and writes a row.
+    """Start the run, kill its ranks, and write a record.
 
     Raises:
-        UserError: a flag that cannot work, or a system without /proc.
-        RuntimeError: the run ended or did not come back.
+        UserError: A flag is invalid, or the system has no /proc.
+        RuntimeError: The run ended, or a wait timed out.
     """
     records.check_numbers(options, repeats=1, ranks=1)
     if not Path("/proc/self/environ").exists():
-        raise UserError("bench restart finds the ranks in /proc, which this system does not have")
+        raise UserError("bench restart needs /proc to find the ranks, which this system does not have")
     device = bench_device()
     imports = median(_import_seconds(options.ranks) for _ in range(options.repeats))
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     kills = []
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
@@ -69,49 +69,46 @@ def main(options: RestartOptions) -> None:
         launcher = subprocess.Popen([sys.executable, "-m", "engine", "train", options.preset, *map(str, flags)])
         try:
             for number in range(1, options.repeats + 1):
-                kills.append(_kill(launcher, folder / "metrics.jsonl", options, chance))
+                kills.append(_kill(launcher, folder / "metrics.jsonl", options, rng))
                 print(f"kill {number} of {options.repeats}: {BENCH.tables['restart'].text(kills[-1])}", flush=True)
         finally:
             launcher.send_signal(signal.SIGTERM)
             launcher.wait()
-    row: dict[str, Any] = {"preset": options.preset, "ranks": options.ranks, "repeats": options.repeats}
-    row |= {name: median(kill[name] for kill in kills) for name in kills[0]}
-    row |= {"most_restart_seconds": max(kill["restart_seconds"] for kill in kills), "import_seconds": imports}
-    BENCH.write(options.out, "restart", device, **row)
+    fields: dict[str, Any] = {"preset": options.preset, "ranks": options.ranks, "repeats": options.repeats}
+    fields |= {name: median(kill[name] for kill in kills) for name in kills[0]}
+    fields |= {"most_restart_seconds": max(kill["restart_seconds"] for kill in kills), "import_seconds": imports}
+    BENCH.write(options.out, "restart", device, **fields)
 
 
-def _kill(
-    launcher: subprocess.Popen, metrics: Path, options: RestartOptions, chance: random.Random
-) -> dict[str, float]:
-    """Kills one rank once the group has trained for a while, and times what follows."""
+def _kill(launcher: subprocess.Popen, metrics: Path, options: RestartOptions, rng: random.Random) -> dict[str, float]:
+    """Kill one rank after the group has trained for a while, and time the phases of the recovery."""
 
-    def until(what: str, arrived: Callable[[], Any]) -> Any:
+    def wait_for(event: str, happened: Callable[[], bool]) -> None:
         end = time.monotonic() + _LIMIT_SECONDS
-        while not (found := arrived()):
+        while not happened():
             if launcher.poll() is not None:
-                raise RuntimeError(f"the run ended with exit code {launcher.returncode} while waiting for {what}")
+                raise RuntimeError(f"the run ended with exit code {launcher.returncode} while waiting for {event}")
             if time.monotonic() > end:
-                raise RuntimeError(f"{what} did not come within {_LIMIT_SECONDS:.0f} s")
+                raise RuntimeError(f"timed out after {_LIMIT_SECONDS:.0f} s waiting for {event}")
             time.sleep(0.02)
-        return found
 
     def last_step() -> int:
-        return max((int(row["step"]) for row in read_metrics(metrics)), default=0)
+        return max((int(line["step"]) for line in read_metrics(metrics)), default=0)
 
-    def opened() -> int:
+    def inode() -> int:
         return metrics.stat().st_ino if metrics.exists() else 0
 
     first = last_step()
-    until("training", lambda: last_step() >= first + options.checkpoint_every + chance.randrange(10))
-    before, file = last_step(), opened()
+    wait_for("training steps", lambda: last_step() >= first + options.checkpoint_every + rng.randrange(10))
+    before, old_inode = last_step(), inode()
     old = ranks_of(launcher.pid)
     begin = time.monotonic()
-    os.kill(chance.choice(sorted(old)), signal.SIGKILL)
-    until("new ranks", lambda: len(ranks_of(launcher.pid) - old) == options.ranks)
+    os.kill(rng.choice(sorted(old)), signal.SIGKILL)
+    wait_for("new ranks", lambda: len(ranks_of(launcher.pid) - old) == options.ranks)
     regrouped = time.monotonic()
-    until("the log's opening", lambda: opened() != file)
+    wait_for("a new metrics.jsonl", lambda: inode() != old_inode)
     loaded, resumed = time.monotonic(), last_step()
-    until("a step", lambda: last_step() > resumed)
+    wait_for("a training step", lambda: last_step() > resumed)
     end = time.monotonic()
     return {
         "restart_seconds": end - begin,
@@ -123,20 +120,20 @@ def _kill(
 
 
 def ranks_of(launcher: int) -> set[int]:
-    """Process numbers of the ranks that torchrun, a process of that number, has started and that have not ended."""
-    listed = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii")
+    """Return the process IDs of the running ranks started by the torchrun process with ID `launcher`."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii")
     ranks = set()
-    for number in map(int, listed.split()):
+    for pid in map(int, children.split()):
         try:
-            if b"\0RANK=" in Path(f"/proc/{number}/environ").read_bytes():
-                ranks.add(number)
-        except OSError:  # it has just ended
+            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                ranks.add(pid)
+        except OSError:  # The process has just ended.
             continue
     return ranks
 
 
 def _import_seconds(processes: int) -> float:
-    """Time in which so many processes at once have imported what a rank imports."""
+    """Time the imports of a rank in `processes` processes at once."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     started = [subprocess.Popen([sys.executable, "-c", _IMPORTS], env=environment) for _ in range(processes)]
@@ -148,7 +145,7 @@ def _import_seconds(processes: int) -> float:
 BENCH = Bench(
     options=RestartOptions,
     main=main,
-    quick=None,  # It starts two ranks, kills one and starts both again: 20 s for a single kill.
+    quick=None,  # A single kill takes 20 s: two ranks start twice.
     tables={
         "restart": Table(
             key=("preset", "ranks"),
@@ -158,8 +155,8 @@ BENCH = Bench(
                 "kills": "{repeats}",
                 "kill to next step, s": "{restart_seconds:.1f}",
                 "longest, s": "{most_restart_seconds:.1f}",
-                "new processes, s": "{regroup_seconds:.1f}",
-                "imports to checkpoint, s": "{load_seconds:.1f}",
+                "to new processes, s": "{regroup_seconds:.1f}",
+                "imports and checkpoint, s": "{load_seconds:.1f}",
                 "first step, s": "{first_step_seconds:.1f}",
                 "steps lost": "{lost_steps:.0f}",
                 "imports alone, s": "{import_seconds:.1f}",

@@ -1,8 +1,8 @@
-"""What a training step should cost on many ranks, from what it costs on one: arithmetic only, nothing is measured here.
+"""Analytic model of a training step on many ranks, based on its cost on one.
 
-Every rank computes its share as one rank would, and the collectives come on top: bytes over bandwidth, and a latency
-for each time that data are passed on. Rings within a node and between nodes. The model knows nothing of ranks that get
-in one another's way (cores, memory, switches) or that wait for the slowest of them, so it is a best case.
+The time of a step is a rank's compute time for its share of the batch plus the time of the collectives: bytes over
+bandwidth plus a latency per hop, with rings within and between nodes. The model is a best case. It ignores contention
+(cores, memory, switches) and waiting for the slowest rank.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scipy.optimize import nnls
 
 @dataclass(frozen=True)
 class Link:
-    """How a rank reaches its neighbour.
+    """Link from a rank to its neighbor.
 
     Attributes:
-        bytes_per_second: that it can send while it receives as many.
-        latency: seconds from one rank to the next, with what software adds.
+        bytes_per_second: Bandwidth per direction, with both directions in use.
+        latency: Seconds per hop, software overhead included.
     """
 
     bytes_per_second: float
@@ -30,12 +30,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where ranks run.
+    """Topology of the ranks.
 
     Attributes:
-        within: the link of ranks of one node.
-        between: the link of two nodes, as each rank of a node has it when all of them use it at once.
-        ranks_per_node: ranks that share a node; None where there is but one node.
+        within: Link between ranks of a node.
+        between: Link between nodes: the share of one rank when all ranks of a node use it.
+        ranks_per_node: Ranks per node; None for a single node.
     """
 
     within: Link
@@ -43,10 +43,10 @@ class Cluster:
     ranks_per_node: int | None = None
 
     def split(self, ranks: int) -> tuple[int, int]:
-        """Ranks in a node, and nodes.
+        """Return the number of ranks per node and the number of nodes.
 
         Raises:
-            ValueError: the ranks do not fill their nodes, or there is no link between nodes.
+            ValueError: The ranks do not fill their nodes, or there is no link between nodes.
         """
         if ranks < 1:
             raise ValueError(f"there must be at least 1 rank, got {ranks}")
@@ -55,30 +55,32 @@ class Cluster:
         if ranks % self.ranks_per_node:
             raise ValueError(f"{ranks} ranks do not fill nodes of {self.ranks_per_node}")
         if self.between is None:
-            raise ValueError(f"{ranks} ranks need several nodes of {self.ranks_per_node}, and a link between them")
+            raise ValueError(
+                f"{ranks} ranks need several nodes of {self.ranks_per_node}, but there is no link between nodes"
+            )
         return self.ranks_per_node, ranks // self.ranks_per_node
 
 
 def _ring(size: float, ranks: int, link: Link) -> float:
-    """Seconds of one way round a ring: `size` bytes are in R parts, each passed on R - 1 times."""
+    """Return the seconds of one round of a ring: `size` bytes in R parts, each forwarded R - 1 times."""
     return (ranks - 1) / ranks * size / link.bytes_per_second + (ranks - 1) * link.latency
 
 
 def all_reduce_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """Time of an all-reduce of `size` bytes of every rank: once round all rings to add up, once more to gather."""
+    """Return the time of an all-reduce of `size` bytes per rank: a reduce-scatter and an all-gather of equal cost."""
     return 2 * all_gather_seconds(size, ranks, cluster)
 
 
 def all_gather_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """Time of an all-gather.
+    """Return the time of an all-gather.
 
-    In one node a ring once round, (R - 1) / R bytes over bandwidth and R - 1 latencies. With several nodes: each rank
-    gathers from its counterparts in the other nodes, and then the node's ranks from one another.
+    In one node it is one round of a ring: (R - 1) / R of the bytes over bandwidth, plus R - 1 latencies. With several
+    nodes each rank first gathers from its counterparts in the other nodes, then the ranks of a node from one another.
 
     Args:
-        size: bytes that every rank holds in the end.
-        ranks: R.
-        cluster: where they run.
+        size: Bytes that every rank has at the end.
+        ranks: Number of ranks R.
+        cluster: Topology of the ranks.
     """
     local, nodes = cluster.split(ranks)
     seconds = _ring(size, local, cluster.within)
@@ -89,13 +91,13 @@ def all_gather_seconds(size: float, ranks: int, cluster: Cluster) -> float:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective that every step runs once.
+    """A collective that runs once per step.
 
     Attributes:
-        name: what it moves.
+        name: Name of the data.
         kind: "all-reduce" or "all-gather".
-        fixed_bytes: its size whatever the batch.
-        bytes_per_image: its size for each of the B images of the global batch; gathered bytes are those of all ranks.
+        fixed_bytes: Bytes that do not depend on the batch.
+        bytes_per_image: Bytes per image of the global batch B; for an all-gather, the total of all ranks.
     """
 
     name: str
@@ -104,25 +106,25 @@ class Collective:
     bytes_per_image: int = 0
 
     def bytes(self, batch: int) -> int:
-        """Its size at a global batch of B."""
+        """Return its size at a global batch B."""
         return self.fixed_bytes + self.bytes_per_image * batch
 
     def seconds(self, batch: int, ranks: int, cluster: Cluster) -> float:
-        """Its time."""
+        """Return its time at a global batch B."""
         time = all_reduce_seconds if self.kind == "all-reduce" else all_gather_seconds
         return time(self.bytes(batch), ranks, cluster)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A step.
+    """Cost of a step.
 
     Attributes:
-        fixed: seconds of a rank's step that do not depend on its rows.
-        per_image: seconds for each of its B / R images, with all the rows that belong to one.
-        gradients: the all-reduce of the gradients.
-        others: the other collectives, for each of which the device waits.
-        overlap: share of the gradients' all-reduce behind which the backward pass goes on, 0 to 1.
+        fixed: Seconds of a rank's step that do not depend on its batch.
+        per_image: Seconds for each of its B / R images, with all of the image's views.
+        gradients: The all-reduce of the gradients.
+        others: The other collectives; none of them overlaps with compute.
+        overlap: Fraction of the gradient all-reduce that overlaps with the backward pass, 0 to 1.
     """
 
     fixed: float
@@ -134,14 +136,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on some ranks, in seconds.
+    """Predicted seconds of a step.
 
     Attributes:
-        compute: what a rank computes.
-        gradients: their all-reduce, with what overlaps.
-        others: the other collectives.
-        seconds: the whole step; of `gradients`, only what does not overlap is in it.
-        efficiency: images a second and rank, against one rank that trains `base` images a step.
+        compute: Compute time of a rank.
+        gradients: Time of the gradient all-reduce, overlap included.
+        others: Time of the other collectives.
+        seconds: Time of the whole step, with only the part of `gradients` that does not overlap.
+        efficiency: Images per second and rank, relative to one rank that trains `base` images per step.
     """
 
     compute: float
@@ -152,20 +154,20 @@ class Prediction:
 
 
 def predict(work: Work, cluster: Cluster, ranks: int, batch: int, base: int) -> Prediction:
-    """The model.
+    """Predict the time of a step.
 
     Args:
-        work: the step.
-        cluster: where it runs.
-        ranks: R, divides `batch`.
-        batch: B over all ranks. Weak scaling is batch = base * ranks, strong scaling batch = base.
-        base: B of the one rank that efficiency is measured by.
+        work: Cost of the step.
+        cluster: Topology of the ranks.
+        ranks: Number of ranks R; must divide `batch`.
+        batch: Global batch B. Weak scaling is batch = base * ranks, strong scaling batch = base.
+        base: B of the single rank that efficiency is relative to.
 
     Raises:
-        ValueError: ranks that do not fill nodes, or cannot share the batch.
+        ValueError: The ranks do not fill their nodes, or do not divide the batch.
     """
     if batch % ranks:
-        raise ValueError(f"{ranks} ranks cannot share a batch of {batch}")
+        raise ValueError(f"batch {batch} is not divisible by {ranks} ranks")
     compute = work.fixed + work.per_image * batch / ranks
     gradients = work.gradients.seconds(batch, ranks, cluster)
     others = sum(each.seconds(batch, ranks, cluster) for each in work.others)
@@ -175,38 +177,40 @@ def predict(work: Work, cluster: Cluster, ranks: int, batch: int, base: int) -> 
     return Prediction(compute, gradients, others, seconds, (batch / seconds) / (ranks * base / one))
 
 
-# GPUs that nobody has measured here. Effective rates: no collective reaches a nominal one
+# Assumed effective rates, below the nominal ones; not measured.
 _NVLINK = Link(0.8 * 450e9, 2e-6)
 ASSUMED_CLUSTERS = {
     "8 GPUs, NVLink": (8, Cluster(_NVLINK)),
-    "64 GPUs, NVLink and 400 Gb/s a GPU": (64, Cluster(_NVLINK, Link(0.9 * 50e9, 5e-6), 8)),
-    "64 GPUs, NVLink and 100 Gb/s a node": (64, Cluster(_NVLINK, Link(0.9 * 12.5e9 / 8, 2e-5), 8)),
+    "64 GPUs, NVLink and 400 Gb/s per GPU": (64, Cluster(_NVLINK, Link(0.9 * 50e9, 5e-6), 8)),
+    "64 GPUs, NVLink and 100 Gb/s per node": (64, Cluster(_NVLINK, Link(0.9 * 12.5e9 / 8, 2e-5), 8)),
 }
 ASSUMPTIONS = """\
-  NVLink 4: 450 GB/s nominal a direction, 80 % of it; 2 us a hop
-  400 Gb/s InfiniBand a GPU: 50 GB/s nominal, 90 % of it; 5 us a hop
-  100 Gb/s a node: 12.5 GB/s nominal for 8 GPUs together, 90 % of it; 20 us a hop
-  rings within nodes and between them; NCCL may take trees or the switch's own sums, which have fewer hops
-  nothing overlaps, though the first of two buckets of gradients may go while backward does; no rank waits for a slower
-  one
-  real views keep up, as they do on one GPU"""
+  NVLink 4: 80 % of the nominal 450 GB/s per direction; 2 us per hop
+  400 Gb/s InfiniBand per GPU: 90 % of the nominal 50 GB/s; 5 us per hop
+  100 Gb/s per node: 90 % of the nominal 12.5 GB/s, shared by 8 GPUs; 20 us per hop
+  rings within and between nodes; NCCL may use trees or in-switch reductions, which have fewer hops
+  no overlap, although the first of two gradient buckets can overlap with backward; no waiting for slower ranks
+  views are made as fast as they are used, as on one GPU"""
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Start and slope, neither below zero, of a line that is off by as little as possible relative to each y > 0.
+    """Fit a line with nonnegative intercept and slope, minimizing the squared errors relative to each y > 0.
 
-    One x gives a line through the origin.
+    If all x are equal, the line passes through the origin.
+
+    Returns:
+        Intercept and slope.
     """
     return _fit(np.full(len(x), float(len(set(x)) > 1)), np.asarray(x), np.asarray(y))
 
 
 def fit_link(sizes: Sequence[int], ranks: Sequence[int], seconds: Sequence[float]) -> Link:
-    """The link that explains measured all-reduces of one node best, relative to each time.
+    """Fit a link to measured all-reduces within a node, minimizing the squared relative errors.
 
     Args:
-        sizes: bytes of each.
-        ranks: of each, at least 2.
-        seconds: measured.
+        sizes: Bytes of each all-reduce.
+        ranks: Ranks of each all-reduce, at least 2.
+        seconds: Measured time of each all-reduce.
     """
     r = np.asarray(ranks)
     latency, per_byte = _fit(2 * (r - 1), 2 * (r - 1) / r * np.asarray(sizes), np.asarray(seconds))
@@ -214,8 +218,8 @@ def fit_link(sizes: Sequence[int], ranks: Sequence[int], seconds: Sequence[float
 
 
 def _fit(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Least squares of (p a + q b) / y against 1 with p, q >= 0."""
+    """Solve for p, q >= 0 that minimize the squared errors of (p a + q b) / y = 1."""
     columns = np.stack([a / y, b / y], axis=1)
-    scale = np.linalg.norm(columns, axis=0).clip(min=np.finfo(float).tiny)  # Bytes and latencies are far apart.
+    scale = np.linalg.norm(columns, axis=0).clip(min=np.finfo(float).tiny)  # Bytes and latencies differ in magnitude.
     p, q = (nnls(columns / scale, np.ones(len(y)))[0] / scale).tolist()
     return p, q

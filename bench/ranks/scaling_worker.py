@@ -1,8 +1,6 @@
-"""A rank of a group that `remixmatch bench scaling` has launched.
+"""Worker of `remixmatch bench scaling`, run under torchrun as `python -m bench.ranks.scaling_worker FOLDER`.
 
-`python -m bench.ranks.scaling_worker FOLDER` under torchrun.
-
-FOLDER/job is a pickled `Job`, the cases to time; rank 0 pickles what `work` returns to FOLDER/result.
+FOLDER/job is a pickled `Job`. Rank 0 pickles the result of `work` to FOLDER/result.
 """
 
 from __future__ import annotations
@@ -30,18 +28,18 @@ from engine.measuring.steps import TimedSteps
 from engine.measuring.timing import sample
 from engine.training.execution import pick_device
 
-_REDUCES = 20  # all-reduces a sample: short ones need many, and every rank has to run as many as the others
+_REDUCES = 20  # All-reduces per sample. The number is fixed because all ranks must run the same number.
 
 
 @dataclass(frozen=True)
 class CaseSpec:
-    """A step to be timed.
+    """A step to time.
 
     Attributes:
-        batch: B over all ranks; of each rank where they are not grouped.
-        grouped: ranks train one network, in DistributedDataParallel. Without, each trains one of its own, beside the
-            others: that tells how they get in one another's way.
-        reduced: whether gradients are averaged. Without, ranks train apart: that tells what averaging costs.
+        batch: Global B if grouped, otherwise B of each rank.
+        grouped: Whether the ranks train one network with DistributedDataParallel. If not, each rank trains its own
+            network at the same time, which measures contention.
+        reduced: Whether gradients are all-reduced. If not, the difference is the cost of the all-reduce.
     """
 
     batch: int
@@ -51,15 +49,15 @@ class CaseSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """What a group of ranks has to time.
+    """Measurements for a group of ranks.
 
     Attributes:
-        config: what is trained, but for its batch.
-        views: one of engine.measuring.steps.VIEWS.
-        cases: in turn, sample by sample.
-        sizes: bytes of bare all-reduces, which take turns with the cases.
-        steps: a sample, whole batches of views.
-        repeats: samples.
+        config: Configuration to train; its batch is replaced by that of each case.
+        views: One of engine.measuring.steps.VIEWS.
+        cases: Steps to time, with samples interleaved.
+        sizes: Bytes of plain all-reduces, interleaved with the cases.
+        steps: Steps per sample, a multiple of `view_steps`.
+        repeats: Samples per case.
     """
 
     config: Config
@@ -71,11 +69,11 @@ class Job:
 
 
 def work(job: Job) -> dict[str, Any]:
-    """Times a job on this rank, in step with the others.
+    """Run a job on this rank, synchronized with the others.
 
     Returns:
-        steps: samples of seconds a step, by case; reduces: of seconds of an all-reduce, by size; facts: see
-        `bench.ranks.scaling.Group`.
+        "steps": samples of seconds per step, by case; "reduces": samples of seconds per all-reduce, by size; "facts":
+        see `bench.ranks.scaling.Group`.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -83,15 +81,15 @@ def work(job: Job) -> dict[str, Any]:
     cases: dict[CaseSpec, TimedSteps] = {}
     wrapped: list[DistributedDataParallel] = []
     try:
-        # a network is wrapped where there is a group: what goes without is made before there is one
+        # Networks are wrapped if there is a process group, so make the cases without a group first.
         for spec in sorted(job.cases, key=lambda spec: spec.grouped):
             if spec.grouped and not collectives.grouped():
                 collectives.start(device, timeout=600.0, alone=True)
-            # A captured step runs as soon as it is made, before its network could be reached.
+            # Patch the wrapper, since a captured step runs when it is made, before a hook could be registered.
             wrap = functools.partial(_wrap, wrapped, spec.reduced)
             with patch.object(engine.training.step, "DistributedDataParallel", wrap):
                 cases[spec] = TimedSteps.begin(dataclasses.replace(job.config, batch=spec.batch), job.views)
-            cases[spec].advance(max(job.steps, 2))  # with the first two go compilation and the choice of buckets
+            cases[spec].advance(max(job.steps, 2))  # The first two steps include compilation and rebuilding of buckets.
         buffers = {size: torch.zeros(size // 4, device=device) for size in job.sizes}
         for buffer in buffers.values():
             dist.all_reduce(buffer)
@@ -123,13 +121,13 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def _advance(case: TimedSteps, spec: CaseSpec, steps: int) -> None:
-    """Trains; a case that was begun before there was a group knows nothing of it."""
+    """Train `steps` steps; a case without a group runs as on a single rank."""
     with contextlib.nullcontext() if spec.grouped else patch.object(collectives, "ranks", lambda: 1):
         case.advance(steps)
 
 
 def _wrap(wrapped: list[DistributedDataParallel], reduced: bool, *args: Any, **kwargs: Any) -> DistributedDataParallel:
-    """Wrap a network and remember it; if not `reduced`, each rank keeps its own gradients."""
+    """Wrap a network and append it to `wrapped`; if not `reduced`, each rank keeps its own gradients."""
     wrapped.append(DistributedDataParallel(*args, **kwargs))
     if not reduced:
         wrapped[-1].register_comm_hook(None, noop_hook)
@@ -137,7 +135,7 @@ def _wrap(wrapped: list[DistributedDataParallel], reduced: bool, *args: Any, **k
 
 
 def main(folder: Path) -> None:
-    """Reads the job, works, and writes what rank 0 has measured."""
+    """Run the job in a folder and write the result of rank 0."""
     try:
         result = work(pickle.loads((folder / "job").read_bytes()))
         if collectives.rank() == 0:

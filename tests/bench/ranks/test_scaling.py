@@ -1,4 +1,4 @@
-"""Scaling: groups of ranks are launched and measured, bytes are those that a step moves, rows agree with themselves."""
+"""Scaling: groups of ranks are launched and timed, collective sizes match a real step, records are consistent."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from engine.measuring import records
 from engine.measuring.steps import TimedSteps
 
 CPU = torch.device("cpu")
-ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes of a CPU")
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="uses CPU sizes")
 
 
 def tiny(name="", cuda=False):
@@ -30,12 +30,12 @@ def tiny(name="", cuda=False):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """What is trained costs next to nothing."""
+    """Train a tiny configuration."""
     monkeypatch.setattr("bench.ranks.scaling.base_config", lambda name, cuda: base_config("", True) if cuda else tiny())
 
 
 def in_this_process(monkeypatch, job):
-    """What launching one rank gives, without a process whose imports take longer than its work."""
+    """Run a job on one rank in this process, which saves the imports of another."""
     with socket.socket() as s, monkeypatch.context() as environment:
         s.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1], "RANK": 0, "WORLD_SIZE": 1}
@@ -56,7 +56,7 @@ def run(tmp_path, **options):
 
 
 @ON_A_CPU
-def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monkeypatch, capsys):
+def test_two_ranks_train_and_records_are_consistent(tmp_path, cheap, monkeypatch, capsys):
     launch = scaling.launch
     monkeypatch.setattr(scaling, "_REDUCED_SIZES", (2**12, 2**20))
     monkeypatch.setattr(
@@ -64,54 +64,61 @@ def test_two_ranks_train_and_every_row_agrees_with_itself(tmp_path, cheap, monke
         "launch",
         lambda r, threads, job: in_this_process(monkeypatch, job) if r == 1 else launch(r, threads, job),
     )
-    rows = run(tmp_path)
-    names = [(row["ranks"], row["scaling"], row["ddp"], row["batch"]) for row in rows]
+    written = run(tmp_path)
+    names = [(record["ranks"], record["scaling"], record["ddp"], record["batch"]) for record in written]
     assert names == [
         (1, "one rank", False, 4), (1, "one rank", True, 4), (1, "one rank, its share", True, 2),
         (2, "weak", True, 8), (2, "strong", True, 4),
     ]  # fmt: skip
     gradients, _ = scaling.step_collectives(tiny())
-    one = rows[0]["images_per_second"]
-    for row in rows:
-        assert row["bench"] == "scaling" and row["mode"] == "eager" and row["precision"] == "float32"
-        assert row["samples"] == 2 and row["step_ms_low"] <= row["step_ms"] <= row["step_ms_high"]
-        assert row["images_per_second"] == pytest.approx(5 * row["batch"] / row["step_ms"] * 1e3)
-        assert row["commit"] and row["versions"]["torch"] and f", {row['threads']} threads of" in row["device"]
-        assert "predicted" not in json.dumps(row)
-        if row["batch"] == 2:
-            assert "efficiency" not in row
-            continue
-        assert row["one_rank_images_per_second"] == pytest.approx(one)
-        assert row["efficiency"] == pytest.approx(row["images_per_second"] / (row["ranks"] * one))
-        assert row["efficiency_by_round"] == pytest.approx([row["efficiency"]])
-    assert rows[1]["ddp_overhead_percent"] == pytest.approx(100 * (rows[1]["step_ms"] / rows[0]["step_ms"] - 1))
-    for row in rows[3:]:
-        assert row["all_reduce_bytes"] == gradients.fixed_bytes and row["gradient_buckets"] == 1
-        assert 0 < row["all_reduce_ms_low"] <= row["all_reduce_ms"] <= row["all_reduce_ms_high"]
+    one = written[0]["images_per_second"]
+    for record in written:
+        assert record["bench"] == "scaling" and record["mode"] == "eager" and record["precision"] == "float32"
+        assert record["samples"] == 2 and record["step_ms_low"] <= record["step_ms"] <= record["step_ms_high"]
+        assert record["images_per_second"] == pytest.approx(5 * record["batch"] / record["step_ms"] * 1e3)
         assert (
-            row["unreduced_step_ms"] > 0
-            and row["beside_step_ms"] > 0
-            and 0 <= row["overlap"] <= 1
-            and row["backend"] == "gloo"
+            record["commit"] and record["versions"]["torch"] and f", {record['threads']} threads of" in record["device"]
         )
-        assert row["other_bytes"]["views"] == row["batch"] * 4 * 16 * 16 * 3
-        assert row["other_collectives"] == 3 and row["other_total_bytes"] == sum(row["other_bytes"].values())
-    said = capsys.readouterr().out
-    assert "CPU: torch sees no GPU here" in said and f"; DDP costs: {rows[1]['ddp_overhead_percent']:+.1f} %" in said
-    assert "model, calibrated in this run" in said and "2 ranks, weak: predicted" in said
-    assert "predicted, not measured: WRN-28-2 on 32x32, K = 8, B = 64, 5.87 MB of gradients" in said
-    table = scaling.BENCH.tables["scaling"].markdown(rows).splitlines()
+        assert "predicted" not in json.dumps(record)
+        if record["batch"] == 2:
+            assert "efficiency" not in record
+            continue
+        assert record["one_rank_images_per_second"] == pytest.approx(one)
+        assert record["efficiency"] == pytest.approx(record["images_per_second"] / (record["ranks"] * one))
+        assert record["efficiency_by_round"] == pytest.approx([record["efficiency"]])
+    assert written[1]["ddp_overhead_percent"] == pytest.approx(
+        100 * (written[1]["step_ms"] / written[0]["step_ms"] - 1)
+    )
+    for record in written[3:]:
+        assert record["all_reduce_bytes"] == gradients.fixed_bytes and record["gradient_buckets"] == 1
+        assert 0 < record["all_reduce_ms_low"] <= record["all_reduce_ms"] <= record["all_reduce_ms_high"]
+        assert (
+            record["unreduced_step_ms"] > 0
+            and record["beside_step_ms"] > 0
+            and 0 <= record["overlap"] <= 1
+            and record["backend"] == "gloo"
+        )
+        assert record["other_bytes"]["views"] == record["batch"] * 4 * 16 * 16 * 3
+        assert record["other_collectives"] == 3 and record["other_total_bytes"] == sum(record["other_bytes"].values())
+    output = capsys.readouterr().out
+    assert (
+        "CPU: torch sees no GPU here" in output
+        and f"; DDP overhead: {written[1]['ddp_overhead_percent']:+.1f} %" in output
+    )
+    assert "model, calibrated in this run" in output and "2 ranks, weak: predicted" in output
+    assert "predicted, not measured: WRN-28-2 on 32x32, K = 8, B = 64, 5.87 MB of gradients" in output
+    table = scaling.BENCH.tables["scaling"].markdown(written).splitlines()
     assert len([line for line in table if line.startswith("| digits-40 | 1 |")]) == 5
 
 
 @pytest.mark.parametrize("method", ["remixmatch", "supervised"])
-def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
-    """One process plays the first of two ranks: its collectives are recorded, and give what it gave."""
+def test_collective_sizes_match_a_step(monkeypatch, method):
+    """One process acts as the first of two ranks; its collectives are recorded and replaced by local results."""
     recorded = []
 
-    def all_gather(gathered, rows):
+    def all_gather(gathered, local):
         recorded.append(("all-gather", gathered.nbytes))
-        gathered.copy_(torch.cat([rows, rows]))
+        gathered.copy_(torch.cat([local, local]))
 
     monkeypatch.setattr(collectives, "ranks", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", all_gather)
@@ -128,7 +135,7 @@ def test_bytes_are_those_that_a_step_moves(monkeypatch, method):
     assert gradients.bytes(config.batch) == 4 * sum(p.numel() for p in trained)
 
 
-def test_cases_of_a_group():
+def test_case_specs():
     both = ("weak", "strong")
     assert scaling.case_specs(64, 1, 1, both) == [CaseSpec(64, grouped=False), CaseSpec(64)]
     assert scaling.case_specs(64, 1, 8, both)[2:] == [CaseSpec(8)]
@@ -144,29 +151,29 @@ def group(ranks, **steps):
     return Group(ranks, {}, {}, facts)
 
 
-def test_rows_by_hand():
+def test_records_by_hand():
     moved = gradients, _ = scaling.step_collectives(tiny())
     one, two = group(1), group(2)
     one.steps = {CaseSpec(4, grouped=False): [0.010, 0.020], CaseSpec(4): [0.011, 0.022]}
     apart = {CaseSpec(4, grouped=False): [0.012, 0.014]}
     two.steps = {CaseSpec(8): [0.020, 0.040], CaseSpec(8, reduced=False): [0.0195, 0.0395]} | apart
     two.reduces = {gradients.fixed_bytes: [0.001, 0.001]}
-    alone, grouped, weak = scaling.make_rows([one, two], 4, moved, {"rounds": 2})
+    alone, grouped, weak = scaling.make_records([one, two], 4, moved, {"rounds": 2})
     assert alone["efficiency"] == 1 and alone["images_per_second"] == pytest.approx(20 / 0.015)
     assert grouped["ddp_overhead_percent"] == pytest.approx(10) == grouped["ddp_overhead_low"]
     assert grouped["efficiency"] == pytest.approx(1 / 1.1)
     assert weak["efficiency"] == pytest.approx(0.5) and weak["efficiency_by_round"] == pytest.approx([0.5, 0.5])
     assert weak["beside_step_ms"] == pytest.approx(13)
-    # half of the 1 ms is saved by not reducing, but steps differ by 10 ms between quartiles
+    # Not reducing saves half of the 1 ms, but the quartiles of the steps differ by 10 ms.
     assert weak["overlap"] == pytest.approx(0.5) and weak["overlap_noise"] == "noise"
     two.steps = {CaseSpec(8): [0.0201, 0.0201], CaseSpec(8, reduced=False): [0.0191, 0.0193]} | apart
-    assert scaling.make_rows([two], 4, moved, {"rounds": 1})[0]["overlap"] == pytest.approx(0.1)
+    assert scaling.make_records([two], 4, moved, {"rounds": 1})[0]["overlap"] == pytest.approx(0.1)
     two.steps[CaseSpec(8, reduced=False)] = [0.0150, 0.0150]
-    (row,) = scaling.make_rows([two], 4, moved, {"rounds": 1})
-    assert row["overlap"] == 0 and row["overlap_noise"] == "" and "efficiency" not in row
+    (record,) = scaling.make_records([two], 4, moved, {"rounds": 1})
+    assert record["overlap"] == 0 and record["overlap_noise"] == "" and "efficiency" not in record
 
 
-def test_a_group_that_fails_is_named_and_not_launched_again(tmp_path, cheap, monkeypatch, capsys):
+def test_a_failed_group_is_listed_and_not_launched_again(tmp_path, cheap, monkeypatch, capsys):
     launched = []
 
     def launch(ranks, threads, job):
@@ -180,17 +187,17 @@ def test_a_group_that_fails_is_named_and_not_launched_again(tmp_path, cheap, mon
     with pytest.raises(SystemExit, match="failed: 2 ranks"):
         run(tmp_path, rounds=3)
     assert launched == [1, 2, 1, 1]
-    assert [row["samples"] for row in records.read(tmp_path / "scaling.jsonl")] == [3, 3, 3]
+    assert [record["samples"] for record in records.read(tmp_path / "scaling.jsonl")] == [3, 3, 3]
     assert "no route to itself" in capsys.readouterr().err
 
 
-def test_what_a_rank_said_last_is_shown(monkeypatch):
+def test_a_failed_launch_shows_its_output(monkeypatch):
     monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(RuntimeError, match=r"false -m torch.distributed.run .* ended with exit code 1"):
         scaling.launch(2, 1, Job(tiny(), "dali", (), (), 1, 1))
 
 
-def test_an_interrupt_ends_the_launcher(monkeypatch):
+def test_an_interrupt_terminates_the_launcher(monkeypatch):
     started = []
     real = subprocess.Popen
 
@@ -208,29 +215,33 @@ def test_an_interrupt_ends_the_launcher(monkeypatch):
     assert started[0].returncode == -15
 
 
-def throughput_row(k, step_ms, device="NVIDIA H200", **more):
+def throughput_record(k, step_ms, device="NVIDIA H200", **more):
     paper = base_config("", True)
-    row = {"preset": paper.preset, "k": k, "batch": paper.batch, "mode": "graph", "views": "fused"}
-    return row | {"precision": "bfloat16", "optimizer": "torch", "step_ms": step_ms, "device": device} | more
+    common = {"preset": paper.preset, "k": k, "batch": paper.batch, "mode": "graph", "views": "fused"}
+    return common | {"precision": "bfloat16", "optimizer": "torch", "step_ms": step_ms, "device": device} | more
 
 
-def test_the_step_of_one_gpu_is_assumed_until_one_has_been_measured():
+def test_the_step_of_one_gpu_is_assumed_if_none_was_measured():
     paper = base_config("", True)
     moved = gradients, _ = scaling.step_collectives(paper)
     assert gradients.fixed_bytes == pytest.approx(4 * 1.47e6, rel=0.01)
 
-    def cost(*rows):
-        work, source = scaling.assumed_work(moved, rows, paper)
+    def cost(*measured):
+        work, source = scaling.assumed_work(moved, measured, paper)
         return 1e3 * work.fixed, 1e3 * (work.fixed + 64 * work.per_image), source
 
-    others = [throughput_row(8, 50.0, "CPU, slow"), throughput_row(8, 20.0, mode="eager"), throughput_row(1, 2.0)]
+    others = [
+        throughput_record(8, 50.0, "CPU, slow"),
+        throughput_record(8, 20.0, mode="eager"),
+        throughput_record(1, 2.0),
+    ]
     fixed, step, source = cost(*others)
-    assert (fixed, step) == pytest.approx((1.5, 6.0)) and "the design's target of 6 ms, an assumption" in source
-    fixed, step, source = cost(throughput_row(8, 4.0))
+    assert (fixed, step) == pytest.approx((1.5, 6.0)) and "assumed, the design target of 6 ms" in source
+    fixed, step, source = cost(throughput_record(8, 4.0))
     assert (fixed, step) == pytest.approx((1.0, 4.0)) and "NVIDIA H200, 25% of it assumed" in source
-    line = [throughput_row(k, 1.0 + 0.3 * (k + 4 + 2 / 3)) for k in (1, 8, 16)]
+    line = [throughput_record(k, 1.0 + 0.3 * (k + 4 + 2 / 3)) for k in (1, 8, 16)]
     fixed, step, source = cost(*others[:2], *line)
-    assert (fixed, step) == pytest.approx((1.0, 4.8)) and source.endswith("H200, over K = 1, 8, 16")
+    assert (fixed, step) == pytest.approx((1.0, 4.8)) and source.endswith("H200, fitted over K = 1, 8, 16")
 
 
 @ON_A_CPU
@@ -239,7 +250,7 @@ def test_the_step_of_one_gpu_is_assumed_until_one_has_been_measured():
     [
         ({"ranks": (0, 1)}, "--ranks must be at least 1, got 0"),
         ({"scaling": ("wide",)}, "--scaling: unknown 'wide'; choose from weak, strong"),
-        ({"scaling": ()}, "--scaling takes one or more of weak, strong"),
+        ({"scaling": ()}, "--scaling needs at least one of weak, strong"),
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
@@ -250,7 +261,7 @@ def test_the_step_of_one_gpu_is_assumed_until_one_has_been_measured():
         ({"mode": "graph"}, "--mode graph captures a CUDA graph and needs a GPU"),
     ],
 )
-def test_mistakes(options, message, tmp_path, cheap):
+def test_invalid_options(options, message, tmp_path, cheap):
     with pytest.raises(UserError, match=message):
         run(tmp_path, **options)
 
@@ -258,7 +269,7 @@ def test_mistakes(options, message, tmp_path, cheap):
 def test_more_ranks_than_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.ranks.scaling.bench_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--ranks: 2 ranks need as many GPUs, and torch sees 1"):
+    with pytest.raises(UserError, match="--ranks must be at most the number of GPUs \\(1\\), got 2"):
         run(tmp_path)
 
 
@@ -275,11 +286,11 @@ def test_default_ranks_are_powers_of_two_up_to_the_cores(tmp_path, cheap, monkey
     monkeypatch.setattr(scaling, "launch", launch)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    rows = run(tmp_path, ranks=(), rounds=2)
+    written = run(tmp_path, ranks=(), rounds=2)
     assert launched == [(1, 1), (2, 1), (4, 1)] * 2
-    assert [row["samples"] for row in rows] == [4] * 7
-    assert np.allclose([row["efficiency"] for row in rows if row["scaling"] == "weak"], 1)
-    assert "groups of 1, 2, 4 ranks, 1 threads a rank" in capsys.readouterr().out
+    assert [record["samples"] for record in written] == [4] * 7
+    assert np.allclose([record["efficiency"] for record in written if record["scaling"] == "weak"], 1)
+    assert "groups of 1, 2, 4 ranks, 1 threads per rank" in capsys.readouterr().out
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     run(tmp_path, ranks=(2,))
     assert launched[-1] == (2, 3)

@@ -1,4 +1,4 @@
-"""The model of many ranks: by hand, at its limits, and against itself."""
+"""The scaling model: values by hand, limits and consistency."""
 
 import math
 
@@ -24,22 +24,22 @@ VIEWS = Collective("views", "all-gather", bytes_per_image=1_000)
 
 
 def test_a_ring_by_hand():
-    # 4 ranks, 8 MB: a quarter at a time, passed on 6 times in all for the sum and 3 times for a gathering
+    # 4 ranks, 8 MB: a quarter per hop, 6 hops for an all-reduce and 3 for an all-gather.
     assert all_reduce_seconds(8e6, 4, NODE) == pytest.approx(6 * (2e6 / 1e9 + 1e-5))
     assert all_gather_seconds(8e6, 4, NODE) == pytest.approx(3 * (2e6 / 1e9 + 1e-5))
     assert all_reduce_seconds(8e6, 2, NODE) == pytest.approx(2 * (4e6 / 1e9 + 1e-5))
 
 
 def test_nodes_by_hand():
-    # 2 nodes of 4: each rank has a quarter of the sum to exchange with its counterpart, in halves
+    # 2 nodes of 4: each rank exchanges a quarter of the sum with its counterpart, in halves.
     within, between = 3 * (2e6 / 1e9 + 1e-5), 1e6 / 1e8 + 1e-4
     assert all_reduce_seconds(8e6, 8, NODES) == pytest.approx(2 * within + 2 * between)
-    # of 8 MB in 8 parts, one part comes from the counterpart; then the node's ranks hold 2 parts each
+    # 8 MB in 8 parts: one part comes from the counterpart, then each rank of the node has 2 parts.
     assert all_gather_seconds(8e6, 8, NODES) == pytest.approx(between + within)
 
 
 @pytest.mark.parametrize("seconds", [all_reduce_seconds, all_gather_seconds])
-def test_one_node_of_several_is_a_node_and_nodes_of_one_rank_are_a_ring(seconds):
+def test_clusters_with_one_node_or_one_rank_per_node_are_a_single_ring(seconds):
     for ranks in (1, 2, 3, 4):
         assert seconds(8e6, ranks, NODES) == seconds(8e6, ranks, NODE)
     for ranks in (2, 5):
@@ -51,8 +51,8 @@ def test_one_node_of_several_is_a_node_and_nodes_of_one_rank_are_a_ring(seconds)
 def test_limits(seconds):
     rounds = 2 if seconds is all_reduce_seconds else 1
     assert seconds(8e6, 1, NODES) == 0
-    assert seconds(0, 8, NODE) == pytest.approx(rounds * 7 * 1e-5)  # latency alone
-    assert seconds(1e15, 1000, NODE) == pytest.approx(rounds * 1e6, rel=2e-3)  # bandwidth alone, whatever R
+    assert seconds(0, 8, NODE) == pytest.approx(rounds * 7 * 1e-5)  # Latency only.
+    assert seconds(1e15, 1000, NODE) == pytest.approx(rounds * 1e6, rel=2e-3)  # Bandwidth only, for any R.
     for cluster, steps in ((NODE, range(1, 9)), (NODES, (1, 2, 3, 4, 8, 12, 64))):
         times = [seconds(8e6, ranks, cluster) for ranks in steps]
         assert times == sorted(times)
@@ -60,7 +60,7 @@ def test_limits(seconds):
     assert seconds(8e6, 8, Cluster(LINK, LINK, 4)) < seconds(8e6, 8, NODES)
 
 
-def test_one_rank_costs_no_communication():
+def test_one_rank_has_no_communication():
     work = Work(2e-3, 1e-4, GRADIENTS, (VIEWS,))
     one = predict(work, NODES, 1, 64, base=64)
     assert one.seconds == one.compute == pytest.approx(2e-3 + 64e-4)
@@ -79,7 +79,7 @@ def test_weak_and_strong_scaling_by_hand():
     assert strong.efficiency == pytest.approx(8.4e-3 / (2 * strong.seconds))
 
 
-def test_overlap_hides_at_most_all_of_the_gradients_and_no_more_than_there_is_to_compute():
+def test_overlap_is_limited_by_gradients_and_compute():
     def seconds(overlap, fixed=1.0):
         return predict(Work(fixed, 0.0, GRADIENTS, overlap=overlap), NODE, 2, 2, base=1).seconds
 
@@ -89,7 +89,7 @@ def test_overlap_hides_at_most_all_of_the_gradients_and_no_more_than_there_is_to
     assert seconds(1, fixed=1e-3) == pytest.approx(gradients)
 
 
-def test_efficiency_falls_with_ranks_and_without_communication_weak_scaling_is_perfect():
+def test_efficiency_falls_with_ranks_unless_communication_is_free():
     work = Work(2e-3, 1e-4, GRADIENTS, (VIEWS,), overlap=0.3)
     for batch in (lambda ranks: 64 * ranks, lambda ranks: 64):
         efficiencies = [predict(work, NODES, ranks, batch(ranks), base=64).efficiency for ranks in (1, 2, 4, 8, 16, 64)]
@@ -99,25 +99,25 @@ def test_efficiency_falls_with_ranks_and_without_communication_weak_scaling_is_p
     assert predict(work, free, 8, 64, base=64).efficiency == pytest.approx(8.4e-3 / (8 * 2.8e-3))
 
 
-def test_what_cannot_be():
+def test_invalid_arguments():
     with pytest.raises(ValueError, match="6 ranks do not fill nodes of 4"):
         all_reduce_seconds(1, 6, NODES)
-    with pytest.raises(ValueError, match="8 ranks need several nodes of 4, and a link"):
+    with pytest.raises(ValueError, match="8 ranks need several nodes of 4, but there is no link between nodes"):
         all_reduce_seconds(1, 8, Cluster(LINK, ranks_per_node=4))
     with pytest.raises(ValueError, match="at least 1 rank, got 0"):
         all_gather_seconds(1, 0, NODE)
-    with pytest.raises(ValueError, match="3 ranks cannot share a batch of 64"):
+    with pytest.raises(ValueError, match="batch 64 is not divisible by 3 ranks"):
         predict(Work(0, 1, GRADIENTS), NODE, 3, 64, base=64)
 
 
-def test_fits_find_what_made_the_points():
+def test_fits_recover_exact_parameters():
     sizes, ranks = [4096, 2**20, 2**23, 4096, 2**20], [2, 2, 2, 4, 4]
-    found = fit_link(sizes, ranks, [all_reduce_seconds(*each, NODE) for each in zip(sizes, ranks, strict=True)])
-    assert found.bytes_per_second == pytest.approx(1e9) and found.latency == pytest.approx(1e-5)
+    fitted = fit_link(sizes, ranks, [all_reduce_seconds(*each, NODE) for each in zip(sizes, ranks, strict=True)])
+    assert fitted.bytes_per_second == pytest.approx(1e9) and fitted.latency == pytest.approx(1e-5)
     assert fit_line([8, 16, 64], [3.0, 4.0, 10.0]) == pytest.approx((2.0, 0.125))
 
 
-def test_fits_have_no_negative_part():
+def test_fits_are_nonnegative():
     start, slope = fit_line([8, 16], [1.0, 4.0])
     assert start == 0 and 0.125 < slope < 0.25
     assert fit_line([8], [1.0]) == (0, 0.125)
