@@ -1,4 +1,4 @@
-"""`remixmatch bench restart`: from SIGKILL of a rank to the next step of its group, by part.
+"""`remixmatch bench restart`: time from SIGKILL of a rank to the next step of its group, by phase.
 
 The bench starts a real run with --gpus and --max-restarts, repeatedly kills one of its ranks, and times how long the
 group takes to train its next step. It observes the run from outside: processes in /proc, and metrics.jsonl, which

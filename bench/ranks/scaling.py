@@ -1,4 +1,4 @@
-"""`remixmatch bench scaling`: steps on 1, 2, ... GPUs or processes, weak and strong scaling, and a model for many.
+"""`remixmatch bench scaling`: weak and strong scaling on 1, 2, ... GPUs or processes, and a model for more.
 
 Weak scaling keeps B per rank constant, strong scaling the global B. torchrun launches each group of ranks, which times
 its cases with interleaved samples. Groups never run at the same time; they are launched alternately in several rounds.

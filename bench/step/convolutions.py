@@ -1,4 +1,4 @@
-"""`remixmatch bench convolutions`: every convolution of WRN-28-2 alone, against its roofline bound.
+"""`remixmatch bench convolutions`: each convolution of WRN-28-2, against its roofline bound.
 
 The forward pass, the input gradient and the weight gradient of every shape in the network are timed separately, at the
 batch size of a training pass; the first convolution also with its input padded to 8 channels. On a GPU they run in
