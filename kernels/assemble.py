@@ -1,6 +1,6 @@
-"""Assembling the network's input: mixup, rotation, normalisation, cast and layout, in one pass over views.
+"""Assemble the network's input: mixup, rotation, normalization, cast and layout in one pass over the views.
 
-ReMixMatch (arXiv 1911.09785), section 3.3; the mixup is MixMatch's (arXiv 1905.02249, section 3.3).
+ReMixMatch (arXiv 1911.09785), section 3.3; mixup is from MixMatch (arXiv 1905.02249, section 3.3).
 """
 
 from typing import Any
@@ -23,30 +23,32 @@ def assemble_batch(
     dtype: torch.dtype,
     channels: int = 3,
 ) -> torch.Tensor:
-    """Write the network's input batch from stored views (paper, section 3.3: mixup and rotations).
+    """Assemble the network's input batch from stored views (paper, section 3.3: mixup and rotations).
 
-    Row n is `rot90(lam[n] * norm(views[source[n]]) + (1 - lam[n]) * norm(views[partner[n]]), rotations[n])` with
-    `norm(x) = (x - mean) / std` by channel and rot90 counter-clockwise, as `numpy.rot90(image_hwc, k)`.
-    A row with lam = 1, or with partner = source, is the rotated source itself, and its partner is not read.
+    Sample n is `rot90(lam[n] * norm(views[source[n]]) + (1 - lam[n]) * norm(views[partner[n]]), rotations[n])` with
+    `norm(x) = (x - mean) / std` per channel. Rotations are counterclockwise, as in `numpy.rot90(image_hwc, k)`.
+    If lam = 1 or partner = source, the sample is the rotated source itself and its partner is not read.
 
     Args:
         views: (P, H, W, 3) uint8 contiguous.
-        source: (N,) int64 contiguous, rows of `views` (0..P-1), N >= 1.
-        partner: (N,) int64 contiguous, likewise. A CPU checks the range of both (IndexError), a GPU does not.
-        lam: (N,) float32 contiguous, the weight of the source, 0..1.
-        rotations: (N,) int64 contiguous, multiples of 90 degrees, 0..3. Those of 1 and 3 need H == W. Where
-            H != W, a CPU checks that; a GPU and a compiled graph, which could tell only by a synchronisation, take 1
-            for 0 and 3 for 2.
-        mean: (3,) float32 contiguous, grey levels (0..255).
-        std: (3,) float32 contiguous, grey levels.
-        dtype: float32, bfloat16 or float16, the type of the result; the arithmetic is float32.
-        channels: of the result, 3 or 8: those after the third are zeros, which a convolution may want for alignment.
+        source: (N,) int64 contiguous, indices into `views` (0..P-1), N >= 1.
+        partner: (N,) int64 contiguous, indices into `views`. Indices outside -P..P-1 raise IndexError on a CPU; a GPU
+            does not check them.
+        lam: (N,) float32 contiguous, weight of the source, 0..1.
+        rotations: (N,) int64 contiguous, multiples of 90 degrees, 0..3. Values 1 and 3 require H == W. If H != W, a
+            CPU raises ValueError for them; a GPU and a compiled graph, where checking would need a synchronization,
+            treat 1 as 0 and 3 as 2.
+        mean: (3,) float32 contiguous, in gray levels (0..255).
+        std: (3,) float32 contiguous, in gray levels.
+        dtype: Dtype of the result: float32, bfloat16 or float16. The arithmetic is float32.
+        channels: Channels of the result, 3 or 8. Channels after the third are zero padding, which can align
+            convolutions.
 
     Returns:
         batch: (N, channels, H, W) `dtype` in torch.channels_last, which is (N, H, W, channels) in memory.
 
     Raises:
-        ValueError: a shape, dtype, layout or device other than the above, or a rotation that needs H == W.
+        ValueError: A shape, dtype, layout or device differs from the above, or a rotation requires H == W.
     """
     if views.dim() != 4 or views.shape[3] != 3 or views.numel() == 0:
         raise ValueError(f"views must be (P, H, W, 3) and not empty, got {tuple(views.shape)}")
@@ -68,7 +70,7 @@ def assemble_batch(
                 f"got {tuple(tensor.shape)} {tensor.dtype} with strides {tuple(tensor.stride())}"
             )
         if tensor.device != views.device:
-            raise ValueError(f"{name} must be on {views.device}, where views is, got {tensor.device}")
+            raise ValueError(f"{name} must be on {views.device} like views, got {tensor.device}")
     if dtype not in _BATCH_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     if channels not in (3, 8):
@@ -87,11 +89,11 @@ def assemble_batch_reference(
     dtype: torch.dtype,
     channels: int = 3,
 ) -> torch.Tensor:
-    """State in plain PyTorch what `assemble_batch` computes; same arguments and result, on any device."""
+    """Reference implementation of `assemble_batch` in plain PyTorch, for any device."""
     height, width = views.shape[1:3]
     if height != width and bool((rotations % 2 != 0).any()):
         raise ValueError(
-            f"rotations by 90 degrees need square images, got {height} x {width}; give rotations of 0 and 2"
+            f"rotations by 90 degrees require square images, got {height} x {width}; use rotations 0 and 2 only"
         )
     return _mix_and_rotate(views, source, partner, lam, rotations, mean, std, dtype, channels)
 
@@ -107,23 +109,23 @@ def _mix_and_rotate(
     dtype: torch.dtype,
     channels: int = 3,
 ) -> torch.Tensor:
-    """Compute the twin without its look at the values of `rotations`, so that it can be traced for a CPU."""
-    rows, (height, width) = source.shape[0], views.shape[1:3]
-    grey = views.flatten(1).float()  # (P, H * W * 3)
+    """Compute the reference without checking the values of `rotations`, so that it can be traced for a CPU."""
+    samples, (height, width) = source.shape[0], views.shape[1:3]
+    levels = views.flatten(1).float()  # (P, H * W * 3)
     lam = lam[:, None]
-    mixed = lam * grey[source] + (1 - lam) * grey[partner]
-    # a rotated image is the stored one read in another order
+    mixed = lam * levels[source] + (1 - lam) * levels[partner]
+    # A rotated image is the stored image with its elements in another order.
     at = torch.arange(mixed.shape[1], device=views.device).reshape(height, width, 3)
     orders = torch.stack([at.rot90(k if height == width else k & 2).flatten() for k in range(4)])
-    rotated = mixed.gather(1, orders[rotations]).reshape(rows, height, width, 3)
-    # norm is affine and the weights sum to one: mixing first and normalising once is the same
+    rotated = mixed.gather(1, orders[rotations]).reshape(samples, height, width, 3)
+    # norm is affine and the weights sum to 1, so mixing first and normalizing once gives the same result.
     batch = torch.nn.functional.pad((rotated - mean) / std, (0, channels - 3))
     return batch.to(dtype).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
 def _write(a, b, weight, mean, std, to, at, inside, CHANNELS: tl.constexpr):
-    """Mix the grey levels `a` and `b` of an image's elements `at`, normalise them and store them at `to`."""
+    """Mix the gray levels `a` and `b`, normalize the result and store it at the elements `at` of `to`."""
     scale_0 = 1.0 / tl.load(std)
     scale_1 = 1.0 / tl.load(std + 1)
     scale_2 = 1.0 / tl.load(std + 2)
@@ -141,13 +143,13 @@ def _write(a, b, weight, mean, std, to, at, inside, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load(row, at, size, CHANNELS: tl.constexpr):
-    """Load the elements `at` below `size` of an image that has CHANNELS when written and 3 where it is stored."""
+def _load(view, at, size, CHANNELS: tl.constexpr):
+    """Load a stored view (3 channels) at the elements `at` < `size` of the written image (CHANNELS channels)."""
     if CHANNELS == 3:
-        value = tl.load(row + at, mask=at < size, other=0)
+        value = tl.load(view + at, mask=at < size, other=0)
     else:
         stored = at // CHANNELS * 3 + at % CHANNELS
-        value = tl.load(row + stored, mask=(at < size) & (at % CHANNELS < 3), other=0)
+        value = tl.load(view + stored, mask=(at < size) & (at % CHANNELS < 3), other=0)
     return value
 
 
@@ -167,8 +169,8 @@ def _assemble_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # A program writes one chunk of one image; an image's chunks follow one another, so that what the gather
-    # of a rotated image reads again (other bytes of the same sectors) is still in L2.
+    # A program writes one chunk of one image. Chunks of an image are adjacent in launch order, so that memory sectors
+    # that the gather of a rotated image reads more than once are still in L2.
     SIZE: tl.constexpr = H * W * 3
     SIZE_WRITTEN: tl.constexpr = H * W * CHANNELS
     n = (tl.program_id(0) // CHUNKS).to(tl.int64)
@@ -176,49 +178,50 @@ def _assemble_kernel(
     at = start + tl.arange(0, BLOCK)
     inside = at < SIZE_WRITTEN
 
-    source_row = tl.load(source + n)
-    partner_row = tl.load(partner + n)
+    source_index = tl.load(source + n)
+    partner_index = tl.load(partner + n)
     weight = tl.load(lam + n)
     rotation = tl.load(rotations + n) & 3
     if H != W:
-        rotation = rotation & 2  # A rotation by 90 degrees would leave the image.
-    mixes = (weight != 1.0) & (source_row != partner_row)
+        rotation = rotation & 2  # A rotation by 90 degrees would read outside the image.
+    mixes = (weight != 1.0) & (source_index != partner_index)
     weight = tl.where(mixes, weight, 1.0)
-    partner_size = tl.where(mixes, SIZE_WRITTEN, 0)  # A partner without weight is not read.
+    partner_size = tl.where(mixes, SIZE_WRITTEN, 0)  # A partner of weight 0 is not read.
 
-    # Row offsets in int64: 2 ** 31 bytes are only 14 266 views of 224 x 224.
-    a_row = views + source_row * SIZE
-    b_row = views + partner_row * SIZE
+    # Offsets are int64: 2 ** 31 bytes hold only 14 266 views of 224 x 224.
+    a_view = views + source_index * SIZE
+    b_view = views + partner_index * SIZE
     to = batch + n * SIZE_WRITTEN
     if rotation == 0:
-        # Contiguous with 3 channels: one 128-bit load a thread from each view.
-        a = _load(a_row, at, SIZE_WRITTEN, CHANNELS)
-        b = _load(b_row, at, partner_size, CHANNELS)
+        # With 3 channels the loads are contiguous: one 128-bit load per thread and view.
+        a = _load(a_view, at, SIZE_WRITTEN, CHANNELS)
+        b = _load(b_view, at, partner_size, CHANNELS)
         _write(a, b, weight, mean, std, to, at, inside, CHANNELS)
     else:
-        # Pixel (i, j) of the rotated image is pixel first + i * down + j * right of the stored one.
+        # Pixel (i, j) of the rotated image is pixel first + i * down + j * right of the stored image.
         first = tl.where(rotation == 1, W - 1, tl.where(rotation == 2, H * W - 1, (H - 1) * W))
         down = tl.where(rotation == 1, -1, tl.where(rotation == 2, -W, 1))
         right = tl.where(rotation == 1, W, tl.where(rotation == 2, -1, -W))
-        # Shaped so that neighbouring lanes, not registers of one lane, gather neighbouring bytes: a pixel's
-        # three channels then come in one request. The exchange between lanes, which the wide store needs, is
-        # cheaper than three requests.
+        # This shape makes adjacent lanes, instead of the registers of one lane, gather adjacent bytes: one request
+        # loads all three channels of a pixel. The wide store then needs an exchange between lanes, which is cheaper
+        # than three requests.
         lane_at = start + tl.arange(0, BLOCK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
         pixel = lane_at // CHANNELS
         stored = (first + pixel // W * down + pixel % W * right) * 3 + lane_at % CHANNELS
         in_a, in_b = lane_at < SIZE_WRITTEN, lane_at < partner_size
         if CHANNELS > 3:
             in_a, in_b = in_a & (lane_at % CHANNELS < 3), in_b & (lane_at % CHANNELS < 3)
-        a = tl.reshape(tl.load(a_row + stored, mask=in_a, other=0), [BLOCK])
-        b = tl.reshape(tl.load(b_row + stored, mask=in_b, other=0), [BLOCK])
+        a = tl.reshape(tl.load(a_view + stored, mask=in_a, other=0), [BLOCK])
+        b = tl.reshape(tl.load(b_view + stored, mask=in_b, other=0), [BLOCK])
         _write(a, b, weight, mean, std, to, at, inside, CHANNELS)
 
 
-def assemble_parameters(height: int, width: int, channels: int = 3) -> dict[str, Any]:
-    """Choose the compile-time sizes and the number of warps for images of `height` x `width`."""
+def launch_config(height: int, width: int, channels: int = 3) -> dict[str, Any]:
+    """Return the compile-time sizes and the number of warps for images of `height` x `width`."""
     size = height * width * channels
-    # 16 elements a thread: one 128-bit load from each of the two views. Small images take small blocks, of
-    # which 3 fill a 32 x 32 image exactly; large ones spend less on looking up the row's numbers.
+    # Each thread handles 16 elements: one 128-bit load from each of the two views. Small images use small blocks:
+    # three of them are exactly one 32 x 32 image. Large images use large blocks, which load the sample's parameters
+    # less often.
     block = 1024 if size <= 4096 else 2048
     return {
         "H": height,
@@ -241,11 +244,11 @@ def launch_assemble_batch(
     dtype: torch.dtype,
     channels: int = 3,
 ) -> torch.Tensor:
-    """Launch the Triton kernel; arguments and result as for `assemble_batch`, unchecked."""
-    parameters = assemble_parameters(views.shape[1], views.shape[2], channels)
+    """Launch the Triton kernel. Like `assemble_batch`, without checking the arguments."""
+    config = launch_config(views.shape[1], views.shape[2], channels)
     batch = _empty_batch(views, source, partner, lam, rotations, mean, std, dtype, channels)
-    _assemble_kernel[(source.shape[0] * parameters["CHUNKS"],)](
-        views, source, partner, lam, rotations, mean, std, batch, **parameters
+    _assemble_kernel[(source.shape[0] * config["CHUNKS"],)](
+        views, source, partner, lam, rotations, mean, std, batch, **config
     )
     return batch
 
@@ -265,8 +268,8 @@ def _empty_batch(
     return torch.empty(shape, dtype=dtype, device=views.device, memory_format=torch.channels_last)
 
 
-# One operator to torch.compile, which could not fuse it with anything. By `define` and `impl`, since `triton_op` and
-# `custom_op` import the compiler, two seconds, where nothing is compiled
+# For torch.compile this is a single opaque operator; there is nothing to fuse it with. `define` and `impl` register it
+# because `triton_op` and `custom_op` import the compiler, which takes two seconds even if nothing is compiled.
 torch.library.define("remixmatch::assemble_batch", torch.library.infer_schema(launch_assemble_batch, mutates_args=()))
 torch.library.impl("remixmatch::assemble_batch", "cuda", launch_assemble_batch)
 torch.library.impl("remixmatch::assemble_batch", "cpu", assemble_batch_reference)

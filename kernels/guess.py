@@ -1,6 +1,6 @@
-"""Label guessing: softmax, distribution alignment, sharpening and the history of p~(y), in one kernel.
+"""Guess labels in one kernel: softmax, distribution alignment, sharpening and the history of p~(y).
 
-ReMixMatch (arXiv 1911.09785), section 3.1; the sharpening is MixMatch's (arXiv 1905.02249, section 3.2).
+ReMixMatch (arXiv 1911.09785), section 3.1; sharpening is from MixMatch (arXiv 1905.02249, section 3.2).
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-EPSILON = 1e-6  # Keeps the ratio of marginals finite for a class that was never seen, or never guessed.
+EPSILON = 1e-6  # Keeps the ratio of the marginals finite for classes that were never seen or predicted.
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TILE = 8192  # Elements of (rows, classes) that one program holds in registers: 32 a thread with 8 warps.
+_TILE = 8192  # Elements of (samples, classes) that one program keeps in registers: 32 per thread with 8 warps.
 
 
 def guess_labels(
@@ -23,35 +23,36 @@ def guess_labels(
     temperature: float,
     align: bool = True,
 ) -> torch.Tensor:
-    """Guess the soft label of every unlabeled image and record the batch's marginal (paper, section 3.1).
+    """Guess a soft label for every unlabeled image and record the batch's marginal (paper, section 3.1).
 
-    With q = softmax(logits), p = `label_marginal` and p~ = the mean of the rows of `p_model_history`:
+    With q = softmax(logits), p = `label_marginal` and p~ = the mean over the rows of `p_model_history`:
     `q~ = Normalize(q * (p + 1e-6) / (p~ + 1e-6))`, `targets = Normalize(q~ ** (1 / temperature))`.
-    The history is read first; then its row `slot` becomes the mean of q over the batch, before alignment.
-    The batch is the rows given here: for a global marginal over several ranks, give the rows of all of them.
-    No gradient flows through. Results are bitwise the same from call to call. There is no host
-    synchronisation, and a CUDA graph may capture the call.
+    After the history is read, its row `slot` is replaced by the mean of q over the batch, before alignment.
+    For a marginal over all ranks, pass the logits of all ranks.
+
+    The operator is not differentiable and bitwise deterministic. It does not synchronize with the host and can be
+    captured in a CUDA graph.
 
     Args:
-        logits: (B, L) float32, bfloat16 or float16, B >= 1, L >= 2; elements of a row adjacent.
-        p_model_history: (R, L) float32 contiguous, the marginals of the last R (128) steps, changed in place.
-        slot: () or (1,) int64 in 0..R-1, on the device. A CPU checks its range (IndexError); a GPU, which
-            could tell the host only by a synchronisation, leaves the history unchanged if it is out of range.
+        logits: (B, L) float32, bfloat16 or float16, B >= 1, L >= 2, stride 1 along L.
+        p_model_history: (R, L) float32 contiguous, marginals of the last R (128) steps, updated in place.
+        slot: () or (1,) int64 in 0..R-1, on the device of the logits. If out of range, a CPU raises IndexError; a GPU,
+            where checking would need a synchronization, leaves the history unchanged.
         label_marginal: (L,) float32 contiguous, p(y) of the labeled examples.
-        temperature: sharpening temperature T > 0 (0.5 in the paper); 1 leaves the distribution as it is.
-        align: False skips the alignment (q~ = q); the history is updated all the same.
+        temperature: Sharpening temperature T > 0 (0.5 in the paper); 1 disables sharpening.
+        align: If False, skip the alignment (q~ = q). The history is still updated.
 
     Returns:
         targets: (B, L) float32, each row a distribution.
 
     Raises:
-        ValueError: a shape, dtype, layout, device or temperature other than the above.
+        ValueError: A shape, dtype, layout, device or temperature differs from the above.
     """
     if logits.dim() != 2 or logits.shape[0] < 1 or logits.shape[1] < 2:
         raise ValueError(f"logits must be (B >= 1, L >= 2), got {tuple(logits.shape)}")
     if logits.dtype not in _LOGIT_DTYPES or logits.stride(1) != 1:
         raise ValueError(
-            f"logits must be float32, bfloat16 or float16 with stride(1) == 1, "
+            "logits must be float32, bfloat16 or float16 with stride(1) == 1, "
             f"got {logits.dtype} with strides {tuple(logits.stride())}"
         )
     classes = logits.shape[1]
@@ -66,7 +67,7 @@ def guess_labels(
             f"got {tuple(p_model_history.shape)} {p_model_history.dtype}"
         )
     if slot.numel() != 1 or slot.dtype != torch.int64:
-        raise ValueError(f"slot must be one int64 in a tensor, got {tuple(slot.shape)} {slot.dtype}")
+        raise ValueError(f"slot must be an int64 tensor with one element, got {tuple(slot.shape)} {slot.dtype}")
     if (
         label_marginal.shape != (classes,)
         or label_marginal.dtype != torch.float32
@@ -78,11 +79,11 @@ def guess_labels(
         )
     if not (logits.device == p_model_history.device == slot.device == label_marginal.device):
         raise ValueError(
-            f"logits, p_model_history, slot and label_marginal must be on one device, "
+            "logits, p_model_history, slot and label_marginal must be on the same device, "
             f"got {logits.device}, {p_model_history.device}, {slot.device} and {label_marginal.device}"
         )
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
     return torch.ops.remixmatch.guess_labels(logits.detach(), p_model_history, slot, label_marginal, temperature, align)
 
 
@@ -94,8 +95,8 @@ def guess_labels_reference(
     temperature: float,
     align: bool = True,
 ) -> torch.Tensor:
-    """State in plain PyTorch what `guess_labels` computes; same arguments and result, on any device."""
-    # In log space, so that peaked logits do not underflow; both normalisations then are the one softmax.
+    """Reference implementation of `guess_labels` in plain PyTorch, for any device."""
+    # Log space avoids underflow of peaked logits, and a single softmax then does both normalizations.
     log_q = logits.float().log_softmax(dim=1)  # (B, L)
     marginal = log_q.exp().mean(dim=0, keepdim=True)  # (1, L)
     if align:
@@ -111,8 +112,8 @@ def _guess_kernel(
     slot,  # (1,)
     label_marginal,  # (L,)
     targets,  # (B, L)
-    partial,  # (PROGRAMS, L): sums of q over each program's rows
-    finished,  # (1,): how many programs have stored their sums; 0 at the launch
+    partial,  # (PROGRAMS, L): each program's sum of q
+    finished,  # (1,): number of programs that have stored their sums; 0 at launch
     batch,
     row_stride,
     inverse_temperature,
@@ -127,7 +128,7 @@ def _guess_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     classes = tl.arange(0, BLOCK_L)
-    some_rows = tl.arange(0, BLOCK_R)
+    block_rows = tl.arange(0, BLOCK_R)
     in_batch = rows < batch
     is_class = classes < CLASSES
     inside = in_batch[:, None] & is_class[None, :]
@@ -140,11 +141,11 @@ def _guess_kernel(
     total = tl.sum(e, axis=1)
     q_sum = tl.sum(tl.where(in_batch[:, None], e / total[:, None], 0.0), axis=0)  # (BLOCK_L,)
 
-    # log q = x - log(total): a constant of the row, which the last normalisation removes again. Left out.
+    # log q = x - log(total). The last normalization removes this constant of each row, so it is left out.
     if ALIGN:
         history_sum = tl.full([BLOCK_L], 0.0, tl.float32)
         for start in range(0, HISTORY, BLOCK_R):
-            r = start + some_rows
+            r = start + block_rows
             history_sum += tl.sum(
                 tl.load(
                     p_model_history + r[:, None] * CLASSES + classes[None, :],
@@ -167,21 +168,21 @@ def _guess_kernel(
         tl.debug_barrier()  # Every warp has read the history before any warp writes it.
         tl.store(history_row, q_sum / batch, mask=writable)
     else:
-        # The last program to finish adds up the sums of all, always in the same order: no float atomics. The
-        # barrier puts this program's loads of the history and its stores of sums before the count, whose release
-        # and acquire put them before whatever the last program does.
+        # The last program to finish adds up all sums in a fixed order, without float atomics. The barrier orders this
+        # program's loads of the history and stores of sums before the count; the count's release and acquire order
+        # them before the last program's work.
         tl.store(partial + tl.program_id(0) * CLASSES + classes, q_sum, mask=is_class)
         tl.debug_barrier()
         if tl.atomic_add(finished, 1, sem="acq_rel") == PROGRAMS - 1:
             batch_sum = tl.full([BLOCK_L], 0.0, tl.float32)
             for start in range(0, PROGRAMS, BLOCK_R):
-                r = start + some_rows
+                r = start + block_rows
                 batch_sum += tl.sum(
                     tl.load(
                         partial + r[:, None] * CLASSES + classes[None, :],
                         mask=(r < PROGRAMS)[:, None] & is_class[None, :],
                         other=0.0,
-                        cache_modifier=".cg",  # Written by other multiprocessors: from L2, not from this L1.
+                        cache_modifier=".cg",  # Other multiprocessors wrote it: read L2, not L1.
                     ),
                     axis=0,
                 )
@@ -189,9 +190,9 @@ def _guess_kernel(
 
 
 def launch_config(batch: int, classes: int, history_rows: int) -> dict[str, Any]:
-    """Choose the compile-time sizes and the number of warps for `batch` rows of `classes` logits."""
+    """Return the compile-time sizes and the number of warps for `batch` samples of `classes` logits."""
     block_l = max(triton.next_power_of_2(classes), 16)
-    # All rows in one program if they fit (64 rows of 128 classes do): it needs neither scratch nor counter.
+    # Use one program if all samples fit (as 64 samples of 128 classes do): it needs no scratch memory and no counter.
     block_b = min(triton.next_power_of_2(batch), max(_TILE // block_l, 1))
     block_r = min(triton.next_power_of_2(history_rows), max(_TILE // block_l, 1))
     return {
@@ -213,12 +214,12 @@ def launch_guess_labels(
     temperature: float,
     align: bool = True,
 ) -> torch.Tensor:
-    """Launch the Triton kernel; arguments and result as for `guess_labels`, unchecked."""
+    """Launch the Triton kernel. Like `guess_labels`, without checking the arguments."""
     batch, classes = logits.shape
-    parameters = launch_config(batch, classes, p_model_history.shape[0])
-    programs = parameters["PROGRAMS"]
+    config = launch_config(batch, classes, p_model_history.shape[0])
+    programs = config["PROGRAMS"]
     targets = _empty_targets(logits, p_model_history, slot, label_marginal, temperature, align)
-    # A single program touches neither of the two: any tensor stands in, and nothing is allocated or zeroed.
+    # A single program uses neither tensor: pass placeholders instead of allocating.
     partial, finished = targets, slot
     if programs > 1:
         partial = logits.new_empty((programs, classes), dtype=torch.float32)
@@ -236,7 +237,7 @@ def launch_guess_labels(
         1.0 / temperature,
         ALIGN=align,
         EPSILON=EPSILON,
-        **parameters,
+        **config,
     )
     return targets
 
@@ -252,7 +253,7 @@ def _empty_targets(
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
-# see kernels/assemble.py
+# See kernels/assemble.py for why this does not use `triton_op`.
 torch.library.define(
     "remixmatch::guess_labels", torch.library.infer_schema(launch_guess_labels, mutates_args={"p_model_history"})
 )

@@ -1,4 +1,4 @@
-"""Running a kernel's launcher without a GPU: in Triton's interpreter, or only as far as its arguments."""
+"""Fixtures that run kernel launchers without a GPU: in Triton's interpreter, or only up to the launch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kernels import assemble, augment, guess
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[Interpreter]:
-    """Give a function that calls launchers with their kernels in Triton's interpreter."""
+    """Return a function that calls launchers with their kernels in Triton's interpreter."""
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
@@ -21,17 +21,17 @@ def interpreter() -> Iterator[Interpreter]:
 
 @dataclass
 class Launch:
-    """One launch as the launcher asked for it."""
+    """A recorded kernel launch."""
 
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    options: dict[str, Any]  # The compiler's: num_warps and the like.
+    options: dict[str, Any]  # Compiler options such as num_warps.
 
 
 @pytest.fixture
 def recorded_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
-    """Give a function that calls a launcher and returns the launch it asked for, without running it."""
+    """Return a function that calls a launcher and returns the recorded launch without running the kernel."""
     launches: list[Launch] = []
 
     class Recorder:

@@ -1,7 +1,7 @@
-"""A process that runs launchers in Triton's interpreter, on CPU tensors.
+"""Run launchers in Triton's interpreter on CPU tensors, in a subprocess.
 
-Triton decides for a whole process, when it is imported, whether kernels are compiled or interpreted. The
-tests need both, so the interpreted ones live here: run as a script, this file serves `Interpreter`'s calls.
+Triton decides at import, for the whole process, whether kernels are compiled or interpreted. The tests need both, so
+interpreted kernels run in a subprocess. Run as a script, this file serves the calls of `Interpreter`.
 """
 
 import importlib
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Interpreter:
-    """Calls functions of the project in a process of its own, started at the first call."""
+    """Calls functions of the project in a subprocess, which the first call starts."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return `function(*args)`; changes it makes to tensors among `args` arrive here too."""
+        """Return `function(*args)` and copy back its changes to tensors in `args`."""
         if self._process is None:
             path = os.pathsep.join((str(ROOT), *sys.path))
             self._process = subprocess.Popen(
@@ -42,22 +42,22 @@ class Interpreter:
             result, args_after, error = pickle.load(self._process.stdout)
         except EOFError:
             code = self._process.wait()
-            raise RuntimeError(f"the interpreter died in {function.__name__} ({code})") from None
+            raise RuntimeError(f"the interpreter process died in {function.__name__} (exit code {code})") from None
         if error:
-            raise RuntimeError(f"in the interpreter: {error}")
+            raise RuntimeError(f"error in the interpreter process: {error}")
         for before, after in zip(args, args_after, strict=True):
             if isinstance(before, torch.Tensor):
                 before.copy_(after)
         return result
 
     def close(self) -> None:
-        """End the process."""
+        """End the subprocess."""
         if self._process is not None:
-            self._process.communicate()  # Closes its input, at which it returns.
+            self._process.communicate()  # Closes its input, which ends `serve`.
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer requests (module, name, arguments) with (result, arguments, error) until they end."""
+    """Answer requests (module, name, arguments) with (result, arguments, error) until the input ends."""
     while True:
         try:
             module, name, args = pickle.load(requests)
@@ -74,5 +74,5 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # Whatever is printed must not end up among the replies.
+    os.dup2(2, 1)  # Keep printed output out of the replies.
     serve(sys.stdin.buffer, replies)

@@ -1,4 +1,4 @@
-"""`assemble_batch`: the formula in float64, the PyTorch twin, the kernel and the operator agree."""
+"""`assemble_batch`: the float64 formula, the reference implementation, the kernel and the operator agree."""
 
 from functools import partial
 
@@ -12,49 +12,49 @@ from kernels.assemble import assemble_batch, assemble_batch_reference, launch_as
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
 _T = torch.Tensor
-Problem = tuple[_T, _T, _T, _T, _T, _T, _T]  # All arguments but the dtype.
-# Half a unit in the last place of the result's type: what rounding the exact value to nearest may cost.
+Problem = tuple[_T, _T, _T, _T, _T, _T, _T]  # All arguments except the dtype.
+# Maximum error of rounding to nearest: half a unit in the last place of the result's dtype.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-# Before that rounding, float32 arithmetic on grey levels, divided by 60: a few times 255 / 60 * 2**-24.
+# Error of the float32 arithmetic on gray levels, divided by 60: a few times 255 / 60 * 2**-24.
 ARITHMETIC = 1.5e-6
 
 
-@pytest.fixture(params=["twin", "triton"])
+@pytest.fixture(params=["reference", "triton"])
 def implementation(request, interpreter):
-    """Give the twin, then the Triton kernel in the interpreter."""
-    if request.param == "twin":
+    """Return the reference implementation, or the Triton kernel in the interpreter."""
+    if request.param == "reference":
         return assemble_batch_reference
     return partial(interpreter, launch_assemble_batch)
 
 
-def problem(rows, height, width=None, pool=7, device="cpu") -> Problem:
-    """Draw all but the dtype: views (P, H, W, 3), rows of every rotation, some lam 1 or 0.5, some own partner."""
+def problem(samples, height, width=None, pool=7, device="cpu") -> Problem:
+    """Draw arguments with every rotation, some lam of 1 or 0.5, and some samples that are their own partner."""
     width = width or height
-    generator = torch.Generator().manual_seed(1000 * height + rows)
+    generator = torch.Generator().manual_seed(1000 * height + samples)
     views = torch.randint(256, (pool, height, width, 3), dtype=torch.uint8, generator=generator)
-    source, partner = torch.randint(pool, (2, rows), generator=generator)
-    lam = torch.rand(rows, generator=generator)
+    source, partner = torch.randint(pool, (2, samples), generator=generator)
+    lam = torch.rand(samples, generator=generator)
     lam[2::5] = 1.0
     lam[3::5] = 0.5
     partner[4::7] = source[4::7]
-    rotations = torch.arange(rows) % 4 if width == height else torch.arange(rows) % 2 * 2
+    rotations = torch.arange(samples) % 4 if width == height else torch.arange(samples) % 2 * 2
     mean, std = torch.tensor((MEAN, STD), device=device)
     views, lam, rotations = views.to(device), lam.to(device), rotations.to(device)
     return views, source.to(device), partner.to(device), lam, rotations, mean, std
 
 
 def assemble_in_float64(views, source, partner, lam, rotations, mean, std):
-    """Compute (N, H, W, 3) row by row, by the formula as it stands and `numpy.rot90`."""
+    """Compute (N, H, W, 3) sample by sample with the formula and `numpy.rot90`."""
     views, mean, std = views.double().numpy(), mean.double().numpy(), std.double().numpy()
-    rows = []
+    samples = []
     for i, j, weight, k in zip(source, partner, lam.double(), rotations, strict=True):
         mixed = float(weight) * (views[i] - mean) / std + (1 - float(weight)) * (views[j] - mean) / std
-        rows.append(np.rot90(mixed, int(k)))
-    return np.stack(rows)
+        samples.append(np.rot90(mixed, int(k)))
+    return np.stack(samples)
 
 
 def assert_assembled(batch, case, dtype, rounding=1.0):
-    """Compare with float64 to within `rounding` times what rounding to nearest may cost."""
+    """Compare with float64, with a tolerance of `rounding` times the error of rounding to nearest."""
     views, source = case[:2]
     assert batch.shape == (len(source), 3, *views.shape[1:3]) and batch.dtype == dtype
     height, width = views.shape[1:3]
@@ -67,25 +67,25 @@ def assert_assembled(batch, case, dtype, rounding=1.0):
     )
 
 
-SIZES = ((1, 5), (3, 13), (5, 29), (16, 21), (28, 10), (32, 37), (37, 8), (96, 4), (224, 2))  # Side, rows.
+SIZES = ((1, 5), (3, 13), (5, 29), (16, 21), (28, 10), (32, 37), (37, 8), (96, 4), (224, 2))  # (side, samples)
 
 
 @pytest.mark.parametrize(
-    ("side", "rows", "dtype"),
+    ("side", "samples", "dtype"),
     [(*size, torch.float32) for size in SIZES]
     + [(*size, dtype) for size in (SIZES[2], SIZES[4]) for dtype in (torch.bfloat16, torch.float16)],
     ids=str,
 )
-def test_formula(implementation, side, rows, dtype):
-    case = problem(rows, side)
-    # The interpreter casts to bfloat16 by cutting off. (A GPU rounds: see test_compile_ahead.)
-    cuts = dtype is torch.bfloat16 and implementation is not assemble_batch_reference
-    assert_assembled(implementation(*case, dtype), case, dtype, rounding=2.0 if cuts else 1.0)
+def test_formula(implementation, side, samples, dtype):
+    case = problem(samples, side)
+    # The interpreter truncates to bfloat16. A GPU rounds to nearest: see test_compile_ahead.
+    truncates = dtype is torch.bfloat16 and implementation is not assemble_batch_reference
+    assert_assembled(implementation(*case, dtype), case, dtype, rounding=2.0 if truncates else 1.0)
 
 
 @pytest.mark.parametrize("rotation", range(4))
-def test_unmixed_row_is_its_source(implementation, rotation):
-    """With lam = 1, or with itself as partner, a row is exactly its source, whatever partner or lam say."""
+def test_unmixed_sample_equals_its_source(implementation, rotation):
+    """With lam = 1, or with itself as partner, a sample is exactly its source."""
     views, source, _, lam, _, _, _ = problem(12, 8)
     rotations, mean, std = torch.full((12,), rotation), torch.zeros(3), torch.ones(3)
     for partner, weight in ((source.flip(0).contiguous(), torch.ones(12)), (source, lam)):
@@ -98,21 +98,21 @@ def test_unmixed_row_is_its_source(implementation, rotation):
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (17, 5)])
-def test_half_turn_of_a_rectangle(implementation, height, width):
+def test_rotation_by_180_degrees_of_rectangular_images(implementation, height, width):
     case = problem(6, height, width)
     assert case[4].unique().tolist() == [0, 2]
     assert_assembled(implementation(*case, torch.float32), case, torch.float32)
 
 
-def test_quarter_turn_of_a_rectangle(interpreter):
-    """A CPU refuses it; the kernel, which cannot, stays inside the image: it does those by 180 degrees only."""
+def test_rotation_by_90_degrees_of_rectangular_images(interpreter):
+    """A CPU raises an error. The kernel cannot, and rotates by 0 or 180 degrees to stay inside the image."""
     views, source, partner, lam, _, mean, std = problem(4, 4, 6)
     rotations = torch.tensor([0, 1, 2, 3])
-    with pytest.raises(ValueError, match="rotations by 90 degrees need square images, got 4 x 6"):
+    with pytest.raises(ValueError, match="rotations by 90 degrees require square images, got 4 x 6"):
         assemble_batch(views, source, partner, lam, rotations, mean, std, torch.float32)
     batch = interpreter(launch_assemble_batch, views, source, partner, lam, rotations, mean, std, torch.float32)
-    done = (views, source, partner, lam, torch.tensor([0, 0, 2, 2]), mean, std)
-    assert_assembled(batch, done, torch.float32)
+    expected = (views, source, partner, lam, torch.tensor([0, 0, 2, 2]), mean, std)
+    assert_assembled(batch, expected, torch.float32)
 
 
 @pytest.mark.parametrize("index", [-8, 7])
@@ -124,7 +124,7 @@ def test_index_out_of_range(index):
             assemble_batch(views, i, j, lam, rotations, mean, std, torch.float32)
 
 
-def test_operator_is_the_twin_on_a_cpu():
+def test_operator_is_the_reference_on_a_cpu():
     case = problem(9, 16)
     assert torch.equal(assemble_batch(*case, torch.bfloat16), assemble_batch_reference(*case, torch.bfloat16))
 
@@ -145,12 +145,12 @@ def test_compiled(width):
 
 
 def test_traced_for_a_gpu():
-    """What torch.compile runs before there are any values, on tensors that only claim a GPU."""
+    """torch.compile traces the operator with fake CUDA tensors."""
     with FakeTensorMode():
         views = torch.empty(7, 16, 16, 3, dtype=torch.uint8, device="cuda")
-        rows = torch.empty(9, dtype=torch.int64, device="cuda")
+        indices = torch.empty(9, dtype=torch.int64, device="cuda")
         lam, mean = torch.empty(9, device="cuda"), torch.empty(3, device="cuda")
-        batch = assemble_batch(views, rows, rows, lam, rows, mean, mean, torch.bfloat16)
+        batch = assemble_batch(views, indices, indices, lam, indices, mean, mean, torch.bfloat16)
     assert batch.shape == (9, 3, 16, 16) and batch.stride() == (768, 1, 48, 3)
     assert batch.dtype == torch.bfloat16 and batch.device.type == "cuda"
 
@@ -159,7 +159,7 @@ NAMES = ("views", "source", "partner", "lam", "rotations", "mean", "std")
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (32, 32), (4, 12)])
-def test_channels_after_the_third_are_zeros(implementation, height, width):
+def test_channels_after_the_third_are_zero(implementation, height, width):
     case = problem(9, height, width)
     padded = implementation(*case, torch.float32, 8)
     assert padded.shape == (9, 8, height, width) and padded.is_contiguous(memory_format=torch.channels_last)
@@ -180,7 +180,7 @@ def test_channels_after_the_third_are_zeros(implementation, height, width):
         ({"lam": torch.zeros(8)[::2]}, r"lam must be .* contiguous, .* with strides \(2,\)"),
         ({"rotations": torch.zeros(4)}, "rotations must be .* torch.int64"),
         ({"mean": torch.zeros(1)}, r"mean must be \(3,\) .* got \(1,\)"),
-        ({"std": torch.zeros(3, device="meta")}, "std must be on cpu, where views is, got meta"),
+        ({"std": torch.zeros(3, device="meta")}, "std must be on cpu like views, got meta"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
         ({"channels": 4}, "channels must be 3 or 8, got 4"),
     ],
@@ -198,21 +198,21 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.hardware
 @needs_gpu
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize(("side", "rows"), [(1, 5), (5, 2000), (28, 100), (32, 768), (96, 100), (224, 16)])
-def test_gpu(side, rows, dtype):
-    case = problem(rows, side, pool=50)
-    batch = assemble_batch(*problem(rows, side, pool=50, device="cuda"), dtype).cpu()
+@pytest.mark.parametrize(("side", "samples"), [(1, 5), (5, 2000), (28, 100), (32, 768), (96, 100), (224, 16)])
+def test_gpu(side, samples, dtype):
+    case = problem(samples, side, pool=50)
+    batch = assemble_batch(*problem(samples, side, pool=50, device="cuda"), dtype).cpu()
     assert_assembled(batch, case, dtype)
-    twin = assemble_batch(*case, dtype)
-    # The twin's float32 may lie on the other side of a tie: the results then differ by two roundings.
-    torch.testing.assert_close(batch, twin, rtol=2.002 * ROUNDING[dtype], atol=ARITHMETIC)
+    reference = assemble_batch(*case, dtype)
+    # The reference's float32 value may be on the other side of a tie: the results then differ by two roundings.
+    torch.testing.assert_close(batch, reference, rtol=2.002 * ROUNDING[dtype], atol=ARITHMETIC)
 
 
 @pytest.mark.gpu
 @pytest.mark.hardware
 @needs_gpu
-def test_gpu_row_beyond_int32():
-    """The last of 15 000 views of 224 x 224 begins more than 2**31 bytes in; so does its result."""
+def test_gpu_offset_beyond_int32():
+    """The last of 15 000 views of 224 x 224 starts beyond 2**31 bytes, and so does its result."""
     views = torch.zeros(15_000, 224, 224, 3, dtype=torch.uint8, device="cuda")
     views[-1] = torch.arange(224, device="cuda").reshape(224, 1, 1)
     source = torch.arange(15_000, device="cuda")

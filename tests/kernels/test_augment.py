@@ -1,4 +1,4 @@
-"""`augment_views`: PIL, the PyTorch twin, the kernel and the operator agree, view by view."""
+"""`augment_views`: PIL, the reference implementation, the kernel and the operator agree on every view."""
 
 import dataclasses
 from functools import cache
@@ -25,8 +25,8 @@ LARGE = ((128, 128), (224, 224), (256, 256), (255, 130))
 
 
 @cache
-def pictures(height: int, width: int) -> np.ndarray:
-    """What images may look like, easy and hard: (6, height, width, 3) uint8."""
+def make_images(height: int, width: int) -> np.ndarray:
+    """Return easy and hard test images: (6, height, width, 3) uint8."""
     rng = np.random.default_rng(height + width)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = 127 + 110 * np.sin(np.stack([9 * x + 4 * y, 5 * y * x, 3 - 8 * y], axis=-1))
@@ -39,7 +39,7 @@ def pictures(height: int, width: int) -> np.ndarray:
 
 
 def plan(height: int, width: int, levels: tuple[float, ...], seed: int = 0) -> ViewPlan:
-    """Every transformation at every level, rescale with every filter; each comes first once, and second once."""
+    """Return a plan with every transformation at every level, and every filter of rescale, once in each stage."""
     rng = np.random.default_rng(seed)
     cases = [
         (op, level, second)
@@ -48,31 +48,31 @@ def plan(height: int, width: int, levels: tuple[float, ...], seed: int = 0) -> V
         for second in ([(index + 0.5) / 6 for index in range(6)] if op == RESCALE else [0.0])
     ]
     ops, *both = (np.array(column) for column in zip(*cases, strict=True))
-    both, rows = np.stack(both, axis=-1).astype(np.float32), len(ops)
-    other = rng.permutation(rows)
+    both, count = np.stack(both, axis=-1).astype(np.float32), len(ops)
+    other = rng.permutation(count)
     largest = min(height, width, 5) - 1
     return ViewPlan(
-        image=rng.integers(6, size=rows),
-        labeled=np.ones(rows, dtype=bool),
-        shift=rng.integers(-largest, largest + 1, (rows, 2)).astype(np.int32),
-        flip=rng.integers(2, size=rows).astype(np.int32),
+        image=rng.integers(6, size=count),
+        labeled=np.ones(count, dtype=bool),
+        shift=rng.integers(-largest, largest + 1, (count, 2)).astype(np.int32),
+        flip=rng.integers(2, size=count).astype(np.int32),
         ops=np.stack([ops, ops[other]], axis=-1).astype(np.int32),
         levels=np.stack([both, both[other]], axis=1),
-        center=np.minimum(rng.random((rows, 2, 2), dtype=np.float32), np.float32(BELOW_ONE)),
+        center=np.minimum(rng.random((count, 2, 2), dtype=np.float32), np.float32(BELOW_ONE)),
     )
 
 
-def alone(views: ViewPlan, stage: int) -> ViewPlan:
-    """The plan with the operations of one stage only."""
+def only_stage(views: ViewPlan, stage: int) -> ViewPlan:
+    """Return the plan with the operations of one stage only."""
     ops = np.full_like(views.ops, ctaugment.IDENTITY)
     ops[:, stage] = views.ops[:, stage]
     return ViewPlan(**(vars(views) | {"ops": ops}))
 
 
 def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tuple[torch.Tensor, ...]:
-    """All arguments of `augment_views`."""
+    """Return the arguments of `augment_views`."""
     arrays = (
-        pictures(height, width),
+        make_images(height, width),
         views.image,
         views.shift,
         views.flip,
@@ -82,21 +82,21 @@ def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tu
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
-def by_pil(height: int, width: int, views: ViewPlan) -> np.ndarray:
-    images = pictures(height, width)[views.image]
+def make_pil_views(height: int, width: int, views: ViewPlan) -> np.ndarray:
+    images = make_images(height, width)[views.image]
     columns = (images, views.shift, views.flip, views.ops, views.levels, views.center)
-    return np.stack([pil_view(*row) for row in zip(*columns, strict=True)])
+    return np.stack([pil_view(*view) for view in zip(*columns, strict=True)])
 
 
-def assert_is_the_twin(made: torch.Tensor, case: tuple[torch.Tensor, ...]) -> None:
-    """Byte for byte but for rescale, whose weights are sums of sines: single levels, in few pixels."""
-    twin = augment_views_reference(*(tensor.cpu() for tensor in case))
-    assert made.shape == twin.shape and made.dtype == torch.uint8
+def assert_matches_reference(made: torch.Tensor, case: tuple[torch.Tensor, ...]) -> None:
+    """Compare bytes. For rescale, whose weights are sums of sines, a few pixels may differ by one level."""
+    reference = augment_views_reference(*(tensor.cpu() for tensor in case))
+    assert made.shape == reference.shape and made.dtype == torch.uint8
     exact = (case[4].cpu() != CODES["rescale"]).all(dim=1)
-    assert torch.equal(made[exact], twin[exact])
-    difference = (made[~exact].int() - twin[~exact].int()).abs()
+    assert torch.equal(made[exact], reference[exact])
+    difference = (made[~exact].int() - reference[~exact].int()).abs()
     assert (difference > 0).float().mean() <= 0.005
-    # what follows a rescale may make more of a level
+    # An operation after rescale may amplify a difference of one level.
     last = (case[4].cpu()[~exact, 1] == CODES["rescale"]) & (case[4].cpu()[~exact, 0] != CODES["rescale"])
     assert (difference[last] <= 1).all()
 
@@ -108,11 +108,11 @@ def test_every_transformation_has_a_code():
 
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("height", "width"), SIZES + LARGE)
-def test_twin_is_pil(height, width, stage):
+def test_reference_matches_pil(height, width, stage):
     levels = (0.0, 0.21, 0.5, 0.83, BELOW_ONE) if height < 96 else (0.3, 0.97) if height == 96 else (0.83,)
-    views = alone(plan(height, width, levels), stage)
+    views = only_stage(plan(height, width, levels), stage)
     made = augment_views_reference(*problem(height, width, views)).numpy()
-    difference = np.abs(made.astype(int) - by_pil(height, width, views))
+    difference = np.abs(made.astype(int) - make_pil_views(height, width, views))
     ops = views.ops[:, stage]
     affine, rescaled = np.isin(ops, GEOMETRIC), ops == RESCALE
     assert not difference[~affine & ~rescaled].any()
@@ -120,64 +120,64 @@ def test_twin_is_pil(height, width, stage):
     assert (difference[affine] > 0).mean() <= 0.001
 
 
-def test_twin_of_two_transformations_is_pil():
+def test_reference_of_two_transformations_matches_pil():
     views = plan(32, 32, (0.1, 0.37, 0.5, 0.9))
     made = augment_views_reference(*problem(32, 32, views)).numpy()
-    assert (made != by_pil(32, 32, views)).mean() < 1e-3
+    assert (made != make_pil_views(32, 32, views)).mean() < 1e-3
 
 
 @pytest.mark.parametrize(
     ("height", "width", "levels"),
     [(16, 16, (0.4, BELOW_ONE)), (32, 32, (0.77,)), (20, 31, (0.6,)), (5, 7, (0.0, 0.3)), (2, 1, (0.9,))],
 )
-def test_kernel_is_the_twin(interpreter, height, width, levels):
+def test_kernel_matches_reference(interpreter, height, width, levels):
     case = problem(height, width, plan(height, width, levels))
-    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+    assert_matches_reference(interpreter(launch_augment_views, *case), case)
 
 
 @pytest.mark.parametrize(("height", "width", "levels"), [(16, 16, (0.0, 0.13, 0.31, 0.77, BELOW_ONE)), (9, 14, (0.6,))])
-def test_kernel_does_what_the_authors_code_does(interpreter, height, width, levels):
-    drawn = alone(plan(height, width, levels), 0)
+def test_kernel_matches_the_authors_code(interpreter, height, width, levels):
+    drawn = only_stage(plan(height, width, levels), 0)
     ops, effects = ctaugment.code_effects(drawn.ops, drawn.levels, min(height, width))
     views = dataclasses.replace(drawn, ops=ops, levels=effects, shift=0 * drawn.shift, flip=0 * drawn.flip)
     case = problem(height, width, views)
     made = interpreter(launch_augment_views, *case).numpy()
-    for row, (op, given, centre) in enumerate(
+    for view, (op, levels, center) in enumerate(
         zip(drawn.ops[:, 0], drawn.levels[:, 0], drawn.center[:, 0], strict=True)
     ):
-        image = Image.fromarray(pictures(height, width)[drawn.image[row]])
-        expected = np.asarray(transformed(image, op, given, centre, CODE_FUNCTIONS))
-        np.testing.assert_array_equal(made[row], expected, err_msg=f"{NAMES[op]} {given}")
+        image = Image.fromarray(make_images(height, width)[drawn.image[view]])
+        expected = np.asarray(transformed(image, op, levels, center, CODE_FUNCTIONS))
+        np.testing.assert_array_equal(made[view], expected, err_msg=f"{NAMES[op]} {levels}")
 
 
 @pytest.mark.parametrize("side", [96, MAX_SIDE])
-def test_kernel_is_the_twin_at_large_sizes(interpreter, side):
-    """Of every way through the kernel one: filters, curves, a mean, resampling and affine maps."""
+def test_kernel_matches_reference_at_large_sizes(interpreter, side):
+    """Every path of the kernel once: filters, curves, a mean, resampling and affine maps."""
     views = plan(side, side, (0.7,))
     pairs = [("blur", "equalize"), ("rotate", "sharpness"), ("contrast", "rescale"), ("identity", "cutout")]
     views = views.select(np.array([int((views.ops[:, 0] == NAMES.index(first)).argmax()) for first, _ in pairs]))
     views.ops[:, 1] = [NAMES.index(second) for _, second in pairs]
     views.levels[:, 1] = 0.9
     case = problem(side, side, views)
-    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+    assert_matches_reference(interpreter(launch_augment_views, *case), case)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_kernel_goes_on_from_any_round(interpreter, stage):
-    """One operation alone, in either round, and none: the image passes through as many buffers as it must."""
-    views = alone(plan(6, 5, (0.8,)), stage)
+def test_kernel_with_one_operation(interpreter, stage):
+    """One operation or none, in either stage: the kernel skips the buffers that it does not need."""
+    views = only_stage(plan(6, 5, (0.8,)), stage)
     case = problem(6, 5, views)
-    assert_is_the_twin(interpreter(launch_augment_views, *case), case)
+    assert_matches_reference(interpreter(launch_augment_views, *case), case)
 
 
-def test_kernel_takes_a_number_without_an_operation_for_none(interpreter):
+def test_kernel_ignores_unknown_operations(interpreter):
     images, image, shift, flip, ops, parameters = problem(6, 5, plan(6, 5, (0.8,)).select(np.arange(4)))
     ops[:, 0] = torch.tensor([-1, len(OPS), 2**30, -(2**30)])
     with pytest.raises(ValueError, match="ops must be from 0 to 13, got -1073741824 to 1073741824"):
         augment_views(images, image, shift, flip, ops, parameters)
     made = interpreter(launch_augment_views, images, image, shift, flip, ops, parameters)
     ops[:, 0], parameters[:, 0] = CODES["affine"], torch.tensor([1.0, 0, 0, 0, 1, 0])
-    assert_is_the_twin(made, (images, image, shift, flip, ops, parameters))
+    assert_matches_reference(made, (images, image, shift, flip, ops, parameters))
 
 
 @pytest.mark.parametrize("index", [-7, 6])
@@ -187,7 +187,7 @@ def test_index_out_of_range(index):
         augment_views(images, torch.full_like(image, index), *rest)
 
 
-def test_operator_is_the_twin_on_a_cpu():
+def test_operator_is_the_reference_on_a_cpu():
     case = problem(16, 16, plan(16, 16, (0.6,)))
     assert torch.equal(augment_views(*case), augment_views_reference(*case))
 
@@ -220,12 +220,15 @@ ARGUMENTS = ("images", "image", "shift", "flip", "ops", "parameters")
         ({"image": torch.zeros(0, dtype=torch.int64)}, r"image must be \(V >= 1,\), got \(0,\)"),
         ({"image": torch.zeros(4, dtype=torch.int32)}, "image must be .* torch.int64 .* torch.int32"),
         ({"shift": torch.zeros(4, 2, dtype=torch.int64)}, "shift must be .* torch.int32 .* torch.int64"),
-        ({"shift": torch.full((4, 2), 5, dtype=torch.int32)}, r"less than the sides of \(6, 5\), got up to 5"),
+        (
+            {"shift": torch.full((4, 2), 5, dtype=torch.int32)},
+            r"smaller than the image \(6, 5\), got up to 5",
+        ),
         ({"flip": torch.zeros(4, dtype=torch.bool)}, "flip must be .* torch.int32 .* torch.bool"),
         ({"ops": torch.zeros(4, 3, dtype=torch.int32)}, r"ops must be \(4, 2\) .* got \(4, 3\)"),
         ({"parameters": torch.zeros(4, 2, 6, dtype=torch.float64)}, "parameters must be .* torch.float64"),
         ({"parameters": torch.zeros(4, 6, 2).mT}, "parameters must be .* contiguous, .* with strides"),
-        ({"parameters": torch.zeros(4, 2, 6, device="meta")}, "parameters must be on cpu, where images is"),
+        ({"parameters": torch.zeros(4, 2, 6, device="meta")}, "parameters must be on cpu like images, got meta"),
     ],
 )
 def test_errors(change, message):
@@ -247,17 +250,17 @@ def test_gpu(height, width, seed):
     views = plan(height, width, levels, seed)
     case = problem(height, width, views, "cuda")
     made = augment_views(*case)
-    assert_is_the_twin(made.cpu(), case)
+    assert_matches_reference(made.cpu(), case)
     for _ in range(20):
-        # threads hand the image to one another: a race would show now and then
+        # Threads pass the image to each other: a race would show occasionally.
         assert torch.equal(augment_views(*case), made)
 
 
 @pytest.mark.gpu
 @pytest.mark.hardware
 @needs_gpu
-def test_gpu_row_beyond_int32():
-    """The last of 80 000 images of 96 x 96 begins more than 2**31 bytes in."""
+def test_gpu_offset_beyond_int32():
+    """The last of 80 000 images of 96 x 96 starts beyond 2**31 bytes."""
     images = torch.zeros(80_000, 96, 96, 3, dtype=torch.uint8, device="cuda")
     images[-1] = torch.arange(96, device="cuda").reshape(96, 1, 1)
     _, _, shift, flip, ops, parameters = problem(96, 96, plan(96, 96, (0.5,)).select(np.zeros(2, int)), "cuda")

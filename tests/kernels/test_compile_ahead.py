@@ -1,7 +1,7 @@
-"""Every kernel compiled without a GPU for the GPUs we support: it builds, spills nothing and loads wide.
+"""Compile every kernel without a GPU, for all supported GPUs: no register spills, wide loads and stores.
 
-What is compiled is what the launcher asks for: the launch is recorded, and its arguments specialised as
-Triton would on a GPU, whose allocator aligns every tensor to far more than 16 bytes.
+The tests compile the recorded launch and specialize its arguments as Triton would on a GPU, where the allocator
+aligns tensors to more than 16 bytes.
 """
 
 import re
@@ -53,7 +53,7 @@ def compile_launch(launch, architecture):
 
 
 def disassemble(compiled, folder):
-    """Return the numbers that the assembler recorded, by name, and the machine code."""
+    """Return the resource usage by name, and the machine code."""
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     usage, code = (
@@ -64,7 +64,7 @@ def disassemble(compiled, folder):
 
 
 def assert_no_spill(compiled, launch, title, folder, capsys, most=0):
-    """Check that no register (at `most` so often) went to memory; print one line; return registers and machine code."""
+    """Check that at most `most` registers are spilled, print a line, and return register count and machine code."""
     usage, code = disassemble(compiled, folder)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     with capsys.disabled():
@@ -93,7 +93,7 @@ def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
     compiled = compile_launch(launch, architecture)
     assert_no_spill(compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", tmp_path, capsys)
     ptx = compiled.asm["ptx"]
-    # Rings of 100 and 1000 floats a row are read 128 bits at a time; 10 floats are not a multiple of that.
+    # Histories with 100 and 1000 classes are read 128 bits at a time. 10 floats are not a multiple of 128 bits.
     assert ("ld.global.v4.b32" in ptx) == (classes > 10)
     assert ("atom.global.gpu.acq_rel.add" in ptx) == (launch.grid != (1,)) == (classes == 1000)
 
@@ -105,14 +105,14 @@ def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
     ids=str,
 )
 def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
-    rows = torch.zeros(2, dtype=torch.int64)
+    indices = torch.zeros(2, dtype=torch.int64)
     launch = recorded_launch(
         launch_assemble_batch,
         torch.zeros(2, side, side, 3, dtype=torch.uint8),
-        rows,
-        rows,
+        indices,
+        indices,
         torch.zeros(2),
-        rows,
+        indices,
         torch.zeros(3),
         torch.ones(3),
         dtype,
@@ -120,19 +120,19 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
     compiled = compile_launch(launch, architecture)
     title = f"assemble {side} x {side} {str(dtype).removeprefix('torch.')}, sm_{architecture}"
     registers, code = assert_no_spill(compiled, launch, title, tmp_path, capsys)
-    # A multiprocessor's 65 536 registers then hold 640 threads, which have 20 KB of loads in flight. An H200
-    # needs 16 KB: 2.15 TB/s of reads (as much is written), 132 multiprocessors, about 1 us to the data.
+    # With 96 registers, a multiprocessor (65 536 registers) runs 640 threads, which have 20 KB of loads in flight. An
+    # H200 needs 16 KB: 2.15 TB/s of reads (and as much of writes), 132 multiprocessors, a latency of about 1 us.
     assert registers <= 96
-    assert len(re.findall(r"LDG\.E\.128\b", code)) == 2  # Of an unrotated row: the source and the partner.
-    assert "STG.E.128" in code and not re.search(r"STG\.E(?!\.128)", code)  # All rows are stored wide.
+    assert len(re.findall(r"LDG\.E\.128\b", code)) == 2  # Source and partner of an unrotated sample.
+    assert "STG.E.128" in code and not re.search(r"STG\.E(?!\.128)", code)  # All stores are wide.
     if dtype is torch.bfloat16:
-        assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # To nearest.
+        assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # Rounds to nearest.
 
 
 def test_assemble_with_eight_channels(recorded_launch, tmp_path, capsys):
-    rows, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    numbers = (rows, rows, torch.zeros(2), rows, torch.zeros(3), torch.ones(3))
-    launch = recorded_launch(launch_assemble_batch, views, *numbers, torch.bfloat16, 8)
+    indices, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    tensors = (views, indices, indices, torch.zeros(2), indices, torch.zeros(3), torch.ones(3))
+    launch = recorded_launch(launch_assemble_batch, *tensors, torch.bfloat16, 8)
     registers, code = assert_no_spill(compile_launch(launch, 90), launch, "assemble, 8 channels", tmp_path, capsys)
     assert registers <= 96 and "STG.E.128" in code
 
@@ -140,7 +140,7 @@ def test_assemble_with_eight_channels(recorded_launch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("height", "width", "architecture"),
     [(side, side, architecture) for side in (32, 96) for architecture in ARCHITECTURES]
-    # every larger side once, and every architecture: a compilation takes seconds
+    # A compilation takes seconds, so larger sides are compiled for one architecture each.
     + [(20, 31, 90), (128, 128, 80), (224, 224, 90), (256, 256, 100)],
 )
 def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys):
@@ -155,10 +155,10 @@ def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys)
     )
     compiled = compile_launch(launch, architecture)
     title = f"augment {height} x {width}, sm_{architecture}"
-    # Older compilers put a few numbers aside that outlive a round, outside of the loops over pixels.
+    # Older compilers spill a few values outside the loops over pixels.
     most = 0 if version.parse(triton.__version__) >= version.parse("3.9") else 24
     registers, _ = assert_no_spill(compiled, launch, title, tmp_path, capsys, most)
-    # 704 views of 32 x 32 are then on an H200's 132 multiprocessors at once, six on each.
+    # Six views of 32 x 32 fit on a multiprocessor, so all 704 views of a step are resident on an H200's 132.
     assert registers * 32 * launch.options["num_warps"] * (6 if height == 32 else 3) <= 65_536
-    # Where PIL rounds twice, so does the kernel.
+    # Like PIL, the kernel rounds after the product and after the sum.
     assert "fma.rn" not in compiled.asm["ptx"]

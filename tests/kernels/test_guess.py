@@ -1,4 +1,4 @@
-"""`guess_labels`: the formulas in float64, the PyTorch twin, the kernel and the operator agree."""
+"""`guess_labels`: the float64 formulas, the reference implementation, the kernel and the operator agree."""
 
 from functools import partial
 
@@ -16,14 +16,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture(params=["twin", "triton"])
+@pytest.fixture(params=["reference", "triton"])
 def implementation(request, interpreter):
-    """Give the twin, then the Triton kernel in the interpreter."""
-    return guess_labels_reference if request.param == "twin" else partial(interpreter, launch_guess_labels)
+    """Return the reference implementation, or the Triton kernel in the interpreter."""
+    return guess_labels_reference if request.param == "reference" else partial(interpreter, launch_guess_labels)
 
 
 def problem(batch, classes, scale=3.0, dtype=torch.float32, device="cpu", seed=0) -> Problem:
-    """Draw the first four arguments; logits of `scale` 0 are uniform, of 50 peaked."""
+    """Draw the first four arguments. With `scale` 0 softmax is uniform, with 50 it is peaked."""
     generator = torch.Generator().manual_seed(seed + 1000 * batch + classes)
     logits = (scale * torch.randn(batch, classes, generator=generator)).to(dtype)
     p_model_history = torch.randn(HISTORY, classes, generator=generator).softmax(1)
@@ -33,7 +33,7 @@ def problem(batch, classes, scale=3.0, dtype=torch.float32, device="cpu", seed=0
 
 
 def guess_in_float64(logits, p_model_history, slot, label_marginal, temperature, align=True):
-    """Compute targets and the new history by the formulas as they stand: no log space, no cleverness."""
+    """Compute targets and the new history directly with the formulas, not in log space."""
     logits = logits.double().numpy()
     p_model_history = p_model_history.double().numpy()
     p = label_marginal.double().numpy()
@@ -55,17 +55,16 @@ def guess_in_float64(logits, p_model_history, slot, label_marginal, temperature,
 def assert_guesses_match(got, expected):
     """Compare (targets, p_model_history) pairs of float32 arithmetic.
 
-    The logarithm of a target above 1e-9 is a sum of numbers up to about 30, doubled by the sharpening:
-    float32 has it within 30 * 2 * 2**-24 = 4e-6, which is the relative error of the target; the sums and the
-    logarithm of the alignment add as much again. Smaller targets only have to be that small. The history holds
-    means of q.
+    The logarithm of a target above 1e-9 is a sum of terms up to about 30, doubled by the sharpening. Its float32 error,
+    30 * 2 * 2**-24 = 4e-6, is the relative error of the target. The sums and the logarithm of the alignment add as much
+    again. Targets below 1e-9 only have to be below 1e-9. The history contains means of q.
     """
     np.testing.assert_allclose(got[0], expected[0], rtol=2e-5, atol=1e-9)
     np.testing.assert_allclose(got[1], expected[1], rtol=5e-6, atol=1e-9)
 
 
 def run(function, logits, p_model_history, slot, label_marginal, temperature=0.5, align=True):
-    """Call `function` on a copy of the history; return targets and the changed history as arrays."""
+    """Call `function` with a copy of the history. Return the targets and the changed history as arrays."""
     p_model_history = p_model_history.clone()
     targets = function(logits, p_model_history, slot, label_marginal, temperature, align)
     assert targets.shape == logits.shape and targets.dtype == torch.float32
@@ -98,11 +97,11 @@ def test_temperature_and_alignment(implementation, align, temperature):
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (40, 1000)])
-def test_ring(implementation, batch, classes):
-    """Only row `slot` changes, to the batch mean of q; the guess sees the history as it was before."""
-    assert (launch_config(batch, classes, HISTORY)["PROGRAMS"] == 1) == (batch == 64)  # Both ways to write.
+def test_history(implementation, batch, classes):
+    """Only row `slot` changes, to the batch mean of q, after the history is read."""
+    assert (launch_config(batch, classes, HISTORY)["PROGRAMS"] == 1) == (batch == 64)  # Both code paths.
     logits, p_model_history, _, label_marginal = problem(batch, classes)
-    p_model_history[:] = 1e-9 + 1.0 / classes  # A stale row would stand out: the updated one is far from it.
+    p_model_history[:] = 1e-9 + 1.0 / classes  # The updated row is far from this.
     targets, _ = guess_in_float64(logits, p_model_history, torch.tensor(0), label_marginal, 0.5)
     mean = logits.double().softmax(1).mean(0).numpy()
     for slot in (torch.tensor(0), torch.tensor([5]), torch.tensor(127)):
@@ -123,8 +122,8 @@ def test_slot_out_of_range(batch, slot, interpreter):
         guess_labels(case[0], case[1], torch.tensor(slot), case[3], 0.5)
 
 
-def test_rows_apart(implementation):
-    """Rows of a wider, taller tensor: the stride is respected, and nothing between them is read."""
+def test_strided_logits(implementation):
+    """The logits are a slice of a larger tensor, which is not read outside the slice."""
     logits, p_model_history, slot, label_marginal = problem(20, 10)
     wide = torch.full((40, 16), float("nan"))
     wide[10:30, 3:13] = logits
@@ -133,7 +132,7 @@ def test_rows_apart(implementation):
 
 
 def test_unseen_class(implementation):
-    """A class never guessed and never labeled, and one ruled out by a logit of -inf, stay finite."""
+    """Targets are finite for a class that was never predicted or labeled, and for a logit of -inf."""
     logits, p_model_history, slot, label_marginal = problem(8, 10)
     p_model_history[:, 3] = 0
     label_marginal[3] = 0
@@ -143,7 +142,7 @@ def test_unseen_class(implementation):
     assert (got[0][:, 7] == 0).all()
 
 
-def test_operator_is_the_twin_on_a_cpu():
+def test_operator_is_the_reference_on_a_cpu():
     case = problem(64, 10)
     for got, expected in zip(run(guess_labels, *case), run(guess_labels_reference, *case), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -169,16 +168,16 @@ def test_compiled():
         return guess_labels(logits, p_model_history, slot, label_marginal, 0.5), p_model_history.sum()
 
     case = problem(64, 10)
-    eager_ring, compiled_ring = case[1].clone(), case[1].clone()
-    eager = step(case[0], eager_ring, *case[2:])
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(case[0], compiled_ring, *case[2:])
+    eager_history, compiled_history = case[1].clone(), case[1].clone()
+    eager = step(case[0], eager_history, *case[2:])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(case[0], compiled_history, *case[2:])
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
-    torch.testing.assert_close(compiled_ring, eager_ring, rtol=0, atol=0)
+    torch.testing.assert_close(compiled_history, eager_history, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch", [64, 700])
 def test_traced_for_a_gpu(batch):
-    """What torch.compile runs before there are any values, on tensors that only claim a GPU."""
+    """torch.compile traces the operator with fake CUDA tensors."""
     with FakeTensorMode():
         logits = torch.empty(batch, 10, dtype=torch.bfloat16, device="cuda")
         p_model_history = torch.empty(HISTORY, 10, device="cuda")
@@ -199,12 +198,12 @@ def test_traced_for_a_gpu(batch):
         ({"p_model_history": torch.zeros(HISTORY, 9)}, r"p_model_history must be \(R, 10\)"),
         ({"p_model_history": torch.zeros(HISTORY, 10).half()}, "got .* torch.float16"),
         ({"p_model_history": torch.zeros(10, HISTORY).T}, "p_model_history must be .* contiguous"),
-        ({"slot": torch.zeros(2, dtype=torch.int64)}, r"slot must be one int64 .* got \(2,\)"),
-        ({"slot": torch.zeros(())}, "slot must be one int64 .* torch.float32"),
+        ({"slot": torch.zeros(2, dtype=torch.int64)}, r"slot must be an int64 tensor .* got \(2,\)"),
+        ({"slot": torch.zeros(())}, "slot must be an int64 tensor .* torch.float32"),
         ({"label_marginal": torch.zeros(9)}, r"label_marginal must be \(10,\)"),
-        ({"label_marginal": torch.zeros(10, device="meta")}, "on one device, got cpu, cpu, cpu and meta"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        ({"label_marginal": torch.zeros(10, device="meta")}, "on the same device, got cpu, cpu, cpu and meta"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be greater than 0, got nan"),
     ],
 )
 def test_errors(change, message):
@@ -239,11 +238,11 @@ def test_gpu(classes, dtype):
 @needs_gpu
 @pytest.mark.parametrize(("batch", "classes"), [(64, 10), (700, 17), (64, 1000)])
 def test_gpu_graph(batch, classes):
-    """Captured once, replayed with other logits and slots: each replay is a full guess with a new counter."""
+    """A graph is captured once and replayed with other logits and slots. Each replay resets the counter."""
     logits, p_model_history, slot, label_marginal = problem(batch, classes, device="cuda")
     expected_history = p_model_history.cpu()
     before = p_model_history.clone()
-    guess_labels(logits, p_model_history, slot, label_marginal, 0.5)  # Compiles the kernel outside of the capture.
+    guess_labels(logits, p_model_history, slot, label_marginal, 0.5)  # Compiles the kernel before the capture.
     p_model_history.copy_(before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -262,8 +261,8 @@ def test_gpu_graph(batch, classes):
 @needs_gpu
 def test_gpu_compiled():
     case = problem(64, 10, device="cuda")
-    eager_ring, compiled_ring = case[1].clone(), case[1].clone()
-    eager = guess_labels(case[0], eager_ring, *case[2:], 0.5)
-    compiled = torch.compile(guess_labels, fullgraph=True)(case[0], compiled_ring, *case[2:], 0.5)
+    eager_history, compiled_history = case[1].clone(), case[1].clone()
+    eager = guess_labels(case[0], eager_history, *case[2:], 0.5)
+    compiled = torch.compile(guess_labels, fullgraph=True)(case[0], compiled_history, *case[2:], 0.5)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
-    torch.testing.assert_close(compiled_ring, eager_ring, rtol=0, atol=0)
+    torch.testing.assert_close(compiled_history, eager_history, rtol=0, atol=0)
