@@ -1,1 +1,1 @@
-"""How time, memory and traces are measured, and the records of it."""
+"""Measure time, memory and traces, and read and write the records."""

@@ -1,4 +1,4 @@
-"""Launches and bytes of the captured step, as `remixmatch bench count` has counted them, for those who look them up."""
+"""Look up launches and bytes of a captured step in the records of `remixmatch bench count`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engine.config import methods, presets
 from engine.config.config import COUNTED, Config, changes
 from engine.measuring import records
 
-KINDS = ("triton", "library", "operator")  # of launches
+KINDS = ("triton", "library", "operator")  # Kinds of launches.
 
-# (side, classes), so that a preset can be counted without its data
+# (side, classes) of each data set, so that presets can be counted without their data.
 IMAGES = {
     "digits": (16, 10), "fashion-mnist-16": (16, 10), "fashion-mnist": (32, 10), "cifar10": (32, 10),
     "cifar100": (32, 100), "svhn": (32, 10), "svhn-extra": (32, 10), "stl10": (96, 10),
@@ -20,34 +20,34 @@ IMAGES = {
 
 
 def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[str, Any] | None:
-    """The newest record of `bench count` for a step, the user's before the project's; None where there is none.
+    """Return the newest record of `bench count` for a step, or None. The user's records take precedence.
 
-    What is counted is the compiled step on one rank, in one micro-batch.
+    Counts are of the compiled step on one rank with one micro-batch.
 
     Args:
-        config: of the step.
+        config: Configuration of the step.
         precision: "bf16", "fp16" or "fp32".
-        images: their side in pixels, and how many classes they have.
+        images: Side in pixels and number of classes.
     """
     if config.micro_batches > 1:
         return None
-    rows = [
-        row for path in (records.RESULTS / "count.jsonl", records.OUT / "count.jsonl") for row in records.read(path)
+    counts = [
+        count for path in (records.RESULTS / "count.jsonl", records.OUT / "count.jsonl") for count in records.read(path)
     ]
-    for row in reversed(rows):
-        if row["precision"] != precision or row["preset"] not in presets.PRESETS:
+    for count in reversed(counts):
+        if count["precision"] != precision or count["preset"] not in presets.PRESETS:
             continue
-        of = configuration(row)
-        if IMAGES.get(of.dataset) == images and not changes(of, config).keys() & COUNTED:
-            return row
+        recorded = configuration(count)
+        if IMAGES.get(recorded.dataset) == images and not changes(recorded, config).keys() & COUNTED:
+            return count
     return None
 
 
-def configuration(row: Mapping[str, Any]) -> Config:
-    """What a record of `bench count` is of."""
-    config = presets.preset(row["preset"])
-    if "method" in row:
-        config = methods.with_method(config, row["method"])
-    if "ablate" in row:
-        config = methods.ablate(config, row["ablate"])
-    return dataclasses.replace(config, k=row["k"], batch=row["batch"])
+def configuration(record: Mapping[str, Any]) -> Config:
+    """Return the configuration that a record of `bench count` was measured with."""
+    config = presets.preset(record["preset"])
+    if "method" in record:
+        config = methods.with_method(config, record["method"])
+    if "ablate" in record:
+        config = methods.ablate(config, record["ablate"])
+    return dataclasses.replace(config, k=record["k"], batch=record["batch"])

@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table with the columns of `head`, without a line break at its end."""
+    """Return a table with the given column heads, without a trailing newline."""
     lines = [head, ["---"] * len(head), *rows]
-    assert all(len(cells) == len(head) for cells in lines), "a table has as many cells in each row as columns"
+    assert all(len(cells) == len(head) for cells in lines), "every row must have one cell per column"
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,4 +1,4 @@
-"""Modules run in processes of their own, where a start, a process's memory or another device is what is measured."""
+"""Run modules in subprocesses, to measure startup or memory or to use another device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 def search_path(*folders: Path) -> str:
-    """PYTHONPATH for a process that finds modules in these folders first, and then where this one was told to look."""
+    """Return a PYTHONPATH with these folders before the current PYTHONPATH."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def output(*command: str, **environment: str) -> str:
-    """What a module prints.
+    """Run a module and return what it prints to stdout.
 
     Args:
-        command: the module's name, and its arguments.
-        environment: variables that it has besides this process's.
+        command: Name of the module, and its arguments.
+        environment: Additional environment variables.
 
     Raises:
-        RuntimeError: it ended with another exit code than 0.
+        RuntimeError: The exit code is not 0.
     """
     variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[2])} | environment
     done = subprocess.run([sys.executable, "-m", *command], env=variables, capture_output=True, text=True)
@@ -31,9 +31,9 @@ def output(*command: str, **environment: str) -> str:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had resident, pages of mapped files included, in MiB.
+    """Return the peak resident memory of this process in MiB, including pages of mapped files.
 
-    Not `ru_maxrss`: that begins with the memory of the process which started this one.
+    `ru_maxrss` would be wrong here: it starts at the memory of the parent process.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (kibibytes,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

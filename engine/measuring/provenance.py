@@ -1,4 +1,4 @@
-"""What a result depends on: versions, commit and device, in words."""
+"""Provenance of a result: versions, commit and device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of Python and of the packages that affect results."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
@@ -26,9 +26,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit when first asked, marked where the working tree differs from it; "unknown" outside a checkout.
+    """Return the commit at the first call, with "+changes" if the working tree differs; "unknown" outside a checkout.
 
-    Where files were copied without their history, the variable REMIXMATCH_COMMIT can name it.
+    For files copied without their Git history, set the environment variable REMIXMATCH_COMMIT.
     """
     if given := os.environ.get("REMIXMATCH_COMMIT"):
         return given
@@ -38,7 +38,8 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is that of whoever installed us
+        # Fails if this is an installed package inside another repository.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -46,7 +47,7 @@ def commit() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words: the GPU's name, or CPU with its processor and threads."""
+    """Return the name of the GPU, or "CPU" with its model and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()

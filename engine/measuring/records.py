@@ -1,4 +1,4 @@
-"""Rows of measurements: JSON lines that say on what, with what and by which command they were measured."""
+"""Records of measurements: JSON lines with device, versions and command."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from typing import Any
 from engine.errors import UserError
 from engine.measuring.provenance import commit, device_name, versions
 
-RESULTS = (
-    Path(__file__).parents[2] / "bench" / "results"
-)  # the project's own rows, of which count.jsonl comes with the package
-OUT = Path("bench-results")  # a user's, in the current folder
+# The project's own records. The package includes only count.jsonl.
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+OUT = Path("bench-results")  # The user's records, in the current folder.
 
 Row = dict[str, Any]
 
 
 def record(bench: str, device: Any, **values: Any) -> Row:
-    """One row: what was measured, and everything needed to measure it again.
+    """Return a record: the measurements and everything needed to repeat them.
 
     Args:
-        bench: which bench.
-        device: the torch.device measured.
-        values: figures, their units in their names.
+        bench: Name of the bench.
+        device: The measured torch.device.
+        values: Settings and measurements, with units in the names.
     """
     return {
         "bench": bench,
@@ -42,43 +41,43 @@ def record(bench: str, device: Any, **values: Any) -> Row:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a row to a file, which is made if missing."""
+    """Append a record to a file, which is created if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file; none if it is missing."""
+    """Return all records of a file, or an empty list if it is missing."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Failures:
-    """Parts of a bench that failed while the others went on; its exit code tells at the end."""
+    """Collects the failed parts of a bench, so that the other parts can continue."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What fails in here is shown with its traceback, and remembered."""
+        """Print the traceback of an exception in the block and record the failure."""
         try:
             yield
-        except Exception:  # of somebody else's library, or of a kernel that is wrong: other figures are none the worse
+        except Exception:  # One failing library or kernel does not affect the other measurements.
             print(f"{name}: failed", file=sys.stderr)
             traceback.print_exc()
             self.names.append(name)
 
     def finish(self) -> None:
-        """Exits with code 1 if anything failed."""
+        """Exit with code 1 if any part failed."""
         if self.names:
             sys.exit(f"remixmatch: failed: {'; '.join(self.names)}")
 
 
 def check_choices(options: Any, **known: Collection[str]) -> None:
-    """Raise UserError if an option, or one of its values, is not among those known; an empty one is left alone."""
+    """Raise UserError if an option, or one of its values, is unknown. Empty values are accepted."""
     for name, choices in known.items():
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given:
@@ -87,7 +86,7 @@ def check_choices(options: Any, **known: Collection[str]) -> None:
 
 
 def check_numbers(options: Any, **least: int) -> None:
-    """Raise UserError if an option, or one of its numbers, is too small; None is left alone."""
+    """Raise UserError if an option, or one of its values, is too small. None is accepted."""
     for name, bound in least.items():
         given = getattr(options, name)
         if given is not None:
@@ -95,7 +94,7 @@ def check_numbers(options: Any, **least: int) -> None:
 
 
 def check_least(flag: str, given: int | Collection[int], least: int) -> None:
-    """Raise UserError if a flag's number, or one of its numbers, is too small."""
+    """Raise UserError if the value of a flag, or one of its values, is too small."""
     for number in [given] if isinstance(given, int) else given:
         if number < least:
             raise UserError(f"{flag} must be at least {least}, got {number}")

@@ -1,10 +1,14 @@
-"""A training step that is timed in a process of its own: the process, and how another one talks to it.
+"""Time a training step in a subprocess: the worker process and its client.
 
-`python -m engine.measuring.step_worker REQUEST` compiles and warms up the step of a configuration, prints `ready`, and
-then answers each line of its input by a line: `sample N` by the seconds that a step takes over N of them, `profile N`
-by what the device did in N steps, `memory` by the MiB that it has had at most. `bench variants` and `ablate` have
-several such processes take turns; with the packages of another checkout on PYTHONPATH, the step is that
-checkout's, which has to have this file.
+`python -m engine.measuring.step_worker REQUEST` compiles and warms up the step of a configuration and prints `ready`.
+It then answers each line of its input with a line of JSON:
+
+- `sample N`: seconds per step, averaged over N steps.
+- `profile N`: the device's work in N steps.
+- `memory`: peak memory in MiB.
+
+`bench variants` and `ablate` interleave the measurements of several workers. With another checkout on PYTHONPATH, the
+worker times the step of that checkout, which must contain this file.
 """
 
 from __future__ import annotations
@@ -32,13 +36,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class StepWorker:
-    """A step in a process of its own, which waits for its turn.
+    """A training step in a subprocess.
 
     Args:
-        config: fields of the configuration; those that the checkout does not know are left out.
-        views: where they come from, see `engine.measuring.steps.VIEWS`.
-        execution: fields of `Execution` that are otherwise than the configuration has them.
-        checkout: whose step it is.
+        config: Fields of the configuration. Fields unknown to the checkout are ignored.
+        views: Source of the views, one of `engine.measuring.steps.VIEWS`.
+        execution: Fields of `Execution` to override.
+        checkout: Folder of the checkout to time.
     """
 
     def __init__(
@@ -59,20 +63,20 @@ class StepWorker:
         )
 
     def ready(self) -> None:
-        """Returns when the step can be timed.
+        """Wait until the step can be timed.
 
         Raises:
-            RuntimeError: it cannot be compiled or run.
+            RuntimeError: The step cannot be compiled or run.
         """
         for line in self._process.stdout or ():
             if line.strip() == "ready":
                 return
         raise RuntimeError(f"the step ended with exit code {self._process.wait()}")
 
-    def ask(self, what: str) -> Any:
-        """The answer to one line: see the module."""
+    def ask(self, request: str) -> Any:
+        """Send a request and return its answer. See the module's docstring for the requests."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(what + "\n")
+        self._process.stdin.write(request + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
@@ -80,7 +84,7 @@ class StepWorker:
         return json.loads(answer)
 
     def end(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process.stdin:
             self._process.stdin.close()
         try:
@@ -91,16 +95,16 @@ class StepWorker:
 
 
 def take_turns(workers: Mapping[str, Any], repeats: int, steps: int) -> dict[str, list[float]]:
-    """Seconds a step of each worker, one sample a round; every second round goes backwards."""
+    """Return seconds per step of each worker, one sample per round. The order is reversed every second round."""
     rounds = in_turns({name: partial(one.ask, f"sample {steps}") for name, one in workers.items()}, repeats)
     return {name: [taken[name] for taken in rounds] for name in workers}
 
 
 def main(request: Mapping[str, Any]) -> None:
-    """Serves one step.
+    """Serve one step.
 
     Args:
-        request: "config", "views" and "execution", see `StepWorker`.
+        request: "config", "views" and "execution" as in `StepWorker`.
     """
     known = {field.name for field in dataclasses.fields(Config)}
     fields: dict[str, Any] = {
@@ -129,7 +133,7 @@ def main(request: Mapping[str, Any]) -> None:
 
 
 def _profile(case: TimedSteps, steps: int) -> list[dict[str, Any]]:
-    """Kernels of so many steps, or on a CPU operators: name, and begin and end in microseconds."""
+    """Return name, begin and end (microseconds) of the kernels in `steps` steps, or of the operators on a CPU."""
     events = read(record(lambda: case.advance(steps), case.feed.execution.device)[0])
     kernels = [event for event in events if event.kind == DEVICE]
     return [{"name": event.name, "begin": event.begin, "end": event.end} for event in kernels or outermost(events)]

@@ -1,4 +1,4 @@
-"""Training steps that nobody evaluates or saves, ready to be timed: what benches and ablations measure."""
+"""Training steps for timing, without evaluation and checkpoints, as used by benches and ablations."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ VIEWS = ("fused", "dali", "synthetic")
 
 
 class SyntheticViews:
-    """Views that cost nothing: the same rows for every plan, on the device."""
+    """Views at no cost: the same views on the device for every plan."""
 
-    def __init__(self, rows: int, sides: Sequence[int], device: torch.device) -> None:
-        chance = torch.Generator().manual_seed(0)
-        self._views = torch.randint(0, 256, (rows, *sides, 3), dtype=torch.uint8, generator=chance).to(device)
+    def __init__(self, count: int, sides: Sequence[int], device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._views = torch.randint(0, 256, (count, *sides, 3), dtype=torch.uint8, generator=generator).to(device)
 
     def prepare(self, views: ViewPlan) -> None:
-        """Looks at nothing."""
+        """Do nothing."""
 
     def submit(self, prepared: None) -> None:
-        """Makes nothing."""
+        """Do nothing."""
 
     def collect(self) -> Tensor:
-        """(V, H, W, 3) uint8."""
+        """Return the views, (V, H, W, 3) uint8."""
         return self._views
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @dataclass
 class TimedSteps:
-    """One configuration, ready to train."""
+    """Training steps of one configuration."""
 
     config: Config
     feed: Feed
@@ -58,14 +58,14 @@ class TimedSteps:
 
     @classmethod
     def begin(cls, config: Config, views: str, execution: Mapping[str, Any] | None = None) -> TimedSteps:
-        """Sets up steps that nobody evaluates or saves.
+        """Set up the steps of a configuration.
 
         Args:
-            config: its `views` is replaced by what `views` names.
-            views: one of VIEWS.
-            execution: fields of `Execution` that are otherwise than the configuration has them.
+            config: The configuration. Its `views` and `steps` are ignored.
+            views: Source of the views, one of VIEWS.
+            execution: Fields of `Execution` to override.
         """
-        # every case compiles the one forward function: more often than torch expects, which would then silently stop
+        # All cases compile the same forward function. Beyond its default limit, torch would silently stop compiling.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         config = dataclasses.replace(config, steps=2**40, views="auto" if views == "synthetic" else views)  # type: ignore[arg-type]
@@ -77,12 +77,12 @@ class TimedSteps:
         feed = Feed(config, data, split, chosen)
         state = make_state(config, len(data.classes), chosen.device, data.sides)
         execute = make_step(config, state, feed.layout, chosen, feed.example)
-        rows = len(feed.layout.views) * config.view_steps
-        feed.begin(0, SyntheticViews(rows, data.sides, chosen.device) if views == "synthetic" else None)
+        count = len(feed.layout.views) * config.view_steps
+        feed.begin(0, SyntheticViews(count, data.sides, chosen.device) if views == "synthetic" else None)
         return cls(config, feed, state, execute)
 
     def advance(self, steps: int) -> None:
-        """Trains, and adds up the host's time without what it waited for the device."""
+        """Train `steps` steps and add up the host's time, without the time it waited for the device."""
         assert self.execute is not None
         begin, waited = time.perf_counter(), self.feed.waited_seconds
         for _ in range(steps):
@@ -91,6 +91,6 @@ class TimedSteps:
         self.steps += steps
 
     def end(self) -> None:
-        """Waits for what is being made and releases it; see `Trainer.end`."""
+        """Wait for pending work and release resources. See `Trainer.end`."""
         self.feed.end()
         self.execute = None

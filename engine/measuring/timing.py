@@ -1,4 +1,4 @@
-"""How everything here is timed: callables in turn, repeat by repeat, and the ceilings of the device in the same run."""
+"""Time functions with interleaved repeats, and measure the device's ceilings in the same run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import torch
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 
-_SAMPLE_SECONDS = 1e-3  # shorter functions are called several times a sample: events resolve half a microsecond
-_MOST_CALLS = 100
-_CYCLES_PER_SECOND = 2e9  # of the fastest clock that the blocker may have to outlast
+_SAMPLE_SECONDS = 1e-3  # Shorter functions are called repeatedly per sample, since events resolve 0.5 us.
+_MAX_CALLS = 100
+_CYCLES_PER_SECOND = 2e9  # Upper bound of GPU clocks, so that a sleep lasts at least as long as requested.
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
+    """Seconds per call.
 
     Attributes:
-        seconds: median over the repeats.
-        low: lower quartile.
-        high: upper quartile.
-        host: until the call returned, which on a GPU is before its work is done: what it takes to hand it over.
-        samples: of every repeat, in order: those of one repeat were taken one after another.
+        seconds: Median over the repeats.
+        low: Lower quartile.
+        high: Upper quartile.
+        host: Time until the call returned. On a GPU, this is the launch time only.
+        samples: One sample per repeat, in order. Samples of all functions with the same index were taken in one repeat.
     """
 
     seconds: float
@@ -46,21 +46,21 @@ def measure(
     warm_up: int = 3,
     queued: bool = False,
 ) -> dict[str, Timing]:
-    """Times functions in turn, so that a slow moment of the machine falls on all of them alike.
+    """Time functions with interleaved repeats, so that slow phases of the machine affect all of them alike.
 
-    CUDA events on a GPU, from which everything that the function does up to its last kernel on the current stream is
-    between them; the wall clock on a CPU.
+    On a GPU, CUDA events measure the time up to the function's last kernel on the current stream. On a CPU, this is the
+    wall-clock time.
 
     Args:
-        functions: what to call, by name.
-        device: where they work.
-        repeats: samples of each, at least 1.
-        warm_up: calls of each before the first sample, at least 1: compilation, allocation, caches.
-        queued: on a GPU, hold the device until the whole sample is handed over, so that short kernels are timed and
-            not the host that launches them. A function that waits for the device gains nothing by it.
+        functions: Functions to call, by name.
+        device: Device on which they run.
+        repeats: Number of samples of each, at least 1.
+        warm_up: Number of calls of each before the first sample, at least 1, for compilation, allocation and caches.
+        queued: On a GPU, block the device until all calls of a sample are launched, so that the time of short kernels
+            excludes launch overhead. This has no effect on functions that wait for the device.
 
     Returns:
-        One `Timing` a name.
+        One `Timing` per name.
     """
     calls, host = {}, {}
     for name, function in functions.items():
@@ -71,7 +71,7 @@ def measure(
             host[name] = time.perf_counter() - begin
             _wait(device)
             total = time.perf_counter() - begin
-        calls[name] = min(max(math.ceil(_SAMPLE_SECONDS / total), 1), _MOST_CALLS)
+        calls[name] = min(max(math.ceil(_SAMPLE_SECONDS / total), 1), _MAX_CALLS)
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
@@ -85,10 +85,10 @@ def measure(
 
 
 def in_turns(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
-    """Calls each function once a round, in every second round backwards, so that none is always the last.
+    """Call each function once per round. The order is reversed every second round, so that no function is always last.
 
     Returns:
-        For each round what every function has returned.
+        For each round, the result of every function.
     """
     order = list(functions)
     return [{name: functions[name]() for name in order[:: -1 if number % 2 else 1]} for number in range(rounds)]
@@ -100,13 +100,13 @@ def _wait(device: torch.device) -> None:
 
 
 def sample(function: Callable[[], Any], device: torch.device, calls: int, blocker: float = 0.0) -> float:
-    """Seconds a call, over `calls` of them one after another.
+    """Return seconds per call, averaged over consecutive calls.
 
     Args:
-        function: what to call.
-        device: where it works.
-        calls: at least 1.
-        blocker: seconds for which a GPU is held first, so that it does not wait for the host.
+        function: Function to call.
+        device: Device on which it runs.
+        calls: Number of calls, at least 1.
+        blocker: Seconds for which a GPU is blocked first, so that it does not wait for the host.
     """
     if device.type != "cuda":
         begin = time.perf_counter()
@@ -127,18 +127,18 @@ def sample(function: Callable[[], Any], device: torch.device, calls: int, blocke
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do at best, as measured.
+    """Measured peak rates of a device.
 
     Attributes:
-        copy_bytes_per_second: of a large copy on the device, bytes read and bytes written.
-        matmul_flops_per_second: of a large square matrix product, in bf16 on a GPU and fp32 on a CPU.
+        copy_bytes_per_second: Rate of a large copy on the device, counting bytes read and bytes written.
+        matmul_flops_per_second: Rate of a large square matrix product, in bf16 on a GPU and fp32 on a CPU.
     """
 
     copy_bytes_per_second: float
     matmul_flops_per_second: float
 
     def text(self) -> str:
-        """One line for the reader of a table."""
+        """Return a one-line description."""
         return (
             f"ceilings measured in this run: copy {self.copy_bytes_per_second / 1e9:.4g} GB/s (read + written), "
             f"matrix product {self.matmul_flops_per_second / 1e12:.3g} TFLOP/s"
@@ -147,14 +147,14 @@ class Ceilings:
 
 @functools.cache
 def ceilings(device: torch.device) -> Ceilings:
-    """Measures copy bandwidth and matrix-product rate; once a process.
+    """Measure copy bandwidth and matrix-product rate, once per process.
 
-    Sizes lie far beyond the caches: 1 GiB a side and 8192 x 8192 on a GPU, 64 MiB and 1024 x 1024 on a CPU. The
-    factors are random: products of zeros draw less power and run faster than any real one.
+    The data is much larger than the caches: 1 GiB per buffer and 8192 x 8192 on a GPU, 64 MiB and 1024 x 1024 on a CPU.
+    The factors are random because products of zeros draw less power and run faster.
     """
     cuda = device.type == "cuda"
     size, side, dtype = (2**30, 8192, torch.bfloat16) if cuda else (2**26, 1024, torch.float32)
-    # written before it is read: untouched pages of a CPU's memory are all one page, and in the cache
+    # Write the source before it is read: on a CPU, untouched pages all map to one cached page.
     source = torch.ones(size, dtype=torch.uint8, device=device)
     copy = torch.ones_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -165,8 +165,8 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def bench_device() -> torch.device:
-    """What a bench measures: the GPU where there is one. Says so where there is none, since sizes are smaller then."""
+    """Return the GPU if there is one. Otherwise return the CPU and print that sizes are small."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    print("CPU: torch sees no GPU here, so sizes are small and figures say nothing about one")
+    print("CPU: torch sees no GPU here, so sizes are small and results do not apply to GPUs")
     return torch.device("cpu")

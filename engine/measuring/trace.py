@@ -1,10 +1,10 @@
-"""What torch.profiler recorded of some steps, and what that says of one: pure functions of a trace's events.
+"""Record training steps with torch.profiler and analyze the trace.
 
-The training loop marks where its parts begin (`engine.training.ranges`), which are ranges in the trace, one after
-another in a thread. What is computed belongs to the range in which it was launched. The kernels of a CUDA graph have
-one launch in common: theirs are learned from the same step executed launch by launch (`learn`).
+The training loop enters named ranges (`engine.training.ranges`), which do not overlap within a thread. A kernel belongs
+to the range in which it was launched. All kernels of a CUDA graph share one launch, so their ranges are learned from
+the same step executed without a graph (`learn`).
 
-Times of events are microseconds of the trace's clock; figures are milliseconds a step.
+Times of events are in microseconds of the trace's clock, results in milliseconds per step.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch.profiler import ProfilerActivity, record_function
 from engine.training import ranges
 from engine.training.ranges import RANGES
 
-STEPS = "profiled steps"  # the range around all of them, in the training loop's thread
-OTHERS = "others"  # time of the loop in no range, and kernels of none
-DEAREST = 10
-_PATIENCE = 10.0  # seconds for a plan to be finished
+STEPS = "profiled steps"  # The range around all steps, in the training loop's thread.
+OTHERS = "others"  # Time of the loop outside all ranges, and kernels launched outside all ranges.
+TOP_OPERATORS = 10
+_FINISH_TIMEOUT = 10.0  # Seconds to wait for open ranges of other threads.
 
 RANGE, OPERATOR, CALL, DEVICE, COLLECTIVE = "range", "operator", "call", "device", "collective"
 _KINDS = {
@@ -40,7 +40,7 @@ _KINDS = {
     "gpu_memset": DEVICE,
 }  # fmt: skip
 
-# kinds of kernels, by what their names contain, the first that fits
+# Kinds of kernels by substrings of their names. The first match counts.
 KERNELS = {
     "engine's own": ("_assemble_kernel", "_guess_kernel", "_augment"),
     "reductions (batch norm)": ("triton_red", "triton_per"),
@@ -58,18 +58,18 @@ Spans = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Event:
-    """Something that took time.
+    """An event of a trace.
 
     Attributes:
-        name: its own.
-        kind: RANGE; OPERATOR of torch on the host; CALL of the device's runtime; DEVICE for a kernel, copy or fill;
-            COLLECTIVE of ranks on CPUs.
-        begin: microseconds.
-        end: likewise.
-        thread: of the host; of the device a stream.
-        launch: what a call and all that it launched have in common, 0 for nothing.
-        node: of a CUDA graph, in the order of its capture, 0 where that is not known.
-        place: in the trace.
+        name: Its name.
+        kind: RANGE; OPERATOR (a torch operator on the host); CALL (of the CUDA runtime or driver); DEVICE (a kernel,
+            copy or fill); COLLECTIVE (between CPU ranks).
+        begin: Time in microseconds.
+        end: Time in microseconds.
+        thread: Thread of the host, or stream of the device.
+        launch: Correlation id shared by a call and everything it launched, 0 if none.
+        node: Node of the CUDA graph in the order of capture, 0 if unknown.
+        place: Index in the trace.
     """
 
     name: str
@@ -83,13 +83,13 @@ class Event:
 
 
 class Ranges:
-    """Opens a range where a part begins, and closes the one before it; a thread has one at a time.
+    """Listener that opens the entered range and closes the previous one. Each thread has at most one open range.
 
     Args:
-        make: a context manager for a name: torch.profiler's `record_function`, or NVTX's.
+        make: Function from a name to a context manager, such as torch.profiler's `record_function` or an NVTX range.
 
     Attributes:
-        marks: how often it was called.
+        marks: Number of calls.
     """
 
     def __init__(self, make: Callable[[str], AbstractContextManager]) -> None:
@@ -99,7 +99,7 @@ class Ranges:
         self._busy: set[int] = set()
 
     def __call__(self, name: str) -> None:
-        """A part begins in this thread; with "" none does."""
+        """Enter a range in this thread, or none for an empty name."""
         self.marks += 1
         before = getattr(self._own, "range", None)
         if before:
@@ -111,27 +111,27 @@ class Ranges:
             self._busy.add(threading.get_ident())
 
     def finish(self) -> None:
-        """Waits until no thread has a range: one that is open when the recording ends has no end.
+        """Wait until no thread has an open range, since such a range would have no end in the trace.
 
-        For some seconds at most: a thread may have failed.
+        The wait has a timeout because a thread may have failed.
         """
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + _FINISH_TIMEOUT
         while self._busy and time.monotonic() < until:
             time.sleep(1e-4)
 
 
 def record(run: Callable[[], Any], device: torch.device) -> tuple[dict[str, Any], int]:
-    """What torch.profiler records of a function's work, with all ranges, and one named STEPS around them.
+    """Record a function with torch.profiler, with all ranges and a range named STEPS around them.
 
     Returns:
-        A trace in Chrome's format, and how many marks there were.
+        A trace in Chrome's format, and the number of ranges entered or left.
     """
     wanted = {ProfilerActivity.CPU} | ({ProfilerActivity.CUDA} if device.type == "cuda" else set())
-    # in plans' and views' threads, too
+    # Includes the threads that make plans and views.
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     opened = Ranges(record_function)
     if device.type == "cpu":
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports as an error that it finds no GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Otherwise Kineto reports the missing GPU as an error.
     activities = wanted & torch.profiler.supported_activities()
     recording = torch.profiler.profile(activities=activities, experimental_config=config)
     with recording as profiler, ranges.listening(opened), record_function(STEPS):
@@ -148,7 +148,7 @@ def record(run: Callable[[], Any], device: torch.device) -> tuple[dict[str, Any]
 
 
 def read(trace: Mapping[str, Any]) -> list[Event]:
-    """The events of a trace in Chrome's format, as torch.profiler exports it."""
+    """Return the events of a trace in Chrome's format, as exported by torch.profiler."""
     events = []
     for place, one in enumerate(trace["traceEvents"]):
         kind = _KINDS.get(one.get("cat", ""))
@@ -157,13 +157,13 @@ def read(trace: Mapping[str, Any]) -> list[Event]:
             kind = RANGE if known else COLLECTIVE if one["name"].startswith("gloo:") else None
         if one.get("ph") == "X" and kind:
             args = one.get("args", {})
-            numbers = args.get("correlation", 0), args.get("graph node id", 0)
-            events.append(Event(one["name"], kind, one["ts"], one["ts"] + one["dur"], one["tid"], *numbers, place))
+            ids = args.get("correlation", 0), args.get("graph node id", 0)
+            events.append(Event(one["name"], kind, one["ts"], one["ts"] + one["dur"], one["tid"], *ids, place))
     return events
 
 
 def spans(events: Iterable[Event]) -> Spans:
-    """When any of these events was going on: spans in order that do not touch."""
+    """Return the union of the events' times as sorted, disjoint spans."""
     found: Spans = []
     for begin, end in sorted((event.begin, event.end) for event in events):
         if found and begin <= found[-1][1]:
@@ -173,12 +173,12 @@ def spans(events: Iterable[Event]) -> Spans:
     return found
 
 
-def without(some: Spans, others: Spans) -> Spans:
-    """What remains of some spans outside others; both in order."""
+def subtract(included: Spans, excluded: Spans) -> Spans:
+    """Return the parts of `included` outside `excluded`. Both must be sorted."""
     found = []
-    for begin, end in some:
-        first = bisect_right(others, begin, key=lambda span: span[1])
-        for other_begin, other_end in others[first:]:
+    for begin, end in included:
+        first = bisect_right(excluded, begin, key=lambda span: span[1])
+        for other_begin, other_end in excluded[first:]:
             if other_begin >= end:
                 break
             if other_begin > begin:
@@ -189,19 +189,19 @@ def without(some: Spans, others: Spans) -> Spans:
     return found
 
 
-def length(some: Spans) -> float:
-    """Microseconds in all."""
-    return sum(end - begin for begin, end in some)
+def length(intervals: Spans) -> float:
+    """Return the total length in microseconds."""
+    return sum(end - begin for begin, end in intervals)
 
 
 def nested(events: Sequence[Event]) -> list[tuple[Event, float, bool]]:
-    """Each event, its time without that of events within it in the same thread, and whether it is within none."""
+    """Return each event, its time without nested events of the same thread, and whether it is outermost."""
     own = [event.end - event.begin for event in events]
     outer = [True] * len(events)
-    going: dict[Any, list[int]] = defaultdict(list)
+    open_events: dict[Any, list[int]] = defaultdict(list)
     for number in sorted(range(len(events)), key=lambda number: (events[number].begin, -events[number].end)):
         event = events[number]
-        stack = going[event.thread]
+        stack = open_events[event.thread]
         while stack and events[stack[-1]].end <= event.begin:
             stack.pop()
         if stack:
@@ -212,7 +212,7 @@ def nested(events: Sequence[Event]) -> list[tuple[Event, float, bool]]:
 
 
 def outermost(events: Iterable[Event]) -> list[Event]:
-    """Operators that no other operator called."""
+    """Return the operators that no other operator called."""
     return [event for event, _, outer in nested([e for e in events if e.kind == OPERATOR]) if outer]
 
 
@@ -225,57 +225,58 @@ def _loop(events: Iterable[Event]) -> Event:
     return steps
 
 
-def placing(events: Iterable[Event]) -> Callable[[Any, float], str]:
-    """A function of thread and time: the range that the thread was in; in autograd's threads that of the loop.
+def range_finder(events: Iterable[Event]) -> Callable[[Any, float], str]:
+    """Return a function that finds the range a thread was in at a time.
 
-    Threads that have neither, such as DALI's, are in OTHERS.
+    Autograd's threads are in the range of the training loop. Threads without ranges, such as DALI's, are in OTHERS.
     """
     events = list(events)
     loop = _loop(events).thread
-    helpers = {event.thread for event in events if event.kind == OPERATOR and event.name.startswith("autograd::")}
+    autograd = {event.thread for event in events if event.kind == OPERATOR and event.name.startswith("autograd::")}
     threads: dict[Any, list[Event]] = defaultdict(list)
     for event in sorted(_ranges(events), key=lambda event: event.begin):
         threads[event.thread].append(event)
 
-    def place(thread: Any, time: float) -> str:
-        ranges = threads[loop] if thread in helpers else threads[thread]
+    def find_range(thread: Any, time: float) -> str:
+        ranges = threads[loop] if thread in autograd else threads[thread]
         number = bisect_right(ranges, time, key=lambda event: event.begin) - 1
         return ranges[number].name if number >= 0 and time < ranges[number].end else OTHERS
 
-    return place
+    return find_range
 
 
 def learn(events: Sequence[Event]) -> list[tuple[str, str]]:
-    """Name and range of every kernel of a step that was executed launch by launch, in the order of launches.
+    """Return name and range of every kernel of a step without a graph, in launch order.
 
-    Where the device reports none, of every operator that no other called.
+    If the device reports no kernels, return the outermost operators instead.
     """
-    place = placing(events)
-    operators = [(event, place(event.thread, event.begin)) for event in outermost(events)]
-    return [(event.name, where) for event, where in _launched(events) or operators]
+    find_range = range_finder(events)
+    operators = [(event, find_range(event.thread, event.begin)) for event in outermost(events)]
+    return [(event.name, part) for event, part in _launched(events) or operators]
 
 
 def _launched(events: Sequence[Event]) -> list[tuple[Event, str]]:
-    place = placing(events)
+    find_range = range_finder(events)
     calls = {event.launch: event for event in events if event.kind == CALL}
     found = []
     for event in (event for event in events if event.kind == DEVICE):
         call = calls.get(event.launch)
-        found.append((call.begin if call else event.begin, event, place(call.thread, call.begin) if call else OTHERS))
-    return [(event, where) for _, event, where in sorted(found, key=lambda each: each[0])]
+        part = find_range(call.thread, call.begin) if call else OTHERS
+        found.append((call.begin if call else event.begin, event, part))
+    return [(event, part) for _, event, part in sorted(found, key=lambda each: each[0])]
 
 
 def attribute(
     events: Sequence[Event], learned: Sequence[tuple[str, str]] = ()
 ) -> tuple[list[tuple[Event, str]], dict[str, int]]:
-    """The range of everything that the device did.
+    """Attribute every device event to a range.
 
-    Kernels of a graph's replay have that of the kernels of their name in `learned`. Where those are in several ranges,
-    they are taken in order: of nodes where the trace numbers them, of time otherwise. A name that a replay has another
-    number of times then says nothing.
+    A kernel of a graph replay belongs to the range of the kernels of the same name in `learned`. If those are in
+    several ranges, kernels are matched in order of graph nodes, or of time if the trace has no node numbers. They are
+    not attributed if their number differs from `learned`.
 
     Returns:
-        Events and ranges, and how many kernels of replays were attributed by "name", by "order", and "not at all".
+        Events with their ranges, and the number of replayed kernels attributed by "name", by "order" and "not at all".
     """
     graphs = {event.launch for event in events if event.kind == CALL and "GraphLaunch" in event.name}
     found = [each for each in _launched(events) if each[0].launch not in graphs]
@@ -283,15 +284,15 @@ def attribute(
     for event in events:
         if event.kind == DEVICE and event.launch in graphs:
             replays[event.launch].append(event)
-    where: dict[str, list[str]] = defaultdict(list)
+    learned_ranges: dict[str, list[str]] = defaultdict(list)
     for name, part in learned:
-        where[name].append(part)
+        learned_ranges[name].append(part)
     how = Counter({"name": 0, "order": 0, "not at all": 0})
     for kernels in replays.values():
         times = Counter(kernel.name for kernel in kernels)
         seen: Counter[str] = Counter()
         for kernel in sorted(kernels, key=lambda kernel: (kernel.node, kernel.begin)):
-            parts = where[kernel.name]
+            parts = learned_ranges[kernel.name]
             if len(set(parts)) == 1:
                 by, part = "name", parts[0]
             elif len(parts) == times[kernel.name]:
@@ -305,14 +306,14 @@ def attribute(
 
 
 def by_kind(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[str, float]]:
-    """Time and kernels a step by kind, the largest first, and the gaps.
+    """Return time and number of kernels per step by kind, in descending order of time, and the gaps.
 
     Args:
-        events: kernels with name, begin and end in microseconds; those of several streams may overlap.
-        steps: so many steps they are of.
+        events: Kernels with name, begin and end in microseconds. Kernels of different streams may overlap.
+        steps: Number of steps in which they ran.
 
     Returns:
-        For each kind "ms" and "kernels" a step, and "share" of the time from the first kernel to the last.
+        For each kind, "ms" and "kernels" per step, and "share" of the time from the first to the last kernel.
     """
     if not events:
         return {}
@@ -322,12 +323,12 @@ def by_kind(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[s
         found.setdefault(kind, []).append(event["end"] - event["begin"])
     busy = spans(Event(event["name"], DEVICE, event["begin"], event["end"]) for event in events)
     whole = busy[-1][1] - busy[0][0]
-    rows = {
+    kinds = {
         kind: {"ms": sum(times) / 1e3 / steps, "kernels": len(times) / steps, "share": sum(times) / whole}
         for kind, times in sorted(found.items(), key=lambda pair: -sum(pair[1]))
     }
     gaps = whole - length(busy)
-    return rows | {"gaps": {"ms": gaps / 1e3 / steps, "kernels": 0.0, "share": gaps / whole}}
+    return kinds | {"gaps": {"ms": gaps / 1e3 / steps, "kernels": 0.0, "share": gaps / whole}}
 
 
 def analyse(
@@ -336,25 +337,33 @@ def analyse(
     learned: Sequence[tuple[str, str]] = (),
     view_threads_ms: float = 0.0,
 ) -> dict[str, Any]:
-    """What a trace says of one of its steps.
+    """Analyze the steps of a trace. Times are per step.
 
     Args:
-        events: with one range STEPS, in which all of the device's work ended.
-        steps: in it.
-        learned: see `learn`, where steps are replays of a graph.
-        view_threads_ms: CPU time a step of threads that make views and are not in the trace.
+        events: Events with one range STEPS, in which all of the device's work ends.
+        steps: Number of steps in it.
+        learned: Result of `learn`, if the steps are replays of a graph.
+        view_threads_ms: CPU time per step of threads that make views and are not in the trace.
 
     Returns:
-        "step_ms", of the wall clock; "named_share", of it in ranges of the training loop; "ranges", for each range in
-        which there was something "ms" and "share" of the loop, "threads_ms" of other threads, "launches" (operators
-        that no other called, where the device reports nothing), and "device_ms"; "operators", the dearest kernels, or
-        without a device operators less what they called; and, as far as there is such a thing, "kinds" of kernels,
-        "gaps" of the device with the range that the loop was in, "hidden", and "attribution" of a graph's kernels.
+        A dictionary with these keys:
+
+        - "step_ms": Wall-clock time.
+        - "named_share": Share of it inside ranges of the training loop.
+        - "ranges": For each nonempty range, "ms" and "share" of the loop, "threads_ms" of other threads, "launches"
+          (outermost operators if the device reports no kernels) and "device_ms".
+        - "operators": The kernels that take the most time. Without a device: operators, without the time of the
+          operators they call.
+        - "hidden": For plans, views and the gradient exchange, the work, the time spent waiting for it, and the work
+          hidden behind other work.
+        - "kinds": Kernels by kind, if the device reports kernels.
+        - "gaps": Idle time of the device by range of the loop, if the device reports kernels.
+        - "attribution": How kernels of graph replays were attributed, if there are any.
     """
     window = _loop(events)
     whole, loop = window.end - window.begin, window.thread
 
-    def each(microseconds: float) -> float:
+    def ms_per_step(microseconds: float) -> float:
         return microseconds / 1e3 / steps
 
     cut = [
@@ -362,12 +371,12 @@ def analyse(
         for event in events
         if event.begin < window.end and event.end > window.begin and event is not window
     ]
-    ours: Counter[str] = Counter()
-    theirs: Counter[str] = Counter()
+    in_loop: Counter[str] = Counter()
+    in_threads: Counter[str] = Counter()
     for event, own, _ in nested(_ranges(cut)):
-        (ours if event.thread == loop else theirs)[event.name] += own  # type: ignore[assignment]
-    named = sum(ours.values())
-    ours[OTHERS] = whole - named  # type: ignore[assignment]
+        (in_loop if event.thread == loop else in_threads)[event.name] += own  # type: ignore[assignment]
+    named = sum(in_loop.values())
+    in_loop[OTHERS] = whole - named  # type: ignore[assignment]
 
     device, how = attribute([*cut, window], learned)
     times: dict[str, list[float]] = defaultdict(list)
@@ -378,22 +387,23 @@ def analyse(
         launches = Counter({part: len(taken) for part, taken in times.items()})
         cost: list[tuple[str, float]] = [(event.name, event.end - event.begin) for event, _ in device]
     else:
-        place = placing([*cut, window])
-        launches = Counter(place(event.thread, event.begin) for event in outermost(operators))
-        for _, part in learned:  # a replay calls no operators: those are what was captured
+        find_range = range_finder([*cut, window])
+        launches = Counter(find_range(event.thread, event.begin) for event in outermost(operators))
+        for _, part in learned:  # A replay calls no operators. Count those that were captured.
             launches[part] += steps
         cost = [(event.name, own) for event, own, _ in nested(operators)]
 
     ranges = {}
     for name in (*RANGES, OTHERS):
-        if name == OTHERS or ours[name] or theirs[name] or launches[name]:
+        if name == OTHERS or in_loop[name] or in_threads[name] or launches[name]:
             ranges[name] = {
-                "ms": each(ours[name]), "share": ours[name] / whole, "threads_ms": each(theirs[name]),
-                "launches": launches[name] / steps, "device_ms": each(sum(times[name])),
+                "ms": ms_per_step(in_loop[name]), "share": in_loop[name] / whole,
+                "threads_ms": ms_per_step(in_threads[name]),
+                "launches": launches[name] / steps, "device_ms": ms_per_step(sum(times[name])),
             }  # fmt: skip
     found: dict[str, Any] = {
-        "step_ms": each(whole), "named_share": named / whole, "ranges": ranges,
-        "operators": _dearest(cost, whole, steps), "hidden": {},
+        "step_ms": ms_per_step(whole), "named_share": named / whole, "ranges": ranges,
+        "operators": _most_expensive(cost, whole, steps), "hidden": {},
     }  # fmt: skip
     if device:
         found["kinds"] = by_kind([vars(event) for event, _ in device], steps)
@@ -402,18 +412,20 @@ def analyse(
         found["attribution"] = how
 
     views = [event for event, part in device if part == "views"]
-    alone = length(without(spans(views), spans(event for event, part in device if part != "views")))
-    made = theirs["views"] + ours["views"] + length(spans(views)) + 1e3 * steps * view_threads_ms
-    found["hidden"]["plan"] = _hidden(each(theirs["plan"]), each(ours["wait for plan"]))
-    found["hidden"]["views"] = _hidden(each(made), each(ours["wait for views"] + ours["views"] + alone))
+    alone = length(subtract(spans(views), spans(event for event, part in device if part != "views")))
+    made = in_threads["views"] + in_loop["views"] + length(spans(views)) + 1e3 * steps * view_threads_ms
+    found["hidden"]["plan"] = _hidden(ms_per_step(in_threads["plan"]), ms_per_step(in_loop["wait for plan"]))
+    waited = in_loop["wait for views"] + in_loop["views"] + alone
+    found["hidden"]["views"] = _hidden(ms_per_step(made), ms_per_step(waited))
     reduces = [event for event, _ in device if "nccl" in event.name.lower()]
-    beside = [event for event, _ in device if "nccl" not in event.name.lower()]
-    if not reduces:  # ranks on CPUs: what is computed beside them is operators
+    others = [event for event, _ in device if "nccl" not in event.name.lower()]
+    if not reduces:  # CPU ranks: operators overlap with the exchange.
         reduces = [event for event in cut if event.kind == COLLECTIVE]
-        beside = [event for event in operators if not event.name.startswith("c10d") and event.thread == loop]
+        others = [event for event in operators if not event.name.startswith("c10d") and event.thread == loop]
     if reduces:
-        going = spans(reduces)
-        found["hidden"]["exchange"] = _hidden(each(length(going)), each(length(without(going, spans(beside)))))
+        exchange = spans(reduces)
+        exposed = subtract(exchange, spans(others))
+        found["hidden"]["exchange"] = _hidden(ms_per_step(length(exchange)), ms_per_step(length(exposed)))
     return found
 
 
@@ -421,11 +433,11 @@ def _hidden(worked: float, waited: float) -> dict[str, float]:
     return {"worked_ms": worked, "waited_ms": waited, "hidden_ms": max(worked - waited, 0.0)}
 
 
-def _dearest(cost: Iterable[tuple[str, float]], whole: float, steps: int) -> list[dict[str, Any]]:
+def _most_expensive(cost: Iterable[tuple[str, float]], whole: float, steps: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = defaultdict(list)
     for name, taken in cost:
         times[name].append(taken)
-    ordered = sorted(times.items(), key=lambda item: -sum(item[1]))[:DEAREST]
+    ordered = sorted(times.items(), key=lambda item: -sum(item[1]))[:TOP_OPERATORS]
     return [
         {"name": name, "ms": sum(taken) / 1e3 / steps, "share": sum(taken) / whole, "calls": len(taken) / steps}
         for name, taken in ordered
@@ -433,9 +445,9 @@ def _dearest(cost: Iterable[tuple[str, float]], whole: float, steps: int) -> lis
 
 
 def _gaps(events: Sequence[Event], steps: int) -> dict[str, Any]:
-    """When the device did nothing between the first and the last step, by the range that the loop was in meanwhile."""
+    """Return the idle time of the device during the steps, by the range that the loop was in."""
     window = _loop(events)
-    idle = without([(window.begin, window.end)], spans(event for event in events if event.kind == DEVICE))
+    idle = subtract([(window.begin, window.end)], spans(event for event in events if event.kind == DEVICE))
     loop = sorted((e for e in _ranges(events) if e.thread == window.thread), key=lambda event: event.begin)
     parts: dict[str, list[float]] = defaultdict(list)
     for begin, end in idle:
@@ -446,7 +458,7 @@ def _gaps(events: Sequence[Event], steps: int) -> dict[str, Any]:
             if within > 0:
                 parts[event.name].append(within)
                 left -= within
-        if left > 1e-3:  # a nanosecond is what the clock resolves
+        if left > 1e-3:  # The clock resolves a nanosecond.
             parts[OTHERS].append(left)
     return {
         "ms": length(idle) / 1e3 / steps, "share": length(idle) / (window.end - window.begin),

@@ -1,4 +1,4 @@
-"""Timing: who is called when, and what comes of it."""
+"""Timing: the order of calls and the results."""
 
 import time
 
@@ -10,7 +10,7 @@ from engine.measuring.timing import ceilings, measure
 CPU = torch.device("cpu")
 
 
-def test_functions_take_turns_and_short_ones_are_called_several_times():
+def test_calls_are_interleaved_and_short_functions_are_called_repeatedly():
     called = []
 
     def slow():
@@ -23,15 +23,15 @@ def test_functions_take_turns_and_short_ones_are_called_several_times():
 
     times = measure({"slow": slow, "quick": quick}, CPU, repeats=3, warm_up=2)
     assert called[:4] == ["slow", "slow", "quick", "quick"]
-    turns = [name for before, name in zip(["", *called[4:]], called[4:], strict=False) if name != before]
-    assert turns == ["slow", "quick"] * 3
+    order = [name for before, name in zip(["", *called[4:]], called[4:], strict=False) if name != before]
+    assert order == ["slow", "quick"] * 3
     assert called[4:].count("slow") == 3 and called[4:].count("quick") > 3
     assert times["slow"].seconds > 2e-3 and times["quick"].seconds > 1e-4
     for t in times.values():
         assert t.low <= t.seconds <= t.high and t.host > 0
 
 
-def test_ceilings_are_measured_once_a_process():
+def test_ceilings_are_measured_once_per_process():
     found = ceilings(CPU)
     assert found.copy_bytes_per_second > 1e8 and found.matmul_flops_per_second > 1e8
     assert ceilings(CPU) is found
@@ -41,7 +41,7 @@ def test_ceilings_are_measured_once_a_process():
 @pytest.mark.gpu
 @pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_queued_kernels_are_timed_without_the_host():
+def test_queued_kernels_are_timed_without_launch_overhead():
     device = torch.device("cuda", 0)
     x = torch.ones(1024, device=device)
 
