@@ -32,7 +32,7 @@ from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.process import output
-from engine.measuring.timing import bench_device, in_turns
+from engine.measuring.timing import bench_device, interleave
 from pipelines import cache
 from pipelines.datasets import noise
 from pipelines.decode import BATCH, decoded_and_resized
@@ -147,7 +147,7 @@ def _preparing(options: DataOptions, folder: Path, device: torch.device) -> dict
         "dali": lambda: _seconds(deque, dali_alone(files, threads, decoder), maxlen=0),
     }
     with _data_dir(folder / "data"):
-        rounds = in_turns(functions, options.rounds)
+        rounds = interleave(functions, options.rounds)
     decoded = math.ceil(len(files) / BATCH) * BATCH  # by DALI alone, which fills its last batch
     ratios = [len(files) / taken["prepare"] * taken["dali"] / decoded for taken in rounds]
     return {
@@ -243,7 +243,7 @@ def train_apart(folder: Path, images: int, steps: int, views: str) -> dict[str, 
 def _training(options: DataOptions, folder: Path, device: torch.device) -> dict[str, Any]:
     sizes = NO_IMAGES, options.few_images, options.images
     functions = {images: partial(train_apart, folder, images, options.steps, options.views) for images in sizes}
-    rounds = in_turns(functions, options.rounds)
+    rounds = interleave(functions, options.rounds)
     row: dict[str, Any] = {
         "images": options.images, "few_images": options.few_images, "side": SIDE, "views": options.views,
         "steps": options.steps, "rounds": options.rounds,

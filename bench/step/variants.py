@@ -24,7 +24,7 @@ from bench.registry import Bench, Table, quartiles
 from bench.step.throughput import base_config
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.step_worker import ROOT, StepWorker, take_turns
+from engine.measuring.step_worker import ROOT, StepWorker, sample_interleaved
 from engine.measuring.timing import bench_device
 from engine.measuring.trace import by_kind
 from engine.training.execution import INDUCTOR
@@ -108,7 +108,7 @@ def main(options: VariantsOptions) -> None:
         config["batch"] = options.batch
     failures = records.Failures()
     with _started(variants, config, options.at_once, failures) as workers:
-        samples = take_turns(workers, options.repeats, options.steps)
+        samples = sample_interleaved(workers, options.repeats, options.steps)
         case = {"k": options.k, "batch": options.batch or (64 if device.type == "cuda" else 0)}
         for name, times in samples.items():
             fields = quartiles("step_ms", 1e3 * np.array(times)) | {

@@ -29,7 +29,7 @@ import torch
 from engine.config.config import Config
 from engine.measuring.process import search_path
 from engine.measuring.steps import TimedSteps
-from engine.measuring.timing import in_turns, sample
+from engine.measuring.timing import interleave, sample
 from engine.measuring.trace import DEVICE, outermost, read, record
 
 ROOT = Path(__file__).parents[2]
@@ -94,9 +94,9 @@ class StepWorker:
             self._process.wait()
 
 
-def take_turns(workers: Mapping[str, Any], repeats: int, steps: int) -> dict[str, list[float]]:
+def sample_interleaved(workers: Mapping[str, Any], repeats: int, steps: int) -> dict[str, list[float]]:
     """Return seconds per step of each worker, one sample per round. The order is reversed every second round."""
-    rounds = in_turns({name: partial(one.ask, f"sample {steps}") for name, one in workers.items()}, repeats)
+    rounds = interleave({name: partial(one.ask, f"sample {steps}") for name, one in workers.items()}, repeats)
     return {name: [taken[name] for taken in rounds] for name in workers}
 
 

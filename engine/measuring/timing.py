@@ -84,7 +84,7 @@ def measure(
     return timings
 
 
-def in_turns(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
+def interleave(functions: Mapping[Name, Callable[[], Result]], rounds: int) -> list[dict[Name, Result]]:
     """Call each function once per round. The order is reversed every second round, so that no function is always last.
 
     Returns:

@@ -331,7 +331,7 @@ def by_kind(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, dict[s
     return kinds | {"gaps": {"ms": gaps / 1e3 / steps, "kernels": 0.0, "share": gaps / whole}}
 
 
-def analyse(
+def analyze(
     events: Sequence[Event],
     steps: int,
     learned: Sequence[tuple[str, str]] = (),

@@ -29,7 +29,7 @@ from engine.errors import UserError, cannot_write, unknown
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
 from engine.measuring.markdown import table
-from engine.measuring.step_worker import StepWorker, take_turns
+from engine.measuring.step_worker import StepWorker, sample_interleaved
 from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
 from engine.studies.job_progress import trained_rows
 from engine.studies.paper_tables import REMIXMATCH, Entry
@@ -265,7 +265,7 @@ def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str,
             process.ready()
         first = max(process.ask("sample 1") for process in pair.values())
         steps = math.ceil(options.seconds / (first * config.view_steps))
-        taken = take_turns(pair, options.repeats, steps)
+        taken = sample_interleaved(pair, options.repeats, steps)
         memory = pair["variant"].ask("memory")
     finally:
         for process in pair.values():

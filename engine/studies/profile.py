@@ -37,8 +37,8 @@ from engine.distributed import collectives, launch
 from engine.errors import Stopped, UserError, cannot_write
 from engine.measuring import records
 from engine.measuring.counts import KINDS, counted
-from engine.measuring.timing import ceilings, in_turns
-from engine.measuring.trace import DEVICE, STEPS, Ranges, analyse, attribute, learn, read, record
+from engine.measuring.timing import ceilings, interleave
+from engine.measuring.trace import DEVICE, STEPS, Ranges, analyze, attribute, learn, read, record
 from engine.runs.folder import RUNS
 from engine.runs.progress import ProgressLine
 from engine.runs.setup import RunSetup, setup_run
@@ -303,7 +303,7 @@ def _measure(setup: RunSetup, warm_up: int, trace_file: BinaryIO, memory_file: B
     with gzip.open(trace_file, "wt", encoding="utf-8", compresslevel=5) as file:
         json.dump(trace, file)
     mark = _mark_seconds()
-    found = analyse(events, steps, learned, view_threads_ms)
+    found = analyze(events, steps, learned, view_threads_ms)
     _add_counts(found["ranges"], _counted(config, execution, images), device)
     return {
         "preset": config.preset, "method": config.method, "k": config.k, "batch": config.batch,
@@ -345,7 +345,7 @@ def _mark_seconds() -> float:
             pass
         return (time.perf_counter() - begin) / _MARKS
 
-    rounds = in_turns({"mark": lambda: called(ranges.enter), "loop": looped}, 5)
+    rounds = interleave({"mark": lambda: called(ranges.enter), "loop": looped}, 5)
     return median(each["mark"] - each["loop"] for each in rounds)
 
 

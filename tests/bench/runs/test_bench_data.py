@@ -11,7 +11,7 @@ from bench.runs import data
 from bench.runs.data import DataOptions, dali_alone, write_cache, write_photographs
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.timing import in_turns
+from engine.measuring.timing import interleave
 from pipelines import cache
 from pipelines.folder import open_folder, prepare, scan
 
@@ -44,7 +44,7 @@ def test_a_row_for_each_part(tmp_path, monkeypatch, capsys):
 def test_turns_are_taken_forwards_and_backwards():
     called = []
     functions = {name: lambda name=name: called.append(name) or len(called) for name in "abc"}
-    rounds = in_turns(functions, 3)
+    rounds = interleave(functions, 3)
     assert "".join(called) == "abccbaabc" and rounds[1] == {"c": 4, "b": 5, "a": 6}
 
 

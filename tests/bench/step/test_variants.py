@@ -61,7 +61,7 @@ def test_rounds_alternate_their_order():
             order.append((self.name, what))
             return len(order)
 
-    found = variants.take_turns({name: Process(name) for name in "abc"}, repeats=2, steps=5)
+    found = variants.sample_interleaved({name: Process(name) for name in "abc"}, repeats=2, steps=5)
     assert [name for name, _ in order] == ["a", "b", "c", "c", "b", "a"] and order[0][1] == "sample 5"
     assert found == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
 

@@ -29,7 +29,7 @@ from engine.measuring.trace import (
     RANGE,
     STEPS,
     Event,
-    analyse,
+    analyze,
     attribute,
     learn,
     read,
@@ -75,7 +75,7 @@ BY_HAND = [
 
 
 def test_a_trace_by_hand():
-    found = analyse(BY_HAND, steps=2, view_threads_ms=0.5)
+    found = analyze(BY_HAND, steps=2, view_threads_ms=0.5)
     assert found["step_ms"] == 1 and found["named_share"] == pytest.approx(0.95)
     shown = found["ranges"]
     assert {name: (part["ms"], part["device_ms"], part["launches"]) for name, part in shown.items()} == {
@@ -125,7 +125,7 @@ def test_random_traces_have_the_figures_of_a_count_by_microsecond():
             begin = chance.randrange(end - 60)
             kernels.append(kernel(f"k{number % 4}", begin, begin + chance.randrange(1, 60), number, number % 3))
         events = [*loop, *planner, *calls, *kernels, of_loop(STEPS, 0, end)]
-        found = analyse(events, steps)
+        found = analyze(events, steps)
 
         def at(events_of, moment):
             return next((event.name for event in events_of if event.begin <= moment < event.end), OTHERS)
@@ -166,7 +166,7 @@ def test_operators_count_for_the_range_they_were_called_in_and_cost_what_they_do
         Event("c10d::allreduce_", OPERATOR, 61, 80, LOOP), Event("gloo:all_reduce", COLLECTIVE, 30, 80, 5),
     ]  # fmt: skip
     made = [of_loop("forward", 0, 45), of_loop("backward", 45, 100)]
-    found = analyse([*operators, *made, steps], 1)
+    found = analyze([*operators, *made, steps], 1)
     assert {name: part["launches"] for name, part in found["ranges"].items()} == {
         "forward": 1, "backward": 2, OTHERS: 1
     }  # fmt: skip
@@ -215,14 +215,14 @@ def test_kernels_of_a_graph_are_told_apart_by_name_and_by_order():
     assert how == {"name": 3, "order": 0, "not at all": 4}
     assert {part for event, part in found if event.name in ("conv", "new")} == {OTHERS}
     two = [of_loop(STEPS, 990, 2000), of_loop("replay", 990, 1005), *numbered, *replay(2, 1500, 11, 12, 13, 14)]
-    figures = analyse(two, 2, learned)
+    figures = analyze(two, 2, learned)
     assert figures["ranges"]["probes"]["device_ms"] == 0.005 and figures["ranges"]["forward"]["device_ms"] == 0.015
     assert figures["attribution"] == {"name": 4, "order": 4, "not at all": 0}
 
 
 def test_without_kernels_a_replay_has_the_operators_that_were_captured():
     once = [of_loop(STEPS, 0, 9), of_loop("forward", 0, 9), Event("aten::mm", OPERATOR, 1, 2, LOOP)]
-    found = analyse([of_loop(STEPS, 0, 10), of_loop("replay", 0, 10)], 5, learn(once))
+    found = analyze([of_loop(STEPS, 0, 10), of_loop("replay", 0, 10)], 5, learn(once))
     assert found["ranges"]["forward"]["launches"] == 1
 
 
@@ -278,7 +278,7 @@ def test_each_thread_has_one_range_at_a_time_and_the_last_is_waited_for():
 
 
 def test_the_tables_of_a_gpu_show_kernels_gaps_counts_and_how_a_graph_was_read():
-    row = analyse(BY_HAND, steps=2)
+    row = analyze(BY_HAND, steps=2)
     row |= dict(
         preset="cifar10-250", method="remixmatch", k=8, batch=64, mode="graph", precision="bfloat16", views="fused",
         ranks=1, device="a GPU", steps=2, unprofiled_step_ms=0.9, marks=7.0, mark_ns=20.0, marks_share=1e-5,
@@ -357,7 +357,7 @@ def test_table_and_json_are_those_of_the_trace(profiled):
     events = read(trace)
     assert {*ranges.PARTS, "views", "plan", "copy plan"} <= {event.name for event in events if event.kind == RANGE}
     assert len({event.thread for event in events if event.name == "plan"}) == 2, "the loop's and the planner's"
-    found = analyse(events, row["steps"])
+    found = analyze(events, row["steps"])
     for what in ("step_ms", "named_share", "ranges", "operators"):
         assert row[what] == found[what]
     assert len(row["operators"]) == 10
