@@ -1,1 +1,1 @@
-"""An emulated CUDA device, for hosts that have none: see run.py."""
+"""An emulated CUDA device for hosts without a GPU. See run.py."""

@@ -1,4 +1,4 @@
-"""`python -m bench.emulator ...`: see run.py."""
+"""Entry point of `python -m bench.emulator`. See run.py."""
 
 from bench.emulator.run import main
 

@@ -1,4 +1,4 @@
-// NCCL's collectives, over shared memory between processes of one host.
+// NCCL collectives over shared memory between processes of one host.
 #include <fcntl.h>
 #include <nccl.h>
 #include <sys/mman.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr size_t kChunk = 1 << 20;  // bytes of a rank that are exchanged at once
+constexpr size_t kChunk = 1 << 20;  // Bytes per rank exchanged at once.
 
 struct Shared {
   std::atomic<int> arrived, generation, aborted;
@@ -30,7 +30,7 @@ struct ncclComm {
   char* chunks;
   std::atomic<bool> aborted{false};
 
-  // All ranks come here before one goes on; false where one will never come.
+  // Waits for all ranks. Returns false if a rank has aborted.
   bool barrier() {
     const int now = shared->generation.load();
     if (shared->arrived.fetch_add(1) + 1 == ranks) {
@@ -75,7 +75,7 @@ Value reduced(ncclRedOp_t op, Value a, Value b) {
   return op == ncclMax ? (a > b ? a : b) : op == ncclMin ? (a < b ? a : b) : op == ncclProd ? a * b : a + b;
 }
 
-// In the order of the ranks, so that all of them get the same bits.
+// Reduces in rank order, so that all ranks get the same bits.
 template <typename Stored, typename Value = Stored, typename Read, typename Write>
 void reduce_as(const ncclComm* comm, void* to, size_t count, ncclRedOp_t op, Read read, Write write) {
   for (size_t i = 0; i < count; ++i) {
@@ -97,24 +97,24 @@ void reduce(const ncclComm* comm, void* to, size_t count, ncclDataType_t type, n
     case ncclFloat32: return reduce_as<float>(comm, to, count, op, same, same);
     case ncclFloat64: return reduce_as<double>(comm, to, count, op, same, same);
     case ncclBfloat16: return reduce_as<uint16_t, float>(comm, to, count, op, widen, narrow);
-    default: std::fprintf(stderr, "emulator: no reduction of NCCL's type %d\n", type), std::abort();
+    default: std::fprintf(stderr, "emulator: reduction of NCCL type %d is not supported\n", type), std::abort();
   }
 }
 
-// Every rank gives `bytes`; `take` sees the chunks of all, piece by piece, with the piece's offset and size.
+// Exchanges `bytes` of every rank in pieces. For each piece, `take` gets its offset and size and reads all ranks' chunks.
 template <typename Take>
-void exchange(ncclComm* comm, const void* given, size_t bytes, Take take) {
+void exchange(ncclComm* comm, const void* from, size_t bytes, Take take) {
   for (size_t at = 0; at < bytes; at += kChunk) {
     const size_t piece = std::min(kChunk, bytes - at);
-    std::memcpy(comm->chunks + comm->rank * kChunk, static_cast<const char*>(given) + at, piece);
+    std::memcpy(comm->chunks + comm->rank * kChunk, static_cast<const char*>(from) + at, piece);
     if (!comm->barrier()) return;
     take(at, piece);
     if (!comm->barrier()) return;
   }
 }
 
-ncclResult_t given(cudaStream_t stream, const char* what, std::function<void()> work) {
-  return emulated_enqueue(stream, what, std::move(work)) ? ncclUnhandledCudaError : ncclSuccess;
+ncclResult_t enqueue(cudaStream_t stream, const char* name, std::function<void()> work) {
+  return emulated_enqueue(stream, name, std::move(work)) ? ncclUnhandledCudaError : ncclSuccess;
 }
 
 ncclResult_t connect(ncclComm_t* comm, int ranks, const char* name, int rank) {
@@ -137,7 +137,7 @@ ncclResult_t connect(ncclComm_t* comm, int ranks, const char* name, int rank) {
 extern "C" {
 
 ncclResult_t ncclGetVersion(int* version) { return *version = NCCL_VERSION_CODE, ncclSuccess; }
-const char* ncclGetErrorString(ncclResult_t) { return "an error of the emulator"; }
+const char* ncclGetErrorString(ncclResult_t) { return "emulator error"; }
 const char* ncclGetLastError(ncclComm_t) { return ""; }
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   std::memset(id, 0, sizeof *id);
@@ -153,7 +153,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId id, int 
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t* error) { return *error = ncclSuccess, ncclSuccess; }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
-  comm->aborted = true;  // kept: a replay may still be in one of its collectives
+  comm->aborted = true;  // Not freed: a replay may still run one of its collectives.
   comm->shared->aborted = 1;
   return ncclSuccess;
 }
@@ -170,7 +170,7 @@ ncclResult_t ncclGroupEnd() { return ncclSuccess; }
 ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
                            cudaStream_t stream) {
   const size_t size = size_of(type);
-  return given(stream, __func__, [=] {
+  return enqueue(stream, __func__, [=] {
     exchange(comm, from, count * size, [=](size_t at, size_t piece) {
       reduce(comm, static_cast<char*>(to) + at, piece / size, type, op);
     });
@@ -178,7 +178,7 @@ ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataTyp
 }
 ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
                            cudaStream_t stream) {
-  return given(stream, __func__, [=] {
+  return enqueue(stream, __func__, [=] {
     exchange(comm, comm->rank == root ? from : to, count * size_of(type), [=](size_t at, size_t piece) {
       std::memcpy(static_cast<char*>(to) + at, comm->chunks + root * kChunk, piece);
     });
@@ -190,7 +190,7 @@ ncclResult_t ncclBcast(void* at, size_t count, ncclDataType_t type, int root, nc
 ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataType_t type, ncclComm_t comm,
                            cudaStream_t stream) {
   const size_t bytes = count * size_of(type);
-  return given(stream, __func__, [=] {
+  return enqueue(stream, __func__, [=] {
     exchange(comm, from, bytes, [=](size_t at, size_t piece) {
       for (int rank = 0; rank < comm->ranks; ++rank)
         std::memcpy(static_cast<char*>(to) + rank * bytes + at, comm->chunks + rank * kChunk, piece);
@@ -200,7 +200,7 @@ ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataTyp
 ncclResult_t ncclReduceScatter(const void* from, void* to, size_t count, ncclDataType_t type, ncclRedOp_t op,
                                ncclComm_t comm, cudaStream_t stream) {
   const size_t size = size_of(type);
-  return given(stream, __func__, [=] {
+  return enqueue(stream, __func__, [=] {
     std::vector<char> all(count * size * comm->ranks);
     exchange(comm, from, all.size(), [&](size_t at, size_t piece) { reduce(comm, all.data() + at, piece / size, type, op); });
     std::memcpy(to, all.data() + comm->rank * count * size, count * size);

@@ -1,4 +1,4 @@
-// torch's operators on emulated devices: those of a CPU, over the same memory, given to the stream as a kernel would be.
+// torch's operators on emulated devices: CPU operators on the same memory, enqueued on streams like kernels.
 #include <ATen/ATen.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -30,7 +30,7 @@ using at::Tensor;
 using c10::DispatchKey;
 using Values = std::vector<IValue>;
 
-// A value with all its tensors replaced.
+// Returns a value with `function` applied to all its tensors.
 template <typename Function>
 IValue map_tensors(const IValue& value, Function function) {
   auto mapped = [&](const Tensor& tensor) { return tensor.defined() ? Tensor(function(tensor)) : tensor; };
@@ -57,7 +57,7 @@ void each_tensor(const IValue& value, Function function) {
   });
 }
 
-// The same memory as a tensor of a CPU, which does not keep it: a kernel knows an address and no more.
+// Returns a CPU tensor that shares the memory but does not keep it alive: a kernel only knows an address.
 Tensor on_cpu(const Tensor& tensor) {
   return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), tensor.options().device(at::kCPU));
 }
@@ -66,7 +66,7 @@ size_t bytes_of(const Tensor& tensor) {
   return at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size());
 }
 
-// What a call would cost: what it is given is read, what it changes or makes is written, each once.
+// Returns the cost of a call: arguments are read once, modified arguments and results are written once.
 Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Values& results) {
   Cost cost;
   auto add = [&](const Tensor& tensor) { cost.bytes += tensor.is_cuda() && tensor.numel() ? bytes_of(tensor) : 0; };
@@ -81,7 +81,7 @@ Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Value
   const std::string& name = schema.name();
   if (name == "aten::convolution")
     cost.flops = 2 * results[0].toTensor().numel() * (tensor(1).numel() / tensor(1).size(0));
-  if (name == "aten::convolution_backward")  // the gradients of input and weight, where they are asked for
+  if (name == "aten::convolution_backward")  // Gradients of input and weight, if requested.
     for (size_t r = 0; r < 2; ++r)
       if (results[r].toTensor().defined()) cost.flops += 2 * tensor(0).numel() * (tensor(2).numel() / tensor(2).size(0));
   if (name == "aten::mm" || name == "aten::addmm") {
@@ -93,7 +93,7 @@ Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Value
 
 // Executes an operator on CPU tensors, below autograd.
 Values execute(const c10::OperatorHandle& op, const Values& arguments) {
-  // in half precision CPUs have no arithmetic, and make it up a hundred times slower
+  // CPUs have no half-precision arithmetic. Emulating it is a hundred times slower than float32.
   static const std::set<std::string> heavy{"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm"};
   bool half = false;
   if (heavy.count(op.schema().name()))
@@ -109,40 +109,40 @@ Values execute(const c10::OperatorHandle& op, const Values& arguments) {
   return results;
 }
 
-// Whether the host has to know values before it can give more work: a real device is waited for here.
-bool waits(const std::string& name, const Values& arguments) {
+// Whether the host needs values to continue. With a real device, it waits here.
+bool needs_values(const std::string& name, const Values& arguments) {
   static const std::set<std::string> always{"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal",
                                             "aten::bincount", "aten::repeat_interleave"};
-  bool waits = always.count(name) > 0;
+  bool needs = always.count(name) > 0;
   if (name == "aten::index" || name == "aten::index_put_" || name == "aten::_index_put_impl_")
     each_tensor(arguments[1], [&](const Tensor& index) {
-      waits |= index.is_cpu() || index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
+      needs |= index.is_cpu() || index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
     });
-  return waits;
+  return needs;
 }
 
-// Operators without a CUDA kernel of their own: they choose a library, and none has one for a CPU's memory.
-const std::set<std::string>& choosing() {
+// Operators that have no CUDA kernel but choose a library. No library works on host memory.
+const std::set<std::string>& library_operators() {
   static const std::set<std::string> names{"aten::convolution", "aten::convolution_backward"};
   return names;
 }
 
-// Results of a convolution shaped as they would be, from those of the first row alone, which are soon computed.
-Values of_one_row(const c10::OperatorHandle& op, Values arguments) {
+// Returns results of a convolution with the right shapes. Only the first sample is computed, which is fast.
+Values convolve_first_sample(const c10::OperatorHandle& op, Values arguments) {
   const bool backward = op.schema().name() == "aten::convolution_backward";
-  const int64_t rows = arguments[0].toTensor().size(0);
+  const int64_t samples = arguments[0].toTensor().size(0);
   for (int i = 0; i <= backward; ++i) arguments[i] = arguments[i].toTensor().narrow(0, 0, 1);
   Values results = execute(op, arguments);
-  Tensor first = results[0].toTensor();  // the output, or the gradient of the input, which may not have been asked for
+  Tensor first = results[0].toTensor();  // The output, or the gradient of the input if requested.
   if (!first.defined()) return results;
   auto sizes = first.sizes().vec();
-  sizes[0] = rows;
+  sizes[0] = samples;
   results[0] = at::empty_strided(sizes, first.strides(), first.options());
   return results;
 }
 
-// Sizes, strides and types of an operator's results depend on no values: they are found with zeros, once.
-const Values& results_like(const c10::OperatorHandle& op, const Values& given, const std::vector<size_t>& grown) {
+// Returns results with the right sizes, strides and types. These do not depend on values, so zeros are used, once.
+const Values& results_like(const c10::OperatorHandle& op, const Values& given, const std::vector<size_t>& resized) {
   static auto* known = new std::unordered_map<std::string, Values>;
   static auto* lock = new std::mutex;
   std::ostringstream key;
@@ -168,24 +168,25 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
       if (t.numel()) std::memset(made.data_ptr(), 0, bytes_of(made));
       return made;
     }));
-  Values results = emulated_idle() && choosing().count(op.schema().name()) ? of_one_row(op, zeros) : execute(op, zeros);
-  for (size_t i : grown) results.push_back(zeros[i]);
+  const bool large = emulated_idle() && library_operators().count(op.schema().name());
+  Values results = large ? convolve_first_sample(op, zeros) : execute(op, zeros);
+  for (size_t i : resized) results.push_back(zeros[i]);
   const std::lock_guard<std::mutex> guard(*lock);
   return known->emplace(key.str(), std::move(results)).first->second;
 }
 
-// One call of an operator, as torch makes it in place of the CUDA kernel.
+// One call of an operator, in place of its CUDA kernel.
 struct Call {
   const c10::OperatorHandle& op;
   const std::string& name;
   const Values given;
   const c10::Device device;
-  const std::vector<std::optional<size_t>> back;  // of each result: the argument that it is, or none for one of its own
-  const std::vector<size_t> grown;  // arguments of out= without elements, which get their sizes from the operator
+  const std::vector<std::optional<size_t>> aliased;  // For each result, the argument that it aliases, if any.
+  const std::vector<size_t> resized;  // Empty out= arguments, which the operator resizes.
 
   Call(const c10::OperatorHandle& op, Values arguments)
       : op(op), name(op.schema().name()), given(std::move(arguments)), device(device_of(given)),
-        back(given_back(op.schema())), grown(without_elements(op.schema(), given)) {}
+        aliased(aliased_arguments(op.schema())), resized(empty_outputs(op.schema(), given)) {}
 
   static c10::Device device_of(const Values& given) {
     c10::Device device(at::kCUDA, c10::cuda::current_device());
@@ -198,47 +199,47 @@ struct Call {
     return device;
   }
 
-  static std::vector<std::optional<size_t>> given_back(const c10::FunctionSchema& schema) {
-    std::vector<std::optional<size_t>> back;
+  static std::vector<std::optional<size_t>> aliased_arguments(const c10::FunctionSchema& schema) {
+    std::vector<std::optional<size_t>> aliased;
     for (const auto& result : schema.returns()) {
-      back.emplace_back();
+      aliased.emplace_back();
       for (size_t i = 0; i < schema.arguments().size(); ++i) {
         const auto *of_result = result.alias_info(), *of_argument = schema.arguments()[i].alias_info();
-        if (of_result && of_argument && of_result->beforeSets() == of_argument->beforeSets()) back.back() = i;
+        if (of_result && of_argument && of_result->beforeSets() == of_argument->beforeSets()) aliased.back() = i;
       }
     }
-    return back;
+    return aliased;
   }
 
-  static std::vector<size_t> without_elements(const c10::FunctionSchema& schema, const Values& given) {
-    std::vector<size_t> grown;
+  static std::vector<size_t> empty_outputs(const c10::FunctionSchema& schema, const Values& given) {
+    std::vector<size_t> resized;
     for (size_t i = 0; i < given.size(); ++i) {
       const auto* info = schema.arguments()[i].alias_info();
       if (!info || !info->isWrite() || !given[i].isTensor()) continue;
-      if (given[i].toTensor().defined() && !given[i].toTensor().numel()) grown.push_back(i);
+      if (given[i].toTensor().defined() && !given[i].toTensor().numel()) resized.push_back(i);
     }
-    return grown;
+    return resized;
   }
 
-  // The arguments as a CPU's operator takes them: the same memory, and numbers as they are now.
+  // The arguments for a CPU operator: the same memory, and copies of scalars.
   Values arguments() const {
     Values ours;
     for (const auto& value : given)
       ours.push_back(value.isDevice() ? IValue(c10::Device(at::kCPU)) : map_tensors(value, [](const Tensor& tensor) {
         if (tensor.is_cuda()) return on_cpu(tensor);
-        Tensor number = tensor.clone();  // a kernel's argument, fixed when it is launched
+        Tensor number = tensor.clone();  // Kernel arguments are fixed at launch.
         number.unsafeGetTensorImpl()->set_wrapped_number(tensor.unsafeGetTensorImpl()->is_wrapped_number());
         return number;
       }));
     return ours;
   }
 
-  // The results: arguments given back, and new tensors shaped like those of `like`, each of which `made` is told of.
+  // The results: aliased arguments, and new tensors with the shapes of `like`. Calls `made` for each new tensor.
   template <typename Function>
   Values results(const Values& like, Function made) const {
     Values results;
-    for (size_t r = 0; r < back.size(); ++r)
-      results.push_back(back[r] ? given[*back[r]] : map_tensors(like[r], [&](const Tensor& shape) {
+    for (size_t r = 0; r < aliased.size(); ++r)
+      results.push_back(aliased[r] ? given[*aliased[r]] : map_tensors(like[r], [&](const Tensor& shape) {
         Tensor own = at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(device));
         made(r, own, shape);
         return own;
@@ -246,26 +247,26 @@ struct Call {
     return results;
   }
 
-  // For operators that have to be waited for: the host executes them once all earlier work is done.
-  Values at_once(c10::cuda::CUDAStream stream) const {  // arguments may be indices of a CPU
+  // Runs an operator on the host after waiting for the stream. For operators whose values the host needs.
+  Values run_now(c10::cuda::CUDAStream stream) const {  // Arguments may be CPU indices.
     c10::cuda::stream_synchronize(stream.stream());
     return results(execute(op, arguments()), [](size_t, const Tensor& own, const Tensor& result) {
       if (result.numel()) std::memcpy(own.data_ptr(), result.data_ptr(), bytes_of(result));
     });
   }
 
-  // For all others: the device executes them when it gets to them, and copies what is new to where it is expected.
+  // Enqueues an operator. The device runs it later and copies new results to the promised tensors.
   Values enqueue(c10::cuda::CUDAStream stream) const {
     for (const auto& value : given)
       each_tensor(value, [&](const Tensor& tensor) {
         TORCH_CHECK(tensor.is_cuda() || tensor.dim() == 0, "Expected all tensors to be on the same device: ", name,
-                    " got one of a CPU beside others of CUDA");
+                    " got CPU and CUDA tensors");
       });
-    const bool shaped = !grown.empty() || std::count(back.begin(), back.end(), std::nullopt);
-    const Values like = shaped ? results_like(op, given, grown) : Values(back.size());
-    for (size_t g = 0; g < grown.size(); ++g)
-      given[grown[g]].toTensor().resize_(like[back.size() + g].toTensor().sizes());
-    std::vector<std::vector<std::pair<void*, size_t>>> expected(back.size());
+    const bool shaped = !resized.empty() || std::count(aliased.begin(), aliased.end(), std::nullopt);
+    const Values like = shaped ? results_like(op, given, resized) : Values(aliased.size());
+    for (size_t i = 0; i < resized.size(); ++i)
+      given[resized[i]].toTensor().resize_(like[aliased.size() + i].toTensor().sizes());
+    std::vector<std::vector<std::pair<void*, size_t>>> expected(aliased.size());
     Values promised = results(like, [&](size_t r, const Tensor& own, const Tensor&) {
       expected[r].emplace_back(own.data_ptr(), own.numel() ? bytes_of(own) : 0);
     });
@@ -290,11 +291,11 @@ void emulate(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Sta
   stack->erase(first, stack->end());
   const c10::cuda::CUDAGuard guard(call.device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  for (auto& result : waits(call.name, call.given) ? call.at_once(stream) : call.enqueue(stream))
+  for (auto& result : needs_values(call.name, call.given) ? call.run_now(stream) : call.enqueue(stream))
     stack->push_back(std::move(result));
 }
 
-// aten::copy_: within a device as any operator, between host and device by torch's own use of the runtime.
+// aten::copy_: like any operator within a device. Between host and device, torch calls the runtime.
 Tensor& copy(Tensor& self, const Tensor& source, bool non_blocking) {
   if (!self.numel() || self.is_same(source)) return self;
   if (!self.is_cuda() || !source.is_cuda()) return at::native::copy_(self, source, non_blocking);
@@ -307,8 +308,8 @@ Tensor& copy(Tensor& self, const Tensor& source, bool non_blocking) {
   return self;
 }
 
-// Views and allocations, which are the same here, and what the runtime does.
-bool stays(const std::string& name) {
+// Operators that are not replaced: views, allocations, and operators that the runtime implements.
+bool is_unchanged(const std::string& name) {
   static const std::set<std::string> names{
       "aten::_has_storage", "aten::_local_scalar_dense", "aten::_pin_memory",      "aten::_reshape_alias",
       "aten::_to_copy",     "aten::alias",               "aten::as_strided",       "aten::copy_",
@@ -333,15 +334,16 @@ torch::Library& library(const std::string& space) {
 
 }  // namespace
 
-// Takes the place of the CUDA kernels of torch's operators, and of all of one other namespace, once those are defined.
+// Replaces the CUDA kernels of torch's operators and of all operators already defined in the namespace `ours`.
 extern "C" void emulate_operators(const char* ours) {
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     const auto op = c10::Dispatcher::singleton().findSchema(name);
     if (!op || !name.getNamespace()) continue;
     const std::string space(*name.getNamespace()), rest = name.name.substr(space.size() + 2);
-    const bool torchs = space == "aten" && (choosing().count(name.name) || op->hasKernelForDispatchKey(DispatchKey::CUDA));
-    if (!torchs && space != ours) continue;
-    if (stays(name.name) || !(has_tensors(op->schema().arguments()) || has_tensors(op->schema().returns()))) continue;
+    const bool on_cuda = library_operators().count(name.name) || op->hasKernelForDispatchKey(DispatchKey::CUDA);
+    if (!(space == "aten" && on_cuda) && space != ours) continue;
+    const bool any = has_tensors(op->schema().arguments()) || has_tensors(op->schema().returns());
+    if (is_unchanged(name.name) || !any) continue;
     const std::string overload = name.overload_name.empty() ? rest : rest + "." + name.overload_name;
     library(space).impl(overload.c_str(), torch::CppFunction::makeFromBoxedFunction<&emulate>());
   }

@@ -1,21 +1,21 @@
-"""Runs Python on a host without a GPU as if it had one: torch finds an emulated CUDA device.
+"""Run Python with an emulated CUDA device on a host without a GPU.
 
     python -m bench.emulator -m pytest -m "gpu and not hardware"
     python -m bench.emulator -m engine train digits-40 --mode graph
 
-What torch calls of CUDA's runtime and of NCCL is taken over (runtime.cpp, collectives.cpp), and its CUDA kernels are
-replaced by its CPU operators over the same memory (operators.cpp). Streams, events, captures and graphs, caching and
-pinned allocation, autograd's device threads, DistributedDataParallel and torch's NCCL process groups are the real
-thing. Work is done late and in any order that streams and events allow, memory is poisoned when it is new or freed,
-and a capture forbids what CUDA forbids: what a host does wrong with a device shows.
+The emulator implements the functions of the CUDA runtime and of NCCL that torch calls (runtime.cpp, collectives.cpp),
+and replaces torch's CUDA kernels with CPU operators on the same memory (operators.cpp). torch's own code for streams,
+events, graph capture, the caching and pinned allocators, autograd's device threads, DistributedDataParallel and NCCL
+process groups runs unchanged. To expose errors in host code, work is done late and in any order that streams and
+events allow, new and freed memory is poisoned, and captures forbid what CUDA forbids.
 
-What it cannot show: anything about a kernel (Triton's are replaced by their PyTorch twins, torch.compile goes as far as
-AOTAutograd and leaves out Inductor), DALI on a device, times, and what libraries such as cuDNN do by themselves.
+It cannot test kernels (Triton kernels are replaced by their reference implementations, and torch.compile stops after
+AOTAutograd, without Inductor), DALI on a device, timings, or the behavior of libraries such as cuDNN.
 
-EMULATED_DEVICES is how many devices there are (2), EMULATED_CAPABILITY, EMULATED_MULTIPROCESSORS and
-EMULATED_MEMORY_GIB what they are like. With EMULATED_IDLE=1 they compute nothing: shapes are right and values are not,
-which is enough to count launches (`bench count`). It is built once, into build/emulator of a checkout: an installed
-package does not have its C++ sources. That takes a C++ compiler, without which tests are skipped with that reason.
+EMULATED_DEVICES sets the number of devices (default 2); EMULATED_CAPABILITY, EMULATED_MULTIPROCESSORS and
+EMULATED_MEMORY_GIB set their properties. With EMULATED_IDLE=1 nothing is computed: shapes are correct but values are
+not, which suffices to count launches (`bench count`). The emulator is built once, in build/emulator of a checkout. This
+requires a C++ compiler, without which the tests are skipped, and the C++ sources, which are not part of the package.
 """
 
 import fcntl
@@ -33,18 +33,18 @@ from engine.measuring.process import search_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-NOT_BUILT = "EMULATOR_NOT_BUILT"  # has tests/conftest.py skip what needs the emulated device
+NOT_BUILT = "EMULATOR_NOT_BUILT"  # Tells tests/conftest.py to skip tests that need the emulated device.
 SOURCES = ("runtime.h", "runtime.cpp", "collectives.cpp", "operators.cpp")
 
 
 def build() -> Path:
-    """Build the two libraries, unless they are there for these sources and this torch; return their folder.
+    """Build the two libraries, unless they exist for these sources and this torch, and return their folder.
 
     Raises:
-        UserError: this is no checkout, or there is no C++ compiler.
+        UserError: This is not a checkout, or there is no C++ compiler.
     """
     if not all((HERE / name).exists() for name in SOURCES):
-        raise UserError("the emulated device needs a checkout of the project: its C++ sources are not in the package")
+        raise UserError("the emulated device needs a checkout of the project; its C++ sources are not in the package")
     content = b"".join((HERE / name).read_bytes() for name in (*SOURCES, "run.py"))
     key = hashlib.sha256(content + importlib.metadata.version("torch").encode()).hexdigest()[:16]
     folder = ROOT / "build" / "emulator" / key
@@ -59,7 +59,7 @@ def build() -> Path:
         cuda = (*sorted(nvidia.glob("cu*/include")), triton / "backends/nvidia/include")
         flags = ["-std=c++20", "-O1", "-Wall", "-shared", "-fPIC"]
         flags += [option for path in (*system, *cuda) for option in ("-isystem", str(path))]
-        # by this name it is also what others find when they look for the driver
+        # Other libraries load this file instead of the driver, because of its name.
         _compile(folder / "libcuda.so.1", ["runtime.cpp", "collectives.cpp"], [*flags, "-Wl,-soname,libcuda.so.1"])
         libraries = ["-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda"]
         links = [f"-L{folder}", "-l:libcuda.so.1", f"-L{torch / 'lib'}", *libraries]
@@ -76,7 +76,7 @@ def _folder(package: str) -> Path:
 
 
 def compiler() -> str | None:
-    """The C++ compiler of this machine, None where there is none."""
+    """Return the C++ compiler of this machine, or None."""
     names = (os.environ.get("CXX", "g++"), "c++", "clang++")
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -84,16 +84,16 @@ def compiler() -> str | None:
 def _compile(result: Path, sources: list[str], flags: list[str], links: list[str] | None = None) -> None:
     found = compiler()
     if found is None:
-        raise UserError("the emulated device has to be built, which needs a C++ compiler: install g++")
+        raise UserError("building the emulated device needs a C++ compiler: install g++")
     command = [found, *flags, *(str(HERE / name) for name in sources), "-o", str(result), *(links or [])]
     subprocess.run(command, check=True)
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, and in it what gives every Python that is started an emulated device.
+    """Return the environment for Python processes with an emulated device.
 
     Raises:
-        UserError: see `build`.
+        UserError: The device cannot be built. See `build`.
     """
     folder, path = build(), search_path(HERE / "site", ROOT)
     defaults = {"EMULATED_DEVICES": "2", "OMP_NUM_THREADS": "1"}
@@ -102,7 +102,7 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run Python with the arguments of the command line and an emulated device."""
+    """Run Python with the command-line arguments and an emulated device."""
     if compiler() is None and sys.argv[1:3] == ["-m", "pytest"]:
         variables = os.environ | {NOT_BUILT: "1"}
     else:

@@ -1,8 +1,8 @@
-// CUDA's runtime, as far as torch uses it, on a host alone: loaded before the real one, whose place it takes.
+// The part of the CUDA runtime that torch uses, without a GPU. It is loaded before the real runtime and replaces it.
 //
-// Device memory is host memory. Work is done by one thread, the device, some time after it was given: streams in order,
-// different streams in any order that events leave, chosen by chance, and the nodes of a graph likewise. So what waits
-// for too little gets poison or old values, here as there. Captures follow the runtime's rules of what is forbidden.
+// Device memory is host memory. One thread, the device, runs work some time after it was enqueued: in order within a
+// stream, in random order between streams and between the nodes of a graph, as far as events allow. Code that misses a
+// synchronization therefore reads poison or old values, as on a GPU. Captures forbid what the CUDA runtime forbids.
 #include "runtime.h"
 
 #include <dlfcn.h>
@@ -28,11 +28,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kPoison = 0xff;           // NaN as a number, far outside as an index
-constexpr size_t kBacklog = 64;         // work given and not begun, at which the device begins unasked
-constexpr auto kLaziness = std::chrono::milliseconds(1);  // until it begins whatever there is
+constexpr int kPoison = 0xff;           // NaN as a float, out of range as an index.
+constexpr size_t kBacklog = 64;         // Number of pending work items that starts the device.
+constexpr auto kLaziness = std::chrono::milliseconds(1);  // Delay after which the device starts anyway.
 
-// The place of an event in its stream.
+// The position of an event in its stream.
 struct Mark {
   bool reached = false;
   Clock::time_point at;
@@ -41,10 +41,10 @@ struct Mark {
 struct Work {
   std::string name;
   std::function<void()> work;
-  std::shared_ptr<Mark> after;  // not begun before this is reached
+  std::shared_ptr<Mark> after;  // Starts once this is reached.
 };
 
-// What a graph is made of; `before` are the nodes that it comes after.
+// A node of a graph. It runs after the nodes in `before`.
 struct Node {
   std::string name;
   std::function<void()> work;
@@ -53,9 +53,9 @@ struct Node {
 
 struct Graph {
   std::vector<Node> nodes;
-  std::vector<std::shared_ptr<void>> kept;  // objects that live as long as a graph
+  std::vector<std::shared_ptr<void>> kept;  // Objects that live as long as the graph.
 
-  // Prints and returns whether there are nodes which the end of the capture's first stream does not wait for.
+  // Returns whether the end of the capture's first stream does not wait for some nodes, and prints those.
   bool unjoined(const std::set<size_t>& end) const {
     std::vector<bool> seen(nodes.size());
     std::vector<size_t> open(end.begin(), end.end());
@@ -67,7 +67,7 @@ struct Graph {
     }
     bool any = false;
     for (size_t node = 0; node < nodes.size(); ++node) {
-      if (!seen[node]) std::fprintf(stderr, "emulator: never joined: %s\n", nodes[node].name.c_str());
+      if (!seen[node]) std::fprintf(stderr, "emulator: unjoined: %s\n", nodes[node].name.c_str());
       any |= !seen[node];
     }
     return any;
@@ -87,9 +87,9 @@ struct Capture {
 
 struct Stream {
   std::deque<Work> queue;
-  bool busy = false;  // its first work is being done
+  bool busy = false;  // Its first work item is running.
   std::shared_ptr<Capture> capture;
-  std::set<size_t> tips;  // of the capture: what the next node comes after
+  std::set<size_t> tips;  // Nodes of the capture that the next node runs after.
 };
 
 struct Event {
@@ -103,20 +103,20 @@ struct Block {
   int device;
 };
 
-// Never destroyed: the device's thread may outlive what is.
+// Never destroyed, because the device's thread may outlive static objects.
 struct State {
   std::mutex lock;
-  std::condition_variable given, done;
+  std::condition_variable enqueued, done;
   std::set<Stream*> streams;
   Stream legacy;
   std::set<std::shared_ptr<Capture>> captures;
-  std::vector<std::string> launches;  // names, while they are recorded
+  std::vector<std::string> launches;  // Recorded launches.
   bool recording = false;
   std::map<const char*, Block> device_blocks, host_blocks;
   std::unordered_map<const void*, std::string> kernels;
-  std::mt19937 chance{0};
+  std::mt19937 random{0};
   size_t queued = 0, taken = 0;
-  int waiting = 0;  // threads of the host that wait for the device
+  int waiting = 0;  // Number of host threads waiting for the device.
   unsigned long long captured = 0;
   bool started = false, failed = false;
 
@@ -134,20 +134,20 @@ thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 using Lock = std::unique_lock<std::mutex>;
 
-// What a variable says the device has, or what it has without.
-size_t given(const char* variable, size_t otherwise) {
+// Returns an environment variable as a number, or the fallback.
+size_t env_or(const char* variable, size_t fallback) {
   const char* value = std::getenv(variable);
-  return value ? std::strtoull(value, nullptr, 10) : otherwise;
+  return value ? std::strtoull(value, nullptr, 10) : fallback;
 }
 
-size_t memory() { return given("EMULATED_MEMORY_GIB", 4) << 30; }
-int capability() { return static_cast<int>(given("EMULATED_CAPABILITY", 90)); }
+size_t memory() { return env_or("EMULATED_MEMORY_GIB", 4) << 30; }
+int capability() { return static_cast<int>(env_or("EMULATED_CAPABILITY", 90)); }
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
 int devices() {
-  const char *visible = std::getenv("CUDA_VISIBLE_DEVICES"), *given = std::getenv("EMULATED_DEVICES");
-  return visible && !*visible ? 0 : given ? std::atoi(given) : 1;
+  const char *visible = std::getenv("CUDA_VISIBLE_DEVICES"), *count = std::getenv("EMULATED_DEVICES");
+  return visible && !*visible ? 0 : count ? std::atoi(count) : 1;
 }
 
 Stream* stream_of(cudaStream_t stream) {
@@ -155,18 +155,18 @@ Stream* stream_of(cudaStream_t stream) {
   return legacy ? &state().legacy : reinterpret_cast<Stream*>(stream);
 }
 
-// The device
+// The device.
 
 void attempt(const char* name, const std::function<void()>& work) {
   try {
     work();
-  } catch (const std::exception& error) {  // as an assertion on a device: all that follows fails
+  } catch (const std::exception& error) {  // Like a device-side assertion: all later calls fail.
     std::fprintf(stderr, "emulator: %s failed on the device: %s\n", name, error.what());
     state().failed = true;
   }
 }
 
-// Does the first work of a stream that may go on, chosen by chance; false where there is none.
+// Runs the first work item of a random stream that can continue. Returns false if there is none.
 bool advance(Lock& lock) {
   State& s = state();
   std::vector<Stream*> ready;
@@ -174,12 +174,12 @@ bool advance(Lock& lock) {
     if (!stream->busy && !stream->queue.empty() && (!stream->queue.front().after || stream->queue.front().after->reached))
       ready.push_back(stream);
   if (ready.empty()) return false;
-  Stream* stream = ready[s.chance() % ready.size()];
+  Stream* stream = ready[s.random() % ready.size()];
   Work work = std::move(stream->queue.front());
   stream->busy = true;
   lock.unlock();
   if (work.work) attempt(work.name.c_str(), work.work);
-  work = {};  // with its tensors, for which Python may be asked
+  work = {};  // Frees its tensors, which may need Python's lock.
   lock.lock();
   stream->queue.pop_front();
   stream->busy = false;
@@ -188,17 +188,17 @@ bool advance(Lock& lock) {
   return true;
 }
 
-void be_the_device() {
+void run_device() {
   State& s = state();
   Lock lock(s.lock);
   for (;;) {
-    s.given.wait(lock, [&] { return s.queued; });
-    s.given.wait_for(lock, kLaziness, [&] { return s.waiting || s.queued > kBacklog; });
-    for (size_t some = 1 + s.chance() % kBacklog; (some || s.waiting) && advance(lock); some -= some > 0) continue;
+    s.enqueued.wait(lock, [&] { return s.queued; });
+    s.enqueued.wait_for(lock, kLaziness, [&] { return s.waiting || s.queued > kBacklog; });
+    for (size_t some = 1 + s.random() % kBacklog; (some || s.waiting) && advance(lock); some -= some > 0) continue;
   }
 }
 
-// The nodes of a graph in an order by chance, and among them what other streams have to do.
+// Runs the nodes of a graph in random order, interleaved with work of other streams.
 void launch(const Graph& graph) {
   State& s = state();
   std::vector<size_t> awaited, ready;
@@ -211,8 +211,8 @@ void launch(const Graph& graph) {
   while (!ready.empty()) {
     {
       Lock lock(s.lock);
-      std::swap(ready[s.chance() % ready.size()], ready.back());
-      if (s.chance() % 16 == 0) advance(lock);
+      std::swap(ready[s.random() % ready.size()], ready.back());
+      if (s.random() % 16 == 0) advance(lock);
     }
     const size_t node = ready.back();
     ready.pop_back();
@@ -226,9 +226,9 @@ void push(Stream* stream, Work work) {
   State& s = state();
   stream->queue.push_back(std::move(work));
   ++s.queued;
-  if (!s.started) std::thread(be_the_device).detach();
+  if (!s.started) std::thread(run_device).detach();
   s.started = true;
-  if (s.queued == 1 || s.queued == kBacklog + 1) s.given.notify_all();
+  if (s.queued == 1 || s.queued == kBacklog + 1) s.enqueued.notify_all();
 }
 
 std::shared_ptr<Mark> mark(Stream* stream) {
@@ -241,7 +241,7 @@ std::shared_ptr<Mark> mark(Stream* stream) {
   return mark;
 }
 
-// Waits for the device, without Python's lock: operators of Python have need of it there.
+// Waits for the device. Releases Python's lock, because operators implemented in Python need it on the device's thread.
 cudaError_t await(Lock& lock, const std::vector<std::shared_ptr<Mark>>& marks) {
   static const auto held = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
   static const auto ending = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "_Py_IsFinalizing"));
@@ -249,7 +249,7 @@ cudaError_t await(Lock& lock, const std::vector<std::shared_ptr<Mark>>& marks) {
   static const auto take = reinterpret_cast<void (*)(void*)>(dlsym(RTLD_DEFAULT, "PyEval_RestoreThread"));
   State& s = state();
   ++s.waiting;
-  s.given.notify_all();
+  s.enqueued.notify_all();
   void* thread = held && ending && held() && !ending() ? release() : nullptr;
   for (const auto& mark : marks) s.done.wait(lock, [&] { return mark->reached; });
   --s.waiting;
@@ -268,15 +268,15 @@ cudaError_t await_all(Lock& lock) {
   return await(lock, marks);
 }
 
-// Captures
+// Captures.
 
 cudaError_t invalidate(const char* what, Capture& capture, cudaError_t error) {
-  std::fprintf(stderr, "emulator: %s in a capture\n", what);
+  std::fprintf(stderr, "emulator: %s is not allowed in a capture\n", what);
   capture.invalid = true;
   return fail(error);
 }
 
-// Calls that might wait for what is recorded and not done are forbidden, the more so the stricter the mode.
+// Returns an error for calls that might wait for captured work, depending on the modes of captures and thread.
 cudaError_t unsafe(const char* what) {
   if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   for (const auto& capture : state().captures) {
@@ -294,14 +294,14 @@ char* block(size_t bytes) {
   return static_cast<char*>(emulated_idle() ? at : std::memset(at, kPoison, bytes));
 }
 
-const Block* around(const std::map<const char*, Block>& blocks, const void* at) {
+const Block* find_block(const std::map<const char*, Block>& blocks, const void* at) {
   auto next = blocks.upper_bound(static_cast<const char*>(at));
   if (next == blocks.begin()) return nullptr;
   --next;
   return static_cast<const char*>(at) < next->first + next->second.bytes ? &next->second : nullptr;
 }
 
-bool pageable(const void* at) { return !around(state().device_blocks, at) && !around(state().host_blocks, at); }
+bool pageable(const void* at) { return !find_block(state().device_blocks, at) && !find_block(state().host_blocks, at); }
 
 cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work, Cost cost = {}) {
   State& s = state();
@@ -325,7 +325,7 @@ cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work
 }  // namespace
 
 bool emulated_idle() {
-  static const bool idle = given("EMULATED_IDLE", 0);
+  static const bool idle = env_or("EMULATED_IDLE", 0);
   return idle;
 }
 
@@ -336,7 +336,7 @@ cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::functio
 
 extern "C" {
 
-// Devices
+// Devices.
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = devices(), cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
@@ -359,7 +359,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->totalGlobalMem = memory();
   properties->major = capability() / 10;
   properties->minor = capability() % 10;
-  properties->multiProcessorCount = static_cast<int>(given("EMULATED_MULTIPROCESSORS", 8));
+  properties->multiProcessorCount = static_cast<int>(env_or("EMULATED_MULTIPROCESSORS", 8));
   properties->warpSize = 32;
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 2048;
@@ -384,7 +384,7 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaProfilerStart() { return cudaSuccess; }
 cudaError_t cudaProfilerStop() { return cudaSuccess; }
 
-// Memory
+// Memory.
 
 cudaError_t cudaMalloc(void** at, size_t bytes) {
   State& s = state();
@@ -424,7 +424,7 @@ cudaError_t cudaFreeHost(void* at) {
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* at) {
   Lock lock(state().lock);
-  const Block *device = around(state().device_blocks, at), *host = around(state().host_blocks, at);
+  const Block *device = find_block(state().device_blocks, at), *host = find_block(state().host_blocks, at);
   attributes->type = device ? cudaMemoryTypeDevice : host ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
   attributes->device = device ? device->device : host ? host->device : cudaInvalidDeviceId;
   attributes->devicePointer = attributes->hostPointer = const_cast<void*>(at);
@@ -453,7 +453,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
   return await(lock, {mark(&state().legacy)});
 }
 
-// Streams and events
+// Streams and events.
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
   Lock lock(state().lock);
@@ -465,7 +465,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return cudaStreamCreateWithPriority(stream, flags, 0);
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
-cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }  // work may be left: kept for good
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }  // Never freed, because work may be pending.
 cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { return *priority = 0, cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t on) {
   Lock lock(state().lock);
@@ -540,13 +540,13 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t on, cudaEvent_t awaited, unsigned) 
     stream->tips.insert(event->tips.begin(), event->tips.end());
   } else if (event->mark) {
     if (stream->capture)
-      return invalidate("waiting for what is outside", *stream->capture, cudaErrorStreamCaptureIsolation);
+      return invalidate("waiting for an event outside the capture", *stream->capture, cudaErrorStreamCaptureIsolation);
     push(stream, {"a wait", nullptr, event->mark});
   }
   return cudaSuccess;
 }
 
-// Captures and graphs
+// Captures and graphs.
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, thread_mode), cudaSuccess;
@@ -629,21 +629,21 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
   return flags & cudaGraphUserObjectMove ? cudaUserObjectRelease(object, 1) : cudaSuccess;
 }
 
-// Launches, for those who count them: name, bytes and operations, with tabs between, and marks, which are names alone
+// Recorded launches: name, bytes and operations separated by tabs. Marks have only a name.
 
 void emulated_record() {
   Lock lock(state().lock);
   state().launches.clear();
   state().recording = true;
 }
-int emulated_launch(const char* name, size_t bytes, cudaStream_t stream) {  // of a kernel that is no operator of torch
+int emulated_launch(const char* name, size_t bytes, cudaStream_t stream) {  // For kernels that are not torch operators.
   return emulated_enqueue(stream, name, nullptr, {bytes, 0});
 }
-void emulated_mark(const char* name) {  // at its place among the launches
+void emulated_mark(const char* name) {  // Adds a mark between launches.
   Lock lock(state().lock);
   if (state().recording) state().launches.push_back(name);
 }
-size_t emulated_recorded(char* text, size_t bytes) {  // one name a line; returns how many bytes they take
+size_t emulated_recorded(char* text, size_t bytes) {  // One record per line. Returns the size in bytes.
   Lock lock(state().lock);
   std::string all;
   for (const auto& name : state().launches) all += name + "\n";
@@ -651,7 +651,7 @@ size_t emulated_recorded(char* text, size_t bytes) {  // one name a line; return
   return all.size() + 1;
 }
 
-// Kernels: none can be executed, and operators leave none over, except the one that only takes time
+// Kernels. None can be executed. Since operators are replaced, only torch.cuda._sleep launches one.
 
 void** __cudaRegisterFatBinary(void*) { return reinterpret_cast<void**>(&state().legacy); }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -679,7 +679,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   return *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function)), cudaSuccess;
 }
 
-// The driver: torch asks for a context, and for addresses of functions that it then does not call
+// The driver. torch requests a context, and addresses of functions that it does not call.
 
 static int absent() { return 801; }  // CUDA_ERROR_NOT_SUPPORTED
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
@@ -689,7 +689,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   if (result) *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-int cuInit(unsigned) { return 100; }  // CUDA_ERROR_NO_DEVICE, for libraries that bring a runtime of their own
+int cuInit(unsigned) { return 100; }  // CUDA_ERROR_NO_DEVICE, for libraries with their own runtime.
 int cuDeviceGet(int* device, int number) { return *device = number, 0; }
 int cuDeviceGetAttribute(int* value, int, int) { return *value = 0, 0; }
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) { return *flags = 0, *active = 1, 0; }

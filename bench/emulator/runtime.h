@@ -1,4 +1,4 @@
-// What the emulated operators and collectives ask of the emulated runtime.
+// Interface of the emulated runtime for the emulated operators and collectives.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,14 +6,13 @@
 #include <cstddef>
 #include <functional>
 
-// Whether nothing is computed: work is only recorded, and memory is as it comes.
+// Whether nothing is computed: work is only recorded, and memory is not poisoned.
 bool emulated_idle();
 
-// What a launch would cost a device: bytes that it reads and writes, and floating-point operations of a convolution or
-// a matrix product.
+// Cost of a launch: bytes read and written, and floating-point operations of convolutions and matrix products.
 struct Cost {
   size_t bytes = 0, flops = 0;
 };
 
-// Gives work to a stream: it is done later, on the device's thread, or recorded. The name is for messages.
+// Enqueues work on a stream. The device's thread runs it later, or a capture records it. The name is for messages.
 cudaError_t emulated_enqueue(cudaStream_t stream, const char* name, std::function<void()> work, Cost cost = {});

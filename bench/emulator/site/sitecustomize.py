@@ -1,4 +1,4 @@
-"""What every Python does first, once `bench/emulator/run.py` has put this folder on its path."""
+"""Set up the emulated device at the start of every Python process that `bench/emulator/run.py` starts."""
 
 import ctypes
 import os
@@ -7,17 +7,17 @@ import torch
 
 import kernels.assemble
 import kernels.augment
-import kernels.guess  # noqa: F401  (all three for the operators that they define)
+import kernels.guess  # noqa: F401  (these three modules register operators)
 
 ctypes.CDLL(f"{os.environ['EMULATOR']}/operators.so").emulate_operators(b"remixmatch")
 if not os.environ.get("EMULATED_IDLE"):
-    whole = torch.compile
+    compile_with_inductor = torch.compile
 
     def without_inductor(model, *, options=None, **others):
-        """Inductor, whose options these are, would make Triton kernels, which cannot be executed."""
-        return whole(model, backend="aot_eager", **others)
+        """Compile without Inductor and its options, since its Triton kernels cannot run here."""
+        return compile_with_inductor(model, backend="aot_eager", **others)
 
     torch.compile = without_inductor  # type: ignore[assignment]
 
-# CUPTI asks the driver itself, which is not emulated: what a device does cannot be profiled
+# CUPTI uses the driver, which is not emulated, so device activity cannot be profiled.
 torch.profiler.supported_activities = lambda: {torch.profiler.ProfilerActivity.CPU}

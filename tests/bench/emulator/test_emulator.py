@@ -1,4 +1,4 @@
-"""The emulated device itself: that it does late, in any order, and not at all, what a real one would."""
+"""The emulated device: delayed work, random order, and the errors of a real device."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not EMULATED, reason="needs the emulated device: `make test-emulated`"),
 ]
-TRIES = 40  # of an order by chance, of which one at least has to show a mistake
+TRIES = 40  # Tries with random order. At least one must expose a missing synchronization.
 
 
 def captured(work, mode="thread_local"):
@@ -18,21 +18,21 @@ def captured(work, mode="thread_local"):
     return graph, result
 
 
-def test_operators_give_what_those_of_a_cpu_give():
-    rows = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+def test_operators_match_a_cpu():
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
-    expected = network(rows).sin().sum()
+    expected = network(images).sin().sum()
     expected.backward()
     gradient = network[0].weight.grad.clone()
     network.zero_grad()
     network.cuda()
-    made = network(rows.to("cuda", memory_format=torch.channels_last)).sin().sum()
+    made = network(images.to("cuda", memory_format=torch.channels_last)).sin().sum()
     made.backward()
     torch.testing.assert_close(made.cpu(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(network[0].weight.grad.cpu(), gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_captured_is_done_when_it_is_replayed():
+def test_captured_work_runs_at_replay():
     count = torch.zeros((), device="cuda")
 
     def work():
@@ -47,7 +47,7 @@ def test_what_is_captured_is_done_when_it_is_replayed():
 
 
 @pytest.mark.parametrize(
-    "look",
+    "read",
     [
         lambda value: value.item(),
         lambda value: value.cpu(),
@@ -56,21 +56,20 @@ def test_what_is_captured_is_done_when_it_is_replayed():
         lambda value: torch.ones(2).to("cuda")[value > 0],
     ],
 )
-def test_a_capture_may_not_look_at_values(look):
+def test_a_capture_may_not_read_values(read):
     value = torch.ones(2, device="cuda")[0]
     with pytest.raises((RuntimeError, torch.AcceleratorError)):
-        captured(lambda: look(value + 1))
-    assert (value + 1).item() == 2, "and all is well after it"
+        captured(lambda: read(value + 1))
+    assert (value + 1).item() == 2, "the device still works"
 
 
-def test_tensors_of_two_devices_do_not_mix():
+def test_operators_reject_tensors_of_two_devices():
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2, device="cuda") + torch.ones(2)
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_streams_are_in_no_order_but_that_of_events(waits):
-    """Also where a graph was captured from both."""
+def test_only_events_order_streams(waits):
     main, side = torch.cuda.Stream(), torch.cuda.Stream()
     wrong = 0
     for _ in range(TRIES):
@@ -87,7 +86,7 @@ def test_streams_are_in_no_order_but_that_of_events(waits):
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_nodes_of_a_graph_are_in_no_order_but_that_of_events(waits):
+def test_only_events_order_nodes_of_a_graph(waits):
     side = torch.cuda.Stream()
     value = torch.zeros(1, device="cuda")
 
@@ -110,7 +109,7 @@ def test_nodes_of_a_graph_are_in_no_order_but_that_of_events(waits):
     assert (wrong > 0) != waits
 
 
-def test_a_stream_that_never_comes_back_to_the_capture_is_told():
+def test_a_stream_that_never_joins_the_capture_is_an_error():
     side = torch.cuda.Stream()
     value = torch.zeros(1, device="cuda")
 
@@ -124,7 +123,7 @@ def test_a_stream_that_never_comes_back_to_the_capture_is_told():
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_memory_that_a_graph_reads_may_be_gone(kept):
+def test_a_graph_does_not_keep_its_inputs_alive(kept):
     read = torch.ones(1000, device="cuda")
     graph, result = captured(lambda: read.sum())
     address = read.data_ptr()
@@ -137,11 +136,11 @@ def test_memory_that_a_graph_reads_may_be_gone(kept):
 
 
 def test_pinned_memory_is_copied_later():
-    """Unless one waits, what arrives is what lies there when the device comes to it."""
+    """Without waiting, changes of the host buffer may reach the device."""
     changed = 0
     for _ in range(TRIES):
         host = torch.ones(4).pin_memory()
-        there = host.to("cuda", non_blocking=True)
+        copy = host.to("cuda", non_blocking=True)
         host.fill_(2)
-        changed += there.sum().item() == 8
+        changed += copy.sum().item() == 8
     assert changed > 0
