@@ -1,7 +1,7 @@
-"""Runs in processes of their own: how tests start them, and what makes two of them the same.
+"""Start runs in subprocesses and compare runs.
 
-`start` has a server that imports everything once and is forked for every process, so that one starts in a tenth of a
-second instead of ten. It is the same code and a real process, to be killed, stopped and sent signals.
+`start` forks each process from a server that has imported everything, which takes a tenth of a second instead of ten.
+The processes run the same code as the command and can be killed, stopped and sent signals.
 """
 
 import importlib
@@ -39,18 +39,18 @@ _context.set_forkserver_preload(
 
 
 def command(*arguments):
-    """The command line of `remixmatch` with this interpreter."""
+    """Return the command line of `remixmatch` with this interpreter."""
     return [sys.executable, "-m", "engine", *map(str, arguments)]
 
 
 def start(log, *arguments, patch=None, **environment):
-    """Starts `remixmatch ARGUMENTS` and returns the process.
+    """Start `remixmatch ARGUMENTS` and return the process.
 
     Args:
-        log: a file, to which what it prints is added.
-        arguments: of the command line.
-        patch: values of module attributes by name, such as {"engine.runs.checkpoint.RETRY_SECONDS": 0.2}.
-        environment: variables that it has beside those of the server.
+        log: File to which its output is appended.
+        arguments: Command-line arguments.
+        patch: Values of module attributes by name, such as {"engine.runs.checkpoint.RETRY_SECONDS": 0.2}.
+        environment: Additional environment variables.
     """
     process = _context.Process(
         target=_command, args=(str(log), [str(a) for a in arguments], patch or {}, _texts(environment))
@@ -60,7 +60,7 @@ def start(log, *arguments, patch=None, **environment):
 
 
 def call(log, function, *arguments, **environment):
-    """Calls a function in a process of its own and returns its exit code; log and environment as in `start`."""
+    """Call a function in a subprocess and return its exit code. Log and environment are as in `start`."""
     process = _context.Process(target=_function, args=(str(log), _texts(environment), function, arguments))
     process.start()
     (code,) = finish([process])
@@ -85,7 +85,7 @@ def _prepare(log, environment):
 
 def _command(log, arguments, patch, environment):
     _prepare(log, environment)
-    # as in a terminal: nohup has SIGHUP ignored, and a shell has SIGINT for what it starts in the background
+    # Reset signals as in a terminal: nohup ignores SIGHUP, and a shell ignores SIGINT in background processes.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in patch.items():
@@ -97,19 +97,19 @@ def _command(log, arguments, patch, environment):
 
 
 def as_it_is(network, **options):
-    """In place of torch.compile, where compiling is not what is tested and would take most of the time."""
+    """Replacement for torch.compile in tests that do not test compilation, which would take most of their time."""
     return network
 
 
 def start_ranks(log, ranks, *arguments, patch=None, **environment):
-    """Starts so many ranks of one group, each as `start` does."""
+    """Start the ranks of one process group. See `start`."""
     group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     group |= environment
     return [start(log, *arguments, patch=patch, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(ranks)]
 
 
 def train(folder, ranks, *flags, patch=None, **environment):
-    """Trains digits-40 on so many ranks, which have to succeed, and returns the folder."""
+    """Train digits-40 on `ranks` ranks, check that they succeed, and return the folder."""
     log = folder.with_name(folder.name + ".log")
     arguments = ("train", "digits-40", "--out", folder, *flags)
     processes = start_ranks(log, ranks, *arguments, patch=patch, **environment)
@@ -118,7 +118,7 @@ def train(folder, ranks, *flags, patch=None, **environment):
 
 
 def finish(processes, seconds=300):
-    """Waits for processes of `start` and returns their exit codes; one that does not end is killed, and has None."""
+    """Wait for processes of `start` and return their exit codes. A process that times out is killed, with code None."""
     for process in processes:
         process.join(seconds)
     codes = [process.exitcode for process in processes]
@@ -129,24 +129,24 @@ def finish(processes, seconds=300):
 
 
 def free_port():
-    """A port of this machine that nobody listens at."""
+    """Return a free port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def final_state(folder):
-    """Step and content of a run's newest checkpoint, which has to be good."""
+    """Return step and content of a run's newest checkpoint, which must be valid."""
     with no_warnings():
         found = checkpoint.load_newest(folder / CHECKPOINTS)
     return found.step, found.content
 
 
 def assert_close(one, two, tolerance=1e-5):
-    """Equal runs but for the order of sums: every row of metrics, and what the newest checkpoint holds."""
-    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
-    assert len(rows) == len(others)
-    for a, b in zip(rows, others, strict=True):
+    """Check that the metrics and newest checkpoints of two runs agree up to the order of sums."""
+    records, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    assert len(records) == len(others)
+    for a, b in zip(records, others, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (a["step"], name)
@@ -158,9 +158,9 @@ def assert_close(one, two, tolerance=1e-5):
 
 
 def assert_same_bits(one, two):
-    """Equal runs bit for bit; the test loss is left out, since ranks sum up the rows of a test set by shares."""
-    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
-    for row in rows + others:
-        row.pop("test_loss", None)
-    assert rows == others
+    """Check that two runs are bit-identical, except for the test loss, whose sum depends on the number of ranks."""
+    records, others = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    for record in records + others:
+        record.pop("test_loss", None)
+    assert records == others
     assert digests(final_state(one)[1]["state"]) == digests(final_state(two)[1]["state"])

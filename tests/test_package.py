@@ -1,8 +1,7 @@
-"""The wheel: what is in it, that it shares an environment with Hugging Face's `kernels`, and the commands of README and
-the pages of docs/ from it.
+"""The wheel: its contents, its coexistence with Hugging Face's `kernels`, and the commands of the README and docs/.
 
-It is installed into environments of their own, which find torch and the like in the one that runs the tests, but not
-its editable install of the checkout: .pth files are only read in an environment's own folder.
+The wheel is installed into new environments. They find torch and other dependencies in the environment that runs the
+tests, but not the editable install there, since .pth files are only read in an environment's own folder.
 """
 
 import os
@@ -25,14 +24,14 @@ from tests import pages
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine", "kernels", "pipelines", "bench")
 
-# what lies in the folder of Hugging Face's package, version 0.17.2
+# Modules of Hugging Face's package `kernels`, version 0.17.2.
 THEIR_MODULES = [
     *("_rust", "_system", "_versions", "_windows", "archs", "backends", "benchmark", "benchmarks", "cli", "compat"),
     *("deps", "hf_hub", "importer", "install", "layer", "load", "locking", "python_deps", "resolver", "status"),
     *("validate", "variants", "verify"),
 ]
 
-# flags with which a command of README or a page is over within seconds; they are added to it
+# Additional flags with which the commands of the README and the pages take only seconds.
 SHORT = {
     "train": "--steps 8 --eval-every 4 --checkpoint-every 4",
     "train folder": "--steps 2 --batch 2 --k 1 --width 16 --blocks 1 --lag 3 --eval-every 2",
@@ -49,7 +48,7 @@ SHORT = {
     "reproduce": "--seeds 0 --methods remixmatch -- --steps 8 --eval-every 4",
     "profile": "--steps 8 --warm-up 1",
 }
-# Commands that no flags make short: half a minute and more. They run only as written, with `--long`.
+# Commands that take half a minute or more with any flags. They run only with `--long`, as written.
 LONG = {"ablate"}
 for name, listed in registry.find().items():
     quick = listed.load().quick
@@ -58,7 +57,7 @@ for name, listed in registry.find().items():
     else:
         SHORT[f"bench {name}"] = quick
 
-# those that train for hours: never run as written
+# Commands that train for hours and are never run as written.
 HOURS = {"train folder"}
 
 
@@ -70,7 +69,7 @@ def pip(*arguments):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Our wheel, built from a copy, so that the checkout gets no build folder."""
+    """Build the project's wheel from a copy, which leaves the checkout without a build folder."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -83,7 +82,7 @@ def wheel(tmp_path_factory):
 
 @dataclass(frozen=True)
 class Installed:
-    """A virtual environment into which wheels were installed, one after another."""
+    """A virtual environment with installed wheels."""
 
     folder: Path
 
@@ -93,11 +92,11 @@ class Installed:
         return found
 
     def start(self, folder, *command, timeout=300):
-        """Run a command of the environment in a folder, on the CPU."""
+        """Run a command of the environment in a folder on the CPU."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
         environment["REMIXMATCH_DATA"] = str(Path(folder) / "data")
-        # found by the new PATH, not by ours
+        # Look up the program in the PATH of the environment.
         program = shutil.which(command[0], path=environment["PATH"])
         assert program == str(self.folder / "bin" / command[0])
         return subprocess.run(
@@ -105,13 +104,13 @@ class Installed:
         )
 
     def run(self, folder, *command, timeout=300):
-        """Run a command that succeeds, and return what it prints."""
+        """Run a command, check that it succeeds, and return its stdout."""
         done = self.start(folder, *command, timeout=timeout)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def files(self):
-        """When each file beside this environment's packages was changed, by its name."""
+        """Return the modification time of each file in site-packages by its path."""
         return {str(path): path.stat().st_mtime_ns for path in self.site.rglob("*")}
 
 
@@ -125,11 +124,11 @@ def install(folder, *wheels):
     return installed
 
 
-def test_the_wheel_holds_all_that_it_should(wheel):
+def test_the_wheel_contains_all_modules_and_templates(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (licence,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
-        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        (license_name,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(license_name) == (ROOT / "LICENSE").read_bytes()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
     modules = {
@@ -140,14 +139,14 @@ def test_the_wheel_holds_all_that_it_should(wheel):
     }
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "engine" / "report" / "templates").iterdir()}
     assert len(modules) > 50 and templates
-    # of the measured records only those that commands look up; nothing of the emulated device that has to be compiled
+    # Only the records that commands look up are included, and no C++ sources of the emulated device.
     assert {name for name in names if ".dist-info/" not in name} == modules | templates | {"bench/results/count.jsonl"}
     assert "kernels/__init__.py" not in names
 
 
 @pytest.fixture(scope="module")
 def their_wheel(tmp_path_factory):
-    """A stand-in for Hugging Face's `kernels`: a regular package with the names of its modules."""
+    """Build a stand-in for Hugging Face's `kernels`: a regular package with the same module names."""
     path = tmp_path_factory.mktemp("theirs") / "kernels-0.17.2-py3-none-any.whl"
     info = "kernels-0.17.2.dist-info"
     files = {f"kernels/{name}.py": f"NAME = '{name}'\n" for name in THEIR_MODULES}
@@ -163,18 +162,18 @@ def their_wheel(tmp_path_factory):
     return path
 
 
-def test_no_module_has_the_name_of_one_of_theirs():
+def test_no_module_has_the_name_of_a_hugging_face_module():
     assert not {path.stem for path in (ROOT / "kernels").iterdir()} & set(THEIR_MODULES)
 
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel, tmp_path, first):
+def test_hugging_faces_kernels_works_in_the_same_environment(wheel, their_wheel, tmp_path, first):
     wheels = [wheel, their_wheel] if first == "ours" else [their_wheel, wheel]
     installed = install(tmp_path / "environment", *wheels)
     for each in wheels:
         with zipfile.ZipFile(each) as archive:
             for name in archive.namelist():
-                if not name.endswith("/RECORD"):  # to which an installer adds
+                if not name.endswith("/RECORD"):  # Installers change this file.
                     assert (installed.site / name).read_bytes() == archive.read(name), name
     script = (
         "import kernels, kernels.guess, engine.training.step\n"
@@ -188,7 +187,7 @@ def test_hugging_faces_kernels_can_be_in_the_same_environment(wheel, their_wheel
     assert installed.run(tmp_path, "python", "-P", "-c", script).splitlines() == [*files, "True", "layer"]
 
 
-def test_what_the_wheel_lacks_is_one_line(wheel, tmp_path):
+def test_commands_that_need_a_checkout_print_one_line(wheel, tmp_path):
     installed = install(tmp_path / "environment", wheel)
     for command, message in {
         "remixmatch bench count": "the emulated device needs a checkout of the project",
@@ -202,20 +201,20 @@ def test_what_the_wheel_lacks_is_one_line(wheel, tmp_path):
 
 
 def kind(command):
-    """What SHORT and LONG call a command: its first word, and the second where there is one for each."""
+    """Return the key of a command in SHORT and LONG: its first word, or its first two for bench, data and folder."""
     two = command[1] in ("bench", "data") or command[1:3] == ["train", "folder"]
     return " ".join(command[1 : 3 if two else 2])
 
 
-def test_every_command_of_the_pages_is_known():
+def test_every_command_of_the_pages_is_listed():
     commands = pages.commands()
     assert commands
     unknown = [shlex.join(command) for command in commands if kind(command) not in SHORT.keys() | LONG]
-    assert not unknown, "SHORT says which flags make a command short; a bench says so itself"
+    assert not unknown, "add flags that make the command short to SHORT, or to `quick` of the bench"
 
 
 def some_images(folder):
-    """What the pages' commands are about: an image, a folder of images with and without labels, and one to classify."""
+    """Create the files used by the pages' commands: an image, a folder with a data set, and a folder to classify."""
     images, labels = digits().test_images, digits().test_labels
 
     def save(path, number, side=100):
@@ -233,7 +232,7 @@ def some_images(folder):
 
 
 @pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.long)], ids=["short", "as written"])
-def test_the_pages_commands_work_from_the_wheel_in_an_empty_folder(wheel, tmp_path, short):
+def test_the_commands_of_the_pages_work_with_the_wheel_in_an_empty_folder(wheel, tmp_path, short):
     commands = [command for command in pages.commands() if not short or kind(command) not in LONG]
     installed = install(tmp_path / "environment", wheel)
     before = installed.files()

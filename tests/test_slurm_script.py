@@ -1,4 +1,4 @@
-"""The Slurm script, with stubs of what it calls: one torchrun a node, and a new job only where that gets further."""
+"""The Slurm script with stubbed commands: it runs one torchrun per node and requeues the job if that helps."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sbatch"
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\nnode9\\n"; fi',
-    # once instead of on every node
+    # Runs once instead of on every node.
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',
     "torchrun": 'eval "$OUTCOME"',
 }
@@ -18,7 +18,7 @@ SAVES = "mkdir -p checkpoints; touch checkpoints/step-00000012.pt;"
 
 @pytest.fixture
 def submit(tmp_path):
-    """Gives a function that runs the script, and returns its exit code, what it called, and what it said."""
+    """Return a function that runs the script and returns its exit code, the commands it called, and its output."""
     for name, body in STUBS.items():
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def submit(tmp_path):
     return run
 
 
-def test_every_node_gets_one_torchrun_that_meets_at_the_first(submit):
+def test_every_node_runs_one_torchrun_with_the_first_node_as_rendezvous(submit):
     code, calls, _ = submit("touch summary.json", "digits-40", submit.folder, "--seed", "3")
     assert code == 0
     assert [call.split()[0] for call in calls] == ["scontrol", "srun", "torchrun"]
@@ -59,35 +59,35 @@ def test_every_node_gets_one_torchrun_that_meets_at_the_first(submit):
     assert torchrun.endswith(f"-m -- engine train digits-40 --out {submit.folder} --resume --seed 3")
 
 
-def test_workers_meet_at_a_store_of_their_own(submit):
+def test_workers_do_not_share_the_rendezvous_store(submit):
     assert submit('test "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 && touch summary.json')[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code", "again"),
+    ("outcome", "code", "requeued"),
     [
         (f"{SAVES} touch summary.json", 0, False),
-        (f"{SAVES} touch -d tomorrow summary.json; exit 1", 1, False),  # a node failed after the run's end
-        (f"{SAVES} touch -d yesterday summary.json; exit 1", 1, True),  # a finished run that was given more steps
-        (f"{SAVES} exit 1", 1, True),  # the time was up, or workers died too often
+        (f"{SAVES} touch -d tomorrow summary.json; exit 1", 1, False),  # A node failed after the run had finished.
+        (f"{SAVES} touch -d yesterday summary.json; exit 1", 1, True),  # A finished run was continued with more steps.
+        (f"{SAVES} exit 1", 1, True),  # The time limit was reached, or workers failed too often.
         (f"{SAVES} exit 143", 143, True),
         (f"{SAVES} exit 2", 2, False),
-        ("exit 1", 1, False),  # as it would be in every further job
+        ("exit 1", 1, False),  # Every further job would fail in the same way.
     ],
 )
-def test_a_job_that_saved_something_is_queued_again_until_the_run_is_finished(submit, outcome, code, again):
-    ended, calls, said = submit(outcome)
-    assert ended == code
-    assert calls[3:] == ["scontrol requeue 1234567"] * again
-    assert "slurm.sbatch: " in said
+def test_a_job_that_saved_a_checkpoint_is_requeued_until_the_run_is_finished(submit, outcome, code, requeued):
+    exit_code, calls, output = submit(outcome)
+    assert exit_code == code
+    assert calls[3:] == ["scontrol requeue 1234567"] * requeued
+    assert "slurm.sbatch: " in output
 
 
-def test_the_first_checkpoint_counts_too(submit):
+def test_a_job_that_saved_the_first_checkpoint_is_requeued(submit):
     (submit.folder / "checkpoints" / "step-00000009.pt").unlink()
     assert submit("exit 1")[1][3:] == []
     assert submit(f"{SAVES} exit 1")[1][-1] == "scontrol requeue 1234567"
 
 
-def test_without_a_folder_it_says_how_to_call_it(submit):
-    code, calls, said = submit("", "digits-40")
-    assert code == 2 and calls == [] and said.startswith("usage: sbatch")
+def test_without_a_folder_it_prints_the_usage(submit):
+    code, calls, output = submit("", "digits-40")
+    assert code == 2 and calls == [] and output.startswith("usage: sbatch")
