@@ -96,7 +96,7 @@ def _command(log, arguments, patch, environment):
     cli.main(arguments)
 
 
-def as_it_is(network, **options):
+def skip_compilation(network, **options):
     """Replacement for torch.compile in tests that do not test compilation, which would take most of their time."""
     return network
 

@@ -5,7 +5,7 @@ import torch
 from engine.models.batch_norm import BatchNorm
 
 
-def moved_by_first_rows(network, images, first, momentum):
+def statistics_of_first_samples(network, images, first, momentum):
     """Return the running statistics after a training pass in which only the first samples update them.
 
     Args:

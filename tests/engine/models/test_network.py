@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.models.batch_norm import BatchNorm
 from engine.models.wide_resnet import WideResNet
-from tests.running_statistics import moved_by_first_rows
+from tests.running_statistics import statistics_of_first_samples
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_running_statistics_of_the_first_rows_alone(rows_per_group):
     network = WideResNet(3, 2, 1, 8, bn_momentum=0.1, rows_per_group=rows_per_group).double()
     images = torch.randn(12, 3, 8, 8, dtype=torch.float64) * torch.linspace(0.2, 3, 12)[:, None, None, None]
     images = images.contiguous(memory_format=torch.channels_last)
-    expected, by_all = (moved_by_first_rows(network, images, first, 0.1) for first in (8, 12))
+    expected, by_all = (statistics_of_first_samples(network, images, first, 0.1) for first in (8, 12))
     seen = []
     for first, statistics in ((None, by_all), (12, by_all), (8, expected)):
         one = copy.deepcopy(network)

@@ -13,7 +13,7 @@ import torch
 from engine.runs.checkpoint import list_checkpoints
 from engine.training.trainer import CHECKPOINTS
 from tests import processes
-from tests.processes import as_it_is, assert_close, finish, start, start_ranks
+from tests.processes import assert_close, finish, skip_compilation, start, start_ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +26,7 @@ FLAGS = [
     *("--batch", "8", "--width", "8", "--eval-every", "5", "--log-every", "1", "--checkpoint-every", "5"),
 ]
 STEPS = ("--steps", 20)
-UNCOMPILED = {"torch.compile": as_it_is}
+UNCOMPILED = {"torch.compile": skip_compilation}
 
 
 def train(folder, gpus, *flags, patch=UNCOMPILED):

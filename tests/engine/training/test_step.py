@@ -17,7 +17,7 @@ from engine.training.step import METRICS, Step
 from engine.training.step_input import StepInput
 from pipelines.ctaugment import initial_weights
 from pipelines.plan import PlanSpec, make_plan
-from tests.running_statistics import moved_by_first_rows
+from tests.running_statistics import statistics_of_first_samples
 
 CLASSES = 5
 CPU = torch.device("cpu")
@@ -290,7 +290,7 @@ def pool_statistics(bench):
                 torch.rot90(one, int(turn), (1, 2)) for one, turn in zip(first, plan.rotations[own], strict=True)
             ]
             trained = torch.cat([trained, first, torch.stack(rotated)])
-        moved.append(moved_by_first_rows(bench.state.network, trained, len(rows), c.bn_momentum))
+        moved.append(statistics_of_first_samples(bench.state.network, trained, len(rows), c.bn_momentum))
     return torch.stack(moved).mean(0)  # as over ranks
 
 
