@@ -30,8 +30,8 @@ def guess_labels(
     After the history is read, its row `slot` is replaced by the mean of q over the batch, before alignment.
     For a marginal over all ranks, pass the logits of all ranks.
 
-    The operator is not differentiable and bitwise deterministic. It does not synchronize with the host and can be
-    captured in a CUDA graph.
+    The operator has no gradient, and results are bitwise deterministic. It does not synchronize with the host and can
+    be captured in a CUDA graph.
 
     Args:
         logits: (B, L) float32, bfloat16 or float16, B >= 1, L >= 2, stride 1 along L.

@@ -201,7 +201,7 @@ def test_commands_that_need_a_checkout_print_one_line(wheel, tmp_path):
 
 
 def kind(command):
-    """Return the key of a command in SHORT and LONG: its first word, or its first two for bench, data and folder."""
+    """Return the key of a command in SHORT and LONG: its first word, or its first two if it has subcommands."""
     two = command[1] in ("bench", "data") or command[1:3] == ["train", "folder"]
     return " ".join(command[1 : 3 if two else 2])
 
