@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0: save_file() on a path that is a symbolic link no longer writes the file that the link points to.
+# safetensors 0.8.0: save_file() on a symbolic link no longer writes to the link's target.
 #
-# Guess:    saving to a path is open(path, "wb"): through a link, the file behind it gets the new content.
-# Seen:     0.7.0 does that. 0.8.0 writes a temporary file and renames it onto the path, so the link itself is replaced
-#           by a new file: whoever reads the file behind it goes on with the old weights, and no error is raised. The new
-#           file can be read by its owner alone (mode 600), whatever the umask and whatever the former file allowed.
-# Meets:    whoever keeps "latest.safetensors" as a link into a shared folder, or serves weights as another user.
-# Instead:  resolve the path before saving (os.path.realpath), or save to a new name, chmod, and move the link last.
+# Expected:   Saving to a path works like open(path, "wb"): it writes through a link to its target.
+# Observed:   0.7.0 does. 0.8.0 writes a temporary file and renames it to the path, which replaces the link with a new
+#             file. Readers of the link's target keep the old weights, and no error is raised. Only the owner can read the
+#             new file (mode 600), regardless of the umask and of the old file's mode.
+# Affected:   Anyone who keeps "latest.safetensors" as a link into a shared folder, or serves weights as another user.
+# Workaround: Resolve the path before saving (os.path.realpath), or save under a new name, chmod, and move the link last.
 #
-# Needs python3 with venv, and pip. Ends with exit code 1 if the behavior is another.
+# Requires python3 with venv, and pip. Exits with code 1 if the behavior changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
