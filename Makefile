@@ -1,4 +1,4 @@
-# `make run` and `make test` each set up what they need; neither needs the other.
+# `make run` and `make test` each install what they need and can be run in any order.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ EMULATED := $(BIN)/python -m bench.emulator
 
 .PHONY: run test test-long test-gpu test-emulated test-faults lint docs emulator results clean
 
-# rebuilt when a requirement or a tested version changes
+# Reinstalled when a requirement or a tested version changes.
 $(VENV)/installed: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -19,29 +19,29 @@ $(VENV)/installed: setup.py constraints.txt
 run: $(VENV)/installed
 	$(BIN)/remixmatch train $(RUN_ARGS)
 
-# faults are injected by the clock, so nothing else is tested beside them
+# Fault injection depends on timing, so no other tests run at the same time.
 test: $(VENV)/installed
 	$(MAKE) -j 2 lint emulator
 	$(PYTEST) --dist worksteal --ignore tests/faults $(LONG)
 	$(MAKE) test-emulated
 	$(PYTEST) tests/faults $(LONG)
 
-# what takes too long for every change: runs of full length, kills under torchrun, 300 faults
+# Tests that take too long for every change: full-length runs, kills under torchrun, 300 faults.
 test-long:
 	$(MAKE) test LONG="--long --faults $(FAULTS)"
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
 
-# what a host does with a device, without one: streams, events, graphs, collectives; no kernels
+# GPU tests on the emulated device: streams, events, graphs and collectives, but no kernels.
 test-emulated: $(VENV)/installed
 	$(EMULATED) -m pytest -n 2 --dist worksteal -m "gpu and not hardware" $(LONG)
 
-# hundreds of kills, full disks and so on, of which `make test` has some dozen
+# Hundreds of kills, full disks and other faults; `make test` injects 44.
 test-faults: $(VENV)/installed
 	$(PYTEST) tests/faults --faults $(FAULTS)
 
-# builds the emulated device while something else runs
+# Build the emulated device; `make test` does so while it lints.
 emulator: $(VENV)/installed
 	$(EMULATED) -c pass
 
@@ -50,11 +50,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the pages of docs/ as a site in build/site; a warning is an error. The variable silences a notice of the theme's
+# Build the pages of docs/ as a site in build/site; warnings are errors. The variable silences a notice of the theme.
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# every figure of the tables of digits: three presets and LabelSpreading, five seeds each
+# All numbers in the tables on digits: three presets and LabelSpreading, five seeds each.
 results: $(VENV)/installed
 	$(BIN)/remixmatch bench digits --out bench/results/digits.jsonl
 	$(BIN)/remixmatch bench report --results bench/results --readme docs/results.md

@@ -7,10 +7,10 @@ from setuptools import find_packages, setup
 setup(
     name="remixmatch-engine",
     version="0.1.0",
-    description="Fast, faithful GPU training engine for ReMixMatch",
+    description="Complete, fast PyTorch implementation of ReMixMatch for semi-supervised image classification",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    # kernels has no __init__.py: Hugging Face's package of that name has one, which ours would overwrite
+    # kernels has no __init__.py, because it would overwrite that of Hugging Face's package of the same name.
     packages=["kernels", *find_packages(include=["engine*", "pipelines", "bench*"])],
     package_data={"bench": ["results/count.jsonl"], "engine.report": ["templates/*"]},
     license_expression="Apache-2.0",
@@ -57,13 +57,13 @@ setup(
             "altair>=6.0",
             "vl-convert-python>=1.8",
             "jinja2>=3.1",
-            "playwright>=1.50",  # drives a browser of the system's; none is downloaded
+            "playwright>=1.50",  # drives the system's browser; downloads none
             "axe-playwright-python>=0.1.4",
             "onnx>=1.17",
             "onnxscript>=0.5",
             "onnxruntime>=1.20",
-            "scikit-image>=0.25",  # for its photographs
-            "wandb>=0.31",  # trackio not: it takes an older pillow than the tested one
+            "scikit-image>=0.25",  # for its sample photographs
+            "wandb>=0.31",  # not trackio, which requires an older pillow than the tested one
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
