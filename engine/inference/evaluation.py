@@ -21,16 +21,16 @@ REPORTED_EVALUATIONS = 20
 def class_logits(
     network: TwoHeadNetwork, images: np.ndarray, device: torch.device, rows: int = 512
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of unaugmented images, in fp32, pass by pass.
+    """Yield logits of unaugmented images, in float32, batch by batch.
 
     Args:
-        network: in evaluation mode.
+        network: Network in evaluation mode.
         images: (N, H, W, 3) uint8.
-        device: the network's.
-        rows: images a pass.
+        device: Device of the network.
+        rows: Batch size.
 
     Yields:
-        Which images a pass took, and their logits: (n, L) float32 on the device.
+        The slice of images in a batch, and their logits: (n, L) float32 on the device.
     """
     assert not network.training
     for start in range(0, len(images), rows):
@@ -39,7 +39,7 @@ def class_logits(
 
 
 def normalized(network: TwoHeadNetwork, images: np.ndarray, device: torch.device) -> Tensor:
-    """(n, H, W, 3) uint8 to the network's (n, 3, H, W) input."""
+    """Convert (n, H, W, 3) uint8 images to the network's (n, 3, H, W) input."""
     mean, std = (torch.tensor(levels, device=device) for levels in (network.mean, network.std))
     views = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     own = torch.arange(len(views), device=device)
@@ -51,9 +51,9 @@ def normalized(network: TwoHeadNetwork, images: np.ndarray, device: torch.device
 def evaluate(
     network: TwoHeadNetwork, images: np.ndarray, labels: np.ndarray, device: torch.device
 ) -> tuple[float, float]:
-    """Accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
+    """Return accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
 
-    Every rank classifies its share, the images r, r + R, ...
+    Each rank r of R classifies the images r, r + R, ...
     """
     own = slice(collectives.rank(), None, collectives.ranks())
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -66,5 +66,5 @@ def evaluate(
 
 
 def median_of_last(accuracies: list[float]) -> float:
-    """The paper's reported figure: the median over the last 20 evaluations."""
+    """Return the accuracy that the paper reports: the median over the last 20 evaluations."""
     return median(accuracies[-REPORTED_EVALUATIONS:])

@@ -1,7 +1,7 @@
-"""A run's EMA model as one file for others: uint8 images in, class probabilities out, class names beside them.
+"""Export of a run's EMA model to one file, from uint8 images to class probabilities, with class names.
 
-safetensors: the parameters, and what rebuilds the network. torch: a program of torch.export. onnx: for any runtime of
-ONNX. Preprocessing is inside of all of them.
+Formats: safetensors, with the parameters and the configuration that rebuilds the network; a torch.export program; ONNX.
+The exported programs include preprocessing, and so does the model rebuilt by `load_safetensors`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from engine.models.wide_resnet import TwoHeadNetwork
 from pipelines.files import write_bytes
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
-_EXAMPLES = 2  # images of the batch that a program is traced with; any other number does as well
+_EXAMPLES = 2  # batch size for tracing; the exported program accepts any
 _METADATA = "remixmatch.json"
 
 
 class Predictor(nn.Module):
-    """A network with its preprocessing: (N, H, W, 3) uint8 images to (N, L) float32 probabilities.
+    """A network with preprocessing: (N, H, W, 3) uint8 images to (N, L) float32 probabilities.
 
     Args:
-        network: in evaluation mode.
+        network: Network in evaluation mode.
     """
 
     mean: Tensor
@@ -52,18 +52,18 @@ class Predictor(nn.Module):
 def export(
     network: TwoHeadNetwork, config: Config, classes: tuple[str, ...], sides: tuple[int, int], to: str, path: Path
 ) -> None:
-    """Writes a network; a file of that name is replaced as a whole.
+    """Write a network to a file; an existing file is replaced atomically.
 
     Args:
-        network: on the CPU, in evaluation mode and single precision.
-        config: of its run.
-        classes: names.
+        network: Network on the CPU, in evaluation mode and float32.
+        config: Configuration of its run.
+        classes: Class names.
         sides: (H, W) of the images.
-        to: a key of SUFFIXES.
-        path: of the file.
+        to: Format, a key of SUFFIXES.
+        path: The file.
 
     Raises:
-        UserError: a package is missing, or the file cannot be written.
+        UserError: A package is missing, or the file cannot be written.
     """
     metadata = {
         "classes": json.dumps(classes), "sides": json.dumps(sides), "preset": config.preset,
@@ -95,7 +95,7 @@ def _program(network: TwoHeadNetwork, sides: tuple[int, int]) -> Any:
 
 
 def _to_torch(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
-    file = io.BytesIO()  # torch aborts the process where a file cannot be written
+    file = io.BytesIO()  # not the file itself: torch aborts the process if it cannot be written
     torch.export.save(_program(network, sides), file, extra_files={_METADATA: json.dumps(metadata)})
     return file.getvalue()
 
@@ -103,7 +103,7 @@ def _to_torch(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[in
 def _to_onnx(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int, int]) -> bytes:
     try:
         import onnx
-        import onnxscript  # noqa: F401  what torch.onnx needs
+        import onnxscript  # noqa: F401  required by torch.onnx
     except ImportError:
         raise UserError("export --to onnx needs onnx: pip install 'remixmatch-engine[onnx]'") from None
     program = torch.onnx.export(
@@ -116,19 +116,19 @@ def _to_onnx(network: TwoHeadNetwork, metadata: dict[str, str], sides: tuple[int
 
 
 def load_safetensors(path: Path) -> tuple[Predictor, tuple[str, ...], tuple[int, int]]:
-    """What `export` to safetensors has written: the predictor, class names, and (H, W) of the images.
+    """Load a safetensors file written by `export`: the predictor, class names, and (H, W) of the images.
 
     Raises:
-        UserError: the file cannot be read, or is not an exported model.
+        UserError: The file cannot be read, or is not an exported model.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     if not {"classes", "sides", "config"} <= metadata.keys():
-        raise UserError(f"{path} is not a model that remixmatch export has written")
+        raise UserError(f"{path} was not written by remixmatch export")
     classes, (height, width) = tuple(json.loads(metadata["classes"])), json.loads(metadata["sides"])
     config = parse_config(metadata["config"], path)
     network = make_network(config, len(classes), torch.device("cpu"), (height, width), trained=True).eval().float()
@@ -137,7 +137,7 @@ def load_safetensors(path: Path) -> tuple[Predictor, tuple[str, ...], tuple[int,
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of an exported file, by its suffix."""
+    """Return the metadata of an exported file; its suffix determines the format."""
     readers: dict[str, Callable[[Path], dict[str, str]]] = {".onnx": _onnx_metadata, ".pt2": _torch_metadata}
     if path.suffix in readers:
         return readers[path.suffix](path)

@@ -1,4 +1,4 @@
-"""Classifying image files with a trained network."""
+"""Classification of image files with a trained network."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ log = logging.getLogger(__name__)
 
 
 def read_image(path: Path, side: int, warn: bool = True) -> np.ndarray:
-    """Reads an image as the network takes it.
+    """Read an image file as input for the network.
 
-    Turns it as its EXIF data says, lays transparency on black, makes it RGB, resizes its shorter side and takes the
-    centre; says so where that changes the size or drops 16-bit depth.
+    Apply the EXIF orientation, blend transparency with black, convert to RGB, resize the shorter side and crop the
+    center. Warn if that changes the size or reduces a 16-bit depth.
 
     Args:
-        path: of any format that PIL reads.
-        side: of the network's images, in pixels.
-        warn: whether to warn of each change.
+        path: File in any format that PIL reads.
+        side: Side of the network's input, in pixels.
+        warn: Whether to warn about changes.
 
     Returns:
         (side, side, 3) uint8.
 
     Raises:
-        UserError: missing, or not an image that can be decoded.
+        UserError: The file is missing or is not an image that can be decoded.
     """
     try:
         image, changed = rgb(path.read_bytes())
@@ -52,10 +52,10 @@ def read_image(path: Path, side: int, warn: bool = True) -> np.ndarray:
 
 
 def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
-    """Files that were named, and all image files below folders that were, sorted; and whether there was a folder.
+    """Return the given files and all image files in the given folders, sorted, and whether a folder was given.
 
     Raises:
-        UserError: there is no image file, or a folder cannot be read.
+        UserError: There is no image file, or a folder cannot be read.
     """
     found: list[Path] = []
     for path in paths:
@@ -76,36 +76,36 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
 def classify(
     network: TwoHeadNetwork, files: Sequence[Path], side: int, device: torch.device, batch: int
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Class probabilities of image files, a batch in memory at a time.
+    """Yield class probabilities of image files, with one batch in memory at a time.
 
     Yields:
-        Each file that can be read, in order, with (L,) float32; of the others it warns.
+        Each readable file, in order, with (L,) float32. Unreadable files cause a warning.
     """
-    few = len(files) <= batch  # of many files, sizes are not worth a line each
+    few = len(files) <= batch  # no warning per file about sizes if there are many files
     for first in range(0, len(files), batch):
         read: list[tuple[Path, np.ndarray]] = []
         for path in files[first : first + batch]:
             try:
                 read.append((path, read_image(path, side, warn=few)))
             except UserError as error:
-                log.warning(f"{error}; left out")
+                log.warning(f"{error}; skipped")
         if read:
             found = probabilities(network, np.stack([image for _, image in read]), device)
             yield from zip([path for path, _ in read], found, strict=True)
 
 
 def probabilities(network: TwoHeadNetwork, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Class probabilities of (N, H, W, 3) uint8 images: (N, L) float32."""
+    """Return class probabilities of (N, H, W, 3) uint8 images: (N, L) float32."""
     return np.concatenate([logits.softmax(-1).cpu().numpy() for _, logits in class_logits(network, images, device)])
 
 
 def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]]) -> int:
-    """Writes a line for each file: its name, the class, and a probability for each class. Returns how many.
+    """Write one line per file: its name, the class, and a probability for each class. Return the number of lines.
 
-    Without any, nothing is written.
+    If there are none, write no file.
 
     Raises:
-        UserError: the file cannot be written; a former one of that name is then left as it was.
+        UserError: The file cannot be written; an existing one is then unchanged.
     """
     first = next(rows, None)
     if first is None:
@@ -113,7 +113,7 @@ def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.
     count = 0
     try:
         with atomic_write(path) as file:
-            # file names need not be text: their bytes are written unchanged
+            # File names may be invalid UTF-8; their bytes are written unchanged.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
             table = csv.writer(text)
             table.writerow(["file", "class", *classes])

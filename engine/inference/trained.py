@@ -1,4 +1,4 @@
-"""What a run has trained, read back from its folder."""
+"""Loading of a run's trained model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from engine.training.trainer import CHECKPOINTS
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has trained; its data need not be there any more.
+    """A run's trained model, which does not depend on the training data.
 
     Attributes:
-        config: of the run.
-        classes: names.
+        config: Configuration of the run.
+        classes: Class names.
         sides: (H, W) of the images.
-        network: the EMA model, in evaluation mode.
-        device: where it is.
+        network: The EMA model, in evaluation mode.
+        device: Device of the network.
     """
 
     config: Config
@@ -38,15 +38,15 @@ class Trained:
 
 
 def load_ema_model(folder: Path) -> Trained:
-    """The EMA model of a run's newest good checkpoint.
+    """Load the EMA model of a run's newest valid checkpoint.
 
     Raises:
-        UserError: the folder holds no run, or no good checkpoint, or its split.json is damaged.
+        UserError: The folder contains no run or no valid checkpoint, or its split.json is damaged.
     """
     config = load_config(folder / "config.json")
     found = checkpoint.load_newest(folder / CHECKPOINTS)
     if found is None:
-        raise UserError(f"{folder} has no good checkpoint yet; train it, or go on with --resume")
+        raise UserError(f"{folder} has no valid checkpoint; train the run, or continue it with --resume")
     classes, sides = read_classes(folder)
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)

@@ -1,1 +1,1 @@
-"""What a run is in its folder: set-up, checkpoints, metrics, history."""
+"""Setup, checkpoints, metrics and history of a run."""

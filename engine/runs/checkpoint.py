@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, the last few kept, and read back without trusting the file.
+"""Checkpoints: written atomically, pruned to the newest few, and verified when read.
 
-A checkpoint is one file `step-00001000.pt`. It is written under another name, flushed to the disk and renamed, so a
-crash, a kill or a full disk leaves earlier ones as they were.
+A checkpoint is one file, such as `step-00001000.pt`. It is written under another name, flushed to disk and renamed, so
+a crash, a kill or a full disk leaves earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pipelines.files import PARTIAL, atomic_write, first_line
 log = logging.getLogger(__name__)
 
 FORMAT = "remixmatch-checkpoint-2"
-RETRY_SECONDS = 10.0  # between attempts to write a checkpoint while training goes on
-PATIENCE_SECONDS = 10.0  # in which the last one of a run, after which nothing goes on, is tried again
+RETRY_SECONDS = 10.0  # between attempts to write a checkpoint while training continues
+PATIENCE_SECONDS = 10.0  # how long to retry the last checkpoint of a run
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read back.
+    """A checkpoint that has been read.
 
     Attributes:
-        path: the file.
-        step: training steps done.
-        content: what was given to `save`.
+        path: The file.
+        step: Training steps done.
+        content: The `content` passed to `save`.
     """
 
     path: Path
@@ -44,45 +44,45 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, oldest first; anything else in it is passed over."""
+    """Return the checkpoint files in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mapping[str, Any] | None = None) -> Path:
-    """Writes the checkpoint of a step and removes all but the newest `keep`.
+    """Write the checkpoint of a step and remove all but the newest `keep`.
 
     Args:
-        folder: made if missing.
-        step: training steps done.
-        content: tensors, plain values, and lists and dictionaries of them.
-        keep: files that stay, this one included.
-        run: what the run is known by: plain values, see `load_newest`.
+        folder: Created if missing.
+        step: Training steps done.
+        content: Tensors, plain values, and lists and dictionaries of them.
+        keep: Number of checkpoints to keep, including this one.
+        run: Plain values that identify the run; see `load_newest`.
 
     Raises:
-        OSError: it could not be written; earlier checkpoints are untouched and no part of it is left.
+        OSError: The checkpoint could not be written. Earlier ones are intact, and no partial file is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     with atomic_write(path, sync=True) as file:
         torch.save({"format": FORMAT, "run": dict(run or {}), "step": step, "content": content}, file)
-    # one of a later step was passed over when this run was resumed: it is no good, and does not count
+    # Checkpoints of later steps were found invalid when this run was resumed, so they do not count.
     for old in [each for each in list_checkpoints(folder) if each.name <= path.name][:-keep]:
         old.unlink(missing_ok=True)
-    for left in folder.glob(f".step-*.pt{PARTIAL}"):  # by a process that was killed
+    for left in folder.glob(f".step-*.pt{PARTIAL}"):  # by a killed process
         left.unlink(missing_ok=True)
     return path
 
 
 class Saver:
-    """Checkpoints of one run, for as long as it trains: trouble with the folder is told, and the attempt repeated.
+    """Writer of a run's checkpoints that reports failures and retries.
 
     Args:
-        folder: of the checkpoints.
-        keep: see `save`.
-        prepare: called before each attempt, to make anew what else of the run's folder has gone.
-        run: see `save`.
+        folder: Folder of the checkpoints.
+        keep: See `save`.
+        prepare: Called before each attempt, to restore other missing files of the run's folder.
+        run: See `save`.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class Saver:
 
     @property
     def due(self) -> bool:
-        """Whether an attempt failed and the next one's time has come."""
+        """Whether the last attempt failed and it is time to retry."""
         return bool(self._trouble) and time.monotonic() >= self._again
 
     def save(self, step: int, content: dict[str, Any]) -> bool:
-        """Tries to write the checkpoint of a step, and says whether it is there: see the function `save`."""
+        """Try to write the checkpoint of a step, and return whether that succeeded; see the function `save`."""
         try:
             self._prepare()
             save(self._folder, step, content, self._keep, self._run)
@@ -110,63 +110,63 @@ class Saver:
             trouble = error.strerror or str(error)
             if trouble != self._trouble:
                 log.warning(
-                    f"the checkpoint of step {step} could not be written ({trouble}); {self.last_good()}; "
-                    f"training goes on and tries again every {RETRY_SECONDS:g} s"
+                    f"cannot write the checkpoint of step {step} ({trouble}); {self.last_good()}; "
+                    f"training continues; retrying every {RETRY_SECONDS:g} s"
                 )
             self._trouble, self._again = trouble, time.monotonic() + RETRY_SECONDS
             return False
         if self._trouble:
-            log.warning(f"checkpoints can be written again: step {step} is saved")
+            log.warning(f"checkpoints can be written again; saved step {step}")
             self._trouble = ""
         return True
 
     def save_last(self, step: int, content: dict[str, Any]) -> None:
-        """Writes the checkpoint after which training ends, with some patience.
+        """Write the run's last checkpoint, retrying for PATIENCE_SECONDS.
 
         Raises:
-            UserError: it could not be written; earlier checkpoints are untouched.
+            UserError: The checkpoint could not be written. Earlier ones are intact.
         """
         end = time.monotonic() + PATIENCE_SECONDS
         while not self.save(step, content):
             if time.monotonic() >= end:
                 raise UserError(
-                    f"the checkpoint of step {step} could not be written ({self._trouble}); {self.last_good()}; "
-                    "mend that and go on with --resume"
+                    f"cannot write the checkpoint of step {step} ({self._trouble}); {self.last_good()}; "
+                    "fix the problem and use --resume"
                 )
             time.sleep(1.0)
 
     def last_good(self) -> str:
-        """The newest checkpoint in words."""
+        """Describe the newest checkpoint, for a message."""
         kept = list_checkpoints(self._folder)
-        return f"the last good one is {kept[-1]}" if kept else "there is none before it"
+        return f"the newest saved one is {kept[-1]}" if kept else "no earlier one exists"
 
 
 def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoint | None:
-    """Reads the newest good checkpoint, passing over damaged and foreign ones with a warning about each.
+    """Load the newest valid checkpoint; skip damaged and foreign ones with a warning each.
 
     Args:
-        folder: where they lie.
-        run: one that was saved with another value under one of these names is foreign.
+        folder: Folder of the checkpoints.
+        run: Values that identify the run. A checkpoint saved with a different value for one of them is foreign.
 
     Returns:
-        The checkpoint with its tensors on the CPU, or None where there is no good one.
+        The checkpoint with its tensors on the CPU, or None if there is no valid one.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare the checksums
+            with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
                 damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"{damaged} has a wrong checksum")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            log.warning(f"{path} cannot be read ({first_line(error)}); trying the one before")
+        except Exception as error:  # damaged files raise all kinds of errors
+            log.warning(f"{path} cannot be read ({first_line(error)}); trying the previous one")
             continue
         if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-            log.warning(f"{path} is not a checkpoint of this engine; trying the one before")
+            log.warning(f"{path} is not a checkpoint of this engine; trying the previous one")
             continue
         saved_identity = loaded["run"]
         if any(saved_identity.get(name, value) != value for name, value in (run or {}).items()):
-            log.warning(f"{path} is a checkpoint of another run; trying the one before")
+            log.warning(f"{path} is a checkpoint of another run; trying the previous one")
             continue
         return Checkpoint(path, loaded["step"], loaded["content"])
     return None

@@ -1,10 +1,11 @@
-"""A run's folder before and while it trains: where it is, whether it is this run's, and what says so in it.
+"""Folders of runs: their default location, and whether a folder already contains a run.
 
-Nothing in here needs torch: a mistake is told before torch is imported.
+This module does not import torch, so that errors are reported before that takes its time.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from engine.config.config import RESUMABLE, Config, changed_fields, load_config
@@ -16,11 +17,9 @@ RUNS = Path("runs")
 
 
 def default_folder(config: Config, resume: bool) -> Path:
-    """Where a run goes that names no folder: `runs/PRESET-seedN`, numbered on for a repetition.
+    """Return the default folder of a run: `runs/PRESET-seedN`, or `runs/PRESET-METHOD-seedN` for another method.
 
-    With another method than the preset's, its name follows the preset's.
-
-    Resuming takes the newest of them.
+    Repetitions get a number appended. When resuming, return the newest existing one.
     """
     another = config.preset in PRESETS and PRESETS[config.preset].method != config.method
     name = f"{config.preset}{f'-{config.method}' if another else ''}-seed{config.seed}"
@@ -31,16 +30,16 @@ def default_folder(config: Config, resume: bool) -> Path:
 
 
 def check_folder(config: Config, folder: Path, resume: bool) -> bool:
-    """Whether the folder holds this very run.
+    """Return whether the folder already contains this run.
 
     Raises:
-        UserError: it holds another one, or this one and nobody asked to resume it; it is a file.
+        UserError: It contains another run, or this run without `resume`; or it is a file.
     """
     begun = (folder / "config.json").exists()
     if begun and not resume:
-        raise UserError(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
+        raise UserError(f"{folder} already contains a run; use --resume or a different --out")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --out takes a folder")
+        raise UserError(f"{folder} is a file; --out must be a folder")
     if begun:
         _check_same_run(load_config(folder / "config.json"), config, folder)
     return begun
@@ -49,22 +48,26 @@ def check_folder(config: Config, folder: Path, resume: bool) -> bool:
 def _check_same_run(old: Config, new: Config, folder: Path) -> None:
     differing = changed_fields(old, new, ignored=RESUMABLE)
     if differing:
-        raise UserError(f"{folder} was begun with another configuration: {'; '.join(differing)}")
+        raise UserError(f"{folder} was started with another configuration: {'; '.join(differing)}")
     if new.steps < old.steps:
-        raise UserError(f"{folder} was begun with {old.steps} steps; --steps may grow, not shrink to {new.steps}")
+        raise UserError(
+            f"{folder} was started with --steps {old.steps}; it can be increased, but not reduced to {new.steps}"
+        )
 
 
 def read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[int, int]]:
-    """A run's class names, and (H, W) of its images.
+    """Return a run's class names, and (H, W) of its images.
 
     Raises:
-        UserError: the file that says so is missing or damaged.
+        UserError: The run's split.json is missing or damaged.
     """
     found = read_json(folder / "split.json")
     try:
         height, width = found["sides"]
         return tuple(found["class_names"]), (height, width)
     except (ValueError, KeyError, TypeError):
+        preset = read_json(folder / "config.json").get("preset", "PRESET")
         raise UserError(
-            f"{folder / 'split.json'} is missing or damaged; remixmatch train ... --resume writes it again"
+            f"{folder / 'split.json'} is missing or damaged; to restore it, run "
+            f"remixmatch train {preset} --out {shlex.quote(str(folder))} --resume"
         ) from None

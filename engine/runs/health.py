@@ -1,15 +1,16 @@
-"""Tells a run that does not learn, while it goes on: six kinds of failure, each said once a run, in one line.
+"""Detection of runs that do not learn: six kinds of failure, each reported once per run, in one line.
 
-Nothing here is a part of the step. The trainer looks at evaluations, where all metrics have been read back anyway: at
-means of the metrics, p(y), p~(y), and now and then at how far f_ema is from the network. All of these are equal
-on all ranks, and no test label is among them.
+The checks are not part of the step. The trainer runs them at evaluations, where all metrics have been read back anyway.
+They use means of the metrics, p(y), p~(y) and, less often, the agreement of f_ema with the network. All of these are
+equal on all ranks, and none uses test labels.
 
-Thresholds are far from what healthy runs show once they have had time to learn (`Health.late`), and something has to be
-seen for `HOLD` steps. Which values healthy and broken runs have is in docs/measurements/faults.md.
+The thresholds are far from the values of healthy runs that have had time to learn (`Health.late`), and a failure must
+last for `HOLD` steps. docs/measurements/faults.md lists the values of healthy and broken runs.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,32 +21,32 @@ from engine.config.config import Config
 from kernels.guess import EPSILON
 from pipelines.cache import take_images
 
-EVERY = 32  # steps between two looks, at least: a mean over fewer is mostly noise
-HOLD = 128  # steps over which all looks must see the same; p~(y) itself is the mean of so many
+EVERY = 32  # minimum steps between two checks; a mean over fewer is mostly noise
+HOLD = 128  # steps that a failure must last; p~(y) itself is a mean over 128 steps
 
-COLLAPSED = 0.5, 0.4  # p~(y) of one class, and how much more that is than its p(y)
-RATIO = 10.0  # p(y) / p~(y), or its inverse, of a class that is hardly guessed, or too much
-LOST_CLASSES = 0.2  # share of all classes that are hardly guessed
-USED = 0.01  # share of guesses that reach the threshold
-INFORMED = 0.04  # confidence between that of equal guesses (0) and certainty (1)
-FLAT = 0.95  # loss_x as a share of what guessing by the labels' frequencies costs
-AGREEMENT = 0.3  # of the network and f_ema, between that of chance (0) and that of equals (1): Cohen's kappa
+COLLAPSED = 0.5, 0.4  # minimum p~(y) of one class, and minimum excess over its p(y)
+RATIO = 10.0  # p(y) / p~(y), or its inverse, of a class that is predicted far too rarely or too often
+LOST_CLASSES = 0.2  # fraction of classes that are predicted far too rarely
+USED = 0.01  # fraction of pseudo-labels that reach the threshold
+INFORMED = 0.04  # confidence, scaled from identical pseudo-labels (0) to certainty (1)
+FLAT = 0.95  # loss_x relative to the loss of predicting the labels' frequencies
+AGREEMENT = 0.3  # of the network and f_ema, scaled from chance (0) to identical (1): Cohen's kappa
 
-# f_ema and the network are compared on 64 to 256 images, after 200 times as many rows were trained: two passes without
-# gradient cost about a third of the trained rows' three, so the comparison takes 0.33 % of a run's time
+# f_ema and the network are compared on 64 to 256 images, each time after training on 200 times as many. Two passes
+# without gradient cost about two thirds of a training pass, so the comparison takes 0.33 % of a run's time.
 _LEAST_IMAGES, _MOST_IMAGES, _ROWS_AN_IMAGE = 64, 256, 200
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen of a run at one moment.
+    """State of a run at one check.
 
     Attributes:
-        step: steps done.
-        p_model: (L,) p~(y), the mean guess of the last 128 steps, before alignment.
+        step: Steps done.
+        p_model: (L,) p~(y), the mean prediction of the last 128 steps, before alignment.
         label_marginal: (L,) p(y).
-        agreement: share of training images that the network and f_ema classify alike, and what it would be by chance;
-            None where it was not measured.
+        agreement: Fraction of training images that the network and f_ema classify alike, and the fraction expected by
+            chance; None if not measured.
     """
 
     step: int
@@ -55,28 +56,29 @@ class Observation:
 
 
 class Health:
-    """Turns what is seen of a run into warnings.
+    """Checks of a run that return warnings.
 
     Args:
-        config: of the run.
-        classes: names of the L classes.
-        label_counts: (L,) labeled images of every class.
-        images_per_step: rows of a step that are trained, over all ranks.
+        config: Configuration of the run.
+        classes: Names of the L classes.
+        label_counts: (L,) labeled images per class.
+        images_per_step: Images that a step trains on, over all ranks.
 
     Attributes:
-        late: the first step at which a failure counts: the end of the ramp, but between 1 024 and 16 384 steps; a
-            quarter of the run is late anyway, once p~(y) has forgotten that it started uniform.
-        ema_late: likewise of f_ema, which is far from the network at first whatever happens: five times the steps that
-            its decay or its running statistics average over. At three quarters of a run it is late anyway.
-        images: how many the network and f_ema are compared on.
+        late: First step at which failures count: the end of the ramp, limited to 1 024 to 16 384 steps, or a quarter of
+            the run if that is earlier; but at least HOLD steps, when p~(y) no longer contains its uniform start.
+        ema_late: First step at which a distant f_ema counts. It always starts far from the network, so this is five
+            times the steps that its decay or its running statistics average over, or three quarters of the run if that
+            is earlier; but at least `late`.
+        images: Number of images for the comparison of the network and f_ema.
     """
 
     def __init__(self, config: Config, classes: Sequence[str], label_counts: np.ndarray, images_per_step: int) -> None:
         self.config, self.classes = config, tuple(classes)
         frequencies = label_counts / label_counts.sum()
         seen = frequencies[frequencies > 0]
-        self.chance = float(-(seen * np.log(seen)).sum())  # loss_x of the best constant guess
-        # where p(y) goes: the running one is partly uniform for its first thousands of steps
+        self.chance = float(-(seen * np.log(seen)).sum())  # loss_x of the best constant prediction
+        # The limit of p(y): the running average is partly uniform for its first thousands of steps.
         self.p_data = np.asarray(config.class_distribution or frequencies)
         ramp = config.ramp_kimg * 1024 / config.batch
         self.late = max(min(max(ramp, 1024), 16384, config.steps / 4), HOLD)
@@ -85,17 +87,17 @@ class Health:
         self.images_per_step = images_per_step
         affordable = config.eval_every * images_per_step // _ROWS_AN_IMAGE
         self.images = min(max(affordable, _LEAST_IMAGES), _MOST_IMAGES)
-        if config.bn == "split":  # whose groups have to be full
+        if config.bn == "split":  # which needs full groups
             group = config.batch // config.bn_groups
             self.images = max(self.images // group, 1) * group
         self._said: list[str] = []
-        self._since: dict[str, int] = {}  # the first look of those in a row that saw a kind of failure
-        self._looked = self._compared = 0  # the last step at which
-        self._sums = dict.fromkeys(("loss_x", "confidence", "guesses_used"), 0.0)  # over the steps since the last look
-        self._steps = 0  # of which there are so many
+        self._since: dict[str, int] = {}  # by kind of failure, the first of the consecutive checks that found it
+        self._looked = self._compared = 0  # step of the last check, and of the last comparison
+        self._sums = dict.fromkeys(("loss_x", "confidence", "guesses_used"), 0.0)  # since the last check
+        self._steps = 0  # since the last check
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, with which a resumed run goes on as if undisturbed."""
+        """Return plain values from which a resumed run continues as if undisturbed."""
         return {
             "said": list(self._said),
             "since": dict(self._since),
@@ -106,32 +108,32 @@ class Health:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Load the result of `state_dict`."""
         self._said, self._since = list(state["said"]), dict(state["since"])
         self._looked, self._compared = state["looked"], state["compared"]
         self._sums, self._steps = dict(state["sums"]), state["steps"]
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of the next step."""
+        """Add the metrics of the next step."""
         for name in self._sums:
             self._sums[name] += metrics[name]
         self._steps += 1
 
     def due(self, step: int) -> bool:
-        """Whether it is time for another look, `step` steps done."""
+        """Return whether it is time for a check after `step` steps."""
         return self._steps > 0 and step - self._looked >= EVERY
 
     def comparing(self, step: int) -> bool:
-        """Whether the network and f_ema should be compared for it, which takes two passes over `images` images."""
+        """Return whether the check should compare the network and f_ema: two passes over `images` images."""
         rows = (step - self._compared) * self.images_per_step
         return step >= self.ema_late and "ema" not in self._said and rows >= _ROWS_AN_IMAGE * self.images
 
     def check(self, seen: Observation) -> list[str]:
-        """Looks at the run, and forgets the steps that were added before.
+        """Check the run, and reset the means over steps.
 
         Returns:
-            A line for the kind of failure that is there, if it has been for long enough and was not said before; of
-            several kinds for the first of `_found`. Otherwise none.
+            A list with one line if there is a failure that has lasted long enough and has not been reported; if there
+            are several, for the first kind in `_found`. Otherwise an empty list.
         """
         means = {name: value / self._steps for name, value in self._sums.items()}
         self._sums, self._steps, self._looked = dict.fromkeys(self._sums, 0.0), 0, seen.step
@@ -140,7 +142,7 @@ class Health:
         found = self._found(seen, means) if seen.step >= self.late else {}
         self._since = {kind: self._since.get(kind, seen.step) for kind in found}
         for kind, text in found.items():
-            # one comparison of f_ema is enough: they are rare, and of many images
+            # A single comparison of f_ema is enough: they are rare and use many images.
             lasts = kind == "ema" or seen.step - self._since[kind] >= HOLD
             if not lasts or kind in self._said:
                 break
@@ -149,10 +151,10 @@ class Health:
         return []
 
     def _found(self, seen: Observation, means: Mapping[str, float]) -> dict[str, str]:
-        """What is wrong at this look, by its kind, causes before their results.
+        """Return the failures found by this check, by kind, causes before their effects.
 
-        Where guesses collapse, labels are not learned any more; where labels are not learned, guesses say nothing and
-        their marginals are arbitrary; and the EMA of a network that is in any such trouble says nothing about itself.
+        If pseudo-labels collapse, labels are no longer learned. If labels are not learned, pseudo-labels carry no
+        information and their marginal is arbitrary. The EMA of such a network cannot be judged.
         """
         found = {"flat": self._flat(means["loss_x"]), "ema": self._ema_far(seen)}
         if self.config.unlabeled:
@@ -168,73 +170,75 @@ class Health:
         return {kind: text for kind, text in found.items() if text}
 
     def _collapse(self, p_model: np.ndarray) -> str:
-        """Whether most guesses are of one class, or several classes are hardly guessed, and labels say otherwise."""
+        """Check whether one class dominates the pseudo-labels, or several are nearly missing, unlike in the labels."""
         c, p_data = self.config, self.p_data
         align = "on" if c.align else "off"
-        advice = f"look at --align ({align}), --w-u {c.w_u:g}, --ramp-kimg {c.ramp_kimg:g} and --lr {c.lr:g}"
+        advice = f"check --align ({align}), --w-u {c.w_u:g}, --ramp-kimg {c.ramp_kimg:g} and --lr {c.lr:g}"
         most = int((p_model - p_data).argmax())
         mass, excess = COLLAPSED
         if p_model[most] >= mass and p_model[most] - p_data[most] >= excess:
             return (
-                f"guesses collapse: {p_model[most]:.0%} of the mean guess of the last 128 steps is class "
-                f"{self.classes[most]}, whose share p(y) is {p_data[most]:.0%}; {advice}"
+                f"pseudo-labels collapsed: the mean prediction of the last 128 steps is {100 * p_model[most]:.0f} % "
+                f"class {self.classes[most]}, whose p(y) is {100 * p_data[most]:.0f} %; {advice}"
             )
         lost = np.flatnonzero((self._ratio(p_model) > RATIO) & (p_data >= self._notable))
-        # a given p(y) may be wrong in several classes: that is for `_ratio_stuck`
+        # A given p(y) may be wrong for several classes; `_ratio_stuck` reports that.
         if c.class_distribution or len(lost) < max(2, LOST_CLASSES * len(p_data)):
             return ""
         names = ", ".join(self.classes[each] for each in lost[:5]) + (", ..." if len(lost) > 5 else "")
         return (
-            f"guesses collapse: {len(lost)} of {len(p_data)} classes ({names}) have less than a tenth of their share "
-            f"p(y) in the mean guess of the last 128 steps; {advice}"
+            f"pseudo-labels collapsed: in the mean prediction of the last 128 steps, {len(lost)} of {len(p_data)} "
+            f"classes ({names}) have less than a tenth of their p(y); {advice}"
         )
 
     def _flat(self, loss_x: float) -> str:
-        """Whether labeled images are classified no better than by a constant.
+        """Check whether labeled images are classified no better than by a constant prediction.
 
-        That a loss no longer falls says little: mixup and augmentation leave it above 0, at a floor that differs
-        between methods. So it is compared with chance alone.
+        A loss that stops falling means little: mixup and augmentation keep it above 0, at a floor that depends on the
+        method. So loss_x is only compared with chance.
         """
         if self.chance == 0 or loss_x < FLAT * self.chance:
             return ""
         return (
-            f"the labels are not learned: loss_x is {loss_x:.2f}, and a constant guess of their frequencies costs "
-            f"{self.chance:.2f}; look at --lr {self.config.lr:g}, --weight-decay {self.config.weight_decay:g}, and "
-            "whether images have their own labels (remixmatch data info --png)"
+            f"labels are not learned: loss_x is {loss_x:.2f}, and a constant prediction of their frequencies has "
+            f"{self.chance:.2f}; check --lr {self.config.lr:g}, --weight-decay {self.config.weight_decay:g}, and "
+            "whether the labels match the images: "
+            f"remixmatch data info {shlex.quote(self.config.dataset)} --png classes.png"
         )
 
     def _unused(self, used: float) -> str:
-        """Whether nearly all guesses are below the threshold, so that the run is one on labeled images alone."""
+        """Check whether nearly all pseudo-labels are below the threshold, which leaves only labeled images."""
         if not self.config.threshold or used >= USED:
             return ""
         return (
-            f"hardly a guess is used: {used:.1%} of them reach --threshold {self.config.threshold:g}; look at that, "
-            f"--lr {self.config.lr:g} and --labels {self.config.labels}"
+            f"almost no pseudo-labels are used: {100 * used:.1f} % reach --threshold {self.config.threshold:g}; check "
+            f"--threshold, --lr {self.config.lr:g} and --labels {self.config.labels}"
         )
 
     def _prior(self, p_model: np.ndarray, label_marginal: np.ndarray, confidence: float) -> str:
-        """Whether guesses hardly differ from image to image.
+        """Check whether pseudo-labels hardly differ between images.
 
-        If every image had the guess p~(y), alignment would turn it into p(y), and sharpening that into p(y)^(1/T),
-        normalised. The largest entry of this is the confidence that would be logged. Where guesses differ, each is more
-        certain of some class, and the mean of their largest entries lies above it. That says nothing where labels are
-        hard, or where only confident guesses count: see `_unused`.
+        If the prediction were p~(y) for every image, alignment would turn it into p(y), and sharpening into normalized
+        p(y)^(1/T), whose largest entry would be the logged confidence. If predictions differ, each is more certain of
+        some class, and the mean confidence is higher. This check does not apply to hard labels or if only confident
+        pseudo-labels count; see `_unused`.
         """
         c = self.config
         if c.hard_labels or c.threshold:
             return ""
         sharp = (label_marginal if c.align else p_model) ** (1 / c.temperature)
         same = sharp.max() / sharp.sum()
-        # where one class has nearly everything, equal guesses and certain ones look alike
+        # If one class has nearly all of p(y), identical and certain pseudo-labels cannot be told apart.
         if same > 0.9 or confidence >= same + INFORMED * (1 - same):
             return ""
         return (
-            f"guesses say no more than the prior: their mean confidence is {confidence:.3f}, and {same:.3f} if all "
-            f"images had the same; look at --temperature {c.temperature:g}, --w-u {c.w_u:g} and --lr {c.lr:g}"
+            f"pseudo-labels carry no more information than the class prior: their mean confidence is {confidence:.3f}, "
+            f"and identical ones would have {same:.3f}; check --temperature {c.temperature:g}, --w-u {c.w_u:g} and "
+            f"--lr {c.lr:g}"
         )
 
     def _ratio_stuck(self, p_model: np.ndarray) -> str:
-        """Whether alignment has pulled at some class for long, and its guesses do not come to p(y)."""
+        """Check whether alignment fails to bring some class's pseudo-labels to p(y)."""
         p_data, ratio = self.p_data, self._ratio(p_model)
         too_rare = (ratio > RATIO) & (p_data >= self._notable)
         too_often = (ratio < 1 / RATIO) & (p_model >= self._notable)
@@ -243,17 +247,17 @@ class Health:
             return ""
         worst = int(np.where(limit, np.abs(np.log(ratio)), -1).argmax())
         advice = (
-            "the given --class-distribution or --class-prior, which the images may not have"
+            "whether --class-distribution or --class-prior matches the images"
             if self.config.class_distribution
-            else "the labels of this class; if images have other frequencies than labels, --class-prior says which"
+            else "the labels of this class; if the class frequencies of images and labels differ, set --class-prior"
         )
         return (
-            f"distribution alignment does not bring the guesses to p(y): class {self.classes[worst]} has p(y) "
-            f"{p_data[worst]:.3f} and p~(y) {p_model[worst]:.3f}, a ratio of {ratio[worst]:.3g}; look at {advice}"
+            f"distribution alignment does not bring pseudo-labels to p(y): class {self.classes[worst]} has p(y) "
+            f"{p_data[worst]:.3f} and p~(y) {p_model[worst]:.3f}, a ratio of {ratio[worst]:.3g}; check {advice}"
         )
 
     def _ema_far(self, seen: Observation) -> str:
-        """Whether what is evaluated is another network than what learns."""
+        """Check whether the evaluated EMA model differs too much from the trained network."""
         if seen.agreement is None or seen.step < self.ema_late:
             return ""
         share, by_chance = seen.agreement
@@ -261,21 +265,21 @@ class Health:
             return ""
         c = self.config
         return (
-            f"the EMA model, which is what counts, is far from the network: they agree on {share:.0%} of {self.images} "
-            f"training images, {by_chance:.0%} by chance; look at --ema-decay {c.ema_decay:g} and --bn-momentum "
-            f"{c.bn_momentum:g}, which may be too slow for --steps {c.steps}"
+            f"the evaluated EMA model is far from the network: they agree on {100 * share:.0f} % of {self.images} "
+            f"training images ({100 * by_chance:.0f} % expected by chance); check --ema-decay {c.ema_decay:g} and "
+            f"--bn-momentum {c.bn_momentum:g}, which may be too slow for --steps {c.steps}"
         )
 
     def _ratio(self, p_model: np.ndarray) -> np.ndarray:
-        """(L,) by which alignment multiplies guesses: section 3.1 of the paper."""
+        """Return the (L,) factors by which alignment multiplies predictions: section 3.1 of the paper."""
         return (self.p_data + EPSILON) / (p_model + EPSILON)
 
     @property
     def _notable(self) -> float:
-        """A class of a smaller share, a fifth of an equal one, is guessed too rarely for its ratio to mean much."""
+        """Least class probability, a fifth of a uniform one, at which a ratio is meaningful."""
         return 0.2 / len(self.p_data)
 
 
 def compared_images(images: np.ndarray, count: int) -> np.ndarray:
-    """So many images, evenly spaced, some more than once where there are fewer: (N, H, W, 3) to (count, H, W, 3)."""
+    """Return `count` evenly spaced images, with repetitions if N < count: (N, H, W, 3) to (count, H, W, 3)."""
     return take_images(images, np.linspace(0, len(images) - 1, count).astype(np.int64))

@@ -1,8 +1,8 @@
-"""What a run keeps for `remixmatch report`, beside its metrics.
+"""Data that a run saves for `remixmatch report`, in addition to its metrics.
 
-history.jsonl has a row for evaluations, at most MOST_ROWS of them: p~(y), p(y), CTAugment's bins, and how good guesses
-are. results.npz is written at the end: predictions on the test images, the most confident errors and a few views as
-images, so that a report needs neither the data nor the network. Nothing here changes what is trained.
+history.jsonl has records of at most MOST_ROWS evaluations: p~(y), p(y), CTAugment's bins, and the quality of
+pseudo-labels. results.npz is written at the end: predictions on the test images, the most confident errors and a few
+views as images, so that a report needs neither the data nor the network. Nothing here affects training.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ HISTORY, RESULTS = "history.jsonl", "results.npz"
 MOST_ROWS = 200
 MOST_PREDICTIONS = 50_000
 MOST_ERRORS = 24
-LARGEST_SIDE = 96  # of a stored picture, in pixels
+LARGEST_SIDE = 96  # of a saved image, in pixels
 
 _ARRAYS = ("labels", "predicted", "confidence", "test_images", "errors", "error_images", "views", "captions")
 
-# guesses are made of 128 to 256 images, after 100 times as many rows were trained: a pass without gradient costs about
-# a third of a trained row's three, so this takes a third of a percent of a run's time
+# The quality of pseudo-labels is measured on 128 to 256 images, each time after training on 100 times as many. A pass
+# without gradient costs about a third of a training pass, so this takes 0.33 % of a run's time.
 _LEAST_IMAGES, _MOST_IMAGES, _ROWS_AN_IMAGE = 128, 256, 100
 
 
 class History:
-    """Rows of history.jsonl: one an evaluation, and every second of them is dropped when there are too many.
+    """Writer of history.jsonl: a record per evaluation; every second one is dropped when there are too many.
 
-    Which rows stay depends on their steps alone, and resuming drops those of steps that will be trained again, so that
-    a resumed run's file ends as an undisturbed one's. The file is replaced as a whole with each row; where that fails,
-    training goes on, and the next row tries again.
+    The steps alone decide which records stay, and resuming drops those of steps that will be trained again, so a
+    resumed run ends with the same file as an undisturbed one. Each new record replaces the whole file. If that fails,
+    training continues and the next record retries.
 
     Args:
-        folder: the run's.
-        step: steps done when the run starts or resumes.
-        every: steps between rows.
+        folder: Folder of the run.
+        step: Steps done when the run starts or resumes.
+        every: Steps between evaluations.
     """
 
     def __init__(self, folder: Path, step: int, every: int) -> None:
@@ -55,13 +55,13 @@ class History:
         found = read_history(folder)
         self._rows = [(row["step"], _line(row)) for row in found if row["step"] <= step]
         first = self._rows[0][0] // every if self._rows and self._rows[0][0] % every == 0 else 1
-        self._stride = first & -first  # evaluations between rows that stay, a power of two
+        self._stride = first & -first  # evaluations between records that stay, a power of two
         self._trouble = False
         if len(self._rows) < len(found):
             self._write()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Adds a row. The newest is always there, even if it will not stay."""
+        """Add a record. The newest one is always in the file, even if it will be dropped later."""
         rows = self._rows
         if rows and rows[-1][0] % (self._every * self._stride):
             rows.pop()
@@ -72,7 +72,7 @@ class History:
         self._write()
 
     def catch_up(self) -> None:
-        """Writes all rows where they are not in the file, if that can be done now."""
+        """Retry writing if the last attempt failed or the file is missing."""
         if self._trouble or (self._rows and not self._path.exists()):
             self._write()
 
@@ -82,7 +82,7 @@ class History:
             write_text(self._path, "".join(line for _, line in self._rows))
         except OSError as error:
             if not self._trouble:
-                log.warning(f"{self._path} cannot be written ({error.strerror or error}); it is tried again")
+                log.warning(f"cannot write {self._path} ({error.strerror or error}); retrying")
             self._trouble = True
         else:
             self._trouble = False
@@ -93,12 +93,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's history.jsonl; see `engine.runs.progress.read_metrics`."""
+    """Return the records of a run's history.jsonl; see `engine.runs.progress.read_metrics`."""
     return [row for row in read_json_lines(folder / HISTORY) if isinstance(row.get("step"), int)]
 
 
 def named_bins(weights: np.ndarray) -> dict[str, list[list[float]]]:
-    """CTAugment's bin weights by transformation, for each of its parameters a list over its bins.
+    """Return CTAugment's bin weights by transformation: for each of its parameters, a list over its bins.
 
     Args:
         weights: (T, 2, 17) float64.
@@ -112,37 +112,37 @@ def named_bins(weights: np.ndarray) -> dict[str, list[list[float]]]:
 
 @dataclass(frozen=True)
 class GuessedImages:
-    """Training images whose label is in the data set and not known to training, on which guesses are compared with it.
+    """Training images on which pseudo-labels are compared with true labels that are hidden from training.
 
     Attributes:
-        rows: (n,) int64, of the training images, evenly spaced.
-        every: evaluations between two comparisons, a power of two; 0 where there is no such image.
+        rows: (n,) int64, indices of the training images, evenly spaced.
+        every: Evaluations between two comparisons, a power of two; 0 if there is no such image.
     """
 
     rows: np.ndarray
     every: int
 
     def due(self, step: int, config: Config) -> bool:
-        """Whether guesses are compared at the evaluation of `step`; at the last one always."""
+        """Return whether to compare at the evaluation of `step`; always true for the last one."""
         if not self.every:
             return False
         return step == config.steps or step % (config.eval_every * self.every) == 0
 
 
 def guessed_images(config: Config, data: DataSet, split: np.ndarray, images_per_step: int) -> GuessedImages:
-    """Chooses the images on which guesses are compared with labels, for the report alone.
+    """Choose the images on which pseudo-labels are compared with true labels, for the report only.
 
     Args:
-        config: of the run.
-        data: its data set.
-        split: (labels,) int64, the training images that keep their label: these are left out.
-        images_per_step: rows of a step that are trained, over all ranks.
+        config: Configuration of the run.
+        data: Its data set.
+        split: (labels,) int64, indices of the labeled training images, which are excluded.
+        images_per_step: Images that a step trains on, over all ranks.
     """
     hidden = np.setdiff1d(data.unlabeled_indices, split) if config.unlabeled else np.empty(0, np.int64)
     hidden = hidden[data.train_labels[hidden] >= 0]
     rows_between = config.eval_every * images_per_step
     count = min(max(rows_between // _ROWS_AN_IMAGE, _LEAST_IMAGES), _MOST_IMAGES, len(hidden))
-    if config.bn == "split":  # whose groups have to be full
+    if config.bn == "split":  # which needs full groups
         group = config.batch // config.bn_groups
         count = max(count // group, 1) * group if len(hidden) >= group else 0
     if not count:
@@ -155,12 +155,11 @@ def guessed_images(config: Config, data: DataSet, split: np.ndarray, images_per_
 
 @dataclass(frozen=True)
 class SampleViews:
-    """A few images and their views, as pictures.
+    """A few images and their views.
 
     Attributes:
-        images: (R, C, H, W, 3) uint8: a row for each image, and in it the image, its weak view if the method has one,
-            and strong views.
-        captions: (R, C), the first of each row "image".
+        images: (R, C, H, W, 3) uint8. Each row holds an image, its weak view if the method has one, and strong views.
+        captions: (R, C); the first of each row is "image".
     """
 
     images: np.ndarray
@@ -168,17 +167,17 @@ class SampleViews:
 
 
 def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: DataSet, views: SampleViews) -> None:
-    """Writes results.npz.
+    """Write results.npz.
 
     Args:
-        folder: the run's.
-        probabilities: (n, L) float32, of the test images `rows`.
-        rows: of `predicted_rows`.
-        data: the data set.
-        views: of training images.
+        folder: Folder of the run.
+        probabilities: (n, L) float32, predictions for the test images `rows`.
+        rows: The result of `predicted_rows`.
+        data: The data set.
+        views: Views of training images.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: The file cannot be written.
     """
     labels = data.test_labels[rows]
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
@@ -199,12 +198,12 @@ def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: Dat
 
 
 def predicted_rows(data: DataSet) -> slice:
-    """Test images whose predictions are kept: all, or every n-th where they are many."""
+    """Return the test images whose predictions are saved: all, or every n-th if there are many."""
     return slice(None, None, max(math.ceil(len(data.test_labels) / MOST_PREDICTIONS), 1))
 
 
 def _small(images: np.ndarray) -> np.ndarray:
-    """(..., H, W, 3) uint8 images, reduced where they are larger than a report shows."""
+    """Shrink (..., H, W, 3) uint8 images that are larger than LARGEST_SIDE."""
     factor = math.ceil(max(images.shape[-3:-1]) / LARGEST_SIDE)
     if factor == 1:
         return images
@@ -217,9 +216,9 @@ def _small(images: np.ndarray) -> np.ndarray:
 
 
 def read_results(folder: Path) -> dict[str, np.ndarray] | None:
-    """The arrays that `save_results` has written; None where they are missing or damaged, as in a run that goes on."""
+    """Return the arrays written by `save_results`; None if they are missing or damaged, as in an unfinished run."""
     try:
         with np.load(folder / RESULTS, allow_pickle=False) as found:
             return {name: found[name] for name in _ARRAYS}
-    except Exception:  # a damaged file fails in as many ways as there are bytes
+    except Exception:  # damaged files raise all kinds of errors
         return None

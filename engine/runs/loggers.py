@@ -1,8 +1,8 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, or Weights & Biases or trackio by their own clients.
+"""Loggers of metrics, in addition to metrics.jsonl: TensorBoard, Weights & Biases, trackio.
 
-A logger is given rows in the order of their steps. What it was given stands in logged.json of the run's folder, by its
-name: the last step, and the client's id of the run. A resumed run goes on from there, whatever logged it before: what
-a logger lacks of metrics.jsonl is given to it, and a client, which cannot take a row back, is given no step twice.
+A logger receives metrics in the order of their steps. For each logger, logged.json in the run's folder holds the last
+step it received and the client's run ID. A resumed run continues from there with any logger: it sends the metrics that
+the logger lacks, and sends no step twice, because clients cannot undo a step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pipelines.files import first_line, read_json, write_text
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 60.0  # that a client is given at the end of a run
-OPEN_SECONDS = 30.0  # that wandb is given to reach its server, before it is tried again
-PROJECT = "remixmatch"  # in which the clients show a run
+CLOSE_SECONDS = 60.0  # time for a client to finish at the end of a run
+OPEN_SECONDS = 30.0  # time for wandb to reach its server before a retry
+PROJECT = "remixmatch"  # project name in the clients
 
 
 class Row(NamedTuple):
-    """Metrics of one step, with the time when they came, in s."""
+    """Metrics of one step and the time of their arrival, in seconds since the epoch."""
 
     time: float
     step: int
@@ -40,30 +40,30 @@ class Row(NamedTuple):
 
 
 class Logger(Protocol):
-    """Takes rows of metrics."""
+    """Destination of metrics."""
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows.
+        """Log metrics.
 
         Raises:
-            OSError: they are to be given again.
+            OSError: They were not logged and must be passed again.
         """
 
     def close(self) -> None:
-        """Ends it, with all that it was given."""
+        """Log everything received so far, and close."""
 
 
 def open_logger(name: str, folder: Path, step: int, config: Mapping[str, Any]) -> tuple[Logger, int]:
-    """A logger by its name, which imports nothing and writes nothing before its first row.
+    """Open a logger by its name; it imports and writes nothing before the first metrics.
 
     Args:
         name: "tensorboard", "wandb" or "trackio".
-        folder: the run's.
-        step: steps done when the run starts or resumes.
-        config: what clients are told of the run.
+        folder: Folder of the run.
+        step: Steps done when the run starts or resumes.
+        config: Configuration that clients show with the run.
 
     Returns:
-        The logger, and the last step that it has and keeps; its first row is to be of a later one.
+        The logger, and the last step that it already has. The first metrics must be of a later step.
     """
     last = _logged(folder, name).get("step", 0)
     if name == "tensorboard":
@@ -73,7 +73,7 @@ def open_logger(name: str, folder: Path, step: int, config: Mapping[str, Any]) -
 
 
 def _logged(folder: Path, name: str) -> dict[str, Any]:
-    """What logged.json says of a logger; nothing where it is not there or damaged."""
+    """Return a logger's entry in logged.json, or an empty one if it is missing or damaged."""
     found = read_json(folder / "logged.json").get(name)
     return found if isinstance(found, dict) else {}
 
@@ -85,13 +85,13 @@ def _update_state(folder: Path, name: str, **values: Any) -> None:
 
 
 class Board:
-    """Files of TensorBoard's, which nothing but `write` writes to.
+    """Writer of TensorBoard event files.
 
-    Its own writer has a thread that writes, and that an error ends with a traceback.
+    Unlike TensorBoard's own writer it has no thread, which a write error would end with a traceback.
 
     Args:
-        folder: the run's.
-        last: what earlier files say of steps after this one is to be forgotten.
+        folder: Folder of the run.
+        last: TensorBoard is told to discard later steps of earlier files.
     """
 
     _files = itertools.count()
@@ -101,7 +101,7 @@ class Board:
         self._path: Path | None = None
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows; after an error the next file begins with them, and what this one has of them is forgotten."""
+        """Log metrics. After an error a new file starts with them, and TensorBoard discards those in the old file."""
         try:
             if self._path is None or not self._path.exists():
                 self._begin()
@@ -111,15 +111,15 @@ class Board:
             raise
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing; every write is complete."""
 
     def _begin(self) -> None:
-        # imported when there is something to write: that takes half a second, for which no start should wait
+        # Importing this takes half a second, which should not delay the start.
         from tensorboard.compat.proto import event_pb2
 
         folder = self._folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names, of which those of one second differ in the number
+        # TensorBoard reads files in the order of their names; the number orders those of the same second.
         number = f"{os.getpid()}.{next(self._files):06}"
         self._path = folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number}"
         self._event = event_pb2.Event
@@ -153,16 +153,16 @@ class Board:
 
 
 class Client:
-    """A client of somebody else's, in a thread of its own: it may wait for a network, and no step should.
+    """Runs a third-party client in its own thread so that network waits never block training.
 
-    What it raises is one warning. The rows are kept and tried again with the next ones; what is left at the end, a
-    resumed run gives it. A row counts as given once the client has taken it. After a kill those are missing that it had
-    not written yet: of wandb's offline files the last 15 seconds.
+    Errors of the client cause one warning. Unsent metrics are retried with the next ones, and sent by a resumed run if
+    any are left at the end. Metrics count as sent once the client has accepted them. A kill loses those that the client
+    has not written yet: the last 15 seconds of wandb's offline files.
 
     Args:
         name: "wandb" or "trackio".
-        folder: the run's.
-        config: of the run.
+        folder: Folder of the run.
+        config: Configuration that the client shows with the run.
     """
 
     def __init__(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
@@ -173,14 +173,14 @@ class Client:
         self._failed = False
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Leaves rows to the thread."""
+        """Queue metrics for the thread."""
         if rows and self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._queue.put(rows)
 
     def close(self) -> None:
-        """Waits until the client has ended, but not for long."""
+        """Wait until the client has finished, for at most CLOSE_SECONDS."""
         self._queue.put(None)
         if self._thread:
             self._thread.join(CLOSE_SECONDS)
@@ -192,7 +192,7 @@ class Client:
         client: _Open | None = None
         new: list[Sequence[Row] | None] = []
         while None not in new:
-            # with all that came while the client was busy, such as waiting for a server that is not there
+            # Take everything that arrived while the client was busy, for example waiting for a server.
             new = [self._queue.get(), *(self._queue.get() for _ in range(self._queue.qsize()))]
             rows += [row for each in new for row in each or ()]
             before = client
@@ -206,7 +206,7 @@ class Client:
                 client.finish()
 
     def _give(self, client: _Open, rows: list[Row]) -> None:
-        """Has the client log rows, and takes those off that it has taken."""
+        """Have the client log metrics, and remove those it has accepted from the list."""
         last = 0
         try:
             while rows:
@@ -218,7 +218,7 @@ class Client:
 
     @contextlib.contextmanager
     def _forgiving(self) -> Iterator[None]:
-        """Whatever a client fails by, training goes on; what it prints is kept from the terminal."""
+        """Turn any error of the client into a warning, and keep its output off the terminal."""
         try:
             with _quiet():
                 yield
@@ -232,12 +232,12 @@ class Client:
 
     def _fail(self, what: str) -> None:
         if not self._failed:
-            log.warning(f"--log {self._name} failed ({what}); metrics.jsonl has every row, and --resume sends the rest")
+            log.warning(f"--log {self._name} failed ({what}); metrics.jsonl is complete, and --resume sends the rest")
         self._failed = True
 
 
 class _Open(NamedTuple):
-    """A client's run: where it is shown, and what logs a row and ends it."""
+    """A run opened in a client: where to view it, and functions that log metrics and finish it."""
 
     where: str
     log: Callable[[Row], object]
@@ -254,12 +254,12 @@ def _open_wandb(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
         resume="allow",
         dir=folder,
         config=config,
-        reinit="create_new",  # not into a run that the caller of engine.api may have open
+        reinit="create_new",  # not the run that a caller of engine.api may have open
         settings=wandb.Settings(silent=True, console="off", init_timeout=OPEN_SECONDS),
     )
 
     def log(row: Row) -> None:
-        # complete, since no later row has its step: what it waits with, a kill would lose
+        # Commit at once: no more metrics of this step follow, and a kill would lose uncommitted ones.
         run.log({**row.values, "_timestamp": row.time}, step=row.step, commit=True)
 
     where = f"wandb sync {Path(run.dir).parent}" if run.offline else str(run.url)
@@ -269,7 +269,7 @@ def _open_wandb(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
 def _open_trackio(folder: Path, run_id: str, config: dict[str, Any]) -> _Open:
     import trackio
 
-    # known by its name, which of two folders may be one
+    # trackio identifies runs by name, and two folders may have the same name.
     run = trackio.init(PROJECT, name=f"{folder.name}-{run_id}", resume="allow", config=config, embed=False)
     where = f"trackio show --project {PROJECT}"
     return _Open(where, lambda row: run.log(dict(row.values), step=row.step), run.finish)
@@ -279,7 +279,7 @@ _OPEN: dict[str, Callable[[Path, str, dict[str, Any]], _Open]] = {"wandb": _open
 
 
 class _Others:
-    """A stream, but for what the thread that made this writes, to which it is no terminal."""
+    """A stream that discards the output of the thread that created it, and is no terminal for that thread."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._thread = stream, threading.get_ident()
@@ -299,10 +299,9 @@ class _Others:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps this thread's words from the terminal: stdout is for results, and stderr for the progress of the run.
+    """Keep this thread's output off the terminal: stdout is for results, and stderr for progress.
 
-    wandb asks for a missing key on a terminal, and raises without one; nobody would expect the question in the middle
-    of a run.
+    Without a terminal, wandb raises an error for a missing API key instead of asking for it in the middle of a run.
     """
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     ours = {name: _Others(stream) for name, stream in before.items()}
@@ -312,5 +311,5 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         for name, stream in ours.items():
-            if getattr(sys, name) is stream:  # where a client hangs, others may have replaced it in the meantime
+            if getattr(sys, name) is stream:  # if a client hangs, others may have replaced it meanwhile
                 setattr(sys, name, before[name])

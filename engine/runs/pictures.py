@@ -1,4 +1,4 @@
-"""The two pictures of a run: its curves, and a grid of its views."""
+"""The two images of a run: curves.png, and views.png with a grid of views."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ GRID_STRONG = 8
 
 
 def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
-    """Draws test accuracy, losses, and alignment over the steps.
+    """Plot test accuracy, losses and alignment over the steps.
 
     Args:
-        metrics: rows as `progress.read_metrics` gives them.
-        path: of the PNG.
+        metrics: The result of `progress.read_metrics`.
+        path: The PNG file.
     """
 
     def series(name: str) -> tuple[list[float], list[float]]:
@@ -47,7 +47,7 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
     axes[1].legend()
     labels = {
         "alignment_gap": "|p(y) - p~(y)| / 2",
-        "confidence": "confidence of the guesses",
+        "confidence": "confidence of pseudo-labels",
         "omega": "CTAugment's omega (probes)",
     }
     for name, label in labels.items():
@@ -60,13 +60,13 @@ def draw_curves(metrics: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def make_views(feed: Feed, step: int) -> SampleViews:
-    """The first unlabeled images of a step: image, weak view, and strong views with their names.
+    """Make views of a step's first unlabeled images: image, weak view, and strong views with captions.
 
-    Labeled images and their strong view where the method has no unlabeled ones.
+    If the method uses no unlabeled images, take labeled images and their strong view.
 
     Args:
-        feed: of the run; knows every probe that the step's plan may know.
-        step: whose plan it is.
+        feed: Feed of the run, with all probes that the step's plan depends on.
+        step: The step whose plan is used.
     """
     spec, config, data = feed.spec, feed.config, feed.data
     shown_rows = data.unlabeled_indices if spec.unlabeled_images else feed.split
@@ -95,14 +95,14 @@ def make_views(feed: Feed, step: int) -> SampleViews:
 
 
 def draw_views(views: SampleViews, path: Path) -> None:
-    """Draws views, a row for each image, with their captions.
+    """Draw views with their captions, one row per image.
 
     Args:
-        views: of `make_views`.
-        path: of the PNG.
+        views: The result of `make_views`.
+        path: The PNG file.
     """
     shown, columns = views.images.shape[:2]
-    # places are given: to have them found takes seconds for so many pictures
+    # Fixed positions: an automatic layout takes seconds for this many axes.
     places = dict(left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (2.15 * shown), wspace=0.1, hspace=0.3)
     figure, axes = plt.subplots(shown, columns, figsize=(1.9 * columns, 2.15 * shown), gridspec_kw=places)
     for number, axis in enumerate(np.asarray(axes).flat):

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, and a line on the terminal."""
+"""Metrics and progress of a run: metrics.jsonl, a logger, and a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from pipelines.files import read_json_lines, write_text
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-PLAIN_SECONDS = 10.0  # between lines where the output is not a terminal
-FLUSH_SECONDS = 30.0  # between the moments when a logger is given its rows
+PLAIN_SECONDS = 10.0  # between progress lines if stderr is not a terminal
+FLUSH_SECONDS = 30.0  # between writes to the logger
 
 
 class MetricsLog:
-    """Rows of metrics in a JSON-lines file and in a logger; each row has its `step`.
+    """Metrics in metrics.jsonl and in a logger; each line of the file is an object with a `step`.
 
-    Resuming drops the rows of steps that will be trained again, so that a file reads like one undisturbed run. What
-    cannot be written while training goes on is kept, and written once that can be done.
+    Resuming drops the lines of steps that will be trained again, so the file reads like one undisturbed run. If a write
+    fails during training, the lines are kept and written as soon as possible.
 
     Args:
-        folder: the run's.
-        step: steps done when the run starts or resumes.
-        logger: name of the logger, see `engine.runs.loggers`; "none" for the file alone.
-        config: what it is told of the run.
+        folder: Folder of the run.
+        step: Steps done when the run starts or resumes.
+        logger: Name of the logger, see `engine.runs.loggers`; "none" for the file only.
+        config: Configuration that the logger shows with the run.
 
     Raises:
-        OSError: it cannot be written to begin with.
+        OSError: The file cannot be written at the start.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MetricsLog:
         self._lines = [json.dumps(row) + "\n" for row in rows]
         self._file: IO[str] | None = None
         self._logger: Logger | None = None
-        self._logged = 0  # the last step of which the logger had the rows to begin with
+        self._logged = 0  # the last step that the logger already had at the start
         self._unlogged: list[Row] = []
         if logger != "none":
             self._logger, self._logged = open_logger(logger, folder, step, config or {})
@@ -57,21 +57,21 @@ class MetricsLog:
         self._open()
 
     def _open(self) -> None:
-        """Writes everything so far, as a whole."""
+        """Replace the file with all lines so far, and open it for more."""
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(self._path, "".join(self._lines))
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._next_flush = time.monotonic() + FLUSH_SECONDS
 
     def add(self, step: int, **values: float) -> None:
-        """Adds one row, of no earlier step than the row before."""
+        """Add metrics of a step; steps must not decrease."""
         row: dict[str, float] = {"step": step, **values}
         self._lines.append(json.dumps(row) + "\n")
         self._queue(row)
         self._try(self._append)
 
     def _queue(self, row: Mapping[str, float]) -> None:
-        """Keeps a row for the logger, as one with what else there is of its step: clients have one row a step."""
+        """Queue metrics for the logger, merged with others of the same step: clients take one record per step."""
         step = int(row["step"])
         if self._logger is None or step <= self._logged:
             return
@@ -80,7 +80,7 @@ class MetricsLog:
         self._unlogged[-1].values.update((name, value) for name, value in row.items() if name != "step")
 
     def catch_up(self) -> None:
-        """Writes what could not be written when it was added, if that can be done now."""
+        """Retry writing after a failure."""
         if self._file is None:
             self._try(self._open)
 
@@ -99,13 +99,13 @@ class MetricsLog:
         except OSError as error:
             self._let_go()
             if not self._trouble:
-                log.warning(f"metrics cannot be written ({error.strerror or error}); they are kept and tried again")
+                log.warning(f"cannot write metrics ({error.strerror or error}); they are kept; retrying")
             self._trouble = True
         else:
             self._trouble = False
 
     def _flush(self, last: bool = False) -> None:
-        """Gives the logger its rows; without `last` not those of the newest step, of which there may be more."""
+        """Pass queued metrics to the logger; the newest step only if `last`, since more metrics of it may follow."""
         count = len(self._unlogged) if last else max(0, len(self._unlogged) - 1)
         if self._logger:
             self._logger.write(self._unlogged[:count])
@@ -119,17 +119,17 @@ class MetricsLog:
         self._file = None
 
     def close(self) -> None:
-        """Writes what is left.
+        """Write the remaining metrics and close the logger.
 
         Raises:
-            OSError: that cannot be done.
+            OSError: The metrics cannot be written.
         """
         try:
             try:
                 if self._file is None:
                     self._open()
                 self._flush(last=True)
-            except OSError:  # its folder may have gone
+            except OSError:  # the folder may have been removed
                 self._let_go()
                 self._open()
                 self._flush(last=True)
@@ -140,29 +140,29 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics file; none where it is missing. A line that a kill cut short is left out.
+    """Return the objects of a metrics file, or none if it is missing. Skip a line truncated by a kill.
 
     Raises:
-        OSError: the file is there and cannot be read.
+        OSError: The file exists and cannot be read.
     """
     return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
 
 
 class ProgressLine:
-    """Steps/s, images/s, losses and time left: a live bar on a terminal, a plain line now and then elsewhere.
+    """Progress of a run (steps/s, images/s, losses, time left), as a bar on a terminal or as log messages otherwise.
 
     Args:
-        steps: steps of the whole run.
-        quiet: show nothing.
+        steps: Steps of the whole run.
+        quiet: Show nothing.
     """
 
     def __init__(self, steps: int, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, soft_wrap=True)  # soft: what is logged meanwhile stays one line
+        self._console = Console(stderr=True, soft_wrap=True)  # does not wrap messages that are logged meanwhile
         self._steps, self._quiet = steps, quiet
         self._bar: Progress | None = None
 
     def start(self, step: int, images_per_step: int) -> None:
-        """Begins to count time, at `step` steps done; a step trains the network on so many images."""
+        """Start timing after `step` steps; each step trains on `images_per_step` images."""
         self._images_per_step = images_per_step
         self._begin = self._last_line = time.monotonic()
         self._start = step
@@ -178,7 +178,7 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows the newest figures of `step` steps done."""
+        """Show the metrics after `step` steps."""
         now = time.monotonic()
         speed = (step - self._start) / max(now - self._begin, 1e-9)
         shown = [f"{speed:.2f} steps/s", f"{speed * self._images_per_step:,.0f} images/s"]
@@ -192,6 +192,6 @@ class ProgressLine:
             log.info(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Remove the bar from the terminal."""
         if self._bar:
             self._bar.stop()

@@ -1,7 +1,7 @@
-"""A run is set up once: its configuration is checked and completed, its data are opened, its folder is looked at.
+"""Setup of a run: validate and complete the configuration, open the data, check the folder.
 
-Whoever trains begins here: the command line, `engine.api`, studies, benches and profiles. Nothing in here needs torch,
-so a mistake is told before torch is imported.
+The command line, `engine.api`, studies, benchmarks and profiles all start here. This module does not import torch, so
+that errors are reported before that takes its time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pipelines.splits import digest, image_digest
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A run that can be trained.
+    """A run that is ready to train.
 
     Attributes:
-        config: complete: nothing in it is left to be found out from the data.
-        data: the data set that it names.
-        split: (labels,) int64, the training images that keep their label.
-        folder: of the run; None for steps of which nothing is kept.
-        resumed: whether the folder holds this very run already.
+        config: Complete configuration; fields that depend on the data are resolved.
+        data: The data set named by `config`.
+        split: (labels,) int64, indices of the labeled training images.
+        folder: Folder of the run; None if nothing is saved.
+        resumed: Whether the folder already contains this run.
     """
 
     config: Config
@@ -50,18 +50,18 @@ def setup_run(
     class_prior: Path | None = None,
     data: DataSet | None = None,
 ) -> RunSetup:
-    """Set up a run; nothing is written.
+    """Set up a run without writing anything.
 
     Args:
-        config: what is trained. Fields that depend on the images (`network` auto, `max_shift` -1) may be open.
-        folder: of the run, if it keeps anything.
-        resume: whether the folder may hold this very run already.
-        ranks: that will train it.
-        class_prior: a file with the known probability of each class, instead of `class_distribution`.
-        data: the data set that `config` names, where it is open already.
+        config: Configuration; fields that depend on the images may be unresolved (`network` auto, `max_shift` -1).
+        folder: Folder of the run, if anything is saved.
+        resume: Whether the folder may already contain this run.
+        ranks: Number of ranks that will train it.
+        class_prior: A file with the known probability of each class, instead of `class_distribution`.
+        data: The data set named by `config`, if it is already open.
 
     Raises:
-        UserError: a value that cannot work, data that are not there or do not fit, or a folder that holds another run.
+        UserError: A value is invalid, the data are missing or do not match, or the folder contains another run.
     """
     validate(config, ranks)
     data = data or open_data(config.dataset)
@@ -77,11 +77,11 @@ def open_data(name: str) -> DataSet:
     """Open a data set by its name.
 
     Raises:
-        UserError: there is none of that name, or it has not been prepared.
+        UserError: The name is unknown, or the data set has not been prepared.
     """
     check_name(name)
     if name == "folder":
-        raise UserError("which folder? give it by --data, as in: remixmatch train folder --data pets/")
+        raise UserError("preset 'folder' requires --data DIR, for example: remixmatch train folder --data pets/")
     try:
         if name.startswith(FOLDER):
             from pipelines.folder import open_folder
@@ -95,10 +95,10 @@ def open_data(name: str) -> DataSet:
 
 
 def write_run_files(setup: RunSetup) -> None:
-    """Write what makes a folder this run's: its configuration and its split.
+    """Write the configuration and the split to the run's folder.
 
     Raises:
-        UserError: the folder was begun with other images under the same numbers.
+        UserError: The run in the folder was started with different images at the same indices.
     """
     folder, content = setup.folder, _split_json(setup)
     assert folder is not None
@@ -111,7 +111,7 @@ def write_run_files(setup: RunSetup) -> None:
 def _check_same_images(folder: Path, content: str) -> None:
     before = read_json(folder / "split.json").get("images_sha256")
     if before and before != json.loads(content)["images_sha256"]:
-        raise UserError(f"{folder} was begun with other images: those of its labels have changed since")
+        raise UserError(f"{folder} was started with different images; the labeled ones have changed since")
 
 
 def _split_json(setup: RunSetup) -> str:

@@ -226,7 +226,7 @@ def _trouble(victim, kind, begin, end):
     victim.reach(INTERVAL, 9, latest=STEPS - 20)
     outcome = victim.strike(kind, partial(begin, victim))
     try:
-        victim.wait_for_words("could not be written")
+        victim.wait_for_words("cannot write the checkpoint")
         time.sleep(victim.chance.uniform(0, 0.4))
     finally:
         end(victim)
@@ -242,7 +242,7 @@ def fill_disk_and_kill(victim):
     victim.reach(INTERVAL, 9, latest=STEPS - 20)
     outcome = victim.strike("full disk, then SIGKILL", partial(_fill, victim))
     try:
-        victim.wait_for_words("could not be written")
+        victim.wait_for_words("cannot write the checkpoint")
         if victim.chance.random() < 0.5:
             outcome.kind += " when it can save again"
             _make_room(victim)

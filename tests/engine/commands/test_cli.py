@@ -81,7 +81,7 @@ def test_every_command_works_in_a_checkout_that_is_not_installed(command, tmp_pa
 
 def test_mistakes_with_folders(capfd, tmp_path, trained):
     before = sorted(trained.rglob("*"))
-    assert "holds a run already" in fails(capfd, "train", "digits-40", "--out", trained)
+    assert "already contains a run" in fails(capfd, "train", "digits-40", "--out", trained)
     assert "seed 0 -> 5" in fails(capfd, "train", "digits-40", "--out", trained, "--resume", "--seed", 5)
     assert "preset digits-40 -> digits-10" in fails(capfd, "train", "digits-10", "--out", trained, "--resume")
     assert "holds no run" in fails(capfd, "eval", tmp_path)

@@ -165,7 +165,7 @@ def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_
 
 def test_a_preset_whose_data_is_not_there_says_what_to_type(capsys):
     assert "run: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
-    assert "which folder? give it by --data" in fails(capsys, "train", "folder")
+    assert "preset 'folder' requires --data DIR" in fails(capsys, "train", "folder")
 
 
 def test_what_depends_on_the_images():
@@ -256,7 +256,7 @@ def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
     told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "run was begun with other images" in told
+    assert "run was started with different images" in told
 
 
 def test_a_class_prior(capsys, photos, tmp_path):
@@ -408,7 +408,7 @@ def test_a_run_without_its_class_names_says_how_to_have_them_again(capsys, photo
     assert "run/split.json is missing or damaged" in fails(capsys, "export", "run")
     path.unlink()
     told = fails(capsys, "predict", "run", photos / "test/china/china 8.jpg")
-    assert "run/split.json is missing or damaged; remixmatch train ... --resume writes it again" in told
+    assert "run/split.json is missing or damaged; to restore it, run remixmatch train folder --out run --resume" in told
     say(capsys, *train, "--resume")
     assert json.loads(path.read_text()) == split and "8 images" in say(capsys, "eval", "run")
 

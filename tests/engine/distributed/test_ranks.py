@@ -137,7 +137,7 @@ def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
     ranks = start_ranks(log, 2, "train", "digits-40", "--out", one, *FLAGS, "--steps", 50)
     assert finish(ranks) == [2, 2]
     (line,) = log.read_text().splitlines()
-    assert line.startswith("remixmatch: ") and "holds a run already" in line
+    assert line.startswith("remixmatch: ") and "already contains a run" in line
 
 
 def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Predictions of files and folders, exports loaded again in their own ways, and the Python API."""
+"""Prediction of files and folders, exports loaded by their own runtimes, and the Python API."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of a few steps, made by the API."""
+    """A run of a few steps, trained through the API."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     small = dict(steps=30, batch=8, k=1, width=8, device="cpu", eval_every=30, log_every=10)
     made = train("digits-40", out=folder, **small)
@@ -44,7 +44,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def expected(trained, images):
-    """Probabilities by the network itself, image by image."""
+    """Probabilities computed by the network itself, image by image."""
     network = load_ema_model(trained).network
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
@@ -53,7 +53,7 @@ def expected(trained, images):
 
 @pytest.fixture
 def folder(tmp_path, images):
-    """Nine digits, some of them deeper down, one damaged file and one that is no image."""
+    """Nine digits, some in a subfolder, one damaged file and one that is not an image."""
     root = tmp_path / "new"
     (root / "deeper down ü").mkdir(parents=True)
     for number, image in enumerate(images):
@@ -64,11 +64,11 @@ def folder(tmp_path, images):
 
 
 def order(root):
-    """Numbers of the images in the order of their sorted names."""
+    """Return the numbers of the images in the order of their sorted names."""
     return [int(path.stem) for path in sorted(root.rglob("*.png")) if path.stem != "5b"]
 
 
-def test_a_folder_becomes_a_table(trained, folder, tmp_path, expected, capsys):
+def test_predicting_a_folder_to_csv(trained, folder, tmp_path, expected, capsys):
     table = tmp_path / "out.csv"
     table.write_text("what was there")
     cli.main(["predict", str(trained), str(folder), "--csv", str(table), "--batch", "4"])
@@ -86,14 +86,14 @@ def test_a_folder_becomes_a_table(trained, folder, tmp_path, expected, capsys):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_folders_and_files_together_as_json_lines(trained, folder, expected, capsys):
+def test_predicting_folders_and_files_to_json_lines(trained, folder, expected, capsys):
     cli.main(["predict", str(trained), str(folder), str(folder / "3.png"), "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 10 and rows[-1]["image"] == str(folder / "3.png")
     assert list(rows[-1]["probabilities"].values()) == pytest.approx(expected[3].tolist(), abs=1e-5)
 
 
-def test_names_of_any_bytes_and_letters(trained, tmp_path, images, monkeypatch):
+def test_file_names_with_any_bytes_and_characters(trained, tmp_path, images, monkeypatch):
     names = ["a b.png", os.fsdecode(b"\xff.png"), "é 猫.png"]
     for name in names:
         Image.fromarray(images[0]).save(tmp_path / name)
@@ -108,7 +108,7 @@ def test_names_of_any_bytes_and_letters(trained, tmp_path, images, monkeypatch):
     assert {row.split(b",")[0] for row in rows} == {os.fsencode(tmp_path / name) for name in names}
 
 
-def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(trained, tmp_path, images, monkeypatch):
+def test_hidden_files_are_skipped_and_unreadable_folders_reported(trained, tmp_path, images, monkeypatch):
     for name in ("a.png", ".b.png", ".hidden/c.png", "d/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(images[0]).save(tmp_path / name)
@@ -126,7 +126,7 @@ def test_what_is_hidden_is_passed_over_and_what_cannot_be_read_is_told(trained, 
         predict.find_images([tmp_path])
 
 
-def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
+def test_prediction_errors(trained, folder, tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"")
     for arguments, words in [
@@ -139,7 +139,7 @@ def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
     ]:
         if not words:
             cli.main(["predict", str(trained), *map(str, arguments)])
-            assert "no.png: no such file; left out" in capsys.readouterr().err
+            assert "no.png: no such file; skipped" in capsys.readouterr().err
             continue
         with pytest.raises(SystemExit) as ended:
             cli.main(["predict", str(trained), *map(str, arguments)])
@@ -154,7 +154,7 @@ def test_what_cannot_be_predicted(trained, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("broken", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_table_that_is_broken_off_leaves_the_former_one(tmp_path, broken):
+def test_an_interrupted_csv_leaves_the_existing_file(tmp_path, broken):
     def rows():
         yield from [(Path(f"{number}.png"), np.array([0.25, 0.75])) for number in range(1000)]
         raise broken
@@ -183,7 +183,7 @@ def test_safetensors_rebuild_the_network(trained, images, expected):
             np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
 
 
-def test_a_program_of_torch_takes_any_batch(trained, images, expected):
+def test_a_torch_export_program_takes_any_batch_size(trained, images, expected):
     program = torch.export.load(exported(trained, "torch")).module()
     for rows in BATCHES:
         np.testing.assert_allclose(
@@ -191,7 +191,7 @@ def test_a_program_of_torch_takes_any_batch(trained, images, expected):
         )
 
 
-def test_onnx_takes_any_batch(trained, images, expected):
+def test_onnx_takes_any_batch_size(trained, images, expected):
     session = onnxruntime.InferenceSession(exported(trained, "onnx"), providers=["CPUExecutionProvider"])
     for rows in BATCHES:
         (found,) = session.run(["probabilities"], {"images": images[:rows]})
@@ -200,7 +200,7 @@ def test_onnx_takes_any_batch(trained, images, expected):
 
 
 @pytest.mark.parametrize("to", export.SUFFIXES)
-def test_metadata_say_what_the_file_is(trained, tmp_path, to):
+def test_exports_contain_metadata(trained, tmp_path, to):
     path = tmp_path / f"mine{export.SUFFIXES[to]}"
     path.write_text("what was there")
     cli.main(["export", str(trained), "--to", to, "--out", str(path)])
@@ -211,7 +211,7 @@ def test_metadata_say_what_the_file_is(trained, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", export.SUFFIXES)
-def test_an_export_to_a_full_disk_leaves_the_former_one(trained, tmp_path, monkeypatch, to, capsys):
+def test_an_export_to_a_full_disk_leaves_the_existing_file(trained, tmp_path, monkeypatch, to, capsys):
     path, write = tmp_path / f"mine{export.SUFFIXES[to]}", files._File.write
     path.write_text("what was there")
 
@@ -228,10 +228,10 @@ def test_an_export_to_a_full_disk_leaves_the_former_one(trained, tmp_path, monke
     assert path.read_text() == "what was there" and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_exports_that_cannot_be(trained, tmp_path, monkeypatch, capsys):
+def test_export_errors(trained, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="cannot be read"):
         export.load_safetensors(tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="is not a model that remixmatch export has written"):
+    with pytest.raises(UserError, match="was not written by remixmatch export"):
         export.load_safetensors(trained / "ema.safetensors")
     with pytest.raises(SystemExit):
         cli.main(["export", str(trained), "--out", str(tmp_path / "no" / "model.safetensors")])
@@ -253,15 +253,15 @@ def test_the_api_predicts_arrays_files_and_folders(trained, images, folder, expe
         model.predict(np.zeros((1, 8, 8, 3), np.uint8))
 
 
-def test_the_api_tells_mistakes_as_the_command_line_does(trained, tmp_path):
+def test_the_api_reports_errors_like_the_command_line(trained, tmp_path):
     with pytest.raises(UserError, match="no field of the configuration: sed"):
         train("digits-40", sed=1)
     with pytest.raises(UserError, match="--k must be at least 1"):
         train("digits-40", k=0)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         train("digits-40", out=trained)
     with pytest.raises(UserError, match="unknown preset"):
         train("digit")
     with pytest.raises(UserError, match="holds no run"):
         load(tmp_path)
-    assert preset("digits-40").steps == 2500, "presets are left as they were"
+    assert preset("digits-40").steps == 2500, "presets do not change"

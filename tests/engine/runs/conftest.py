@@ -1,4 +1,4 @@
-"""What a run warns of."""
+"""Fixtures for tests of runs."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.logs import no_warnings
 
 @pytest.fixture
 def unwarned():
-    """Fails the test if the engine warns in it."""
+    """Fail the test if the engine logs a warning."""
     with no_warnings():
         yield

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the last few kept, damaged and foreign files passed over."""
+"""Checkpoints: atomic writes, pruning, and skipping of damaged and foreign files."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ def content(value):
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_what_is_saved_comes_back_and_old_ones_go(tmp_path):
+def test_saving_and_loading_keeps_the_newest_checkpoints(tmp_path):
     for step in (1, 2, 30, 400):
         checkpoint.save(tmp_path, step, content(step), keep=2)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000030.pt", "step-00000400.pt"]
@@ -30,13 +30,13 @@ def test_what_is_saved_comes_back_and_old_ones_go(tmp_path):
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_no_folder_and_no_checkpoint(tmp_path):
+def test_missing_folder_and_empty_folder(tmp_path):
     assert checkpoint.load_newest(tmp_path / "none") is None
     assert checkpoint.load_newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text"])
-def test_damaged_and_foreign_files_fall_back_to_the_one_before(tmp_path, caplog, damage):
+def test_damaged_and_foreign_files_fall_back_to_the_previous_checkpoint(tmp_path, caplog, damage):
     checkpoint.save(tmp_path, 1, content(1), keep=3)
     newest = checkpoint.save(tmp_path, 2, content(2), keep=3)
     data = newest.read_bytes()
@@ -52,10 +52,10 @@ def test_damaged_and_foreign_files_fall_back_to_the_one_before(tmp_path, caplog,
         newest.write_text("not a checkpoint")
     assert checkpoint.load_newest(tmp_path).step == 1
     (said,) = caplog.messages
-    assert newest.name in said and "trying the one before" in said and "\n" not in said
+    assert newest.name in said and "trying the previous one" in said and "\n" not in said
 
 
-def test_code_in_a_file_is_not_run(tmp_path, caplog):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, caplog):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -65,7 +65,7 @@ def test_code_in_a_file_is_not_run(tmp_path, caplog):
     assert caplog.messages and not (tmp_path / "ran").exists()
 
 
-def test_a_failed_write_leaves_the_last_good_one_and_no_rest(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_earlier_checkpoints_and_no_partial_file(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, content(1), keep=3)
 
     def full(descriptor):
@@ -78,8 +78,8 @@ def test_a_failed_write_leaves_the_last_good_one_and_no_rest(tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_a_file_size_limit_in_the_middle_of_a_write(tmp_path):
-    """A real failing write: the kernel refuses bytes past a limit, as a full disk does."""
+def test_a_write_that_hits_the_file_size_limit(tmp_path):
+    """The write really fails: the kernel refuses bytes past a limit, as a full disk does."""
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -101,8 +101,8 @@ except OSError as error:
     assert checkpoint.load_newest(tmp_path).step == 1
 
 
-def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
-    """They were passed over when the run was resumed, and would have made it remove what it had just written."""
+def test_damaged_checkpoints_of_later_steps_do_not_count_as_kept(tmp_path):
+    """They were skipped on resume. If they counted, the run would remove the checkpoint it has just written."""
     checkpoint.save(tmp_path, 3, content(3), keep=1)
     (tmp_path / "step-00000009.pt").write_bytes(b"damaged")
     checkpoint.save(tmp_path, 6, content(6), keep=1)
@@ -110,13 +110,13 @@ def test_damaged_ones_of_later_steps_do_not_count_as_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "00003" in path.name] == []
 
 
-def test_parts_that_a_killed_process_left_go_with_the_next_checkpoint(tmp_path):
+def test_the_next_checkpoint_removes_partial_files_of_killed_processes(tmp_path):
     (tmp_path / ".step-00000002.pt.partial").write_bytes(b"part")
     checkpoint.save(tmp_path, 3, content(3), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.pt"]
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(tmp_path, caplog):
+def test_a_checkpoint_of_another_run_is_skipped(tmp_path, caplog):
     checkpoint.save(tmp_path, 1, content(1), keep=3, run={"seed": 1, "width": 4})
     checkpoint.save(tmp_path, 2, content(2), keep=3, run={"seed": 2, "width": 4})
     assert checkpoint.load_newest(tmp_path, {"seed": 1, "width": 4, "newer": 0}).step == 1

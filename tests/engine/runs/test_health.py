@@ -1,4 +1,4 @@
-"""Warnings of runs that do not learn: thresholds on plain numbers, and on runs that were made to fail."""
+"""Warnings of runs that do not learn: thresholds on given numbers, and on runs made to fail."""
 
 import dataclasses
 import re
@@ -21,19 +21,22 @@ GOOD = dict(loss_x=0.6, confidence=0.9, guesses_used=1.0)
 
 
 def watched(counts=(4,) * 10, **changes):
-    """Health of a run of digits-40's settings, 2 500 steps."""
+    """Return the Health of a digits-40 run of 2 500 steps with some settings changed."""
     config = dataclasses.replace(preset("digits-40"), **changes)
     return Health(config, CLASSES[: len(counts)], np.array(counts), images_per_step=96)
 
 
-def warnings(watch, looks, every=50, start=0, **metrics):
-    """All that is said over so many looks, each after some steps with the given metrics; `p_model` and so on are its
-    attributes, by default a healthy run's."""
+def warnings(watch, checks, every=50, start=0, **metrics):
+    """Return all warnings of several checks, each after `every` steps with the given metrics.
+
+    `p_model`, `label_marginal` and `agreement` are attributes of the observations; metrics that are not given are those
+    of a healthy run.
+    """
     attributes = dict(p_model=watch.p_data, label_marginal=watch.p_data) | {
         name: metrics.pop(name) for name in ("p_model", "label_marginal", "agreement") if name in metrics
     }
     said = []
-    for step in range(start + every, start + looks * every + 1, every):
+    for step in range(start + every, start + checks * every + 1, every):
         for _ in range(every):
             watch.add(GOOD | metrics)
         assert watch.due(step)
@@ -42,7 +45,7 @@ def warnings(watch, looks, every=50, start=0, **metrics):
 
 
 def shares(*first):
-    """p~(y) that begins with the given shares; the other classes have the rest in equal parts."""
+    """Return p~(y) that starts with the given probabilities and is uniform over the other classes."""
     return (*first, *[(1 - sum(first)) / (10 - len(first))] * (10 - len(first)))
 
 
@@ -52,7 +55,7 @@ def shares(*first):
         dict(),
         dict(p_model=shares(0.4)),
         dict(p_model=shares(0.02)),
-        dict(p_model=shares(0.005)),  # of one class alone `ratio` speaks, but only where it is aligned
+        dict(p_model=shares(0.005)),  # reported for a single class only with alignment
         dict(confidence=0.15),
         dict(loss_x=0.94 * np.log(10)),
         dict(agreement=(0.5, 0.2)),
@@ -60,23 +63,23 @@ def shares(*first):
         dict(agreement=(1.0, 1.0)),
     ],
 )
-def test_a_healthy_run_is_left_alone(seen):
+def test_a_healthy_run_causes_no_warnings(seen):
     assert warnings(watched(align=False), 50, **seen) == []
 
 
 @pytest.mark.parametrize(
     ("seen", "what"),
     [
-        (dict(p_model=shares(0.6)), r"guesses collapse: 60% .* class 0, whose .* is 10%; .*--align \(on\), --w-u 1.5"),
-        (dict(p_model=shares(0.005, 0.005)), r"guesses collapse: 2 of 10 classes \(0, 1\) have less than a tenth"),
-        (dict(confidence=0.11), r"no more than the prior: .* confidence is 0.110, and 0.100 .*--temperature 0.5"),
+        (dict(p_model=shares(0.6)), r"collapsed: .* is 60 % class 0, whose .* is 10 %; .*--align \(on\), --w-u 1.5"),
+        (dict(p_model=shares(0.005, 0.005)), r"collapsed: .* 2 of 10 classes \(0, 1\) have less than a tenth"),
+        (dict(confidence=0.11), r"class prior: .* confidence is 0.110, and .* have 0.100; .*--temperature 0.5"),
         (dict(p_model=shares(0.005)), r"does not bring .* class 0 has p\(y\) 0.100 and p~\(y\) 0.005, a ratio of 20"),
-        (dict(loss_x=2.25), r"labels are not learned: loss_x is 2.25, and .* costs 2.30; .*--lr 0.002"),
+        (dict(loss_x=2.25), r"labels are not learned: loss_x is 2.25, and .* has 2.30; .*--lr 0.002"),
         (dict(loss_x=90.0), r"labels are not learned: loss_x is 90.00"),
-        (dict(agreement=(0.3, 0.1)), r"agree on 30% of 64 .*, 10% by .*--ema-decay 0.99 and --bn-momentum 0.02"),
+        (dict(agreement=(0.3, 0.1)), r"agree on 30 % of 64 .* \(10 % .*--ema-decay 0.99 and --bn-momentum 0.02"),
     ],
 )  # fmt: skip
-def test_each_failure_is_said_once_and_late_enough(seen, what):
+def test_each_failure_is_reported_once_and_not_too_early(seen, what):
     watch = watched()
     (line,) = warnings(watch, 50, **seen)
     assert re.search(what, line) and "\n" not in line
@@ -85,75 +88,75 @@ def test_each_failure_is_said_once_and_late_enough(seen, what):
     assert watch.late == watch.ema_late == 625 and 625 + held <= step < 625 + held + 50
 
 
-def test_the_cause_is_said_before_what_follows_from_it():
+def test_causes_are_reported_before_their_effects():
     watch = watched()
     everything = dict(loss_x=2.5, confidence=0.1, agreement=(0.0, 0.0))
     (line,) = warnings(watch, 50, p_model=shares(0.95), **everything)
-    assert "collapse" in line
+    assert "collapsed" in line
     (line,) = warnings(watch, 10, start=2500, **everything)
     assert "labels are not learned" in line
     (line,) = warnings(watch, 10, start=3000, **everything | dict(loss_x=0.6))
     assert "prior" in line
 
 
-def test_what_passes_is_not_said():
+def test_temporary_failures_are_not_reported():
     watch = watched()
     for start in range(0, 2500, 250):
         assert warnings(watch, 2, start=start, loss_x=2.4, p_model=shares(0.9)) == []
         assert warnings(watch, 3, start=start + 100) == []
 
 
-def test_without_unlabeled_data_only_labels_and_the_ema_count():
+def test_without_unlabeled_data_only_labels_and_the_ema_are_checked():
     seen = dict(p_model=shares(0.9), confidence=0.1)
     assert warnings(watched(method="supervised"), 50, **seen) == []
     assert len(warnings(watched(method="supervised"), 50, **seen, loss_x=2.3)) == 1
 
 
-def test_chance_is_what_a_constant_guess_of_the_labels_costs():
+def test_chance_is_the_loss_of_predicting_the_label_frequencies():
     assert watched([4] * 10).chance == pytest.approx(np.log(10))
     watch = watched([90, 10])
     assert watch.chance == pytest.approx(-(0.9 * np.log(0.9) + 0.1 * np.log(0.1)))
     assert len(warnings(watch, 50, loss_x=0.32)) == 1
     assert warnings(watched([90, 10]), 50, loss_x=0.29) == []
-    assert warnings(watched([40, 0]), 50, loss_x=0.0) == []  # one class alone costs nothing
+    assert warnings(watched([40, 0]), 50, loss_x=0.0) == []  # a single class has no loss
 
 
-def test_unequal_classes_are_no_failure():
+def test_unbalanced_classes_are_not_a_failure():
     counts = [60, 20, 5, 5, 4, 2, 1, 1, 1, 1]
     expected = tuple(np.array(counts) / 100)
     assert warnings(watched(counts), 50) == []
-    # the running p(y) starts uniform, and forgets that over thousands of steps
+    # The running p(y) starts uniform, which takes thousands of steps to fade.
     assert warnings(watched(counts), 50, label_marginal=UNIFORM) == []
-    assert len(warnings(watched(counts), 50, p_model=(1.0, *[0.0] * 9))) == 1, "a class of 60 % has taken the others"
+    assert len(warnings(watched(counts), 50, p_model=(1.0, *[0.0] * 9))) == 1, "one class has absorbed all others"
     assert len(warnings(watched(class_distribution=expected), 50, p_model=UNIFORM)) == 0, "ratios of 0.1 to 6"
 
 
-def test_a_wrong_class_distribution_is_named():
+def test_a_wrong_class_distribution_is_reported():
     prior = (0.0, 0.0, *[0.125] * 8)
     (line,) = warnings(watched(class_distribution=prior), 50, p_model=UNIFORM)
     assert "class 0 has p(y) 0.000 and p~(y) 0.100, a ratio of 1e-05" in line and "--class-distribution" in line
     assert warnings(watched(class_distribution=prior, align=False), 50, p_model=UNIFORM) == []
 
 
-def test_confidence_is_compared_with_that_of_equal_guesses_after_alignment_and_sharpening():
+def test_confidence_is_compared_with_that_of_identical_pseudo_labels():
     marginal = np.array(shares(0.5))
     sharp = (marginal**2 / (marginal**2).sum()).max()
     counts, seen = marginal * 1000, dict(label_marginal=marginal, p_model=marginal)
     assert 0.85 < sharp < 0.9
     assert len(warnings(watched(counts), 50, **seen, confidence=sharp)) == 1
     assert warnings(watched(counts), 50, **seen, confidence=sharp + 0.05 * (1 - sharp)) == []
-    # not aligned, guesses stay as they are
+    # Without alignment, pseudo-labels keep the marginal p~(y).
     assert (
         len(warnings(watched(counts, align=False), 50, label_marginal=UNIFORM, p_model=marginal, confidence=sharp)) == 1
     )
-    # hard labels have confidence 1 or 0, whatever was guessed
+    # Hard labels always have confidence 1 or 0.
     assert warnings(watched(counts, hard_labels=True), 50, **seen, confidence=sharp) == []
 
 
-def test_with_a_threshold_it_counts_how_many_guesses_are_used():
+def test_with_a_threshold_the_fraction_of_used_pseudo_labels_counts():
     fixmatch = dict(hard_labels=True, threshold=0.95, align=False)
     (line,) = warnings(watched(**fixmatch), 50, guesses_used=0.004, confidence=0.0)
-    assert "hardly a guess is used: 0.4% of them reach --threshold 0.95" in line
+    assert "almost no pseudo-labels are used: 0.4 % reach --threshold 0.95" in line
     assert warnings(watched(**fixmatch), 50, guesses_used=0.02, confidence=0.0) == []
 
 
@@ -161,22 +164,22 @@ def test_with_a_threshold_it_counts_how_many_guesses_are_used():
     ("changes", "late", "ema_late"),
     [
         (dict(steps=2500), 625, 625),
-        (dict(steps=200), 128, 150),  # p~(y) has forgotten its uniform start
+        (dict(steps=200), 128, 150),  # p~(y) no longer contains its uniform start
         (dict(steps=2**20, batch=64, ramp_kimg=1024.0, ema_decay=0.999, bn_momentum=0.001), 16384, 16384),
         (dict(steps=2**20, batch=64, ramp_kimg=8192.0), 16384, 16384),
         (dict(steps=2**20, ramp_kimg=0.0, ema_decay=0.999), 1024, 5000),
         (dict(steps=2**20, ramp_kimg=0.0, bn_momentum=0.0001), 1024, 50000),
-        (dict(steps=2500, ema_decay=0.9999), 625, 1875),  # what will not be better before the end is not waited for
+        (dict(steps=2500, ema_decay=0.9999), 625, 1875),  # the EMA would not settle before the end
         (dict(steps=2500, ema_decay=1.0, bn_momentum=0.0), 625, 1875),
     ],
 )
-def test_nothing_is_said_too_early(changes, late, ema_late):
+def test_first_step_at_which_failures_count(changes, late, ema_late):
     watch = watched(**changes)
     assert watch.late == pytest.approx(late) and watch.ema_late == pytest.approx(ema_late)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_comparing_takes_at_most_half_a_percent_of_the_trained_rows(name):
+def test_comparing_takes_at_most_half_a_percent_of_training(name):
     config = PRESETS[name]
     rows = config.batch * (config.k + 4 if config.unlabeled else 1)
     watch = Health(config, CLASSES, np.full(10, 4), rows)
@@ -187,11 +190,11 @@ def test_comparing_takes_at_most_half_a_percent_of_the_trained_rows(name):
         compared += [step] * far
         watch.check(Observation(step, UNIFORM, UNIFORM, (1.0, 0.1) if far else None))
     assert compared and 64 <= watch.images <= 256
-    # two passes without gradient of the images, against forward and backward, three passes, of the trained rows
+    # Each compared image takes two passes without gradient, each trained one the equivalent of three.
     assert len(compared) * 2 * watch.images <= 0.005 * 3 * rows * compared[-1]
 
 
-def test_images_fill_the_groups_of_batch_norm():
+def test_the_number_of_images_fills_batch_norm_groups():
     assert watched(bn="split", batch=24, bn_groups=1).images == 48
     assert watched(bn="split", batch=512, bn_groups=2).images == 256
     assert watched(bn="split", batch=512, bn_groups=1).images == 512
@@ -203,10 +206,10 @@ def test_agreement_with_batch_norm_over_groups():
     network, ema_model = (WideResNet(10, 3, 1, 8, rows_per_group=24) for _ in range(2))
     images = np.zeros((watched(bn="split", batch=24, bn_groups=1).images, 16, 16, 3), np.uint8)
     share, by_chance = agreement(network, ema_model.eval(), images, "cpu")
-    assert share == by_chance, "to either network all black images are of one class"
+    assert share == by_chance, "each network assigns all black images to one class"
 
 
-def test_looks_are_at_least_some_steps_apart():
+def test_checks_are_at_least_some_steps_apart():
     watch = watched()
     for step in range(1, 201):
         watch.add(GOOD)
@@ -215,7 +218,7 @@ def test_looks_are_at_least_some_steps_apart():
             assert step % health.EVERY == 0
 
 
-def test_a_resumed_run_says_what_an_undisturbed_one_says():
+def test_a_resumed_run_warns_like_an_undisturbed_one():
     straight, before = watched(), watched()
     expected = warnings(straight, 14, loss_x=2.3)
     assert warnings(before, 14, loss_x=2.3) == expected == []
@@ -230,26 +233,26 @@ def test_a_resumed_run_says_what_an_undisturbed_one_says():
     assert warnings(again, 10, start=2500, loss_x=2.3) == []
 
 
-def test_what_a_run_has_said_is_in_its_checkpoint(tmp_path, caplog, tiny, monkeypatch):
+def test_checkpoints_contain_which_failures_were_reported(tmp_path, caplog, tiny, monkeypatch):
     monkeypatch.setattr(health, "HOLD", 8)
     monkeypatch.setattr(health, "EVERY", 4)
     config = tiny(lr=1e-9, eval_every=4, steps=32)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
-    assert "step 16: the labels are not learned" in caplog.text
+    assert "step 16: labels are not learned" in caplog.text
     caplog.clear()
     run.train(setup_run(dataclasses.replace(config, steps=48), tmp_path / "run", resume=True), quiet=True)
     assert caplog.messages == []
 
 
-def test_agreement_is_of_the_training_mode_and_moves_nothing():
+def test_agreement_uses_training_mode_and_changes_no_statistics():
     network, ema_model = (WideResNet(10, 3, 1, 8, seed=seed) for seed in (0, 0))
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
     ema_model.eval()
     before = network.running_statistics().clone()
     share, by_chance = agreement(network, ema_model, images, "cpu")
-    assert 0 <= by_chance <= 1 and share < 1, "running statistics are those of the start"
+    assert 0 <= by_chance <= 1 and share < 1, "running statistics have their initial values"
     assert network.training and before.equal(network.running_statistics())
-    # with the batch's own statistics they are one network
+    # With the batch's own statistics both networks are the same.
     for norm in (module for module in network.modules() if hasattr(module, "running_mean")):
         norm.momentum = 1.0
     network(normalized(network, images, "cpu"))
@@ -257,8 +260,7 @@ def test_agreement_is_of_the_training_mode_and_moves_nothing():
     assert agreement(network, ema_model, images, "cpu")[0] > 0.9
 
 
-# in 350 steps of a tiny network, of which the first hundred or so are too early to say anything. `ramp_kimg` 0.01 is
-# no ramp
+# Runs of 350 steps of a tiny network; failures count only after the first 128 or so. `ramp_kimg` 0.01 means no ramp.
 SMALL = dict(batch=8, width=8, k=1, steps=350, device="cpu")
 COLLAPSE = dict(align=False, w_u=100.0, ramp_kimg=0.01)
 
@@ -274,10 +276,10 @@ def failing(name, expected, long=False, **changes):
     ("changes", "expected"),
     [
         failing("healthy", None),
-        failing("collapse", r"guesses collapse: \d\d% .* class \d, .*--align \(off\), --w-u 100", **COLLAPSE),
-        failing("prior", r"prior: .* 0.10\d, and 0.10\d .*--temperature 100", temperature=100.0),
+        failing("collapse", r"collapsed: .* is \d\d % class \d, .*--align \(off\), --w-u 100", **COLLAPSE),
+        failing("prior", r"prior: .* 0.10\d, and .* 0.10\d; .*--temperature 100", temperature=100.0),
         failing("ratio", r"does not bring .* p\(y\) 0.000 .*--class-distribution", class_distribution=WRONG_PRIOR),
-        failing("threshold", r"hardly a guess is used: 0.0% .*--threshold 1", threshold=1.0, long=True),
+        failing("threshold", r"almost no pseudo-labels are used: 0.0 % .*--threshold 1", threshold=1.0, long=True),
         failing("no-steps", r"not learned: loss_x is 2.[3-5]\d, and .* 2.30; .*--lr 1e-09", lr=1e-9),
         failing("large-steps", r"not learned: loss_x is .*--lr 1,", lr=1.0, long=True),
         failing("decay", r"not learned: loss_x is 2.3.*--weight-decay 100", weight_decay=100.0, long=True),
@@ -285,7 +287,7 @@ def failing(name, expected, long=False, **changes):
         failing("running-statistics", r"EMA model.*--bn-momentum 1e-06", bn_momentum=1e-6, long=True),
     ],
 )
-def test_a_run_that_was_made_to_fail_says_why(tmp_path, caplog, changes, expected):
+def test_runs_made_to_fail_report_the_cause(tmp_path, caplog, changes, expected):
     config = dataclasses.replace(preset("digits-40"), **(SMALL | changes))
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     lines = caplog.messages

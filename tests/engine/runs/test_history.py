@@ -1,4 +1,4 @@
-"""What a run keeps for its report: bounded, the same after a resumption, and without influence on training."""
+"""Data saved for reports: bounded, independent of resuming, and without effect on training."""
 
 import dataclasses
 import errno
@@ -35,7 +35,7 @@ def fill(folder, first, last, begin=0, every=10):
             kept.add(step, {"p_model": [step / 7, 0.5]})
 
 
-def test_rows_are_thinned_by_their_steps_and_the_newest_stays(tmp_path, monkeypatch):
+def test_every_second_record_is_dropped_and_the_newest_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MOST_ROWS", 20)
     fill(tmp_path, 10, 10 * history.MOST_ROWS)
     assert steps_of(tmp_path) == list(range(10, 10 * history.MOST_ROWS + 1, 10))
@@ -47,8 +47,8 @@ def test_rows_are_thinned_by_their_steps_and_the_newest_stays(tmp_path, monkeypa
 
 @pytest.mark.parametrize("rows", [3, 19, 20, 21, 41, 90])
 @pytest.mark.parametrize("back", [0, 1, 7, 25])
-def test_a_resumed_history_is_an_undisturbed_one(tmp_path, monkeypatch, rows, back):
-    """Whatever step a run is resumed from, be it before rows that were dropped since."""
+def test_a_resumed_run_has_the_history_of_an_undisturbed_one(tmp_path, monkeypatch, rows, back):
+    """From any step, including steps before records that were dropped later."""
     monkeypatch.setattr(history, "MOST_ROWS", 20)
     end = 10 * rows + 300
     fill(tmp_path / "one", 10, end)
@@ -59,21 +59,21 @@ def test_a_resumed_history_is_an_undisturbed_one(tmp_path, monkeypatch, rows, ba
     assert (tmp_path / "one" / history.HISTORY).read_bytes() == (tmp_path / "two" / history.HISTORY).read_bytes()
 
 
-def test_rows_of_steps_that_will_be_trained_again_are_dropped_at_once(tmp_path):
+def test_resuming_drops_records_of_later_steps_at_once(tmp_path):
     fill(tmp_path, 10, 100)
     with no_warnings():
         History(tmp_path, 45, 10)
     assert steps_of(tmp_path) == [10, 20, 30, 40]
 
 
-def test_damaged_rows_are_passed_over(tmp_path):
+def test_damaged_records_are_skipped(tmp_path):
     fill(tmp_path, 10, 30)
     path = tmp_path / history.HISTORY
     path.write_bytes(path.read_bytes()[:-5] + b'\n[1]\n{"step": "x"}\n\xff\n{"st')
     assert steps_of(tmp_path) == [10, 20]
 
 
-def test_a_full_disk_is_told_once_and_rows_come_later(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_reported_once_and_records_are_written_later(tmp_path, monkeypatch, caplog):
     kept = History(tmp_path, 0, 10)
     write, full = history.write_text, True
 
@@ -91,20 +91,20 @@ def test_a_full_disk_is_told_once_and_rows_come_later(tmp_path, monkeypatch, cap
     full = False
     kept.catch_up()
     assert steps_of(tmp_path) == [10, 20, 30]
-    (tmp_path / history.HISTORY).unlink()  # with its folder, perhaps
+    (tmp_path / history.HISTORY).unlink()  # for example together with its folder
     kept.catch_up()
     assert steps_of(tmp_path) == [10, 20, 30]
 
 
-def test_bins_are_named_and_those_that_do_not_exist_left_out():
+def test_bins_are_named_and_missing_ones_omitted():
     found = history.named_bins(initial_weights())
     assert sum(len(bins) for parameters in found.values() for bins in parameters) == BINS.sum()
     assert found["rescale"] == [[1.0] * 17, [1.0] * 6] and "identity" not in found and set(found) < set(NAMES)
 
 
 @pytest.mark.parametrize("name", ["digits-40", "digits-10", "fashion-100-small", "cifar10-250", "stl10-1000"])
-def test_guesses_are_compared_on_images_whose_labels_training_does_not_know_and_rarely_enough(name):
-    """A pass without gradient costs a third of a trained row's three: half a percent of them at most."""
+def test_pseudo_labels_are_compared_on_hidden_labels_and_rarely_enough(name):
+    """A pass without gradient costs a third of a training pass; at most half a percent of a run is allowed."""
     config, data = preset(name), digits()
     split = RULES["balanced"](data, 40, 0)
     trained = config.batch * (1 + config.k + 1 + 2)
@@ -115,7 +115,7 @@ def test_guesses_are_compared_on_images_whose_labels_training_does_not_know_and_
     assert found.due(config.steps, config)
 
 
-def test_without_hidden_labels_nothing_is_compared():
+def test_without_hidden_labels_there_is_no_comparison():
     data, config = digits(), preset("digits-40")
     split = RULES["balanced"](data, 40, 0)
     unknown = dataclasses.replace(data, train_labels=np.where(np.isin(np.arange(1437), split), data.train_labels, -1))
@@ -124,14 +124,14 @@ def test_without_hidden_labels_nothing_is_compared():
     assert not guessed_images(supervised, data, split, 96).due(supervised.steps, supervised)
 
 
-def test_images_fill_the_groups_of_batch_norm(tiny):
+def test_the_number_of_images_fills_batch_norm_groups(tiny):
     config = tiny(batch=48, bn="split", bn_groups=1)
     found = guessed_images(config, digits(), np.arange(40), 500)
     assert len(found.rows) % 48 == 0 and len(found.rows) >= 96
 
 
-def test_the_quality_of_guesses_by_hand(tiny):
-    """Softmax, alignment and sharpening in numpy; the network and its statistics stay as they are."""
+def test_pseudo_label_quality_matches_numpy(tiny):
+    """Softmax, alignment and sharpening in numpy; the network and its statistics do not change."""
     config, data = tiny(), digits()
     state = make_state(config, 10, torch.device("cpu"), (16, 16))
     state.targets.label_marginal.copy_(torch.linspace(0.05, 0.15, 10))
@@ -152,8 +152,8 @@ def test_the_quality_of_guesses_by_hand(tiny):
     assert (counts[:, 0] == np.histogram(q.max(1), 10, (0, 1))[0]).all()
 
 
-def test_a_network_that_has_diverged_is_not_the_histories_matter(tiny):
-    """The trainer says so, at the next checkpoint at the latest."""
+def test_pseudo_label_quality_accepts_a_diverged_network(tiny):
+    """The trainer reports divergence, by the next checkpoint at the latest."""
     config, data = tiny(), digits()
     state = make_state(config, 10, torch.device("cpu"), (16, 16))
     for parameter in state.network.parameters():
@@ -192,8 +192,8 @@ def test_a_run_writes_its_history_and_results(finished):
     assert (found["captions"][:, :2] == ["image", "weak"]).all()
 
 
-def test_labels_for_the_report_change_no_bit_of_training(finished, tmp_path, monkeypatch):
-    """The same run with other labels of the images that training sees unlabeled, and without any comparison."""
+def test_labels_for_the_report_do_not_affect_training(finished, tmp_path, monkeypatch):
+    """Compare with runs with other labels of the unlabeled images, and without any comparison."""
     config, data = load_config(finished / "config.json"), digits()
     split = RULES["balanced"](data, 40, 0)
     labels = np.where(np.isin(np.arange(len(data.train_labels)), split), data.train_labels, 0)
@@ -206,7 +206,7 @@ def test_labels_for_the_report_change_no_bit_of_training(finished, tmp_path, mon
         assert (one / "metrics.jsonl").read_bytes() == (two / name / "metrics.jsonl").read_bytes()
 
 
-def test_large_images_and_many_predictions_are_cut(tmp_path, monkeypatch):
+def test_large_images_and_many_predictions_are_reduced(tmp_path, monkeypatch):
     data = digits()
     large = np.zeros((360, 200, 250, 3), np.uint8)
     large[:, :, 125:] = 255

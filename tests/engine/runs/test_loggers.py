@@ -1,6 +1,6 @@
-"""Loggers: what TensorBoard, wandb and trackio read of a run, and clients that fail, which no training may notice.
+"""Loggers: the metrics that TensorBoard, wandb and trackio receive, and clients that fail without affecting training.
 
-Clients are the real ones, offline, in processes of their own. trackio is not among what `make test` installs.
+The tests run the real clients, offline, in their own processes. `make test` does not install trackio.
 """
 
 import importlib.util
@@ -45,13 +45,13 @@ CLIENTS = [
 
 @pytest.fixture
 def alone(tmp_path):
-    """Environment of a process whose clients reach no network, and write nothing outside of the test's folder."""
+    """Environment of a process whose clients use no network and write only to the test's folder."""
     names = ("HOME", "TRACKIO_DIR", "HF_HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "NETRC")
     return {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"} | {name: tmp_path / "home" / name for name in names}
 
 
-def told(client, folder, alone):
-    """What a client has of a run's folder: by name of the run its configuration, and (step, values) in their order."""
+def received(client, folder, alone):
+    """Return what a client received from a folder: for each run its configuration, and (step, values) in order."""
     if client == "wandb":
         return read_wandb(folder)
     found = folder.with_name("trackio.json")
@@ -60,7 +60,7 @@ def told(client, folder, alone):
 
 
 def read_trackio(out, prefix):
-    """Writes what trackio's dashboard would be given of the runs whose name begins so."""
+    """Write what trackio's dashboard would show of the runs whose name starts with `prefix`."""
     from trackio.sqlite_storage import SQLiteStorage
 
     runs = [name for name in SQLiteStorage.get_runs("remixmatch") if name.startswith(prefix)]
@@ -84,7 +84,7 @@ def read_trackio(out, prefix):
 
 
 def read_wandb(folder):
-    """The same of wandb's offline files, which `wandb sync` would send one after another."""
+    """Return the same from wandb's offline files, in the order in which `wandb sync` would send them."""
     from wandb.proto import wandb_internal_pb2
 
     found = defaultdict(lambda: ({}, []))
@@ -104,7 +104,7 @@ def read_wandb(folder):
 
 
 def leveldb_records(data):
-    """Records of a log of LevelDB's, the file's header of 7 bytes taken off, which count for its first block."""
+    """Yield the records of a LevelDB log without its 7-byte header, which is part of the first block."""
     at, record = 0, b""
     while at + 7 <= len(data):
         if (left := 32768 - (at + 7) % 32768) < 7:
@@ -119,7 +119,7 @@ def leveldb_records(data):
 
 
 def merged(folder):
-    """Rows of metrics.jsonl, one a step."""
+    """Return the metrics of metrics.jsonl, merged by step."""
     steps = defaultdict(dict)
     for row in read_metrics(folder / "metrics.jsonl"):
         steps[row["step"]] |= {name: value for name, value in row.items() if name != "step"}
@@ -127,7 +127,7 @@ def merged(folder):
 
 
 def log_rows(folder, client, resumed, steps, kill=False):
-    """Logs steps of a run that is resumed at one of them, and which is then closed or killed."""
+    """Log steps of a run resumed at step `resumed`, then close or kill it."""
     with no_warnings():
         log = MetricsLog(folder, resumed, client, {"k": 8, "class_distribution": (0.5, 0.5)})
         for step in steps:
@@ -143,14 +143,14 @@ def log_rows(folder, client, resumed, steps, kill=False):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_client_has_the_rows_of_a_run_and_no_step_twice(tmp_path, alone, client):
-    """Though steps 4 and 5 are trained again. All of it is one run, and a folder of the same name another one."""
+def test_a_client_receives_every_step_exactly_once(tmp_path, alone, client):
+    """Although steps 4 and 5 are trained twice. A folder is one run; another folder of the same name is another run."""
     log = tmp_path / "log"
     for name in ("a", "b"):
         folder = tmp_path / name / "run"
         assert call(log, log_rows, folder, client, 0, [1, 2, 3, 4, 5], **alone) == 0, log.read_text()
         assert call(log, log_rows, folder, client, 3, [4, 5, 6, 7], **alone) == 0, log.read_text()
-        found = told(client, folder, alone)
+        found = received(client, folder, alone)
         mine = next(
             run for run in found if run.endswith(json.loads((folder / "logged.json").read_text())[client]["run"])
         )
@@ -158,39 +158,42 @@ def test_a_client_has_the_rows_of_a_run_and_no_step_twice(tmp_path, alone, clien
         assert rows == merged(folder) and [step for step, _ in rows] == [1, 2, 3, 4, 5, 6, 7]
         assert rows[1] == (2, {"loss": 1.0, "test_accuracy": 92.0})
         assert config["k"] == 8 and config["class_distribution"] == [0.5, 0.5]
-    assert len(found) == {"wandb": 1, "trackio": 2}[client]  # in its folder, and in the project that runs share
-    assert log.read_text() == "", "it is not to be heard"
+    # wandb stores runs in their folder, trackio in a shared project.
+    assert len(found) == {"wandb": 1, "trackio": 2}[client]
+    assert log.read_text() == "", "clients must not print"
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_client_has_no_step_twice_after_a_kill(tmp_path, alone, client):
+def test_a_client_receives_no_step_twice_after_a_kill(tmp_path, alone, client):
     log, folder = tmp_path / "log", tmp_path / "run"
     assert call(log, log_rows, folder, client, 0, range(1, 21), True, **alone) == -signal.SIGKILL, log.read_text()
-    assert json.loads((folder / "logged.json").read_text())[client]["step"] == 19, "the newest step may have more rows"
+    assert json.loads((folder / "logged.json").read_text())[client]["step"] == 19, (
+        "the newest step may get more metrics"
+    )
     assert call(log, log_rows, folder, client, 10, range(11, 31), **alone) == 0, log.read_text()
-    ((_, rows),) = told(client, folder, alone).values()
+    ((_, rows),) = received(client, folder, alone).values()
     steps = [step for step, _ in rows]
     assert steps == sorted(set(steps)) and steps[-11:] == list(range(20, 31))
     assert set(dict(merged(folder))) == set(range(1, 31))
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_run_may_be_resumed_with_a_client_that_then_has_all_of_it(tmp_path, alone, client):
-    """By the command line, with nothing of the client's on stdout."""
+def test_a_client_added_on_resume_receives_all_metrics(tmp_path, alone, client):
+    """On the command line, without output of the client on stdout."""
     log, folder = tmp_path / "log", tmp_path / "run"
     train = ["train", "digits-40", "--out", folder, *TINY_FLAGS]
     assert finish([start(log, *train, "--steps", 6, "--log", "none", **alone)]) == [0], log.read_text()
     assert not (folder / "logged.json").exists()
     assert finish([start(log, *train, "--steps", 9, "--log", client, "--resume", **alone)]) == [0], log.read_text()
-    ((config, rows),) = told(client, folder, alone).values()
+    ((config, rows),) = received(client, folder, alone).values()
     assert rows == merged(folder) and rows[-1][0] == 9 and rows[-1][1].keys() >= {"loss", "test_accuracy"}
     assert config["steps"] == 9 and config["preset"] == "digits-40"
     said = log.read_text().splitlines()
     assert len(said) == 2 and all(line.startswith("digits-40 seed 0: test accuracy") for line in said)
 
 
-def test_wandb_is_asked_to_go_on_with_the_run_and_leaves_others_alone(tmp_path, monkeypatch):
-    """What shows with its server alone, or where engine.api is called within another run of wandb's."""
+def test_wandb_resumes_its_run_and_leaves_others_alone(tmp_path, monkeypatch):
+    """This matters only with a server, or if engine.api is called within another wandb run."""
     given = {}
     client = SimpleNamespace(offline=False, url="https://wandb.example/run", log=None, finish=None)
     stub = SimpleNamespace(init=lambda **options: given.update(options) or client, Settings=dict)
@@ -199,7 +202,7 @@ def test_wandb_is_asked_to_go_on_with_the_run_and_leaves_others_alone(tmp_path, 
     assert (given["id"], given["resume"], given["reinit"]) == ("abc", "allow", "create_new")
 
 
-def test_wandb_without_a_key_is_a_warning_and_asks_nothing(tmp_path, alone):
+def test_wandb_without_a_key_warns_and_does_not_prompt(tmp_path, alone):
     pytest.importorskip("wandb", reason="needs wandb: pip install 'remixmatch-engine[wandb]'")
     log, folder = tmp_path / "log", tmp_path / "run"
     train = ["train", "digits-40", "--steps", 2, "--out", folder, *TINY_FLAGS, "--log", "wandb"]
@@ -210,7 +213,7 @@ def test_wandb_without_a_key_is_a_warning_and_asks_nothing(tmp_path, alone):
 
 
 class Stub:
-    """A client that fails when it is told to, and otherwise remembers its rows."""
+    """A client that records its metrics, with injected failures."""
 
     def __init__(self, *failures):
         self.rows, self.failures, self.finished = [], list(failures), 0
@@ -239,15 +242,13 @@ class Stub:
         ([("open", RuntimeError("no server\nat all"))], 4, 1),
         ([("log 2", ConnectionError("no server"))], 4, 1),
         ([("log 2", SystemExit("no server"))], 4, 1),
-        # again and again: what is left at the end may be tried twice, with the last rows and after them
+        # Repeated failures: the remaining metrics may be retried twice at the end.
         ([("log 1", OSError(28, "no server")), *[("log 3", ValueError("no server"))] * 4], 2, 1),
         ([("finish", RuntimeError("no server"))], 4, 0),
         ([("open", RuntimeError("no server"))] * 5, 0, 0),
     ],
 )
-def test_a_client_that_fails_is_one_warning_and_is_tried_again(
-    tmp_path, monkeypatch, caplog, failures, logged, finished
-):
+def test_a_failing_client_causes_one_warning_and_is_retried(tmp_path, monkeypatch, caplog, failures, logged, finished):
     stub = Stub(*failures)
     monkeypatch.setitem(loggers._OPEN, "wandb", stub)
     log = MetricsLog(tmp_path, 0, "wandb")
@@ -267,8 +268,8 @@ def test_a_client_that_fails_is_one_warning_and_is_tried_again(
     assert loggers._logged(tmp_path, "wandb").get("step", 0) == logged
 
 
-def test_where_a_client_shows_the_run_and_why_it_fails_is_said(tmp_path, monkeypatch, capfd):
-    """Though nothing is heard of what the client itself prints."""
+def test_messages_say_where_to_view_a_run_and_why_a_client_failed(tmp_path, monkeypatch, capfd):
+    """Although the client's own output is discarded."""
     stub = Stub(("finish", RuntimeError("no server")))
     stub.log = lambda row: print("of the client", file=sys.stderr)
     monkeypatch.setitem(loggers._OPEN, "wandb", stub)
@@ -280,8 +281,8 @@ def test_where_a_client_shows_the_run_and_why_it_fails_is_said(tmp_path, monkeyp
     assert where == "wandb: here" and warning.startswith("remixmatch: --log wandb failed (no server); ")
 
 
-def test_what_a_client_lacks_at_the_end_it_has_after_resuming(tmp_path, monkeypatch):
-    # with its row, and again at the end, if that was not known yet
+def test_resuming_sends_the_metrics_that_a_client_lacks(tmp_path, monkeypatch):
+    # Opening is tried with the first metrics, and again at the end.
     monkeypatch.setitem(loggers._OPEN, "wandb", Stub(*[("open", RuntimeError("no server"))] * 2))
     log = MetricsLog(tmp_path, 0, "wandb")
     log.add(1, loss=1.0)
@@ -293,7 +294,7 @@ def test_what_a_client_lacks_at_the_end_it_has_after_resuming(tmp_path, monkeypa
     assert [(row.step, row.values) for row in stub.rows] == [(1, {"loss": 1.0})]
 
 
-def test_a_client_that_hangs_holds_up_neither_rows_nor_the_end(tmp_path, monkeypatch, caplog):
+def test_a_hanging_client_delays_neither_metrics_nor_the_end(tmp_path, monkeypatch, caplog):
     stuck = threading.Event()
     stub = Stub()
     stub.log = lambda row: stuck.wait()
@@ -311,7 +312,7 @@ def test_a_client_that_hangs_holds_up_neither_rows_nor_the_end(tmp_path, monkeyp
     assert len(merged(tmp_path)) == 4
 
 
-def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, monkeypatch, caplog, capfd):
+def test_training_with_a_client_that_cannot_be_imported(tiny, tmp_path, monkeypatch, caplog, capfd):
     package = tmp_path / "site" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('broken')\n")
@@ -326,7 +327,7 @@ def test_training_with_a_client_that_cannot_even_be_imported(tiny, tmp_path, mon
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
+def test_log_none_writes_only_metrics(tiny, tmp_path):
     run.train(setup_run(tiny(log="none"), tmp_path / "run"), quiet=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "split.json", "metrics.jsonl", "checkpoints", "summary.json",
@@ -335,7 +336,7 @@ def test_none_writes_no_log_beside_metrics(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_a_run_resumed_with_tensorboard_has_all_of_it_there(tiny, tmp_path, capfd):
+def test_tensorboard_added_on_resume_receives_all_metrics(tiny, tmp_path, capfd):
     run.train(setup_run(tiny(log="none"), tmp_path / "run"), quiet=True)
     run.train(setup_run(tiny(log="tensorboard", steps=8), tmp_path / "run", resume=True), quiet=True)
     rows = [
@@ -344,12 +345,12 @@ def test_a_run_resumed_with_tensorboard_has_all_of_it_there(tiny, tmp_path, capf
         if "loss" in row
     ]
     assert board(tmp_path / "run") == rows and len(rows) == 8
-    assert capfd.readouterr().err == "", "its checkpoint is that of this run"
+    assert capfd.readouterr().err == "", "--log does not change which run a checkpoint belongs to"
     assert checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS).step == 8
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_tensorboard_has_the_rows_that_a_kill_kept_from_it(tmp_path):
+def test_after_a_kill_resuming_writes_missing_metrics_to_tensorboard(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
@@ -362,7 +363,7 @@ def test_tensorboard_has_the_rows_that_a_kill_kept_from_it(tmp_path):
 
 @pytest.mark.usefixtures("unwarned")
 @pytest.mark.parametrize("damage", ["{", "[]", '{"tensorboard": 3}', "{}", None])
-def test_a_damaged_record_of_what_was_logged_costs_nothing(tmp_path, damage):
+def test_a_damaged_logged_json_loses_nothing(tmp_path, damage):
     log = MetricsLog(tmp_path, 0)
     log.add(1, loss=1.0)
     log.close()
@@ -376,7 +377,7 @@ def test_a_damaged_record_of_what_was_logged_costs_nothing(tmp_path, damage):
     assert board(tmp_path) == [(1, 1.0), (2, 2.0)]
 
 
-def test_unknown_clients_and_missing_extras_are_told_before_training(tiny, tmp_path, monkeypatch, capfd):
+def test_unknown_loggers_and_missing_extras_are_reported_before_training(tiny, tmp_path, monkeypatch, capfd):
     with pytest.raises(UserError, match="--log takes tensorboard, wandb, trackio, none, got 'mlflow'"):
         validate(tiny(log="mlflow"))
     with pytest.raises(SystemExit):
@@ -391,8 +392,8 @@ def test_unknown_clients_and_missing_extras_are_told_before_training(tiny, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_a_clients_name_is_not_the_client(tiny, tmp_path, monkeypatch):
-    """wandb leaves one in the folder that it is used from, and python -m looks for modules there."""
+def test_a_folder_named_wandb_is_not_the_client(tiny, tmp_path, monkeypatch):
+    """Using wandb creates one in the current folder, and python -m looks for modules there."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -401,7 +402,7 @@ def test_a_folder_of_a_clients_name_is_not_the_client(tiny, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_what_another_thread_prints_meanwhile_is_printed(capsys, monkeypatch, name):
+def test_output_of_other_threads_is_not_discarded(capsys, monkeypatch, name):
     def print_it(text):
         print(text, file=getattr(sys, name))
 
@@ -414,12 +415,12 @@ def test_what_another_thread_prints_meanwhile_is_printed(capsys, monkeypatch, na
     assert not isinstance(getattr(sys, name), loggers._Others)
     with loggers._quiet():
         monkeypatch.setattr(sys, name, replaced := io.StringIO())
-    assert getattr(sys, name) is replaced, "by others, in the meantime"
+    assert getattr(sys, name) is replaced, "others may replace the stream meanwhile"
     assert getattr(capsys.readouterr(), name[3:]) == "of the run\n"
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_rows_are_given_with_the_time_when_they_came(tmp_path, monkeypatch):
+def test_metrics_carry_their_time_of_arrival(tmp_path, monkeypatch):
     monkeypatch.setitem(loggers._OPEN, "wandb", stub := Stub())
     log = MetricsLog(tmp_path, 0, "wandb")
     before = time.time()

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard reads what was written, and trouble with the folder loses no row."""
+"""Metrics: TensorBoard can read them, and write failures lose none."""
 
 import itertools
 import shutil
@@ -11,7 +11,7 @@ from engine.runs.progress import MetricsLog, read_metrics
 
 
 def board(folder):
-    """Steps and values of `loss` as TensorBoard reads them."""
+    """Return steps and values of `loss` as TensorBoard reads them."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars("loss")]
@@ -19,8 +19,8 @@ def board(folder):
 
 @pytest.mark.usefixtures("unwarned")
 @pytest.mark.parametrize("first", [0, 9])
-def test_tensorboard_reads_the_rows_and_forgets_those_of_steps_that_were_trained_again(tmp_path, monkeypatch, first):
-    """Also where a process's tenth file follows its ninth within a second."""
+def test_tensorboard_discards_metrics_of_steps_that_are_trained_again(tmp_path, monkeypatch, first):
+    """Also if a process writes its ninth and tenth file within a second."""
     monkeypatch.setattr("engine.runs.loggers.Board._files", itertools.count(first))
     log = MetricsLog(tmp_path, 0)
     for step in range(1, 6):
@@ -35,10 +35,10 @@ def test_tensorboard_reads_the_rows_and_forgets_those_of_steps_that_were_trained
 
 @pytest.mark.usefixtures("unwarned")
 @pytest.mark.parametrize("gone", ["", "metrics.jsonl", "tensorboard"])
-def test_rows_outlive_their_files(tmp_path, gone):
+def test_metrics_survive_removal_of_their_files(tmp_path, gone):
     folder = tmp_path / "run"
     log = MetricsLog(folder, 0)
-    log._flush()  # TensorBoard's file is there from now on
+    log._flush()  # creates TensorBoard's file
     log.add(1, loss=1.0)
     path = folder / gone
     if path.is_dir():
@@ -51,7 +51,7 @@ def test_rows_outlive_their_files(tmp_path, gone):
     assert board(folder) == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_row_that_could_not_be_written_is_there_after_catching_up(tmp_path, caplog):
+def test_metrics_are_written_after_a_failure_ends(tmp_path, caplog):
     def full(text):
         raise OSError(28, "No space left on device")
 
@@ -59,7 +59,7 @@ def test_a_row_that_could_not_be_written_is_there_after_catching_up(tmp_path, ca
     log.add(1, loss=1.0)
     log._file = SimpleNamespace(write=full, close=lambda: None)
     log.add(2, loss=2.0)
-    assert caplog.messages == ["metrics cannot be written (No space left on device); they are kept and tried again"]
+    assert caplog.messages == ["cannot write metrics (No space left on device); they are kept; retrying"]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     log.catch_up()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

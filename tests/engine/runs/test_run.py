@@ -1,4 +1,4 @@
-"""Whole runs: what they write, and resumption; fault injection is in tests/faults."""
+"""Whole runs: the files they write, and resuming. Fault injection is in tests/faults."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ TINY_FLAGS = [
 
 
 def assert_same(a, b, path=""):
-    """Equal bit for bit, through nested containers; times alone may differ."""
+    """Assert that nested containers are bit-identical, except for times."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
@@ -48,7 +48,7 @@ def assert_same(a, b, path=""):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run of 24 steps in a process of its own, nothing done to it."""
+    """An undisturbed run of 24 steps in its own process."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert finish(
         [start(folder.with_name("log"), "train", "digits-40", "--steps", 24, "--out", folder, *TINY_FLAGS)]
@@ -56,7 +56,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_a_run_writes_all_that_it_promises(undisturbed):
+def test_a_run_writes_all_files(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
@@ -80,7 +80,7 @@ def test_a_run_writes_all_that_it_promises(undisturbed):
     assert any((undisturbed / "tensorboard").iterdir())
 
 
-def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, caplog):
+def test_speed_excludes_compile_time(tiny, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     order, start = [], ProgressLine.start
 
@@ -96,8 +96,8 @@ def test_speed_does_not_count_what_compiling_takes(tiny, tmp_path, monkeypatch, 
     assert "compiling the step" in caplog.text and order == ["made", "start"] * 2
 
 
-def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, monkeypatch):
-    """Its picture shows its own views, which are DALI's but for edges."""
+def test_a_run_with_fused_views_never_imports_dali(tiny, tmp_path, monkeypatch):
+    """views.png shows the fused views, which equal DALI's except at edges."""
     run.train(setup_run(tiny(views="dali"), tmp_path / "dali"), quiet=True)
     monkeypatch.setitem(sys.modules, "pipelines.dali", None)  # as if it could not be imported
     run.train(setup_run(tiny(views="fused"), tmp_path / "fused"), quiet=True)
@@ -105,8 +105,8 @@ def test_a_run_with_fused_views_does_without_dali_to_its_end(tiny, tmp_path, mon
     assert made.shape == expected.shape and np.isclose(made, expected, atol=2).mean() > 0.9
 
 
-def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeypatch):
-    """Who finds a summary takes the run for done: whatever cuts off its end, resuming makes all that is missing."""
+def test_a_run_with_a_summary_has_all_other_files(undisturbed, tmp_path, monkeypatch):
+    """The summary marks a run as complete: after any interruption, resuming writes the missing files."""
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
 
     def full_disk(*_):
@@ -123,8 +123,8 @@ def test_a_run_with_a_summary_has_everything_else(undisturbed, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "curves.png", "views.png", "results.npz", "summary.json"])
-def test_a_disk_that_is_full_at_the_end_leaves_the_former_file(undisturbed, tmp_path, monkeypatch, name):
-    """Of a run that is resumed when it is finished, which makes all of them anew."""
+def test_a_full_disk_at_the_end_leaves_existing_files(undisturbed, tmp_path, monkeypatch, name):
+    """Resuming a finished run writes these files again."""
     folder = shutil.copytree(undisturbed, tmp_path / "run")
     config, before = load_config(folder / "config.json"), (folder / name).read_bytes()
     write = files._File.write
@@ -143,18 +143,18 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_former_file(undisturbed, tmp_
     assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
 
 
-def test_a_finished_run_may_be_given_more_steps(undisturbed, tmp_path, tiny):
+def test_a_finished_run_can_be_resumed_with_more_steps(undisturbed, tmp_path, tiny):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     run.train(setup_run(dataclasses.replace(config, steps=12), tmp_path / "run", resume=True), quiet=True)
     run.train(setup_run(dataclasses.replace(config, steps=12), tmp_path / "straight"), quiet=True)
     one, two = final_state(tmp_path / "run")[1], final_state(tmp_path / "straight")[1]
-    assert_same(one["state"], two["state"])  # evaluations differ: step 6 was a last step once
+    assert_same(one["state"], two["state"])  # evaluations differ: step 6 was the last step
     assert_same(one["policy"], two["policy"])
 
 
 @pytest.mark.parametrize("changes", [dict(view_steps=1, prefetch=2), dict(view_steps=5, prefetch=1, view_threads=2)])
-def test_when_views_are_made_changes_no_bit(undisturbed, tmp_path, changes):
+def test_prefetching_does_not_change_results(undisturbed, tmp_path, changes):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), **changes)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     assert_same(final_state(undisturbed), final_state(tmp_path / "run"))
@@ -166,7 +166,7 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed):
     assert_same(before, final_state(undisturbed))
 
 
-def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undisturbed, tmp_path, caplog):
+def test_a_truncated_checkpoint_falls_back_to_the_previous_one(undisturbed, tmp_path, caplog):
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=9)
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     newest = checkpoint.list_checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
@@ -176,20 +176,20 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(undi
     assert_same(final_state(undisturbed)[1]["state"], final_state(tmp_path / "run")[1]["state"])
 
 
-def test_another_run_or_configuration_in_the_folder(undisturbed, tiny):
+def test_a_folder_with_another_run_or_configuration(undisturbed, tiny):
     config = load_config(undisturbed / "config.json")
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         run.train(setup_run(config, undisturbed), quiet=True)
     with pytest.raises(UserError, match=r"another configuration: k 2 -> 3; lr 0.002 -> 0.1"):
         run.train(setup_run(dataclasses.replace(config, k=3, lr=0.1), undisturbed, resume=True), quiet=True)
-    with pytest.raises(UserError, match="may grow, not shrink to 5"):
+    with pytest.raises(UserError, match="can be increased, but not reduced to 5"):
         run.train(setup_run(dataclasses.replace(config, steps=5), undisturbed, resume=True), quiet=True)
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     config = tiny(steps=9, checkpoint_every=2)
     original = Feed.put
 
@@ -206,8 +206,8 @@ def test_a_loss_that_is_not_finite_stops_with_step_terms_and_last_good_checkpoin
 
 
 @pytest.mark.usefixtures("unwarned")
-def test_parameters_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    """A learning rate that overflows the parameters: the real thing, nothing patched."""
+def test_non_finite_parameters_are_never_saved(tiny, tmp_path):
+    """A learning rate that really overflows the parameters, without patching."""
     with pytest.raises(UserError, match="training diverged at step"):
         run.train(setup_run(tiny(steps=40, lr=1e38, checkpoint_every=1), tmp_path / "run"), quiet=True)
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)

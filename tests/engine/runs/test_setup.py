@@ -1,4 +1,4 @@
-"""A run is set up once: nobody checks its configuration or opens its data a second time."""
+"""Setup of runs: the configuration is checked and the data opened exactly once."""
 
 import dataclasses
 from collections import Counter
@@ -35,7 +35,7 @@ def images(tmp_path, monkeypatch):
 
 @pytest.fixture
 def calls(images, monkeypatch):
-    """How often what sets up a run is called."""
+    """Count the calls of functions that set up a run."""
     counted = Counter()
 
     def count(module, name):
@@ -82,7 +82,7 @@ def test_a_profile_sets_up_once(calls):
     assert calls == ONCE
 
 
-def test_a_setup_is_complete_and_writes_nothing(images, tmp_path):
+def test_setup_resolves_the_configuration_and_writes_nothing(images, tmp_path):
     config = preset("folder")
     data = open_data(f"folder:{images}")
     found = setup_run(config, tmp_path / "run", data=data)
@@ -91,32 +91,32 @@ def test_a_setup_is_complete_and_writes_nothing(images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_ranks_count(tmp_path):
+def test_the_number_of_ranks_is_checked(tmp_path):
     with pytest.raises(UserError, match="--batch 16 cannot be shared by 3 ranks"):
         setup_run(preset("digits-40"), tmp_path / "run", ranks=3)
 
 
-def test_a_file_of_probabilities_takes_the_place_of_the_running_marginal(tmp_path):
+def test_a_class_prior_file_sets_the_class_distribution(tmp_path):
     path = tmp_path / "prior.json"
     path.write_text("{" + ", ".join(f'"{c}": {c + 1}' for c in range(10)) + "}")
     given = setup_run(preset("digits-40"), class_prior=path).config.class_distribution
     assert given == pytest.approx([(c + 1) / 55 for c in range(10)])
 
 
-def test_a_run_that_began_in_between_keeps_its_folder(tmp_path):
-    """Two runs of one folder are set up, as by two commands at once: the one that begins later writes nothing."""
+def test_a_run_started_in_between_keeps_its_folder(tmp_path):
+    """Two runs with one folder are set up, as by two concurrent commands: the one that starts later writes nothing."""
     small = dict(batch=8, k=1, width=16, blocks=1, steps=2, eval_every=2, device="cpu")
     configs = [dataclasses.replace(preset("digits-40"), **small | dict(k=k)) for k in (1, 2)]
     first, second = (setup_run(config, tmp_path / "run") for config in configs)
     run.train(first, quiet=True)
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run"):
         run.train(second, quiet=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]"])
-def test_a_damaged_split_is_written_anew(tmp_path, content):
+def test_a_damaged_split_is_rewritten(tmp_path, content):
     config = dataclasses.replace(preset("digits-40"), steps=2)
     setup = setup_run(config, tmp_path / "run")
     run_setup.write_run_files(setup)
