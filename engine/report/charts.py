@@ -1,7 +1,7 @@
 """Charts of a report in Vega-Lite, built with Altair, each with a text alternative and a table of its data.
 
-Charts are drawn in the browser as SVG; the page's style sheet colors their text and lines. The colors of marks can be
-seen on white and on black; where a color stands for a number, the number is its opacity.
+The browser draws the charts as SVG, and the page's style sheet colors their text and lines. The colors of marks are
+visible on white and on black. Heat maps encode numbers as opacity.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipelines.ctaugment import THRESHOLD
 COLORS = ("#3b82f6", "#d97706", "#16a34a", "#a855f7", "#ef4444", "#0d9488", "#ec4899", "#7c8594")
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 BLUE, ORANGE, GRAY = COLORS[0], COLORS[1], COLORS[-1]
-MOST_POINTS = 150  # of a line
-FEW_POINTS = 16  # of a line whose points are shown
+MOST_POINTS = 150  # in a line
+FEW_POINTS = 16  # lines with at most this many points show them
 MOST_TIMES = 32  # columns of a heat map
-MOST_CLASSES = 20  # of a chart over classes
+MOST_CLASSES = 20  # in a chart over classes
 MOST_TABLE_ROWS = 16
 
 Dots = Mapping[str, Sequence[tuple[str, float]]]  # names and values by group
@@ -34,15 +34,15 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # steps and valu
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart, with what it says in words and in a table."""
+    """A chart with its text alternative and its data as a table."""
 
     title: str
-    text: str  # what is to be seen in it, in a sentence or two
+    text: str  # text alternative, in a sentence or two
     spec: dict[str, Any]  # Vega-Lite
     head: Sequence[str]  # column names of the table
-    rows: Sequence[Sequence[str]]  # of the table
+    rows: Sequence[Sequence[str]]  # rows of the table
     note: str = ""  # how to read it
-    wide: bool = False  # takes the page's width
+    wide: bool = False  # takes the full width of the page
 
 
 def lines(
@@ -50,8 +50,8 @@ def lines(
 ) -> Chart | None:
     """Draw a line over steps for each name; return None if no value is finite.
 
-    The vertical axis has the title `unit`, and the given limits or those of the values. Of a single line, the text says
-    when it was at its `best`, "highest" or "lowest".
+    `unit` is the title of the vertical axis, whose limits are `limits` or those of the values. For a single line, the
+    text names the `best` value, "highest" or "lowest".
     """
     finite = {name: [p for p in zip(*line, strict=True) if math.isfinite(p[1])] for name, line in series.items()}
     points = {name: found for name, found in finite.items() if found}
@@ -68,7 +68,7 @@ def lines(
         *_colors(list(drawn), "stroke"),
         tooltip=_tips({"k:N": "line", "s:Q": "step", "v:Q": unit}),
     )
-    # Points that cannot be seen make a line easy to hit with a mouse or a finger.
+    # Invisible points make a line easy to hit with a mouse or a finger.
     targets = {"size": 60, "opacity": 0} if sum(len(each["s"]) for each in values) < 1000 else False
     chart: Any = base.mark_line(strokeWidth=1.6, clip=True, point=targets)
     if any(each["few"] for each in values):
@@ -85,7 +85,7 @@ def lines(
 
 
 def _line_table(series: Series) -> tuple[list[str], list[list[str]]]:
-    """Return a column for each line if all have the same steps; otherwise a few rows for each line."""
+    """Return one column per line if all have the same steps; otherwise a few rows per line."""
     few = len(series) <= 8
     first, *others = (steps for steps, _ in series.values())
     if few and all(steps == first for steps in others):
@@ -101,7 +101,7 @@ def _line_table(series: Series) -> tuple[list[str], list[list[str]]]:
 
 
 def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray, classes: Sequence[str]) -> Chart:
-    """Draw how much more or less of each class is guessed than labels have, over time.
+    """Draw the difference between p~(y) and p(y) of each class over time.
 
     Args:
         steps: (S,) steps of the columns.
@@ -115,22 +115,22 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
     kept = [steps[t] for t in times]
     largest = max(float(np.abs(apart).max()), 1e-9)
     values = [{"c": name, "s": kept, "v": [*map(short, apart[times, c])]} for c, name in shown.items()]
-    more, less = "guessed more", "guessed less"
+    more, less = "p~(y) larger", "p~(y) smaller"
     signed = _chart(values, "s", "v").transform_calculate(a="abs(datum.v)", k=f"datum.v < 0 ? '{less}' : '{more}'")
     chart = signed.mark_rect().encode(
         _steps(kept),
         _names("c", shown.values(), "class", labelExpr=_LABEL),
         _key(alt.Color, [more, less], [ORANGE, BLUE], 2 if max(map(len, classes)) <= 8 else 1),
         alt.Opacity("a:Q", legend=None).scale(domain=[0, largest], range=[0.03, 1]),
-        tooltip=_tips({"c:N": "class", "s:O": "step", "v:Q": "p~(y) - p(y), points"}),
+        tooltip=_tips({"c:N": "class", "s:O": "step", "v:Q": "p~(y) - p(y), pp"}),
     )
     worst = int(np.abs(apart[-1]).argmax())
     text = (
-        f"Heat map of p~(y) less p(y) by class and step. The largest difference at any time is {largest:.1f} points; "
-        f"at step {steps[-1]:,} it is {apart[-1, worst]:+.1f} points, of class {classes[worst]}."
+        f"Heat map of p~(y) minus p(y) by class and step. The largest difference at any step is {largest:.1f} pp. At "
+        f"step {steps[-1]:,} it is {apart[-1, worst]:+.1f} pp, for class {classes[worst]}."
     )
-    note = f"The mean guess of the last 128 steps less the labels' share. Full colour is {largest:.1f} points. {few}"
-    head = ["class", "p(y) at the end", "p~(y) at the end", "difference, points"]
+    note = f"p~(y) is the mean prediction of the last 128 steps. Full color is {largest:.1f} pp. {few}"
+    head = ["class", "p(y) at the end", "p~(y) at the end", "difference, pp"]
     rows = [
         [classes[c], f"{100 * p_labels[-1, c]:.2f} %", f"{100 * p_model[-1, c]:.2f} %", f"{apart[-1, c]:+.2f}"]
         for c in shown
@@ -142,26 +142,26 @@ def marginal_map(steps: Sequence[int], p_model: np.ndarray, p_labels: np.ndarray
 def marginal_bars(step: int, p_model: np.ndarray, p_labels: np.ndarray, classes: Sequence[str]) -> Chart:
     """Draw p(y) and p~(y) of each class at one step; both are (L,)."""
     shown, _ = _selected(np.abs(p_model - p_labels), classes)
-    kinds = {"p~(y), guessed": p_model, "p(y), labels": p_labels}
+    kinds = {"p~(y), predicted": p_model, "p(y), labels": p_labels}
     columns = 2 if max(map(len, classes)) <= 8 else 1
     values = [{"c": name, "k": k, "v": short(100 * p[c])} for k, p in kinds.items() for c, name in shown.items()]
     points = _chart(values).mark_point(filled=True, size=70, opacity=1)
     chart = points.encode(
-        alt.X("v:Q", title="share, %").scale(zero=True),
+        alt.X("v:Q", title="probability, %").scale(zero=True),
         _names("c", shown.values(), "class", labelExpr=_LABEL),
         _key(alt.Color, list(kinds), [ORANGE, BLUE], columns),
         _key(alt.Shape, list(kinds), ["circle", "diamond"], columns),
-        tooltip=_tips({"c:N": "class", "k:N": "of", "v:Q": "share, %"}),
+        tooltip=_tips({"c:N": "class", "k:N": "marginal", "v:Q": "probability, %"}),
     )
     gap = 50 * float(np.abs(p_model - p_labels).sum())
-    text = f"p~(y) and p(y) by class at step {step:,}. They are {gap:.1f} % apart, in total variation distance."
+    text = f"p~(y) and p(y) by class at step {step:,}. Their total variation distance is {gap:.1f} %."
     rows = [[classes[c], f"{100 * p_labels[c]:.2f} %", f"{100 * p_model[c]:.2f} %"] for c in shown]
     spec = _spec(chart, max(110, 20 * len(shown)))
     return Chart(f"p~(y) and p(y) at step {step:,}", text, spec, ["class", "p(y)", "p~(y)"], rows)
 
 
 def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence[float]]]]) -> Chart | None:
-    """Draw CTAugment's bins over time: which are drawn, and their weights relative to the best of their parameter.
+    """Plot CTAugment's bins over time: which are drawn, and their weights relative to the parameter's largest.
 
     Args:
         steps: Steps of the columns.
@@ -169,7 +169,7 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
     """
     times = _spaced(len(steps), MOST_TIMES)
     steps, bins = [steps[t] for t in times], [bins[t] for t in times]
-    drawn: list[bool] = []  # for each bin, whether it is drawn at the last step
+    drawn: list[bool] = []  # for each bin, whether it is in use at the last step
     rows: list[list[str]] = []
     labels, values = {}, []
     for name, number in [(name, n) for name, found in bins[-1].items() for n in range(len(found))]:
@@ -177,7 +177,7 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
         found = [each.get(name, [[]] * (number + 1))[number] for each in bins]
         count, place = len(found[-1]), len(drawn) + 2 * len(rows)
         if any(len(each) != count for each in found):
-            return None  # a folder in which versions were mixed
+            return None  # the folder mixes versions
         weights = np.nan_to_num(np.array(found, dtype=np.float64))  # (S, bins)
         relative = (weights + 0.01) / (weights + 0.01).max(1, keepdims=True)
         for b in range(count):
@@ -203,22 +203,22 @@ def bins_map(steps: Sequence[int], bins: Sequence[Mapping[str, Sequence[Sequence
         tooltip=_tips({"n:N": "bins", "s:O": "step", "w:Q": "weight"}),
     )
     text = (
-        f"Heat map of CTAugment's bins over steps. At step {steps[-1]:,} {sum(drawn)} of {len(drawn)} bins are drawn: "
-        f"those whose weight is at least {THRESHOLD} of the best of their parameter."
+        f"Heat map of CTAugment's bins over steps. At step {steps[-1]:,}, {sum(drawn)} of {len(drawn)} bins are drawn: "
+        f"those with at least {THRESHOLD} times their parameter's largest weight."
     )
     note = (
-        "Each band is a parameter, its first bin on top. The stronger the colour, the nearer a bin's weight to the "
-        f"best of its parameter; below {THRESHOLD} of that a bin is not drawn."
+        "Each band is a parameter, with its first bin on top. A stronger color means a weight closer to the "
+        f"parameter's largest; bins below {THRESHOLD} times that are not drawn."
     )
-    head = ["parameter", "bins drawn at the end", "bins not drawn", "least weight", "largest weight"]
+    head = ["parameter", "bins drawn at the end", "bins not drawn", "smallest weight", "largest weight"]
     return Chart("CTAugment's bins", text, _spec(chart, 2 * places + 20), head, rows, note, wide=True)
 
 
 def calibration(points: Mapping[str, Sequence[tuple[int, int]]]) -> Chart | None:
-    """Draw how often predictions of each confidence are right.
+    """Plot accuracy against confidence of predictions.
 
     Args:
-        points: By name, for equal intervals of confidence, how many predictions are in it and how many are right.
+        points: By name, the numbers of all and of correct predictions in equal intervals of confidence.
     """
     values, rows = [], []
     for name, counts in points.items():
@@ -234,24 +234,24 @@ def calibration(points: Mapping[str, Sequence[tuple[int, int]]]) -> Chart | None
     found = _chart(values).mark_point(filled=True, opacity=0.8)
     chart = found.encode(
         alt.X("c:Q", title="confidence, %").scale(domain=[0, 100]),
-        alt.Y("v:Q", title="right, %").scale(domain=[0, 100]),
+        alt.Y("v:Q", title="accuracy, %").scale(domain=[0, 100]),
         *_colors(list(points)),
         alt.Size("n:Q", legend=None).scale(type="sqrt", range=[20, 320]),
-        tooltip=_tips({"k:N": "of", "c:Q": "confidence about, %", "v:Q": "right, %", "n:Q": "predictions"}),
+        tooltip=_tips({"k:N": "model", "c:Q": "confidence, %", "v:Q": "accuracy, %", "n:Q": "predictions"}),
     )
     sums = {name: np.sum(counts, axis=0) for name, counts in points.items()}
-    told = "; ".join(f"{name}: {right} of {count} are right" for name, (count, right) in sums.items())
-    text = f"How often predictions are right, by their confidence: {told}."
+    told = "; ".join(f"{name}: {right} of {count} correct" for name, (count, right) in sums.items())
+    text = f"Accuracy by confidence. {told}."
     note = (
-        "On the dashed line as many predictions are right as their confidence says; below it they are too sure. The "
-        "larger a dot, the more predictions have that confidence."
+        "On the dashed line, accuracy equals confidence; below it, predictions are overconfident. Larger dots stand "
+        "for more predictions."
     )
-    head = ["predictions", "confidence", "how many", "right"]
+    head = ["predictions", "confidence", "count", "accuracy"]
     return Chart("Calibration", text, _spec(diagonal + chart, 240), head, rows, note)
 
 
 def recall(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
-    """Draw the share of each class's test images that is found; confusion is (L, L) counts, truth by row."""
+    """Plot the recall of each class; confusion is (L, L) counts, whose rows are true classes."""
     right, totals = np.diag(confusion), confusion.sum(1)
     found = 100 * right / np.maximum(totals, 1)
     shown, note = _selected(np.where(totals > 0, -found, -np.inf), classes, "with the lowest recall")
@@ -260,20 +260,20 @@ def recall(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     y = _names("c", shown.values(), "class", labelExpr=_LABEL)
     chart = _bars(values, x, y, {"c:N": "class", "v:Q": "recall, %", "n:Q": "test images"})
     worst = min(shown, key=found.__getitem__)
-    text = f"Recall by class. The lowest is {found[worst]:.1f} %, of class {classes[worst]}."
+    text = f"Recall by class. The lowest is {found[worst]:.1f} %, for class {classes[worst]}."
     rows = [[classes[c], f"{found[c]:.1f} %", str(right[c]), str(totals[c])] for c in shown]
-    spec, head = _spec(chart, max(110, 26 * len(shown) + 20)), ["class", "recall", "right", "test images"]
+    spec, head = _spec(chart, max(110, 26 * len(shown) + 20)), ["class", "recall", "correct", "test images"]
     return Chart("Recall by class", text, spec, head, rows, note)
 
 
 def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
-    """Draw which classes are taken for which; confusion is (L, L) counts, truth by row."""
+    """Draw the confusion matrix; confusion is (L, L) counts, whose rows are true classes."""
     share = 100 * confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     wrong = confusion - np.diag(np.diag(confusion))
     shown, note = _selected(wrong.sum(0) + wrong.sum(1), classes, "with the most errors")
     values = [
         {"t": shown[t], "p": shown[p], "n": int(confusion[t, p]), "v": short(share[t, p]),
-         "k": "right" if t == p else "wrong"}
+         "k": "correct" if t == p else "wrong"}
         for t in shown for p in shown if confusion[t, p]
     ]  # fmt: skip
     angle = 0 if max(map(len, classes)) <= 3 else -90
@@ -284,21 +284,21 @@ def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
         _names("t", shown.values(), "true class", labelExpr=_LABEL),
     )
     chart: Any = base.mark_rect().encode(
-        _key(alt.Color, ["right", "wrong"], [BLUE, ORANGE]),
+        _key(alt.Color, ["correct", "wrong"], [BLUE, ORANGE]),
         alt.Opacity("v:Q", legend=None).scale(type="sqrt", domain=[0, 100], range=[0.08, 0.9]),
-        tooltip=_tips({"t:N": "true class", "p:N": "predicted", "n:Q": "test images", "v:Q": "of the class, %"}),
+        tooltip=_tips({"t:N": "true class", "p:N": "predicted", "n:Q": "test images", "v:Q": "% of the class"}),
     )
     if len(shown) <= 12:
-        # White on a cell of strong color, elsewhere as the page's style sets it.
+        # White on cells of strong color, otherwise the color of the style sheet.
         counts = base.mark_text(fontSize=11).encode(text="n:Q")
         strong = counts.transform_filter("datum.v > 25").encode(color=alt.value("#fff")).properties(name="strong")
         chart = alt.layer(chart, strong, counts.transform_filter("!(datum.v > 25)").properties(name="weak"))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_TABLE_ROWS].tolist()
     pairs = [pair for flat in order if wrong[pair := divmod(flat, len(classes))]]
-    worst = ", ".join(f"{classes[t]} taken for {classes[p]} ({wrong[t, p]})" for t, p in pairs[:3])
+    worst = ", ".join(f"{classes[t]} predicted as {classes[p]} ({wrong[t, p]})" for t, p in pairs[:3])
     text = f"Confusion matrix of {confusion.sum():,} test images. "
-    text += f"Most often: {worst}." if worst else "Nothing is wrong."
-    head = ["true class", "predicted", "test images", "of the class"]
+    text += f"Most frequent errors: {worst}." if worst else "There are no errors."
+    head = ["true class", "predicted", "test images", "share of the class"]
     rows = [[classes[t], classes[p], str(wrong[t, p]), f"{share[t, p]:.1f} %"] for t, p in pairs]
     spec = _spec(chart, max(150, 26 * len(shown) + 40))
     return Chart("Confusion matrix", text, spec, head, rows, note)
@@ -307,11 +307,11 @@ def confusion_map(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
 def dots(
     title: str, unit: str, groups: Dots, text: str, note: str = "", zero: bool = False, marks: Mapping[str, float] = {}
 ) -> Chart:
-    """Draw the values of each group as dots, with a tick at their mean and published results (`marks`) as diamonds.
+    """Plot the values of each group as dots, with a tick at their mean and published results (`marks`) as diamonds.
 
-    `unit` is the title of the horizontal axis, on which `zero` draws a line at 0.
+    `unit` is the title of the horizontal axis; `zero` adds a line at 0.
     """
-    # Without padding a dot at either end lies on the names.
+    # Without padding, dots at the ends overlap the names.
     x = alt.X("v:Q", title=unit).scale(zero=False, padding=10).axis(tickCount=5)
     y = _names("g", list(groups))
     values = [{"g": group, "k": name, "v": short(v)} for group, found in groups.items() for name, v in found]
@@ -332,7 +332,7 @@ def dots(
 
 
 def shares(title: str, found: Sequence[tuple[str, float]]) -> Chart:
-    """Draw bars of named shares, in 0..1, the largest first."""
+    """Draw a bar for each named share in 0..1; the largest comes first."""
     values = [{"c": name, "v": short(100 * share)} for name, share in found]
     x, y = alt.X("v:Q", title="share, %"), _names("c", [name for name, _ in found])
     chart = _bars(values, x, y, {"c:N": "range", "v:Q": "share, %"})
@@ -343,19 +343,19 @@ def shares(title: str, found: Sequence[tuple[str, float]]) -> Chart:
 
 # Parts of charts
 
-# Numbers keep classes with equal names apart; labels leave them out.
+# Numbers distinguish classes with equal names; axis labels omit them.
 _LABEL = "replace(datum.label, /^[0-9]+: /, '')"
 
 
 def _selected(scores: np.ndarray, classes: Sequence[str], why: str = "") -> tuple[dict[int, str], str]:
-    """Return the MOST_CLASSES classes with the largest scores, by number, and a note if they are not all classes."""
+    """Return the MOST_CLASSES classes with the largest scores, by number, and a note if some are omitted."""
     shown = sorted(np.argsort(-scores, kind="stable")[:MOST_CLASSES].tolist())
-    note = f"The {len(shown)} classes of {len(classes)} {why}." if len(shown) < len(classes) else ""
+    note = f"Shown are the {len(shown)} of {len(classes)} classes {why}." if len(shown) < len(classes) else ""
     return {c: f"{c}: {classes[c]}" for c in shown}, note
 
 
 def _chart(values: list[dict[str, Any]], *flattened: str) -> alt.Chart:
-    """Return a chart of values, of which those that are flattened are lists of equal lengths."""
+    """Return a chart of values; the `flattened` fields are lists of equal lengths."""
     chart = alt.Chart(alt.InlineData(values=values))
     return chart.transform_flatten(list(flattened)) if flattened else chart
 
@@ -371,14 +371,14 @@ def _names(field: str, names: Iterable[str], title: str | None = None, **changes
 
 
 def _steps(steps: Sequence[int]) -> alt.X:
-    """Return the columns of a heat map, a few of them with a label."""
+    """Return the horizontal axis of a heat map, with a few labels."""
     labeled = [steps[n] for n in _spaced(len(steps), 4)]
     axis = alt.Axis(values=labeled, labelAngle=0, format="~s", ticks=False, domain=False, labelFlush=True)
     return alt.X("s:O", title="step", scale=alt.Scale(padding=0), axis=axis)
 
 
 def _key(channel: Any, names: Sequence[str], looks: Sequence[Any], columns: int = 2, **changes: Any) -> Any:
-    """Return a channel that tells names apart, with a legend below the chart unless there is one name only."""
+    """Return a channel that distinguishes names, with a legend below the chart unless there is only one name."""
     legend = alt.Legend(orient="bottom", columns=columns, labelLimit=290, symbolOpacity=1, **changes)
     scale = alt.Scale(domain=names, range=looks)
     return channel("k:N", title=None, scale=scale, legend=legend if len(names) > 1 else None)
@@ -386,7 +386,7 @@ def _key(channel: Any, names: Sequence[str], looks: Sequence[Any], columns: int 
 
 def _colors(names: Sequence[str], symbol: str = "circle") -> list[Any]:
     """Return colors by name, with dashes if there are more names than colors."""
-    columns = max(1, min(len(names), 250 // (7 * max(map(len, names)) + 34)))  # no wider than a phone
+    columns = max(1, min(len(names), 250 // (7 * max(map(len, names)) + 34)))  # fits the width of a phone
     colors = [COLORS[n % len(COLORS)] for n in range(len(names))]
     dashes = [DASHES[n // len(COLORS) % len(DASHES)] for n in range(len(names))]
     channels = {alt.Color: colors} | ({alt.StrokeDash: dashes} if len(names) > len(COLORS) else {})
@@ -398,14 +398,14 @@ def _tips(titles: Mapping[str, str]) -> list[alt.Tooltip]:
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:
-    """Return Vega-Lite without what all charts share, which is in config.json."""
+    """Return the Vega-Lite specification without the configuration shared by all charts, which is in config.json."""
     spec = chart.properties(width="container", height=height).to_dict()
     del spec["config"], spec["$schema"]
     return spec
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Return at most MOST_POINTS points: means over as many steps each, at the last of them."""
+    """Return at most MOST_POINTS points: means over consecutive values, at the last step of each group."""
     if len(steps) <= MOST_POINTS:
         return [int(step) for step in steps], list(values)
     parts = np.array_split(np.arange(len(steps)), MOST_POINTS)
@@ -413,15 +413,15 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[int],
 
 
 def _spaced(count: int, most: int) -> list[int]:
-    """Return numbers below `count`, evenly spaced, the first and the last among them."""
+    """Return evenly spaced integers below `count`, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def short(number: float) -> float:
-    """Return a number with four digits, which is what a chart shows."""
+    """Round a number to the four digits that a chart shows."""
     return float(f"{number:.4g}")
 
 
 def value(number: float) -> str:
-    """Format a number for people."""
+    """Format a number for display."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

@@ -23,33 +23,33 @@ NEEDED = ("altair", "vl_convert", "jinja2")
 
 @dataclass
 class ReportOptions:
-    """Writes one self-contained HTML page about a run, several runs, or a folder of `reproduce` or `ablate`."""
+    """Write one self-contained HTML page about a run, several runs, or a folder of `reproduce` or `ablate`."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
-    """Folders of runs, or folders that hold such folders."""
+    """Folders of runs, or folders that contain such folders."""
     out: Path | None = None
-    """The file; by default report.html in the folder given, or in the current one if several are given."""
+    """Output file; by default report.html in the given folder, or in the current one if several are given."""
     title: str = ""
-    """Heading of the page; by default the run's name, or that of the table."""
+    """Title of the page; by default the name of the run or table."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point of `remixmatch report`.
 
     Raises:
-        UserError: a folder holds no run that has begun, a package is missing, or the file cannot be written.
+        UserError: A folder contains no run with metrics, a package is missing, or the file cannot be written.
     """
     write(parse(ReportOptions, "report", list(argv)))
 
 
 def write(options: ReportOptions) -> Found:
-    """Writes the page, and says how large it is.
+    """Write the page and print its size.
 
     Returns:
-        What it is about.
+        The content of the page.
 
     Raises:
-        UserError: see `main`.
+        UserError: See `main`.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -60,12 +60,12 @@ def write(options: ReportOptions) -> Found:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     out = options.out or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; it takes a file")
-    from engine.report.page import render  # needs what was looked for above
+        raise UserError(f"--out {out} is a folder; it must be a file")
+    from engine.report.page import render  # needs the packages checked above
 
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     page = render(found, options.title, f"Written by remixmatch report on {date}.")
-    content = page.encode("utf-8", "replace")  # names of folders may be none of UTF-8
+    content = page.encode("utf-8", "replace")  # folder names may be invalid UTF-8
     try:
         write_bytes(out, content)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The page of a report: what it shows of each run and of several, and its HTML."""
+"""The page of a report: sections about each run and about several runs, and their HTML."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from engine.report import charts
 from engine.report.charts import Chart
 from engine.report.reading import REFERENCE, Found, RunData
 
-MANY = 8  # runs of which a page has fewer pictures, and lines are those of groups
-LOSSLESS_SIDE = 32  # of pictures that stay PNGs, in pixels
-PIXELATED_SIDE = 48  # of pictures that are enlarged pixel by pixel
-MOST_LINES = 24  # of a chart
+MANY = 8  # with more runs, show fewer images, and draw one line per group
+LOSSLESS_SIDE = 32  # images up to this side in pixels are PNGs
+PIXELATED_SIDE = 48  # images up to this side in pixels are enlarged without smoothing
+MOST_LINES = 24  # in a chart
 INTERVALS = 10  # of confidence
 
 T = TypeVar("T")
@@ -40,11 +40,11 @@ Line = tuple[list[float], list[float]]  # steps and values
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures under one heading."""
+    """Images under one heading."""
 
     title: str
-    pictures: Sequence[tuple[str, str, Sequence[str]]]  # the data URI, the text alternative, and lines below it
-    pixelated: bool = False  # enlarged pixel by pixel
+    pictures: Sequence[tuple[str, str, Sequence[str]]]  # data URI, text alternative, caption lines
+    pixelated: bool = False  # enlarged without smoothing
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; a part that is None is left out."""
+    """A section of a page; parts that are None are omitted."""
 
     title: str
     parts: Sequence[Chart | Gallery | Grid | None] = ()
@@ -67,12 +67,12 @@ class Section:
 
 
 def render(found: Found, title: str = "", written: str = "") -> str:
-    """Return the whole page as HTML that needs nothing else.
+    """Return the page as self-contained HTML.
 
     Args:
-        found: What the page is about.
-        title: The heading; by default the run's name, or that of the table.
-        written: When and by what, for the foot of the page.
+        found: Content of the page.
+        title: The title; by default the name of the run or table.
+        written: Text of the footer.
     """
     runs = found.runs
     several, many = len(runs) > 1, len(runs) > MANY
@@ -99,7 +99,7 @@ def render(found: Found, title: str = "", written: str = "") -> str:
 
 @functools.cache
 def library() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script, which may stand in an HTML page."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, escaped for an HTML page."""
     major, minor, *_ = VEGALITE_VERSION.split(".")
     known = vl_convert.get_vegalite_versions()
     version = f"{major}.{minor}" if f"{major}.{minor}" in known else known[-1]
@@ -111,9 +111,9 @@ def library() -> str:
 
 
 def article(run: RunData, many: bool) -> dict[str, Any]:
-    """Return all about one run: its name, facts (name, value, words), the command that repeats it, and sections.
+    """Return the content about one run: name, facts (name, value, text), the command that repeats it, and sections.
 
-    It has fewer pictures if it is one of `many`.
+    With `many` runs it has fewer images.
     """
     profile = [charts.shares("Share of a step's time", run.profile[: charts.MOST_CLASSES])] if run.profile else []
     sections = [
@@ -123,7 +123,7 @@ def article(run: RunData, many: bool) -> dict[str, Any]:
     try:
         words = shlex.join(["remixmatch", *command(run.config)])
     except UserError:
-        words = ""  # its preset is none of ours
+        words = ""  # the preset is unknown
     shown = [section for section in sections if any(section.parts) or section.note]
     return {"name": run.name, "facts": _facts(run), "command": words, "sections": shown}
 
@@ -138,11 +138,11 @@ def _facts(run: RunData) -> list[tuple[str, str, str]]:
     else:
         _, accuracies = run.series("test_accuracy")
         shown = f"{accuracies[-1]:.2f} %" if accuracies else "none yet"
-        facts = [("Test accuracy so far", shown, f"step {run.last_step:,} of {c.steps:,}: not finished")]
+        facts = [("Test accuracy so far", shown, f"step {run.last_step:,} of {c.steps:,}, not finished")]
     if "paper_error" in summary:
         paper = f"paper {_pm(summary['paper_error'], summary.get('paper_deviation'))} %"
-        other = "" if summary.get("same_settings_as_paper") else ", other settings than the preset's"
-        facts.append(("Error - paper's", f"{summary['difference_to_paper']:+.2f} points", paper + other))
+        other = "" if summary.get("same_settings_as_paper") else ", settings differ from the preset"
+        facts.append(("Difference in error", f"{summary['difference_to_paper']:+.2f} pp", paper + other))
     facts.append(("Data", c.dataset.rpartition("/")[2], f"{_labels(run):,} labels, seed {c.seed}"))
     facts.append(("Method", c.method, f"{c.architecture}, K = {c.k}, B = {c.batch}"))
     if run.done:
@@ -155,7 +155,7 @@ def _labels(run: RunData) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Format a time for people, such as 2 h 05 min."""
+    """Format a duration, such as 2 h 05 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -175,7 +175,7 @@ def _percents(run: RunData, name: str) -> Line:
 
 
 def _known(run: RunData, name: str) -> Line:
-    """Return a measure, in percent, of guesses for images whose labels are known but not seen by training."""
+    """Return a metric, in percent, of pseudo-labels for images whose true labels are hidden from training."""
     rows = [row for row in run.history if row.get("guesses")]
     return [row["step"] for row in rows], [100 * row["guesses"][name] for row in rows]
 
@@ -183,14 +183,11 @@ def _known(run: RunData, name: str) -> Line:
 def _learning(run: RunData) -> Section:
     names = dict.fromkeys(name for row in run.metrics for name in row if name.split("_")[0] == "loss")
     terms = {"sum" if name == "loss" else name.removeprefix("loss_"): run.series(name) for name in names}
-    accuracy = charts.lines(
-        "Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, "Of the EMA model, which is what counts.",
-        best="highest",
-    )  # fmt: skip
+    accuracy = charts.lines("Test accuracy", "%", {"EMA model": run.series("test_accuracy")}, best="highest")
     losses = charts.lines(
-        "Losses", "nats", {name: line for name, line in terms.items() if any(line[1])},  # 0 where the method lacks it
-        "Terms and their weighted sum: x of the labeled rows, u of the mixed unlabeled rows, u1 of one strong view "
-        "unmixed, rot of the rotation task.",
+        "Losses", "nats", {name: line for name, line in terms.items() if any(line[1])},  # 0 if the method lacks it
+        "The terms and their weighted sum. x: mixed labeled samples; u: mixed unlabeled samples; u1: one unmixed "
+        "strong view; rot: rotation task.",
     )  # fmt: skip
     test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
     return Section("Accuracy and losses", [accuracy, losses, test_loss])
@@ -198,32 +195,32 @@ def _learning(run: RunData) -> Section:
 
 def _guesses(run: RunData) -> Section:
     if not run.config.unlabeled:
-        return Section("Guesses", note="A supervised run guesses no labels.")
+        return Section("Pseudo-labels", note="A supervised run has no pseudo-labels.")
     series = {
         "confidence in training": _percents(run, "confidence"),
-        "confidence of the same": _known(run, "confidence"),
-        "right, not seen by training": _known(run, "accuracy"),
+        "confidence on hidden labels": _known(run, "confidence"),
+        "accuracy on hidden labels": _known(run, "accuracy"),
     }
-    note, points = "Confidence in training is that of a step's own guesses, aligned and sharpened.", {}
+    note, points = "Confidence in training is that of the aligned and sharpened pseudo-labels of a step.", {}
     if compared := [row for row in run.history if row.get("guesses")]:
         last = compared[-1]
         note = (
-            f"Guesses for {last['guesses']['images']} unlabeled training images whose labels the data set has: not "
-            f"seen by training, they are looked up for this chart alone. {note}"
+            f"Hidden labels: true labels of {last['guesses']['images']} unlabeled training images, used only for this "
+            f"chart and never for training. {note}"
         )
-        points[f"guesses at step {last['step']:,}"] = last["guesses"]["bins"]
+        points[f"pseudo-labels at step {last['step']:,}"] = last["guesses"]["bins"]
     if run.results:
         points["EMA model, test images"] = intervals(run.results)
     used = {"used": _percents(run, "guesses_used")} if run.config.threshold else {}
-    return Section("Guesses", [
-        charts.lines("Guesses over time", "%", series, note, (0, 100)),
+    return Section("Pseudo-labels", [
+        charts.lines("Pseudo-labels over time", "%", series, note, (0, 100)),
         charts.calibration(points),
-        charts.lines("Guesses that count", "%", used),
+        charts.lines("Pseudo-labels above the threshold", "%", used),
     ])  # fmt: skip
 
 
 def intervals(results: Mapping[str, np.ndarray]) -> list[tuple[int, int]]:
-    """For ten equal intervals of confidence, return how many predictions are in it and how many are right."""
+    """Return the numbers of all and of correct predictions in each of ten equal intervals of confidence."""
     right = results["predicted"] == results["labels"]
     place = np.minimum((results["confidence"].astype(float) * INTERVALS).astype(int), INTERVALS - 1)
     counts = (np.bincount(place[each], minlength=INTERVALS).tolist() for each in (slice(None), right))
@@ -234,7 +231,7 @@ def _alignment(run: RunData) -> Section:
     if not run.config.unlabeled:
         return Section("Alignment")
     gap = {"distance": _percents(run, "alignment_gap")}
-    shown = [charts.lines("Distance of p~(y) from p(y)", "%", gap, "Half the sum of the differences.")]
+    shown = [charts.lines("Distance of p~(y) from p(y)", "%", gap, "Total variation distance.")]
     rows = [row for row in run.history if row.get("p_model") and row.get("label_marginal")]
     if rows and all(len(row["p_model"]) == len(run.classes) for row in rows):
         steps = [row["step"] for row in rows]
@@ -242,7 +239,7 @@ def _alignment(run: RunData) -> Section:
         shown.append(charts.marginal_map(steps, p_model, p_labels, run.classes))
         shown.append(charts.marginal_bars(steps[-1], p_model[-1], p_labels[-1], run.classes))
     align = "on" if run.config.align else "off in this run"
-    note = f"p~(y) is the mean guess, p(y) the labels' marginal; distribution alignment is {align}."
+    note = f"p~(y): the model's mean prediction. p(y): the label marginal. Distribution alignment is {align}."
     return Section("Alignment", shown, note)
 
 
@@ -252,15 +249,15 @@ def _augmentation(run: RunData) -> Section:
     rows = [row for row in run.history if row.get("bins")]
     bins = charts.bins_map([row["step"] for row in rows], [row["bins"] for row in rows]) if rows else None
     omega = charts.lines(
-        "Probes: how well they are classified", "omega", {"omega": run.series("omega")},
-        "1 - half the sum of the differences between f_ema's prediction and the label, a mean over the labeled images.",
+        "Classification of probes", "omega", {"omega": run.series("omega")},
+        "1 minus the total variation distance between f_ema's prediction and the label, averaged over labeled images.",
         (0, 1),
     )  # fmt: skip
     return Section("CTAugment", [bins, omega])
 
 
 def confusion(run: RunData) -> np.ndarray:
-    """Return (L, L) counts of test images, truth by row."""
+    """Return (L, L) counts of test images; rows are true classes."""
     count = len(run.classes)
     flat = run.results["labels"].astype(np.int64) * count + run.results["predicted"]
     return np.bincount(flat, minlength=count * count).reshape(count, count)
@@ -269,7 +266,7 @@ def confusion(run: RunData) -> np.ndarray:
 def _errors(run: RunData, many: bool) -> Section:
     title, results = "Errors on the test images", run.results
     if not results or not run.classes:
-        why = "are missing from this folder, or damaged" if run.done else "are written at a run's end"
+        why = "are missing from this folder, or damaged" if run.done else "are written at the end of a run"
         return Section(title, note=f"Predictions on the test images {why}.")
     counts = confusion(run)
     total, kept = int(results["test_images"]), len(results["labels"])
@@ -277,10 +274,10 @@ def _errors(run: RunData, many: bool) -> Section:
     for row in results["errors"][: 8 if many else None]:
         truth, guess = (run.classes[int(results[name][row])] for name in ("labels", "predicted"))
         sure = f"{100 * float(results['confidence'][row]):.0f} %"
-        text = f"test image {int(row) * -(-total // kept)}: is {truth}, predicted {guess} with {sure}"
-        words.append((text, [f"is {truth}", f"predicted {guess}", sure]))
+        text = f"test image {int(row) * -(-total // kept)}: true class {truth}, predicted {guess} with {sure}"
+        words.append((text, [f"true {truth}", f"predicted {guess}", sure]))
     gallery = _gallery("Most confident errors", results["error_images"], words) if words else None
-    note = "" if total == kept else f"Of {kept:,} of the {total:,} test images, evenly spaced."
+    note = "" if total == kept else f"Based on {kept:,} of the {total:,} test images, evenly spaced."
     maps = [charts.recall(counts, run.classes), charts.confusion_map(counts, run.classes)]
     return Section(title, [*maps, gallery], note)
 
@@ -297,7 +294,7 @@ def _views(run: RunData, many: bool) -> Section:
         _gallery(f"Image {n}", views, [(f"image {n}: {caption}", str(caption).split(", ")) for caption in captions])
         for n, (views, captions) in enumerate(shown, 1)
     ]
-    note = "Training images with their views at the last step, and what was done to them."
+    note = "Training images with their views at the last step, and the transformations with their levels."
     return Section("Views", galleries, note)
 
 
@@ -308,7 +305,7 @@ def _gallery(title: str, images: np.ndarray, words: Sequence[tuple[str, Sequence
 
 
 def data_uri(image: np.ndarray) -> str:
-    """Encode (H, W, 3) uint8 as a PNG, or as a WebP where that is much smaller."""
+    """Encode (H, W, 3) uint8 as a PNG, or as a WebP if it is larger than LOSSLESS_SIDE."""
     content, picture = io.BytesIO(), Image.fromarray(image)
     if max(image.shape[:2]) > LOSSLESS_SIDE:
         picture.save(content, "WEBP", quality=82)
@@ -329,7 +326,7 @@ def _provenance(run: RunData) -> Section:
     rows = {
         "folder": run.folder.resolve().name,
         "label split": f"{c.split}, seed {c.seed}, {_labels(run)} labels",
-        "its SHA-256": split.get("sha256", "unknown"),
+        "SHA-256 of the split": split.get("sha256", "unknown"),
         "SHA-256 of the labeled images": split.get("images_sha256", "unknown"),
         "machine": summary.get("device", later),
         "ranks": summary.get("ranks", later),
@@ -337,16 +334,16 @@ def _provenance(run: RunData) -> Section:
         **(versions if isinstance(versions, dict) else {}),
     }
     settings = dataclasses.asdict(c).items()
-    grids = [Grid("With what and where", ["", ""], rows.items()), Grid("Every setting", ["setting", "value"], settings)]
-    note = "The command under the title, with the same versions on the same kind of machine."
-    return Section("How to repeat it", grids, note)
+    grids = [Grid("Environment", ["", ""], rows.items()), Grid("All settings", ["setting", "value"], settings)]
+    note = "Run the command under the title, with the same versions on the same kind of machine."
+    return Section("How to repeat this run", grids, note)
 
 
 # Several runs
 
 
 def compare(found: Found) -> list[Section]:
-    """Return what several runs have in common, and where they differ."""
+    """Return sections that compare several runs."""
     table = found.table
     sections = [_table(table["lines"])] if table.get("lines") else []
     sections += [_costs(table["costs"])] if table.get("costs") else []
@@ -354,7 +351,7 @@ def compare(found: Found) -> list[Section]:
 
 
 def _table(lines: Iterable[Any]) -> Section:
-    """Show the lines of table.json, as far as they are as expected."""
+    """Show the lines of table.json, ignoring malformed ones."""
     rows = []
     for line in lines:
         if not isinstance(line, dict):
@@ -369,18 +366,18 @@ def _table(lines: Iterable[Any]) -> Section:
             f"{full['mean']:+.2f}{interval}" if "mean" in full else "",
         ])  # fmt: skip
     head = ["preset", "row", "seeds", "error, %: median of last 20", "last evaluation", "paper",
-            f"difference to {REFERENCE}, points"]  # fmt: skip
+            f"difference from {REFERENCE}, pp"]  # fmt: skip
     note = (
         "Test errors of the EMA model: mean ± sample standard deviation over seeds. Differences are paired by seed, "
-        "with the 95 % interval of Student's t."
+        "with 95 % CIs from Student's t-distribution."
     )
     return Section("Table", [Grid("Errors over seeds", head, rows, note)])
 
 
 def _costs(variants: Sequence[dict[str, str]]) -> Section:
-    """Show what `remixmatch ablate` has measured of each variant's step."""
+    """Show the costs that `remixmatch ablate` has measured for each variant's step."""
     columns = [
-        ("step_ms", "ms a step", ".2f"), ("ratio", "times the full method", ".2f"),
+        ("step_ms", "ms per step", ".2f"), ("ratio", "relative to the full method", ".2f"),
         ("images_per_second", "images/s", ",.0f"), ("memory_mib", "MiB", ",.0f"),
         ("launches", "launches", ",.0f"), ("gigabytes", "GB", ".2f"),
     ]  # fmt: skip
@@ -390,16 +387,16 @@ def _costs(variants: Sequence[dict[str, str]]) -> Section:
     chart = None
     if ratios:
         slowest = max(ratios, key=ratios.__getitem__)
-        text = f"Time of a step. The longest is that of {slowest}: {ratios[slowest]:.2f} times the full method's."
+        text = f"Step time. The slowest variant is {slowest}: {ratios[slowest]:.2f} times the full method."
         drawn = {name: [(name, ratio)] for name, ratio in ratios.items()}
-        chart = charts.dots("Time of a step", "times the full method's", drawn, text)
-    note = "Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."
+        chart = charts.dots("Step time", "relative to the full method", drawn, text)
+    note = "Steps are timed with their views, interleaved with the full method's; ratios are medians over rounds."
     grid = Grid("Cost of each variant", list(cells), list(zip(*cells.values(), strict=True)), note)
     return Section("Cost", [chart, grid])
 
 
 def _number(row: Mapping[str, Any], name: str, form: str) -> str:
-    """Format a number of a row; return "" if it is none."""
+    """Format a number of a row; return "" if it is missing or not a number."""
     try:
         return format(float(row[name]), form)
     except (KeyError, TypeError, ValueError):
@@ -407,7 +404,7 @@ def _number(row: Mapping[str, Any], name: str, form: str) -> str:
 
 
 class Pair(NamedTuple):
-    """A run, the reference that it is compared with, and how much larger the run's test error is."""
+    """A run, the reference that it is compared with, and the difference in test error in pp."""
 
     run: RunData
     other: RunData
@@ -415,10 +412,10 @@ class Pair(NamedTuple):
 
 
 def differences(runs: Sequence[RunData]) -> dict[str, list[Pair]]:
-    """Return test errors less those of the reference, by group.
+    """Return the differences in test error from the reference, by group.
 
-    The reference of a group is the first group of the same data and number of labels, of it the run with the same seed.
-    Where there is one group only, it is the first run, and each other run counts as a group.
+    The reference of a run is the run with the same seed in the first group with the same data set and number of labels.
+    If there is only one group, the reference is the first run, and each other run counts as a group.
     """
     errors, names = _ended(runs)
     alone = len({run.group for run in errors}) == 1
@@ -435,7 +432,7 @@ def differences(runs: Sequence[RunData]) -> dict[str, list[Pair]]:
 
 
 def _ended(runs: Iterable[RunData]) -> tuple[dict[RunData, float], dict[RunData, str]]:
-    """Return the errors of runs that have ended, and the names of their groups: their own if there is one group."""
+    """Return the errors of finished runs and their group names, or their own names if there is only one group."""
     errors = {run: run.error for run in runs if run.error is not None}
     alone = len({run.group for run in errors}) == 1
     return errors, {run: run.name if alone else run.group for run in errors}
@@ -463,32 +460,32 @@ def _results(found: Found) -> Section:
         ]
         for number, run in enumerate(runs)
     ]  # fmt: skip
-    head = ["run", "group", "seed", "error, %", "last", "difference, points", "steps", "labels", "time"]
+    head = ["run", "group", "seed", "error, %", "last", "difference, pp", "steps", "labels", "time"]
     parts: list[Chart | Grid] = []
     if errors:
         groups = _grouped((names[run], (run.name, error)) for run, error in errors.items())
         best = min(errors, key=errors.__getitem__)
-        text = f"Test errors of {len(errors)} runs. The lowest is {errors[best]:.2f} %, of {best.name}."
+        text = f"Test errors of {len(errors)} runs. The lowest is {errors[best]:.2f} % ({best.name})."
         paper = {names[run]: run.summary["paper_error"] for run in errors if "paper_error" in run.summary}
-        note = "A dot is a run, the tick the mean" + (", the diamond the paper's figure." if paper else ".")
+        note = "Dots are runs, the tick is their mean" + (", the diamond is the paper's result." if paper else ".")
         parts.append(charts.dots("Test error", "error, %", groups, text, note, marks=paper))
     if apart:
         ends = [f"{group} {mean(pair.points for pair in pairs):+.2f}" for group, pairs in apart.items()]
-        text = f"Differences of test errors in points: {'; '.join(ends[:10])}."
+        text = f"Mean differences in test error, pp: {'; '.join(ends[:10])}."
         references = dict.fromkeys(names[pair.other] for pairs in apart.values() for pair in pairs)
-        note = f"To {', '.join(references)}, for the same seed where seeds differ: to the right errors are higher."
+        note = f"Difference from {', '.join(references)} with the same seed if there are several; right is worse."
         drawn = {
             group: [(f"{run.name} - {other.name}", points) for run, other, points in pairs]
             for group, pairs in apart.items()
         }
-        parts.append(charts.dots("Differences in test error", "points", drawn, text, note, zero=True))
+        parts.append(charts.dots("Differences in test error", "pp", drawn, text, note, zero=True))
     parts.append(Grid("All runs", head, rows, "Errors are medians over the last 20 evaluations."))
     note = f"Not on this page: {'; '.join(found.left_out)}." if found.left_out else ""
     return Section("Results", [*parts, _settings(runs)], note)
 
 
 def _settings(runs: Sequence[RunData]) -> Grid | None:
-    """Show how the settings of each group differ from those of the first."""
+    """Show how the settings of each group differ from those of the first group."""
     base, *others = (members[0] for members in _grouped((run.group, run) for run in runs).values())
     rows = [
         [
@@ -497,20 +494,20 @@ def _settings(runs: Sequence[RunData]) -> Grid | None:
         ]
         for run in others
     ]
-    return Grid(f"Settings that differ from those of {base.group}", ["group", "settings"], rows) if rows else None
+    return Grid(f"Settings that differ from {base.group}", ["group", "settings"], rows) if rows else None
 
 
 def _curves(runs: Sequence[RunData]) -> Section:
-    """Show each measure of all runs in one chart."""
+    """Show one chart per metric, with all runs."""
     unlabeled = [run for run in runs if run.config.unlabeled]
     learning = [run for run in runs if run.config.augment == "ctaugment"]
-    known = "Of unlabeled training images, by labels that are not seen by training."
+    known = "On unlabeled training images, compared with true labels that are hidden from training."
     return Section("Curves", [
         _curve("Test accuracy", "%", runs, RunData.series, "test_accuracy"),
         _curve("Test loss", "nats", runs, RunData.series, "test_loss"),
-        _curve("Loss of the labeled rows", "nats", runs, RunData.series, "loss_x"),
-        _curve("Confidence of the guesses", "%", unlabeled, _percents, "confidence"),
-        _curve("Guesses that are right", "%", unlabeled, _known, "accuracy", known),
+        _curve("Loss of labeled samples", "nats", runs, RunData.series, "loss_x"),
+        _curve("Confidence of pseudo-labels", "%", unlabeled, _percents, "confidence"),
+        _curve("Accuracy of pseudo-labels", "%", unlabeled, _known, "accuracy", known),
         _curve("Distance of p~(y) from p(y)", "%", unlabeled, _percents, "alignment_gap"),
         _curve("CTAugment's omega", "omega", learning, RunData.series, "omega"),
     ])  # fmt: skip
@@ -519,25 +516,25 @@ def _curves(runs: Sequence[RunData]) -> Section:
 def _curve(
     title: str, unit: str, runs: Sequence[RunData], read: Callable[[RunData, str], Line], name: str, note: str = ""
 ) -> Chart | None:
-    """Draw a line for each run; of many runs the mean of each group, or the range of the only group."""
+    """Draw a line for each run; for many runs, the mean of each group, or the range of the only group."""
     known = {run: line for run in runs if (line := read(run, name))[0]}
     groups = _grouped((run.group, line) for run, line in known.items())
     found, notes = {run.name: line for run, line in known.items()}, [note] if note else []
     if len(known) > MANY and len(groups) == 1:
         kinds: dict[str, Callable[[Iterable[float]], Any]] = {"highest": max, "mean": mean, "lowest": min}
         found = {kind: over_runs(list(known.values()), combine) for kind, combine in kinds.items()}
-        notes.append(f"Over {len(known)} runs, step by step.")
+        notes.append(f"Statistics over {len(known)} runs at each step.")
     elif len(known) > MANY and len(groups) < len(known):
         found = {group: over_runs(lines, mean) for group, lines in groups.items()}
-        notes.append("Means over the runs of a group.")
+        notes.append("Means over the runs of each group.")
     if len(found) > MOST_LINES:
-        notes.append(f"The first {MOST_LINES} of {len(found)}.")
+        notes.append(f"Only the first {MOST_LINES} of {len(found)} lines are shown.")
         found = dict(itertools.islice(found.items(), MOST_LINES))
     return charts.lines(title, unit, found, " ".join(notes))
 
 
 def over_runs(lines: Sequence[Line], kind: Callable[[Iterable[float]], Any]) -> Line:
-    """Combine several lines into one, at the steps that all of them have."""
+    """Combine several lines into one, at the steps they have in common."""
     members = [dict(zip(*line, strict=True)) for line in lines]
     steps = sorted(set.intersection(*map(set, members)))
     return steps, [kind(each[step] for each in members) for step in steps]

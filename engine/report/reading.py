@@ -1,4 +1,4 @@
-"""What a report is made of: runs, read from their folders."""
+"""Reading of runs from their folders, for a report."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from engine.runs.history import read_history, read_results
 from engine.runs.progress import METRICS, read_metrics
 from pipelines.files import read_json
 
-REFERENCE = "remixmatch"  # the row of a table that others are compared with
+REFERENCE = "remixmatch"  # the table row that others are compared with
 SUMMED_UP = {"steps", "test_accuracy", "median_last_20", "train_seconds", "images_per_second"}
-NAMED = ("preset", "method", "seed")  # fields that a group's name says, or that differ within it
+NAMED = ("preset", "method", "seed")  # fields in a group's name, or different within a group
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """A run, as far as it has gone.
+    """A finished or unfinished run.
 
     Attributes:
-        folder: of the run.
-        name: what it is called on the page; no two are called the same.
-        group: what it has in common with runs that differ in their seeds.
-        config: of the run.
-        summary: content of summary.json; empty while the run goes on.
-        split: content of split.json.
-        metrics: rows of metrics.jsonl.
-        history: rows of history.jsonl.
-        results: arrays of results.npz; empty while the run goes on, or if the file is missing or damaged.
-        profile: ranges of a profile: names and shares, in 0..1.
+        folder: Folder of the run.
+        name: Unique name on the page.
+        group: Name shared by runs that differ only in their seeds.
+        config: Configuration of the run.
+        summary: Content of summary.json; empty if the run is unfinished.
+        split: Content of split.json.
+        metrics: Objects of metrics.jsonl.
+        history: Records of history.jsonl.
+        results: Arrays of results.npz; empty if the run is unfinished, or if the file is missing or damaged.
+        profile: Names of profiled ranges and their shares of a step's time, in 0..1.
     """
 
     folder: Path
@@ -54,39 +54,39 @@ class RunData:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; () where split.json is missing or damaged."""
+        """Class names; () if split.json is missing or damaged."""
         return tuple(map(str, self.split.get("class_names", ())))
 
     @property
     def done(self) -> bool:
-        """Whether it has reached its end."""
+        """Whether the run is finished."""
         return self.summary.keys() >= SUMMED_UP
 
     @property
     def error(self) -> float | None:
-        """Test error in percent, the median over the last 20 evaluations; None before the end."""
+        """Test error in percent, the median over the last 20 evaluations; None if the run is unfinished."""
         return 100.0 - self.summary["median_last_20"] if self.done else None
 
     @property
     def last_step(self) -> int:
-        """Steps done, as far as its metrics say."""
+        """Steps done, according to the metrics."""
         return int(self.metrics[-1]["step"])
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric."""
+        """Return steps and values of a metric."""
         rows = [row for row in self.metrics if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that a page is about.
+    """Content of a page.
 
     Attributes:
-        runs: at least one.
-        table: content of table.json of a folder of `reproduce`; of a folder of `ablate` its "title" and "cells", and
-            "costs" as in ablate.csv; empty without either.
-        left_out: folders that hold a run which has not begun, in words.
+        runs: The runs, at least one.
+        table: Content of table.json in a folder of `reproduce`; for a folder of `ablate`, "title", "cells" and "costs"
+            from ablate.csv; otherwise empty.
+        left_out: One message for each run without metrics.
     """
 
     runs: list[RunData]
@@ -95,39 +95,41 @@ class Found:
 
 
 def read(paths: Sequence[Path]) -> Found:
-    """Reads runs, and folders of runs.
+    """Read runs, and folders of runs.
 
     Raises:
-        UserError: a path holds no run that has begun, or one whose configuration cannot be read.
+        UserError: A path contains no run with metrics, or a run whose configuration cannot be read.
     """
     if not paths:
-        raise UserError("report needs a run's folder, or a folder of runs")
+        raise UserError("report requires the folder of a run, or a folder of runs")
     folders: dict[Path, None] = {}
     tables, left_out = [], []
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path}: there is no such folder")
+            raise UserError(f"{path}: no such folder")
         inside = [path] if (path / "config.json").is_file() else _runs_in(path)
         begun = [folder for folder in inside if read_metrics(folder / METRICS)]
         if not inside:
-            raise UserError(f"{path} holds no run: there is no config.json in it or in a folder in it")
+            raise UserError(f"{path} contains no run: neither it nor its subfolders have a config.json")
         if not begun:
-            raise UserError(f"{path} has nothing to report yet: no row is in metrics.jsonl")
+            raise UserError(f"{path} has nothing to report yet: metrics.jsonl is missing or empty")
         waiting = [folder for folder in inside if folder not in begun]
-        left_out += [f"{folder.name} has not begun, or failed before its first row" for folder in waiting]
+        left_out += [f"{folder.name} has no metrics: not started, or failed early" for folder in waiting]
         folders |= dict.fromkeys(begun)
         if inside != [path]:
             tables.append(read_json(path / "table.json") or read_ablation(path, inside))
     table = tables[0] if len(paths) == 1 and tables else {}
     cells = _cells_of(table)
     places = {name: place for place, name in enumerate(cells)}
-    folders = dict.fromkeys(sorted(folders, key=lambda folder: places.get(folder.name, len(places))))  # as in the table
+    folders = dict.fromkeys(
+        sorted(folders, key=lambda folder: places.get(folder.name, len(places)))
+    )  # in the table's order
     rows = {name: str(cell["row"]) for name, cell in cells.items()}
     configs = {folder: load_config(folder / "config.json") for folder in folders}
     groups = _groups(configs, rows)
     names = _names(list(folders), cells)
     runs = [_read_run(folder, names[folder], groups[folder], configs[folder]) for folder in folders]
-    # the reference first, and the runs of a group together
+    # The reference first, and the runs of a group together.
     order = {group: number for number, group in enumerate(dict.fromkeys(groups.values()))}
     full = {run.group for run in runs if rows.get(run.folder.name) == REFERENCE}
     if len(paths) == 1:
@@ -142,7 +144,7 @@ def _runs_in(folder: Path) -> list[Path]:
 def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
     split, results = read_json(folder / "split.json"), read_results(folder)
     if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
-        results = None  # of other classes
+        results = None  # they have other classes
     return RunData(
         folder=folder,
         name=name,
@@ -158,11 +160,11 @@ def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
 
 
 def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
-    """Cells of a folder of `ablate`, and one row of ablate.csv a variant; empty without such a file.
+    """Return the runs in a folder of `ablate`, and one row of ablate.csv per variant; empty without such a file.
 
     Args:
-        folder: holds ablate.csv.
-        cells: folders of runs, whose names end in what the file knows them by.
+        folder: Folder with ablate.csv.
+        cells: Folders of the runs, whose names end with their ID in the "cell" column.
     """
     try:
         with (folder / "ablate.csv").open(encoding="utf-8", newline="") as file:
@@ -176,7 +178,7 @@ def read_ablation(folder: Path, cells: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_profile(path: Path) -> list[tuple[str, float]]:
-    """Names and shares of the ranges of a profile, the largest first; none where there are none."""
+    """Return names and shares of a profile's ranges, the largest first; none if the file is missing or invalid."""
     ranges = read_json(path).get("ranges")
     found = [
         (name, part["share"])
@@ -187,7 +189,7 @@ def read_profile(path: Path) -> list[tuple[str, float]]:
 
 
 def _names(folders: Sequence[Path], cells: Mapping[str, Mapping[str, Any]]) -> dict[Path, str]:
-    """Row and seed of a table's cells; otherwise the last parts of the folders' paths, as many as tell them apart."""
+    """Name runs by table row and seed, or by as many of the last parts of their paths as make the names unique."""
     presets = {cell.get("preset") for cell in cells.values()}
     if all(folder.name in cells for folder in folders):
         found = {}
@@ -205,7 +207,7 @@ def _names(folders: Sequence[Path], cells: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def _cells_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Cells of a table by the names of their folders."""
+    """Return the cells of a table by the names of their folders."""
     cells = table.get("cells")
     return {
         str(cell["cell"]): cell
@@ -215,7 +217,7 @@ def _cells_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _groups(configs: dict[Path, Config], rows: dict[str, str]) -> dict[Path, str]:
-    """A short name for what runs with other seeds have in common: the table's row, or method and changed fields."""
+    """Return a short name that runs with different seeds share: the table row, or method and changed fields."""
     changes = {folder: _changes(config) for folder, config in configs.items()}
     shared = set.intersection(*map(set, changes.values()))
     several = len({config.preset for config in configs.values()}) > 1
@@ -234,7 +236,7 @@ def _groups(configs: dict[Path, Config], rows: dict[str, str]) -> dict[Path, str
 
 
 def _changes(config: Config) -> list[str]:
-    """Fields that are neither as in the preset nor as in the method over it."""
+    """Return the fields that differ from the preset with the run's method."""
     base = PRESETS.get(config.preset, Config())
     if config.method != base.method:
         base = with_method(base, config.method)

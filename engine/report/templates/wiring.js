@@ -1,5 +1,5 @@
 "use strict";
-// Draws each chart once it is to be seen: those of a closed part when it is opened.
+// Draw each chart when it becomes visible: those in a closed element when it is opened.
 const config = JSON.parse(document.getElementById("config").textContent);
 const options = { config, renderer: "svg", actions: false, tooltip: { theme: "custom" } };
 
@@ -9,19 +9,19 @@ async function draw(within) {
     plot.dataset.drawn = "begun";
     const spec = JSON.parse(document.getElementById(plot.dataset.spec).textContent);
     try {
-      // inside, since Vega gives its own element a role and a name, which here is the text beside the chart
+      // Vega sets a role and a name on its element, so draw in a hidden child of the labeled one.
       const drawing = plot.appendChild(document.createElement("div"));
       drawing.setAttribute("aria-hidden", "true");
       await vegaEmbed(drawing, spec, options);
       plot.dataset.drawn = "yes";
     } catch (error) {
-      plot.textContent = "This chart could not be drawn; its data is below.";
+      plot.textContent = "This chart could not be drawn. The table below contains its data.";
       throw error;
     }
   }
 }
 
-// a link to a run opens it
+// A link to a run opens it.
 function open() {
   const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   const run = target && target.closest("details.run");

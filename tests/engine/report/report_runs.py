@@ -1,4 +1,4 @@
-"""Folders that look like runs, made in milliseconds, for tests of `remixmatch report`."""
+"""Synthetic run folders for tests of `remixmatch report`."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def make_run(
     side=8,
     **changes,
 ):
-    """Writes a run's folder; `error` is its final test error in percent, and other changes are of the configuration."""
+    """Write a run's folder with a final test error in percent; `changes` are fields of the configuration."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     config = dataclasses.replace(preset("digits-40"), seed=seed, steps=steps, eval_every=10, log_every=2, **changes)
@@ -72,9 +72,9 @@ def make_run(
 
 
 def make_table(folder, rows=("remixmatch", "fixmatch"), seeds=(0, 1), method=""):
-    """Writes a folder as `remixmatch reproduce` does: a run for each cell, one of them not begun, and table.json.
+    """Write a folder like `remixmatch reproduce`: a run per cell, one run without metrics, and table.json.
 
-    Rows are methods, or other names if one is given.
+    Rows are methods, or other names if `method` is given.
     """
     cells, lines = [], []
     for number, row in enumerate(rows):

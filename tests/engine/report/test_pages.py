@@ -1,4 +1,4 @@
-"""`remixmatch report`: what is on the page; how it looks and behaves in a browser is in test_pages_in_browser.py."""
+"""Content of the pages of `remixmatch report`; test_pages_in_browser.py tests them in a browser."""
 
 import json
 import os
@@ -20,12 +20,12 @@ HOSTILE = ('<script>alert("1")</script>', "</script><img src=x onerror=alert(2)>
 
 @pytest.fixture(autouse=True)
 def short_library(monkeypatch):
-    """The browser's library takes seconds to bundle."""
+    """Replace the browser library, which takes seconds to bundle."""
     monkeypatch.setattr(page, "library", lambda: "/* Vega */")
 
 
 class Seen(HTMLParser):
-    """Tags, texts and scripts of a page, as a browser would find them."""
+    """Tags, text and scripts of a page, as a browser would parse them."""
 
     def __init__(self, text):
         super().__init__()
@@ -53,7 +53,7 @@ class Seen(HTMLParser):
 
 
 def data_of(spec):
-    """Values of all data in a chart's specification."""
+    """Return the values of all data in a chart's specification."""
     inline = [spec, *spec.get("layer", ())]
     return [
         *spec.get("datasets", {}).values(),
@@ -77,7 +77,7 @@ def test_a_page_of_one_run_has_all_sections(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{run}/report.html: 1 run, ")
     seen = Seen((run / "report.html").read_text(encoding="utf-8"))
     for words in (
-        "Accuracy and losses", "Guesses over time", "not seen by training", "Calibration", "Classes over time",
+        "Accuracy and losses", "Pseudo-labels over time", "hidden labels", "Calibration", "Classes over time",
         "CTAugment's bins", "Recall by class", "Confusion matrix", "Most confident errors", "Views",
         "remixmatch train digits-40 --steps 60 --eval-every 10 --log-every 2", "abc123", "def456", "2.15.0",
         "CPU, a machine", "0123456789ab", "94.00 %", "95.00 %", "1 min 15 s",
@@ -91,8 +91,8 @@ def test_a_page_of_one_run_has_all_sections(tmp_path, capsys):
     assert len(images) == 24 + 3 * 4 and all(each["alt"] and each["src"].startswith("data:image/") for each in images)
 
 
-def test_nothing_is_fetched(tmp_path):
-    """No address in anything that a browser would follow; the page's own policy forbids it, too."""
+def test_a_page_fetches_nothing(tmp_path):
+    """No attribute contains an address to fetch, and the page's security policy forbids fetching."""
     seen = Seen(rendered(make_table(tmp_path / "table")))
     addresses = [each.get(name, "") for _, each in seen.tags for name in ("src", "href", "action", "srcset")]
     assert {re.sub(r"^(#|data:image/).*", r"\1", address) for address in addresses} == {"", "#", "data:image/"}
@@ -100,8 +100,8 @@ def test_nothing_is_fetched(tmp_path):
     assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:;")
 
 
-def test_names_are_data(tmp_path):
-    """Of classes, folders, machines and so on: none is a tag, ends a script, or is executed as a template."""
+def test_names_are_escaped(tmp_path):
+    """Names of classes, folders, machines and so on cannot add tags, end scripts, or run as templates."""
     name = HOSTILE[0].replace("/", "")
     run = make_run(tmp_path / name, classes=HOSTILE)
     other = make_run(tmp_path / "other", classes=HOSTILE, seed=1)
@@ -121,7 +121,7 @@ def test_names_are_data(tmp_path):
                 json.loads(content)
 
 
-def test_a_library_cannot_end_its_script(monkeypatch):
+def test_the_library_cannot_end_its_script(monkeypatch):
     monkeypatch.undo()
     page.library.cache_clear()
     monkeypatch.setattr(page.vl_convert, "javascript_bundle", lambda vl_version: "a</script>b<!--c")
@@ -129,14 +129,14 @@ def test_a_library_cannot_end_its_script(monkeypatch):
     page.library.cache_clear()
 
 
-def test_a_run_that_goes_on_says_so(tmp_path):
+def test_an_unfinished_run(tmp_path):
     seen = report(tmp_path, make_run(tmp_path / "run", done=False))
-    assert "step 30 of 60: not finished" in seen.words and "are written at a run's end" in seen.words
+    assert "step 30 of 60, not finished" in seen.words and "are written at the end of a run" in seen.words
     assert "Confusion matrix" not in seen.words and "CTAugment's bins" in seen.words
 
 
-def test_a_run_without_its_history_and_results(tmp_path):
-    """Or with damaged ones."""
+def test_a_run_without_history_and_results(tmp_path):
+    """Or with damaged files."""
     run = make_run(tmp_path / "run")
     (run / "history.jsonl").unlink()
     (run / "results.npz").unlink()
@@ -151,8 +151,8 @@ def test_a_run_without_its_history_and_results(tmp_path):
     assert "CTAugment's bins" not in report(tmp_path, run).words
 
 
-def test_a_run_that_diverged_and_damaged_files(tmp_path):
-    """What is not finite is left out of charts, and what is no row of files."""
+def test_a_diverged_run_and_damaged_files(tmp_path):
+    """Charts omit values that are not finite and malformed lines."""
     run = make_run(tmp_path / "run", done=False)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 32, "loss": NaN, "test_loss": Infinity}\n[1]\n{"loss": 1}\n{"st')
@@ -179,18 +179,18 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path, capsys):
     assert "r?n" in report(tmp_path, run).words
 
 
-def test_a_supervised_run_has_no_guesses(tmp_path):
+def test_a_supervised_run_has_no_pseudo_labels(tmp_path):
     seen = report(tmp_path, make_run(tmp_path / "run", method="supervised"))
-    assert "A supervised run guesses no labels." in seen.words and "p~(y)" not in seen.words
+    assert "A supervised run has no pseudo-labels." in seen.words and "p~(y)" not in seen.words
 
 
 @pytest.mark.parametrize("count", [2, 13, 40, 200])
-def test_charts_are_bounded_by_the_number_of_classes(tmp_path, count):
+def test_charts_are_bounded_for_many_classes(tmp_path, count):
     run = make_run(tmp_path / "run", classes=[f"class {number}" for number in range(count)], side=40)
     text = rendered(run)
     seen = Seen(text)
     assert len(text) < 1_000_000
-    assert ("The 20 classes of" in seen.words) == (count > 20)
+    assert ("Shown are the 20 of" in seen.words) == (count > 20)
     specs = [json.loads(content) for name, content in seen.scripts.items() if name.endswith("-spec")]
     largest = max(len(values) for spec in specs for values in data_of(spec))
     assert largest <= 400
@@ -200,15 +200,15 @@ def test_a_folder_of_reproduce(tmp_path, caplog):
     seen = report(tmp_path, make_table(tmp_path / "table"))
     for words in (
         "digits: test error in percent", "6.05 ± 0.07", "+1.00 [+0.50, +1.50]", "remixmatch seed 0", "fixmatch seed 1",
-        "digits-40-uda-seed0-9876543210 has not begun", "Settings that differ from those of remixmatch",
+        "digits-40-uda-seed0-9876543210 has no metrics", "Settings that differ from remixmatch",
     ):  # fmt: skip
         assert words in seen.words, words
-    assert "digits-40-uda-seed0-9876543210 has not begun" in caplog.text
+    assert "digits-40-uda-seed0-9876543210 has no metrics" in caplog.text
     assert seen.words.index("remixmatch seed 0") < seen.words.index("fixmatch seed 0")
     assert len([each for each in seen.all("details") if each.get("class") == "run"]) == 4
 
 
-def test_runs_stand_as_in_their_table_whatever_their_folders_are_called(tmp_path):
+def test_runs_have_the_order_of_their_table(tmp_path):
     folder = make_table(tmp_path / "table", ("remixmatch", "uda", "fixmatch"))
     names = [run.name for run in reading.read([folder]).runs]
     assert names == [f"{row} seed {seed}" for row in ("remixmatch", "uda", "fixmatch") for seed in (0, 1)]
@@ -225,7 +225,7 @@ def test_a_folder_of_ablate(tmp_path):
     seen = report(tmp_path, folder)
     for words in (
         "digits-40, ablated",
-        "Time of a step",
+        "Step time",
         "Cost of each variant",
         "7.25",
         "0.69",
@@ -239,7 +239,7 @@ def test_a_folder_of_ablate(tmp_path):
     assert "Cost" not in report(tmp_path, folder).words
 
 
-def test_differences_are_to_the_same_seed_of_the_first_group(tmp_path):
+def test_differences_are_from_the_same_seed_of_the_first_group(tmp_path):
     runs = [
         make_run(tmp_path / "a0", seed=0, error=5.0),
         make_run(tmp_path / "a1", seed=1, error=7.0),
@@ -255,7 +255,7 @@ def test_differences_are_to_the_same_seed_of_the_first_group(tmp_path):
     assert list(found) == ["a1"] and found["a1"][0].points == pytest.approx(2.0)
 
 
-def test_other_data_is_not_compared(tmp_path):
+def test_runs_with_different_data_are_not_compared(tmp_path):
     one, two = make_run(tmp_path / "a"), make_run(tmp_path / "b", k=4)
     split = json.loads((two / "split.json").read_text())
     (two / "split.json").write_text(json.dumps(split | {"labels": 400}))
@@ -269,15 +269,15 @@ def test_many_runs_are_drawn_as_groups(tmp_path):
     assert [run.group for run in found.runs] == ["remixmatch"] * 6 + ["remixmatch, k=3"] * 6
     chart = page._curves(found.runs).parts[0]
     assert [each["k"] for each in data_of(chart.spec)[0]] == ["remixmatch", "remixmatch, k=3"]
-    chart = page._curves(found.runs[:6] + [found.runs[0]] * 3).parts[0]  # 6 runs only, each drawn
+    chart = page._curves(found.runs[:6] + [found.runs[0]] * 3).parts[0]  # only 6 distinct runs, each drawn
     assert len(data_of(chart.spec)[0]) == 6
 
 
-def test_lines_over_runs_are_taken_at_steps_that_all_have():
+def test_lines_over_runs_use_common_steps():
     assert page.over_runs([([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 7.0, 9.0])], max) == ([2, 3], [4.0, 7.0])
 
 
-def test_equal_names_are_told_apart(tmp_path):
+def test_equal_folder_names_are_distinguished(tmp_path):
     one, two = make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")
     assert [run.name for run in reading.read([one, two]).runs] == ["x/run", "y/run"]
     assert len(reading.read([one, one]).runs) == 1
@@ -291,32 +291,32 @@ def test_equal_names_are_told_apart(tmp_path):
         ([1], []),
     ],
 )
-def test_a_profile_is_shown_if_it_is_one(tmp_path, content, expected):
+def test_only_a_valid_profile_is_shown(tmp_path, content, expected):
     run = make_run(tmp_path / "run")
     (run / "profile.json").write_text(json.dumps(content))
     assert [name for name, _ in reading.read([run]).runs[0].profile] == expected
     assert ("Share of a step's time" in report(tmp_path, run).words) == bool(expected)
 
 
-def test_long_lines_are_means_and_end_where_the_run_ends():
+def test_long_lines_are_thinned_and_end_at_the_last_step():
     steps, values = charts.thinned(range(1, 1001), [float(n) for n in range(1, 1001)])
     assert len(steps) == charts.MOST_POINTS and steps[-1] == 1000 and values[0] == np.mean(range(1, 8))
 
 
-def test_calibration_counts_by_hand():
+def test_calibration_counts():
     results = {"predicted": np.array([0, 1, 1]), "labels": np.array([0, 0, 1]),
                "confidence": np.array([1.0, 0.55, 0.5], np.float16)}  # fmt: skip
     assert page.intervals(results) == [(0, 0)] * 5 + [(2, 1)] + [(0, 0)] * 3 + [(1, 1)]
 
 
-def test_the_confusion_matrix_by_hand(tmp_path):
+def test_the_confusion_matrix(tmp_path):
     run = reading.read([make_run(tmp_path / "run")]).runs[0]
     run.results.update(labels=np.array([0, 0, 2], np.uint16), predicted=np.array([0, 1, 2], np.uint16))
     assert page.confusion(run).tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("side", [16, 33, 64])
-def test_pictures_are_those_images(side):
+def test_encoded_images_match(side):
     import base64
     import io
 
@@ -330,7 +330,7 @@ def test_pictures_are_those_images(side):
     assert np.abs(found - image).max() <= (0 if side == 16 else 24)
 
 
-def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
+def test_errors_are_one_line(tmp_path, monkeypatch):
     def told(*arguments):
         with pytest.raises(UserError) as error:
             command.main([str(each) for each in arguments])
@@ -338,10 +338,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
         return str(error.value)
 
     run = make_run(tmp_path / "run")
-    assert "needs a run's folder" in told()
-    assert f"{tmp_path}/none: there is no such folder" in told(tmp_path / "none")
+    assert "requires the folder of a run" in told()
+    assert f"{tmp_path}/none: no such folder" in told(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds no run" in told(tmp_path / "empty")
+    assert "contains no run" in told(tmp_path / "empty")
     begun = shutil.copytree(run, tmp_path / "begun")
     (begun / "metrics.jsonl").unlink()
     assert "nothing to report yet" in told(begun)
@@ -354,8 +354,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     assert told(run) == "report needs no_such_package: pip install 'remixmatch-engine[report]'"
 
 
-def test_neither_a_page_nor_a_mistake_needs_torch(tmp_path):
-    """Whose import takes longer than the rest."""
+def test_neither_pages_nor_errors_import_torch(tmp_path):
+    """Importing torch takes longer than everything else."""
     run = make_run(tmp_path / "run")
     code = (
         "import sys; from engine.report import command, page; from engine.errors import UserError\n"

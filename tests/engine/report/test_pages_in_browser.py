@@ -1,4 +1,4 @@
-"""Pages of `remixmatch report` in a real browser: Debian's chromium, driven by playwright, which downloads none."""
+"""Pages of `remixmatch report` in a real browser: Debian's chromium, driven by playwright without a download."""
 
 import re
 
@@ -41,7 +41,7 @@ def several(tmp_path_factory):
 
 
 class Opened:
-    """A page in a window of its own, with all that it complained of or asked for."""
+    """A page in its own window, with its console messages, errors, dialogs and requests."""
 
     def __init__(self, browser, path, scheme="light", width=1400, fragment=""):
         self.context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
@@ -61,7 +61,7 @@ class Opened:
         self.context.close()
 
     def plots(self):
-        """Of each chart that can be seen: its label, how many marks have an area, and how far it reaches outside."""
+        """Return label, number of visible marks, overflow and so on of each visible chart."""
         return self.page.evaluate("""() =>
             [...document.querySelectorAll(".plot")].filter(p => !p.closest("details:not([open])")).map(p => {
                 const marks = [...p.querySelectorAll(".role-mark path, .role-mark line, .role-mark text")];
@@ -73,7 +73,7 @@ class Opened:
             })""")
 
     def check(self):
-        """Nothing went wrong, all charts and images are there, and nothing is wider than the window."""
+        """Assert that there were no errors, all charts and images are drawn, and nothing is wider than the window."""
         assert self.trouble == []
         assert {url.split(":")[0] for url in self.requests} <= {"file", "data"} and len(self.requests) >= 1
         assert [url for url in self.requests if url.startswith("file:")] == self.requests[:1]
@@ -104,7 +104,7 @@ def test_one_run(browser, one, scheme, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_several_runs(browser, several, width):
-    """Charts of a run are drawn when it is opened, by a click or by a link to it."""
+    """A run's charts are drawn when it is opened by a click or a link."""
     with Opened(browser, several, "light", width) as opened:
         opened.check()
         before = len(opened.plots())
@@ -117,15 +117,17 @@ def test_several_runs(browser, several, width):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_axe_finds_nothing_serious(browser, one, several, scheme):
+def test_axe_finds_no_serious_problems(browser, one, several, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    # only rules of colours look at the scheme
+    # Only color rules depend on the scheme.
     options = {"runOnly": ["color-contrast"]} if scheme == "dark" else {"resultTypes": ["violations"]}
     for path, fragment in ((one, ""), (several, "#run-0")):
         with Opened(browser, path, scheme, 1400, fragment) as opened:
-            opened.page.evaluate("document.querySelector('details.data').open = true")  # all are made alike
+            opened.page.evaluate(
+                "document.querySelector('details.data').open = true"
+            )  # all others have the same markup
             opened.page.wait_for_function("!document.querySelector('details[open] .plot:not([data-drawn=yes])')")
-            # what is inside a chart is hidden from readers
+            # Assistive technology ignores the content of charts.
             response = axe.run(opened.page, {"exclude": [[".plot > div"]]}, options).response
             serious = {each["id"]: [node["html"][:200] for node in each["nodes"][:3]] for each in response["violations"]
                        if each["impact"] in ("serious", "critical")}  # fmt: skip
@@ -133,8 +135,8 @@ def test_axe_finds_nothing_serious(browser, one, several, scheme):
             assert [each for each in response["passes"] if each["id"] == "color-contrast"]
 
 
-def test_the_keyboard_reaches_everything(browser, one):
-    """The link past the header, sections, and the data behind a chart; what has the focus is to be seen."""
+def test_keyboard_navigation(browser, one):
+    """The skip link, the sections and the chart data are reachable, and the focus is visible."""
     with Opened(browser, one) as opened:
         keys, seen = opened.page.keyboard, []
         for _ in range(12):
@@ -146,7 +148,7 @@ def test_the_keyboard_reaches_everything(browser, one):
                         at.getBoundingClientRect().left];
             }""")
             )
-        assert seen[0][1] == "Skip to the content" and seen[0][3] >= 0
+        assert seen[0][1] == "Skip to content" and seen[0][3] >= 0
         assert [each[0] for each in seen[1:9]] == ["A"] * 8 and seen[9][:2] == ["SUMMARY", "Data of Test accuracy"]
         assert all(each[2] == "solid" for each in seen)
         keys.press("Shift+Tab"), keys.press("Shift+Tab"), keys.press("Enter")
@@ -154,7 +156,7 @@ def test_the_keyboard_reaches_everything(browser, one):
         assert opened.page.is_visible("text=94")
 
 
-def test_print_is_dark_on_white_whatever_the_scheme(browser, one):
+def test_print_is_dark_on_white_in_any_scheme(browser, one):
     with Opened(browser, one, "dark") as opened:
         opened.page.emulate_media(media="print")
         colors = opened.page.evaluate("""() => [getComputedStyle(document.body).backgroundColor,
@@ -164,7 +166,7 @@ def test_print_is_dark_on_white_whatever_the_scheme(browser, one):
         assert len(opened.page.pdf()) > 20_000
 
 
-def test_without_scripts_data_and_images_are_there(browser, one):
+def test_data_and_images_work_without_scripts(browser, one):
     context = browser.new_context(java_script_enabled=False)
     shown = context.new_page()
     shown.goto(f"file://{one}")
@@ -174,8 +176,8 @@ def test_without_scripts_data_and_images_are_there(browser, one):
     context.close()
 
 
-def test_the_bench_writes_a_row(tmp_path):
-    """In a browser of its own: playwright has one at a time."""
+def test_the_opening_benchmark_writes_a_record(tmp_path):
+    """It runs in its own process, since playwright allows one browser at a time."""
     run = make_run(tmp_path / "run")
     said = output("engine", "bench", "opening", str(run), "--out", str(tmp_path / "rows"), "--repeats", "1")
     assert "drawn at 1 400 pixels, s: " in said and "at 360, s: " in said
