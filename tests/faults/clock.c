@@ -1,4 +1,4 @@
-/* The wall clock, set off by the seconds in a file: for processes that have this preloaded. */
+/* Shifts the wall clock of processes that preload this library by the seconds in a file. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdint.h>

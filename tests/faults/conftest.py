@@ -1,3 +1,5 @@
+"""Options, fixtures and the summary of fault injection."""
+
 import dataclasses
 
 import pytest
@@ -6,21 +8,21 @@ from tests.faults.victim import INTERVAL, Outcome, References
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", type=int, default=0, help="so many injections, over all kinds and further seeds")
+    parser.addoption("--faults", type=int, default=0, help="number of injections, distributed over all kinds and seeds")
 
 
 @pytest.fixture(scope="session")
 def references(tmp_path_factory):
-    """Runs that nothing was done to."""
+    """Undisturbed runs."""
     return References(tmp_path_factory.mktemp("references"))
 
 
 @pytest.fixture
 def record(request):
-    """A list of outcomes, for the summary of the whole session."""
+    """A list of outcomes for the summary of the session."""
     outcomes = []
     yield outcomes
-    # properties of a test travel from the process that ran it
+    # pytest-xdist transfers user properties from the worker process.
     request.node.user_properties += [("fault", dataclasses.asdict(outcome)) for outcome in outcomes]
 
 

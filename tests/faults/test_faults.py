@@ -1,6 +1,6 @@
-"""Fault injection at random moments of training: nothing saved is ever lost, and the end is the same bit for bit.
+"""Fault injection at random moments of training: saved steps are never lost, and the results are bit-identical.
 
-`make test` draws a few injections of each kind, `make test-faults` and `make test-long` some hundred.
+`make test` runs a few injections of each kind, `make test-faults` and `make test-long` hundreds.
 """
 
 import os
@@ -24,7 +24,7 @@ COUNTS = {
     "kill": 4, "kill a rank": 4, "stop a rank": 1, "pause": 2, "pause ranks": 2, "ask": 4, "ask ranks": 5, "disk": 5,
     "disk of ranks": 2, "removal": 3, "removal of ranks": 2, "damage": 6, "clock": 2, "torchrun": 2,
 }  # fmt: skip
-AT_ONCE = 12  # injections of one test, at most
+AT_ONCE = 12  # maximum number of injections per test
 ON_A_DISK = ("disk", "disk of ranks")
 
 
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def folder(tmp_path, scenario):
-    """Where the victims of a scenario run: a disk of its own where that is to be full."""
+    """Folder for the victims of a scenario, on its own disk if the scenario fills it."""
     folder = tmp_path / "runs"
     folder.mkdir()
     if scenario not in ON_A_DISK:
@@ -63,11 +63,11 @@ def folder(tmp_path, scenario):
 
 
 def build_shim(folder):
-    """The library that sets the clock of processes that preload it."""
+    """Build the library that sets the clock of processes that preload it."""
     library = folder / "clock.so"
     source = Path(__file__).with_name("clock.c")
     subprocess.run([compiler(), "-shared", "-fPIC", "-O1", "-o", library, "-x", "c", source], check=True)
-    # what follows proves nothing where the library changes nothing
+    # Make sure that the library works; otherwise the test would prove nothing.
     (folder / "offset").write_bytes(struct.pack("<q", 10**9))
     environment = os.environ | {"LD_PRELOAD": str(library), "CLOCK_OFFSET_FILE": str(folder / "offset")}
     printing = [sys.executable, "-c", "import time; print(time.time())"]
@@ -76,7 +76,7 @@ def build_shim(folder):
     return library
 
 
-def test_nothing_saved_is_lost_and_the_end_is_the_same(scenario, seed, count, folder, tmp_path, references, record):
+def test_saved_steps_are_kept_and_results_identical(scenario, seed, count, folder, tmp_path, references, record):
     ranks, injections = SCENARIOS[scenario]
     if scenario == "clock":
         injections = [partial(jump, shim=build_shim(tmp_path))]
@@ -89,8 +89,8 @@ def test_nothing_saved_is_lost_and_the_end_is_the_same(scenario, seed, count, fo
     assert len(done) >= count and all(outcome.survived for outcome in done)
 
 
-def test_a_rank_ends_where_the_first_one_takes_its_call_and_never_answers(tmp_path):
-    """As a process does that was stopped while the ranks came together: its system still answers for it."""
+def test_a_rank_ends_if_rank_0_accepts_its_connection_and_never_answers(tmp_path):
+    """A process stopped during initialization behaves like this: its kernel still accepts connections."""
     log = tmp_path / "log"
     with socket.create_server(("127.0.0.1", 0)) as server:
         group = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}

@@ -1,4 +1,4 @@
-"""A training run that faults are injected into: started, watched, resumed, and compared with an undisturbed one."""
+"""A training run for fault injection: started, observed, resumed, and compared with an undisturbed run."""
 
 import json
 import os
@@ -23,36 +23,36 @@ from tests.processes import ROOT, command, final_state, finish, start, start_ran
 STEPS, INTERVAL = 48, 3
 FLAGS = [
     *("--steps", STEPS, "--batch", 8, "--width", 8, "--scales", 1, "--device", "cpu"),
-    # the row of a step is written when the next one begins, so that no step trained goes unseen but that one
+    # Metrics of a step are written when the next one starts, so at most one trained step is not logged.
     *("--lag", 2, "--view-steps", 1, "--prefetch", 1),
     *("--eval-every", 12, "--checkpoint-every", INTERVAL, "--log-every", 1),
 ]
 SPLIT = ["--bn", "split", "--bn-groups", 2]
-# failed writes are tried again often, and at the end not for long; a small picture is as good as a large one
+# Retry failed writes often, but only briefly at the end; small plots save time.
 PATCH = {
     "engine.runs.checkpoint.RETRY_SECONDS": 0.2,
     "engine.runs.checkpoint.PATIENCE_SECONDS": 1.0,
     "engine.runs.pictures.GRID_ROWS": 1,
     "engine.runs.pictures.GRID_STRONG": 2,
 }
-LONG = 180  # seconds after which something hangs
+LONG = 180  # seconds after which a run counts as stalled
 
 
 class Ended(Exception):
-    """The run came to its end before its moment."""
+    """The run ended before the injection."""
 
 
 @dataclass
 class Outcome:
-    """One injection.
+    """Outcome of one injection.
 
     Attributes:
-        kind: what was done.
-        moment: when, in words.
-        before: step of the newest good checkpoint before it, 0 without one.
-        after: that after it.
-        lost: steps that had been seen trained and were trained again.
-        bits: that differ at the run's end, or None where it has not come there.
+        kind: Description of the injection.
+        moment: Description of its time.
+        before: Step of the newest valid checkpoint before the injection, 0 if there is none.
+        after: Step of the newest valid checkpoint after it.
+        lost: Logged steps that were trained again.
+        bits: Number of bits that differ at the run's end, or None if it has not ended.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Outcome:
 
 
 class Spawned:
-    """A process with all its imports, under the interface of those of `tests.processes.start`."""
+    """A new Python process with the interface of the processes of `tests.processes.start`."""
 
     def __init__(self, log, *arguments, **environment):
         with open(log, "ab") as file:
@@ -93,17 +93,17 @@ class Spawned:
 
 
 class References:
-    """Runs that nothing was done to, each made once.
+    """Undisturbed runs, each trained once.
 
     Args:
-        folder: where they lie.
+        folder: Folder of the runs.
     """
 
     def __init__(self, folder):
         self._folder = folder
 
     def __call__(self, ranks):
-        """The folder of the run of so many ranks."""
+        """Return the folder of the run with this number of ranks."""
         folder = self._folder / f"ranks{ranks}"
         if not folder.exists():
             log = self._folder / f"ranks{ranks}.log"
@@ -111,7 +111,7 @@ class References:
         return folder
 
     def foreign(self, flag):
-        """A checkpoint of a run with another value of a flag."""
+        """Return a checkpoint of a run with another value for a flag."""
         folder = self._folder / f"foreign{flag}"
         if not folder.exists():
             log = self._folder / f"foreign{flag}.log"
@@ -128,14 +128,14 @@ def _start(log, ranks, folder, *flags):
 
 
 class Victim:
-    """Runs in a folder, one after another, with faults injected into each until it is complete.
+    """Consecutive runs in a folder, with faults injected into each until it is complete.
 
     Args:
-        folder: where they go; may be a mounted disk.
-        chance: a random.Random, by which moments and targets are drawn.
-        references: see there.
-        ranks: processes.
-        flags: further ones of the command line.
+        folder: Folder of the runs; may be a mounted disk.
+        chance: A random.Random that draws moments and targets.
+        references: A `References`.
+        ranks: Number of processes.
+        flags: Additional command-line flags.
     """
 
     def __init__(self, folder, chance, references, ranks=1, flags=()):
@@ -152,47 +152,47 @@ class Victim:
         self._of_this_run = []
         self.processes = []
 
-    # starting
+    # Starting
 
     def begin(self, *flags, start=None):
-        """Starts the run, or goes on with it.
+        """Start or resume the run.
 
         Args:
-            flags: further ones.
-            start: called with the log, starts the processes, instead of the usual.
+            flags: Additional flags.
+            start: Function of the log file that starts the processes, instead of the default.
         """
         assert not self.processes
         self._lives += 1
         self.log = self.folder.parent / f"{self.folder.name}-{self._lives}.log"
         self.log.touch()
         self._start = start
-        self.resumed = self.newest()
+        self.resumed = self.newest_checkpoint()
         self._rows = self._inode()
         flags = [*self.flags, *flags]
         self.processes = (start or (lambda log: _start(log, self.ranks, self.run, *flags)))(self.log)
 
-    def running(self, *flags):
-        """Starts the run if it does not run."""
+    def ensure_running(self, *flags):
+        """Start the run unless it is running."""
         if not self.processes:
             self.begin(*flags)
 
-    def fresh(self, *flags):
-        """Starts the run now, even if that takes the end of the one before."""
+    def start_fresh(self, *flags):
+        """Start the run now; complete the previous one first."""
         if self.processes:
             self.complete()
         self.begin(*flags)
 
-    # watching
+    # Observing
 
     def alive(self):
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
-    def said(self):
-        """What all ranks printed since `begin`."""
+    def output(self):
+        """Return the output of all ranks since `begin`."""
         return self.log.read_text(errors="replace")
 
-    def newest(self):
-        """Step of the newest good checkpoint, 0 without one."""
+    def newest_checkpoint(self):
+        """Return the step of the newest valid checkpoint, 0 if there is none."""
         identity = {}
         with suppress(OSError):
             identity = json.loads((self.run / "config.json").read_text())
@@ -200,8 +200,8 @@ class Victim:
         found = checkpoint.load_newest(self.run / CHECKPOINTS, identity)
         return found.step if found else 0
 
-    def seen(self):
-        """The last step whose row stands in metrics.jsonl."""
+    def last_logged_step(self):
+        """Return the last step in metrics.jsonl."""
         try:
             rows = read_metrics(self.run / "metrics.jsonl")
         except OSError:
@@ -215,101 +215,101 @@ class Victim:
             return None
 
     def training(self):
-        """Whether metrics.jsonl is that of these processes: they write it anew as a whole before they train."""
+        """Return whether these processes have started training: they replace metrics.jsonl before that."""
         return self._inode() not in (None, self._rows)
 
     def wait(self, until, pause=0.01):
-        """Waits for a condition and returns its value.
+        """Wait for a condition and return its value.
 
         Raises:
-            Ended: a process ended first.
+            Ended: A process ended first.
         """
         deadline = time.monotonic() + LONG
         while not (found := until()):
             if not self.alive():
                 raise Ended
-            assert time.monotonic() < deadline, f"this never came, and no end either\n{self.said()}"
+            assert time.monotonic() < deadline, f"the condition never held, and the run did not end\n{self.output()}"
             time.sleep(pause)
         return found
 
-    def wait_for_words(self, *words):
-        """Waits until one of them has been said."""
-        return self.wait(lambda: any(each in self.said() for each in words))
+    def wait_for_output(self, *words):
+        """Wait until the output contains one of the texts."""
+        return self.wait(lambda: any(each in self.output() for each in words))
 
     def reach(self, low, high, latest=STEPS - 6):
-        """Waits for a step between `low` and `high` steps from here, and a random part of a step more.
+        """Wait until `low` to `high` steps after the current one, plus a random fraction of a step.
 
-        A run that has got past `latest` is left to its end, and the next one is begun.
+        If that is later than `latest`, complete the run and start the next one.
         """
-        here = self.seen() if self.training() else self.resumed
+        here = self.last_logged_step() if self.training() else self.resumed
         target = here + self.chance.randint(low, high)
         if target > latest:
             self.complete()
             self.begin(start=self._start)
             target = self.chance.randint(low, min(high, latest))
-        self.wait(lambda: self.training() and self.seen() >= target)
+        self.wait(lambda: self.training() and self.last_logged_step() >= target)
         time.sleep(self.chance.uniform(0, 0.05))
 
-    # injecting
+    # Injecting
 
-    def strike(self, kind, act, moment=None):
-        """Does it, and keeps the record of it.
+    def inject(self, kind, act, moment=None):
+        """Inject a fault and record it.
 
         Raises:
-            Ended: the run had ended before.
+            Ended: The run had already ended.
         """
         if not self.alive():
             raise Ended
-        outcome = Outcome(kind, moment or f"step {self.seen()}", self.newest())
+        outcome = Outcome(kind, moment or f"step {self.last_logged_step()}", self.newest_checkpoint())
         act()
         self._of_this_run.append(outcome)
         self.outcomes.append(outcome)
         return outcome
 
     def forget(self, outcome):
-        """Takes a record back: it turned out that the run had ended before."""
+        """Remove the record of an injection into a run that had already ended."""
         self.outcomes.remove(outcome)
         self._of_this_run.remove(outcome)
 
-    def over(self):
-        """Waits for the end of all processes and returns their exit codes."""
+    def wait_for_exit(self):
+        """Wait for the end of all processes and return their exit codes."""
         codes = finish(self.processes, LONG)
-        assert None not in codes, f"stalled: {codes}\n{self.said()}"
-        self.check_words()
+        assert None not in codes, f"stalled: {codes}\n{self.output()}"
+        self.check_output()
         return codes
 
-    def dead(self, outcome, allowed=INTERVAL):
-        """Takes in what an injection cost that ended all processes, after `over`.
+    def record_exit(self, outcome, allowed=INTERVAL):
+        """Record the cost of an injection that ended all processes, after `wait_for_exit`.
 
         Args:
-            outcome: of the injection.
-            allowed: steps that may be lost.
+            outcome: Outcome of the injection.
+            allowed: Number of steps that may be lost.
         """
-        outcome.after = self.newest()
+        outcome.after = self.newest_checkpoint()
         assert outcome.after >= outcome.before, outcome
         if self.training():
-            outcome.lost = max(self.seen() - outcome.after, 0)
+            outcome.lost = max(self.last_logged_step() - outcome.after, 0)
         assert outcome.lost <= allowed, outcome
         self.processes = []
 
-    def said_resumed(self):
-        """The step that the processes said last that they go on from, 0 where they said none."""
-        return int(([0, *re.findall(r"resuming \S+ from step (\d+)", self.said())])[-1])
+    def resumed_step(self):
+        """Return the last step from which the processes reported to resume, 0 if none did."""
+        return int(([0, *re.findall(r"resuming \S+ from step (\d+)", self.output())])[-1])
 
-    def check_words(self):
-        """Nothing was said that should not be, and the start was from the newest good checkpoint."""
-        said = self.said()
+    def check_output(self):
+        """Assert that there is no traceback and that the run started from the newest valid checkpoint."""
+        said = self.output()
         assert "Traceback" not in said, said
         steps = re.findall(r"resuming \S+ from step (\d+)", said)
-        # torchrun's ranks may say it only after a restart
+        # torchrun's ranks may report it only after a restart.
         assert not steps or int(steps[0]) == self.resumed or (self._start and int(steps[0]) > self.resumed), said
 
     def complete(self):
-        """Sees the run to its end, and compares it with the reference."""
+        """Wait until the run is finished, and compare it with the reference."""
         if not self.processes:
             self.begin()
-        codes = self.over()
-        assert set(codes) == {0}, f"{codes}\n{self.said()}"
+        codes = self.wait_for_exit()
+        assert set(codes) == {0}, f"{codes}\n{self.output()}"
         reference = self.references(self.ranks)
         expected, found = final_state(reference), final_state(self.run)
         bits = differing_bits(expected, found)
@@ -319,13 +319,13 @@ class Victim:
         assert read_metrics(self.run / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
         assert read_history(self.run) == read_history(reference) != []
         results, others = read_results(self.run), read_results(reference)
-        for name in others.keys() - {"views", "captions"}:  # of which some processes draw fewer
+        for name in others.keys() - {"views", "captions"}:  # some processes draw fewer of these
             assert np.array_equal(results[name], others[name]), name
         check_finished(self.run, found[1])
         self._new_run()
 
     def close(self):
-        """Kills what is left."""
+        """Kill the remaining processes."""
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
@@ -334,7 +334,7 @@ class Victim:
 
 
 def check_finished(run, content):
-    """A finished run's folder holds all that it should, whole, and nothing half."""
+    """Assert that a finished run's folder contains all files, complete, and no partial ones."""
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "split.json", "metrics.jsonl", "tensorboard", "logged.json", "checkpoints", "summary.json",
@@ -348,7 +348,7 @@ def check_finished(run, content):
 
 
 def differing_bits(a, b):
-    """How many bits differ between nested containers of tensors and values; times alone may differ."""
+    """Count the bits that differ between nested containers of tensors and values, except for times."""
     if isinstance(a, dict) and isinstance(b, dict):
         return sum(
             differing_bits(a.get(key), b.get(key))
