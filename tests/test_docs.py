@@ -149,7 +149,7 @@ def test_targets_of_make_exist():
     assert set(named) >= {"run", "test", "docs", "lint"} and set(named) <= targets
 
 
-def test_readme_is_read_in_two_minutes():
+def test_readme_is_a_two_minute_read():
     readme = TEXTS["README.md"]
     assert len(readme.splitlines()) <= 120
     assert "](docs/images/views.png)" in readme
@@ -177,7 +177,7 @@ def test_log_of_measurements_is_newest_first():
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
 
 
-def test_figures_of_readme_stand_with_the_results():
-    figures = re.findall(r"\d+\.\d+ ± \d+\.\d+", TEXTS["README.md"])
-    assert len(figures) >= 12
-    assert not [figure for figure in figures if figure not in TEXTS["docs/results.md"]]
+def test_numbers_in_readme_are_also_in_the_results():
+    numbers = re.findall(r"\d+\.\d+ ± \d+\.\d+", TEXTS["README.md"])
+    assert len(numbers) >= 12
+    assert not [number for number in numbers if number not in TEXTS["docs/results.md"]]

@@ -1,6 +1,10 @@
-"""The tables of README and docs/results.md that are written by hand have the figures of the rows that were measured."""
+"""README, docs/results.md and docs/reproduce.md agree with the records in bench/results/.
+
+The statistics here are written independently of `engine.studies`.
+"""
 
 import re
+from functools import cache
 from math import sqrt
 from statistics import mean, stdev
 
@@ -10,30 +14,37 @@ from scipy.stats import t as student
 from engine.config.methods import ABLATIONS, METHODS
 from engine.config.presets import PRESETS
 from engine.measuring import records
+from engine.studies.paper_tables import TABLES
 from tests.pages import TEXTS
 
-ROWS = {name: records.read(records.RESULTS / f"{name}.jsonl") for name in ("ablate", "reproduce")}
-# what a column shows, by a word of its head
+RECORDS = {name: records.read(records.RESULTS / f"{name}.jsonl") for name in ("ablate", "reproduce", "throughput")}
+# The kind of number in a column, by words of its head.
 KINDS = {
     "error, %": "error",
     "worst seed": "worst",
     "minutes": "minutes",
-    "points": "difference",
-    "difference": "difference",
-    "times": "ratio",
+    "difference, pp": "difference",
+    "relative step time": "ratio",
     "launches": "counts",
 }
+INTERVAL = re.compile(r"(\*\*)?[+-]\d+\.\d+ \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\](\*\*)?")
 
 
 def tables(text):
-    """Tables of a page, each a list of lines, each a list of cells; the line under the head is left out."""
+    """Yield each table of a page as a list of lines of cells, without the line below the head."""
     for block in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
         head, _, *lines = ([cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines())
         yield [head, *lines]
 
 
+def table(page, first):
+    """Return the lines of the table whose first head is given, without the head."""
+    (found,) = [lines for head, *lines in tables(TEXTS[page]) if head[0] == first]
+    return found
+
+
 def named(cell):
-    """The method or ablation of a line, and in which file its rows are; None where it is another table."""
+    """Return the file and name of the method or ablation in the first cell of a line, or None."""
     for code in re.findall(r"`([^`]+)`", cell):
         if code in ABLATIONS:
             return "ablate", code
@@ -43,42 +54,42 @@ def named(cell):
 
 
 def columns(head):
-    """What the columns show: (preset, steps, kind of figure), preset and steps being the last named up to there.
+    """Return (preset, steps, kind) for each column; the preset is the last one named so far.
 
-    Steps are the preset's where a head names none.
+    The number of steps is the preset's unless the head gives another one.
     """
     preset, steps, found = None, 0, []
     for cell in head:
-        # the longest, since names begin with others
+        # The longest match, because some names are prefixes of others.
         if name := max((name for name in PRESETS if name in cell), key=len, default=None):
-            said = re.search(r"(\d[\d ]*) steps", cell)
-            preset, steps = name, int(said[1].replace(" ", "")) if said else PRESETS[name].steps
+            given = re.search(r"(\d[\d ]*) steps", cell)
+            preset, steps = name, int(given[1].replace(" ", "")) if given else PRESETS[name].steps
         found.append((preset, steps, next((kind for word, kind in KINDS.items() if word in cell), None)))
     return found
 
 
 def runs(file, preset, steps, row):
-    """Rows of trained cells."""
+    """Return the records of finished runs."""
     case = {"bench": "reproduce", "preset": preset, "steps": steps, "row": row}
-    return [each for each in ROWS[file] if case.items() <= each.items()]
+    return [each for each in RECORDS[file] if case.items() <= each.items()]
 
 
 def errors(file, preset, steps, row):
-    """Median test errors by seed."""
+    """Return median test errors by seed."""
     return {each["seed"]: 100 - each["median_last_20"] for each in runs(file, preset, steps, row)}
 
 
-def figures(file, preset, steps, row, kind):
-    """What a cell has to show."""
+def numbers(file, preset, steps, row, kind):
+    """Return the numbers that a cell has to show."""
     if kind in ("ratio", "counts"):
         names = {"ratio": ("costs", "ratio"), "counts": ("counts", "launches", "gigabytes")}[kind]
         found = [
             each
-            for each in ROWS[file]
+            for each in RECORDS[file]
             if each.get("kind") == names[0] and each["preset"] == preset and each["variant"] == row
         ]
         return [found[-1][name] for name in names[1:]] if found else []
-    if kind == "minutes":  # the least and the most; rows of early runs say the clock's alone
+    if kind == "minutes":  # Minimum and maximum; some early records lack the CPU time.
         taken = [each["cpu_seconds"] / 60 for each in runs(file, preset, steps, row) if each.get("cpu_seconds")]
         ends = min(taken), max(taken)
         return ends if round(ends[0], 1) < round(ends[1], 1) else ends[:1]
@@ -87,15 +98,15 @@ def figures(file, preset, steps, row, kind):
         return [max(own.values())] if own else []
     if kind == "error":
         return [mean(own.values()), *([stdev(own.values())] if len(own) > 1 else [])] if own else []
-    apart = [own[seed] - full[seed] for seed in own.keys() & full.keys()] if row != "remixmatch" else []
-    if len(apart) < 2:
-        return apart
-    half = float(student.ppf(0.975, len(apart) - 1)) * stdev(apart) / sqrt(len(apart))
-    return [mean(apart), mean(apart) - half, mean(apart) + half]
+    differences = [own[seed] - full[seed] for seed in own.keys() & full.keys()] if row != "remixmatch" else []
+    if len(differences) < 2:
+        return differences
+    half = float(student.ppf(0.975, len(differences) - 1)) * stdev(differences) / sqrt(len(differences))
+    return [mean(differences), mean(differences) - half, mean(differences) + half]
 
 
 def checked(page):
-    """Cells that show figures of rows: (first cell of the line, cell, figures that it has to show)."""
+    """Yield (first cell of the line, cell, kind, numbers that it has to show)."""
     for head, *lines in tables(TEXTS[page]):
         kinds = columns(head)
         for line in lines:
@@ -103,22 +114,53 @@ def checked(page):
                 continue
             for cell, (preset, steps, kind) in zip(line[1:], kinds[1:], strict=True):
                 if preset and kind:
-                    yield line[0], cell, figures(place[0], preset, steps, place[1], kind)
+                    yield line[0], cell, kind, numbers(place[0], preset, steps, place[1], kind)
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 70), ("docs/results.md", 187)])
-def test_tables_written_by_hand_show_what_was_measured(page, least):
+def agrees(text, value):
+    """Whether a number, as printed, is a value rounded to its decimals."""
+    return abs(float(text) - value) <= 0.5 * 10 ** -len(text.partition(".")[2]) + 1e-9
+
+
+@pytest.mark.parametrize(("page", "minimum"), [("README.md", 20), ("docs/results.md", 187)])
+def test_tables_agree_with_the_records(page, minimum):
     found = list(checked(page))
-    assert len(found) >= least
-    for name, cell, wanted in found:
+    assert len(found) >= minimum
+    for name, cell, _, wanted in found:
         shown = re.findall(r"[+-]?\d+(?:\.\d+)?", cell)
         assert len(shown) == len(wanted), (name, cell, wanted)
         for text, value in zip(shown, wanted, strict=True):
-            places = len(text.partition(".")[2])
-            assert abs(float(text) - value) <= 0.5 * 10**-places + 1e-9, (name, cell, wanted)
+            assert agrees(text, value), (name, cell, wanted)
 
 
-def test_every_variant_that_was_measured_stands_in_the_results():
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_bold_differences_are_those_whose_interval_excludes_zero(page):
+    found = [(name, cell, wanted) for name, cell, kind, wanted in checked(page) if kind == "difference" and cell]
+    assert {cell.startswith("**") for _, cell, _ in found} == {True, False}
+    for name, cell, (_, low, high) in found:
+        assert INTERVAL.fullmatch(cell), cell
+        assert cell.startswith("**") == cell.endswith("**") == (low > 0 or high < 0), (name, cell)
+
+
+def test_signs_compare_with_the_paper():
+    seen = set()
+    for head, *lines in tables(TEXTS["docs/results.md"]):
+        if "sign" not in head:
+            continue
+        for line in lines:
+            cells = dict(zip(head, line, strict=True))
+            paper = cells["difference in the paper, on CIFAR-10"]
+            wanted = ""
+            if paper:
+                _, low, high, _ = INTERVAL.fullmatch(cells["difference, pp (95 % CI)"]).groups()
+                significant = float(low) > 0 or float(high) < 0
+                wanted = "n.s." if not significant else "same" if (float(low) > 0) == (float(paper) > 0) else "opposite"
+            assert cells["sign"] == wanted, line
+            seen.add(wanted)
+    assert seen == {"", "n.s.", "same"}
+
+
+def test_every_measured_variant_is_in_the_results():
     shown = {
         (preset, place[1])
         for head, *lines in tables(TEXTS["docs/results.md"])
@@ -126,5 +168,131 @@ def test_every_variant_that_was_measured_stands_in_the_results():
         for place in map(named, (line[0] for line in lines))
         if place
     }
-    measured = {(row["preset"], row.get("variant") or row["row"]) for rows in ROWS.values() for row in rows}
+    measured = {
+        (each["preset"], each.get("variant") or each["row"])
+        for name in ("ablate", "reproduce")
+        for each in RECORDS[name]
+    }
     assert measured <= shown
+
+
+def test_accuracies_on_fashion_mnist_agree_with_the_records():
+    found = records.read(records.RESULTS / "runs" / "fashion.jsonl")
+    lines = {re.sub(r".*`(.*)`.*", r"\1", line[0]): line[1:] for line in table("docs/results.md", "accuracy, %")}
+    accuracies = {
+        name: [
+            each["test_accuracy"]
+            for seed in (1, 2, 3)
+            for each in found
+            if (each["method"], each["seed"], each["steps"]) == (name, seed, PRESETS[name].steps)
+        ]
+        for name in lines
+        if name in PRESETS
+    }
+    first, second = accuracies.values()
+    accuracies["difference"] = [a - b for a, b in zip(first, second, strict=True)]
+    assert accuracies.keys() == lines.keys()
+    for name, (*by_seed, summary) in lines.items():
+        values = accuracies[name]
+        shown, wanted = [*by_seed, *summary.split(" ± ")], [*values, mean(values), stdev(values)]
+        assert all(map(agrees, shown, wanted)) and len(shown) == len(wanted) == 5, (name, wanted)
+
+
+# Coverage
+
+
+@cache
+def recorded():
+    """Return [preset, method or ablation, steps, device] of every finished training run in bench/results/."""
+    found = []
+    for path in sorted(records.RESULTS.rglob("*.jsonl")):
+        for each in records.read(path):
+            preset = each.get("preset", each.get("method"))
+            if "test_accuracy" in each and preset in PRESETS:
+                row = each.get("row") or PRESETS[preset].method
+                found.append((preset, row, each["steps"], each["device"]))
+    return found
+
+
+def on_gpu(device):
+    return not device.startswith("CPU")
+
+
+def test_presets_said_to_be_trained_have_recorded_runs():
+    lines = table("docs/results.md", "preset")
+    shown = {line[0].strip("`"): (int(line[2]), int(line[3])) for line in lines}
+    devices = {name: [device for preset, *_, device in recorded() if preset == name] for name in PRESETS}
+    counted = {
+        name: (sum(not on_gpu(each) for each in found), sum(map(on_gpu, found))) for name, found in devices.items()
+    }
+    assert shown == {name: count for name, count in counted.items() if any(count)}
+    untrained = TEXTS["docs/results.md"].partition("No other preset has a recorded run:")[2].partition(".")[0]
+    assert set(re.findall(r"`(.*?)`", untrained)) == PRESETS.keys() - shown.keys()
+    assert "Nor has the method `pseudo-label`" in TEXTS["docs/results.md"]
+    assert set(METHODS) - {row for _, row, *_ in recorded()} == {"pseudo-label"}
+
+
+def test_only_one_kind_of_gpu_has_trained_and_the_pages_say_how_often():
+    gpu_runs = [each for each in recorded() if on_gpu(each[3])]
+    assert {device for *_, device in gpu_runs} == {"NVIDIA H100 80GB HBM3"}
+    assert all(preset.startswith("fashion") for preset, *_ in gpu_runs)
+    assert f"except those of {len(gpu_runs)} runs on an H100" in " ".join(TEXTS["docs/results.md"].split())
+    assert f"and {len(gpu_runs)} Fashion-MNIST runs" in TEXTS["README.md"]
+
+
+def test_tables_of_reproduce_that_are_said_to_be_trained_are():
+    lines = table("docs/reproduce.md", "table")
+    states = {name: state for names, _, state in lines for name in re.findall(r"`(.*?)`", names)}
+    assert states.keys() == TABLES.keys()
+    complete = {(preset, row) for preset, row, steps, _ in recorded() if steps == PRESETS[preset].steps}
+    for name, state in states.items():
+        wanted = {(preset, row) for preset in TABLES[name].presets for row in TABLES[name].rows}
+        missing = wanted - complete
+        if missing == wanted:
+            assert state.startswith("nothing"), name
+        else:
+            (left_out,) = {row for _, row in missing}
+            assert state.startswith(f"all methods except {left_out}:"), name
+
+
+def test_readme_says_what_has_not_been_trained():
+    trained = {PRESETS[preset].dataset for preset, *_ in recorded()}
+    names = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "SVHN": "svhn", "STL-10": "stl10"}
+    (claim,) = re.findall(
+        r"The presets for (.*?) are tested on small archives.*have not been trained", TEXTS["README.md"]
+    )
+    assert set(re.split(r", | and ", claim)) == set(names) and not trained & set(names.values())
+
+
+def test_readme_names_hardware_versions_and_seeds_of_its_table():
+    text = " ".join(TEXTS["README.md"].split())
+    shown = [each for name in ("digits-40", "fashion-100-small") for row in METHODS
+             for each in runs("reproduce", name, PRESETS[name].steps, row)]  # fmt: skip
+    assert {each["device"] for each in shown} == {"CPU, AMD EPYC, 1 threads of 2"}
+    assert "one thread of an AMD EPYC CPU" in text
+    ((engine, torch),) = {(each["versions"]["remixmatch-engine"], each["versions"]["torch"]) for each in shown}
+    assert f"Version {engine}, torch {torch.rpartition('.')[0]}," in text
+    seeds = {(each["preset"], each["row"]): 0 for each in shown}
+    for each in shown:
+        seeds[each["preset"], each["row"]] += 1
+    assert set(seeds.values()) == {5} and "over 5 seeds" in text
+
+
+def test_readme_gives_the_measured_speed_on_an_h100():
+    text = " ".join(TEXTS["README.md"].split())
+    steps = {
+        each["k"]: each
+        for each in RECORDS["throughput"]
+        if "H100" in each["device"] and each["mode"] == "graph" and each["views"] == "fused"
+    }
+    milliseconds = {k: each["step_ms"] for k, each in steps.items()}
+    images = {k: each["images_per_second"] * each["step_ms"] for k, each in steps.items()}
+    (claim,) = re.findall(r"On one H100, [^.]* K = 8 takes .*? hours", text)
+    shown = re.findall(r"([\d.]+) (?:ms|times|hours)", claim)
+    wanted = (
+        milliseconds[8],
+        milliseconds[8] / milliseconds[1],
+        images[8] / images[1],
+        milliseconds[8] * 2**20 / 3.6e6,
+    )
+    assert len(shown) == len(wanted) and all(map(agrees, shown, wanted)), wanted
