@@ -1,1 +1,1 @@
-"""Many runs: tables of the paper, ablations, profiles."""
+"""Studies over several runs: tables of the paper, ablations, profiles."""

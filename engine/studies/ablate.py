@@ -1,9 +1,10 @@
-"""`remixmatch ablate PRESET`: what each component costs, and what it brings.
+"""`remixmatch ablate PRESET`: measure each component's cost and benefit.
 
-A variant is the full method with one thing otherwise (`engine.config.methods.ABLATIONS`). Its cost is timed: its step
-takes turns with the full method's, each in a process of its own, views included; launches and bytes are those of `bench
-count`. What it brings is trained: cells as those of `remixmatch reproduce ablation`, with differences to the full
-method paired by seed. Everything that is known is kept in the folder, so that the command goes on where it stopped.
+A variant is the full method with one component changed (`engine.config.methods.ABLATIONS`). Its cost is measured by
+timing its training step, including views, in alternation with the full method's, each in its own process. Launches and
+bytes come from `bench count`. Its benefit is measured by training it, with the same jobs as in `remixmatch reproduce
+ablation`, and comparing it with the full method, paired by seed. All measurements are kept in the output folder, so the
+command can be resumed.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from pipelines.files import write_text
 log = logging.getLogger(__name__)
 
 OUT = Path("runs") / "ablate"
-MEASURED = "measured.jsonl"  # costs, in its folder
-TARGET = "sm_90"  # whose launches and bytes are counted
+MEASURED = "measured.jsonl"  # File of the measured costs in the output folder.
+TARGET = "sm_90"  # GPU architecture of the counted launches and bytes.
 
-# what can be asked for by one word
+# Groups of ablations that --axes accepts.
 AXES: dict[str, tuple[str, ...]] = {
     "k": ("k=1", "k=2", "k=4", "k=8", "k=16"),
     "losses": ("no-rotation", "no-premixup", "no-mixup", "l2"),
@@ -57,40 +58,41 @@ assert sorted(name for names in AXES.values() for name in names) == sorted(ABLAT
 
 @dataclass
 class AblateOptions:
-    """Times, counts and trains the variants of a preset, and writes ablate.csv, table.md and chart.png.
+    """Time, count and train the variants of a preset, and write ablate.csv, table.md and chart.png.
 
-    Flags of `remixmatch train` after `--` change every variant, as in: remixmatch ablate digits-40 -- --width 8"""
+    Flags of `remixmatch train` after `--` apply to every variant, as in: remixmatch ablate digits-40 -- --width 8
+    """
 
     axes: tuple[str, ...] = tuple(AXES)
-    """Groups of ablations, or ablations by their names."""
+    """Groups of ablations, or names of single ablations."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds, each a label split and initial weights."""
+    """Seeds, each with its own label split and initial weights."""
     time_only: bool = False
-    """Time and count, and train nothing."""
+    """Time and count, but train nothing."""
     count: bool = True
-    """Show launches and bytes on a GPU, where `remixmatch bench count` has counted them."""
+    """Show launches and bytes on a GPU if `remixmatch bench count` has counted them."""
     repeats: int = 9
-    """Rounds in which a variant and the full method take turns."""
+    """Number of rounds in which a variant and the full method alternate."""
     seconds: float = 0.5
-    """At least so long is a sample."""
+    """Minimum duration of a timing sample."""
     out: Path | None = None
-    """Folder of the cells and results; by default runs/ablate/PRESET. Cells may be shared by several machines."""
+    """Folder of the jobs and results; by default runs/ablate/PRESET. Several machines may share the jobs."""
     rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Make table and chart from rows in these files, which --collect wrote, here or of reproduce; run nothing."""
+    """Make table and chart from records in these files, written by --collect of ablate or reproduce; run nothing."""
     collect: Path | None = None
-    """Add a row to this file for everything measured and every cell done that is not in it, and run nothing."""
+    """Append a record to this file for every measurement and finished job that it lacks, and run nothing."""
     training: reproduce.JobOptions = field(default_factory=reproduce.JobOptions)
 
 
 @dataclass(frozen=True)
 class AblationRow:
-    """A row of the results.
+    """Results of a variant.
 
     Attributes:
-        name: of the ablation, or of the full method.
-        cost: of its step, see `time_step`; empty where that is not known.
-        counts: launches and bytes of its captured step, see `Count.total`; likewise.
-        line: its errors, see `engine.studies.statistics`.
+        name: Name of the ablation, or of the full method.
+        cost: Cost of its step, see `time_step`; empty if unknown.
+        counts: Launches and bytes of its captured step, see `Count.total`; empty if unknown.
+        line: Its errors, see `engine.studies.statistics`.
     """
 
     name: str
@@ -100,29 +102,30 @@ class AblationRow:
 
     @property
     def price(self) -> float | None:
-        """Milliseconds a step that a point of test error costs, of this variant and the full method the dearer one's.
+        """The additional step time in milliseconds per percentage point of lower error.
 
-        None where the dearer one is no better, or it is not known.
+        This compares the variant with the full method. None if the slower of the two has no lower error, or if cost or
+        error are unknown.
         """
         if not self.cost or self.line.to_full is None:
             return None
-        dearer = self.cost["step_ms"] * (1 - 1 / self.cost["ratio"])  # than the full method, in milliseconds
+        slower = self.cost["step_ms"] * (1 - 1 / self.cost["ratio"])  # Compared with the full method, in milliseconds.
         worse = self.line.to_full.mean
-        return -dearer / worse if dearer * worse < 0 else None
+        return -slower / worse if slower * worse < 0 else None
 
 
 def main(argv: Sequence[str]) -> None:
-    """Entry point of `remixmatch ablate`.
+    """Run `remixmatch ablate`.
 
     Args:
-        argv: the preset, flags, and after `--` those of all variants.
+        argv: The preset, flags, and after `--` flags for all variants.
 
     Raises:
-        UserError: a preset, axis or flag that cannot work; cells failed.
-        Stopped: a signal came; what was running is saved.
+        UserError: A preset, axis or flag is invalid, or jobs failed.
+        Stopped: A signal was received; running jobs are saved.
     """
     texts = {name: ", ".join(names) for name, names in AXES.items()}
-    more = "These are the axes. remixmatch ablate PRESET --help lists the flags."
+    more = "The words above are the axes. remixmatch ablate PRESET --help lists all flags."
     if usage_is_all(argv, "preset", "ablate PRESET [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
@@ -149,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
     for entry in entries:
         configs.setdefault(entry.row, entry.job.config)
     if len(configs) == 1:
-        raise UserError(f"--axes {' '.join(options.axes)}: the preset is so already, which leaves nothing to compare")
+        raise UserError(f"--axes {' '.join(options.axes)}: the preset already has these settings; nothing to compare")
     measured, failed = out / MEASURED, ""
     try:
         if options.collect:
@@ -174,10 +177,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def variants_of(axes: Sequence[str]) -> list[str]:
-    """The ablations that axes name.
+    """Return the ablations of the given axes.
 
     Raises:
-        UserError: one of them names none.
+        UserError: An axis is unknown.
     """
     wanted: dict[str, None] = {}
     for axis in axes:
@@ -188,20 +191,20 @@ def variants_of(axes: Sequence[str]) -> list[str]:
 
 
 def _keys(configs: Mapping[str, Config]) -> dict[str, str]:
-    """What variants are known by in rows: their configuration, whatever its seed."""
+    """Return the key of each variant in records: a hash of its configuration, ignoring the seed."""
     return {row: jobs.digest(dataclasses.replace(config, seed=0)) for row, config in configs.items()}
 
 
 def _known(rows: Sequence[records.Row], kind: str, configs: Mapping[str, Config]) -> dict[str, records.Row]:
-    """The last row of each variant that some rows have.
+    """Return the last record of each variant.
 
     Args:
-        rows: of whatever bench.
+        rows: Records of any bench.
         kind: "costs" or "counts".
-        configs: by the name of the variant.
+        configs: Configurations by the name of the variant.
     """
     keys = _keys(configs)
-    # a ratio is to the full method of its time
+    # A ratio is valid only for the full method that it was measured against.
     found = {
         row["cell"]: row
         for row in rows
@@ -211,14 +214,14 @@ def _known(rows: Sequence[records.Row], kind: str, configs: Mapping[str, Config]
 
 
 def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, records.Row]:
-    """The cost of each variant: read from a file, or measured and added to it.
+    """Return the cost of each variant, read from a file, or measured and appended to it.
 
-    What cannot be measured is said, left out, and tried again the next time.
+    If a variant cannot be measured, warn and leave it out; the next call tries again.
 
     Args:
-        path: of the rows.
-        configs: by the name of the variant, the full method first.
-        measure: called with a name, gives figures.
+        path: File of the records.
+        configs: Configurations by the name of the variant, the full method first.
+        measure: Function that takes the name of a variant and returns its cost.
     """
     keys, known = _keys(configs), _known(records.read(path), "costs", configs)
     for variant in configs:
@@ -227,7 +230,7 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         try:
             figures = measure(variant)
         except (RuntimeError, UserError) as error:
-            log.warning(f"{variant}: costs cannot be measured ({' '.join(str(error).split())})")
+            log.warning(f"{variant}: cannot measure its cost ({' '.join(str(error).split())})")
             continue
         device = pick_device(configs[variant])
         known[variant] = records.record(
@@ -240,7 +243,7 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
 
 
 def _collect(entries: Sequence[Entry], configs: Mapping[str, Config], out: Path, path: Path) -> None:
-    """Adds a row for every cell that is done, and every variant that is measured, and has none."""
+    """Append a record for every finished job and measured variant that the file lacks."""
     there, measured = records.read(path), records.read(out / MEASURED)
     for row in _known(measured, "costs", configs).values():
         if row not in there:
@@ -249,15 +252,15 @@ def _collect(entries: Sequence[Entry], configs: Mapping[str, Config], out: Path,
 
 
 def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str, float]:
-    """Times a variant's step, its views included, in turns with the full method's.
+    """Time a variant's step, including views, in alternation with the full method's.
 
     Returns:
-        "step_ms", median milliseconds a step; "ratio" to the full method's step, the median over the rounds, with its
-        quartiles "ratio_low" and "ratio_high"; "images_per_second" that are trained; "memory_mib", the peak on the
-        device, or without one of the process.
+        "step_ms", median milliseconds per step; "ratio", the median ratio to the full method's step over the rounds,
+        with quartiles "ratio_low" and "ratio_high"; "images_per_second", trained images per second; "memory_mib", peak
+        memory of the GPU, or of the process on a CPU.
 
     Raises:
-        RuntimeError: one of the two cannot be run.
+        RuntimeError: One of the two cannot be run.
     """
     pair = {name: _worker(each) for name, each in (("variant", config), ("full", full))}
     try:
@@ -284,7 +287,7 @@ def _worker(config: Config) -> StepWorker:
 
 
 def _counted(config: Config) -> dict[str, float]:
-    """Launches and gigabytes of the captured step on a GPU, where `bench count` has counted it."""
+    """Return launches and gigabytes of the captured step on a GPU; empty if `bench count` has not counted it."""
     images = IMAGES.get(config.dataset)
     if images is None:
         return {}
@@ -301,7 +304,7 @@ def write(
     out: Path,
     options: AblateOptions,
 ) -> None:
-    """Writes ablate.csv, table.md and chart.png from what is known, and prints the table."""
+    """Write ablate.csv, table.md and chart.png from the results so far, and print the table."""
     lines = table_results.make_lines("ablation", entries, found)
     variants = [AblationRow(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
@@ -311,14 +314,14 @@ def write(
     write_text(out / "table.md", text, shared=True)
     print(text, end="")
     if any(variant.cost or variant.line.to_full for variant in variants):
-        from engine.studies import charts  # matplotlib takes a second
+        from engine.studies import charts  # Importing matplotlib takes a second.
 
         charts.cost_and_benefit(variants, title, out / "chart.png")
     print(f"\n{out / 'table.md'}, ablate.csv, chart.png")
 
 
 def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], variants: Sequence[AblationRow]) -> str:
-    """One row a variant and seed; errors are empty where nothing was trained."""
+    """Return a CSV table with a line per variant and seed; errors are empty if untrained."""
     of_variant = {variant.name: variant for variant in variants}
     rows = []
     for entry in entries:
@@ -344,35 +347,39 @@ _COST = ("step_ms", "ratio", "ratio_low", "ratio_high", "images_per_second", "me
 
 
 def markdown(title: str, variants: Sequence[AblationRow]) -> str:
-    """The table: a row a variant, with what its figures are."""
+    """Return a table with a line per variant, and an explanation of its columns."""
     trained = any(variant.line.median for variant in variants)
     counted = any(variant.counts for variant in variants)
     columns: dict[str, Callable[[AblationRow], str]] = {
         "variant": lambda each: each.name,
-        "ms a step": lambda each: _shown("{step_ms:.2f}", each.cost),
-        "times the full method": lambda each: _shown("{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})", each.cost),
+        "step, ms": lambda each: _shown("{step_ms:.2f}", each.cost),
+        "relative step time (quartiles)": lambda each: _shown(
+            "{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})", each.cost
+        ),
         "images/s": lambda each: _shown("{images_per_second:,.0f}", each.cost),
-        "MiB": lambda each: _shown("{memory_mib:,.0f}", each.cost),
+        "memory, MiB": lambda each: _shown("{memory_mib:,.0f}", each.cost),
     }
     if counted:
         columns["launches"] = lambda each: _shown("{launches:.0f}", each.counts)
         columns["GB"] = lambda each: _shown("{gigabytes:.2f}", each.counts)
     if trained:
         columns["error, %"] = lambda each: statistics.shown_spread(each.line.median)
-        columns["difference, points"] = lambda each: statistics.shown_difference(each.line.to_full)
-        columns["ms for a point"] = _shown_price
+        columns["difference, pp (95 % CI)"] = lambda each: statistics.shown_difference(each.line.to_full)
+        columns["price, ms per pp"] = _shown_price
     rows = [[cell(variant) for cell in columns.values()] for variant in variants]
-    words = ["Steps are timed with their views, in turns with the full method's: a ratio is the median over rounds."]
+    words = [
+        "Step times include the views. Each variant is timed in alternation with the full method; its relative step "
+        "time is the median over the rounds."
+    ]
     if counted:
-        words.append(f"Launches and bytes are those of the captured step on a GPU ({TARGET}), counted without one.")
+        words.append(f"Launches and GB are those of the captured step on a GPU ({TARGET}), counted without a GPU.")
     if trained:
         seeds = {seed for variant in variants for seed in variant.line.seeds}
         words.append(
-            f"Errors are of the test images, the median of the last 20 evaluations, mean ± standard deviation over "
-            f"{len(seeds)} seeds. Differences are to the full method, paired by seed, with the 95 % interval of "
-            "Student's t. The last column is what a point of error costs in milliseconds a step, where of the variant "
-            "and the full method the dearer one has the smaller error; in brackets where the interval holds 0, or "
-            "there is none."
+            f"Errors are test errors, medians of the last 20 evaluations: mean ± standard deviation over {len(seeds)} "
+            "seeds. Differences from the full method are paired by seed, with a 95 % confidence interval (Student's "
+            "t). The price is the additional step time per percentage point of lower error, if the slower of variant "
+            "and full method has the lower error; in parentheses if the interval includes 0 or is missing."
         )
     device = next((variant.cost["device"] for variant in variants if variant.cost), "")
     words.append(f"Timed on {device}." if device else "")
@@ -380,12 +387,12 @@ def markdown(title: str, variants: Sequence[AblationRow]) -> str:
 
 
 def _shown(form: str, numbers: Mapping[str, Any]) -> str:
-    """Numbers in words; empty where there are none."""
+    """Format numbers; empty if there are none."""
     return form.format(**numbers) if numbers else ""
 
 
 def _shown_price(variant: AblationRow) -> str:
-    """A price, in brackets where the difference may be none; empty where there is no price."""
+    """Format a price, in parentheses if the difference is not significant; empty if there is no price."""
     if variant.price is None or variant.line.to_full is None:
         return ""
     return f"{variant.price:.2f}" if variant.line.to_full.significant else f"({variant.price:.2f})"

@@ -1,4 +1,4 @@
-"""The chart of `remixmatch ablate`: what components bring, and what they cost."""
+"""The chart of `remixmatch ablate`: benefit and cost of each component."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from matplotlib.axes import Axes
 
 from pipelines.files import atomic_write
 
-FEW_POINTS = 20  # of error: larger differences are drawn logarithmically
+LINEAR_PP = 20  # Differences beyond this many percentage points are drawn on a logarithmic axis.
 
 
 def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
-    """Draws what variants bring and what they cost, a line each: the difference in test error, and a step's time.
+    """Draw each variant's difference in test error and relative step time.
 
     Args:
-        variants: of `engine.studies.ablate`; those that are neither trained nor timed are left out.
-        title: of the chart.
-        path: of the PNG.
+        variants: Results of `engine.studies.ablate`; variants that are neither trained nor timed are left out.
+        title: Title of the chart.
+        path: Path of the PNG.
     """
     found = [(each.name, each.line.to_full, each.cost) for each in variants]
     found = [each for each in found if each[1] or each[2]]
-    # the worst at the top; below, what was only timed, the dearest first
+    # Largest error at the top; variants that were only timed come last, the slowest first.
     found.sort(key=lambda each: (each[1].mean if each[1] else -math.inf, each[2].get("ratio", 0.0)))
     benefit, cost = any(each[1] for each in found), any(each[2] for each in found)
     columns = 2 if benefit and cost else 1
@@ -44,13 +44,13 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
             _point(right, place, timed["ratio"], timed["ratio_low"], timed["ratio_high"])
     left.set_yticks(range(len(found)), [name for name, *_ in found])
     if benefit:
-        left.axvline(0, color="grey", linewidth=0.8)
-        left.set_xlabel("test error less the full method's, points, 95 %")
-        if max(map(abs, left.get_xlim())) > FEW_POINTS:
-            left.set_xscale("symlog", linthresh=FEW_POINTS / 4)
+        left.axvline(0, color="gray", linewidth=0.8)
+        left.set_xlabel("difference in test error from the full method, pp (95 % CI)")
+        if max(map(abs, left.get_xlim())) > LINEAR_PP:
+            left.set_xscale("symlog", linthresh=LINEAR_PP / 4)
     if cost:
-        right.axvline(1, color="grey", linewidth=0.8)
-        right.set_xlabel("time a step, times the full method's, quartiles")
+        right.axvline(1, color="gray", linewidth=0.8)
+        right.set_xlabel("step time relative to the full method (quartiles)")
         right.set_xscale("log")
         right.xaxis.set_minor_formatter("{x:g}")
     for axes in panels[0]:
@@ -63,6 +63,6 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
 
 
 def _point(axes: Axes, place: int, value: float, low: float | None, high: float | None) -> None:
-    """One value with its interval, where it has one."""
+    """Draw a value with its interval, if it has one."""
     sides = None if low is None or high is None else [[value - low], [high - value]]
     axes.errorbar(value, place, xerr=sides, fmt="o", capsize=3, color="tab:blue")

@@ -1,4 +1,4 @@
-"""How far the jobs of a table are, and how long they will take: by those that are done, or on a GPU as predicted."""
+"""Progress of a table's jobs: status, time left from the finished ones, and predicted GPU hours."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from engine.studies.paper_tables import REMIXMATCH, Entry
 
 
 class Progress:
-    """The states of all jobs: a table that changes on a terminal, a line for each change elsewhere.
+    """Display of the status of all jobs: a live table on a terminal, otherwise a line per change.
 
     Args:
-        entries: all jobs.
-        workers: of this process, for the time left.
-        live: whether states will come again and again.
+        entries: All jobs.
+        workers: Number of workers of this process, to estimate the time left.
+        live: Whether the display will be updated.
     """
 
     def __init__(self, entries: Sequence[Entry], workers: int, live: bool = True) -> None:
@@ -43,7 +43,7 @@ class Progress:
             self._live.stop()
 
     def __call__(self, statuses: Sequence[Status]) -> None:
-        """Takes the states of all jobs."""
+        """Show the status of all jobs."""
         if self._live:
             self._live.update(self._grid(statuses), refresh=True)
             return
@@ -56,7 +56,7 @@ class Progress:
         self._shown = states
 
     def print_all(self, statuses: Sequence[Status]) -> None:
-        """Prints the state of every job."""
+        """Print the status of every job."""
         for entry, each in zip(self._entries, statuses, strict=True):
             print(f"{entry.job.name}: {self._words(entry, each)}")
         print(f"{counts(statuses)}{self._left(statuses)}")
@@ -76,9 +76,9 @@ class Progress:
 
     def _grid(self, statuses: Sequence[Status]) -> Grid:
         grid = Grid(title=f"{counts(statuses)}{self._left(statuses)}")
-        for name in ("cell", "state"):
+        for name in ("job", "status"):
             grid.add_column(name, overflow="fold")
-        # as many as fit: what runs and what failed, then what comes next
+        # As many as fit: running and failed jobs first, then the next ones.
         order = sorted(
             range(len(statuses)), key=lambda n: ("running", "failed", "waiting", "done").index(statuses[n].state)
         )
@@ -92,13 +92,13 @@ class Progress:
 
 
 def counts(statuses: Sequence[Status]) -> str:
-    """How many jobs are in each state, in words."""
+    """Return the number of jobs in each state, in words."""
     found = [each.state for each in statuses]
     return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
 
 
 def duration(seconds: float) -> str:
-    """A time in words, such as 3 h 20 min."""
+    """Format a duration, for example as 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -106,7 +106,7 @@ def duration(seconds: float) -> str:
 
 
 def trained_rows(config: Config) -> int:
-    """Rows that the network is trained on in a step; a term of weight 0 has none."""
+    """Return the number of samples the network trains on per step; a loss term of weight 0 adds none."""
     if not config.unlabeled:
         return config.batch
     passes = config.k + sum([config.anchor == "trained", config.w_u1 > 0, config.w_rot > 0])
@@ -114,12 +114,12 @@ def trained_rows(config: Config) -> int:
 
 
 def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:
-    """Seconds until all jobs are done, by those that are: a row trained takes as long as before; None without any.
+    """Estimate the seconds until all jobs are done from the finished jobs' time per sample; None if none is finished.
 
     Args:
-        configs: of the jobs.
-        statuses: theirs.
-        workers: of this process; if more jobs run, others are at work too.
+        configs: Configurations of the jobs.
+        statuses: Their status.
+        workers: Number of workers of this process. If more jobs are running, other processes are working on them.
     """
     seconds = work_done = left = 0.0
     for config, each in zip(configs, statuses, strict=True):
@@ -136,21 +136,21 @@ def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: in
 
 
 def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Hours of training on a GPU, as predicted by `remixmatch bench count`, and not measured; evaluations come on top.
+    """Return the training hours on a GPU that `remixmatch bench count` predicts, without evaluations.
 
-    The time of a step is taken as linear in the rows that it trains, as steep as between ReMixMatch's smallest and
-    largest K, and from the nearest count of the method itself, where there is one. None where counts are of another
-    network or size of image.
+    The step time is assumed to be linear in the number of trained samples. The slope is that between ReMixMatch's
+    smallest and largest K, and the line passes through the nearest count of the same method, if there is one. Return
+    None if the network or image size differs from that of the counts.
 
     Args:
-        config: of a run.
+        config: Configuration of the run.
         gpu: "h100" or "h200".
-        rows: of the bench.
+        rows: Records of the bench.
     """
     small = config.dataset.startswith(("cifar", "svhn")) or config.dataset == "fashion-mnist"  # 32x32
     if config.architecture != "WRN-28-2" or not small:
         return None
-    known: dict[str, dict[int, float]] = {}  # milliseconds a step by method and trained rows; a newer row counts
+    known: dict[str, dict[int, float]] = {}  # Milliseconds per step by method and samples; later records win.
     for row in rows:
         if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
             counted = with_method(PRESETS[row["preset"]], row.get("method", REMIXMATCH))
@@ -168,7 +168,7 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
 
 
 def print_plan(entries: Sequence[Entry]) -> None:
-    """Prints the jobs in their order, with what they are predicted to take."""
+    """Print the jobs in order, with their predicted times."""
     from engine.measuring import records
 
     rows = records.read(records.RESULTS / "count.jsonl")
@@ -179,8 +179,8 @@ def print_plan(entries: Sequence[Entry]) -> None:
         total += hours or 0.0
         unknown += hours is None
         words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
-        print(f"{entry.job.name}: {config.steps:,} steps of {trained_rows(config):,} rows, {words}")
+        print(f"{entry.job.name}: {config.steps:,} steps of {trained_rows(config):,} samples, {words}")
     print(
-        f"{len(entries)} jobs; {total:.1f} H100 hours, predicted from `remixmatch bench count`, not measured, without "
-        f"evaluations" + (f"; no prediction for {unknown} of them" if unknown else "")
+        f"{len(entries)} jobs; {total:.1f} H100 hours without evaluations, predicted from `remixmatch bench count` and "
+        "not measured" + (f"; no prediction for {unknown} of them" if unknown else "")
     )

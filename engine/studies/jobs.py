@@ -1,15 +1,15 @@
-"""Many runs in one folder, trained by any number of workers, on one machine or on several that share the folder.
+"""Training runs in one folder, shared by any number of workers on one or more machines.
 
-A job is one run. Its folder is named by a hash of its configuration, and holds, beside what every run has (see
-`engine.run`):
+A job is one training run. The name of its folder ends in a hash of its configuration. In addition to the files of every
+run (see `engine.run`), the folder holds:
 
-    claims/1.json, claims/2.json, ...   who has worked on it, one after another; the last one counts
-    log.txt                             what the run has printed
-    failed.json                         why it failed, until it is tried again
+    claims/1.json, claims/2.json, ...   successive owners; the last one counts
+    log.txt                             output of the run
+    failed.json                         why it failed, until it is retried
 
-A job is done once its summary.json is there. Whoever creates the next file in `claims` owns the job, until its claim
-says that it was released, or is stale. Claims are never removed, so of two that take over the same stale claim exactly
-one succeeds, however late the other comes: it asks for a name that is taken.
+A job is done once its summary.json exists. A worker owns a job by creating the next file in `claims`, until it
+releases the claim or the claim becomes stale. Claims are never deleted. So if two workers take over the same stale
+claim, only one succeeds, however late the other comes: the file it wants to create already exists.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from engine.errors import UserError
 from engine.measuring.process import search_path
 from pipelines.files import read_json, write_text
 
-RENEW_SECONDS = 10.0  # between signs of life in a claim
-STALE_SECONDS = 300.0  # without one, after which a claim of another machine counts no more
+RENEW_SECONDS = 10.0  # Interval of heartbeats in a claim.
+STALE_SECONDS = 300.0  # A claim of another machine is stale after this time without a heartbeat.
 POLL_SECONDS = 0.2
 SHOW_SECONDS = 0.5
-TAIL_LINES = 20  # of the log, kept in failed.json
+TAIL_LINES = 20  # Lines of the log kept in failed.json.
 _TAIL_BYTES = 8192
 _HASH_DIGITS = 10
 
 STATES = ("done", "running", "failed", "waiting")
-# a child that ends so was asked to: by this worker, by whoever ended the whole group, or by the death of its worker
+# Exit codes of a child that was asked to stop: by this worker, with its process group, or when its worker died.
 _CUT_OFF = {code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for code in (-number, 128 + number)}
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields that make two configurations two jobs.
+    """Return the fields that identify a job.
 
-    Those that differ from the defaults of `Config` only: a field that a later version adds, with a default that leaves
-    everything as it was, does not make weeks of finished runs unknown.
+    Fields with the default value of `Config` are left out. So when a later version adds a field whose default changes
+    nothing, finished runs keep their identity.
     """
     default = dataclasses.asdict(Config())
     return {
-        # 75 and 75.0 are one weight
+        # 75 and 75.0 are the same weight.
         name: float(value) if isinstance(default[name], float) else value
         for name, value in dataclasses.asdict(config).items()
         if name not in PLACE and value != default[name]
@@ -68,18 +68,18 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def digest(config: Config) -> str:
-    """A hash of what makes a configuration a job of its own."""
+    """Return a hash of the fields that identify a job."""
     content = json.dumps(identity(config), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:_HASH_DIGITS]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be done.
+    """One training run of a study.
 
     Attributes:
-        label: the readable beginning of its folder's name.
-        config: what is trained, complete: nothing in it is left to be found out from the data.
+        label: Readable first part of the folder's name.
+        config: Complete configuration; no field depends on the data any more.
     """
 
     label: str
@@ -87,26 +87,26 @@ class Job:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the configuration."""
+        """The hash of its configuration."""
         return digest(self.config)
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """The name of its folder."""
         return f"{self.label}-{self.digest}"
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a job from its folder.
+    """Status of a job, according to its folder.
 
     Attributes:
-        state: waiting is also what was begun and cut off.
-        step: trained, as far as has been logged.
-        summary: of a job that is done.
-        reason: why it failed.
-        host: of who works on it, or did last.
-        commit: of the engine that worked on it last; "" if nobody did.
+        state: State of the job; an interrupted job is waiting.
+        step: Last logged step.
+        summary: Summary of a finished job.
+        reason: Why it failed.
+        host: Machine of the current or last worker.
+        commit: The engine's commit of the current or last worker; "" if there was none.
     """
 
     state: Literal["waiting", "running", "done", "failed"]
@@ -122,7 +122,7 @@ class Status:
 
 @functools.cache
 def machine() -> str:
-    """What tells apart machines, their boots, and containers, whose process numbers mean different processes."""
+    """Return an identifier of this machine, boot and container: the scope in which a process ID is unique."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -131,7 +131,7 @@ def machine() -> str:
 
 
 def started(pid: int) -> int:
-    """When a process of this machine was started, in its clock ticks; 0 where there is none, or only its remains."""
+    """Return the start time of a process of this machine in clock ticks; 0 if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -140,7 +140,7 @@ def started(pid: int) -> int:
 
 
 def newest_claim(folder: Path) -> Path | None:
-    """The claim of a job's folder that counts."""
+    """Return the latest claim in a job's folder."""
     try:
         numbers = [int(name.removesuffix(".json")) for name in os.listdir(folder / "claims") if name[:-5].isdecimal()]
     except OSError:
@@ -149,11 +149,11 @@ def newest_claim(folder: Path) -> Path | None:
 
 
 class Claim:
-    """A job's folder that this process has claimed.
+    """A claim of this process on a job's folder.
 
     Args:
-        path: of its file, which is there.
-        content: of the file.
+        path: The existing file of the claim.
+        content: Content of the file.
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
@@ -161,19 +161,19 @@ class Claim:
         self._next = path.with_name(f"{int(path.stem) + 1}.json")
 
     def child(self, pid: int) -> None:
-        """Notes the process that trains: while it lives the job is not free, even if this process is gone."""
+        """Record the training process. While it lives the job is not free, even if this process has died."""
         self._write(child=[pid, started(pid)])
 
     def renew(self) -> None:
-        """Gives a sign of life, by the clock of the file system."""
+        """Send a heartbeat, by the clock of the file system."""
         os.utime(self.path)
 
     def lost(self) -> bool:
-        """Whether somebody else took this process for dead and has the job now."""
+        """Return whether another worker considered this claim stale and took over the job."""
         return self._next.exists()
 
     def release(self) -> None:
-        """Leaves the job to others."""
+        """Release the job."""
         self._write(released=True)
 
     def _write(self, **values: Any) -> None:
@@ -182,11 +182,11 @@ class Claim:
 
 
 def claim(folder: Path, commit: str = "") -> Claim | None:
-    """Claims a job's folder, which is made if missing; None if somebody has it.
+    """Claim a job's folder, which is created if missing; return None if another worker owns it.
 
     Args:
-        folder: of the job.
-        commit: of the engine that will work on it, for the record.
+        folder: Folder of the job.
+        commit: The engine's commit, for the record.
     """
     (folder / "claims").mkdir(parents=True, exist_ok=True)
     newest = newest_claim(folder)
@@ -208,11 +208,10 @@ def claim(folder: Path, commit: str = "") -> Claim | None:
 
 
 def claimable(path: Path) -> bool:
-    """Whether a claim was released, or is stale.
+    """Return whether a claim was released or is stale.
 
-    One of this machine is stale if neither its worker nor the child that trained for it lives. Numbers of processes are
-    used again, so their starting times have to be the same. One of another machine is stale if there was no sign of
-    life for some time.
+    A claim of this machine is stale if neither its worker nor its training process is alive. Process IDs are reused, so
+    start times are compared as well. A claim of another machine is stale after some time without a heartbeat.
     """
     content = read_json(path)
     if content.get("released"):
@@ -220,27 +219,27 @@ def claimable(path: Path) -> bool:
     if content.get("machine") == machine():
         owners = [content.get("worker"), content.get("child")]
         return not any(owner and owner[0] and started(owner[0]) == owner[1] for owner in owners)
-    # of another machine; or not yet written, by somebody who was killed or is about to
+    # It belongs to another machine, or has not been written yet: its owner was killed, or is about to write it.
     return _now(path.parents[1]) - path.stat().st_mtime > STALE_SECONDS
 
 
 def _now(folder: Path) -> float:
-    """Time by the clock of the file system, which may differ from this machine's."""
+    """Return the time by the clock of the file system, which may differ from this machine's."""
     probe = folder / f".clock-{os.getpid()}-{threading.get_ident()}"
     try:
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         return now
-    except OSError:  # of a folder that may only be read
+    except OSError:  # The folder is read-only.
         return time.time()
 
 
-# What a folder tells
+# Status
 
 
 def status(root: Path, job: Job) -> Status:
-    """What is known of a job, by its folder in `root` alone."""
+    """Return the status of a job, from its folder in `root` alone."""
     folder = root / job.name
     newest = newest_claim(folder)
     content = read_json(newest) if newest else {}
@@ -251,7 +250,7 @@ def status(root: Path, job: Job) -> Status:
         return Status("failed", reason=f"{error}; move the folder away", **known)
     if begun and digest(begun) != job.digest:
         differing = changed_fields(begun, job.config, ignored=PLACE)
-        reason = f"{folder} holds another configuration ({'; '.join(differing)}): move the folder away"
+        reason = f"{folder} has a different configuration ({'; '.join(differing)}); move the folder away"
         return Status("failed", reason=reason, **known)
     if begun and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:
         return Status("done", job.config.steps, summary, **known)
@@ -264,7 +263,7 @@ def status(root: Path, job: Job) -> Status:
 
 
 def last_step(path: Path) -> int:
-    """The step of the last whole row of a file of metrics, of which only the end is read; 0 without any."""
+    """Return the step of the last complete line of a metrics file, reading only its end; 0 without any."""
     for line in reversed(tail(path)):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return int(json.loads(line)["step"])
@@ -272,7 +271,7 @@ def last_step(path: Path) -> int:
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of a file, the first of them perhaps a part; none if it cannot be read."""
+    """Return the last lines of a file, of which the first may be incomplete; none if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
@@ -282,23 +281,23 @@ def tail(path: Path) -> list[str]:
 
 
 def forget_failures(root: Path, jobs: Sequence[Job]) -> None:
-    """Lets failed jobs be tried again; what was known of each failure stays under another name."""
+    """Allow failed jobs to be retried. The record of each failure is kept under another name."""
     for job in jobs:
         folder = root / job.name
         newest = newest_claim(folder)
         if newest and claimable(newest):
-            with contextlib.suppress(FileNotFoundError):  # somebody else did
+            with contextlib.suppress(FileNotFoundError):  # Another process already did.
                 (folder / "failed.json").rename(folder / f"failed-{newest.stem}.json")
 
 
-# Working on them
+# Work
 
 
 class Stop(StopRequest):
-    """A request to stop the work.
+    """A stop request from a signal or another thread.
 
     Attributes:
-        children: processes that train, and that the work ends after.
+        children: Training processes that are still running.
     """
 
     def __init__(self) -> None:
@@ -314,30 +313,30 @@ def work(
     stop: Stop,
     show: Callable[[Sequence[Status]], None] = lambda statuses: None,
 ) -> list[Status]:
-    """Trains jobs until none is left that is free, each in a process of its own.
+    """Train jobs, each in its own process, until no job is free.
 
-    Failures are kept in the jobs' folders and stop nothing else. A job that another machine seems to work on is
-    waited for until that one gives a sign of life or its claim is stale.
+    Failures are recorded in the jobs' folders and do not stop other jobs. If another machine seems to be working on a
+    job, wait until it sends a heartbeat or its claim is stale.
 
     Args:
-        root: holds the folders of the jobs.
-        jobs: in the order in which they are begun.
-        environments: one for each worker: variables that its processes have beside this one's.
-        commit: of the engine, for the record.
-        stop: ends the work: running jobs save their step, and are resumed by the next worker.
-        show: called every half second with the states of all jobs, and once at the end.
+        root: Folder that holds the jobs' folders.
+        jobs: Jobs in the order in which to start them.
+        environments: Additional environment variables of each worker's processes, one mapping per worker.
+        commit: The engine's commit, for the record.
+        stop: Stop request. Running jobs save their step, and the next worker resumes them.
+        show: Called with the status of all jobs every half second, and once at the end.
 
     Returns:
-        The states of all jobs.
+        The status of all jobs.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: The folder is not writable.
     """
     root.mkdir(parents=True, exist_ok=True)
-    tried: set[str] = set()  # what was cut off or lost is not begun again at once
+    tried: set[str] = set()  # Do not restart interrupted or lost jobs immediately.
     finished: dict[str, Status] = {}
 
-    def look() -> list[Status]:
+    def read_statuses() -> list[Status]:
         for job in jobs:
             if job.name not in finished and (found := status(root, job)).state == "done":
                 finished[job.name] = found
@@ -349,15 +348,15 @@ def work(
             while not all(each.done() for each in workers):
                 if any(each.done() and each.exception() for each in workers):
                     stop.ask(signal.SIGTERM)
-                show(look())
+                show(read_statuses())
                 if stop.wait(SHOW_SECONDS):
-                    time.sleep(POLL_SECONDS)  # the children save
+                    time.sleep(POLL_SECONDS)  # The children are saving.
         except BaseException:
             stop.ask(signal.SIGTERM)
             raise
     for each in workers:
         each.result()
-    statuses = look()
+    statuses = read_statuses()
     show(statuses)
     return statuses
 
@@ -365,8 +364,8 @@ def work(
 def _worker(
     root: Path, jobs: Sequence[Job], environment: Mapping[str, str], commit: str, stop: Stop, tried: set[str]
 ) -> None:
-    """Takes one job after another."""
-    seen: dict[Path, float] = {}  # claims of other machines, and when they last gave a sign of life
+    """Train one job after another."""
+    seen: dict[Path, float] = {}  # Claims of other machines, and their last heartbeats.
     while not stop.number:
         for job in jobs:
             if job.name in tried or status(root, job).state != "waiting":
@@ -376,7 +375,7 @@ def _worker(
                 continue
             tried.add(job.name)
             try:
-                # it may have been done between the look and the claim
+                # Another worker may have finished it before this one claimed it.
                 if _free(root, job):
                     _train(root / job.name, job, owned, environment, stop)
             finally:
@@ -395,7 +394,7 @@ def _free(root: Path, job: Job) -> bool:
 
 
 def _undecided(root: Path, jobs: Sequence[Job], seen: dict[Path, float]) -> bool:
-    """Whether a claim of another machine may still turn out to be stale: it gave no sign of life since first seen."""
+    """Return whether a claim of another machine may be stale: no heartbeat since it was first seen."""
     for job in jobs:
         newest = newest_claim(root / job.name)
         if newest and read_json(newest).get("machine") != machine() and status(root, job).state == "running":
@@ -406,18 +405,18 @@ def _undecided(root: Path, jobs: Sequence[Job], seen: dict[Path, float]) -> bool
 
 
 def train_command(folder: Path, config: Config) -> list[str]:
-    """What trains the run whose config.json is in the folder: the run is exactly the job, however it was begun."""
+    """Return the command that trains the run whose config.json is in the folder, from the start or resumed."""
     return [sys.executable, "-m", "engine", "train", config.preset, "--out", str(folder), "--resume", "--quiet"]
 
 
 def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str], stop: Stop) -> None:
-    """Trains a claimed job in a process of its own, up to its end or until `stop` asks for the end."""
-    begun = folder / "config.json"
-    if not begun.exists():
-        write_text(begun, config_json(job.config))
+    """Train a claimed job in its own process, until it ends or a stop is requested."""
+    path = folder / "config.json"
+    if not path.exists():
+        write_text(path, config_json(job.config))
     variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[2]), PARENT: str(os.getpid())}
     with (folder / "log.txt").open("ab") as log:
-        # written by the file's own handle: a run that resumes adds to what was said before
+        # Opened for appending: a resumed run adds to its earlier output.
         code = _attend(train_command(folder, job.config), {**variables, **environment}, log, owned, stop)
     if code is None or (stop.number and code) or code in _CUT_OFF:
         return
@@ -438,21 +437,21 @@ def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str],
 def _attend(
     command: Sequence[str], variables: Mapping[str, str], log: IO[bytes], owned: Claim, stop: Stop
 ) -> int | None:
-    """Runs a command and renews its claim; returns its exit code, or None if the claim was lost."""
+    """Run a command while renewing its claim; return its exit code, or None if the claim was lost."""
     process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     stop.children.add(process.pid)
     try:
         owned.child(process.pid)
-        told, renewed = False, time.monotonic()
+        signaled, renewed = False, time.monotonic()
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(POLL_SECONDS)
-            if stop.number and not told:
+            if stop.number and not signaled:
                 process.send_signal(signal.SIGTERM)
-                told = True
+                signaled = True
             if time.monotonic() - renewed >= RENEW_SECONDS:
                 renewed = time.monotonic()
-                # this machine slept: two processes must not write to one folder
+                # If this machine was suspended, another may have taken over; two must not write to one folder.
                 if owned.lost():
                     return None
                 owned.renew()

@@ -1,7 +1,7 @@
-"""What the tables of `remixmatch reproduce` have: their jobs, in order, and the papers' figures for them.
+"""The tables of `remixmatch reproduce`: their jobs in order, and the errors that the paper reports.
 
-Each run is a job (see `engine.studies.jobs`). Those that say the most come first: one seed of everything before the
-second of anything.
+Each training run is a job (see `engine.studies.jobs`). The most informative jobs come first: one seed of everything
+before the second seed of anything.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from engine.studies.jobs import Job
 from pipelines.cache import DataSet
 
 REMIXMATCH = "remixmatch"
-# by --steps-scale
+# Fields that --steps-scale changes.
 SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
-_NO_SEED = -1  # which no flag can be equal to
+_NO_SEED = -1  # No flag can have this value.
 
 BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """What a table has.
+    """A table of the paper.
 
     Attributes:
-        text: what it is, in a line.
-        presets: its columns.
-        rows: methods, or ablations beside the full method; the full method first.
-        seeds: by default.
-        kind: what rows are names of.
+        text: One-line description.
+        presets: The presets it covers.
+        rows: Methods, or the full method and its ablations; the full method comes first.
+        seeds: Default seeds.
+        kind: Whether rows are methods or ablations.
     """
 
     text: str
@@ -64,9 +64,9 @@ TABLES = {
     "few-labels": PaperTable(
         "CIFAR-10 and SVHN with 40 labels", ("cifar10-40", "svhn-40", "svhn-extra-40"), (REMIXMATCH,)
     ),
-    # the authors' scripts take split 3
+    # The authors' scripts use split 3.
     "ablation": PaperTable(
-        "ReMixMatch less one part at a time, CIFAR-10 with 250 labels",
+        "ReMixMatch with one component removed at a time, CIFAR-10 with 250 labels",
         ("cifar10-250",),
         (REMIXMATCH, *ABLATIONS),
         (3,),
@@ -81,7 +81,7 @@ TABLES = {
 }  # fmt: skip
 
 _PAPER = "ReMixMatch (arXiv 1911.09785)"
-# test errors in percent, by preset and row
+# Test errors in percent, by preset and method.
 FIGURES: dict[tuple[str, str], Figure] = {
     **{(name, REMIXMATCH): figure for name, figure in PUBLISHED.items()},
     **{
@@ -90,7 +90,7 @@ FIGURES: dict[tuple[str, str], Figure] = {
         for labels, error in zip((250, 1000, 4000), errors, strict=True)
     },
 }
-# one split: the full method is not what it is over five
+# Measured on one split, so the full method's error differs from that over five splits.
 ABLATION_FIGURES: dict[tuple[str, str], Figure] = {
     ("cifar10-250", name): Figure(error, None, f"{_PAPER}, section 4.3")
     for name, error in {
@@ -101,11 +101,11 @@ ABLATION_FIGURES: dict[tuple[str, str], Figure] = {
 
 
 def papers_difference(row: str, k: int) -> float | None:
-    """How much an ablation adds to the paper's error, in points; None where the paper does not say.
+    """Return how much an ablation raises the error in the paper, in pp; None if the paper does not report it.
 
     Args:
-        row: its name.
-        k: K of the full method that it is compared with: the paper has other ablations at K = 8 alone.
+        row: Name of the ablation.
+        k: K of the full method it is compared with. The paper has all other ablations at K = 8 only.
     """
     errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
     errors["k=8"] = errors[REMIXMATCH]
@@ -118,11 +118,11 @@ class Entry:
     """A job and its place in a table.
 
     Attributes:
-        row: method or ablation.
-        preset: column.
-        seed: of the run.
-        base: the configuration that the table has there, before --steps-scale and flags after `--`.
-        job: what is run.
+        row: Name of the method or ablation.
+        preset: Name of the preset.
+        seed: Seed of the run.
+        base: The table's configuration, before --steps-scale and the flags after `--`.
+        job: The training run.
     """
 
     row: str
@@ -140,16 +140,18 @@ def make_entries(
     presets: Sequence[str] = (),
     steps_scale: float = 1.0,
 ) -> list[Entry]:
-    """The jobs of a table, in the order in which they are begun: seed by seed, the full method first.
+    """Return the jobs of a table in the order in which they start: seed by seed, the full method first.
 
     Args:
-        table: what it has.
-        flags: of `remixmatch train`, for every job.
-        seeds, rows, presets: by default the table's.
-        steps_scale: see `scaled`.
+        table: The table.
+        flags: Flags of `remixmatch train` for every job.
+        seeds: Seeds; by default the table's.
+        rows: Methods or ablations; by default the table's.
+        presets: Presets; by default the table's.
+        steps_scale: See `scaled`.
 
     Raises:
-        UserError: there is no such row; a job's configuration cannot work; flags make two jobs equal.
+        UserError: A row is unknown, a job's configuration is invalid, or flags make two jobs identical.
     """
     allowed = METHODS if table.kind == "method" else {REMIXMATCH: {}, **ABLATIONS}
     rows = rows or table.rows
@@ -167,7 +169,7 @@ def make_entries(
                     base = with_method(whole, row)
                 elif row != REMIXMATCH:
                     base = ablate(whole, row)
-                    if base == whole:  # K as the preset has it
+                    if base == whole:  # The ablation's K is the preset's.
                         continue
                 unseeded = dataclasses.replace(base, seed=_NO_SEED)
                 changed = dataclasses.replace(_with_flags(unseeded, tuple(flags)), seed=seed)
@@ -179,7 +181,7 @@ def make_entries(
                     raise UserError(f"{label}: {error}") from None
                 entries.append(Entry(row, name, seed, base, Job(label, config)))
     if not entries:
-        raise UserError("no job is left: every ablation given is how the preset is")
+        raise UserError("no jobs left: the preset already has the settings of every given ablation")
     _check_different(entries)
     return entries
 
@@ -190,17 +192,17 @@ def _check_different(entries: Sequence[Entry]) -> None:
         other = seen.setdefault(entry.job.digest, entry)
         if other is not entry:
             raise UserError(
-                f"{other.job.label} and {entry.job.label} are one configuration: leave out one of them, or the flag "
-                "after -- that makes them equal"
+                f"{other.job.label} and {entry.job.label} have the same configuration: leave out one of them, or "
+                "change the flags after --"
             )
 
 
-@functools.cache  # it takes as long for each seed
+@functools.cache  # Parsing is slow, and the result is the same for each seed.
 def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
-    """A configuration, without its seed, with flags of `remixmatch train`.
+    """Apply flags of `remixmatch train` to a configuration without a seed.
 
     Raises:
-        UserError: a flag that is not one of a job's settings.
+        UserError: A flag cannot be shared by all jobs.
     """
     if not flags:
         return config
@@ -209,19 +211,18 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
     for group in ("folder", "ablations", "source", "ranks"):
         for name, value in vars(getattr(options, group)).items():
             if value != getattr(getattr(shared, group), name):
-                raise UserError(f"--{name.replace('_', '-')} after -- is not a setting that all jobs can share")
+                raise UserError(f"--{name.replace('_', '-')} after -- cannot be shared by all jobs")
     for name in changes(config, options.config).keys() & {"method", "seed"}:
-        raise UserError(f"--{name} after -- is not a setting that all jobs can share")
+        raise UserError(f"--{name} after -- cannot be shared by all jobs")
     return options.config
 
 
 def scaled(config: Config, scale: float) -> Config:
-    """A configuration with so many times its steps, and with the ramp and all that happens every so many steps.
+    """Scale the number of steps, the ramp, and all intervals that are counted in steps.
 
-    There are as many evaluations as before, so that the median is over as many, and the EMA and the running statistics
-    of batch norm reach back over the same share of the training: an EMA of 1 000 steps would still be its initial
-    weights at the end of a short rehearsal. What a run of fewer steps would want of the learning rate is another
-    question, and left alone.
+    The number of evaluations stays the same, so the median is over as many. The EMA and the running statistics of batch
+    norm average over the same share of the training; an EMA over 1 000 steps would still be dominated by the initial
+    weights at the end of a short rehearsal. The learning rate stays the same.
     """
     if scale == 1:
         return config
@@ -230,7 +231,7 @@ def scaled(config: Config, scale: float) -> Config:
         config,
         steps=max(1, round(config.steps * scale)),
         ramp_kimg=config.ramp_kimg * scale,
-        # what is left of a weight after a given share of the steps stays the same
+        # After a given share of the steps, the initial value keeps the same weight in the average.
         ema_decay=config.ema_decay ** (1 / scale),
         bn_momentum=1 - (1 - config.bn_momentum) ** (1 / scale),
         **whole,  # type: ignore[arg-type]
@@ -238,15 +239,15 @@ def scaled(config: Config, scale: float) -> Config:
 
 
 def needs_data(entries: Sequence[Entry]) -> bool:
-    """Whether the data decide what a job is."""
+    """Whether the configuration of any job depends on its data."""
     return any(entry.job.config.network == "auto" or entry.job.config.max_shift < 0 for entry in entries)
 
 
 def with_data(entries: Sequence[Entry]) -> list[Entry]:
-    """The jobs with what depends on their images.
+    """Complete the jobs' configurations with the settings that depend on their images.
 
     Raises:
-        UserError: a data set is missing, or does not have what a job asks for.
+        UserError: A data set is missing, or lacks something that a job needs.
     """
     opened: dict[str, DataSet] = {}
     found = []

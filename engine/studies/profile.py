@@ -1,11 +1,11 @@
-"""`remixmatch profile PRESET`: where the time of a training step goes, by named range.
+"""`remixmatch profile PRESET`: show where the time of a training step goes, by named range.
 
-Some steps are trained as `remixmatch train` trains them between two evaluations, first without and then under
-torch.profiler; `engine.training.ranges` marks the ranges. Each rank writes a trace for https://ui.perfetto.dev, with a
-GPU also a snapshot of its memory for https://pytorch.org/memory_viz. Rank 0 writes profile.json and prints its tables.
+Train some steps as `remixmatch train` does between two evaluations, first without and then with torch.profiler;
+`engine.training.ranges` marks the ranges. Each rank writes a trace for https://ui.perfetto.dev and, on a GPU, a memory
+snapshot for https://pytorch.org/memory_viz. Rank 0 writes profile.json and prints its tables.
 
-A captured step is profiled as the graph that it is. To which range its kernels belong is learned from the same step
-executed launch by launch afterwards: by their names, and by order where one name is in several ranges.
+A captured step is profiled as a CUDA graph. Its kernels are attributed to ranges with the help of the same step
+executed launch by launch afterwards: by kernel name, or by order if a name occurs in several ranges.
 """
 
 from __future__ import annotations
@@ -50,34 +50,34 @@ from pipelines.cache import set_data_dir
 from pipelines.files import atomic_write, write_text
 
 DEFAULT_STEPS = 40
-MOST_STEPS = 1000  # of a step's thousands of events each
+MOST_STEPS = 1000  # Each step has thousands of events.
 TRACE, MEMORY, RESULT = "rank{}.trace.json.gz", "rank{}.memory.pickle", "profile.json"
-_MARKS = 20_000  # a sample of what a mark costs
-_HISTORY = 100_000  # allocations that a snapshot of the memory remembers
-STEPS_HELP = {"steps": "Steps that are profiled, in whole batches of views."}
+_MARKS = 20_000  # Marks per sample of their cost.
+_HISTORY = 100_000  # Maximum number of allocations in a memory snapshot.
+STEPS_HELP = {"steps": "Number of profiled steps, rounded up to whole batches of views."}
 
 
 @dataclass(frozen=True)
 class ProfileFolder:
-    """Where the profile goes. What a run writes on the way is not written."""
+    """Output folder. The files of a normal run are not written."""
 
     out: Path | None = None
-    """The profile's folder; by default runs/profile-PRESET, numbered on if that exists."""
+    """The profile's folder; by default runs/profile-PRESET, with a number appended if it exists."""
     resume: bool = False
-    """Not supported: a profile saves nothing that could be resumed."""
+    """Not supported: a profile cannot be resumed."""
     quiet: bool = False
-    """Print nothing but the tables and warnings."""
+    """Print only the tables and warnings."""
 
 
 @dataclass(frozen=True)
 class ProfilingOptions:
-    """What is recorded."""
+    """Recording options."""
 
     warm_up: int = 16
-    """Steps before the first that is timed, in whole batches of views."""
+    """Number of steps before timing starts, rounded up to whole batches of views."""
     nvtx: bool = False
-    """Mark the ranges for NVIDIA's nsys, which records them instead of torch.profiler: as in the command that is
-    printed without this flag. Nothing is written then but nsys's own report."""
+    """Mark the ranges for NVIDIA's nsys instead of recording with torch.profiler. Without this flag, the nsys command
+    to use is printed. Nothing is written except nsys's own report."""
 
 
 def parse_profile(argv: Sequence[str]) -> TrainOptions:
@@ -86,22 +86,22 @@ def parse_profile(argv: Sequence[str]) -> TrainOptions:
         argv,
         dataclasses.replace(presets.preset(argv[0]), steps=DEFAULT_STEPS),
         "profile",
-        "Profiles the training step of a preset, or of what the flags make of it.",
+        "Profile the training step of a preset, optionally overridden by flags.",
         STEPS_HELP,
         {"folder": ProfileFolder(), "profiling": ProfilingOptions()},
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Profiles what the flags say; see the module.
+    """Run `remixmatch profile`.
 
     Raises:
-        UserError: a mistake in preset or flags; something cannot be written.
-        Stopped: SIGINT came; nothing is written.
+        UserError: The preset or a flag is invalid, or a file cannot be written.
+        Stopped: SIGINT was received; nothing is written.
     """
     argv = list(argv)
-    words = {"PRESET": "as `remixmatch train --help` lists them"}
-    more = "remixmatch profile PRESET --help lists every flag."
+    words = {"PRESET": "see `remixmatch train --help` for the list"}
+    more = "remixmatch profile PRESET --help lists all flags."
     if usage_is_all(argv, "preset", "profile PRESET [flags]", words, more):
         return
     options = parse_profile(argv)
@@ -117,11 +117,11 @@ def main(argv: Sequence[str]) -> None:
     device = pick_device(setup.config if setup else options.config)
     nvtx = options.others["profiling"].nvtx
     if nvtx and device.type != "cuda":
-        raise UserError("--nvtx is for GPUs: without one the trace of torch.profiler has all ranges")
+        raise UserError("--nvtx requires a GPU; on a CPU the trace of torch.profiler has all ranges")
     try:
         if setup and options.ranks.gpus > 1:
             check_places(setup.config, options.ranks)
-            # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
+            # Pass the folder, or each rank would choose its own. A later flag overrides an earlier one.
             arguments = [*argv, "--out", str(_folder(options))]
             launch.launch(arguments, options.ranks.gpus, 0, "engine.studies.profile")
             return
@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
             raise lost from error
         raise
     except (KeyboardInterrupt, Stopped) as error:
-        raise Stopped("interrupted: no profile is written", getattr(error, "number", signal.SIGINT)) from None
+        raise Stopped("interrupted; no profile was written", getattr(error, "number", signal.SIGINT)) from None
     collectives.stop()
 
 
@@ -149,18 +149,18 @@ def _check(options: TrainOptions) -> None:
         ("--check-ranks", options.ranks.check_ranks),
     ):
         if given:
-            raise UserError(f"{flag} is of remixmatch train: a profile saves nothing that could be gone on with")
+            raise UserError(f"{flag} is not supported by profile")
     records.check_least("--steps", options.config.steps, 1)
     records.check_least("--warm-up", options.others["profiling"].warm_up, 1)
     if options.config.steps > MOST_STEPS:
-        raise UserError(f"--steps is how many are profiled, at most {MOST_STEPS}; got {options.config.steps}")
+        raise UserError(f"--steps must be at most {MOST_STEPS} for profile, got {options.config.steps}")
 
 
 def _folder(options: TrainOptions) -> Path:
-    """Where the profile goes.
+    """Return the profile's folder.
 
     Raises:
-        UserError: there is one already, or the folder is a file.
+        UserError: The folder already contains a profile, or is a file.
     """
     config, given = options.config, options.folder.out
     if given is None:
@@ -169,22 +169,22 @@ def _folder(options: TrainOptions) -> Path:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         return next(RUNS / each for each in names if not (RUNS / each).exists())
     if (given / RESULT).exists():
-        raise UserError(f"{given} holds a profile already; choose another --out")
+        raise UserError(f"{given} already contains a profile; use a different --out")
     if given.exists() and not given.is_dir():
-        raise UserError(f"{given} is a file; --out takes a folder")
+        raise UserError(f"{given} is a file; --out expects a folder")
     return given
 
 
 @contextmanager
 def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None) -> Iterator[Trainer]:
-    """Training as of a run's first steps, without what it writes, and warmed up.
+    """Start training without a run's output files, and warm up.
 
     Args:
-        setup: of what is trained.
-        warm_up: steps.
-        memory_file: with a GPU, what was allocated up to then is written to it, with who did.
+        setup: Setup of the run.
+        warm_up: Number of warm-up steps.
+        memory_file: File for a snapshot of the GPU memory after the warm-up, with stack traces; None without a GPU.
     """
-    config = dataclasses.replace(setup.config, steps=2**40)  # plans never end
+    config = dataclasses.replace(setup.config, steps=2**40)  # Never run out of plans.
     progress = ProgressLine(config.steps, quiet=True)
     if memory_file:
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=_HISTORY)
@@ -207,7 +207,7 @@ def _advance(trainer: Trainer, steps: int) -> None:
 
 
 def _whole_batches(config: Config, warm_up: int) -> tuple[int, int]:
-    """Steps of the warm-up and of the profile, rounded up: each batch of views is some steps' and costs the first."""
+    """Round the steps of warm-up and profile up to whole batches of views: a batch's first step pays for all of it."""
     whole_warm_up, steps = (-(-number // config.view_steps) * config.view_steps for number in (warm_up, config.steps))
     return whole_warm_up, steps
 
@@ -239,22 +239,22 @@ def _profile(setup: RunSetup, warm_up: int, out: Path, argv: list[str]) -> None:
                 memory_file = files.enter_context(atomic_write(folder / MEMORY.format(rank)))
             found = _measure(setup, warm_up, trace_file, memory_file)
             every = collectives.all_gather_object(found["step_ms"])
-        collectives.all_gather_object(None)  # rank 0's file is last, and says that all are there
+        collectives.all_gather_object(None)  # Rank 0 writes its file last: it marks the profile as complete.
         if rank == 0:
             found |= {"ranks": len(every), "ranks_step_ms": every}
             row = records.record("profile", found.pop("torch_device"), **found)
             write_text(out / RESULT, json.dumps(row, indent=1) + "\n")
             print(text(row))
-            print(f"written: {out / RESULT}, {folder}/rank*.trace.json.gz for https://ui.perfetto.dev", end="")
+            print(f"wrote {out / RESULT}, {folder}/rank*.trace.json.gz for https://ui.perfetto.dev", end="")
             print(
                 ", rank*.memory.pickle for https://pytorch.org/memory_viz" if MEMORY.format(0) in _names(folder) else ""
             )
             if row["on_gpu"]:
-                print(f"ranges for nsys, of one rank: {nsys_command(argv, folder)}")
+                print(f"to record one rank with nsys: {nsys_command(argv, folder)}")
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
-        with suppress(OSError):  # nothing came of it
+        with suppress(OSError):  # Remove the folders if they are empty.
             folder.rmdir()
             out.rmdir()
 
@@ -264,20 +264,20 @@ def _names(folder: Path) -> set[str]:
 
 
 def nsys_command(argv: Sequence[str], folder: Path) -> str:
-    """The command that records the same steps by NVIDIA's nsys, for a shell."""
+    """Return a shell command that records the same steps with NVIDIA's nsys."""
     nsys = [
         *("nsys", "profile", "--trace=cuda,nvtx,osrt", "--cuda-graph-trace=node", "--capture-range=cudaProfilerApi"),
         *("--capture-range-end=stop", f"--output={folder / 'nsys'}"),
     ]
-    # the last of two equal flags counts
+    # A later flag overrides an earlier one.
     return shlex.join([*nsys, "remixmatch", "profile", *argv, "--gpus", "1", "--nvtx"])
 
 
 def _measure(setup: RunSetup, warm_up: int, trace_file: BinaryIO, memory_file: BinaryIO | None) -> dict[str, Any]:
-    """Profiles, and writes the trace and the memory's snapshot.
+    """Profile the steps, and write the trace and the memory snapshot.
 
     Returns:
-        The values of profile.json, for this rank; with "torch_device".
+        The values of profile.json for this rank, plus "torch_device".
     """
     config = setup.config
     warm_up, steps = _whole_batches(config, warm_up)
@@ -294,8 +294,9 @@ def _measure(setup: RunSetup, warm_up: int, trace_file: BinaryIO, memory_file: B
         trace, marks = record(lambda: _advance(trainer, steps), device)
         view_threads_ms = 1e3 * (_view_threads() - threads) / steps
         if isinstance(trainer.execute, CapturedStep):
-            with suppress(torch.OutOfMemoryError):  # beside the graph's own memory; nothing is attributed then
-                trainer.execute.launch_by_launch()  # what is lazily made is there then
+            # This needs memory in addition to the graph's. If it runs out, no kernels are attributed.
+            with suppress(torch.OutOfMemoryError):
+                trainer.execute.launch_by_launch()  # Trigger lazy initialization.
                 learned = learn(read(record(trainer.execute.launch_by_launch, device)[0]))
     events = read(trace)
     for event, part in attribute(events, learned)[0]:
@@ -321,17 +322,17 @@ def _wait(device: torch.device) -> None:
 
 
 def _view_threads() -> float:
-    """CPU seconds so far of DALI's own threads, which torch.profiler knows nothing of; 0 where Linux does not say."""
+    """Return the CPU seconds of DALI's threads so far, which torch.profiler does not see; 0 if unknown."""
     total = 0
     for thread in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # it may end meanwhile
+        with suppress(OSError):  # The thread may have ended.
             if (thread / "comm").read_text().startswith("[DALI]"):
                 total += int((thread / "schedstat").read_text().split()[0])
     return total / 1e9
 
 
 def _mark_seconds() -> float:
-    """What a mark takes where nobody listens: seconds, less those of a loop that does nothing."""
+    """Return the seconds that a mark takes without a listener, minus those of an empty loop."""
 
     def called(function: Callable[[str], None]) -> float:
         begin = time.perf_counter()
@@ -350,7 +351,7 @@ def _mark_seconds() -> float:
 
 
 def _counted(config: Config, execution: Execution, images: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
-    """What `bench count` has counted of each range of this very step; nothing where it has not, or could not."""
+    """Return what `bench count` counted for each range of the same step; empty if it was not counted."""
     if execution.mode == "eager" or config.micro_batches_of(collectives.ranks()) > 1:
         return {}
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -361,7 +362,7 @@ def _counted(config: Config, execution: Execution, images: tuple[int, int]) -> M
 def _add_counts(
     found: dict[str, dict[str, Any]], counts: Mapping[str, Mapping[str, Any]], device: torch.device
 ) -> None:
-    """Adds counted bytes, and the roofline bound at the rates that are measured here."""
+    """Add the counted bytes, and the roofline bound at the rates measured on this device."""
     for name in found.keys() & counts.keys():
         part, limit = counts[name], ceilings(device)
         bound = max(part["least_bytes"] / limit.copy_bytes_per_second, part["flops"] / limit.matmul_flops_per_second)
@@ -372,12 +373,12 @@ def _add_counts(
 
 
 def text(row: Mapping[str, Any]) -> str:
-    """The tables of a profile, as they are printed."""
+    """Format the tables of a profile."""
     gpu, counted = row["kernels_reported"], any("bytes" in part for part in row["ranges"].values())
     ranks = "1 rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "ms": lambda part: f"{part['ms']:.3f}",
-        "share": lambda part: f"{part['share']:.1%}",
+        "share, %": lambda part: f"{100 * part['share']:.1f}",
         "threads, ms": lambda part: f"{part['threads_ms']:.3f}",
         "launches" if row["on_gpu"] else "operators": lambda part: f"{part['launches']:.1f}",
     }
@@ -390,26 +391,26 @@ def text(row: Mapping[str, Any]) -> str:
     lines = [
         f"{row['preset']}, {row['method']}, K = {row['k']}, B = {row['batch']}, {row['mode']}, {row['precision']}, "
         f"{row['views']} views, {ranks}, {row['device']}",
-        f"{row['step_ms']:.2f} ms a step over {row['steps']} under the profiler, "
-        f"{row['unprofiled_step_ms']:.2f} ms without it",
+        f"{row['step_ms']:.2f} ms per step over {row['steps']} steps with the profiler, "
+        f"{row['unprofiled_step_ms']:.2f} ms without",
         "",
         *_table(["range", *columns], lines_of_ranges),
-        "ms and share are of the training loop's thread, threads of its planner's"
-        + ("; GB and roofline bound by `bench count`" if counted else ""),
-        f"{row['named_share']:.1%} of the loop's time is in named ranges; a mark costs {row['mark_ns']:.0f} ns where "
-        f"nobody listens, the {row['marks']:.0f} of a step {row['marks_share']:.4%} of it",
+        "ms and share: thread of the training loop; threads: planner thread"
+        + ("; GB and bound (roofline): `bench count`" if counted else ""),
+        f"{100 * row['named_share']:.1f} % of the loop's time is in named ranges; without a listener, a mark costs "
+        f"{row['mark_ns']:.0f} ns, and the {row['marks']:.0f} marks of a step {100 * row['marks_share']:.4f} % of it",
         *_device_words(row),
         "",
-        *_dearest_table("kernel" if gpu else "operator, without what it calls", "calls", row["operators"]),
+        *_slowest_table("kernel" if gpu else "operator (self time)", "calls", row["operators"]),
     ]
     if "kinds" in row:
         kinds = [{"name": name, **one} for name, one in row["kinds"].items()]
-        lines += ["", *_dearest_table("kind of kernel", "kernels", kinds)]
+        lines += ["", *_slowest_table("kind of kernel", "kernels", kinds)]
     lines.append("")
     if "gaps" in row:
         gaps = row["gaps"]
         lines.append(
-            f"the device does nothing for {gaps['ms']:.3f} ms a step ({gaps['share']:.1%}), while the host is in"
+            f"the device is idle for {gaps['ms']:.3f} ms per step ({100 * gaps['share']:.1f} %), while the host is in"
         )
         lines += _table(
             ["range", "ms", "gaps", "longest, ms"],
@@ -419,22 +420,22 @@ def text(row: Mapping[str, Any]) -> str:
             ],
         )
     elif not row["on_gpu"]:
-        lines.append("no gaps: on a CPU the host is the device")
+        lines.append("no gaps are reported on a CPU")
     lines += [
-        f"{name}: {one['worked_ms']:.3f} ms of work a step, {one['hidden_ms']:.3f} of it hidden; "
-        f"{one['waited_ms']:.3f} ms are waited for"
+        f"{name}: {one['worked_ms']:.3f} ms of work per step, {one['hidden_ms']:.3f} ms of it hidden; "
+        f"{one['waited_ms']:.3f} ms of waiting"
         for name, one in row["hidden"].items()
     ]
     return "\n".join(lines)
 
 
-def _dearest_table(name: str, number: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    cells = [[one["name"][:60], f"{one['ms']:.3f}", f"{one['share']:.1%}", f"{one[number]:.1f}"] for one in rows]
-    return _table([name, "ms", "share", number], cells)
+def _slowest_table(name: str, number: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    cells = [[one["name"][:60], f"{one['ms']:.3f}", f"{100 * one['share']:.1f}", f"{one[number]:.1f}"] for one in rows]
+    return _table([name, "ms", "share, %", number], cells)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with a first column to the left and the others to the right."""
+    """Return the lines of a table, with the first column aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return [
         "  ".join(
@@ -445,20 +446,20 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _device_words(row: Mapping[str, Any]) -> list[str]:
-    """How kernels came to their ranges, or that there are none to tell of."""
+    """Say how kernels were attributed to ranges, or that the device reports none."""
     captured = row["mode"] == "graph"
     if row["on_gpu"] and not row["kernels_reported"]:
-        of = "the operators that were captured, by the same step executed launch by launch" if captured else "operators"
-        return [f"this device reports no kernels: neither times nor gaps; launches are {of}"]
+        counted = "captured operators, from the same step executed launch by launch" if captured else "operators"
+        return [f"this device reports no kernels, so there are no kernel times or gaps; launches are {counted}"]
     if not captured:
         return []
     how = row["attribution"]
     return [
-        f"captured step: of its kernels {how['name']} have their range by their name, {how['order']} by order among "
-        f"those of one name, {how['not at all']} none, as in the same step executed launch by launch"
+        f"kernels of the captured step attributed to ranges: {how['name']} by name, {how['order']} by order among "
+        f"kernels of one name, {how['not at all']} not at all; reference: the same step executed launch by launch"
     ]
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "profile")  # the result gives the command as an installed engine has it
+    sys.argv.insert(1, "profile")  # Record the command as the installed engine would.
     run_with_exit_codes(main, sys.argv[2:])

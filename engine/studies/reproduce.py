@@ -1,7 +1,7 @@
-"""`remixmatch reproduce TABLE`: a table of the paper, from runs over methods or ablations, presets and seeds.
+"""`remixmatch reproduce TABLE`: reproduce a table of the paper over methods or ablations, presets and seeds.
 
-Each run is a job (see `engine.studies.jobs`), so that a table can be interrupted, gone on with, and shared among GPUs,
-machines and jobs of Slurm.
+Each training run is a job (see `engine.studies.jobs`), so that a table can be interrupted, resumed, and shared among
+GPUs, machines and Slurm jobs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.studies.table_results import collect, collected, read_statuses, writ
 from pipelines.cache import set_data_dir
 
 OUT = Path("runs") / "reproduce"
-SAVE_SECONDS = 60  # that running jobs get to save their step when a job's time is over
+SAVE_SECONDS = 60  # Time for running jobs to save their step before a Slurm job's time limit.
 
 
 @dataclass(frozen=True)
@@ -36,79 +36,80 @@ class JobOptions:
     """How jobs are trained."""
 
     steps_scale: float = 1.0
-    """For a rehearsal: times so many steps, with ramp, evaluations, checkpoints, log, and the steps over which the EMA
-    and batch norm average; the title says so."""
+    """Scale the number of steps for a rehearsal, with the ramp, the intervals of evaluations, checkpoints and log, and
+    the steps over which the EMA and batch norm average. The table's title says so."""
     data_dir: Path | None = None
-    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    """Folder of prepared data sets; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
     workers: int = 0
-    """Cells at a time, one a GPU; by default as many as there are GPUs, and 1 without any."""
+    """Number of jobs at a time, one per GPU; by default the number of GPUs, or 1 without a GPU."""
     retry: bool = False
-    """Try jobs again that failed."""
+    """Retry failed jobs."""
 
     def check(self) -> None:
-        """Raise UserError where a flag cannot work."""
+        """Raise UserError if a flag is invalid."""
         if not (isfinite(self.steps_scale) and self.steps_scale > 0):
             raise UserError(f"--steps-scale must be more than 0, got {self.steps_scale}")
         if self.workers < 0:
             raise UserError(f"--workers must be at least 0, got {self.workers}")
 
     def scaled(self, name: str) -> str:
-        """The name of a folder of jobs, which says how they are scaled."""
+        """Return the name of a folder of jobs, with the scale appended."""
         return name if self.steps_scale == 1 else f"{name}-steps{self.steps_scale:g}"
 
 
 @dataclass
 class ReproduceOptions:
-    """Trains the jobs of a table that are not done, and writes table.md and table.json.
+    """Train the unfinished jobs of a table, and write table.md and table.json.
 
-    Flags of `remixmatch train` after `--` change every job, as in: remixmatch reproduce digits -- --width 8"""
+    Flags of `remixmatch train` after `--` apply to every job, as in: remixmatch reproduce digits -- --width 8
+    """
 
     seeds: tuple[int, ...] = ()
-    """Seeds, each a label split and initial weights; by default those of the table."""
+    """Seeds, each with its own label split and initial weights; by default those of the table."""
     methods: tuple[str, ...] = ()
-    """Rows: methods, or ablations in the table `ablation`; by default all of the table."""
+    """Methods, or ablations for the table `ablation`; by default all of the table."""
     preset: tuple[str, ...] = ()
-    """Presets, in place of the table's."""
+    """Presets to use instead of the table's."""
     out: Path | None = None
-    """Folder of the jobs and the table; by default runs/reproduce/TABLE. May be shared by several machines."""
+    """Folder of the jobs and the table; by default runs/reproduce/TABLE. Several machines may share it."""
     plan: bool = False
-    """Print the jobs in their order with predicted times, and run nothing."""
+    """Print the jobs in order with predicted times, and run nothing."""
     status: bool = False
-    """Print the state of every job, and run nothing."""
+    """Print the status of every job, and run nothing."""
     tables: bool = False
-    """Write table.md and table.json from what is done, and run nothing."""
+    """Write table.md and table.json from the finished jobs, and run nothing."""
     rows: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
-    """Make the table from rows in these files, written by --collect, instead of folders; run nothing."""
+    """Make the table from records in these files, written by --collect, instead of folders; run nothing."""
     collect: Path | None = None
-    """Add a row to this file for every job that is done and not in it, and run nothing."""
+    """Append a record to this file for every finished job that it lacks, and run nothing."""
     submit: Literal["no", "slurm", "local"] = "no"
-    """Have submitit start --workers jobs of one worker each: on Slurm, or on this machine to try it out."""
+    """Submit --workers jobs of one worker each through submitit: to Slurm, or to this machine to try it out."""
     partition: str = ""
-    """Of Slurm."""
+    """Slurm partition."""
     gpus: int = 1
-    """GPUs of a job: 1, or 0 for jobs on CPUs."""
+    """GPUs per submitted job: 1, or 0 to train on CPUs."""
     cpus: int = 8
-    """CPU cores of a job."""
+    """CPU cores per submitted job."""
     hours: float = 24.0
-    """Time limit of a job, which before it is over saves its step, queues itself again and goes on."""
+    """Time limit of a submitted job. Before it is reached, the job saves its step and requeues itself."""
     slurm: tuple[str, ...] = ()
-    """Further parameters of Slurm, as in: --slurm account=abc qos=long"""
+    """Additional Slurm parameters, for example: --slurm account=abc qos=long"""
     training: JobOptions = field(default_factory=JobOptions)
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    """Entry point of `remixmatch reproduce`.
+    """Run `remixmatch reproduce`.
 
     Args:
-        argv: the table, its flags, and after `--` those of all jobs.
-        stop: ends the work from elsewhere.
+        argv: The table, its flags, and after `--` flags for all jobs.
+        stop: Stop request from elsewhere.
 
     Raises:
-        UserError: a table, flag or job that cannot work.
-        Stopped: a signal came; what was running is saved.
+        UserError: A table, flag or job is invalid, or jobs failed.
+        Stopped: A signal was received; running jobs are saved.
     """
     texts = {name: table.text for name, table in TABLES.items()}
-    more = "remixmatch reproduce TABLE --help lists its flags."
+    more = "remixmatch reproduce TABLE --help lists all flags."
     if usage_is_all(argv, "table", "reproduce TABLE [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
@@ -143,45 +144,45 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
             _submit(name, argv, entries, options, out)
             return
         failed = train(entries, out, options.training, stop)
-        # looked at anew: another worker may have ended since
+        # Read again, because another worker may have finished a job since.
         write_tables(name, entries, out, read_statuses(out, entries), scale)
         if failed:
             raise UserError(failed)
 
 
 def check(options: ReproduceOptions) -> None:
-    """Raises UserError where a flag cannot work."""
+    """Raise UserError if a flag is invalid."""
     options.training.check()
     for flag, bound in {"gpus": 0, "cpus": 1}.items():
         if getattr(options, flag) < bound:
             raise UserError(f"--{flag} must be at least {bound}, got {getattr(options, flag)}")
     if options.gpus > 1:
-        raise UserError(f"--gpus is 1, or 0 for jobs on CPUs, since a job trains on one GPU; got {options.gpus}")
+        raise UserError(f"--gpus must be 1, or 0 to train on CPUs: a job uses at most one GPU; got {options.gpus}")
     if not options.hours > 0:
         raise UserError(f"--hours must be more than 0, got {options.hours}")
     for flag in ("seeds", "methods", "preset"):
         check_different(flag, getattr(options, flag))
     for text in options.slurm:
         if not text.partition("=")[0] or "=" not in text:
-            raise UserError(f"--slurm takes NAME=VALUE, got '{text}'")
+            raise UserError(f"--slurm expects NAME=VALUE, got '{text}'")
 
 
 def check_different(flag: str, given: Sequence[object]) -> None:
-    """Raise UserError where a flag names something twice."""
+    """Raise UserError if a flag has the same value twice."""
     if len(set(given)) < len(given):
-        raise UserError(f"--{flag} names one of them twice: {' '.join(map(str, given))}")
+        raise UserError(f"--{flag} has a duplicate value: {' '.join(map(str, given))}")
 
 
 def default_out(name: str, options: ReproduceOptions) -> Path:
-    """Where a table's jobs go: `runs/reproduce/TABLE`, with presets and scale where they are not the table's."""
+    """Return the default folder of a table's jobs: `runs/reproduce/TABLE`, with changed presets and scale appended."""
     return OUT / options.training.scaled("-".join([name, *options.preset]))
 
 
-# Running
+# Run jobs
 
 
 def devices(entries: Sequence[Entry]) -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none if all jobs are for CPUs."""
+    """Return the visible GPUs by their names in CUDA_VISIBLE_DEVICES; none if all jobs run on CPUs."""
     if all(entry.job.config.device == "cpu" for entry in entries):
         return []
     import torch
@@ -193,7 +194,7 @@ def devices(entries: Sequence[Entry]) -> list[str]:
 
 
 def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
-    """Variables of each worker's processes: its GPU, or its share of the cores."""
+    """Return each worker's environment variables: its GPU, or its share of the cores."""
     workers = workers or len(gpus) or 1
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers)]
@@ -204,14 +205,14 @@ def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
 
 
 def train(entries: Sequence[Entry], out: Path, options: JobOptions, stop: Stop | None = None) -> str:
-    """Trains the jobs that are not done, and shows how far they are.
+    """Train the unfinished jobs, and show their progress.
 
     Returns:
-        What cannot be gone on with: how many jobs failed; "" if none did.
+        An error message with the number of failed jobs; "" if none failed.
 
     Raises:
-        UserError: the folder cannot be written.
-        Stopped: a signal came; what was running is saved.
+        UserError: The folder is not writable.
+        Stopped: A signal was received; running jobs are saved.
     """
     from engine.measuring import records
 
@@ -223,20 +224,20 @@ def train(entries: Sequence[Entry], out: Path, options: JobOptions, stop: Stop |
         with Progress(entries, len(own)) as show:
             statuses = work(out, [entry.job for entry in entries], own, records.commit(), stop, show)
     except OSError as error:
-        advice = "what was saved stays: mend that and give the same command again"
+        advice = "saved files are intact; fix the problem and repeat the command"
         raise cannot_write(out, error, advice) from error
     if stop.number:
-        raise Stopped(f"{counts(statuses)}; what was running is saved, the same command goes on with it", stop.number)
+        raise Stopped(f"{counts(statuses)}; running jobs are saved, repeat the command to resume them", stop.number)
     failed = sum(each.state == "failed" for each in statuses)
-    return f"{failed} of {len(statuses)} jobs failed, for reasons above; --retry tries them again" if failed else ""
+    return f"{failed} of {len(statuses)} jobs failed (reasons above); use --retry to run them again" if failed else ""
 
 
 class _Job:
-    """One worker, as a job of submitit's.
+    """A worker as a submitit job.
 
     Args:
-        argv: of `main`.
-        environment: variables that it has beside those of its machine.
+        argv: Arguments of `main`.
+        environment: Additional environment variables.
     """
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -248,7 +249,7 @@ class _Job:
         main(self._argv, self._stop)
 
     def checkpoint(self) -> Any:
-        """Called by submitit, in the main thread, when the job's time is nearly over: what it queues again."""
+        """Save running jobs and return what to requeue; submitit calls this shortly before the time limit."""
         from submitit.helpers import DelayedSubmission
 
         self._stop.ask(signal.SIGTERM)
@@ -259,15 +260,15 @@ class _Job:
 
 
 def _submit(name: str, argv: Sequence[str], entries: Sequence[Entry], options: ReproduceOptions, out: Path) -> None:
-    """Starts jobs of one worker each, and says how to watch them."""
+    """Submit jobs of one worker each, and print how to watch them."""
     try:
         import submitit
     except ImportError:
-        raise UserError("--submit needs submitit: pip install 'remixmatch-engine[slurm]'") from None
+        raise UserError("--submit requires submitit: pip install 'remixmatch-engine[slurm]'") from None
     here = argv.index("--") if "--" in argv else len(argv)
-    # the last of two equal flags counts; failures were forgotten here, once for all jobs
+    # A later flag overrides an earlier one. Failures were cleared above, once for all jobs.
     own = [*argv[:here], "--submit", "no", "--workers", "1", "--no-retry", "--out", str(out.resolve()), *argv[here:]]
-    # a job that runs out of time is queued again, however often that takes
+    # A job that reaches its time limit is requeued as often as needed.
     endless = {f"{options.submit}_max_num_timeout": 10_000}
     executor = submitit.AutoExecutor(folder=out.resolve() / "jobs", cluster=options.submit, **endless)
     slurm: dict[str, Any] = {}
@@ -287,7 +288,7 @@ def _submit(name: str, argv: Sequence[str], entries: Sequence[Entry], options: R
         cpus_per_task=options.cpus,
         **slurm,
     )
-    # what Slurm gives each of its jobs, jobs of one machine share as workers do; submitit would give all the first GPU
+    # Slurm assigns GPUs to its jobs. Local jobs share them like workers: submitit would give each the first GPU.
     local = options.submit == "local"
     own_gpus = devices(entries) if local and options.gpus else []
     workers = options.training.workers
@@ -297,4 +298,4 @@ def _submit(name: str, argv: Sequence[str], entries: Sequence[Entry], options: R
     except (OSError, subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
         raise UserError(f"--submit {options.submit}: {' '.join(str(error).split())}") from None
     again = shlex.join(["remixmatch", "reproduce", *argv[:here], "--status", *argv[here:]])
-    print(f"{len(jobs)} jobs: {', '.join(job.job_id for job in jobs)}; logs in {out / 'jobs'}; watch: {again}")
+    print(f"{len(jobs)} jobs: {', '.join(job.job_id for job in jobs)}; logs: {out / 'jobs'}; watch them with: {again}")

@@ -1,7 +1,7 @@
 """Tables of test errors over seeds: statistics, Markdown and JSON.
 
-All figures are errors in percent on the test images, of the EMA model: the median over the last 20 evaluations, as the
-paper reports, and the last one. Neither picks an evaluation by how good it was.
+All values are test errors of the EMA model in percent: the median over the last 20 evaluations, as in the paper, and
+that of the last evaluation. Neither involves model selection.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Result:
     """A finished run of a table.
 
     Attributes:
-        median: error, the median over the last 20 evaluations, in percent.
-        last: error of the last evaluation, in percent.
-        steps: that it was trained.
-        split: rule by which its seed chose the labeled images.
-        seconds: of training, evaluations included: on a CPU of its time in all threads, which other work on the machine
-            does not change much; None where that is not known.
+        median: Median error over the last 20 evaluations, in percent.
+        last: Error of the last evaluation, in percent.
+        steps: Number of training steps.
+        split: Name of the rule that chose the labeled images.
+        seconds: Training time, including evaluations; None if unknown. On a CPU this is the CPU time of all threads,
+            because other work on the machine hardly affects it.
     """
 
     median: float
@@ -40,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """Errors over seeds: mean, and sample standard deviation (n - 1), None with one seed."""
+    """Mean and sample standard deviation (n - 1) over seeds; the deviation is None for one seed."""
 
     mean: float
     deviation: float | None
@@ -48,13 +48,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much larger one row's errors are than another's, in points, paired by seed.
+    """Difference in error between two methods or variants, in percentage points (pp), paired by seed.
 
     Attributes:
-        mean: of the differences.
-        low: lower end of the 95 % interval of Student's t; None with one seed.
-        high: its upper end.
-        seeds: that both rows have.
+        mean: Mean of the differences.
+        low: Lower end of the 95 % confidence interval (Student's t); None for one seed.
+        high: Its upper end.
+        seeds: The seeds that both have.
     """
 
     mean: float
@@ -64,28 +64,28 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether it is told from 0: there is an interval, and it does not hold 0."""
+        """Whether there is an interval and it excludes 0."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table, for one preset.
+    """One line of a table: a method or ablation on one preset.
 
     Attributes:
-        row: method or ablation.
-        preset: which data set and how many labels.
-        seeds: that are finished.
-        wanted: that the table is to have.
-        median: errors by the paper's protocol, over seeds; None before any is finished.
-        last: errors of the last evaluation, over seeds.
-        paper: the published figure.
-        to_paper: difference of the means, in points.
-        to_full: difference to the full method.
-        papers_difference: what that is in the paper, perhaps on other data, in points.
-        steps: of the runs.
-        split: their rule.
-        seconds: their median; None where none is known.
+        row: Name of the method or ablation.
+        preset: Name of the preset.
+        seeds: Seeds of the finished runs.
+        wanted: Seeds that the table should have.
+        median: Medians over the last 20 evaluations, over seeds; None before any run is finished.
+        last: Errors of the last evaluation, over seeds.
+        paper: The published error.
+        to_paper: Difference from the published error, in pp.
+        to_full: Difference from the full method.
+        papers_difference: The same difference in the paper, perhaps on other data, in pp.
+        steps: Numbers of training steps of the runs.
+        split: Split rules of the runs.
+        seconds: Median training time; None if unknown.
     """
 
     row: str
@@ -104,7 +104,7 @@ class Line:
 
     @property
     def sign(self) -> str:
-        """Whether the difference to the full method has the sign that it has in the paper."""
+        """Sign of the difference from the full method compared with the paper's: "same", "opposite", "n.s." or ""."""
         found, papers = self.to_full, self.papers_difference
         if found is None or papers is None:
             return ""
@@ -114,18 +114,18 @@ class Line:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and sample standard deviation; None of nothing."""
+    """Return the mean and sample standard deviation; None if there are no values."""
     if not values:
         return None
     return Spread(mean(values), stdev(values) if len(values) > 1 else None)
 
 
 def difference(errors: Mapping[int, float], full: Mapping[int, float]) -> Difference | None:
-    """Errors less those of the full method for the same seeds; None where they have no seed in common.
+    """Return the difference from the full method, paired by seed; None if they share no seed.
 
     Args:
-        errors: by seed.
-        full: by seed.
+        errors: Errors by seed.
+        full: Errors of the full method by seed.
     """
     seeds = tuple(sorted(errors.keys() & full.keys()))
     if not seeds:
@@ -134,9 +134,9 @@ def difference(errors: Mapping[int, float], full: Mapping[int, float]) -> Differ
     apart = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(seeds) == 1:
         return Difference(apart[0], None, None, seeds)
-    if max(apart) == min(apart):  # no spread, of which scipy would warn
+    if max(apart) == min(apart):  # scipy warns if there is no spread.
         return Difference(apart[0], apart[0], apart[0], seeds)
-    from scipy.stats import ttest_rel  # takes most of a second
+    from scipy.stats import ttest_rel  # Takes most of a second.
 
     interval = ttest_rel(ours, theirs).confidence_interval(CONFIDENCE)
     return Difference(mean(apart), float(interval.low), float(interval.high), seeds)
@@ -151,16 +151,16 @@ def line(
     paper: Figure | None,
     papers_difference: float | None = None,
 ) -> Line:
-    """One row of a table.
+    """Summarize the runs of one method or ablation on one preset.
 
     Args:
-        row: method or ablation.
-        preset: of its runs.
-        wanted: seeds that there should be.
-        runs: finished ones, by seed.
-        full: those of the full method for the same preset; None where this row is the full method.
-        paper: the published figure.
-        papers_difference: see `Line`.
+        row: Name of the method or ablation.
+        preset: Name of the preset.
+        wanted: Seeds that the table should have.
+        runs: Finished runs by seed.
+        full: Runs of the full method on the same preset; None if this is the full method.
+        paper: The published error.
+        papers_difference: See `Line`.
     """
     medians = {seed: run.median for seed, run in runs.items()}
     median = spread(list(medians.values()))
@@ -182,18 +182,18 @@ def line(
 
 
 def median_or_none(values: Sequence[float]) -> float | None:
-    """Median; None of nothing."""
+    """Return the median; None if there are no values."""
     return median(values) if values else None
 
 
 def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] = ()) -> str:
-    """A table as Markdown, with what its figures are.
+    """Return a table as Markdown, with an explanation of its columns.
 
     Args:
-        title: first line.
-        lines: rows.
-        full: name of the row that differences are to.
-        notes: further lines below it.
+        title: First line.
+        lines: Lines of the table.
+        full: Name of the method that differences are taken from.
+        notes: Further paragraphs below the table.
     """
     compared = any(each.to_full for each in lines)
     signed = any(each.papers_difference is not None for each in lines)
@@ -202,42 +202,42 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         "preset": lambda each: each.preset,
         "method": lambda each: each.row,
         "seeds": _seeds,
-        "error, %: median of last 20": lambda each: shown_spread(each.median),
-        "last evaluation": lambda each: shown_spread(each.last),
-        "paper": lambda each: _paper(each.paper),
-        "ours - paper": lambda each: _shown("{:+.2f}", each.to_paper),
+        "error, % (median of last 20)": lambda each: shown_spread(each.median),
+        "error, % (last)": lambda each: shown_spread(each.last),
+        "paper: error, %": lambda each: _paper(each.paper),
+        "difference from paper, pp": lambda each: _shown("{:+.2f}", each.to_paper),
     }
     if compared:
-        columns[f"difference to {full}"] = lambda each: shown_difference(each.to_full)
+        columns[f"difference from {full}, pp (95 % CI)"] = lambda each: shown_difference(each.to_full)
     if signed:
-        columns["difference in the paper"] = lambda each: _shown("{:+.2f}", each.papers_difference)
+        columns["difference in the paper, pp"] = lambda each: _shown("{:+.2f}", each.papers_difference)
         columns["sign"] = lambda each: each.sign
     if timed:
-        columns["minutes a run"] = lambda each: "" if each.seconds is None else f"{each.seconds / 60:.1f}"
+        columns["minutes per run"] = lambda each: "" if each.seconds is None else f"{each.seconds / 60:.1f}"
     columns["steps"] = lambda each: ", ".join(f"{steps:,}" for steps in each.steps)
     columns["split"] = lambda each: ", ".join(each.split)
     rows = [[cell(each) for cell in columns.values()] for each in lines]
     words = [
-        "Test errors of the EMA model: mean ± sample standard deviation over seeds, each with a label split and "
-        "initial weights of its own. No evaluation and no seed was chosen by its test error.",
+        "Test errors of the EMA model: mean ± sample standard deviation over seeds. Each seed has its own label split "
+        "and initial weights. No evaluation or seed was selected by its test error.",
     ]
     if compared:
         words.append(
-            f"Differences to {full} are in points of the median, over the seeds that both have: their mean and the "
-            "95 % interval of Student's t for paired samples. One seed has no interval."
+            f"Differences from {full} are those of the medians, paired by seed: mean and 95 % confidence interval "
+            "(Student's t). One seed has no interval."
         )
     if signed:
         words.append(
-            "Differences in the paper are on CIFAR-10 with 250 labels, one split; those of K are to the K that the "
-            'preset has. A sign is "n.s." where the interval holds 0, or there is none.'
+            "Differences in the paper are on CIFAR-10 with 250 labels, one split; for K they are relative to the "
+            'preset\'s K. The sign is "n.s." (not significant) if the interval includes 0 or is missing.'
         )
     if timed:
-        words.append("Minutes are the median over the runs; on a CPU, of its time in all threads.")
+        words.append("Minutes are the median over the runs; on a CPU they are CPU time of all threads.")
     return "\n\n".join([f"# {title}", table(list(columns), rows), *words, *notes]) + "\n"
 
 
 def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Rows as plain values."""
+    """Return the lines of a table as plain values."""
     return [dataclasses.asdict(each) for each in lines]
 
 
@@ -250,14 +250,14 @@ def _seeds(each: Line) -> str:
 
 
 def shown_spread(found: Spread | None) -> str:
-    """Mean ± deviation; empty of nothing."""
+    """Format mean ± deviation; empty if there is nothing to show."""
     if found is None:
         return ""
     return f"{found.mean:.2f}" + (", one seed" if found.deviation is None else f" ± {found.deviation:.2f}")
 
 
 def _shown(form: str, value: float | None) -> str:
-    """A number; empty of nothing."""
+    """Format a number; empty for None."""
     return "" if value is None else form.format(value)
 
 
@@ -268,9 +268,9 @@ def _paper(figure: Figure | None) -> str:
 
 
 def shown_difference(found: Difference | None) -> str:
-    """A difference with its interval; empty of nothing."""
+    """Format a difference with its interval; empty for None."""
     if found is None:
         return ""
     if found.low is None:
-        return f"{found.mean:+.2f}, one seed: no interval"
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}] of {len(found.seeds)} pairs"
+        return f"{found.mean:+.2f} (one seed)"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], n = {len(found.seeds)}"

@@ -1,4 +1,4 @@
-"""The result of `remixmatch reproduce`: a table in Markdown and JSON, from folders of jobs or from rows of them."""
+"""Results of `remixmatch reproduce`: a table in Markdown and JSON, from the jobs' folders or from their records."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from pipelines.files import read_json, write_text
 
 
 def read_statuses(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
-    """What is known of each job, by its digest."""
+    """Return the status of each job, by its digest."""
     return {entry.job.digest: status(out, entry.job) for entry in entries}
 
 
 def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
-    """What a table shows, and whatever keeps it from being the paper's.
+    """Return a title that says what the table shows, and how it deviates from the paper's settings.
 
     Args:
-        name: of the table.
-        entries: its jobs.
-        scale: of the steps.
+        name: Name of the table.
+        entries: Jobs of the table.
+        scale: --steps-scale.
     """
     words = [f"{name}: test error in percent"]
     fewer = sorted({(each.job.config.steps, each.base.steps) for each in entries})
@@ -45,12 +45,12 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
         for name, (_, now) in changes(each.base, each.job.config, ignored=known).items():
             changed[f"{name} {now}"] = None
     if changed:
-        words.append(f"other settings than the presets': {', '.join(changed)}")
+        words.append(f"settings changed from the presets: {', '.join(changed)}")
     return "; ".join(words)
 
 
 def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[str, Status], scale: float) -> None:
-    """Writes table.md and table.json, and prints the table."""
+    """Write table.md and table.json, and print the table."""
     lines = make_lines(name, entries, found)
     states = [(entry, found.get(entry.job.digest, Status("waiting"))) for entry in entries]
     notes = [
@@ -70,7 +70,7 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         "table": name,
         "title": head,
         "lines": statistics.to_json(lines),
-        "cells": [_cell_json(entry, found.get(entry.job.digest, Status("waiting")), out) for entry in entries],
+        "cells": [_job_json(entry, found.get(entry.job.digest, Status("waiting")), out) for entry in entries],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     try:
@@ -84,12 +84,12 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
 
 
 def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[statistics.Line]:
-    """The rows of a table, preset by preset, from what is done.
+    """Return the lines of a table, preset by preset, from the finished jobs.
 
     Args:
-        name: of the table.
-        entries: its jobs.
-        found: states by the digest of a job.
+        name: Name of the table.
+        entries: Jobs of the table.
+        found: Status of each job, by its digest.
     """
     runs: dict[tuple[str, str], dict[int, statistics.Result]] = {}
     wanted: dict[tuple[str, str], list[int]] = {}
@@ -121,11 +121,11 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
 
 
 def _seconds(summary: Mapping[str, Any]) -> float | None:
-    """Of training: the CPU's time where it trained, None where a published row says the clock's alone."""
+    """Return the training time: CPU time on a CPU (None in records without it), wall-clock time on a GPU."""
     return summary["cpu_seconds"] if summary["device"].startswith("CPU") else summary["train_seconds"]
 
 
-def _cell_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
+def _job_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
     split = read_json(out / entry.job.name / "split.json")
     return {
         "row": entry.row,
@@ -146,12 +146,12 @@ _SUMMED_UP = ("steps", "test_accuracy", "median_last_20", "train_seconds", "cpu_
 
 
 def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
-    """Adds a row for every job that is done and has none.
+    """Append a record for every finished job that has none yet.
 
     Args:
-        entries: the jobs.
-        out: their folder.
-        path: of the rows.
+        entries: The jobs.
+        out: Folder of the jobs.
+        path: File of the records.
     """
     from engine.measuring import records
 
@@ -181,25 +181,25 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
             "date": datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d"),
         })  # fmt: skip
         count += 1
-    print(f"{path}: {count} rows added")
+    print(f"{path}: {count} records added")
 
 
 def collected(paths: Sequence[Path]) -> dict[str, Status]:
-    """Cells that are done, by their digest, from rows that --collect wrote; a later row counts.
+    """Read finished jobs, by digest, from records that --collect wrote; later records take precedence.
 
     Raises:
-        UserError: a file is missing or has other rows.
+        UserError: A file is missing, or was not written by --collect.
     """
     from engine.measuring import records
 
     found = {}
     for path in paths:
         if not path.exists():
-            raise UserError(f"--from {path}: there is no such file")
+            raise UserError(f"--from {path}: file not found")
         try:
             for row in records.read(path):
                 if row["bench"] == "reproduce":
                     found[row["cell"]] = Status("done", row["steps"], row, commit=row["commit"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--from {path} has rows that --collect has not written ({error!r})") from None
+            raise UserError(f"--from {path}: not a file written by --collect ({error!r})") from None
     return found

@@ -1,4 +1,4 @@
-"""Cells of tables, as tests make them, and what finished ones leave."""
+"""Jobs for tests, and the files of finished ones."""
 
 import json
 
@@ -11,7 +11,7 @@ def entries(name, *flags, **options):
 
 
 def finish(out, entry, accuracy, median=None):
-    """Leaves what a finished run leaves."""
+    """Write the files of a finished run."""
     folder = out / entry.job.name
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config_json(entry.job.config))

@@ -1,4 +1,4 @@
-"""What components cost and bring: variants by axis, prices, what is measured once, and the files that are written."""
+"""Cost and benefit of components: variants by axis, prices, reuse of measurements, and the written files."""
 
 import csv
 
@@ -35,17 +35,17 @@ def test_axes_name_every_ablation_once():
 @pytest.mark.parametrize(
     ("ratio", "worse", "price"),
     [
-        (0.5, 4.0, 2.5),  # the full method takes 10 ms more and has 4 points less
-        (2.0, -5.0, 2.0),  # the variant takes 10 ms more and has 5 points less
-        (0.5, -1.0, None),  # cheaper and better
-        (2.0, 1.0, None),  # dearer and worse
+        (0.5, 4.0, 2.5),  # The full method takes 10 ms more, and its error is 4 pp lower.
+        (2.0, -5.0, 2.0),  # The variant takes 10 ms more, and its error is 5 pp lower.
+        (0.5, -1.0, None),  # Faster and better.
+        (2.0, 1.0, None),  # Slower and worse.
         (0.5, 0.0, None),
     ],
 )
-def test_a_price_is_what_the_dearer_pays_for_a_point(ratio, worse, price):
+def test_the_price_is_the_slower_ones_additional_time_per_point(ratio, worse, price):
     full = {1: 20.0, 2: 22.0}
     compared = line("l2", {seed: error + worse for seed, error in full.items()}, full)
-    # 10 ms more or less than the full method, whose step takes as long as the ratio says
+    # The ratio makes this 10 ms more or less than the full method's step.
     variant = AblationRow("l2", {"step_ms": 10.0 if ratio < 1 else 20.0, "ratio": ratio}, {}, compared)
     assert variant.price == (None if price is None else pytest.approx(price))
     assert AblationRow("l2", {}, {}, compared).price is None
@@ -53,15 +53,15 @@ def test_a_price_is_what_the_dearer_pays_for_a_point(ratio, worse, price):
 
 
 @pytest.mark.parametrize(("errors", "price"), [({1: 23, 2: 21, 3: 22}, "(10.00)"), ({1: 21, 2: 23, 3: 22}, "10.00")])
-def test_a_price_is_in_brackets_where_the_difference_may_be_none(errors, price):
-    compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})  # a point on average: of 3, -1 and 1, or of 1, 1 and 1
+def test_the_price_of_an_insignificant_difference_is_in_parentheses(errors, price):
+    compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})  # 1 pp on average: of 3, -1 and 1, or of 1, 1 and 1.
     table = ablate.markdown("a title", [AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)])
-    assert f" of 3 pairs | {price} |" in table
+    assert f", n = 3 | {price} |" in table
 
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Made-up times; which variants were timed."""
+    """Replace the timing by made-up times, and return the list of timed variants."""
     timed = []
 
     def time_step(config, full, options):
@@ -82,9 +82,9 @@ def run(out, *words):
 
 def test_time_only_trains_nothing_and_times_once(costs, tmp_path, capsys, caplog):
     run(tmp_path, "--time-only")
-    assert costs == [(2, 0.5), (1, 0.5), (8, 0.5), (2, 0.5)]  # the full method first, l2 last
+    assert costs == [(2, 0.5), (1, 0.5), (8, 0.5), (2, 0.5)]  # The full method first, l2 last.
     printed = capsys.readouterr().out
-    assert caplog.messages == ["l2: costs cannot be measured (it ended with exit code 1)"]
+    assert caplog.messages == ["l2: cannot measure its cost (it ended with exit code 1)"]
     assert not list(tmp_path.glob("*/config.json")), "nothing was trained"
     text = (tmp_path / "table.md").read_text()
     assert text in printed and "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 |" in text and "| l2 |  |" in text
@@ -97,12 +97,12 @@ def test_time_only_trains_nothing_and_times_once(costs, tmp_path, capsys, caplog
 
     del costs[:]
     run(tmp_path, "--time-only")
-    assert costs == [(2, 0.5)], "what could not be measured alone is tried again"
+    assert costs == [(2, 0.5)], "only the failed measurement is repeated"
     kept = records.read(tmp_path / "measured.jsonl")
     assert [row["variant"] for row in kept] == ["remixmatch", "k=1", "k=8"] and kept[0]["device"].startswith("CPU")
 
 
-def test_other_settings_are_timed_anew(costs, tmp_path):
+def test_changed_settings_are_timed_again(costs, tmp_path):
     run(tmp_path, "--time-only")
     del costs[:]
     ablate.main(
@@ -111,7 +111,7 @@ def test_other_settings_are_timed_anew(costs, tmp_path):
     assert costs == [(2, 2.0), (1, 2.0)]
 
 
-def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
+def test_errors_are_paired_by_seed(costs, tmp_path, monkeypatch):
     words = ["--axes", "k=1", "k=8", "--seeds", "1", "2", "3"]
     entries = ablations(SMALL[1:], (1, 2, 3), ("remixmatch", "k=1", "k=8"))
     accuracies = {"remixmatch": (90, 91, 92), "k=1": (85, 88, 88), "k=8": (91, 92, 93)}
@@ -120,12 +120,11 @@ def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "work", _done)
     ablate.main(["digits-40", *words, "--no-count", "--out", str(tmp_path), *SMALL])
     text = (tmp_path / "table.md").read_text()
-    # 5, 3 and 4 points worse for half of the step's 10 ms: 4 on average, the interval that of the textbook
+    # Errors are 5, 3 and 4 pp higher for half of the step's 10 ms: 4 on average, with the textbook's interval.
     half = 4.303 * 1.0 / 3**0.5
-    assert f"| 14.00 ± 1.73 | +4.00 [{4 - half:+.2f}, {4 + half:+.2f}] of 3 pairs | 1.25 |" in text
+    assert f"| 14.00 ± 1.73 | +4.00 [{4 - half:+.2f}, {4 + half:+.2f}], n = 3 | 1.25 |" in text
     assert (
-        "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 | 9.00 ± 1.00 | -1.00 [-1.00, -1.00] of 3 pairs | 30.00 |"
-        in text
+        "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 | 9.00 ± 1.00 | -1.00 [-1.00, -1.00], n = 3 | 30.00 |" in text
     )
     assert "over 3 seeds" in text
     with (tmp_path / "ablate.csv").open() as file:
@@ -133,7 +132,7 @@ def test_errors_are_paired_by_seed_beside_costs(costs, tmp_path, monkeypatch):
     assert rows["k=1", "2"]["error_last"] == "12.0" and rows["k=1", "2"]["step_ms"] == "5.0"
 
 
-def test_collected_rows_make_the_same_table_and_chart_elsewhere(costs, tmp_path, monkeypatch, capsys):
+def test_collected_records_rebuild_table_and_chart(costs, tmp_path, monkeypatch, capsys):
     words = ["--axes", "k=1", "k=8", "--seeds", "1", "2"]
     entries = ablations(SMALL[1:], (1, 2), ("remixmatch", "k=1", "k=8"))
     for number, entry in enumerate(entries[:5]):
@@ -153,7 +152,7 @@ def test_collected_rows_make_the_same_table_and_chart_elsewhere(costs, tmp_path,
         assert (tmp_path / "there" / name).read_text() == (tmp_path / "here" / name).read_text()
     assert "| 302 | 1.50 |" in (tmp_path / "there" / "table.md").read_text()
     assert (tmp_path / "there" / "chart.png").exists()
-    with pytest.raises(UserError, match=r"--from .*none\.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=r"--from .*none\.jsonl: file not found"):
         ablate.main(["digits-40", "--from", str(tmp_path / "none.jsonl"), *SMALL])
 
 
@@ -167,12 +166,12 @@ def _done(root, jobs, *_):
     return [status(root, job) for job in jobs]
 
 
-def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
+def test_a_step_is_timed_in_alternation_with_the_full_methods():
     full, other = (entry.job.config for entry in ablations(SMALL[1:], (1,), ("remixmatch", "no-rotation")))
     options = ablate.AblateOptions(repeats=3, seconds=0.01)
     cost = ablate.time_step(other, full, options)
     assert cost["ratio_low"] <= cost["ratio"] <= cost["ratio_high"] and cost["step_ms"] > 0
-    # 8 labeled images, and 8 of u_weak, u_1, u_2 and u_1 unmixed
+    # 8 labeled images, and 8 each of u_weak, u_1, u_2 and the unmixed u_1.
     assert cost["images_per_second"] == pytest.approx(8 * 5 / (cost["step_ms"] / 1e3))
     assert 100 < cost["memory_mib"] < 20_000
 
@@ -186,11 +185,11 @@ def test_a_step_is_timed_in_turns_with_the_full_methods(tmp_path):
         (["digits-40", "--seconds", "0"], "--seconds must be more than 0"),
         (["digits-40", "--steps-scale", "0"], "--steps-scale must be more than 0, got 0"),
         (["digits-40", "--axes", "kk"], "--axes: unknown axis or ablation 'kk'"),
-        (["digits-40", "--axes", "k=2"], "the preset is so already"),
-        (["digits-40", "--seeds", "1", "1"], "--seeds names one of them twice"),
+        (["digits-40", "--axes", "k=2"], "the preset already has these settings; nothing to compare"),
+        (["digits-40", "--seeds", "1", "1"], "--seeds has a duplicate value: 1 1"),
     ],
 )
-def test_mistakes_are_one_line(words, message, tmp_path, monkeypatch):
+def test_invalid_input_gives_one_line(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         ablate.main(words)

@@ -1,4 +1,4 @@
-"""How far the jobs of a table are, and how long they take: states, time left, predictions for a GPU."""
+"""Progress of a table's jobs: status, time left, and predictions for a GPU."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.engine.studies.made_jobs import entries, finish
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def test_states_are_shown_one_a_line(tmp_path, capsys):
+def test_status_changes_are_printed_one_per_line(tmp_path, capsys):
     found = entries("digits", rows=("remixmatch", "uda"), seeds=(0, 1))
     done = Status("done", 2500, {"median_last_20": 96.5, "test_accuracy": 97.0, "train_seconds": 60.0})
     show = job_progress.Progress([*found], 2)
@@ -38,7 +38,7 @@ def test_states_are_shown_one_a_line(tmp_path, capsys):
     assert grid.row_count == 4 and "1 done, 3 waiting" in grid.title
 
 
-def test_time_left_is_by_the_rows_that_were_trained():
+def test_time_left_is_proportional_to_trained_samples():
     base = preset("cifar10-250")
     half = dataclasses.replace(base, steps=base.steps // 2)
     done = Status("done", base.steps, {"train_seconds": 100.0})
@@ -51,15 +51,15 @@ def test_time_left_is_by_the_rows_that_were_trained():
     assert [job_progress.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]
 
 
-def test_predicted_times_go_through_those_of_bench_count():
+def test_predicted_times_pass_through_those_of_bench_count():
     rows = records.read(records.RESULTS / "count.jsonl")
-    rows = [row for row in rows if not row.keys() & {"method", "ablate"}]  # K = 1 and 8
+    rows = [row for row in rows if not row.keys() & {"method", "ablate"}]  # K = 1 and 8.
     base, one, three = (dataclasses.replace(preset("cifar10-250"), k=k, seed=5) for k in (8, 1, 3))
     known = {row["k"]: row["predicted_ms_h100"] for row in rows}
     hours = [job_progress.predicted_hours(config, "h100", rows) for config in (one, three, base)]
     assert hours[0] == pytest.approx(known[1] * 2**20 / 3.6e6) and hours[2] == pytest.approx(known[8] * 2**20 / 3.6e6)
     assert hours[1] == pytest.approx(hours[0] + (hours[2] - hours[0]) * 2 / 7)
-    # 8 B rows of FixMatch are counted; with K = 3 it has 22 B, and ReMixMatch from K = 1 to 8 has 7 B more
+    # FixMatch is counted with 8 B samples; it has 22 B at K = 3. ReMixMatch has 7 B more at K = 8 than at K = 1.
     fixmatch = with_method(base, "fixmatch")
     counted = {"bench": "count", "preset": "cifar10-250", "method": "fixmatch", "k": 1, "batch": 64}
     more = [*rows, counted | {"predicted_ms_h100": 9.0}]
@@ -71,7 +71,7 @@ def test_predicted_times_go_through_those_of_bench_count():
     assert job_progress.predicted_hours(base, "h100", []) is None
 
 
-def test_the_plan_says_that_it_is_predicted(capsys):
+def test_the_plan_is_marked_as_a_prediction(capsys):
     reproduce.main(["svhn", "--plan"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 91 and lines[0].startswith("svhn-250-remixmatch-seed1-") and "not measured" in lines[-1]

@@ -1,4 +1,4 @@
-"""Cells: which configurations are one, who may work on them, and what becomes of those that fail or are cut off."""
+"""Jobs: their identity, claims on them, and jobs that fail or are interrupted."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from engine.studies.jobs import Job, Stop, claim, claimable, digest, newest_clai
 from pipelines.files import read_json
 
 ROOT = Path(__file__).parents[3]
-# in place of a training process: {folder} {steps}; what it does stands in `does` of the jobs' root
+# Stands in for a training process, with arguments FOLDER STEPS; it executes the file `does` in the root folder.
 CHILD = """
 import json, os, pathlib, signal, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -38,9 +38,9 @@ def fake(folder, config):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A folder for jobs whose training is CHILD."""
+    """Return a folder for jobs whose training process is CHILD."""
     monkeypatch.setattr(jobs, "train_command", fake)
-    folder = tmp_path / "cells"
+    folder = tmp_path / "jobs"
     folder.mkdir()
     return folder
 
@@ -65,11 +65,11 @@ def finish(root, wanted, workers=1, **options):
     return [each.state for each in work(root, wanted, [{}] * workers, "commit", options.pop("stop", Stop()), **options)]
 
 
-# What makes a job
+# Identity
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Config)])
-def test_the_hash_is_over_every_field_that_can_change_results(field):
+def test_the_hash_covers_every_field_that_can_change_results(field):
     base = preset("cifar10-250")
     value = getattr(base, field)
     other = {bool: lambda: not value, str: lambda: value + "x", tuple: lambda: (0.5, 0.5)}.get(
@@ -83,14 +83,14 @@ def test_the_hash_is_over_every_field_that_can_change_results(field):
     assert (digest(changed) == digest(base)) == (field in same)
 
 
-def test_the_hash_knows_numbers_by_their_value_and_not_fields_at_their_default():
+def test_the_hash_ignores_number_types_and_default_values():
     base = preset("cifar10-250")
     assert digest(dataclasses.replace(base, w_u=75)) == digest(dataclasses.replace(base, w_u=75.0))
     assert "k" not in jobs.identity(base) and jobs.identity(dataclasses.replace(base, k=1))["k"] == 1
     assert digest(base) == digest(Config(**json.loads(config_json(base)) | {"class_distribution": ()}))
 
 
-def test_a_cell_is_done_if_its_own_summary_is_there(root):
+def test_a_job_is_done_if_its_own_summary_exists(root):
     (job,) = some(1)
     folder = root / job.name
     folder.mkdir()
@@ -104,7 +104,7 @@ def test_a_cell_is_done_if_its_own_summary_is_there(root):
     assert states(root, [job]) == ["waiting"]
 
 
-def test_a_changed_configuration_is_another_cell(root):
+def test_a_changed_configuration_is_another_job(root):
     (job,) = some(1)
     assert finish(root, [job]) == ["done"]
     changed = dataclasses.replace(job, config=dataclasses.replace(job.config, lr=0.003))
@@ -112,14 +112,14 @@ def test_a_changed_configuration_is_another_cell(root):
     assert finish(root, [job, changed]) == ["done", "done"] and ran(root) == [job.name, changed.name]
 
 
-def test_a_folder_of_another_configuration_is_not_touched(root):
+def test_a_folder_with_another_configuration_is_left_alone(root):
     (job,) = some(1)
     folder = root / job.name
     folder.mkdir()
     (folder / "config.json").write_text(config_json(dataclasses.replace(job.config, k=5, device="cpu")))
     (folder / "summary.json").write_text(json.dumps({"steps": job.config.steps}))
     assert finish(root, [job]) == ["failed"] and not (root / "ran.txt").exists()
-    assert "another configuration (k 5 -> 2): move the folder away" in status(root, job).reason
+    assert "has a different configuration (k 5 -> 2); move the folder away" in status(root, job).reason
     (folder / "config.json").write_text("{")
     assert "not a configuration of this version" in status(root, job).reason
 
@@ -128,7 +128,7 @@ def test_a_folder_of_another_configuration_is_not_touched(root):
 
 
 def race(folder, number):
-    """Claims all that it can get, beside others that do so from the same moment on."""
+    """Claim as many folders as possible, while other processes do the same."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir())
     (folder / f"ready-{number}").touch()
     while not (folder / "go").exists():
@@ -138,7 +138,7 @@ def race(folder, number):
 
 
 def gone():
-    """Number and start of a process that is no more."""
+    """Return process ID and start time of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
     found = [process.pid, jobs.started(process.pid)]
     assert found[1] > 0
@@ -148,7 +148,7 @@ def gone():
 
 
 def leave_claim(folder, **values):
-    """A claim of this machine whose worker is gone, or what the values say."""
+    """Write a claim of this machine with a dead worker, or with the given values, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     owned = claim(folder)
     owned._write(**({"worker": [2**22 + 1, 1]} | values))
@@ -156,9 +156,9 @@ def leave_claim(folder, **values):
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_processes_that_race_for_a_cell_one_has_it(tmp_path, stale):
+def test_one_of_several_racing_processes_gets_a_job(tmp_path, stale):
     for number in range(300):
-        folder = tmp_path / f"cell-{number:03}"
+        folder = tmp_path / f"job-{number:03}"
         folder.mkdir()
         if stale:
             leave_claim(folder)
@@ -177,7 +177,7 @@ def test_of_processes_that_race_for_a_cell_one_has_it(tmp_path, stale):
     (tmp_path / "go").touch()
     assert [racer.wait(60) for racer in racers] == [0] * len(racers)
     got = [name for path in tmp_path.glob("got-*") for name in path.read_text().split()]
-    assert sorted(got) == [f"cell-{number:03}" for number in range(300)]
+    assert sorted(got) == [f"job-{number:03}" for number in range(300)]
 
 
 def test_a_claim_lasts_as_long_as_its_worker_or_its_child(tmp_path):
@@ -185,7 +185,7 @@ def test_a_claim_lasts_as_long_as_its_worker_or_its_child(tmp_path):
     for number, (worker, child, free) in enumerate([
         (mine, [0, 0], False),
         (gone(), [0, 0], True),
-        ([mine[0], mine[1] + 1], [0, 0], True),  # the number of its process was used again
+        ([mine[0], mine[1] + 1], [0, 0], True),  # The process ID was reused.
         (gone(), mine, False),
         (gone(), [mine[0], mine[1] - 1], True),
     ]):  # fmt: skip
@@ -197,10 +197,10 @@ def test_a_claim_lasts_as_long_as_its_worker_or_its_child(tmp_path):
         assert newest_claim(tmp_path / str(number)) == (owned.path if owned else path)
 
 
-def test_a_claim_of_another_machine_lasts_while_it_gives_signs_of_life(tmp_path, monkeypatch):
+def test_a_claim_of_another_machine_lasts_while_it_sends_heartbeats(tmp_path, monkeypatch):
     path = leave_claim(tmp_path, machine="another")
     assert not claimable(path)
-    for clock in (-1e6, 1e6):  # this machine's does not count
+    for clock in (-1e6, 1e6):  # This machine's clock does not matter.
         with monkeypatch.context() as context:
             context.setattr(jobs.time, "time", partial(float, time.time() + clock))
             assert not claimable(path)
@@ -209,14 +209,14 @@ def test_a_claim_of_another_machine_lasts_while_it_gives_signs_of_life(tmp_path,
     assert not claimable(path)
     os.utime(path, (old - 60, old - 60))
     assert claimable(path)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["claims"], "no probe of the clock is left"
-    path.write_text("")  # whoever began it was killed before it was written
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["claims"], "the probe of the clock is removed"
+    path.write_text("")  # Its owner was killed before writing it.
     assert not claimable(path)
     os.utime(path, (old - 60, old - 60))
     assert claimable(path)
 
 
-def test_a_claim_that_was_released_is_free_and_tells_who_had_it(root):
+def test_a_released_claim_is_free_and_names_its_last_owner(root):
     (job,) = some(1)
     owned = claim(root / job.name, "abc")
     assert claim(root / job.name) is None and status(root, job).state == "running"
@@ -226,10 +226,10 @@ def test_a_claim_that_was_released_is_free_and_tells_who_had_it(root):
     assert claim(root / job.name).path.name == "2.json" and owned.lost()
 
 
-# Working
+# Work
 
 
-def test_cells_are_done_once_by_any_number_of_workers_in_their_order(root):
+def test_any_number_of_workers_does_each_job_once_and_in_order(root):
     wanted = some(12)
     assert finish(root, wanted, workers=1) == ["done"] * 12 and ran(root) == [job.name for job in wanted]
     more = some(30)
@@ -243,21 +243,23 @@ def test_cells_are_done_once_by_any_number_of_workers_in_their_order(root):
     assert states(root, more) == ["done"] * 30 and sorted(ran(root)) == sorted(job.name for job in more)
 
 
-def test_each_worker_has_its_variables(root):
+def test_each_worker_has_its_environment_variables(root):
     does(root, "(folder / 'seen').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
     wanted = some(1)
     work(root, wanted, [{"CUDA_VISIBLE_DEVICES": "7"}], "commit", Stop())
     assert (root / wanted[0].name / "seen").read_text() == "7"
 
 
-def test_a_cell_that_fails_says_why_and_stops_nothing(root):
+def test_a_failed_job_says_why_and_does_not_stop_others(root):
     does(root, "if 'seed1' in folder.name: print('much\\nremixmatch: no memory'); sys.exit(2)")
     wanted = some(3)
     assert finish(root, wanted) == ["done", "failed", "done"]
     assert status(root, wanted[1]).reason == "exit code 2: remixmatch: no memory"
     kept = json.loads((root / wanted[1].name / "failed.json").read_text())
     assert kept["exit_code"] == 2 and kept["last_lines"] == ["much", "remixmatch: no memory"]
-    assert finish(root, wanted) == ["done", "failed", "done"] and len(ran(root)) == 3, "not by itself again"
+    assert finish(root, wanted) == ["done", "failed", "done"] and len(ran(root)) == 3, (
+        "failed jobs are not retried automatically"
+    )
     does(root, "")
     jobs.forget_failures(root, wanted)
     assert states(root, wanted) == ["done", "waiting", "done"]
@@ -273,13 +275,13 @@ def test_a_cell_that_fails_says_why_and_stops_nothing(root):
         ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
     ],
 )
-def test_ends_that_are_failures(root, what, reason):
+def test_failures_have_a_reason(root, what, reason):
     does(root, what)
     wanted = some(1)
     assert finish(root, wanted) == ["failed"] and status(root, wanted[0]).reason == reason
 
 
-def test_work_that_is_stopped_leaves_cells_to_be_resumed(root):
+def test_stopped_jobs_can_be_resumed(root):
     does(root, "(folder / 'up').touch(); time.sleep(60)")
     wanted, stop = some(3), Stop()
 
@@ -301,14 +303,14 @@ def read_claim(root, job):
     return read_json(newest_claim(root / job.name))
 
 
-def test_a_child_that_is_told_to_end_is_not_begun_again_at_once(root):
+def test_a_child_that_was_asked_to_stop_is_not_restarted_immediately(root):
     does(root, "sys.exit(143)")
     wanted = some(2)
     assert finish(root, wanted) == ["waiting"] * 2 and len(ran(root)) == 2
 
 
-def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
-    """It was asleep, say, and another machine took it for dead."""
+def test_a_worker_that_lost_its_claim_stops(root, monkeypatch):
+    """This happens if its machine was suspended and another one took over the job."""
     monkeypatch.setattr(jobs, "RENEW_SECONDS", 0.1)
     does(root, "(folder / 'claims' / '2.json').write_text('{\"released\": true}'); time.sleep(60)")
     (job,) = some(1)
@@ -318,7 +320,7 @@ def test_whoever_lost_a_cell_stops_working_on_it(root, monkeypatch):
     assert not read_json(root / job.name / "claims" / "1.json")["released"]
 
 
-def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(root, monkeypatch):
+def test_a_job_that_was_finished_just_before_the_claim_is_not_repeated(root, monkeypatch):
     (job,) = some(1)
 
     def late(folder, commit):
@@ -332,7 +334,7 @@ def test_a_cell_that_was_done_between_the_look_and_the_claim_is_not_done_again(r
 
 
 @pytest.mark.parametrize("alive", [False, True])
-def test_a_cell_of_another_machine_is_waited_for_until_that_is_known_to_live(root, monkeypatch, alive):
+def test_a_job_of_another_machine_is_awaited_until_that_sends_a_heartbeat(root, monkeypatch, alive):
     monkeypatch.setattr(jobs, "STALE_SECONDS", 4.0 if alive else 1.0)
     first, other = some(2)
     path = leave_claim(root / other.name, machine="another")
@@ -353,13 +355,13 @@ def test_a_cell_of_another_machine_is_waited_for_until_that_is_known_to_live(roo
             living.join()
 
 
-def test_a_folder_that_cannot_be_written_ends_the_work(tmp_path):
+def test_a_folder_that_is_not_writable_raises_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         finish(tmp_path / "file", some(1))
 
 
-def test_the_last_step_is_that_of_the_last_whole_row(tmp_path):
+def test_the_last_step_is_that_of_the_last_complete_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert jobs.last_step(path) == 0
     path.write_text("".join(json.dumps({"step": n, "loss": "x" * 50}) + "\n" for n in range(1, 999)) + '{"step": 99')

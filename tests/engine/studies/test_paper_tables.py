@@ -1,4 +1,4 @@
-"""What the tables of `remixmatch reproduce` have: jobs in their order, flags, and steps that are scaled."""
+"""Tables of `remixmatch reproduce`: order of the jobs, flags, and scaled steps."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_one_seed_of_everything_comes_before_the_second_of_anything(name):
+def test_the_first_seed_of_everything_precedes_the_second_of_anything(name):
     found = entries(name, seeds=(4, 7))
     assert [entry.seed for entry in found] == [4] * (len(found) // 2) + [7] * (len(found) // 2)
     first = found[: len(TABLES[name].presets)]
-    assert [entry.row for entry in first] == ["remixmatch"] * len(first), "the full method first"
+    assert [entry.row for entry in first] == ["remixmatch"] * len(first), "the full method comes first"
     assert [entry.preset for entry in first] == list(TABLES[name].presets)
     assert len({entry.job.name for entry in found}) == len(found)
     for entry in found:
@@ -26,7 +26,7 @@ def test_one_seed_of_everything_comes_before_the_second_of_anything(name):
         assert entry.job.name.startswith(f"{entry.preset}-{entry.row}-seed{entry.seed}-")
 
 
-def test_tables_have_the_papers_rows_and_seeds():
+def test_tables_have_the_papers_methods_and_seeds():
     assert len(entries("cifar10")) == len(entries("svhn")) == 3 * 6 * 5
     assert {entry.row for entry in entries("digits")} == set(METHODS)
     assert [entry.seed for entry in entries("digits", rows=("uda",))] == [0, 1, 2, 3, 4]
@@ -40,7 +40,7 @@ def test_tables_have_the_papers_rows_and_seeds():
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("scale", [0.01, 0.002])
-def test_a_rehearsal_is_evaluated_as_often(name, scale):
+def test_a_rehearsal_has_the_same_number_of_evaluations(name, scale):
     for entry in entries(name, steps_scale=scale, seeds=(1,)):
         config, base = entry.job.config, entry.base
         assert config.steps == max(1, round(base.steps * scale)) and config.ramp_kimg == base.ramp_kimg * scale
@@ -52,8 +52,8 @@ def test_a_rehearsal_is_evaluated_as_often(name, scale):
     assert paper_tables.scaled(base, 1e-9).steps == 1 and paper_tables.scaled(base, 1) is base
 
 
-def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
-    """After a tenth of the steps as much is left of what an average began with."""
+def test_averages_of_a_rehearsal_cover_the_same_share_of_it():
+    """After a tenth of the steps, the initial value has the same weight in an average."""
 
     def config_of(scale, *flags):
         (entry,) = entries("digits", *flags, rows=("remixmatch",), seeds=(1,), steps_scale=scale)
@@ -70,7 +70,7 @@ def test_averages_of_a_rehearsal_reach_back_over_the_same_share_of_it():
     assert config_of(0.25, "--ema-decay", "0").ema_decay == 0
 
 
-def test_flags_are_part_of_every_cell_and_steps_are_scaled_after_them():
+def test_flags_apply_to_every_job_before_steps_are_scaled():
     (plain,) = entries("digits", seeds=(1,), rows=("fixmatch",))
     (entry,) = entries("digits", "--batch", "4", "--steps", "1000", seeds=(1,), rows=("fixmatch",), steps_scale=0.1)
     assert entry.job.config.batch == 4 and entry.job.config.steps == 100 and entry.base == plain.base

@@ -1,4 +1,4 @@
-"""`remixmatch reproduce`: mistakes, workers and jobs, and a rehearsal that is killed and goes on."""
+"""`remixmatch reproduce`: invalid input, workers and jobs, and a rehearsal that is killed and resumed."""
 
 import os
 import signal
@@ -22,45 +22,45 @@ from tests.engine.studies.made_jobs import entries
 from tests.pipelines.test_sources import cifar
 from tests.processes import ROOT, command
 
-SECONDS = 1200  # after which something hangs: a slow machine with other work takes minutes for twenty jobs
+SECONDS = 1200  # Timeout. A slow, busy machine takes minutes for twenty jobs.
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "reproduce needs a table"),
         (["cifar"], "unknown table 'cifar'; did you mean cifar10?"),
         (["digits", "--methods", "fixmach"], "--methods: unknown method 'fixmach'; did you mean fixmatch"),
         (["ablation", "--methods", "fixmatch"], "--methods: unknown ablation 'fixmatch'; did you mean remixmatch"),
         (["ablation", "--preset", "cifar"], "unknown preset 'cifar'"),
-        (["ablation", "--methods", "k=8"], "no job is left"),
-        (["digits", "--seeds", "1", "1"], "--seeds names one of them twice: 1 1"),
+        (["ablation", "--methods", "k=8"], "no jobs left: the preset already has"),
+        (["digits", "--seeds", "1", "1"], "--seeds has a duplicate value: 1 1"),
         (["digits", "--seeds", "-1"], "digits-40-remixmatch-seed-1: --seed must be at least 0"),
         (["digits", "--steps-scale", "0"], "--steps-scale must be more than 0"),
         (["digits", "--steps-scale", "nan"], "--steps-scale must be more than 0"),
         (["digits", "--workers", "-1"], "--workers must be at least 0"),
-        (["digits", "--gpus", "2"], "--gpus is 1, or 0"),
+        (["digits", "--gpus", "2"], "--gpus must be 1, or 0"),
         (["digits", "--hours", "0"], "--hours must be more than 0"),
-        (["digits", "--slurm", "account"], "--slurm takes NAME=VALUE, got 'account'"),
+        (["digits", "--slurm", "account"], "--slurm expects NAME=VALUE, got 'account'"),
         (["digits", "--sedes", "1"], "nrecognized"),
         (["digits", "--", "--width", "4"], "digits-40-remixmatch-seed0: --width must be at least 8"),
-        (["digits", "--", "--seed", "4"], "--seed after -- is not a setting that all jobs can share"),
-        (["digits", "--", "--method", "uda"], "--method after -- is not a setting"),
-        (["digits", "--", "--ablate", "k=4"], "--ablate after -- is not a setting"),
-        (["digits", "--", "--out", "x"], "--out after -- is not a setting"),
-        (["digits", "--", "--gpus", "2"], "--gpus after -- is not a setting"),
-        (["ablation", "--", "--k", "4"], "remixmatch-seed3 and cifar10-250-k=1-seed3 are one configuration"),
-        (["digits", "--from", "none.jsonl"], "--from none.jsonl: there is no such file"),
+        (["digits", "--", "--seed", "4"], "--seed after -- cannot be shared by all jobs"),
+        (["digits", "--", "--method", "uda"], "--method after -- cannot be shared"),
+        (["digits", "--", "--ablate", "k=4"], "--ablate after -- cannot be shared"),
+        (["digits", "--", "--out", "x"], "--out after -- cannot be shared"),
+        (["digits", "--", "--gpus", "2"], "--gpus after -- cannot be shared"),
+        (["ablation", "--", "--k", "4"], "remixmatch-seed3 and cifar10-250-k=1-seed3 have the same configuration"),
+        (["digits", "--from", "none.jsonl"], "--from none.jsonl: file not found"),
         (["cifar10"], "remixmatch data prepare cifar10"),
         (["digits", "--", "--labels", "9999"], "digits-40-remixmatch-seed0: --labels: "),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(words, told, tmp_path):
+def test_invalid_input_gives_one_line(words, message, tmp_path):
     with pytest.raises(UserError) as error:
         reproduce.main(words)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
 
 
@@ -82,12 +82,12 @@ def test_workers_share_gpus_or_cores(monkeypatch):
     assert reproduce.environments(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
 
 
-# Whole runs, each job a process that trains
+# Whole runs, in which each job is a training process
 
 
 @pytest.fixture
 def start():
-    """Starts the command; what still runs when a test is over is killed, and with it its jobs."""
+    """Start the command. Processes that are still running after the test are killed, and with them their jobs."""
     started = []
 
     def start(log, *words, **options):
@@ -107,8 +107,8 @@ def start():
 def until(condition, process, log):
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None, f"ended before its moment\n{log.read_text()}"
-        assert time.monotonic() < deadline, f"this never came\n{log.read_text()}"
+        assert process.poll() is None, f"the process ended too early\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"the condition was never met\n{log.read_text()}"
         time.sleep(0.02)
 
 
@@ -119,7 +119,7 @@ def claims_of(out, entry):
 
 @pytest.fixture
 def made_up_cifar(tmp_path, monkeypatch):
-    """CIFAR-10 in its archive's format, with a few hundred made-up images, prepared."""
+    """Prepare a few hundred made-up images in the format of CIFAR-10's archive."""
     folder = tmp_path / "archives"
     folder.mkdir()
     batches = {f"data_batch_{n}": 60 for n in range(1, 6)} | {"test_batch": 40}
@@ -127,12 +127,12 @@ def made_up_cifar(tmp_path, monkeypatch):
     sources.prepare("cifar10", folder, download=False)
 
 
-# jobs of 20 steps, each followed by an evaluation; batch norm over groups needs K + 2 labeled images
+# Jobs of 20 steps, each followed by an evaluation. Batch norm over groups needs K + 2 labeled images.
 SMALL = ["--", *("--steps", "10000", "--eval-every", "512", "--checkpoint-every", "2000", "--batch", "10")]
 SMALL += ["--width", "8", "--blocks", "1", "--scales", "1", "--device", "cpu"]
 
 
-def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_path, start):
+def test_a_killed_rehearsal_of_the_ablations_is_resumed(made_up_cifar, tmp_path, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
@@ -144,24 +144,24 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     def checkpoints(entry):
         return list((out / entry.job.name / "checkpoints").glob("step-*.pt"))
 
-    def in_the_middle():
+    def halfway():
         running = [entry for entry in found if status(out, entry.job).state == "running"]
         return states().count("done") >= 4 and any(map(checkpoints, running))
 
     process = start(log, *words, start_new_session=True)
 
-    def held_in_the_middle():
-        """Looks again at what no longer moves: a job may have ended between two looks."""
-        if not in_the_middle():
+    def suspended_halfway():
+        """Check again after suspending the processes, because a job may have ended in between."""
+        if not halfway():
             return False
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(0.1)
-        if in_the_middle():
+        if halfway():
             return True
         os.killpg(process.pid, signal.SIGCONT)
         return False
 
-    until(held_in_the_middle, process, log)
+    until(suspended_halfway, process, log)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {
@@ -179,21 +179,21 @@ def test_a_rehearsal_of_the_ablations_is_killed_and_goes_on(made_up_cifar, tmp_p
     assert states() == ["done"] * 19, log.read_text()
     for entry in found:
         folder, claims = out / entry.job.name, claims_of(out, entry)
-        # none lost, and none done twice
+        # No job was lost or done twice.
         assert len(claims) == (2 if entry in begun else 1)
         if entry.job.name in before:
             assert (folder / "summary.json").stat().st_mtime_ns == before[entry.job.name]
         evaluated = [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "test_accuracy" in row]
         assert evaluated == list(range(1, 21))
         assert not (folder / "failed.json").exists()
-        if entry.job.name in saved:  # gone on with, and not begun again
+        if entry.job.name in saved:  # It was resumed, not restarted.
             kept = {path.stat().st_mtime_ns for path in checkpoints(entry)}
             assert saved[entry.job.name] in kept or min(kept) > saved[entry.job.name]
             assert "starting from step 0" not in (folder / "log.txt").read_text()
     text = (out / "table.md").read_text()
-    assert "REHEARSAL with 20 steps instead of 1,048,576; other settings than the presets': " in text.splitlines()[0]
+    assert "REHEARSAL with 20 steps instead of 1,048,576; settings changed from the presets: " in text.splitlines()[0]
     assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 19
-    assert "one seed: no interval" in text and "Not in the table" not in text
+    assert "(one seed)" in text and "Not in the table" not in text
 
 
 DIGITS = ["digits", "--seeds", "0", "--methods", "supervised"]
@@ -204,7 +204,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
+def test_a_run_stops_with_its_worker_and_is_resumed(tmp_path, number, start):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = [*DIGITS, "--out", str(out), *QUICK, "--steps"]
     (entry,) = entries("digits", *QUICK[1:], "--steps", "800", seeds=(0,), rows=("supervised",))
@@ -217,14 +217,14 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
     pid, began = claims_of(out, entry)[0]["child"]
     deadline = time.monotonic() + 60
     while jobs.started(pid) == began:
-        assert number == signal.SIGKILL and time.monotonic() < deadline, "it trains on"
+        assert number == signal.SIGKILL and time.monotonic() < deadline, "training did not stop"
         time.sleep(0.05)
-    # nothing else would have saved it
+    # This is the only checkpoint: the stop saved it.
     (saved,) = (int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints"))
     assert 40 <= saved < 800 and saved >= jobs.last_step(folder / "metrics.jsonl")
     assert status(out, entry.job).state == "waiting"
     if number == signal.SIGTERM:
-        assert "1 waiting; what was running is saved" in log.read_text()
+        assert "1 waiting; running jobs are saved" in log.read_text()
     reached = jobs.last_step(folder / "metrics.jsonl")
     process = start(log, *words, "800")
     assert process.wait(SECONDS) == 0, log.read_text()
@@ -234,7 +234,7 @@ def test_a_run_ends_with_its_worker_and_is_resumed(tmp_path, number, start):
 
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
-def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_path):
+def test_submitit_jobs_share_the_work_and_resume_after_their_time_limit(tmp_path):
     out = tmp_path / "out"
     flags = [*QUICK, "--steps", "800"]
     words = ["digits", "--seeds", "0", "1", "--methods", "supervised", "--out", str(out)]
@@ -242,12 +242,12 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
     submit = [*words, "--submit", "local", "--workers", "2", "--gpus", "0", *flags]
     script = f"from engine.studies.reproduce import main; main({submit!r})"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    said = tmp_path / "said.txt"
-    with said.open("wb") as file:  # no pipe, which the jobs would keep open
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:  # Not a pipe, which the jobs would keep open.
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, stdout=file, stderr=file, timeout=SECONDS
         )
-    assert done.returncode == 0 and said.read_text().startswith("2 jobs: ") and "--status" in said.read_text()
+    assert done.returncode == 0 and output.read_text().startswith("2 jobs: ") and "--status" in output.read_text()
 
     def states():
         return [status(out, entry.job).state for entry in found]
@@ -263,7 +263,7 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
 
     wait(lambda: jobs.last_step(out / found[0].job.name / "metrics.jsonl") >= 20)
     first = claims_of(out, found[0])[0]
-    os.kill(first["worker"][0], signal.SIGUSR2)  # as Slurm does before a job's time is over
+    os.kill(first["worker"][0], signal.SIGUSR2)  # As Slurm does before a job's time limit.
     wait(lambda: states() == ["done"] * 2)
     assert len(claims_of(out, found[0])) == 2 and "SIGTERM: step" in (out / found[0].job.name / "log.txt").read_text()
     wait(lambda: len(list((out / "jobs").glob("*_result.pkl"))) == 2)
@@ -271,7 +271,7 @@ def test_jobs_of_submitit_share_the_cells_and_go_on_when_their_time_is_over(tmp_
     assert "Traceback" not in logs(), logs()
 
 
-def test_submitting_without_submitit_says_what_to_install(monkeypatch):
+def test_without_submitit_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'remixmatch-engine\[slurm\]'"):
         reproduce.main(["digits", "--submit", "local"])
@@ -279,7 +279,7 @@ def test_submitting_without_submitit_says_what_to_install(monkeypatch):
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="needs submitit: pip install 'remixmatch-engine[slurm]'")
 @pytest.mark.parametrize(("cluster", "seen"), [("local", ["0", "1", "0"]), ("slurm", ["slurm's"] * 3)])
-def test_jobs_of_one_machine_share_its_gpus(cluster, seen, monkeypatch):
+def test_local_jobs_share_the_gpus(cluster, seen, monkeypatch):
     import submitit
 
     given = []

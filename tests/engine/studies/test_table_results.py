@@ -1,4 +1,4 @@
-"""Results of `remixmatch reproduce`: titles, statistics, the papers' figures, rows that are kept and read."""
+"""Results of `remixmatch reproduce`: titles, statistics, the papers' errors, and records written and read."""
 
 import dataclasses
 import json
@@ -17,19 +17,20 @@ from tests.engine.studies.made_jobs import entries, finish
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def test_titles_say_what_is_not_the_papers():
+def test_titles_name_deviations_from_the_paper():
     assert table_results.title("cifar10", entries("cifar10")) == "cifar10: test error in percent"
     found = entries("cifar10", steps_scale=0.01)
     words = "cifar10: test error in percent; REHEARSAL with 10,486 steps instead of 1,048,576"
     assert table_results.title("cifar10", found, 0.01) == words
     found = entries("cifar10", "--width", "8", "--no-flip", "--device", "cpu", steps_scale=0.01)
     assert (
-        table_results.title("cifar10", found, 0.01) == f"{words}; other settings than the presets': flip False, width 8"
+        table_results.title("cifar10", found, 0.01)
+        == f"{words}; settings changed from the presets: flip False, width 8"
     )
     found = entries("digits", "--steps", "100", "--eval-every", "5")
     assert table_results.title("digits", found) == (
         "digits: test error in percent; REHEARSAL with 100 steps instead of 2,500; "
-        "other settings than the presets': eval_every 5"
+        "settings changed from the presets: eval_every 5"
     )
     more = entries("digits", steps_scale=2.0)
     assert table_results.title("digits", more, 2.0) == "digits: test error in percent; 5,000 steps instead of 2,500"
@@ -37,12 +38,12 @@ def test_titles_say_what_is_not_the_papers():
 
 # Statistics
 
-# Student's t, two-sided 95 %, from a textbook: by degrees of freedom
+# Student's t, two-sided 95 %, from a textbook, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4, 5])
-def test_statistics_are_those_of_the_textbook(seeds):
+def test_statistics_agree_with_the_textbook(seeds):
     generator = torch.Generator().manual_seed(seeds)
     ours, full = ((5 + torch.rand(seeds, generator=generator, dtype=torch.float64)).tolist() for _ in range(2))
     total = 0.0
@@ -60,14 +61,14 @@ def test_statistics_are_those_of_the_textbook(seeds):
     middle = sum(apart) / seeds
     variance = sum((value - middle) ** 2 for value in apart) / (seeds - 1)
     half = STUDENT[seeds - 1] * math.sqrt(variance / seeds)
-    # in another order, and with seeds that the other does not have
+    # In another order, and with seeds that the other lacks.
     by_seed = dict(reversed(list(enumerate(ours)))) | {77: 3.0}
     found = statistics.difference(by_seed, dict(enumerate(full)) | {99: 1.0})
     assert found.seeds == tuple(range(seeds)) and found.mean == pytest.approx(middle)
     assert (found.low, found.high) == (pytest.approx(middle - half, rel=1e-3), pytest.approx(middle + half, rel=1e-3))
 
 
-def test_one_seed_has_no_interval_and_says_so():
+def test_one_seed_is_marked_and_has_no_interval():
     assert statistics.spread([]) is None and statistics.spread([3.0]) == statistics.Spread(3.0, None)
     assert statistics.difference({1: 3.0}, {2: 1.0}) is None
     assert statistics.difference({1: 3.0, 2: 4.0}, {2: 1.0}) == statistics.Difference(3.0, None, None, (2,))
@@ -77,13 +78,10 @@ def test_one_seed_has_no_interval_and_says_so():
     other = statistics.line("uda", "p", (1,), {1: dataclasses.replace(run, median=7.5)}, {1: run}, None)
     text = statistics.markdown("title", [full, other], "remixmatch")
     assert "| p | remixmatch | 1 of 3 (1) | 6.00, one seed | 6.50, one seed |  |  |  | 100 | paper |" in text
-    assert (
-        "| p | uda | 1 (1) | 7.50, one seed | 6.50, one seed |  |  | +1.50, one seed: no interval | 100 | paper |"
-        in text
-    )
+    assert "| p | uda | 1 (1) | 7.50, one seed | 6.50, one seed |  |  | +1.50 (one seed) | 100 | paper |" in text
 
 
-def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
+def test_minutes_are_the_median_and_cpu_time_on_a_cpu():
     runs = {
         seed: statistics.Result(6.0, 6.5, 100, "paper", seconds) for seed, seconds in ((1, 60.0), (2, 600.0), (3, 90.0))
     }
@@ -92,13 +90,13 @@ def test_minutes_are_the_median_and_of_the_cpu_where_that_trains():
         for row, of_row in (("remixmatch", runs), ("uda", {1: statistics.Result(6.0, 6.5, 100, "paper")}))
     )
     rows = statistics.markdown("title", [timed, unknown], "remixmatch").splitlines()
-    assert "| minutes a run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
+    assert "| minutes per run | steps |" in rows[2] and "| 1.5 | 100 |" in rows[4] and "|  |  | 100 |" in rows[5]
     assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 5
     assert table_results._seconds({"device": "CPU, one", "train_seconds": 9.0, "cpu_seconds": None}) is None
     assert table_results._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
 
 
-def test_differences_stand_beside_the_papers(tmp_path):
+def test_differences_are_compared_with_the_papers():
     assert paper_tables.papers_difference("l2", 8) == pytest.approx(11.34) == paper_tables.papers_difference("l2", 2)
     assert paper_tables.papers_difference("k=1", 8) == pytest.approx(1.38)
     assert paper_tables.papers_difference("k=1", 2) == pytest.approx(0.58)
@@ -115,13 +113,13 @@ def test_differences_stand_beside_the_papers(tmp_path):
         signs[name] = statistics.line("l2", "p", (1, 2, 3), runs, of_full, None, papers_difference=11.34)
     assert [line.sign for line in signs.values()] == list(signs)
     text = statistics.markdown("title", list(signs.values()), "remixmatch")
-    assert "| difference in the paper | sign |" in text and "of 3 pairs | +11.34 | opposite |" in text
+    assert "| difference in the paper, pp | sign |" in text and ", n = 3 | +11.34 | opposite |" in text
 
 
 # Results
 
 
-def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
+def test_a_table_is_compared_with_the_paper(tmp_path, capsys):
     out = tmp_path / "out"
     found = entries("cifar10", rows=("remixmatch", "mixmatch"), presets=("cifar10-250",), seeds=(1, 2, 3))
     for entry, accuracy in zip(found, (94.0, 90.0, 93.0, 88.0, 95.0), strict=False):
@@ -138,7 +136,7 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
     assert rows[1].startswith(
         "| cifar10-250 | mixmatch | 2 of 3 (1 2) | 12.00 ± 1.41 | 11.00 ± 1.41 | 11.08 | +0.92 | +4.50 ["
     )
-    assert "of 2 pairs | 0.2 | 1,048,576 | paper |" in rows[1]
+    assert ", n = 2 | 0.2 | 1,048,576 | paper |" in rows[1]
     assert f"Not in the table: {found[5].job.name}, waiting" in text and "Trained on a device; torch 9.9" in text
     kept = json.loads((out / "table.json").read_text())
     assert [line["row"] for line in kept["lines"]] == ["remixmatch", "mixmatch"]
@@ -147,7 +145,7 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
     assert job["config"]["k"] == 8 and job["summary"]["test_accuracy"] == 94.0 and job["commit"] == "unknown"
 
     path = tmp_path / "rows.jsonl"
-    for _ in range(2):  # what is there is not added again
+    for _ in range(2):  # Existing records are not appended again.
         reproduce.main([*words, "--collect", str(path), "--out", str(out)])
     rows = records.read(path)
     assert len(rows) == 5 and rows[1]["changes"].items() >= {"method": "mixmatch", "k": 2, "seed": 1}.items()
@@ -155,15 +153,15 @@ def test_a_table_stands_beside_the_papers_figures(tmp_path, capsys):
     reproduce.main([*words, "--from", str(path), "--out", str(tmp_path / "again")])
     assert (tmp_path / "again" / "table.md").read_text() == text
     path.write_text("{}\n")
-    with pytest.raises(UserError, match="rows that --collect has not written"):
+    with pytest.raises(UserError, match="not a file written by --collect"):
         reproduce.main([*words, "--from", str(path)])
 
 
-def test_ablations_have_figures_of_their_own_split():
+def test_ablations_are_compared_with_the_papers_split():
     found = entries("ablation")
     lines = table_results.make_lines("ablation", found, {})
-    figures = {line.row: line.paper.error for line in lines if line.paper}
-    assert figures["remixmatch"] == 5.94 and figures["no-weak"] == 29.36 and len(figures) == 11
+    errors = {line.row: line.paper.error for line in lines if line.paper}
+    assert errors["remixmatch"] == 5.94 and errors["no-weak"] == 29.36 and len(errors) == 11
     assert not any(
         line.paper for line in table_results.make_lines("ablation", entries("ablation", presets=("cifar10-40",)), {})
     )
