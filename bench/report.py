@@ -19,21 +19,21 @@ BEGIN, END = "<!-- digits table: remixmatch bench report -->", "<!-- end of digi
 
 @dataclass
 class TablesOptions:
-    """Prints records as Markdown tables."""
+    """Print records as Markdown tables."""
 
     results: Path = records.OUT
-    """Folder of the records, in a file per kind: digits.jsonl, throughput.jsonl and so on."""
+    """Folder of the records, one file per kind: digits.jsonl, throughput.jsonl and so on."""
     readme: Path | None = None
-    """Replace the table of digits in this page, between its markers."""
+    """Replace the digits table in this page, between its markers."""
     charts: Path | None = None
-    """Draw PNG charts into this folder."""
+    """Write PNG charts to this folder."""
 
 
 def main(options: TablesOptions) -> None:
-    """Print the tables of all benches with records, put the one of digits into a page and draw charts.
+    """Print the tables of all benches that have records, update the digits table of a page, and draw charts.
 
     Raises:
-        UserError: no records, or a page without the markers.
+        UserError: There are no records, or the page lacks the markers.
     """
 
     def path(kind: str) -> Path:
@@ -44,11 +44,11 @@ def main(options: TablesOptions) -> None:
     rows = {kind: found for kind in tables if (found := records.read(path(kind)))}
     if not rows:
         raise UserError(
-            f"{options.results} has no records: measure some with remixmatch bench NAME, or show those of the project "
+            f"{options.results} has no records; measure some with remixmatch bench NAME, or show the project's own "
             "with --results CHECKOUT/bench/results"
         )
-    # To stderr, since stdout may be redirected to a file.
-    print(f"remixmatch: records of {options.results}", file=sys.stderr)
+    # On stderr, because stdout may be redirected to a file.
+    print(f"remixmatch: records from {options.results}", file=sys.stderr)
     shown = {kind: tables[kind].markdown(found) for kind, found in rows.items()}
     if options.readme and "digits" in shown:
         _replace(options.readme, shown["digits"])
@@ -62,11 +62,11 @@ def main(options: TablesOptions) -> None:
 
 
 def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
-    """What `bench count` has predicted for a device beside what was measured on it, one line a case.
+    """Compare the predictions of `bench count` for a device with measurements on it, one line per case.
 
     Args:
-        counts: rows of `bench count`; the newest of a case counts.
-        measured: rows of `bench throughput` or `bench variants`: those of the captured paper's step are taken.
+        counts: Records of `bench count`; the newest of a case is used.
+        measured: Records of `bench throughput` or `bench variants`; only captured steps of the paper are used.
     """
     lines = []
     papers = [
@@ -95,13 +95,13 @@ def _replace(path: Path, table: str) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise UserError(f"{path} has no line '{BEGIN}' with '{END}' after it")
+        raise UserError(f"{path} must contain the lines '{BEGIN}' and '{END}', in this order")
     write_text(path, f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def _draw(tables: Mapping[str, Table], rows: Mapping[str, Sequence[Row]], folder: Path) -> None:
-    """Write KIND.png for each kind of record that has a chart, of the device that was measured last."""
-    import matplotlib  # Takes a second that tables need not pay.
+    """Write KIND.png for each kind of record that has a chart, for the device measured last."""
+    import matplotlib  # Importing it takes a second, which tables do not need.
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

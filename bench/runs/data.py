@@ -1,10 +1,10 @@
 """`remixmatch bench data`: opening a cache, preparing a folder of images, and training on many images and on few.
 
-Opening: a cache in CIFAR-10's shape, whose files are read from the disk each time. It should take less than 0.5 s.
-Preparing: a folder of photographs, in turn with what DALI alone takes to read, decode, resize and crop them. It should
-be at least 0.7 times as fast.
-Training: on many images, on few, and on next to none, in turn, each in a process of its own. On many a step should take
-at most 1.1 times as long as on few, and the process at most 2 GiB more than on next to none.
+Opening: a cache of CIFAR-10's size, read from disk each time. Target: less than 0.5 s.
+Preparing: a folder of photographs, in alternation with DALI alone, which reads, decodes, resizes and crops them.
+Target: at least 0.7 times DALI's rate.
+Training: on many images, on few, and on very few, in alternation, each in its own process. Targets: on many images, a
+step takes at most 1.1 times as long as on few, and the process needs at most 2 GiB more than on very few.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ from pipelines.decode import BATCH, decoded_and_resized
 from pipelines.folder import prepare
 
 CIFAR_IMAGES, CIFAR_SIDE = 50_000, 32
-PHOTOGRAPH, QUALITY = (500, 375), 90  # width and height in pixels, and JPEG's quality
+PHOTOGRAPH, QUALITY = (500, 375), 90  # Width and height in pixels, and JPEG quality.
 SIDE = 96
-NO_IMAGES = 200  # next to none, to train in a process whose memory the images do not count in
+NO_IMAGES = 200  # So few that they do not matter for the memory of the process.
 _LABELED = 5000
-_CHUNK = 1000  # images written at a time
+_CHUNK = 1000  # Images written at a time.
 
 
 @dataclass
 class DataOptions:
-    """Times opening a cache, preparing a folder, and training on many images."""
+    """Time opening a cache, preparing a folder, and training on many images."""
 
     out: Path = records.OUT / "data.jsonl"
-    """Rows are added to this file."""
+    """File to append records to."""
     parts: tuple[str, ...] = ("opening", "preparing", "training")
-    """What is measured."""
+    """Parts to measure."""
     folder: Path | None = None
-    """Where the images are made, and removed afterwards; by default where the system has its temporary files.
-    Preparing takes 100 KB an image, training 28."""
+    """Folder for the generated images, which are removed afterwards; by default the system's temporary folder.
+    Preparing needs 100 KB per image, training 28 KB."""
     repeats: int = 15
-    """Openings; the median counts."""
+    """Number of times the cache is opened; the median is reported."""
     rounds: int = 3
-    """Turns of preparing and of training; the median counts."""
+    """Rounds of preparing and training; the median is reported."""
     files: int = 500
-    """Photographs that are prepared."""
+    """Number of photographs to prepare."""
     threads: int = 0
-    """Of preparing and of DALI alone; 0 for as many as there are cores."""
+    """Threads for preparing and for DALI alone; 0 means one per core."""
     images: int = 20_000
-    """Many images to train on."""
+    """Number of training images in the large set."""
     few_images: int = 5000
-    """Few images to train on."""
+    """Number of training images in the small set."""
     steps: int = 30
-    """Steps of a training run; the median of their times counts."""
+    """Steps of a training run; their median time is reported."""
     views: Literal["auto", "dali", "fused"] = "auto"
-    """What makes the views; see `remixmatch train`."""
+    """Implementation of the views; see `remixmatch train`."""
 
 
 def main(options: DataOptions) -> None:
-    """Measures the parts one after another, and writes a row for each.
+    """Measure the parts one after another, and write a record for each.
 
     Raises:
-        UserError: a flag that cannot work, or a folder that cannot hold the images.
-        RuntimeError: a training run failed.
+        UserError: A flag is invalid, or the images do not fit into the folder.
+        RuntimeError: A training run failed.
     """
     parts: dict[str, Callable[[DataOptions, Path, torch.device], dict[str, Any]]] = {
         "opening": _opening,
@@ -95,7 +95,7 @@ def main(options: DataOptions) -> None:
             with TemporaryDirectory(dir=options.folder) as folder:
                 row = parts[part](options, Path(folder), device)
         except (cache.DataError, OSError) as error:
-            raise UserError(f"--folder: {part} needs a place for its images ({error})") from error
+            raise UserError(f"--folder: {part} cannot store its images ({error})") from error
         BENCH.write(options.out, "data", device, part=part, **row)
 
 
@@ -106,7 +106,7 @@ def _seconds(function: Callable[..., Any], *arguments: Any, **options: Any) -> f
 
 
 def write_cache(folder: Path, images: int, side: int) -> Path:
-    """Writes a cache of noise, with ten classes, so many training images and 100 test images, and returns it."""
+    """Write a cache of noise with ten classes, the given number of training images and 100 test images; return it."""
     with cache.writing(folder) as temporary:
         for part, rows in (("train", images), ("test", 100)):
             into = cache.array(temporary, f"{part}_images", (rows, side, side, 3))
@@ -125,7 +125,7 @@ def _opening(options: DataOptions, folder: Path, device: torch.device) -> dict[s
     def open_from_disk() -> float:
         for path in made.iterdir():
             with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # forget what is in memory of it
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # Drop it from the page cache.
         begin = time.perf_counter()
         cache.open_cache(made, "")
         return time.perf_counter() - begin
@@ -141,14 +141,14 @@ def _preparing(options: DataOptions, folder: Path, device: torch.device) -> dict
     root, decoder = folder / "photographs", "gpu" if device.type == "cuda" else "cpu"
     files = write_photographs(root, options.files)
     threads = options.threads or len(os.sched_getaffinity(0))
-    deque(dali_alone(files[:BATCH], threads, decoder), maxlen=0)  # imports DALI
+    deque(dali_alone(files[:BATCH], threads, decoder), maxlen=0)  # Import DALI.
     functions = {
         "prepare": lambda: _seconds(prepare, root, SIDE, threads=threads, device=decoder, again=True),
         "dali": lambda: _seconds(deque, dali_alone(files, threads, decoder), maxlen=0),
     }
     with _data_dir(folder / "data"):
         rounds = interleave(functions, options.rounds)
-    decoded = math.ceil(len(files) / BATCH) * BATCH  # by DALI alone, which fills its last batch
+    decoded = math.ceil(len(files) / BATCH) * BATCH  # DALI alone fills its last batch.
     ratios = [len(files) / taken["prepare"] * taken["dali"] / decoded for taken in rounds]
     return {
         "images": len(files), "side": SIDE, "decoder": decoder, "threads": threads, "rounds": options.rounds,
@@ -159,11 +159,11 @@ def _preparing(options: DataOptions, folder: Path, device: torch.device) -> dict
 
 
 def write_photographs(root: Path, count: int) -> list[Path]:
-    """Writes JPEGs that all differ into a folder as `remixmatch data prepare` takes it.
+    """Write distinct JPEGs to a folder that `remixmatch data prepare` accepts.
 
     Args:
-        root: the folder.
-        count: of the JPEGs, at least 4. A tenth is labeled, a tenth for testing.
+        root: The folder.
+        count: Number of JPEGs, at least 4. A tenth is labeled, a tenth is for testing.
 
     Returns:
         The files.
@@ -185,15 +185,15 @@ def write_photographs(root: Path, count: int) -> list[Path]:
 
 
 def dali_alone(files: list[Path], threads: int, device: str) -> Iterator[np.ndarray]:
-    """Has DALI read, decode, resize and crop all files once.
+    """Read, decode, resize and crop all files once with DALI.
 
     Args:
-        files: JPEGs.
-        threads: of DALI.
+        files: JPEG files.
+        threads: DALI's number of threads.
         device: "cpu" or "gpu".
 
     Yields:
-        Batches of images, (BATCH, SIDE, SIDE, 3) uint8; after the last file they begin again with the first.
+        Batches of images, (BATCH, SIDE, SIDE, 3) uint8. The last batch is filled up with the first files.
     """
     from nvidia.dali import fn, pipeline_def
 
@@ -211,7 +211,7 @@ def dali_alone(files: list[Path], threads: int, device: str) -> Iterator[np.ndar
 
 @contextmanager
 def _data_dir(folder: Path) -> Iterator[None]:
-    """Has caches of this process in a folder, for as long as this lasts."""
+    """Use a folder for this process's caches within the context."""
     before = os.environ.get("REMIXMATCH_DATA")
     os.environ["REMIXMATCH_DATA"] = str(folder)
     try:
@@ -223,13 +223,13 @@ def _data_dir(folder: Path) -> Iterator[None]:
 
 
 def train_apart(folder: Path, images: int, steps: int, views: str) -> dict[str, float]:
-    """Trains in a process of its own, on so many images of SIDE, whose cache is made where `folder` has none.
+    """Train in a separate process on the given number of SIDE x SIDE images; create their cache if it is missing.
 
     Returns:
-        What `bench.runs.data_worker` prints.
+        The output of `bench.runs.data_worker`.
 
     Raises:
-        RuntimeError: training failed.
+        RuntimeError: Training failed.
     """
     data = folder / f"{images}"
     if not data.exists():
@@ -248,11 +248,11 @@ def _training(options: DataOptions, folder: Path, device: torch.device) -> dict[
         "images": options.images, "few_images": options.few_images, "side": SIDE, "views": options.views,
         "steps": options.steps, "rounds": options.rounds,
     }  # fmt: skip
-    for figure in ("step_ms", "mean_step_ms", "cpu_step_ms"):
-        many, few = ([taken[images][figure] for taken in rounds] for images in (options.images, options.few_images))
+    for metric in ("step_ms", "mean_step_ms", "cpu_step_ms"):
+        many, few = ([taken[images][metric] for taken in rounds] for images in (options.images, options.few_images))
         ratios = [one / other for one, other in zip(many, few, strict=True)]
-        name = figure.removesuffix("_ms")
-        row |= {figure: median(many), f"few_{figure}": median(few), **_median_and_range(f"{name}_ratio", ratios)}
+        name = metric.removesuffix("_ms")
+        row |= {metric: median(many), f"few_{metric}": median(few), **_median_and_range(f"{name}_ratio", ratios)}
     none, few, many = ([taken[images]["peak_memory_mib"] for taken in rounds] for images in sizes)
     memory = {"peak_memory_mib": max(many), "few_peak_memory_mib": max(few), "data_memory_mib": max(many) - min(none)}
     return row | memory
@@ -276,13 +276,13 @@ BENCH = Bench(
                 "open, s": "{open_seconds:.4f}",
                 "prepare, images/s": "{prepare_images_per_second:,.0f}",
                 "DALI alone, images/s": "{dali_images_per_second:,.0f}",
-                "prepare / DALI alone": "{prepare_ratio:.2f} ({least_prepare_ratio:.2f} to {most_prepare_ratio:.2f})",
+                "prepare / DALI": "{prepare_ratio:.2f} ({least_prepare_ratio:.2f} to {most_prepare_ratio:.2f})",
                 "views": "{views}",
                 "step, ms": "{step_ms:.1f}",
-                "with fewer images, ms": "{few_step_ms:.1f} ({few_images:,})",
-                "step / with fewer": "{step_ratio:.2f} ({least_step_ratio:.2f} to {most_step_ratio:.2f})",
-                "of CPU time": "{cpu_step_ratio:.2f}",
-                "memory for the data, MiB": "{data_memory_mib:.0f}",
+                "step on fewer images, ms": "{few_step_ms:.1f} ({few_images:,})",
+                "relative step time": "{step_ratio:.2f} ({least_step_ratio:.2f} to {most_step_ratio:.2f})",
+                "relative CPU time": "{cpu_step_ratio:.2f}",
+                "data memory, MiB": "{data_memory_mib:.0f}",
             },
         ),
     },

@@ -1,7 +1,7 @@
-"""A run that `bench data` measures: `python -m bench.runs.data_worker FOLDER STEPS VIEWS`.
+"""Training run of `bench data`: `python -m bench.runs.data_worker FOLDER STEPS VIEWS`.
 
-Trains on the cache `stl10` into FOLDER and prints a JSON object: median and mean milliseconds of a step, those of the
-process's CPU time, and its peak memory in MiB.
+Train on the cache `stl10` into FOLDER, and print a JSON object: median and mean milliseconds per step, CPU milliseconds
+per step, and peak memory in MiB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.training import ranges
 
 
 def main() -> None:
-    """Train, and print what it took."""
+    """Train, and print time and memory."""
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     ends: list[float] = []
     cpu: list[float] = []
@@ -32,7 +32,7 @@ def main() -> None:
         ends.append(time.perf_counter())
         cpu.append(time.process_time())
 
-    # A small network, so that the images' part of a step is not lost in it.
+    # The network is small, so that the images take a visible share of the step.
     small: dict[str, Any] = {"width": 16, "blocks": 1, "scales": 2, "batch": 8, "k": 1, "views": sys.argv[3]}
     config = Config(
         dataset="stl10", labels=100, max_shift=12, steps=steps, eval_every=steps, checkpoint_every=steps, **small
@@ -40,8 +40,8 @@ def main() -> None:
     with ranges.listening(on_step_end(ended)):
         run.train(setup_run(config, folder), quiet=True)
     times = [1e3 * (end - begin) for begin, end in pairwise(ends)]
-    figures = {"step_ms": median(times), "mean_step_ms": mean(times), "peak_memory_mib": peak_memory()}
-    print(json.dumps(figures | {"cpu_step_ms": 1e3 * (cpu[-1] - cpu[0]) / (steps - 1)}))
+    metrics = {"step_ms": median(times), "mean_step_ms": mean(times), "peak_memory_mib": peak_memory()}
+    print(json.dumps(metrics | {"cpu_step_ms": 1e3 * (cpu[-1] - cpu[0]) / (steps - 1)}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`remixmatch bench digits`: accuracy on handwritten digits over seeds, alongside LabelSpreading of scikit-learn.
 
-Evaluation protocol of Oliver et al. (2018): one code base, several label splits, mean and standard deviation. A row
-already in the results file is not measured again, so an interrupted bench goes on where it stopped.
+Evaluation protocol of Oliver et al. (2018): one code base, several label splits, mean and standard deviation. Existing
+records are not measured again, so an interrupted bench can be resumed.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from engine.training.execution import pick_device
 from pipelines.datasets import digits
 from pipelines.splits import balanced
 
-LOW_ACCURACY = 96  # percent; runs of digits-40 below it have taken one style of writing for another digit
-NEIGHBOURS = (5, 7, 10, 15, 20, 30)
+LOW_ACCURACY = 96  # Percent. digits-40 runs below it have confused one style of writing with another digit.
+NEIGHBORS = (5, 7, 10, 15, 20, 30)
 LABEL_COUNTS = (40, 10)
 
 
 @dataclass
 class DigitsOptions:
-    """Trains presets over seeds, and LabelSpreading on the same splits."""
+    """Train presets over seeds, and LabelSpreading on the same splits."""
 
     presets: tuple[str, ...] = tuple(name for name, config in PRESETS.items() if config.dataset == "digits")
     """Presets to train."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of splits, weights and plans."""
+    """Seeds of label splits, initial weights and plans."""
     out: Path = records.OUT / "digits.jsonl"
-    """Rows are added to this file."""
+    """File to append records to."""
     steps: int | None = None
-    """Steps instead of the preset's: for a quick look."""
+    """Number of steps instead of the preset's, for a quick check."""
 
 
 def main(options: DigitsOptions) -> None:
-    """Measures what is missing from the results file, row by row."""
+    """Measure what is missing from the results file."""
     known = {(row["method"], row["seed"], row.get("neighbours")) for row in records.read(options.out)}
     device = torch.device("cpu")
     for labels in LABEL_COUNTS:
         method = f"LabelSpreading, {labels} labels"
-        for seed, neighbours in itertools.product(options.seeds, NEIGHBOURS):
+        for seed, neighbours in itertools.product(options.seeds, NEIGHBORS):
             if (method, seed, neighbours) not in known:
                 row = _label_spreading(labels, seed, neighbours)
                 records.append(options.out, records.record("digits", device, method=method, seed=seed, **row))
@@ -85,7 +85,7 @@ def _label_spreading(labels: int, seed: int, neighbours: int) -> dict:
     known[split] = data.train_labels[split]
     begin = time.perf_counter()
     model = LabelSpreading(kernel="knn", n_neighbors=neighbours, max_iter=200)
-    with np.errstate(invalid="ignore"):  # few neighbours leave islands that no label reaches
+    with np.errstate(invalid="ignore"):  # With few neighbors, some islands are not reached by any label.
         model.fit(_flat(data.train_images), known)
         predicted = model.predict(_flat(data.test_images))
     accuracy = 100.0 * float(np.mean(predicted == data.test_labels))
@@ -98,14 +98,14 @@ def _label_spreading(labels: int, seed: int, neighbours: int) -> dict:
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8 grey images to (N, H * W) float64 in [0, 1]."""
+    """Convert (N, H, W, 3) uint8 gray images to (N, H * W) float64 in [0, 1]."""
     return images[..., 0].reshape(len(images), -1) / 255.0
 
 
 def digits_table(rows: Sequence[records.Row]) -> str:
-    """Return a table per machine, a line per method: mean and sample standard deviation over seeds, in percent.
+    """Return a table per machine with a line per method: mean and sample standard deviation over seeds, in percent.
 
-    LabelSpreading is shown with the neighbour count of the best mean, chosen on the test images in its favor.
+    LabelSpreading is shown with the neighbor count of the best mean, chosen on the test images in its favor.
     """
     machines: dict[str, list[records.Row]] = defaultdict(list)
     for row in rows:
@@ -123,7 +123,7 @@ def _table_of_machine(rows: Sequence[records.Row]) -> str:
         accuracies = [r["test_accuracy"] for r in runs]
         medians = [r["median_last_20"] for r in runs if "median_last_20" in r]
         lines.append([
-            method if neighbours is None else f"{method.split(',')[0]} of scikit-learn, {neighbours} neighbours",
+            method if neighbours is None else f"{method.split(',')[0]} (scikit-learn), {neighbours} neighbors",
             str(runs[0]["labels"]),
             str(len(runs)),
             _spread(accuracies),
@@ -131,8 +131,8 @@ def _table_of_machine(rows: Sequence[records.Row]) -> str:
             str(sum(accuracy < LOW_ACCURACY for accuracy in accuracies)),
             _spread(medians) if medians else "",
         ])  # fmt: skip
-    low = f"under {LOW_ACCURACY} %"
-    heads = ["method", "labels", "seeds", "test accuracy, %", "lowest seed", low, "median of last 20, %"]
+    low = f"seeds below {LOW_ACCURACY} %"
+    heads = ["method", "labels", "seeds", "test accuracy, %", "worst seed", low, "median of last 20, %"]
     source = f"Measured on {rows[-1]['device']}; torch {rows[-1]['versions']['torch']}."
     return f"{markdown_table(heads, lines)}\n\n{source}"
 

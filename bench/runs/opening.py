@@ -23,30 +23,30 @@ from engine.measuring import records
 from engine.report import command
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WINDOWS = {"desk": (1400, 900, "light"), "phone": (360, 780, "dark")}  # width, height, colour scheme
+WINDOWS = {"desk": (1400, 900, "light"), "phone": (360, 780, "dark")}  # Width, height, color scheme.
 
 
 @dataclass
 class OpeningOptions:
-    """Writes the page of some runs, and opens it again and again."""
+    """Write the page of some runs, and open it repeatedly."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
-    """Folders of runs, or folders that hold such folders."""
+    """Run folders, or folders that contain run folders."""
     out: Path = records.OUT / "opening.jsonl"
-    """A row is added to this file."""
+    """File to append a record to."""
     repeats: int = 5
-    """Openings in each window, each in a new profile; the median counts."""
+    """Number of times the page is opened in each window, with a new profile; the median is reported."""
 
 
 def main(options: OpeningOptions) -> None:
-    """Writes the page, opens it, and writes a row.
+    """Write the page, open it, and write a record.
 
     Raises:
-        UserError: a flag that cannot work, no browser, or no runs.
+        UserError: A flag is invalid, or the browser or the runs are missing.
     """
     records.check_numbers(options, repeats=1)
     if problem := missing():
-        raise UserError(f"bench opening needs {problem}")
+        raise UserError(f"bench opening requires {problem}")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
         begin = time.perf_counter()
@@ -64,7 +64,7 @@ def main(options: OpeningOptions) -> None:
 
 
 def missing() -> str:
-    """What there is to install before a page can be opened; "" if nothing."""
+    """Return what has to be installed to open a page; "" if nothing is missing."""
     if find_spec("playwright") is None:
         return "playwright: pip install playwright"
     return "" if _program() else "a browser: apt-get install chromium"
@@ -72,7 +72,7 @@ def missing() -> str:
 
 @contextmanager
 def launch() -> Iterator[Any]:
-    """The system's browser, without a window, as playwright's Browser; playwright downloads none."""
+    """Start the system's browser headless, as a playwright Browser; playwright does not download one."""
     from playwright.sync_api import sync_playwright
 
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -89,10 +89,10 @@ def _program() -> str | None:
 
 
 def wait_until_drawn(page: Any) -> None:
-    """Waits until all charts of a page of `remixmatch report` that are open are drawn.
+    """Wait until all visible charts of a `remixmatch report` page are drawn.
 
     Args:
-        page: playwright's Page.
+        page: A playwright Page.
     """
     page.wait_for_selector("html[data-drawn=yes]", timeout=60_000)
 
@@ -109,16 +109,16 @@ def _seconds(browser: Any, path: Path, width: int, height: int, scheme: Any) -> 
 BENCH = Bench(
     options=OpeningOptions,
     main=main,
-    quick=None,  # It needs a browser, which not every machine has.
+    quick=None,  # Requires a browser, which not every machine has.
     tables={
         "opening": Table(
             key=("runs",),
             columns={
-                "runs on the page": "{runs}",
-                "MB": "{megabytes:.2f}",
-                "written in, s": "{write_seconds:.1f}",
-                "drawn at 1 400 pixels, s": "{desk_seconds:.2f}",
-                "at 360, s": "{phone_seconds:.2f}",
+                "runs": "{runs}",
+                "size, MB": "{megabytes:.2f}",
+                "writing, s": "{write_seconds:.1f}",
+                "drawing at 1 400 pixels, s": "{desk_seconds:.2f}",
+                "drawing at 360 pixels, s": "{phone_seconds:.2f}",
                 "browser": "{browser}",
             },
         ),

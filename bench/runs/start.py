@@ -1,7 +1,7 @@
 """`remixmatch bench start`: from the command to the first trained step, by part.
 
-A real `remixmatch train` in a process of its own (`start_worker.py`), which says when it has come how far and
-ends with its first step; beside it `--help`, which waits for nothing but the options.
+A real `remixmatch train` in its own process (`start_worker.py`), which reports when each part ends and exits after its
+first step. `--help`, which loads only the options, is timed as well.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from engine.measuring.timing import bench_device
 
 @dataclass
 class StartOptions:
-    """Times starts of a run."""
+    """Time the start of a run."""
 
     out: Path = records.OUT / "start.jsonl"
-    """Rows are added to this file."""
+    """File to append records to."""
     repeats: int = 5
-    """Starts; the median counts."""
+    """Number of starts; the median is reported."""
     preset: str = "digits-40"
-    """What is trained."""
+    """Preset to train."""
 
 
 def main(options: StartOptions) -> None:
-    """Starts the run again and again, and writes a row.
+    """Start the run repeatedly, and write a record.
 
     Raises:
-        UserError: a flag that cannot work.
-        RuntimeError: a start failed.
+        UserError: A flag is invalid.
+        RuntimeError: A start failed.
     """
     records.check_numbers(options, repeats=1)
     device = bench_device()
@@ -46,10 +46,10 @@ def main(options: StartOptions) -> None:
 
 
 def start(preset: str) -> dict[str, float]:
-    """Starts a run once.
+    """Start a run once.
 
     Returns:
-        Seconds of each of PARTS; "start", their sum; "cpu", the process's own CPU time; "help", of `--help`.
+        Seconds of each of PARTS; "start", their sum; "cpu", the CPU time of the process; "help", the time of `--help`.
     """
     with TemporaryDirectory() as folder:
         begin = time.time()
@@ -76,7 +76,7 @@ BENCH = Bench(
                 "interpreter": "{python_seconds:.2f}",
                 "options, data, folder": "{options_seconds:.2f}",
                 "imports": "{imports_seconds:.2f}",
-                "network, optimiser": "{trainer_seconds:.2f}",
+                "network, optimizer": "{trainer_seconds:.2f}",
                 "view pipeline": "{views_seconds:.2f}",
                 "first step": "{step_seconds:.2f}",
                 "CPU time": "{cpu_seconds:.2f}",

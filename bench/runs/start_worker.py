@@ -1,7 +1,7 @@
-"""A run that `bench start` times: `python -m bench.runs.start_worker train PRESET ...`.
+"""Run that `bench start` times: `python -m bench.runs.start_worker train PRESET ...`.
 
-Prints its CPU time and when each of PARTS ended, in seconds, and ends with the first trained step. Nothing is imported
-before the command would import it.
+Print its CPU time and the time when each of PARTS ended, in seconds, and exit after the first trained step. Nothing is
+imported earlier than the command would import it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import time
 
 from bench.runs.step_ends import on_step_end
 
-# The parts of a start, each with the range that begins when it ends. python: the interpreter; options: flags, data set
-# and folder; imports: torch and what rests on it; trainer: network, optimizer, the run's folder; views: their pipeline
-# and the first plans; step: the first views, and a step.
+# Parts of a start, each with the range that begins when the part ends. python: the interpreter; options: flags, data
+# set and folder; imports: torch and modules that depend on it; trainer: network, optimizer and the run's folder; views:
+# their pipeline and the first plans; step: the first views and one step.
 ENDS = {"options": "import", "imports": "build", "trainer": "prepare", "views": "wait for views"}
 PARTS = ("python", *ENDS, "step")
 
 
 def main() -> None:
-    """Run the command as far as its first step."""
+    """Run the command up to its first step."""
     started = time.time()
     from engine.commands import main as cli
     from engine.training import ranges

@@ -1,4 +1,4 @@
-"""Tells when a step of a run has ended, for the processes that `bench start` and `bench data` time."""
+"""Detection of the end of a training step, for the processes that `bench start` and `bench data` time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 def on_step_end(ended: Callable[[], None]) -> Callable[[str], None]:
-    """Return a listener for `engine.training.ranges.listening` that calls a function after each step of a run.
+    """Return a listener for `engine.training.ranges.listening` that calls a function after each training step.
 
-    A step ends with the range "metrics" of the main thread. Until that waits for its first views, the step is only
-    captured.
+    A step ends with the range "metrics" in the main thread. Before the main thread waits for its first views, steps are
+    only captured.
     """
     last, training = "", False
 

@@ -17,13 +17,13 @@ def row(method, seed, accuracy, **more):
     return dict(method=method, seed=seed, test_accuracy=accuracy) | common | more
 
 
-def test_report_needs_rows_and_markers(tmp_path, capsys):
-    with pytest.raises(UserError, match="has no records: measure some with remixmatch bench NAME"):
+def test_report_requires_records_and_markers(tmp_path, capsys):
+    with pytest.raises(UserError, match="has no records; measure some with remixmatch bench NAME"):
         report.main(report.TablesOptions(results=tmp_path))
     records.append(tmp_path / "digits.jsonl", row("digits-40", 0, 96.0, median_last_20=95.0))
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
-    with pytest.raises(UserError, match="has no line"):
+    with pytest.raises(UserError, match="must contain the lines"):
         report.main(report.TablesOptions(results=tmp_path, readme=readme))
     readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
     report.main(report.TablesOptions(results=tmp_path, readme=readme))
@@ -33,7 +33,7 @@ def test_report_needs_rows_and_markers(tmp_path, capsys):
 
 
 def measured(bench, device="CPU", **values):
-    """Rows of a performance bench that hold what tells them apart, and a few figures."""
+    """Return a record of a performance bench, with the fields of its key and a few values."""
     known = dict(
         kernel="guess",
         size="step",
@@ -52,7 +52,7 @@ def measured(bench, device="CPU", **values):
     ) | values  # fmt: skip
 
 
-def test_the_newest_row_of_a_case_stands_a_device_a_table():
+def test_tables_show_the_newest_record_of_a_case_per_device():
     rows = [
         measured("pipelines", views_per_second=10_000.0, ratio_to_pil=1.0),
         measured("pipelines", backend="fused", views_per_second=70_000.0, ratio_to_pil=7.0),
@@ -65,14 +65,14 @@ def test_the_newest_row_of_a_case_stands_a_device_a_table():
     assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |  |" and "Measured on H200" in second
 
 
-def test_what_was_not_measured_is_left_empty():
+def test_missing_values_are_left_empty():
     row = measured("throughput", step_ms=2.0, floor_ms=None, images_per_second=1234.5)
     assert TABLES["throughput"].markdown([row]).splitlines()[2] == (
         "| bench | 1 | 2 | eager | dali | 1 | fp32 | torch |  | 2.00 |  | 1,234 |  |  |  |  |"
     )
 
 
-def test_charts_are_drawn_of_what_has_rows(tmp_path):
+def test_charts_are_drawn_for_existing_records(tmp_path):
     folder = tmp_path / "charts"
     for k in (1, 2):
         records.append(tmp_path / "throughput.jsonl", measured("throughput", k=k, images_per_second=100.0 * k))
@@ -86,18 +86,18 @@ def test_charts_are_drawn_of_what_has_rows(tmp_path):
     assert (folder / "pipelines.png").exists()
 
 
-def test_records_are_those_of_the_current_folder(tmp_path, monkeypatch, capsys):
+def test_records_come_from_the_current_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"bench-results has no records: .* --results CHECKOUT/bench/results"):
+    with pytest.raises(UserError, match=r"bench-results has no records; .* --results CHECKOUT/bench/results"):
         report.main(report.TablesOptions())
     records.append(records.OUT / "digits.jsonl", row("mine", 0, 96.0))
     report.main(report.TablesOptions())
     out, err = capsys.readouterr()
-    assert "| mine | 40 | 1 | 96.0 |" in out and err == "remixmatch: records of bench-results\n"
+    assert "| mine | 40 | 1 | 96.0 |" in out and err == "remixmatch: records from bench-results\n"
 
 
-def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
-    """Not that of a repository in whose environment the package is installed."""
+def test_the_commit_is_that_of_the_engines_repository(tmp_path, monkeypatch):
+    """If the package is installed inside another repository, that repository's commit is not used."""
     monkeypatch.delenv("REMIXMATCH_COMMIT", raising=False)
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
@@ -105,7 +105,7 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
     assert provenance.commit.__wrapped__() == "unknown"
 
 
-def test_every_committed_row_says_how_it_was_measured():
+def test_every_committed_record_says_how_it_was_measured():
     for path in records.RESULTS.glob("*.jsonl"):
         for line in path.read_text().splitlines():
             assert {"bench", "device", "versions", "commit", "command", "date"} <= json.loads(line).keys(), path

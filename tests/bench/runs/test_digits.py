@@ -17,7 +17,7 @@ def test_table_has_mean_and_sample_deviation_over_seeds():
     assert table[2] == "| digits-40 | 40 | 3 | 96.0 ± 2.0 | 94.0 | 1 | 90.0 ± 0.0 |"
 
 
-def test_every_machine_has_a_table_of_its_own():
+def test_every_machine_has_its_own_table():
     devices = ("CPU, A, 1 threads of 2", "CPU, A, 2 threads of 2", "CPU, B, 1 threads of 2")
     one, two = digits.digits_table([row("digits-40", 0, 95.0, device=device) for device in devices]).split("\n\n| ")
     assert "| digits-40 | 40 | 2 | 95.0 ± 0.0 |" in one
@@ -25,22 +25,22 @@ def test_every_machine_has_a_table_of_its_own():
     assert "| digits-40 | 40 | 1 | 95.0 |" in two and two.endswith("Measured on CPU, B, 1 threads of 2; torch 2.0.")
 
 
-def test_label_spreading_stands_with_its_best_neighbour_count():
+def test_label_spreading_is_shown_with_its_best_neighbor_count():
     rows = [
         row("LabelSpreading, 40 labels", s, a + n, neighbours=n) for n in (5, 7) for s, a in enumerate((80.0, 81.0))
     ]
     lines = [line for line in digits.digits_table(rows).splitlines() if "LabelSpreading" in line]
-    assert len(lines) == 1 and "7 neighbours" in lines[0] and "87.5 ± 0.7" in lines[0]
+    assert len(lines) == 1 and "7 neighbors" in lines[0] and "87.5 ± 0.7" in lines[0]
 
 
-def test_the_page_of_results_shows_the_table_of_the_committed_rows():
+def test_the_results_page_shows_the_table_of_the_committed_records():
     rows = records.read(records.RESULTS / "digits.jsonl")
     assert rows
     assert f"{report.BEGIN}\n{digits.digits_table(rows)}\n{report.END}" in TEXTS["docs/results.md"]
 
 
-def test_bench_measures_what_is_missing_and_only_that(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits, "NEIGHBOURS", (15,))
+def test_bench_measures_only_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "NEIGHBORS", (15,))
     out = tmp_path / "digits.jsonl"
     options = digits.DigitsOptions(presets=("digits-40-supervised",), seeds=(0,), out=out, steps=2)
     digits.main(options)

@@ -1,4 +1,4 @@
-"""`remixmatch bench start`: a real start, whose parts add up."""
+"""`remixmatch bench start`: the parts of a real start add up."""
 
 from threading import Thread
 
@@ -22,7 +22,7 @@ def test_a_start_is_timed_by_part(tmp_path, capsys):
     assert f"command to first step, s: {row['start_seconds']:.2f}; interpreter: " in capsys.readouterr().out
 
 
-def test_what_cannot_start():
+def test_invalid_starts():
     with pytest.raises(UserError, match="--repeats must be at least 1, got 0"):
         start.main(start.StartOptions(repeats=0))
     with pytest.raises(RuntimeError, match="exit code 2: remixmatch: unknown preset 'digits-4'"):
@@ -30,8 +30,8 @@ def test_what_cannot_start():
 
 
 @pytest.mark.parametrize("step", [["exchange", "assemble", "metrics"], ["replay"]], ids=["eager", "captured"])
-def test_where_a_step_ends(step):
-    """Neither where it is captured, nor where plans are drawn in between or in another thread."""
+def test_the_end_of_a_step_is_detected(step):
+    """A capture, plans drawn in between, and other threads do not count."""
     plans = ["", "plan", "wait for plan", "views"]
     captured = ["prepare", "copy plan", "assemble", "metrics", *plans, ""]
     first = ["wait for views", "drain", *plans, "copy plan", *step, "metrics", ""]
