@@ -228,17 +228,17 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         if variant in known:
             continue
         try:
-            figures = measure(variant)
+            cost = measure(variant)
         except (RuntimeError, UserError) as error:
             log.warning(f"{variant}: cannot measure its cost ({' '.join(str(error).split())})")
             continue
         device = pick_device(configs[variant])
         known[variant] = records.record(
             "ablate", device, kind="costs", preset=configs[variant].preset, variant=variant, cell=keys[variant],
-            full=keys[REMIXMATCH], **figures,
+            full=keys[REMIXMATCH], **cost,
         )  # fmt: skip
         records.append(path, known[variant])
-        print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+        print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in cost.items()), flush=True)
     return {variant: known[variant] for variant in configs if variant in known}
 
 
@@ -309,7 +309,7 @@ def write(
     variants = [AblationRow(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "ablate.csv", _csv(name, entries, found, variants), shared=True)
-    title = table_results.title(f"{name}, ablated", entries, options.training.steps_scale)
+    title = table_results.title(f"{name}, ablations", entries, options.training.steps_scale)
     text = markdown(title, variants)
     write_text(out / "table.md", text, shared=True)
     print(text, end="")

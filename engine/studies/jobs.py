@@ -245,14 +245,14 @@ def status(root: Path, job: Job) -> Status:
     content = read_json(newest) if newest else {}
     known = {"host": content.get("host", ""), "commit": content.get("commit", "")}
     try:
-        begun = load_config(folder / "config.json") if (folder / "config.json").exists() else None
+        found = load_config(folder / "config.json") if (folder / "config.json").exists() else None
     except UserError as error:
         return Status("failed", reason=f"{error}; move the folder away", **known)
-    if begun and digest(begun) != job.digest:
-        differing = changed_fields(begun, job.config, ignored=PLACE)
+    if found and digest(found) != job.digest:
+        differing = changed_fields(found, job.config, ignored=PLACE)
         reason = f"{folder} has a different configuration ({'; '.join(differing)}); move the folder away"
         return Status("failed", reason=reason, **known)
-    if begun and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:
+    if found and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:
         return Status("done", job.config.steps, summary, **known)
     step = last_step(folder / "metrics.jsonl")
     if newest and not claimable(newest):

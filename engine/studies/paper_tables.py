@@ -109,8 +109,8 @@ def papers_difference(row: str, k: int) -> float | None:
     """
     errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
     errors["k=8"] = errors[REMIXMATCH]
-    beside = f"k={k}" if row.startswith("k=") else REMIXMATCH
-    return errors[row] - errors[beside] if row != REMIXMATCH and row in errors and beside in errors else None
+    full = f"k={k}" if row.startswith("k=") else REMIXMATCH
+    return errors[row] - errors[full] if row != REMIXMATCH and row in errors and full in errors else None
 
 
 @dataclass(frozen=True)

@@ -131,15 +131,15 @@ def difference(errors: Mapping[int, float], full: Mapping[int, float]) -> Differ
     if not seeds:
         return None
     ours, theirs = [errors[seed] for seed in seeds], [full[seed] for seed in seeds]
-    apart = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(seeds) == 1:
-        return Difference(apart[0], None, None, seeds)
-    if max(apart) == min(apart):  # scipy warns if there is no spread.
-        return Difference(apart[0], apart[0], apart[0], seeds)
+        return Difference(differences[0], None, None, seeds)
+    if max(differences) == min(differences):  # scipy warns if there is no spread.
+        return Difference(differences[0], differences[0], differences[0], seeds)
     from scipy.stats import ttest_rel  # Takes most of a second.
 
     interval = ttest_rel(ours, theirs).confidence_interval(CONFIDENCE)
-    return Difference(mean(apart), float(interval.low), float(interval.high), seeds)
+    return Difference(mean(differences), float(interval.low), float(interval.high), seeds)
 
 
 def line(
