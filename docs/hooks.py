@@ -1,13 +1,12 @@
-"""What the site's pages need beyond mkdocs: equations, quotes of the source, links to files outside docs/.
+"""mkdocs hooks for the site: equations, quotes of the source, and links to files outside docs/.
 
-The same Markdown is read on GitHub, so its conventions are GitHub's:
+GitHub renders the same Markdown, so the conventions are GitHub's:
 
-- Equations are LaTeX in blocks of ```math, or inline in $`...`$. They become MathML here, which browsers show by
-  themselves.
-- Links to other files of the repository are relative to the page. Those outside docs/ get a page of their own here,
-  with line numbers if they are source; data and pictures are copied.
-- A quote of the source is a block of ```python below a line that names the file and the function. The build fails where
-  the function no longer has these lines, and the line says where in the file they are.
+- Equations are LaTeX in ```math blocks, or inline in $`...`$. Here they become MathML, which browsers render natively.
+- Links to other files of the repository are relative to the page. Here a file outside docs/ gets its own page, with
+  line numbers if it is source; data and images are copied.
+- A quote of the source is a ```python block below a line that names file and function. The build adds the line numbers,
+  and fails if the function no longer has these lines.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-log = logging.getLogger("mkdocs.hooks.docs")  # warnings of mkdocs' loggers end a strict build
+log = logging.getLogger("mkdocs.hooks.docs")  # Warnings of mkdocs loggers fail a strict build.
 
-# files that GitHub and packages look for elsewhere, and what they are called in the site
+# Files outside docs/ because GitHub and packages expect them there, and their names in the site.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-SOURCE = "source"  # folder of the pages that show source files
+SOURCE = "source"  # Folder of the pages that show source files.
 LANGUAGES = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".toml": "toml", ".yml": "yaml", ".json": "json"}
 COPIED = (".jsonl", ".png")
 
 _CODE = re.compile(r"(^(?P<fence>`{3,}).*?^(?P=fence)$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _TARGET = re.compile(r"(?<=\]\()(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
-_INLINE_MATH = re.compile(r"\$<code>([^<]+)</code>\$")  # what Markdown makes of $`...`$
+_INLINE_MATH = re.compile(r"\$<code>([^<]+)</code>\$")  # Markdown's output for $`...`$.
 _QUOTE = re.compile(
     r"^\[`(?P<path>[^`]+)`\]\((?P<link>[^)]+)\), `(?P<name>[\w.]+)`:\n\n```python\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
@@ -47,12 +46,12 @@ _QUOTE = re.compile(
 
 @dataclass(frozen=True)
 class Quote:
-    """Lines of the source that a page shows.
+    """Source lines quoted by a page.
 
     Attributes:
-        path: of the file, from the repository's root.
-        name: of the function, class or method that has them, or of the variable that a module assigns.
-        code: the lines, without the indentation that all of them have.
+        path: Path of the file in the repository.
+        name: Qualified name of the function, class or method that contains them, or of the variable they assign.
+        code: The lines, without their common indentation.
     """
 
     path: str
@@ -61,15 +60,15 @@ class Quote:
 
 
 def quotes(markdown: str) -> list[Quote]:
-    """The quotes of a page, in their order."""
+    """Return the quotes of a page, in order."""
     return [Quote(found["path"], found["name"], found["code"]) for found in _QUOTE.finditer(markdown)]
 
 
 def find(quote: Quote) -> tuple[int, int]:
-    """The first and the last line of a quote in its file, counted from 1.
+    """Return the first and the last line number of a quote in its file, counted from 1.
 
     Raises:
-        ValueError: the file has no such function, or that has not these lines, one after another.
+        ValueError: The file does not contain the function, or the function does not contain the lines.
     """
     text = (ROOT / quote.path).read_text(encoding="utf-8")
     first, last = _span(ast.parse(text), quote)
@@ -78,8 +77,8 @@ def find(quote: Quote) -> tuple[int, int]:
         if textwrap.dedent("\n".join(lines[start : start + len(wanted)])).splitlines() == wanted:
             return start + 1, start + len(wanted)
     raise ValueError(
-        f"{quote.name} in {quote.path} (lines {first} to {last}) has no longer the lines that the page quotes, "
-        f"beginning with '{wanted[0]}': quote them anew, and see whether the text beside them is still true"
+        f"{quote.name} in {quote.path} (lines {first} to {last}) no longer contains the lines that the page quotes, "
+        f"beginning with '{wanted[0]}'; update the quote and check the text around it"
     )
 
 
@@ -101,7 +100,7 @@ def _names(node: ast.AST) -> list[str]:
 
 
 def outside_code(markdown: str, change: Callable[[str], str]) -> str:
-    """A page with something changed everywhere but in code, in blocks or inline."""
+    """Apply a change to a page, except to code blocks and inline code."""
     parts, end = [], 0
     for code in _CODE.finditer(markdown):
         parts += [change(markdown[end : code.start()]), code.group()]
@@ -110,7 +109,7 @@ def outside_code(markdown: str, change: Callable[[str], str]) -> str:
 
 
 def targets(markdown: str) -> Iterator[str]:
-    """The files that a page links to, as it names them."""
+    """Return the files that a page links to, as written in its links."""
     found: list[str] = []
     outside_code(markdown, lambda text: found.extend(m["path"] for m in _TARGET.finditer(text)) or text)
     return (path for path in found if not _external(path))
@@ -121,12 +120,12 @@ def _external(path: str) -> bool:
 
 
 def in_repository(page: str, target: str) -> str:
-    """Where a link of a page leads: both from the repository's root."""
+    """Return the path of a link's target; page and target are paths in the repository."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
 
 
 def in_site(path: str) -> str:
-    """What a file of the repository is called among the site's files."""
+    """Return the name of a file of the repository in the site."""
     if path in PAGES:
         return PAGES[path]
     if path.startswith("docs/"):
@@ -135,10 +134,10 @@ def in_site(path: str) -> str:
 
 
 def math(latex: str, display: str = "block") -> str:
-    """LaTeX as MathML."""
+    """Convert LaTeX to MathML."""
     from latex2mathml.converter import convert
 
-    # it takes \sim for the tilde of ASCII, which stands too high
+    # latex2mathml renders \sim as the ASCII tilde, which is too high.
     return convert(latex.strip(), display=display).replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
 
 
@@ -151,18 +150,18 @@ def _of_page(src_uri: str) -> str:
     return names.get(src_uri, f"docs/{src_uri}")
 
 
-# What follows is called by mkdocs
+# Hooks that mkdocs calls
 
 
 def on_config(config: Any) -> Any:
-    """Has blocks of ```math turned into MathML."""
+    """Convert ```math blocks to MathML."""
     fences = [{"name": "math", "class": "math", "format": _math_fence}]
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": fences}
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that lie outside docs/, and whatever pages link to there."""
+    """Add the pages outside docs/, and the files there that pages link to."""
     from mkdocs.structure.files import File, InclusionLevel
 
     for path, name in PAGES.items():
@@ -189,7 +188,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Checks quotes, says where they are, and turns links into the site's."""
+    """Check quotes, add their line numbers, and rewrite links for the site."""
     if page.file.src_uri.startswith(f"{SOURCE}/"):
         return markdown
     path = _of_page(page.file.src_uri)
@@ -200,7 +199,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return found.group()
         target = in_repository(path, found["path"])
         if not (ROOT / target).is_file():
-            log.warning(f"{path} links to {found['path']}, which is no file of the repository")
+            log.warning(f"{path} links to {found['path']}, which is not a file of the repository")
         return posixpath.relpath(in_site(target), above or ".") + (found["anchor"] or "")
 
     def quote(found: re.Match[str]) -> str:
@@ -219,5 +218,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns inline equations into MathML: earlier, Markdown would take them for blocks."""
+    """Convert inline equations to MathML, after Markdown, which would otherwise treat them as blocks."""
     return _INLINE_MATH.sub(lambda found: math(html.unescape(found[1]), "inline"), content)

@@ -220,7 +220,7 @@ def _geometric(source, to, parameters, H: tl.constexpr, W: tl.constexpr, BLOCK: 
 
 @triton.jit
 def _sin_pi(x):
-    """Return sin(pi x) in double precision to 1e-11. The library function needs so many registers that they spill."""
+    """Return sin(pi x) in double precision to 1e-11. The library function spills registers."""
     nearest = tl.floor(x + 0.5)
     x -= nearest
     s = x * x

@@ -56,7 +56,7 @@ TRANSFORMATIONS: tuple[Transformation, ...] = (
 NAMES: tuple[str, ...] = tuple(t.name for t in TRANSFORMATIONS)
 IDENTITY = NAMES.index("identity")
 
-# Number of bins of each (transformation, parameter), 0 if there is no such parameter: (T, 2) int64.
+# Number of bins of each (transformation, parameter), 0 without such a parameter: (T, 2) int64.
 BINS = np.zeros((len(TRANSFORMATIONS), MAX_PARAMETERS), dtype=np.int64)
 for _op, _transformation in enumerate(TRANSFORMATIONS):
     BINS[_op, : len(_transformation.bins)] = _transformation.bins

@@ -156,7 +156,7 @@ class GlobalPlan:
         rotations: (mu B,) int64, rotation of each image in multiples of 90 degrees; each occurs for a quarter of the
             images.
         probe_ops: (B, 2) int64, transformations of the probes as drawn; empty without probes.
-        probe_bins: (B, 2, 2) int64, their bins, -1 if there is no such parameter; empty without probes.
+        probe_bins: (B, 2, 2) int64, their bins, -1 without such a parameter; empty without probes.
     """
 
     step: int

@@ -16,7 +16,7 @@ from tests.pages import ROOT, TEXTS, blocks, hooks, inline, lines
 SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights", "make_plan", "_mix_and_rotate")
 
 
-# of which elements a browser fetches which attribute by itself
+# Attributes that a browser fetches automatically, by element.
 FETCHED = {"script": "src", "img": "src", "link": "href", "iframe": "src", "source": "src", "object": "data"}
 OVERVIEW = "docs/measurements/index.md"
 QUOTES = [quote for text in TEXTS.values() for quote in hooks.quotes(text)]
@@ -79,7 +79,7 @@ def test_every_link_leads_somewhere(site):
                 assert unquote(parts.fragment) in found[target].anchors, f"{path.name}: {link}"
 
 
-def test_ten_equations_stand_beside_their_code(site):
+def test_ten_equations_stand_next_to_their_code(site):
     text = TEXTS["docs/method.md"]
     sections = re.split(r"^## (\d+)\. .*$", text, flags=re.M)[1:]
     assert sections[::2] == [str(number) for number in range(1, 11)]
@@ -105,7 +105,7 @@ def test_every_block_of_python_in_the_method_is_a_quote():
     assert python == [quote.code for quote in hooks.quotes(text)]
 
 
-def test_a_quote_that_the_source_has_not_is_refused():
+def test_a_quote_that_is_not_in_the_source_fails():
     quote = hooks.Quote("kernels/guess.py", "guess_labels_reference", "return (log_q / temperature).softmax(dim=1)\n")
     assert hooks.find(quote)
     for changed in (
@@ -113,7 +113,7 @@ def test_a_quote_that_the_source_has_not_is_refused():
         {"name": "guess_labels"},  # another function of the file
         {"code": "# Each of two lines is there.\nreturn (log_q / temperature).softmax(dim=1)\n"},
     ):
-        with pytest.raises(ValueError, match="has no longer the lines"):
+        with pytest.raises(ValueError, match="no longer contains the lines"):
             hooks.find(hooks.Quote(**vars(quote) | changed))
     with pytest.raises(ValueError, match="has no guessing"):
         hooks.find(hooks.Quote("kernels/guess.py", "guessing", "x\n"))

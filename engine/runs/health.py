@@ -228,7 +228,7 @@ class Health:
             return ""
         sharp = (label_marginal if c.align else p_model) ** (1 / c.temperature)
         same = sharp.max() / sharp.sum()
-        # If one class has nearly all of p(y), identical and certain pseudo-labels cannot be told apart.
+        # If one class has nearly all of p(y), confident pseudo-labels cannot be distinguished from identical ones.
         if same > 0.9 or confidence >= same + INFORMED * (1 - same):
             return ""
         return (
@@ -271,7 +271,7 @@ class Health:
         )
 
     def _ratio(self, p_model: np.ndarray) -> np.ndarray:
-        """Return the (L,) factors by which alignment multiplies predictions: section 3.1 of the paper."""
+        """Return alignment's factors of the predictions: (L,), section 3.1 of the paper."""
         return (self.p_data + EPSILON) / (p_model + EPSILON)
 
     @property

@@ -116,7 +116,7 @@ class GuessedImages:
 
     Attributes:
         rows: (n,) int64, indices of the training images, evenly spaced.
-        every: Evaluations between two comparisons, a power of two; 0 if there is no such image.
+        every: Evaluations between two comparisons, a power of two; 0 without such images.
     """
 
     rows: np.ndarray

@@ -91,7 +91,7 @@ class Board:
 
     Args:
         folder: Folder of the run.
-        last: TensorBoard is told to discard later steps of earlier files.
+        last: Last step to keep; TensorBoard discards later steps of earlier files.
     """
 
     _files = itertools.count()

@@ -271,7 +271,7 @@ def last_step(path: Path) -> int:
 
 
 def tail(path: Path) -> list[str]:
-    """Return the last lines of a file, of which the first may be incomplete; none if it cannot be read."""
+    """Return the last lines of a file; the first may be incomplete. Returns none if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
