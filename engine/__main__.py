@@ -1,4 +1,4 @@
-"""`python -m engine` is `remixmatch`: what torchrun starts."""
+"""`python -m engine` is `remixmatch`; torchrun starts ranks this way."""
 
 from engine.commands.main import main
 

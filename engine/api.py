@@ -1,4 +1,4 @@
-"""Training and using a model from Python.
+"""Train and use models from Python.
 
 from engine.api import load, train
 
@@ -20,7 +20,7 @@ import numpy as np
 from engine.config import Config, methods
 from engine.config.checks import folder_name
 from engine.config.presets import preset as find_preset
-from engine.errors import UserError
+from engine.errors import unknown
 from engine.runs.folder import default_folder
 from engine.runs.setup import setup_run
 
@@ -35,8 +35,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: what it wrote.
-        summary: what stands in summary.json.
+        folder: The run's folder.
+        summary: Content of summary.json.
     """
 
     folder: Path
@@ -45,11 +45,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """The EMA model of a run.
+    """EMA model of a run.
 
     Attributes:
-        classes: names.
-        side: of its images, in pixels.
+        classes: Class names.
+        side: Side of its images, in pixels.
     """
 
     classes: tuple[str, ...]
@@ -58,17 +58,17 @@ class Model:
     _device: torch.device
 
     def predict(self, images: np.ndarray | Sequence[str | Path]) -> np.ndarray:
-        """Class probabilities.
+        """Predict class probabilities.
 
         Args:
-            images: (N, side, side, 3) uint8, or image files and folders of them.
+            images: (N, side, side, 3) uint8, or image files and folders of image files.
 
         Returns:
-            (N, L) float32, in the order of the images; of a folder, in the order of its sorted names.
+            (N, L) float32, in the order of the images; images of a folder are sorted by name.
 
         Raises:
-            UserError: an image cannot be read.
-            ValueError: an array of another shape or dtype.
+            UserError: An image cannot be read.
+            ValueError: The array has a different shape or dtype.
         """
         from engine.inference import predict
 
@@ -90,22 +90,23 @@ def train(
     ablate: Sequence[str] = (),
     **fields: Any,
 ) -> Run:
-    """Trains a preset, as `remixmatch train` does, in this process.
+    """Train a preset in this process, like `remixmatch train`.
 
     Args:
-        preset: its name.
-        data: with preset "folder", a prepared folder of images.
-        out: the run's folder; by default runs/PRESET-seedN.
-        resume: go on with the run in `out`.
-        ablate: names of ablations, see `engine.config.methods`.
-        fields: of `engine.config.Config`, such as seed=1 or steps=500; method="fixmatch" sets its other fields, too.
+        preset: Name of the preset.
+        data: A prepared folder of images, for preset "folder".
+        out: The run's folder; by default runs/PRESET-seedN.
+        resume: Resume the run in `out`.
+        ablate: Names of ablations, see `engine.config.methods`.
+        fields: Fields of `engine.config.Config`, such as seed=1 or steps=500. method="fixmatch" also sets the other
+            fields of that method.
 
     Raises:
-        UserError: a value that cannot work, data that is not there, or a folder that holds another run.
+        UserError: A value that is not allowed, missing data, or a folder that holds a different run.
     """
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(Config)})
-    if unknown:
-        raise UserError(f"no field of the configuration: {', '.join(unknown)}")
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in fields.keys() - set(known):
+        raise unknown("configuration field", name, known)
     config = find_preset(preset)
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])
@@ -121,10 +122,10 @@ def train(
 
 
 def load(folder: str | Path) -> Model:
-    """The EMA model of a run's newest good checkpoint.
+    """Load the EMA model of a run's newest valid checkpoint.
 
     Raises:
-        UserError: the folder holds no run, or no good checkpoint.
+        UserError: The folder holds no run, or no valid checkpoint.
     """
     from engine.inference.trained import load_ema_model
 

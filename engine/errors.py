@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-APEX_BUILD = (  # what to do where apex is missing
+APEX_BUILD = (  # How to install apex.
     "build NVIDIA/apex from source: in a checkout of it run "
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation . "
     "(the package 'apex' on PyPI is another project)"
@@ -14,18 +14,18 @@ APEX_BUILD = (  # what to do where apex is missing
 
 
 class UserError(ValueError):
-    """Says in one line what was given, what is allowed and what to do; the command line exits with code 2.
+    """Invalid input. One line says what was given, what is allowed, and what to do; the command exits with code 2.
 
-    With several ranks every rank meets it, and rank 0 says it.
+    With several ranks, all raise it and rank 0 prints it.
     """
 
 
 class RankError(RuntimeError):
-    """What one rank met by itself, such as the loss of another; it says so, and the command line exits with code 1."""
+    """A failure of a single rank, such as the loss of another rank. The rank prints it and exits with code 1."""
 
 
 class Stopped(Exception):
-    """A signal asked for the end, and everything is saved; the command line exits with 128 + the signal's number."""
+    """A signal stopped the command after everything was saved; it exits with 128 + the signal's number."""
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
@@ -33,11 +33,11 @@ class Stopped(Exception):
 
 
 def cannot_write(place: Path, error: OSError, advice: str = "") -> UserError:
-    """Return the error that a file, or something in a folder, could not be written.
+    """Return the error for a file that could not be written.
 
     Args:
-        place: The file or folder, for an error that names none.
-        error: Says why.
+        place: The file or folder, in case the error names none.
+        error: The reason.
         advice: What to do about it.
     """
     text = f"cannot write {error.filename or place} ({error.strerror or error})"
@@ -45,13 +45,13 @@ def cannot_write(place: Path, error: OSError, advice: str = "") -> UserError:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:
-    """Return the error for a name that there is not, with the nearest ones that there are.
+    """Return the error for an unknown name, with the nearest known names.
 
     Args:
-        kind: What it should be a name of, such as "preset".
-        name: As given.
+        kind: What the name should refer to, such as "preset".
+        name: The unknown name.
         known: All names.
-        listed: What lists them, where they are too many for a message.
+        listed: Where all names are listed, if they are too many for a message.
     """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)

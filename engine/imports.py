@@ -1,4 +1,4 @@
-"""Importing what is large."""
+"""Faster imports of large packages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Keeps Python's garbage collector away from imports.
+    """Pause Python's garbage collector.
 
-    torch alone makes half a million objects that stay for good; to look for garbage among them again and again is a
-    fifth of the time that importing takes.
+    Importing torch alone creates half a million permanent objects. Searching them for garbage again and again takes a
+    fifth of the import time.
     """
     enabled = gc.isenabled()
     gc.disable()

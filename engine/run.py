@@ -1,5 +1,6 @@
-"""A run: begun or resumed in its folder, finished, and read back.
+"""One run, from start or resume to its final files.
 
+Files of its folder:
 config.json  split.json  metrics.jsonl  history.jsonl  tensorboard/  logged.json  checkpoints/  summary.json
 curves.png  views.png  results.npz  ema.safetensors
 """
@@ -31,11 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def share(make: Callable[[], RunSetup]) -> RunSetup:
-    """Set up a run on rank 0 for all ranks: the others open the same data, and agree on everything else.
+    """Set up a run on rank 0 and share it: the other ranks open the same data and take over everything else.
+
+    Args:
+        make: Sets up the run; called on rank 0.
 
     Raises:
-        UserError: as `make` does on rank 0, on every rank.
-        RankError: the data are not there for another rank.
+        UserError: Raised on every rank if `make` raises it on rank 0.
+        RankError: Another rank does not have the data.
     """
     own: list[RunSetup] = []
 
@@ -53,33 +57,33 @@ def share(make: Callable[[], RunSetup]) -> RunSetup:
 
 
 def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check_ranks: int = 0) -> dict[str, Any]:
-    """Trains one run to its end and writes everything that its folder holds.
+    """Train a run to its last step and write all files of its folder.
 
     Args:
-        setup: of the run, which has a folder.
-        quiet: show no progress.
-        timeout: see `Trainer`.
-        check_ranks: see `Trainer`.
+        setup: The run; must have a folder.
+        quiet: Show no progress.
+        timeout: See `Trainer`.
+        check_ranks: See `Trainer`.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        UserError: see `Execution.pick`; training diverged; something could not be written.
-        Stopped: see `Trainer.run`.
+        UserError: See `Execution.pick`; training diverged; or a file could not be written.
+        Stopped: See `Trainer.run`.
     """
-    assert setup.folder is not None, "a run that is trained has a folder"
+    assert setup.folder is not None, "a run needs a folder to be trained"
     folder = setup.folder
     try:
         progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
-        # written to only now, when nothing is left that the user may have to be told of
+        # First write, only after all checks have passed.
         collectives.run_on_rank_0(lambda: _begin(setup))
         if setup.resumed:
             if trainer.resume():
                 log.info(f"resuming {folder} from step {trainer.step}")
             else:
-                log.info(f"{folder} has no good checkpoint; starting from step 0")
+                log.info(f"{folder} has no valid checkpoint; starting from step 0")
         try:
             trainer.run()
         finally:
@@ -87,32 +91,32 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         summary = _summary(setup.config, trainer)
         collectives.run_on_rank_0(lambda: _finish(folder, summary, trainer))
     except OSError as error:
-        raise cannot_write(folder, error, "what was saved stays: mend that and go on with --resume") from error
+        raise cannot_write(folder, error, "saved files are intact; fix the problem and use --resume") from error
     return summary
 
 
 def _begin(setup: RunSetup) -> None:
-    commit()  # what trains is what was there at the start, whatever is committed meanwhile
+    commit()  # Cached now: the run uses the code from its start, whatever is committed meanwhile.
     assert setup.folder is not None
-    if not setup.resumed:  # another run may have begun there since this one was set up
+    if not setup.resumed:  # Another run may have started there since this one was set up.
         check_folder(setup.config, setup.folder, resume=False)
     write_run_files(setup)
 
 
 def _published(config: Config, accuracy: float) -> dict[str, Any]:
-    """The paper's figure for the preset, and how far this run's test error is from it, in percentage points.
+    """Compare a run's test error with the paper's result for its preset; empty if there is none.
 
-    Figures are of ReMixMatch: other methods have none.
+    The paper's results are for ReMixMatch, so other methods have none. The difference is in percentage points.
     """
     if config.preset not in PUBLISHED or config.method != "remixmatch":
         return {}
-    figure = PUBLISHED[config.preset]
+    published = PUBLISHED[config.preset]
     return {
-        "paper_error": figure.error,
-        "paper_deviation": figure.deviation,
-        "paper_source": figure.source,
+        "paper_error": published.error,
+        "paper_deviation": published.deviation,
+        "paper_source": published.source,
         "error": 100.0 - accuracy,
-        "difference_to_paper": 100.0 - accuracy - figure.error,
+        "difference_to_paper": 100.0 - accuracy - published.error,
         "same_settings_as_paper": not changes(PRESETS[config.preset], config, ignored=("seed", "log")),
     }
 
@@ -135,7 +139,7 @@ def _summary(config: Config, trainer: Trainer) -> dict[str, Any]:
 
 
 def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
-    # matplotlib takes a second that only the end should pay
+    # Imported here, since importing matplotlib takes a second.
     from engine.runs.pictures import draw_curves, draw_views, make_views
 
     write_bytes(folder / "ema.safetensors", safetensors_bytes(trainer.state.ema_model))
@@ -145,5 +149,5 @@ def _finish(folder: Path, summary: Mapping[str, Any], trainer: Trainer) -> None:
     data, rows = trainer.data, history.predicted_rows(trainer.data)
     probabilities = predict.probabilities(trainer.state.ema_model, data.test_images[rows], trainer.execution.device)
     history.save_results(folder, probabilities, rows, data, views)
-    # last, since who finds it takes the run for done, and nobody would make the other files any more
+    # Written last: its presence marks the run as complete.
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

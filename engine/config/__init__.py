@@ -1,4 +1,4 @@
-"""Configurations: fields, checks, presets, methods and ablations."""
+"""Configurations: fields, checks, presets, methods, and ablations."""
 
 from engine.config.config import Config
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration: by itself, and with its data."""
+"""Checks of a configuration, on its own and against its data."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ import numpy as np
 
 from engine.config.config import Config
 from engine.config.methods import METHODS
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from pipelines.cache import DataSet
 from pipelines.datasets import DATASETS
 from pipelines.splits import RULES
 
-FOLDER = "folder:"  # before the path of a folder of images, in the name of a data set
+FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
 
-# oneDNN in torch 2.15, without AVX-512: the weight gradient of a 1x1 convolution of stride 2 is wrong, and written past
-# its buffer, with 1 to 7 input channels, and with 8 to 15 where the side is 80 pixels or more. Others of networks of 8
-# to 40 channels were right, odd numbers included
+# oneDNN in torch 2.15, without AVX-512, computes a wrong weight gradient for a 1x1 convolution of stride 2, and writes
+# past its buffer: with 1 to 7 input channels, and with 8 to 15 if the side is 80 pixels or more. All other convolutions
+# of networks with 8 to 40 channels were correct, including odd numbers of channels.
 LEAST_WIDTH, LEAST_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
 
 
 def validate(config: Config, ranks: int = 1) -> None:
-    """Checks what can be checked without data.
+    """Check a configuration without its data.
+
+    Args:
+        config: The configuration.
+        ranks: Number of ranks that train it.
 
     Raises:
-        UserError: a value that cannot work, with the values that can.
+        UserError: A value that is not allowed.
     """
-    least = {
+    minimum = {
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1,
         "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0,
     }  # fmt: skip
-    least |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
-    for name, bound in least.items():
+    minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
+    for name, bound in minimum.items():
         if not getattr(config, name) >= bound:
             raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
     if not config.backbone and config.network not in ("wide-resnet", "auto"):
-        raise UserError(f"--network takes wide-resnet, timm:NAME or auto, got '{config.network}'")
+        raise UserError(f"--network must be wide-resnet, timm:NAME or auto, got '{config.network}'")
     if config.backbone and config.bn != "joint":
-        raise UserError(f"--bn {config.bn} is for the Wide ResNet; models of timm have --bn joint")
+        raise UserError(f"--bn {config.bn} requires a Wide ResNet; timm models need --bn joint")
     if not config.backbone and (config.pretrained or config.weights):
-        raise UserError("--pretrained and --weights need a model of timm: --network timm:NAME")
+        raise UserError("--pretrained and --weights require a timm model: --network timm:NAME")
     if config.backbone and config.stem_channels != 3:
-        raise UserError("--stem-channels 8 is for the Wide ResNet; models of timm take 3")
+        raise UserError("--stem-channels 8 requires a Wide ResNet; timm models need --stem-channels 3")
     if config.pretrained and config.weights:
-        raise UserError("--pretrained and --weights are two sources of weights: leave out one of them")
+        raise UserError("--pretrained and --weights are mutually exclusive")
     if config.width < LEAST_WIDTH:
         raise UserError(
             f"--width must be at least {LEAST_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
@@ -62,84 +66,86 @@ def validate(config: Config, ranks: int = 1) -> None:
             raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")
     for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold"):
         if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{_flag(name)} must lie between 0 and 1, got {getattr(config, name)}")
+            raise UserError(f"{_flag(name)} must be between 0 and 1, got {getattr(config, name)}")
     _check_method(config)
     _check_log(config.log)
     check_name(config.dataset)
     if config.seed >= 2**63:
         raise UserError(f"--seed must be less than 2^63, got {config.seed}")
-    given = config.class_distribution
-    if given and not (min(given) >= 0 and abs(sum(given) - 1) < 1e-3):
-        raise UserError(f"--class-distribution must be probabilities that sum to 1, got {' '.join(map(str, given))}")
-    ahead = (config.prefetch + 1) * config.view_steps
-    if config.lag < ahead:
+    p = config.class_distribution
+    if p and not (min(p) >= 0 and abs(sum(p) - 1) < 1e-3):
+        raise UserError(f"--class-distribution must be probabilities that sum to 1, got {' '.join(map(str, p))}")
+    steps_ahead = (config.prefetch + 1) * config.view_steps
+    if config.lag < steps_ahead:
         raise UserError(
-            f"--lag must be at least (prefetch + 1) * view_steps = {ahead}, since plans are made so many steps ahead "
-            f"of their probes; got {config.lag}"
+            f"--lag must be at least (prefetch + 1) * view_steps = {steps_ahead}, as views are drawn that many steps "
+            f"ahead; got {config.lag}"
         )
     micro_batches = config.micro_batches_of(ranks)
     shares = f"{micro_batches} micro-batches" if micro_batches > ranks else f"{ranks} ranks"
     if micro_batches % ranks:
         raise UserError(f"--micro-batches must be a multiple of the {ranks} ranks, got {config.micro_batches}")
     if config.batch % micro_batches:
-        raise UserError(f"--batch {config.batch} cannot be shared by {shares}; take a multiple of {micro_batches}")
+        raise UserError(f"--batch {config.batch} cannot be shared by {shares}; use a multiple of {micro_batches}")
     if config.bn == "sync" and micro_batches > ranks:
         raise UserError(
-            f"--bn sync needs all rows of a step at once; --micro-batches {micro_batches} takes them one after another"
+            f"--bn sync needs all images of a step at once, but --micro-batches {micro_batches} trains them one after "
+            "another; use --bn joint or --bn split"
         )
     if config.bn == "split":
         if config.bn_groups % micro_batches or config.batch % config.bn_groups:
             raise UserError(
-                f"--bn-groups must be a multiple of the {shares} and divide --batch {config.batch}, "
+                f"--bn-groups must be a multiple of the {shares} and a divisor of --batch {config.batch}, "
                 f"got {config.bn_groups}"
             )
         passes = 1 + config.mu * (config.k + (config.anchor == "trained"))
         if config.unlabeled and config.batch // config.bn_groups < passes:
             raise UserError(
-                f"--bn split needs at least {passes} rows a group, as many as the pool has blocks, so that each holds "
-                f"labeled and unlabeled rows; --batch {config.batch} in {config.bn_groups} groups gives "
+                f"--bn split needs at least {passes} images per group, so that each group has labeled and unlabeled "
+                f"images; --batch {config.batch} in --bn-groups {config.bn_groups} gives "
                 f"{config.batch // config.bn_groups}"
             )
 
 
 def _check_method(config: Config) -> None:
-    """Raises UserError where fields of the method contradict each other."""
+    """Raise UserError if settings of the method contradict each other."""
     if config.method not in METHODS:
-        raise UserError(f"unknown method '{config.method}'; there are {', '.join(METHODS)}")
+        raise unknown("method", config.method, METHODS)
     if config.anchor == "none" and config.guess == "anchor":
-        raise UserError("--anchor none leaves no u_weak to guess of: it needs --guess mean")
+        raise UserError("--anchor none requires --guess mean (there is no weak view to label)")
     if config.anchor == "guess-only" and config.guess == "mean":
-        raise UserError("--guess mean is over views that are trained: it needs --anchor trained or none")
+        raise UserError("--guess mean requires --anchor trained or none (the mean is over the views trained on)")
     if config.threshold and config.unlabeled_loss == "l2":
-        raise UserError(
-            "--threshold leaves guesses out of a cross-entropy or a KL divergence, not of --unlabeled-loss l2"
-        )
+        raise UserError("--threshold requires --unlabeled-loss cross-entropy or kl, got l2")
     if config.bn_stats == "pool" and config.backbone:
-        raise UserError("--bn-stats pool is for the Wide ResNet; models of timm have --bn-stats all")
+        raise UserError("--bn-stats pool requires a Wide ResNet; timm models need --bn-stats all")
 
 
 def _check_log(name: str) -> None:
     known = get_args(get_type_hints(Config)["log"])
     if name not in known:
-        raise UserError(f"--log takes {', '.join(known)}, got '{name}'")
+        raise UserError(f"--log must be one of {', '.join(known)}; got '{name}'")
     if name in ("wandb", "trackio"):
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name, such as wandb leaves where it is used
-            raise UserError(f"--log {name} needs {name}: pip install 'remixmatch-engine[{name}]'")
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # A folder of that name, such as the one wandb writes its files to.
+            raise UserError(f"--log {name} requires {name}: pip install 'remixmatch-engine[{name}]'")
 
 
 def folder_name(folder: str | Path) -> str:
-    """The name of the data set that a folder of images is."""
+    """Return the data set name of a folder of images."""
     return FOLDER + str(Path(folder).resolve())
 
 
 def check_name(name: str) -> None:
+    """Raise UserError if there is no data set of that name."""
     if name not in DATASETS and not name.startswith(FOLDER) and name != "folder":
-        raise UserError(f"unknown data set '{name}'; there are {', '.join(DATASETS)}, and --data FOLDER")
+        raise UserError(
+            f"unknown data set '{name}'; choose from {', '.join(DATASETS)}, or use --data DIR for your own images"
+        )
 
 
 def resolve(config: Config, data: DataSet) -> Config:
-    """The configuration with what depends on the images: `network` auto and `max_shift` -1."""
+    """Return the configuration with the values that depend on the images filled in: `network` and `max_shift`."""
     side = min(data.sides)
     if config.max_shift < 0:
         config = dataclasses.replace(config, max_shift=side // 8)
@@ -151,35 +157,44 @@ def resolve(config: Config, data: DataSet) -> Config:
 
 
 def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
-    """Known class probabilities from a JSON object, in the order of the classes.
+    """Read class probabilities from a JSON object. Returns them in the order of the classes, normalized.
+
+    Args:
+        path: The file.
+        classes: Names of the classes.
 
     Raises:
-        UserError: the file cannot be read, or does not have a number for every class and no other.
+        UserError: The file cannot be read, or its keys are not exactly the classes, or a value is not allowed.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        prior = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--class-prior {path} cannot be read ({error})") from None
-    if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
-        raise UserError(f"--class-prior {path} must be a JSON object of class names and numbers")
-    if found.keys() != set(classes):
-        differing = sorted(found.keys() ^ set(classes))
-        raise UserError(f"--class-prior {path} must have the classes of the data; it differs in {', '.join(differing)}")
-    total = sum(found.values())
-    if not (min(found.values()) >= 0 and 0 < total < math.inf):
-        raise UserError(f"--class-prior {path} must have finite numbers of at least 0 that are not all 0")
-    return tuple(found[name] / total for name in classes)
+    if not isinstance(prior, dict) or not all(type(value) in (int, float) for value in prior.values()):
+        raise UserError(f"--class-prior {path} must be a JSON object that maps class names to numbers")
+    if prior.keys() != set(classes):
+        differing = sorted(prior.keys() ^ set(classes))
+        raise UserError(
+            f"--class-prior {path} must have the classes of the data as keys; they differ in {', '.join(differing)}"
+        )
+    total = sum(prior.values())
+    if not (min(prior.values()) >= 0 and 0 < total < math.inf):
+        raise UserError(f"--class-prior {path} must have finite numbers of at least 0, not all of them 0")
+    return tuple(prior[name] / total for name in classes)
 
 
 def check_data(config: Config, data: DataSet) -> np.ndarray:
-    """Choose the training images that keep their label, (labels,) int64: see `pipelines.splits`.
+    """Choose the training images that keep their label, and check the configuration against its data.
 
     Args:
-        config: of a run, resolved.
-        data: its data set.
+        config: A resolved configuration, see `resolve`.
+        data: Its data set.
+
+    Returns:
+        Indices of training images, (labels,) int64; see `pipelines.splits`.
 
     Raises:
-        UserError: the configuration asks for what the data set does not have.
+        UserError: The data set does not have what the configuration requires.
     """
     try:
         split = RULES[config.split](data, config.labels, config.seed)
@@ -187,7 +202,8 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
         raise UserError(f"--labels: {error}") from None
     if len(config.class_distribution) not in (0, len(data.classes)):
         raise UserError(
-            f"--class-distribution takes {len(data.classes)} numbers, one a class, got {len(config.class_distribution)}"
+            f"--class-distribution needs {len(data.classes)} numbers, one per class, "
+            f"got {len(config.class_distribution)}"
         )
     sides = data.sides
     if config.width < LEAST_WIDTH_LARGE and max(sides) > LARGE_SIDE and not config.backbone:
@@ -196,7 +212,9 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
             f"{config.width}: with fewer channels torch computes wrong gradients on CPUs without AVX-512"
         )
     if config.max_shift >= min(sides):
-        raise UserError(f"--max-shift must be less than the images' {min(sides)} pixels, got {config.max_shift}")
+        raise UserError(
+            f"--max-shift must be less than the images' shorter side of {min(sides)} pixels, got {config.max_shift}"
+        )
     return split
 
 

@@ -1,7 +1,7 @@
-"""Methods and ablations: names for sets of fields of a configuration, from which one step computes all of them.
+"""Methods and ablations: named sets of configuration fields. One training step implements all of them.
 
-A method is applied over a preset, which says data, network and length, and flags over the method. Whatever a method's
-own paper trained with, here all have the same network, optimiser, average and protocol (Oliver et al. 2018).
+A preset defines data, network and length; a method is applied on top of it, and flags on top of the method. All methods
+share one network, optimizer, EMA and protocol (Oliver et al. 2018), whatever their own papers used.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from engine.config.config import Config
 from engine.errors import UserError, unknown
 
-MIXMATCH_SVHN_W_U = 250.0  # of the L2 loss, where other data sets have 75
+MIXMATCH_SVHN_W_U = 250.0  # Weight of the L2 loss on SVHN; 75 elsewhere.
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)
-_ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # of unlabeled images
+_ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # A single loss term on unlabeled images.
 
-# MixMatch: arXiv 1905.02249, with CIFAR-10's weight of the L2 loss. FixMatch: arXiv 2001.07685. UDA:
-# arXiv 1904.12848, with the temperature, threshold and mu that FixMatch's authors compared it with, and without
-# annealing of the training signal. Pseudo-labeling: Lee 2013, as Oliver et al. 2018 have it
+# MixMatch: arXiv 1905.02249, with the weight of the L2 loss for CIFAR-10. FixMatch: arXiv 2001.07685. UDA:
+# arXiv 1904.12848, with the temperature, threshold and mu of the comparison by FixMatch's authors, and without training
+# signal annealing. Pseudo-labeling: Lee 2013, as in Oliver et al. 2018.
 METHODS: dict[str, dict[str, Any]] = {
     "remixmatch": {},
     "mixmatch": dict(
@@ -71,8 +71,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},
 }
 
-# Section 4.3 of the paper, and the scripts of its authors' code, which say what its names stand for; the last five are
-# ours: two more components, and the authors' code where it differs from the paper
+# Section 4.3 of the paper, with settings from the scripts of the authors' code. The last five are ours: two more
+# components, and the authors' code where it differs from the paper.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": dict(k=1),
     "k=2": dict(k=2),
@@ -97,10 +97,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def with_method(config: Config, method: str) -> Config:
-    """A configuration of ReMixMatch turned into another method's.
+    """Return a configuration of ReMixMatch with the settings of another method.
 
     Raises:
-        UserError: there is none of that name; names the nearest.
+        UserError: Unknown method; the message suggests the nearest names.
     """
     changes = dict(_named(METHODS, method, "method"))
     if method == "mixmatch" and config.dataset.startswith("svhn"):
@@ -109,10 +109,10 @@ def with_method(config: Config, method: str) -> Config:
 
 
 def ablate(config: Config, *names: str) -> Config:
-    """A configuration with the named ablations.
+    """Return a configuration with the named ablations applied.
 
     Raises:
-        UserError: there is none of that name, which is named with the nearest; or two of them disagree.
+        UserError: An unknown ablation (the message suggests the nearest names), or two that contradict each other.
     """
     changes: dict[str, Any] = {}
     for name in names:

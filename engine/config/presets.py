@@ -1,7 +1,8 @@
-"""Presets: named configurations, and what the paper reports for them.
+"""Presets: named configurations, and the results that the paper reports for them.
 
-A preset lists what differs from the defaults of `Config`, which are the paper's. Figures are test errors in percent of
-ReMixMatch, tables 1 to 3 of the paper: mean and standard deviation over five label splits, or one figure alone.
+A preset lists what differs from the defaults of `Config`, which are the paper's. Published results are test errors of
+ReMixMatch in percent (tables 1 and 2 and section 4.2 of the paper): mean and standard deviation over five label splits,
+or a single number.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from engine.errors import unknown
 
 @dataclass(frozen=True)
 class Figure:
-    """A test error that was published.
+    """A published test error.
 
     Attributes:
-        error: percent.
-        deviation: of five label splits; None where it was not given.
-        source: where it stands.
+        error: Percent.
+        deviation: Standard deviation over five label splits, in percentage points; None if not reported.
+        source: Paper and table or section.
     """
 
     error: float
@@ -32,19 +33,19 @@ class Figure:
 _PAPER = "ReMixMatch (arXiv 1911.09785)"
 _REALISTIC, _STL, _FEW = f"{_PAPER}, table 1", f"{_PAPER}, table 2", f"{_PAPER}, section 4.2"
 
-# 2^26 labeled images, evaluated every 65 536
+# 2^26 labeled images, with an evaluation every 65 536.
 _FULL = Config(steps=2**20, eval_every=1024, checkpoint_every=4096, split="paper")
 _CIFAR10 = dataclasses.replace(_FULL, dataset="cifar10")
 _CIFAR100 = dataclasses.replace(_FULL, dataset="cifar100")
 _SVHN = dataclasses.replace(_FULL, dataset="svhn", flip=False)
-# the anchor is not augmented
+# STL-10: the anchor is not augmented.
 _STL10 = dataclasses.replace(
     _FULL, dataset="stl10", labels=1000, k=4, max_shift=12, anchor_augment="none", scales=4, width=64
 )
 _FASHION = dataclasses.replace(_FULL, dataset="fashion-mnist")
 
-# small batches, since what separates look-alikes is alignment at work over many steps; running statistics and the
-# EMA are quicker than the paper's, whose runs are hundreds of times longer
+# Small batches give many steps, and distribution alignment needs many steps to separate similar digits. Running
+# statistics and the EMA average over fewer steps than in the paper, whose runs are hundreds of times longer.
 _DIGITS = Config(
     dataset="digits",
     batch=16,
@@ -64,8 +65,8 @@ _DIGITS = Config(
     log_every=20,
     checkpoint_every=250,
 )
-# images of 16x16 and a WRN-10-2, so that a CPU trains it in minutes; width, batch and ramp were chosen on 5 000 of the
-# training images
+# 16x16 images and a WRN-10-2, which a CPU trains in minutes. Width, batch and ramp were chosen on 5 000 of the training
+# images.
 _FASHION_SMALL = dataclasses.replace(
     _DIGITS,
     dataset="fashion-mnist-16",
@@ -90,7 +91,7 @@ def _preset(base: Config, **changes: object) -> Config:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-_CHANGED: dict[str, Config] = {
+_PRESETS: dict[str, Config] = {
     "digits-40": _preset(_DIGITS, labels=40),
     "digits-10": _preset(_DIGITS, labels=10, steps=1500),
     "digits-40-supervised": _preset(_DIGITS, labels=40, method="supervised"),
@@ -114,7 +115,7 @@ _CHANGED: dict[str, Config] = {
     "fashion-1000": _preset(_FASHION, labels=1000),
     "folder": Config(dataset="folder", split="all", network="auto", max_shift=-1, steps=2**16, eval_every=512),
 }
-PRESETS: dict[str, Config] = {name: dataclasses.replace(config, preset=name) for name, config in _CHANGED.items()}
+PRESETS: dict[str, Config] = {name: dataclasses.replace(config, preset=name) for name, config in _PRESETS.items()}
 
 PUBLISHED: dict[str, Figure] = {
     "cifar10-40": Figure(15.08, None, f"{_FEW}, a median"),
@@ -132,10 +133,10 @@ PUBLISHED: dict[str, Figure] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of that name.
+    """Return the preset of a name.
 
     Raises:
-        UserError: there is none; names the nearest.
+        UserError: Unknown preset; the message suggests the nearest names.
     """
     if name in PRESETS:
         return PRESETS[name]
@@ -143,12 +144,12 @@ def preset(name: str) -> Config:
 
 
 def command(config: Config) -> list[str]:
-    """Arguments of `remixmatch` that train exactly this configuration: `train PRESET --flag value ...`.
+    """Return the arguments of `remixmatch` that train exactly this configuration: `train PRESET --flag value ...`.
 
-    Flags are the fields that differ from the preset, or from the method of `--method` over it.
+    The flags are the fields that differ from the preset, with `--method` applied to it if the method differs.
 
     Raises:
-        UserError: there is no preset or method of the configuration's names.
+        UserError: The preset or method of the configuration is unknown.
     """
     base = preset(config.preset)
     words = ["train", config.preset]

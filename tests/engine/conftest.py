@@ -1,4 +1,4 @@
-"""A small run that tests change to their needs."""
+"""Configurations of small runs."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from engine.config.presets import preset
 
 @pytest.fixture
 def tiny():
-    """Makes small configurations: `tiny(k=3)`; a few hundred kilobytes of network, batches of 8."""
+    """Make small configurations, such as `tiny(k=3)`: a network of a few hundred kilobytes, batches of 8."""
 
     def make(**changes):
         small = dict(batch=8, k=2, width=8, steps=4, eval_every=2, log_every=1, checkpoint_every=2, device="cpu")

@@ -1,4 +1,4 @@
-"""What is said of names that there are not, and of files that cannot be written."""
+"""Messages about unknown names and files that cannot be written."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ KNOWN = {"digits-40": 1, "digits-10": 2, "svhn-40": 3}
         ("zzz", "a command lists them", "unknown preset 'zzz'; a command lists them"),
     ],
 )
-def test_near_names_are_offered_and_otherwise_all(name, listed, said):
+def test_unknown_suggests_near_names_or_lists_all(name, listed, said):
     error = unknown("preset", name, KNOWN, listed)
     assert type(error) is UserError and str(error).startswith(said.rstrip("?"))
 
@@ -30,6 +30,6 @@ def test_near_names_are_offered_and_otherwise_all(name, listed, said):
         (OSError("unknown"), "cannot write run (unknown)"),
     ],
 )
-def test_what_cannot_be_written_is_named_with_its_reason(error, said):
+def test_cannot_write_names_the_file_and_the_reason(error, said):
     assert str(cannot_write(Path("run"), error)) == said
-    assert str(cannot_write(Path("run"), error, "mend that")) == f"{said}; mend that"
+    assert str(cannot_write(Path("run"), error, "free some space")) == f"{said}; free some space"

@@ -267,11 +267,11 @@ def test_a_class_prior(capsys, photos, tmp_path):
     say(capsys, "train", "folder", "--data", photos, "--class-prior", path, "--out", "run", *QUICK)
     assert load_config(tmp_path / "run" / "config.json").class_distribution == (0.25, 0.75)
     for text, words in [
-        ('{"flower": 1}', "differs in china"),
-        ('{"flower": 1, "china": 1, "dog": 0}', "differs in dog"),
-        ('{"flower": 0, "china": 0}', "not all 0"),
-        ('{"flower": "1", "china": 1}', "class names and numbers"),
-        ('{"flower": true, "china": 1}', "class names and numbers"),
+        ('{"flower": 1}', "differ in china"),
+        ('{"flower": 1, "china": 1, "dog": 0}', "differ in dog"),
+        ('{"flower": 0, "china": 0}', "not all of them 0"),
+        ('{"flower": "1", "china": 1}', "class names to numbers"),
+        ('{"flower": true, "china": 1}', "class names to numbers"),
         ('{"flower": Infinity, "china": 1}', "finite numbers"),
         ('{"flower": NaN, "china": 1}', "finite numbers"),
         ("{", "cannot be read"),
@@ -345,10 +345,10 @@ def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
     ("flags", "words"),
     [
         (["--network", "timm:resnet5"], "'resnet5'; did you mean resnet50"),
-        (["--network", "timm"], "--network takes wide-resnet, timm:NAME or auto, got 'timm'"),
+        (["--network", "timm"], "--network must be wide-resnet, timm:NAME or auto, got 'timm'"),
         (["--split", "paper", "--labels", 17], "labels must be from 1 to 16 (the number of labeled images), got 17"),
         (["--split", "balanced", "--labels", 18], "18 labels needs 9 images per class, but class china has 8"),
-        (["--max-shift", 16], "--max-shift must be less than the images' 16 pixels, got 16"),
+        (["--max-shift", 16], "--max-shift must be less than the images' shorter side of 16 pixels, got 16"),
         (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Presets, and one clear line for every value that cannot work."""
+"""Presets, and one clear error line for every invalid value."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def test_every_preset_is_valid_and_carries_its_name():
         assert config.preset == name
 
 
-def test_defaults_are_the_papers():
+def test_defaults_match_the_paper():
     c = Config()
     assert (c.batch, c.k, c.temperature, c.mixup_alpha) == (64, 8, 0.5, 0.75)
     assert (c.w_u, c.w_u1, c.w_rot, c.ramp_kimg) == (1.5, 0.5, 0.5, 1024)
@@ -27,12 +27,12 @@ def test_defaults_are_the_papers():
     assert (c.scales, c.blocks, c.width, c.bn) == (3, 4, 32, "joint")
 
 
-def test_supervised_differs_from_its_preset_in_the_method_alone():
+def test_supervised_presets_change_only_the_method():
     changed = changed_fields(preset("digits-40"), preset("digits-40-supervised"))
     assert {line.split()[0] for line in changed} == {"preset", "method"}
 
 
-def test_unknown_preset_names_the_nearest():
+def test_unknown_preset_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean digits-40"):
         preset("digit-40")
     with pytest.raises(UserError, match="choose from digits-40, digits-10"):
@@ -51,28 +51,28 @@ def test_unknown_preset_names_the_nearest():
         (dict(w_u=float("nan")), "--w-u must be at least 0"),
         (dict(seed=2**64), "--seed must be less than"),
         (dict(class_distribution=(0.5, 0.6)), "must be probabilities that sum to 1, got 0.5 0.6"),
-        (dict(ema_decay=1.5), "--ema-decay must lie between 0 and 1"),
+        (dict(ema_decay=1.5), "--ema-decay must be between 0 and 1"),
         (dict(dataset="imagenet"), "unknown data set 'imagenet'"),
         (dict(lag=23, prefetch=2), "--lag must be at least \\(prefetch \\+ 1\\) \\* view_steps = 24"),
         (dict(bn="split", bn_groups=5), "--bn-groups must be a multiple"),
         (dict(bn="split", bn_groups=2, micro_batches=4), "--bn-groups must be a multiple of the 4 micro-batches"),
-        (dict(bn="sync", micro_batches=2), "--bn sync needs all rows of a step at once"),
+        (dict(bn="sync", micro_batches=2), "--bn sync needs all images of a step at once"),
         (dict(micro_batches=0), "--micro-batches must be at least 1"),
         (dict(micro_batches=3), "--batch 16 cannot be shared by 3 micro-batches"),
-        (dict(bn="split", bn_groups=8), "at least 4 rows a group"),
+        (dict(bn="split", bn_groups=8), "at least 4 images per group"),
     ],
 )
-def test_values_that_cannot_work(changes, message):
+def test_invalid_values(changes, message):
     with pytest.raises(UserError, match=message):
         validate(dataclasses.replace(preset("digits-40"), **changes))
 
 
-def test_batch_must_be_shared_evenly():
+def test_batch_must_divide_evenly_among_ranks():
     with pytest.raises(UserError, match="cannot be shared by 3 ranks"):
         validate(preset("digits-40"), ranks=3)
 
 
-def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
+def test_micro_batches_divide_evenly_with_at_least_one_per_rank():
     config = dataclasses.replace(preset("digits-40"), micro_batches=2)
     validate(config, ranks=4)
     assert [config.micro_batches_of(ranks) for ranks in (1, 2, 4)] == [2, 2, 4]
@@ -80,14 +80,14 @@ def test_micro_batches_must_be_shared_evenly_and_are_one_a_rank_at_least():
         validate(dataclasses.replace(config, batch=12, micro_batches=3), ranks=2)
 
 
-def test_plans_are_drawn_for_the_ctaugment_of_the_configuration(tiny):
+def test_plans_use_the_configured_ctaugment(tiny):
     data, split = digits(), np.arange(40)
     for ctaugment in ("paper", "code"):
         spec = plan_spec(tiny(ctaugment=ctaugment), data, split)
         assert (spec.ctaugment, spec.side) == (ctaugment, 16)
 
 
-def test_configuration_survives_the_file(tmp_path):
+def test_configuration_round_trips_through_its_file(tmp_path):
     config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7, class_distribution=(0.1,) * 10)
     path = tmp_path / "config.json"
     path.write_text(config_json(config))
@@ -98,7 +98,7 @@ def test_configuration_survives_the_file(tmp_path):
 @pytest.mark.parametrize(
     "text", ["{", '{"steps": 3, "colour": 1}', "[1]", '{"k": "x"}', '{"lr": null}', '{"flip": "no"}']
 )
-def test_foreign_configuration(tmp_path, text):
+def test_invalid_configuration_files(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UserError, match="is not a configuration of this version"):

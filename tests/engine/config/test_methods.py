@@ -1,4 +1,4 @@
-"""Other methods and ablations: each against a plain form of its paper, in float64, on the same views and numbers."""
+"""Methods and ablations against direct implementations of their papers, in float64, on the same views and plans."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config_of(tiny):
-    """`config_of("fixmatch", "k=2", mu=2)`: a small configuration in double precision."""
+    """Make small configurations in double precision: `config_of("fixmatch", "k=2", mu=2)`."""
 
     def make(method, *ablations, **changes):
         base = with_method(tiny(precision="fp64", ramp_kimg=1.0), method)
@@ -43,7 +43,7 @@ def config_of(tiny):
 
 
 class Bench:
-    """One step of a method on made-up views, its gradients kept, and all that a plain form needs."""
+    """One step of a method on random views, with its gradients and the inputs of a direct implementation."""
 
     def __init__(self, config, precision=torch.float64, compiled=False):
         validate(config)
@@ -64,12 +64,12 @@ class Bench:
         views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
         rows = rank_layout(config, spec, 0, 1)
         step = Step(config, state, rows, precision, compiled)
-        state.optimizer.step, state.optimizer.zero_grad = lambda: None, lambda: None  # gradients stay where they are
+        state.optimizer.step, state.optimizer.zero_grad = lambda: None, lambda: None  # Keep the gradients.
         output = step(StepInput.pack(views[rows.views], rank_plan(rows, self.plan, self.labels), CPU))
         self.metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
         self.omega = output.omega
         self.state = state
-        # blocks of images, normalised, in double precision: (mu B or B, 3, 8, 8)
+        # Blocks of images, normalized, in double precision: (mu B or B, 3, 8, 8).
         images = (views.double() / 127.5 - 1).permute(0, 3, 1, 2)
         unlabeled = config.mu * config.batch if config.unlabeled else 0
         sizes = [config.batch] + [unlabeled] * (config.k + (config.anchor != "none")) * config.unlabeled
@@ -77,11 +77,11 @@ class Bench:
         self.one_hot = F.one_hot(torch.tensor(self.labels), CLASSES).double()
 
     def network(self):
-        """f before the step."""
+        """Network before the step."""
         return copy.deepcopy(self.before.network)
 
     def guess(self, images):
-        """softmax(f(images)) of one pass in training mode, which nothing learns from."""
+        """Return softmax(f(images)) of one pass in training mode, without gradients."""
         with torch.no_grad():
             return self.network()(images)[0].softmax(-1)
 
@@ -91,7 +91,7 @@ class Bench:
         return aligned / aligned.sum(-1, keepdim=True)
 
     def mix(self, blocks, targets):
-        """MixMatch's mixup of the blocks, as planned: images and targets."""
+        """Apply mixup as planned. Returns images and targets."""
         images, targets = torch.cat(blocks), torch.cat(targets)
         lam, perm = torch.tensor(self.plan.lam).double(), torch.tensor(self.plan.perm)
         wide = lam[:, None, None, None]
@@ -102,7 +102,7 @@ class Bench:
         return min(1.0, START * self.config.batch / 1024 / 1.0)
 
     def assert_same(self, network, loss_x, loss_u, loss_u1=0.0, loss_rot=0.0, loss=None):
-        """Losses, and the gradient of every parameter."""
+        """Compare the losses and the gradient of every parameter."""
         loss.backward()
         expected = [float(torch.as_tensor(each).detach()) for each in (loss, loss_x, loss_u, loss_u1, loss_rot)]
         found = [self.metrics[name] for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")]
@@ -122,7 +122,7 @@ def sharpen(q, temperature):
     return powers / powers.sum(-1, keepdim=True)
 
 
-def test_mixmatch_is_algorithm_1_of_its_paper(config_of):
+def test_mixmatch_matches_algorithm_1_of_its_paper(config_of):
     bench = Bench(config_of("mixmatch"))
     u_1, u_2 = bench.u
     q = sum(bench.guess(torch.cat([u_1, u_2])).chunk(2)) / 2
@@ -142,7 +142,7 @@ def test_mixmatch_is_algorithm_1_of_its_paper(config_of):
 
 @pytest.mark.parametrize(("k", "mu"), [(1, 1), (1, 3), (3, 2)])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.95])
-def test_fixmatch_is_equations_3_and_4_of_its_paper(config_of, k, mu, threshold):
+def test_fixmatch_matches_equations_3_and_4_of_its_paper(config_of, k, mu, threshold):
     bench = Bench(config_of("fixmatch", k=k, mu=mu, threshold=threshold))
     u_weak, *u_strong = bench.u
     assert len(u_weak) == mu * len(bench.x) and len(u_strong) == k
@@ -161,7 +161,7 @@ def test_fixmatch_is_equations_3_and_4_of_its_paper(config_of, k, mu, threshold)
 
 @pytest.mark.parametrize(("k", "mu"), [(1, 2), (2, 1)])
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
-def test_uda_is_the_divergence_from_sharpened_confident_predictions(config_of, k, mu, threshold):
+def test_uda_uses_the_divergence_from_sharpened_confident_predictions(config_of, k, mu, threshold):
     bench = Bench(config_of("uda", k=k, mu=mu, threshold=threshold))
     u_weak, *u_strong = bench.u
     q = bench.guess(u_weak)
@@ -183,7 +183,7 @@ def test_pseudo_labels_are_confident_predictions_of_the_same_images(config_of):
     logits = network(torch.cat([bench.x, u]))[0]
     loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
     loss_u = ((q.amax(-1) >= 0.5) * F.cross_entropy(logits[len(bench.x) :], q.argmax(-1), reduction="none")).mean()
-    assert 0 < bench.metrics["guesses_used"] < 1, "both kinds of guesses, or the threshold is not tested"
+    assert 0 < bench.metrics["guesses_used"] < 1, "the threshold is only tested with pseudo-labels on both sides of it"
     bench.assert_same(network, loss_x, loss_u, loss=loss_x + bench.ramp * loss_u)
 
 
@@ -201,7 +201,7 @@ def test_supervised_is_cross_entropy_with_or_without_mixup(config_of, labeled_au
 @pytest.mark.parametrize("names", [["no-rotation"], ["no-premixup"], ["no-rotation", "no-premixup"], ["l2"],
                                    ["no-mixup"], ["mean-guess"], ["weak-only"], ["no-alignment"],
                                    ["k=4"]], ids=" ".join)  # fmt: skip
-def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
+def test_ablations_change_one_component_of_remixmatch(config_of, names):
     bench = Bench(config_of("remixmatch", *names))
     u_weak, u_1, *others = bench.u
     q = bench.guess(u_weak)
@@ -228,7 +228,7 @@ def test_ablations_leave_out_one_thing_of_remixmatch(config_of, names):
     assert len(others) == (3 if "k=4" in names else 1)
 
 
-def test_without_an_average_the_network_itself_is_evaluated(config_of):
+def test_without_ema_the_network_itself_is_evaluated(config_of):
     plain, averaged = (Bench(config_of("remixmatch", *names)).state for names in (["no-ema"], []))
     for state, same in ((plain, True), (averaged, False)):
         pairs = zip(state.ema_model.parameters(), state.network.parameters(), strict=True)
@@ -238,16 +238,16 @@ def test_without_an_average_the_network_itself_is_evaluated(config_of):
         assert all(torch.equal(ema, own) for ema, own in pairs)
 
 
-def test_augmentation_ablations_change_the_views_that_their_names_say(config_of):
+def test_augmentation_ablations_change_the_named_views(config_of):
     def augmented(*names, method="remixmatch", **changes):
-        """Blocks of views with strong transformations, and those with any translation."""
+        """Return which blocks of views have strong transformations, and which have translations."""
         bench = Bench(config_of(method, *names, max_shift=3, **changes))
         blocks = 8
         strong = bench.plan.views.ops.any(-1).reshape(-1, blocks).any(-1)
         moved = bench.plan.views.shift.any(-1).reshape(-1, blocks).any(-1)
         return strong.tolist(), moved.tolist()
 
-    # x, u_weak, u_1, u_2, probe
+    # Blocks: x, u_weak, u_1, u_2, probe.
     assert augmented() == ([True, False, True, True, True], [True] * 5)
     assert augmented("no-weak") == ([True] * 5, [True] * 5)
     assert augmented("randaugment") == ([True, False, True, True], [True] * 4)
@@ -266,7 +266,7 @@ def test_every_method_of_every_preset_is_valid(name, method):
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_every_ablation_changes_the_paper_s_preset_and_is_valid(name):
+def test_every_ablation_changes_the_preset_and_is_valid(name):
     config = ablate(preset("cifar10-250"), name)
     validate(config)
     assert (config == preset("cifar10-250")) == (name == "k=8")
@@ -276,7 +276,7 @@ def parsed(*flags):
     return parse_train(["cifar10-250", *flags], preset("cifar10-250")).config
 
 
-def test_flags_override_the_method_and_the_ablations_that_they_name():
+def test_flags_override_the_method_and_ablations():
     assert parsed("--method", "fixmatch") == with_method(preset("cifar10-250"), "fixmatch")
     changed = parsed("--mu", "3", "--method", "fixmatch", "--k", "2")
     assert changed == dataclasses.replace(with_method(preset("cifar10-250"), "fixmatch"), mu=3, k=2)
@@ -291,7 +291,7 @@ def test_flags_override_the_method_and_the_ablations_that_they_name():
     ("names", "message"),
     [(("k=3",), "unknown ablation 'k=3'; did you mean"), (("k=4", "k=2"), "k cannot be both 4 and 2")],
 )
-def test_mistaken_ablations(names, message):
+def test_invalid_ablations(names, message):
     with pytest.raises(UserError, match=message):
         ablate(preset("cifar10-250"), *names)
 
@@ -299,28 +299,28 @@ def test_mistaken_ablations(names, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(anchor="none"), "needs --guess mean"),
-        (dict(anchor="guess-only", guess="mean"), "needs --anchor trained or none"),
-        (dict(threshold=0.5, unlabeled_loss="l2"), "not of --unlabeled-loss l2"),
-        (dict(threshold=1.5), "--threshold must lie between 0 and 1"),
+        (dict(anchor="none"), "requires --guess mean"),
+        (dict(anchor="guess-only", guess="mean"), "requires --anchor trained or none"),
+        (dict(threshold=0.5, unlabeled_loss="l2"), "requires --unlabeled-loss cross-entropy or kl"),
+        (dict(threshold=1.5), "--threshold must be between 0 and 1"),
         (dict(mu=0), "--mu must be at least 1"),
         (dict(mixup_alpha=-1.0), "--mixup-alpha must be at least 0"),
-        (dict(bn_stats="pool", network="timm:resnet18"), "--bn-stats pool is for the Wide ResNet"),
+        (dict(bn_stats="pool", network="timm:resnet18"), "--bn-stats pool requires a Wide ResNet"),
     ],
 )
-def test_fields_that_contradict_each_other(tiny, changes, message):
+def test_contradicting_settings(tiny, changes, message):
     with pytest.raises(UserError, match=message):
         validate(tiny(**changes))
 
 
-def test_an_unknown_method_is_named_with_the_nearest():
+def test_unknown_method_suggests_the_nearest():
     with pytest.raises(UserError, match="unknown method 'fixmach'; did you mean fixmatch"):
         methods.with_method(preset("digits-40"), "fixmach")
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("method", ["fixmatch", pytest.param("mixmatch", marks=pytest.mark.long)])
-def test_compiled_steps_of_other_methods_are_eager_ones(tiny, method):
+def test_compiled_steps_match_eager_steps(tiny, method):
     torch._dynamo.reset()
     config = with_method(tiny(scales=1, blocks=1, ramp_kimg=1.0), method)
     eager, compiled = (Bench(config, torch.float32, compiled) for compiled in (False, True))
@@ -338,7 +338,7 @@ def test_the_api_trains_methods_and_ablations(tmp_path):
     assert load_config(tmp_path / "run" / "config.json") == dataclasses.replace(expected, mu=1, **small)
 
 
-def test_runs_of_other_methods_have_folders_and_figures_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_other_methods_have_their_own_folders_and_no_published_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = preset("cifar10-250")
     assert str(default_folder(config, resume=False)) == "runs/cifar10-250-seed0"

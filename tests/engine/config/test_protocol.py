@@ -1,4 +1,4 @@
-"""docs/protocol.md says of methods and ablations what the code has."""
+"""Methods and ablations in docs/protocol.md match the code."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_table_of_methods():
     assert {field for changes in METHODS.values() for field in changes} <= set(fields)
     for field, (_, *cells) in zip(fields, rows, strict=True):
         for method, cell in zip(methods, cells, strict=True):
-            if cell != "-":  # supervised training has no unlabeled images
+            if cell != "-":  # Supervised training has no unlabeled images.
                 assert cell == shown(getattr(with_method(Config(), method), field)), (field, method)
             else:
                 assert method == "supervised"

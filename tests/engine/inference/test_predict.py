@@ -254,7 +254,7 @@ def test_the_api_predicts_arrays_files_and_folders(trained, images, folder, expe
 
 
 def test_the_api_reports_errors_like_the_command_line(trained, tmp_path):
-    with pytest.raises(UserError, match="no field of the configuration: sed"):
+    with pytest.raises(UserError, match="unknown configuration field 'sed'; did you mean seed"):
         train("digits-40", sed=1)
     with pytest.raises(UserError, match="--k must be at least 1"):
         train("digits-40", k=0)

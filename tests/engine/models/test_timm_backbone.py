@@ -135,10 +135,10 @@ def test_names_that_are_not_there():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(network="resnet50"), "--network takes wide-resnet, timm:NAME or auto, got 'resnet50'"),
-        (dict(network="timm:resnet50", bn="split"), "--bn split is for the Wide ResNet"),
-        (dict(pretrained=True), "need a model of timm"),
-        (dict(network="timm:resnet50", pretrained=True, weights="a"), "two sources of weights"),
+        (dict(network="resnet50"), "--network must be wide-resnet, timm:NAME or auto, got 'resnet50'"),
+        (dict(network="timm:resnet50", bn="split"), "--bn split requires a Wide ResNet"),
+        (dict(pretrained=True), "require a timm model"),
+        (dict(network="timm:resnet50", pretrained=True, weights="a"), "mutually exclusive"),
     ],
 )
 def test_flags_that_cannot_work(changes, words):

@@ -378,7 +378,7 @@ def test_a_damaged_logged_json_loses_nothing(tmp_path, damage):
 
 
 def test_unknown_loggers_and_missing_extras_are_reported_before_training(tiny, tmp_path, monkeypatch, capfd):
-    with pytest.raises(UserError, match="--log takes tensorboard, wandb, trackio, none, got 'mlflow'"):
+    with pytest.raises(UserError, match="--log must be one of tensorboard, wandb, trackio, none; got 'mlflow'"):
         validate(tiny(log="mlflow"))
     with pytest.raises(SystemExit):
         cli.main(["train", "digits-40", "--log", "mlflow", "--out", str(tmp_path / "run")])
@@ -387,7 +387,7 @@ def test_unknown_loggers_and_missing_extras_are_reported_before_training(tiny, t
         monkeypatch.setattr("engine.config.checks.importlib.util.find_spec", lambda name: None)
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", "digits-40", "--log", client, "--out", str(tmp_path / "run")])
-        said = f"remixmatch: --log {client} needs {client}: pip install 'remixmatch-engine[{client}]'\n"
+        said = f"remixmatch: --log {client} requires {client}: pip install 'remixmatch-engine[{client}]'\n"
         assert (ended.value.code, capfd.readouterr().err) == (2, said)
     assert not (tmp_path / "run").exists()
 
@@ -397,7 +397,7 @@ def test_a_folder_named_wandb_is_not_the_client(tiny, tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(UserError, match="--log wandb needs wandb"):
+    with pytest.raises(UserError, match="--log wandb requires wandb"):
         validate(tiny(log="wandb"))
 
 
