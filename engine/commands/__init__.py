@@ -1,1 +1,1 @@
-"""What `remixmatch COMMAND` calls: options, their checks, and what is printed."""
+"""Entry points of `remixmatch COMMAND`: options, their checks, and what is printed."""

@@ -1,4 +1,4 @@
-"""`remixmatch data`: prepares data sets, says what is there, and which images a split labels."""
+"""`remixmatch data`: prepare data sets, describe them, and show or check label splits."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from engine.commands.parsing import parse, usage_is_all
+from engine.commands.parsing import DataDir, parse, usage_is_all
 from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
-from engine.errors import UserError
+from engine.errors import UserError, unknown
 from engine.runs.setup import open_data
 from pipelines import cache
 from pipelines.cache import DataSet
@@ -28,99 +28,112 @@ from pipelines.splits import RULES, compare, digest, image_digest, read_indices
 log = logging.getLogger(__name__)
 
 SUBCOMMANDS = {
-    "prepare": "download or read a data set, or a folder of your own images, into the cache",
-    "list": "which data sets there are, and which are prepared",
-    "info": "sizes, counts by class, mean, and a picture of some images",
-    "split": "which images a rule and a seed label",
-    "check-split": "compare a run's split, or a list of somebody else, with a rule",
+    "prepare": "prepare a data set (downloaded if necessary) or a folder of your own images",
+    "list": "list all data sets, and which of them are prepared",
+    "info": "show image counts per class, mean and standard deviation, and sample images",
+    "split": "show which images a rule and a seed label",
+    "check-split": "compare the split of a run, or a list of indices, with a rule",
 }
-_SHOWN = 20  # rows of a long list
-_GRID = 10  # images of a class in a picture
-_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # one of them is there where a GPU can be used
+_SHOWN = 20  # Items shown of a long list.
+_GRID = 10  # Images per class in a plot.
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # A machine with a usable GPU has one of these.
+
+
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help_behavior_hint="(required)")]
 
 
 @dataclass
-class _Where:
-    data_dir: Path | None = None
-    """Where caches lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+class _DataOptions:
+    data_dir: DataDir = None
 
 
 @dataclass
-class PrepareOptions(_Where):
-    """Makes the cache of a data set, or of a folder of images. One that is there already is left alone."""
+class PrepareOptions(_DataOptions):
+    """Prepare a data set or a folder of images for training. Does nothing if it is already prepared."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Name = ""
     """Name of a data set, or a folder with train/CLASS/*, unlabeled/* and test/CLASS/*, or with labels.csv."""
     size: int = 0
-    """With a folder: side of the images, in pixels; the shorter side is resized to it, the longer one cropped."""
-    decoder: Literal["auto", "cpu", "gpu"] = "auto"
-    """With a folder: where DALI decodes and resizes JPEGs; auto is a GPU where there is one. The two differ by some
-    grey levels, so that one cache is made by one of them."""
-    source: Path | None = None
-    """A folder in which the original files are looked for before they are downloaded."""
+    """For a folder, required: side of the images, 8 to 1024 pixels. The shorter side is resized, the longer cropped."""
+    decoder: Annotated[
+        Literal["auto", "cpu", "gpu"],
+        tyro.conf.arg(
+            help="For a folder: where DALI decodes and resizes JPEGs. auto uses a GPU if one is available. The results "
+            "differ by a few gray levels, so a data set is prepared entirely with one of them."
+        ),
+    ] = "auto"
+    source: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder with the original files, searched before anything is downloaded."""
     download: bool = True
-    """Whether missing files may be downloaded."""
+    """Download missing files."""
     again: bool = False
-    """Prepare it anew, whatever is there."""
+    """Prepare the data even if it is already prepared."""
 
 
 @dataclass
-class ListOptions(_Where):
-    """Which data sets there are."""
+class ListOptions(_DataOptions):
+    """List all data sets, and which of them are prepared."""
 
 
 @dataclass
-class InfoOptions(_Where):
-    """What is in a data set."""
+class InfoOptions(_DataOptions):
+    """Show image counts per class, and the mean and standard deviation of the training images."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Name = ""
     """Name of a data set, or a prepared folder."""
-    png: Path | None = None
-    """Write a picture with ten images of every class to this file."""
+    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """PNG file to write with ten images of every class."""
     verify: bool = False
-    """Compare the cache with its checksums."""
+    """Verify the checksums of the prepared files."""
 
 
 @dataclass
-class SplitOptions(_Where):
-    """Which images keep their label."""
+class SplitOptions(_DataOptions):
+    """Show which images keep their label."""
 
-    name: tyro.conf.Positional[str] = ""
+    name: Name = ""
     """Name of a data set, or a prepared folder."""
     labels: int = 0
-    """Labeled images."""
+    """Number of labeled images, required except for --rule all."""
     seed: int = 1
-    """Of the split."""
+    """Seed of the split."""
     rule: str = "paper"
-    """paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
+    """Rule that picks the labeled images: paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
     json: bool = False
-    """Print a JSON object, as a run's split.json."""
+    """Print a JSON object like the split.json of a run."""
 
 
 @dataclass
-class CheckSplitOptions(_Where):
-    """Compares a split with a rule. Exit code 1 if they differ."""
+class CheckSplitOptions(_DataOptions):
+    """Compare a split with a rule. The exit code is 1 if they differ."""
 
-    split: tyro.conf.Positional[Path | None] = None
-    """A run's folder, or a file that lists rows: JSON, numpy, or one a line."""
-    data: str = ""
-    """Name of the data set; by default the run's."""
-    labels: int = 0
-    """Labeled images; by default as many as the list has."""
-    seed: int | None = None
-    """Of the rule; by default the run's, otherwise 1."""
+    split: Annotated[
+        Path | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="SPLIT", help_behavior_hint="(required)"),
+    ] = None
+    """A run's folder, or a file of image indices: JSON, numpy, or one index per line."""
+    data: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the run's)")] = ""
+    """Name of the data set, or a prepared folder."""
+    labels: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: as many as in SPLIT)")] = 0
+    """Number of labeled images."""
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the run's, or 1)")] = None
+    """Seed of the rule."""
     rule: str = "paper"
-    """paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
+    """Rule that picks the labeled images: paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs the subcommand that the first word names.
+    """Run `remixmatch data`.
+
+    Args:
+        argv: The subcommand and its arguments.
 
     Raises:
-        UserError: no such subcommand, or a mistake in its flags.
-        KeyboardInterrupt: SIGINT came; says how to go on.
+        UserError: Unknown subcommand, or invalid arguments.
+        KeyboardInterrupt: SIGINT arrived; the message says how to continue.
     """
-    more = "remixmatch data COMMAND --help says more."
+    more = "'remixmatch data COMMAND --help' shows more about a command."
     if usage_is_all(argv, "command", "data COMMAND ...", SUBCOMMANDS, more):
         return
     commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
@@ -131,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         "check-split": (CheckSplitOptions, _check_split),
     }
     if argv[0] not in commands:
-        raise UserError(f"data takes one of {', '.join(commands)}, got '{argv[0]}'")
+        raise unknown("command", f"data {argv[0]}", [f"data {name}" for name in commands])
     kind, run = commands[argv[0]]
     options: Any = parse(kind, f"data {argv[0]}", list(argv[1:]))
     cache.set_data_dir(options.data_dir)
@@ -142,23 +155,23 @@ def main(argv: Sequence[str]) -> None:
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command goes on from there") from None
+        raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
 
 
 def data_name(given: str) -> str:
-    """The name of a data set by which it is opened: a folder's begins with FOLDER."""
+    """Return the name under which a data set is opened. Names of folders begin with FOLDER."""
     if not given:
-        raise UserError(f"which data set? there are {', '.join(DATASETS)}, or a folder of images")
+        raise UserError(f"missing data set; choose from {', '.join(DATASETS)}, or give a folder of images")
     return given if given in DATASETS or given.startswith(FOLDER) else folder_name(given)
 
 
 @contextmanager
 def _progress():
-    """A bar for each thing that is done, from when there is something to show: none stands above a mistake."""
+    """Show one progress bar per task, from the first update on, so that early errors show no bar."""
     bars: Any = None
     tasks: dict[str, Any] = {}
 
-    def update(what: str, done: int, whole: int) -> None:
+    def update(task: str, done: int, total: int) -> None:
         nonlocal bars
         if bars is None:
             from rich.console import Console
@@ -166,9 +179,9 @@ def _progress():
 
             bars = Progress(console=Console(stderr=True))
             bars.start()
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=whole or None)
-        bars.update(tasks[what], completed=done, total=whole or None)
+        if task not in tasks:
+            tasks[task] = bars.add_task(task, total=total or None)
+        bars.update(tasks[task], completed=done, total=total or None)
 
     try:
         yield update
@@ -210,20 +223,20 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     with _progress() as update:
         made = prepare(root, options.size, update, device=_decoder(options.decoder), again=options.again)
     for file, why in made.unreadable[:_SHOWN]:
-        log.warning(f"{file} is left out: {why}")
+        log.warning(f"skipping {file}: {why}")
     if made.unreadable:
-        log.warning(f"{len(made.unreadable)} files cannot be read and were left out")
+        log.warning(f"skipped {len(made.unreadable)} unreadable files")
     for one, other in made.duplicates[:_SHOWN]:
-        log.warning(f"{one} and {other} are the same image, in training and in test")
+        log.warning(f"{one} and {other} are the same image, once for training and once for testing")
     if made.duplicates:
-        log.warning(f"{len(made.duplicates)} images are in training and in test")
+        log.warning(f"{len(made.duplicates)} images are used for both training and testing")
     if made.strays:
         log.warning(
-            f"{len(made.strays)} image files are left out, since they are neither in train/CLASS/ nor in test/CLASS/ "
-            f"nor in unlabeled/: {some(made.strays)}"
+            f"skipped {len(made.strays)} image files outside train/CLASS/, test/CLASS/ and unlabeled/: "
+            f"{some(made.strays)}"
         )
     if made.listing.held_out:
-        print(f"{made.listing.held_out} labeled images are held out as the test part: there is none")
+        print(f"{made.listing.held_out} labeled images are held out for testing (the folder has no test part)")
     print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
     where = f" --data-dir {shlex.quote(str(options.data_dir))}" if options.data_dir else ""
     print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}{where}")
@@ -231,11 +244,11 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
 
 def _decoder(wanted: str) -> str:
     if wanted == "cpu" or (wanted == "auto" and not any(map(Path.exists, _DRIVERS))):
-        return "cpu"  # without importing torch, which takes a second
+        return "cpu"  # Without importing torch, which takes a second.
     from torch import cuda
 
     if wanted == "gpu" and not cuda.is_available():
-        raise UserError("--decoder gpu: torch sees no GPU here; `remixmatch doctor` says what is missing")
+        raise UserError("--decoder gpu: torch sees no GPU here; run 'remixmatch doctor' to see what is missing")
     return "gpu" if cuda.is_available() else "cpu"
 
 
@@ -256,7 +269,7 @@ def _list(options: ListOptions) -> None:
             print(f"{name:18} {error}")
     folders = cache.data_dir() / "folders"
     for path in sorted(folders.iterdir()) if folders.is_dir() else ():
-        if path.name.startswith("."):  # a lock, or what is not finished
+        if path.name.startswith("."):  # A lock, or an unfinished data set.
             continue
         try:
             data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size SIZE"))
@@ -275,24 +288,24 @@ def _info(options: InfoOptions) -> None:
         where = cache_of(root) if name.startswith(FOLDER) else cache.data_dir() / name
         again = prepare_command(root, data.sides[0]) if name.startswith(FOLDER) else cache.prepare_command(name)
         cache.verify(where, f"{again} --again")
-        print(f"{where} is as it was written")
+        print(f"{where} is intact")
     print(_sizes(data))
     print(f"\n{'class':24} {'labeled':>9} {'test':>9}")
     for c, label in enumerate(data.classes):
         print(f"{label:24} {int((data.train_labels == c).sum()):9} {int((data.test_labels == c).sum()):9}")
     mean, deviation = _moments(data.train_images)
     shown = [" ".join(f"{value:.1f}" for value in values) for values in (mean, deviation)]
-    print(f"\nmean of the training images by channel {shown[0]}, standard deviation {shown[1]} (0 to 255)")
+    print(f"\nmean of the training images per channel {shown[0]}, standard deviation {shown[1]} (0 to 255)")
     if options.png:
         _draw(data, options.png)
         print(f"{_GRID} images of every class: {options.png}")
 
 
-def _moments(images: np.ndarray, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, over as many images at a time."""
+def _moments(images: np.ndarray, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and standard deviation of each channel, (3,) each. Reads `chunk` images at a time."""
     sums = np.zeros((2, 3))
-    for first in range(0, len(images), rows):
-        part = images[first : first + rows].astype(np.float64).reshape(-1, 3)
+    for first in range(0, len(images), chunk):
+        part = images[first : first + chunk].astype(np.float64).reshape(-1, 3)
         sums += part.sum(0), np.square(part).sum(0)
     mean, square = sums / (images.size / 3)
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
@@ -304,17 +317,17 @@ def _draw(data: DataSet, path: Path) -> None:
     height, width = data.sides
     grid = np.full((len(data.classes) * height, _GRID * width, 3), 255, dtype=np.uint8)
     for c in range(len(data.classes)):
-        for place, row in enumerate(np.flatnonzero(data.train_labels == c)[:_GRID]):
-            grid[c * height : (c + 1) * height, place * width : (place + 1) * width] = data.train_images[row]
+        for column, index in enumerate(np.flatnonzero(data.train_labels == c)[:_GRID]):
+            grid[c * height : (c + 1) * height, column * width : (column + 1) * width] = data.train_images[index]
     try:
         Image.fromarray(grid).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _rows(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
+def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
     if rule not in RULES:
-        raise UserError(f"--rule: there is no '{rule}'; there are {', '.join(RULES)}")
+        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'")
     if seed < 0:
         raise UserError(f"--seed must be at least 0, got {seed}")
     try:
@@ -325,45 +338,48 @@ def _rows(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
 
 def _split(options: SplitOptions) -> None:
     data = open_data(data_name(options.name))
-    rows = _rows(options.rule, data, options.labels, options.seed)
+    indices = _labeled_indices(options.rule, data, options.labels, options.seed)
     content = {
-        "dataset": data.name, "seed": options.seed, "labels": len(rows), "split": options.rule,
-        "train_rows": rows.tolist(), "sha256": digest(rows), "images_sha256": image_digest(data.train_images, rows),
+        "dataset": data.name, "seed": options.seed, "labels": len(indices), "split": options.rule,
+        "train_rows": indices.tolist(), "sha256": digest(indices),
+        "images_sha256": image_digest(data.train_images, indices),
     }  # fmt: skip
     if options.json:
         print(json.dumps(content))
         return
-    print(" ".join(map(str, rows.tolist())))
-    counts = np.bincount(data.train_labels[rows], minlength=len(data.classes))
-    print("labels by class: " + ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True)))
-    print(f"SHA-256 of the rows {content['sha256']}\nSHA-256 of the images {content['images_sha256']}")
+    print(" ".join(map(str, indices.tolist())))
+    counts = np.bincount(data.train_labels[indices], minlength=len(data.classes))
+    print("labels per class: " + ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True)))
+    print(f"SHA-256 of the indices {content['sha256']}\nSHA-256 of the images {content['images_sha256']}")
 
 
 def _check_split(options: CheckSplitOptions) -> None:
     if options.split is None:
-        raise UserError("data check-split needs a run's folder, or a file with rows")
+        raise UserError("missing argument SPLIT: give a run's folder, or a file of image indices")
     name, seed = options.data, options.seed
     path = options.split
     if path.is_dir():
         config = load_config(path / "config.json")
         name, seed, path = name or config.dataset, config.seed if seed is None else seed, path / "split.json"
     if not name:
-        raise UserError("of which data set? give it by --data")
+        raise UserError("--data is required to check a file; give the name of its data set")
     data, seed = open_data(data_name(name)), 1 if seed is None else seed
     try:
         found = read_indices(path)
     except ValueError as error:
         raise UserError(str(error)) from None
     if max(found) >= len(data.train_images):
-        raise UserError(f"{path} names row {max(found)}; {data.name} has {len(data.train_images)} training images")
-    expected = _rows(options.rule, data, options.labels or len(found), seed)
+        raise UserError(
+            f"{path} contains index {max(found)}, but {data.name} has only {len(data.train_images)} training images"
+        )
+    expected = _labeled_indices(options.rule, data, options.labels or len(found), seed)
     result = compare(expected, found)
-    what = f"rule {options.rule}, {len(expected)} labels of {data.name}, seed {seed}"
+    compared = f"rule {options.rule}, {len(expected)} labels of {data.name}, seed {seed}"
     if result.same:
-        print(f"the same set: {what}; SHA-256 {digest(expected)}")
+        print(f"identical to {compared}; SHA-256 {digest(expected)}")
         return
-    print(f"another set: {what}; {result.common} rows in common")
-    for words, rows in (("only the rule has", result.missing), (f"only {path} has", result.extra)):
-        more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-        print(f"{words} {len(rows)}: {' '.join(map(str, rows[:_SHOWN]))}{more}")
+    print(f"different from {compared}; {result.common} images in common")
+    for place, indices in (("the rule", result.missing), (path, result.extra)):
+        more = f" and {len(indices) - _SHOWN} more" if len(indices) > _SHOWN else ""
+        print(f"{len(indices)} only in {place}: {' '.join(map(str, indices[:_SHOWN]))}{more}")
     sys.exit(1)

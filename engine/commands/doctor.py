@@ -1,4 +1,4 @@
-"""`remixmatch doctor`: what the engine finds on this machine, what is missing, and what to do about it."""
+"""`remixmatch doctor`: check the installation and suggest fixes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rich.table import Table
 from engine.commands.parsing import parse
 from engine.errors import APEX_BUILD
 
-Finding = tuple[bool | None, str, str]  # found (None: optional and absent), what, what to do
+Finding = tuple[bool | None, str, str]  # Whether it works (None: optional and absent), what was found, the fix.
 
 
 def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return None, "none; training runs on the CPU", "for speed: a machine with an NVIDIA GPU"
+        return None, "none; training runs on the CPU", "for faster training, use a machine with an NVIDIA GPU"
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return True, ", ".join(names), ""
 
@@ -32,11 +32,15 @@ def _driver() -> Finding:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None, "libcuda.so.1 not found", "install NVIDIA's driver if there is a GPU"
+        return None, "libcuda.so.1 not found", "install the NVIDIA driver if there is a GPU"
     number = ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(number))
     known = f"supports CUDA {number.value // 1000}.{number.value % 1000 // 10}"
-    return (True, known, "") if number.value >= 13000 else (False, known, "CUDA 13 needs driver 580 or newer")
+    return (
+        (True, known, "")
+        if number.value >= 13000
+        else (False, known, "install driver 580 or newer, which CUDA 13 needs")
+    )
 
 
 def _torch() -> Finding:
@@ -66,7 +70,7 @@ def _dali() -> Finding:
 
 def _compiler() -> Finding:
     found = shutil.which("gcc") or shutil.which("cc")
-    return (True, found, "") if found else (None, "no C compiler", "needed by --mode compile and graph: install gcc")
+    return (True, found, "") if found else (None, "no C compiler", "install gcc, which --mode compile and graph need")
 
 
 def _apex() -> Finding:
@@ -83,7 +87,7 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "GPU": (_gpu, ""),
     "driver": (_driver, ""),
     "torch": (_torch, "pip install 'torch>=2.11'"),
-    "torchvision": (_package("torchvision", "torchvision"), "pip install torchvision, the build beside torch's"),
+    "torchvision": (_package("torchvision", "torchvision"), "pip install the torchvision release that matches torch"),
     "triton": (_package("triton", "triton"), "pip install 'triton>=3.6'"),
     "DALI": (_dali, "pip install nvidia-dali-cuda130"),
     "C compiler": (_compiler, ""),
@@ -92,30 +96,31 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
 
 
 def report() -> bool:
-    """Prints a table of findings; says whether everything that training needs is there."""
-    table = Table("", "what", "found", "what to do")
+    """Print a table of findings. Returns whether everything training needs is installed."""
+    table = Table("", "component", "found", "fix")
     healthy = True
-    for name, (check, mend) in CHECKS.items():
+    for name, (check, fix) in CHECKS.items():
         try:
-            found, what, todo = check()
-        except Exception as error:  # whatever is broken is what this command is for
-            found, what, todo = False, f"{type(error).__name__}: {error}".splitlines()[0], mend
-        healthy = healthy and found is not False
-        table.add_row({True: "ok", None: "-", False: "MISSING"}[found], name, what, todo)
+            works, found, todo = check()
+        except Exception as error:  # Reporting any failure is the purpose of this command.
+            works, found, todo = False, f"{type(error).__name__}: {error}".splitlines()[0], fix
+        healthy = healthy and works is not False
+        table.add_row({True: "ok", None: "-", False: "MISSING"}[works], name, found, todo)
     console = Console()
     console.print(table)
-    console.print("ready to train" if healthy else "not ready: see what to do above")
+    console.print("ready to train" if healthy else "not ready: apply the fixes above")
     return healthy
 
 
 @dataclass
 class DoctorOptions:
-    """What of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest.
+    """Check the installation (GPU, driver, torch, triton, DALI, apex) and suggest fixes.
 
-    Exit code 1 where something that training needs is missing."""
+    The exit code is 1 if something that training needs is missing.
+    """
 
 
 def main(argv: list[str]) -> None:
-    """Entry point of `remixmatch doctor`."""
+    """Run `remixmatch doctor`."""
     parse(DoctorOptions, "doctor", argv)
     sys.exit(0 if report() else 1)

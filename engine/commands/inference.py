@@ -1,66 +1,74 @@
-"""`remixmatch eval`, `predict` and `export`: what is done with a trained run."""
+"""`remixmatch eval`, `predict` and `export`: use a trained run."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
-from engine.commands.parsing import parse
+from engine.commands.parsing import DataDir, parse
 from engine.errors import UserError
 from engine.runs.setup import open_data
 from pipelines.cache import set_data_dir
 
 log = logging.getLogger(__name__)
 
+RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="The run's folder.")]
+
 
 @dataclass
 class EvalOptions:
-    """Test accuracy of a run's EMA model."""
+    """Print the test accuracy of a run's EMA model."""
 
-    dir: tyro.conf.Positional[Path]
-    """The run's folder."""
+    dir: RunDir
     json: bool = False
-    """Print a JSON object."""
-    data_dir: Path | None = None
-    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    """Print the result as a JSON object."""
+    data_dir: DataDir = None
 
 
 @dataclass
 class PredictOptions:
-    """Class and probabilities of images, by a run's EMA model."""
+    """Predict classes and class probabilities of images with a run's EMA model."""
 
-    dir: tyro.conf.Positional[Path]
-    """The run's folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
-    """Image files, and folders of them; other modes become RGB and other sizes are resized, with a warning."""
+    dir: RunDir
+    images: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)"),
+    ] = ()
+    """Image files, and folders of image files. Images are converted to RGB and resized with a warning."""
     json: bool = False
-    """Print a JSON object a line."""
-    csv: Path | None = None
-    """Write a table to this file: image, class, and a probability for each class."""
+    """Print one JSON object per line."""
+    csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """CSV file to write instead of printing: file, class, and one probability per class."""
     batch: int = 256
-    """Images of a folder that are in memory at a time."""
+    """Batch size when predicting a folder."""
 
 
 @dataclass
 class ExportOptions:
-    """Writes a run's EMA model for others: uint8 images in, class probabilities out."""
+    """Export a run's EMA model, which takes uint8 images and returns class probabilities."""
 
-    dir: tyro.conf.Positional[Path]
-    """The run's folder."""
+    dir: RunDir
     to: Literal["safetensors", "torch", "onnx"] = "safetensors"
-    """Parameters and what rebuilds the network; a program of torch.export; ONNX."""
-    out: Path | None = None
-    """The file; by default model.safetensors, model.pt2 or model.onnx in the run's folder."""
+    """Format: safetensors (parameters and the network's settings), torch (a torch.export program), or onnx."""
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="FILE",
+            help="File to write.",
+            help_behavior_hint="(default: model.safetensors, model.pt2 or model.onnx in the run's folder)",
+        ),
+    ] = None
 
 
 def evaluate(argv: list[str]) -> None:
-    """Entry point of `remixmatch eval`."""
+    """Run `remixmatch eval`."""
     options: EvalOptions = parse(EvalOptions, "eval", argv)
     from engine.inference.evaluation import evaluate as measure
     from engine.inference.trained import load_ema_model
@@ -71,13 +79,13 @@ def evaluate(argv: list[str]) -> None:
     config, data = trained.config, open_data(trained.config.dataset)
     if (data.classes, data.sides) != (trained.classes, trained.sides):
         was, now = (
-            f"{sides[1]}x{sides[0]} pixels of {len(classes)} classes"
+            f"{len(classes)} classes of {sides[1]}x{sides[0]} images"
             for classes, sides in ((trained.classes, trained.sides), (data.classes, data.sides))
         )
         differing = sorted(set(trained.classes) ^ set(data.classes))
         raise UserError(
-            f"{options.dir} was trained on images of {was}, and its data has {now} now"
-            + (f", which differ in {some(differing)}" if differing else "")
+            f"{options.dir} was trained on {was}, but its data now has {now}"
+            + (f" (they differ in {some(differing)})" if differing else "")
         )
     accuracy, loss = measure(trained.network, data.test_images, data.test_labels, trained.device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
@@ -88,7 +96,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def predict(argv: list[str]) -> None:
-    """Entry point of `remixmatch predict`."""
+    """Run `remixmatch predict`."""
     options: PredictOptions = parse(PredictOptions, "predict", argv)
     from engine.inference import predict
     from engine.inference.trained import load_ema_model
@@ -98,7 +106,7 @@ def predict(argv: list[str]) -> None:
     files, many = predict.find_images(options.images)
     trained = load_ema_model(options.dir)
     network, device, side = trained.network, trained.device, trained.sides[0]
-    if not many:  # each of them was named, and is expected to be one
+    if not many:  # Each file was named, so each must be an image.
         images = np.stack([predict.read_image(path, side) for path in files])
         found = zip(files, predict.probabilities(network, images, device), strict=True)
     else:
@@ -113,7 +121,7 @@ def predict(argv: list[str]) -> None:
             count += 1
             _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
     if many and count < len(files):
-        log.warning(f"{len(files) - count} of {len(files)} files cannot be read")
+        log.warning(f"{len(files) - count} of {len(files)} files could not be read as images")
     if not count:
         raise UserError("no image could be read")
 
@@ -128,7 +136,7 @@ def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> Non
 
 
 def export(argv: list[str]) -> None:
-    """Entry point of `remixmatch export`."""
+    """Run `remixmatch export`."""
     options: ExportOptions = parse(ExportOptions, "export", argv)
     from engine.inference import export
     from engine.inference.trained import load_ema_model

@@ -1,6 +1,6 @@
-"""The command line: `remixmatch COMMAND ...`.
+"""Command line: `remixmatch COMMAND ...`.
 
-A mistake of the user's is one line on stderr and exit code 2, without a traceback.
+Invalid input ends a command with one line on stderr and exit code 2, without a traceback.
 """
 
 from __future__ import annotations
@@ -15,59 +15,59 @@ from importlib import import_module
 
 from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
-from engine.errors import RankError, Stopped, UserError
+from engine.errors import RankError, Stopped, UserError, unknown
 
 log = logging.getLogger(__name__)
 
-# Threads that wait for one another spin, by default for so long that a step takes ten times as long where a second
-# process wants the same core. GNU's OpenMP reads this when torch is loaded, which no import above does
+# OpenMP threads spin while they wait for one another, by default for so long that a step takes ten times as long when a
+# second process needs the same core. GNU's OpenMP reads this when torch is loaded, which no import above does.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# what each calls with the words after it, imported when it is called, and what it does
+# Function that each command calls with the words after it, imported on demand, and its description.
 COMMANDS = {
     "train": (
         "engine.commands.train:main",
-        "train a preset: remixmatch train PRESET [--seed N] [--out DIR] [--resume] ...",
+        "train a preset: remixmatch train PRESET [--seed N] [--out DIR] [--resume] [flags]",
     ),
     "eval": (
         "engine.commands.inference:evaluate",
-        "test accuracy of a run: remixmatch eval DIR [--json]",
+        "print the test accuracy of a run: remixmatch eval DIR [--json]",
     ),
     "predict": (
         "engine.commands.inference:predict",
-        "classify images with a run: remixmatch predict DIR IMAGE-OR-FOLDER... [--csv FILE]",
+        "classify images with a trained run: remixmatch predict DIR IMAGES [--csv FILE]",
     ),
     "export": (
         "engine.commands.inference:export",
-        "the trained model as safetensors, torch.export or ONNX: remixmatch export DIR --to FORMAT",
+        "export a run's EMA model to safetensors, torch.export or ONNX: remixmatch export DIR --to FORMAT",
     ),
     "data": (
         "engine.commands.data:main",
-        "data sets and folders of images: prepare, list, info, split, check-split",
+        "manage data sets and folders of images: prepare, list, info, split, check-split",
     ),
     "doctor": (
         "engine.commands.doctor:main",
-        "what of GPU, driver, torch, triton, DALI and apex is here, and what to do about the rest",
+        "check the installation (GPU, driver, torch, triton, DALI, apex) and suggest fixes",
     ),
     "reproduce": (
         "engine.studies.reproduce:main",
-        "a table of the paper, from runs over methods and seeds: remixmatch reproduce TABLE ...",
+        "reproduce a table from the paper: remixmatch reproduce TABLE [flags]",
     ),
     "ablate": (
         "engine.studies.ablate:main",
-        "what each component costs and what it brings: remixmatch ablate PRESET [--time-only] ...",
+        "measure each component's cost and benefit: remixmatch ablate PRESET [--time-only] [flags]",
     ),
     "profile": (
         "engine.studies.profile:main",
-        "where a training step's time goes: remixmatch profile PRESET [flags of train]",
+        "show where the time of a training step goes: remixmatch profile PRESET [flags of train]",
     ),
     "report": (
         "engine.report.command:main",
-        "runs, or a folder of reproduce or ablate, as an HTML page: remixmatch report RUN... [--out FILE]",
+        "write an HTML report of runs, or of a folder of reproduce or ablate: remixmatch report DIRS [--out FILE]",
     ),
     "bench": (
         "bench.cli:main",
-        "measurements: remixmatch bench NAME ...; remixmatch bench --help lists them",
+        "run a benchmark: remixmatch bench NAME [flags]; 'remixmatch bench --help' lists them",
     ),
 }
 
@@ -78,25 +78,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Calls a command with its arguments.
+    """Run a command and turn its exceptions into exit codes.
 
-    Exits with 0, 2 for a user's mistake, 1 where another rank is lost, 128 + its number after a signal; so it does, and
-    without a word, where whoever reads its output has gone.
+    Exit codes are 0 for success, 2 for invalid input, 1 if another rank is lost, and 128 + the number of a signal that
+    stopped the command. If the reader of its output closes the pipe, it exits silently, as after SIGPIPE.
+
+    Args:
+        command: Function to call.
+        argv: Its arguments.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have letters that it has not
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # File names may contain characters the terminal cannot encode.
     with messages_on_stderr():
         try:
             try:
                 command(argv)
             finally:
-                sys.stdout.flush()  # here, where a reader who has gone can be met, and not when Python ends
+                sys.stdout.flush()  # Here, where a closed pipe is handled, and not when Python exits.
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
         except (UserError, Stopped, KeyboardInterrupt) as error:
-            if os.environ.get("RANK", "0") == "0":  # each of several ranks meets the same
-                log.error(str(error) or "interrupted; go on from the last checkpoint with --resume")
+            if os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
+                log.error(str(error) or "interrupted; use --resume to continue from the last checkpoint")
             sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
         except RankError as error:
             log.error(f"rank {os.environ.get('RANK', '0')}: {error}")
@@ -107,12 +113,12 @@ def _dispatch(argv: list[str]) -> None:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         texts = {name: text for name, (_, text) in COMMANDS.items()}
-        show_usage("COMMAND ...", texts, "remixmatch COMMAND --help says more.")
+        show_usage("COMMAND ...", texts, "'remixmatch COMMAND --help' shows more about a command.")
     elif command in COMMANDS:
         module, function = COMMANDS[command][0].split(":")
         getattr(import_module(module), function)(argv[1:])
     else:
-        raise UserError(f"unknown command '{command}'; there are {', '.join(COMMANDS)}")
+        raise unknown("command", command, COMMANDS)
 
 
 if __name__ == "__main__":

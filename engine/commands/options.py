@@ -1,4 +1,4 @@
-"""Flags over a configuration: every field of `Config` is one, in the sections of its metadata, beside other options."""
+"""Flags of `remixmatch train` and related commands: one for each field of `Config`, plus those of other options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from engine.commands.parsing import parse
+from engine.commands.parsing import DataDir, parse
 from engine.config import methods
 from engine.config.checks import folder_name
 from engine.config.config import SECTIONS, Config
@@ -21,59 +21,72 @@ from engine.errors import UserError
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Where the run goes."""
+    """Folder of the run, and what is printed."""
 
-    out: Path | None = None
-    """The run's folder; by default runs/PRESET-seedN, numbered on if that exists."""
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            metavar="DIR",
+            help="The run's folder.",
+            help_behavior_hint="(default: runs/PRESET-seedN, with a number appended if it exists)",
+        ),
+    ] = None
     resume: bool = False
-    """Go on with the run in --out, by default the newest of this preset and seed."""
+    """Resume the run in --out; without --out, the newest run of this preset and seed."""
     quiet: bool = False
-    """Print nothing but the summary and warnings."""
+    """Print only the summary and warnings."""
 
 
 @dataclass(frozen=True)
 class AblationOptions:
-    """Changes of the method by name."""
+    """Named changes of the method."""
 
-    ablate: tuple[str, ...] = ()
-    """Ablations of the paper by name, such as k=4, no-rotation, no-alignment or mean-guess; an unknown name lists
-    them. Each sets fields that are flags, too."""
+    ablate: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="NAME [NAME ...]",
+            help=f"Ablations to apply, each of which sets other flags: {', '.join(methods.ABLATIONS)}.",
+            help_behavior_hint="(default: none)",
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where data come from."""
+    """Location of the data."""
 
-    data: Path | None = None
-    """A folder of images that `remixmatch data prepare` has prepared, instead of --dataset."""
-    data_dir: Path | None = None
-    """Where prepared data sets lie; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
-    class_prior: Path | None = None
-    """A JSON object with the known probability of each class, instead of --class-distribution."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of images, prepared by 'remixmatch data prepare', to train on instead of --dataset."""
+    data_dir: DataDir = None
+    class_prior: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file that maps each class name to its known probability, instead of --class-distribution."""
 
 
 @dataclass(frozen=True)
 class RankOptions:
-    """Processes that train together."""
+    """Ranks: processes that train together."""
 
     gpus: int = 1
-    """Ranks on this machine, a GPU each, or a process each on a CPU: more than one are started by torchrun."""
+    """Number of ranks on this machine: one GPU each, or one CPU process each. More than one are started by torchrun."""
     max_restarts: int = 0
-    """How often torchrun starts the ranks again, from the last good checkpoint, after one of them has died."""
+    """Restart the ranks up to this many times from the last valid checkpoint after a failure."""
     timeout: float = 600.0
-    """Seconds that a rank waits for another one before it ends with a message."""
+    """Seconds a rank waits for another rank before it gives up with an error."""
     check_ranks: int = 0
-    """For debugging: steps between comparisons of the ranks' states, bit for bit; 0 for none."""
+    """For debugging: steps between bitwise comparisons of the ranks' states; 0 disables them."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a command line asks for: a configuration, and how it is trained.
+    """Parsed command line: a configuration, and how to train it.
 
     Attributes:
-        config: with the values of the flags; what depends on the data may be open.
-        folder, ablations, source, ranks: the other flags.
-        others: groups of flags of the command's own, by name.
+        config: Configuration with the values of the flags, not yet resolved with the data.
+        folder: Folder flags.
+        ablations: Ablation flags.
+        source: Data location flags.
+        ranks: Rank flags.
+        others: Further groups of flags of the command, by name.
     """
 
     config: Config
@@ -88,26 +101,31 @@ def parse_train(
     argv: Sequence[str],
     base: Config,
     command: str = "train",
-    text: str = "Trains a preset, or what the flags make of it.",
+    text: str = "Train a preset, optionally overridden by flags.",
     help: Mapping[str, str] | None = None,
     others: Mapping[str, Any] | None = None,
 ) -> TrainOptions:
-    """Parse flags over a configuration. Method and ablations set other fields, which flags of their own override.
+    """Parse flags that override a configuration.
+
+    --method and --ablate set other fields, which their own flags override in turn.
 
     Args:
-        argv: the preset, and flags.
-        base: what flags are over.
-        command: that they are of.
-        text: what it does, for its help.
-        help: of fields that mean something else there.
-        others: defaults of further groups of flags, or of `FolderOptions` as "folder".
+        argv: The preset and flags; an empty preset stands for flags of `remixmatch train` in another command.
+        base: Configuration that the flags override.
+        command: Name of the command.
+        text: Description of the command for its help.
+        help: Help texts of fields that have a different meaning in this command.
+        others: Defaults of further groups of flags, or a replacement of `FolderOptions` as "folder".
+
+    Raises:
+        UserError: Invalid flags.
     """
 
     def parsed(config: Config) -> TrainOptions:
         groups = {"folder": FolderOptions(), "ablations": AblationOptions(), "source": SourceOptions()}
         groups |= {"ranks": RankOptions(), **(others or {})}
         kind = _options(config, groups, text, help or {})
-        found = parse(kind, f"{command} {argv[0]}".rstrip(), list(argv[1:]))
+        found = parse(kind, f"{command} {argv[0]}" if argv[0] else f"train {config.preset}", list(argv[1:]))
         values = {name: value for section in SECTIONS for name, value in vars(getattr(found, section)).items()}
         if found.source.data:
             values["dataset"] = folder_name(found.source.data)
@@ -124,20 +142,23 @@ def parse_train(
 
 
 def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping[str, str]) -> type:
-    """Make a dataclass that tyro fills: the sections of the configuration, and the groups."""
+    """Make the dataclass that tyro fills: the sections of the configuration and further groups of flags."""
     hints = get_type_hints(Config)
     sections: dict[str, list[Any]] = {name: [] for name in SECTIONS}
     for each in dataclasses.fields(Config):
         if "section" not in each.metadata:
             continue
         kind: Any = Literal[tuple(methods.METHODS)] if each.name == "method" else hints[each.name]
-        hint = Annotated[kind, tyro.conf.arg(help=help.get(each.name, each.metadata["help"]))]
-        sections[each.metadata["section"]].append((each.name, hint, field(default=getattr(config, each.name))))
+        default = getattr(config, each.name)
+        none = "(default: none)" if default in ((), "") else None
+        text_of = help.get(each.name, each.metadata["help"])
+        hint = Annotated[kind, tyro.conf.arg(help=text_of, help_behavior_hint=none)]
+        sections[each.metadata["section"]].append((each.name, hint, field(default=default)))
     defaults = {
         name: dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": SECTIONS[name]})()
         for name, fields in sections.items()
     } | dict(groups)
-    # without help of its own tyro looks for that of each group in the source, which a class made here has not
+    # Without a help text, tyro searches the source code of each group for one, and a class made here has no source.
     members = [
         (name, Annotated[type(default), tyro.conf.arg(help=type(default).__doc__)], field(default=default))
         for name, default in defaults.items()
@@ -146,7 +167,7 @@ def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping
 
 
 def check_ranks(ranks: RankOptions) -> None:
-    """Raises UserError where a flag of ranks cannot work."""
+    """Raise UserError if a rank flag is not allowed."""
     for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
         if getattr(ranks, flag) < least:
             raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {getattr(ranks, flag)}")
@@ -154,15 +175,15 @@ def check_ranks(ranks: RankOptions) -> None:
         raise UserError(f"--timeout must be more than 0 seconds, got {ranks.timeout}")
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if launch.is_torchrun_worker() and ranks.gpus not in (1, int(local)):
-        raise UserError(f"--gpus {ranks.gpus} under a torchrun of {local}: leave out one of the two")
+        raise UserError(f"--gpus {ranks.gpus} contradicts the {local} local ranks of torchrun; omit --gpus")
 
 
 def check_places(config: Config, ranks: RankOptions) -> None:
-    """Raises UserError where there are fewer GPUs than ranks."""
+    """Raise UserError if there are fewer GPUs than ranks."""
     import torch
 
     from engine.training.execution import pick_device
 
     places = torch.cuda.device_count() if pick_device(config).type == "cuda" else ranks.gpus
     if ranks.gpus > places:
-        raise UserError(f"--gpus {ranks.gpus}: torch sees {places} here; --device cpu trains without any")
+        raise UserError(f"--gpus {ranks.gpus}: torch sees only {places}; --device cpu trains without GPUs")

@@ -1,4 +1,4 @@
-"""What commands say while they work: log messages on stderr. Results are printed on stdout."""
+"""Log messages of commands on stderr. Results are printed on stdout."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-OURS = ("engine", "pipelines", "bench")  # packages whose messages are shown; other libraries keep their own ways
+OURS = ("engine", "pipelines", "bench")  # Packages whose messages are shown; logging of other libraries is left alone.
 
 
 class _Formatter(logging.Formatter):
-    """One line a message, whatever it quotes. Warnings and errors say whose they are."""
+    """Formats each message as one line. Warnings and errors start with "remixmatch: "."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = " ".join(record.getMessage().splitlines())
@@ -20,18 +20,18 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to whatever is sys.stderr at the moment.
+    """Writes to the current value of sys.stderr.
 
-    That is what puts messages above a live progress bar, neither wrapped nor styled: rich replaces sys.stderr while it
-    shows one. `rich.logging.RichHandler` would wrap lines, color words, and cost every command its import.
+    rich replaces sys.stderr while it shows a progress bar, so messages appear above it, neither wrapped nor styled.
+    `rich.logging.RichHandler` would wrap lines, color words, and make every command import it.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        # all ranks say the same, but what ends one of them
+        # All ranks log the same messages, except for an error that ends one rank.
         if record.levelno < logging.ERROR and os.environ.get("RANK", "0") != "0":
             return
         try:
-            sys.stderr.write(f"{self.format(record)}\n")  # at once, since ranks share it
+            sys.stderr.write(f"{self.format(record)}\n")  # One call, since ranks share stderr.
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
@@ -39,7 +39,7 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Show the messages of our packages, and theirs alone, while a command runs."""
+    """Show messages of this project's packages, and of no others, while a command runs."""
     loggers = [logging.getLogger(name) for name in OURS]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     handler = _Handler()
@@ -58,7 +58,7 @@ def messages_on_stderr() -> Iterator[None]:
 
 
 def show_warnings_only() -> None:
-    """Show nothing below a warning from here on, as --quiet asks for."""
+    """Show nothing below a warning from now on, for --quiet."""
     for name in OURS:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, _Handler):

@@ -1,20 +1,41 @@
-"""Command lines: flags into dataclasses, and how a command is used."""
+"""Command lines: parse flags into dataclasses, show usage, and report each mistake in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import io
-import re
+import itertools
+import shlex
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from engine.errors import UserError
 
+try:
+    from tyro import _errors as tyro_errors
+except ImportError:  # A private module, which other versions of tyro may lack.
+    tyro_errors = None  # type: ignore[assignment]
+
+DataDir = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        metavar="DIR",
+        help="Folder of prepared data sets.",
+        help_behavior_hint="(default: the environment variable REMIXMATCH_DATA, or ~/.cache/remixmatch)",
+    ),
+]
+
+_KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "words")}
+
 
 def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
-    """Prints how a command is used, with a line for each word that it takes, and where there is more."""
+    """Print the usage of a command: one line for each word it accepts, then where to read more."""
     print(f"usage: remixmatch {usage}\n")
     width = max(map(len, words))
     for word, text in words.items():
@@ -23,12 +44,14 @@ def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
 
 
 def usage_is_all(argv: Sequence[str], needs: str, usage: str, words: Mapping[str, str], more: str) -> bool:
-    """Show how a command is used if its first word is missing or asks for that, and return whether it did.
+    """Show the usage of a command if its first word is missing or --help. Returns whether it was shown.
 
     Args:
         argv: Words after the command.
         needs: What the first word should be, such as "preset".
-        usage: See `show_usage`, as are `words` and `more`.
+        usage: See `show_usage`.
+        words: See `show_usage`.
+        more: See `show_usage`.
 
     Raises:
         UserError: The first word is missing.
@@ -41,15 +64,138 @@ def usage_is_all(argv: Sequence[str], needs: str, usage: str, words: Mapping[str
     return True
 
 
-def parse(options: Any, command: str, argv: list[str], **default: Any) -> Any:
-    """Fills a dataclass from flags; tyro's framed complaint becomes one line."""
-    complaint = io.StringIO()
+def parse(options: type, command: str, argv: list[str]) -> Any:
+    """Parse flags into a dataclass.
+
+    Args:
+        options: Dataclass whose fields are the flags and positional arguments.
+        command: Words after `remixmatch` in the command line, such as "data split".
+        argv: Words after the command.
+
+    Raises:
+        UserError: An unknown flag, a missing or unexpected argument, or a value that is not allowed.
+    """
+    events: list[Any] = []
+    hook = tyro_errors.on_parse_error(events.append) if tyro_errors else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stderr(complaint):
-            flags = (tyro.conf.OmitArgPrefixes,)  # sections are for reading
-            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=flags, **default)
+        # tyro prints a framed error of several lines, which the message below replaces.
+        with contextlib.redirect_stderr(io.StringIO()), hook:
+            # Without prefixes, since groups of flags only structure the help.
+            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as ended:
         if not ended.code:
             raise
-        words = re.sub(r"[\u2500-\u257f]+", " ", complaint.getvalue()).split()
-        raise UserError(" ".join(words)) from None
+    usage = f"remixmatch {command} --help"
+    try:
+        text = _mistake(events[0] if events else None, _flags(options), argv, usage)
+    except AttributeError:  # An event of another version of tyro.
+        text = ""
+    raise UserError(text or f"cannot parse '{shlex.join(argv)}' (see '{usage}')")
+
+
+def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
+    """Describe what is wrong with a command line.
+
+    Args:
+        event: What tyro reported, see `tyro._errors`; None if it reported nothing.
+        flags: Type of each flag.
+        argv: The words that were parsed.
+        usage: Command that shows all flags.
+
+    Returns:
+        One line, or "" for an unknown event.
+    """
+    tokens = [*getattr(event, "tokens", ()), *getattr(event, "unrecognized_tokens", ())]
+    words = [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, argv)]
+    unknown = [word for word in words if word.startswith("--") and word.replace("_", "-") not in flags]
+    unknown = unknown or [token for token in tokens if token.startswith("-") and token.partition("=")[0] in words]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), [flag[2:] for flag in flags], n=1, cutoff=0.7)
+        hint = f"; did you mean --{near[0]}?" if near else ""
+        return f"unknown flag '{unknown[0]}'{hint} ('{usage}' lists all flags)"
+    if tokens:
+        return _unexpected(tokens[0], flags, argv, usage)
+    kind = type(event).__name__
+    if kind == "MissingArgs":
+        names = " and ".join(_name(missing.arg) for missing in event.missing_arguments)
+        return f"missing argument {names} (see '{usage}')"
+    if kind not in ("InvalidChoice", "BadValue", "InstantiationFailure") or event.argument is None:
+        return ""
+    name = _name(event.argument)
+    if name not in flags:
+        return f"missing argument {name} (see '{usage}')" if kind == "BadValue" else ""
+    allowed = _allowed(flags[name])
+    if kind == "InvalidChoice":
+        return f"{name} must be {allowed}; got '{event.value}'"
+    if kind == "BadValue":
+        return f"{name} needs a value: {allowed}"
+    separator = ";" if allowed.startswith("one of") else ","
+    return f"{name} must be {allowed}{separator} got '{' '.join(_given(name, argv))}'"
+
+
+def _unexpected(token: str, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
+    """Describe a word that is neither a flag nor the value of one."""
+    place = ""
+    for before, word in zip(("", *argv), argv, strict=False):
+        flag, equal, value = word.partition("=")
+        if token not in (word, value if equal else word):
+            continue
+        flag = flag if equal else before
+        if flags.get(flag.replace("_", "-")) is bool:
+            on = flag.replace("--no-", "--", 1)
+            return f"{flag} takes no value, got '{token}'; use {on} or {on.replace('--', '--no-', 1)}"
+        place = f" after '{before}'" if before else ""
+        break
+    return f"unexpected argument '{token}'{place} (see '{usage}')"
+
+
+def _name(argument: Any) -> str:
+    """Return the flag of an argument, or the placeholder that stands for it in the help."""
+    lowered = argument.lowered
+    return str(lowered.metavar) if argument.is_positional() else lowered.name_or_flags[0]
+
+
+def _given(flag: str, argv: Sequence[str]) -> list[str]:
+    """Return the values that a command line gives to a flag."""
+    values: list[str] = []
+    inside = False
+    for word in argv:
+        name, equal, value = word.partition("=")
+        if word.startswith("--"):
+            inside = name.replace("_", "-") == flag
+            values = ([value] if equal else []) if inside else values
+        elif inside:
+            values.append(word)
+    return values
+
+
+def _flags(options: Any) -> dict[str, Any]:
+    """Return the type of each flag of a dataclass, including nested dataclasses."""
+    found: dict[str, Any] = {}
+    positional = get_args(tyro.conf.Positional[int])[1]
+    hints = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint, *extras = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
+        )
+        name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name).replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            found |= _flags(hint)
+        elif positional not in extras:
+            found[f"--{name}"] = hint
+            if hint is bool:
+                found[f"--no-{name}"] = hint
+    return found | {"--help": None}
+
+
+def _allowed(hint: Any) -> str:
+    """Describe the values of a type: "an integer", "one of a, b"."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        first, *rest = get_args(hint)
+        count = "" if rest == [...] else f"{1 + len(rest)} "
+        return f"{count}{_KINDS.get(first, ('', 'paths'))[1]}"
+    return _KINDS.get(hint, ("a path", ""))[0]

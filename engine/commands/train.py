@@ -1,4 +1,4 @@
-"""`remixmatch train PRESET`: trains a run, on one rank or on several."""
+"""`remixmatch train PRESET`: train a run on one or more ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.commands.options import TrainOptions, check_places, check_ranks, par
 from engine.commands.output import show_warnings_only
 from engine.commands.parsing import usage_is_all
 from engine.config import presets
-from engine.config.config import load_config
+from engine.config.config import Config, load_config
 from engine.distributed import launch
 from engine.errors import UserError
 from engine.imports import gc_paused
@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     """Entry point of `remixmatch train`.
 
+    Args:
+        argv: The preset and flags.
+
     Raises:
-        UserError: a mistake in preset, flags, data or folder.
-        Stopped: a signal came; the step reached is saved.
+        UserError: Invalid preset, flags, data or folder.
+        Stopped: A signal arrived; the current step is saved.
     """
-    texts = {
-        name: f"{config.dataset}, {config.labels} labels, K = {config.k}, {config.steps} steps"
-        for name, config in presets.PRESETS.items()
-    }
-    more = "remixmatch train PRESET --help lists every flag with its default."
+    texts = {name: _summarize(config) for name, config in presets.PRESETS.items()}
+    more = "'remixmatch train digits-40 --help' lists all flags with the defaults of that preset."
     if usage_is_all(argv, "preset", "train PRESET [flags]", texts, more):
         return
     ranges.enter("set up")
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     check_ranks(ranks)
     set_data_dir(options.source.data_dir)
     launch.die_with_parent()
-    # alone, before torch is imported; ranks agree on what rank 0 finds
+    # A single process sets up before it imports torch; with several ranks, rank 0 does it for all.
     setup = None if launch.is_torchrun_worker() else _set_up(argv, options, options.folder.resume)
 
     ranges.enter("import")
@@ -56,14 +56,14 @@ def main(argv: list[str]) -> None:
 
     if setup and (ranks.gpus > 1 or ranks.max_restarts > 0):
         check_places(setup.config, ranks)
-        # with the folder, which each rank would otherwise choose anew; the last of two equal flags counts
+        # With the folder, which each rank would otherwise choose itself. The last of two equal flags wins.
         launch.launch(["train", *argv, "--out", str(setup.folder)], ranks.gpus, ranks.max_restarts)
         return
     ranges.enter("build")
     collectives.start(pick_device(setup.config if setup else options.config), ranks.timeout)
     try:
         if setup is None:
-            # of ranks that are started again, those of another machine than the failed one's do not know that they are
+            # After a restart, ranks on other machines than the failed one do not know that they were restarted.
             resume = options.folder.resume or any(collectives.all_gather_object(launch.restarted()))
             setup = run.share(lambda: _set_up(argv, options, resume))
         summary = run.train(setup, options.folder.quiet, ranks.timeout, ranks.check_ranks)
@@ -78,19 +78,17 @@ def main(argv: list[str]) -> None:
 
 
 def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
-    """Sets up the run, with the configuration that the run in its folder was begun with.
-
-    A run goes on as it was begun: only flags that are given can disagree with it.
+    """Set up a run. When resuming, flags override the configuration the run was started with, not the preset.
 
     Raises:
-        UserError: data or folder are not such that the run can be trained.
+        UserError: The data or the folder cannot be used for this run.
     """
     folder = options.folder.out or default_folder(options.config, resume)
     if resume and (folder / "config.json").exists():
         begun = load_config(folder / "config.json")
         preset = options.config.preset
         if begun.preset != preset:
-            raise UserError(f"{folder} was begun with another configuration: preset {begun.preset} -> {preset}")
+            raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
         options = parse_train(argv, begun)
     ranks = launch.world_size_from_env(options.ranks.gpus)
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
@@ -100,6 +98,14 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
     return setup
 
 
+def _summarize(config: Config) -> str:
+    """Describe a preset in one line."""
+    labels = "all labels" if config.split == "all" else f"{config.labels} labels"
+    views = f"K = {config.k}" if config.unlabeled else "supervised"
+    dataset = "your images (--data DIR)" if config.dataset == "folder" else config.dataset
+    return f"{dataset}, {labels}, {views}, {config.steps} steps"
+
+
 def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     print(
         f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
@@ -107,12 +113,12 @@ def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
         f"{summary['train_seconds']:.0f} s; see {folder}/summary.json, curves.png, views.png"
     )
     if "held_out_test_images" in summary:
-        print(f"tested on {summary['held_out_test_images']} labeled images that were held out: there is no test part")
+        print(f"tested on {summary['held_out_test_images']} held-out labeled images (the data has no test part)")
     if "paper_error" in summary:
         deviation = "" if summary["paper_deviation"] is None else f" ± {summary['paper_deviation']:.2f}"
-        other = "" if summary["same_settings_as_paper"] else ", with other settings than the preset's"
+        other = "" if summary["same_settings_as_paper"] else " (settings differ from the preset)"
         print(
             f"test error: paper {summary['paper_error']:.2f}{deviation} % ({summary['paper_source']}), "
             f"ours {summary['error']:.2f} % (median of the last 20), difference "
-            f"{summary['difference_to_paper']:+.2f} points{other}"
+            f"{summary['difference_to_paper']:+.2f} pp{other}"
         )

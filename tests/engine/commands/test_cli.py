@@ -1,4 +1,4 @@
-"""The command line: one clear line and exit code 2 for a user's mistake, and results as promised."""
+"""The command line: one clear line and exit code 2 for invalid input, and correct results otherwise."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def fails(capfd, *arguments):
-    """Runs a command that must end with code 2 and one line; returns the line."""
+    """Run a command that must exit with code 2 and one line; return the line."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(a) for a in arguments])
     assert ended.value.code == 2
@@ -53,21 +53,24 @@ def trained(tmp_path_factory):
         (["train", "digits-40", "--k", "0"], "--k must be at least 1, got 0"),
         (["train", "digits-40", "--labels", "45"], "positive multiple of 10 labels"),
         (["train", "digits-40", "--labels", "2000"], "2000 labels needs 200 images per class, but class 8 has 138"),
-        (["train", "digits-40", "--max-shift", "16"], "--max-shift must be less than the images' shorter side of 16 pixels"),
+        (
+            ["train", "digits-40", "--max-shift", "16"],
+            "--max-shift must be less than the images' shorter side of 16 pixels",
+        ),
         (["train", "digits-40", "--class-distribution", "0.5", "0.5"], "needs 10 numbers, one per class, got 2"),
-        (["train", "digits-40", "--max-shift", "two"], "invalid literal"),
+        (["train", "digits-40", "--max-shift", "two"], "--max-shift must be an integer, got 'two'"),
         (["bench", "nothing"], "unknown bench 'nothing'; available benches: "),
         (["doctor", "now"], "now"),
     ],
 )
-def test_mistakes_before_a_run_write_nothing(capfd, tmp_path, monkeypatch, arguments, message):
+def test_invalid_input_writes_nothing(capfd, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in fails(capfd, *arguments)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_works_in_a_checkout_that_is_not_installed(command, tmp_path):
+def test_every_command_works_in_a_checkout_without_installation(command, tmp_path):
     for package in ("engine", "kernels", "pipelines", "bench"):
         (tmp_path / package).symlink_to(ROOT / package)
     code = (
@@ -79,7 +82,7 @@ def test_every_command_works_in_a_checkout_that_is_not_installed(command, tmp_pa
     assert done.returncode == 0 and f"remixmatch {command}" in done.stdout, done.stderr
 
 
-def test_mistakes_with_folders(capfd, tmp_path, trained):
+def test_invalid_folders(capfd, tmp_path, trained):
     before = sorted(trained.rglob("*"))
     assert "already contains a run" in fails(capfd, "train", "digits-40", "--out", trained)
     assert "seed 0 -> 5" in fails(capfd, "train", "digits-40", "--out", trained, "--resume", "--seed", 5)
@@ -91,7 +94,7 @@ def test_mistakes_with_folders(capfd, tmp_path, trained):
     assert sorted(trained.rglob("*")) == before
 
 
-def test_from_outside_a_mistake_is_one_line_and_code_2():
+def test_invalid_input_of_a_process_is_one_line_and_code_2():
     done = subprocess.run(
         [sys.executable, "-m", "engine", "train", "cifar"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -100,12 +103,12 @@ def test_from_outside_a_mistake_is_one_line_and_code_2():
     assert done.stderr == f"remixmatch: unknown preset 'cifar'; {hint}\n"
 
 
-def test_resume_needs_no_flags_repeated(trained, capfd):
+def test_resume_does_not_need_the_flags_again(trained, capfd):
     cli.main(["train", "digits-40", "--out", str(trained), "--resume", "--quiet"])
     assert "digits-40 seed 0: test accuracy" in capfd.readouterr().out
 
 
-def test_eval_gives_the_accuracy_of_the_summary(trained, capfd):
+def test_eval_matches_the_accuracy_in_the_summary(trained, capfd):
     cli.main(["eval", str(trained), "--json"])
     result = json.loads(capfd.readouterr().out)
     assert result["test_accuracy"] == json.loads((trained / "summary.json").read_text())["test_accuracy"]
@@ -114,12 +117,12 @@ def test_eval_gives_the_accuracy_of_the_summary(trained, capfd):
     assert f"test accuracy {result['test_accuracy']:.2f} % of 360 images" in capfd.readouterr().out
 
 
-def test_predict_converts_what_a_user_would_expect(trained, tmp_path, capfd):
+def test_predict_converts_modes_and_sizes(trained, tmp_path, capfd):
     image = digits().test_images[0]
     files = {}
     for name, picture in {
         "same.png": Image.fromarray(image),
-        "grey.png": Image.fromarray(image[..., 0]),
+        "gray.png": Image.fromarray(image[..., 0]),
         "palette.png": Image.fromarray(image).quantize(256),
         "clear.png": Image.fromarray(np.dstack([image, np.full((16, 16), 255, np.uint8)])),
         "deep.png": Image.fromarray(image[..., 0].astype(np.uint16) * 257),
@@ -132,7 +135,7 @@ def test_predict_converts_what_a_user_would_expect(trained, tmp_path, capfd):
     rows = {Path(row["image"]).name: row for row in map(json.loads, out.splitlines())}
     same = rows["same.png"]["probabilities"]
     assert sum(same.values()) == pytest.approx(1) and rows["same.png"]["class"] == max(same, key=same.get)
-    for name in ("grey.png", "palette.png", "clear.png", "deep.png"):
+    for name in ("gray.png", "palette.png", "clear.png", "deep.png"):
         assert rows[name]["probabilities"] == pytest.approx(same, abs=1e-5), name
     assert rows["large.png"]["probabilities"] == pytest.approx(same, abs=0.2)
     assert [line for line in err.splitlines() if "large.png" in line] == [
@@ -142,7 +145,7 @@ def test_predict_converts_what_a_user_would_expect(trained, tmp_path, capfd):
     assert f"{files['same.png']}: {rows['same.png']['class']}  (" in capfd.readouterr().out
 
 
-def test_predict_refuses_what_is_no_image(trained, tmp_path, capfd):
+def test_predict_rejects_files_that_are_not_images(trained, tmp_path, capfd):
     text, cut = tmp_path / "text.png", tmp_path / "cut.png"
     text.write_text("no image")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(cut)
@@ -153,7 +156,7 @@ def test_predict_refuses_what_is_no_image(trained, tmp_path, capfd):
     assert "at least one image" in fails(capfd, "predict", trained)
 
 
-def test_default_folders_are_numbered_on(tmp_path, monkeypatch):
+def test_default_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = default_folder(preset("digits-10"), resume=False)
     assert str(first) == "runs/digits-10-seed0"
@@ -164,7 +167,7 @@ def test_default_folders_are_numbered_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "listed"), [("train", "digits-40"), ("bench", "throughput")])
-def test_a_command_without_its_word_lists_them_and_fails(capfd, command, listed):
+def test_command_without_its_argument_lists_the_choices_and_fails(capfd, command, listed):
     with pytest.raises(SystemExit) as ended:
         cli.main([command])
     out, err = capfd.readouterr()
@@ -216,14 +219,14 @@ WATCHED = "\n".join([
 ])  # fmt: skip
 
 
-def watched(*arguments):
-    """A command in a process of its own, which says at its end what of HEAVY it has imported."""
+def run_watched(*arguments):
+    """Run a command in its own process, which prints at its end which packages of HEAVY it has imported."""
     command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
-    """Nothing heavy is imported before the options, the data and the folder are known to be good."""
+def test_help_and_errors_do_not_import_torch(tmp_path):
+    """Heavy packages are imported only after the options, the data and the folder have been checked."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(config_json(preset("digits-40")))
     for arguments in (
@@ -241,13 +244,13 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         ["data", "prepare", str(tmp_path), "--size", "8"],
         ["data", "info", "stl10", "--data-dir", str(tmp_path)],
     ):
-        done = watched(*arguments)
+        done = run_watched(*arguments)
         assert done.returncode == (0 if "--help" in arguments else 2), done.stderr
         assert done.stdout.splitlines()[-1] == "heavy:", arguments
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is looked for by torch")
-def test_data_commands_need_no_torch(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="uses torch to detect the GPU")
+def test_data_commands_do_not_import_torch(tmp_path):
     for number in range(6):
         path = tmp_path / "pets" / ("train", "test")[number // 4] / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,12 +263,12 @@ def test_data_commands_need_no_torch(tmp_path):
         (["list"], ""),
         (["split", "digits", "--labels", 40], ""),
     ):
-        done = watched("data", *arguments, *where)
+        done = run_watched("data", *arguments, *where)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[-1] == f"heavy: {imported}".rstrip(), arguments
 
 
-def test_a_closed_pipe_ends_a_command_quietly():
+def test_closed_pipe_ends_a_command_silently():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "engine", "train", "digits-40", "--help"]
@@ -283,13 +286,13 @@ def test_doctor_reports_this_machine(capfd):
         assert name in out
 
 
-def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
+def test_metrics_of_repeated_steps_are_dropped(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.add(step, loss=float(step))
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # cut short by a kill
+        file.write('{"step": 4, "lo')  # Truncated by a kill.
     with no_warnings():
         log = MetricsLog(tmp_path, 2)
         log.add(3, loss=30.0)
@@ -297,7 +300,7 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0]
 
 
-def test_progress_says_speed_losses_and_time_left(capfd):
+def test_progress_shows_speed_losses_and_time_left(capfd):
     with messages_on_stderr():
         line = ProgressLine(steps=10)
         line.start(4, images_per_step=100)

@@ -1,4 +1,4 @@
-"""`remixmatch data`, the presets of the paper, and training on a folder from `prepare` to `predict`."""
+"""`remixmatch data`, the paper's presets, and training on a folder from `prepare` to `predict`."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from pipelines.folder import open_folder
 from pipelines.splits import RULES
 
 QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
-# some minutes on a CPU core, with a network and settings like those of digits-40
+# Takes minutes on a CPU core, with a network and settings similar to digits-40.
 LEARNING = [
     *("--steps", "600", "--batch", "16", "--k", "2", "--width", "16", "--blocks", "1", "--ramp-kimg", "4"),
     *("--bn-momentum", "0.02", "--ema-decay", "0.99", "--lag", "16", "--view-steps", "4", "--eval-every", "100"),
@@ -46,14 +46,14 @@ def data_dir(tmp_path, monkeypatch):
 
 
 def say(capsys, *arguments):
-    """What a command prints."""
+    """Run a command and return what it prints."""
     capsys.readouterr()
     cli.main([str(a) for a in arguments])
     return capsys.readouterr().out
 
 
 def fails(capsys, *arguments, code=2):
-    """The one line of a command that ends with an exit code."""
+    """Run a command that must fail with an exit code; return its one line of output."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main([str(a) for a in arguments])
@@ -64,7 +64,7 @@ def fails(capsys, *arguments, code=2):
 
 
 def write_crops(root, originals, count, sides, labeled):
-    """Crops of photographs, a class each, as `data prepare` takes them: the first ones labeled, a fifth for testing."""
+    """Write crops of photographs, one class each, for `data prepare`: the first labeled, a fifth for testing."""
     for name, photograph in originals.items():
         for number, image in enumerate(crops(photograph, count, *sides)):
             part = f"test/{name}" if number % 10 > 7 else f"train/{name}" if number < labeled else "unlabeled"
@@ -76,15 +76,15 @@ def write_crops(root, originals, count, sides, labeled):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Crops of two real photographs: classes china and flower, each with 8 labeled images, 8 others, 4 for testing."""
+    """Crops of two real photographs: classes china and flower, each with 8 labeled, 8 unlabeled and 4 test images."""
     return write_crops(tmp_path / "photos", photographs(), 20, (160, 120), labeled=8)
 
 
-def test_help_and_mistakes(capsys, tmp_path):
+def test_help_and_invalid_input(capsys, tmp_path):
     assert "check-split" in say(capsys, "data", "--help")
     assert "data needs a command" in fails(capsys, "data")
-    assert "data takes one of prepare, list" in fails(capsys, "data", "prepar")
-    assert "which data set? there are digits, cifar10" in fails(capsys, "data", "info")
+    assert "unknown command 'data prepar'; did you mean data prepare" in fails(capsys, "data", "prepar")
+    assert "missing data set; choose from digits, cifar10" in fails(capsys, "data", "info")
     assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
     assert "no prepared data in" in fails(capsys, "data", "info", "cifar10")
     (tmp_path / "empty").mkdir()
@@ -109,7 +109,7 @@ def test_list_and_info(capsys, tmp_path):
     data = digits()
     mean = data.train_images.reshape(-1, 3).mean(0)[0]
     deviation = data.train_images.reshape(-1, 3).std(0)[0]
-    assert f"by channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in told
+    assert f"per channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in told
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (160, 160, 3)
     np.testing.assert_array_equal(grid[16:32, :16], data.train_images[np.flatnonzero(data.train_labels == 1)[0]])
@@ -124,34 +124,33 @@ def test_splits_are_printed_and_checked(capsys, tmp_path):
     )
     (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(rows))))
     check = ["data", "check-split", "theirs.txt", "--data", "digits"]
-    assert say(capsys, *check, "--seed", 3).startswith("the same set: rule paper, 40 labels of digits, seed 3")
+    assert say(capsys, *check, "--seed", 3).startswith("identical to rule paper, 40 labels of digits, seed 3")
     (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*rows[1:], 1436])))
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main([*check, "--seed", "3"])
     assert ended.value.code == 1
     told = capsys.readouterr().out
-    assert "another set" in told and "39 rows in common" in told and f"only the rule has 1: {rows[0]}" in told
-    assert "only theirs.txt has 1: 1436" in told
+    assert "different from rule paper" in told and "39 images in common" in told
+    assert f"1 only in the rule: {rows[0]}\n1 only in theirs.txt: 1436\n" in told
     (tmp_path / "theirs.txt").write_text("1437")
-    assert "names row 1437; digits has 1437 training images" in fails(capsys, *check)
-    assert "there is no 'papers'; there are balanced, paper" in fails(capsys, *check[:2], "--rule", "papers")[
-        :0
-    ] + fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
+    assert "contains index 1437, but digits has only 1437 training images" in fails(capsys, *check)
+    unknown = fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
+    assert "--rule must be one of balanced, paper" in unknown and "; got 'papers'" in unknown
     assert "--labels: labels must be from 1 to 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
-    assert "of which data set" in fails(capsys, *check[:3])
+    assert "--data is required" in fails(capsys, *check[:3])
 
 
-def test_a_runs_split_is_checked(capsys, tmp_path):
+def test_split_of_a_run_is_checked(capsys, tmp_path):
     cli.main(["train", "digits-40", "--split", "paper", "--seed", "2", "--out", "run", *QUICK])
     written = json.loads((tmp_path / "run" / "split.json").read_text())
     assert written["split"] == "paper" and written["train_rows"] == RULES["paper"](digits(), 40, 2).tolist()
-    assert say(capsys, "data", "check-split", "run").startswith("the same set: rule paper, 40 labels of digits, seed 2")
+    assert say(capsys, "data", "check-split", "run").startswith("identical to rule paper, 40 labels of digits, seed 2")
     with pytest.raises(SystemExit):
         cli.main(["data", "check-split", "run", "--rule", "balanced"])
 
 
-def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_split():
+def test_published_results_have_presets_and_paper_presets_use_the_paper_split():
     assert set(PUBLISHED) <= set(PRESETS)
     for config in PRESETS.values():
         if config.dataset.startswith(("cifar", "svhn", "stl")):
@@ -163,12 +162,12 @@ def test_every_figure_belongs_to_a_preset_and_every_paper_preset_has_the_papers_
     assert Config().architecture == "WRN-28-2" and PRESETS["stl10-1000"].architecture == "WRN-37-4"
 
 
-def test_a_preset_whose_data_is_not_there_says_what_to_type(capsys):
+def test_preset_with_missing_data_shows_the_command_to_prepare_it(capsys):
     assert "run: remixmatch data prepare cifar10" in fails(capsys, "train", "cifar10-250")
     assert "preset 'folder' requires --data DIR" in fails(capsys, "train", "folder")
 
 
-def test_what_depends_on_the_images():
+def test_settings_that_depend_on_the_images():
     def of(side, **changes):
         images = np.zeros((1, side, side, 3), np.uint8)
         data = datasets.DataSet("made", ("a", "b"), images, np.zeros(1, int), images, np.zeros(1, int))
@@ -181,7 +180,7 @@ def test_what_depends_on_the_images():
 
 
 def more_photographs():
-    """Those of scikit-learn, and others that come with scikit-image, some of them grey."""
+    """Return the photographs of scikit-learn, and some of scikit-image, which include grayscale images."""
     folder = Path(find_spec("skimage").origin).parent / "data"
     files = {
         "astronaut": "astronaut.png", "Katze": "chelsea.png", "café crème": "coffee.png", "rocket": "rocket.jpg",
@@ -191,7 +190,7 @@ def more_photographs():
 
 
 def by_export(path, images):
-    """Class probabilities by an exported file: (N, L) float32."""
+    """Return the class probabilities of an exported model, (N, L) float32."""
     if path.suffix == ".onnx":
         return onnxruntime.InferenceSession(path).run(["probabilities"], {"images": images})[0]
     if path.suffix == ".safetensors":
@@ -204,7 +203,7 @@ def by_export(path, images):
 
 @pytest.mark.parametrize("each", [10, pytest.param(200, marks=pytest.mark.long)])
 def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
-    """Crops of ten photographs: with 200 of each there is enough to learn, with ten all is gone through."""
+    """Crops of ten photographs: 200 of each are enough to learn from, 10 of each only run all commands."""
     size, flags = ("16", QUICK) if each == 10 else ("32", LEARNING)
     root = write_crops(tmp_path / "photos", more_photographs(), each, (160, 120), labeled=4)
     classes = sorted(more_photographs())
@@ -212,7 +211,7 @@ def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
     sizes = f"{8 * each} training images, 40 with a label, {2 * each} test images, 10 classes, {size}x{size}"
     assert sizes in prepared
     assert str(root) in say(capsys, "data", "list")
-    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+    assert "is intact" in say(capsys, "data", "info", root, "--verify")
 
     told = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
     assert "folder seed 0: test accuracy" in told
@@ -243,7 +242,7 @@ def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
         assert 100 * right.mean() == pytest.approx(evaluated["test_accuracy"])
 
 
-def test_a_folders_run_goes_on(capsys, photos):
+def test_run_on_a_folder_resumes(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
@@ -251,7 +250,7 @@ def test_a_folders_run_goes_on(capsys, photos):
     assert set(json.loads(say(capsys, "predict", "run", image, "--json"))["probabilities"]) == {"china", "flower"}
 
 
-def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos):
+def test_older_run_does_not_resume_on_a_folder_prepared_differently(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
@@ -259,7 +258,7 @@ def test_a_folder_prepared_anew_is_not_trained_on_by_an_older_run(capsys, photos
     assert "run was started with different images" in told
 
 
-def test_a_class_prior(capsys, photos, tmp_path):
+def test_class_prior(capsys, photos, tmp_path):
     path = tmp_path / "prior.json"
     path.write_text(json.dumps({"flower": 3, "china": 1}))
     assert read_prior(path, ("china", "flower")) == (0.25, 0.75)
@@ -281,16 +280,16 @@ def test_a_class_prior(capsys, photos, tmp_path):
             read_prior(path, ("china", "flower"))
 
 
-def test_an_interruption_says_how_to_go_on(capsys, photos, monkeypatch):
+def test_interruption_says_how_to_continue(capsys, photos, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.folder.decode", interrupted)
     told = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
-    assert told == "remixmatch: interrupted; the same command goes on from there\n"
+    assert told == "remixmatch: interrupted; run the same command again to continue\n"
 
 
-def test_what_is_left_out_is_said(capsys, photos):
+def test_skipped_files_are_reported(capsys, photos):
     (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
     (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
     (photos / "stray.jpg").write_bytes(b"")
@@ -298,14 +297,15 @@ def test_what_is_left_out_is_said(capsys, photos):
         capsys.readouterr()
         cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
         told = capsys.readouterr().err
-        assert "remixmatch: test/china/half.jpg is left out: image file is truncated" in told
-        assert "remixmatch: 1 files cannot be read and were left out\n" in told
-        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, in training and in test" in told
-        assert "remixmatch: 1 image files are left out, since they are neither in train/CLASS/ " in told
-        assert told.rstrip().endswith("nor in unlabeled/: stray.jpg")
+        assert "remixmatch: skipping test/china/half.jpg: image file is truncated" in told
+        assert "remixmatch: skipped 1 unreadable files\n" in told
+        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, once for training and" in told
+        assert told.endswith(
+            "remixmatch: skipped 1 image files outside train/CLASS/, test/CLASS/ and unlabeled/: stray.jpg\n"
+        )
 
 
-def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatch):
+def test_folders_are_listed_and_verified(capsys, photos, tmp_path, data_dir, monkeypatch):
     root = photos.rename(tmp_path / "my photos")
     prepared = say(capsys, "data", "prepare", root, "--size", 16)
     assert prepared.endswith(f"train on it: remixmatch train folder --data '{root}'\n")
@@ -324,10 +324,10 @@ def test_what_there_is_of_folders(capsys, photos, tmp_path, data_dir, monkeypatc
     again = f"remixmatch data prepare '{root}' --size 16 --again"
     assert told.endswith(f"train_images.npy is damaged (wrong checksum); run: {again}\n")
     say(capsys, *shlex.split(again)[1:])
-    assert "is as it was written" in say(capsys, "data", "info", root, "--verify")
+    assert "is intact" in say(capsys, "data", "info", root, "--verify")
 
 
-def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
+def test_unreadable_folders(capsys, photos, data_dir, monkeypatch):
     say(capsys, "data", "prepare", photos, "--size", 16)
 
     def refuse(path, *arguments, **options):
@@ -352,14 +352,14 @@ def test_folders_that_may_not_be_read(capsys, photos, data_dir, monkeypatch):
         (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
     ],
 )
-def test_what_a_folder_cannot_be_trained_with(capsys, photos, tmp_path, flags, words):
+def test_invalid_settings_for_a_folder(capsys, photos, tmp_path, flags, words):
     say(capsys, "data", "prepare", photos, "--size", 16)
     network = [] if "--network" in flags else ["--width", 8, "--blocks", 1]
     told = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
     assert words in told and not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
+def test_changed_folder_is_reported_with_the_command_to_prepare_it(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     (photos / "unlabeled" / "china 10.jpg").unlink()
@@ -370,8 +370,8 @@ def test_a_folder_that_has_changed_is_told_with_the_command(capsys, photos):
     assert "8 images" in say(capsys, "eval", "run")
 
 
-def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
-    """Whether the folder has changed, was prepared with other classes and another size, or has gone."""
+def test_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
+    """Predict works if the folder was prepared with different classes or another size, or was deleted."""
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     image = shutil.copy(photos / "test/china/china 8.jpg", "image.jpg")
@@ -382,9 +382,7 @@ def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
     assert say(capsys, *predict) == predicted
     say(capsys, "data", "prepare", photos, "--size", 24)
     assert say(capsys, *predict) == predicted
-    told = (
-        "trained on images of 16x16 pixels of 2 classes, and its data has 24x24 pixels of 3 classes now, which differ"
-    )
+    told = "trained on 2 classes of 16x16 images, but its data now has 3 classes of 24x24 images (they differ"
     assert f"{told} in a third" in fails(capsys, *evaluate)
 
     shutil.rmtree(photos)
@@ -395,7 +393,7 @@ def test_a_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
     assert "photos is not a folder" in fails(capsys, *evaluate)
 
 
-def test_a_run_without_its_class_names_says_how_to_have_them_again(capsys, photos, tmp_path):
+def test_run_without_class_names_says_how_to_restore_them(capsys, photos, tmp_path):
     say(capsys, "data", "prepare", photos, "--size", 16)
     train = ["train", "folder", "--data", photos, "--out", "run", *QUICK]
     say(capsys, *train)
@@ -413,9 +411,9 @@ def test_a_run_without_its_class_names_says_how_to_have_them_again(capsys, photo
     assert json.loads(path.read_text()) == split and "8 images" in say(capsys, "eval", "run")
 
 
-def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
+def test_data_dir_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
     flag = ["--data-dir", "an other"]
-    monkeypatch.setattr(cache, "_flag", "")  # so that it is put back
+    monkeypatch.setattr(cache, "_flag", "")  # Restored by monkeypatch.
     told = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
     assert told.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
     assert (tmp_path / "an other" / "folders").is_dir() and not data_dir.exists()
@@ -428,7 +426,7 @@ def test_where_data_lies_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypat
     assert told.endswith("; run: remixmatch data prepare cifar10 --data-dir 'an other'\n")
 
 
-def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, data_dir):
+def test_finished_run_is_compared_with_the_paper(capsys, tmp_path, data_dir):
     folder = data_dir / "cifar10"
     with cache.writing(folder) as temporary:
         for part, rows in (("train", 250), ("test", 20)):
@@ -445,20 +443,20 @@ def test_a_finished_run_is_compared_with_the_papers_figure(capsys, tmp_path, dat
     error = summary["error"]
     assert line.startswith("test error: paper 6.27 ± 0.34 % (ReMixMatch (arXiv 1911.09785), table 1), ours")
     assert f"ours {error:.2f} %" in line
-    assert line.endswith(f"difference {error - 6.27:+.2f} points, with other settings than the preset's")
+    assert line.endswith(f"difference {error - 6.27:+.2f} pp (settings differ from the preset)")
 
 
-def test_narrow_networks_on_large_images_are_refused(capsys, photos):
-    """Whose gradients torch computes wrongly on some CPUs, past its buffers."""
+def test_narrow_networks_on_large_images_are_rejected(capsys, photos):
+    """Their gradients are incorrect on some CPUs, see `engine.config.checks`."""
     say(capsys, "data", "prepare", photos, "--size", 80)
     flags = [flag for flag in QUICK if flag not in ("--width", "8")]
     told = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
     assert "--width must be at least 16 for images of more than 72 pixels, got 8" in told
 
 
-def test_a_summary_says_that_test_images_were_held_out(capsys, photos, tmp_path):
+def test_summary_reports_held_out_test_images(capsys, photos, tmp_path):
     (photos / "test").rename(tmp_path / "elsewhere")
     assert "2 labeled images are held out" in say(capsys, "data", "prepare", photos, "--size", 16)
     told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
-    assert "tested on 2 labeled images that were held out" in told
+    assert "tested on 2 held-out labeled images" in told
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_test_images"] == 2

@@ -1,4 +1,4 @@
-"""What commands say on stderr: each message once, on one line, above a progress bar; and nothing of it in a library."""
+"""Messages of commands on stderr: once each, on one line, above a progress bar; and no handlers in library use."""
 
 import fcntl
 import logging
@@ -24,11 +24,11 @@ log = logging.getLogger("engine.training.trainer")
 
 
 def state():
-    """What a command changes while it runs."""
+    """Return the logging state that a command changes while it runs."""
     return [(list(each.handlers), each.level, each.propagate) for each in map(logging.getLogger, OURS)]
 
 
-def test_each_message_is_one_line_as_it_was_given(capfd):
+def test_each_message_is_one_unchanged_line(capfd):
     with messages_on_stderr():
         log.info(LONG)
         log.warning(LONG)
@@ -41,7 +41,7 @@ def test_each_message_is_one_line_as_it_was_given(capfd):
     )
 
 
-def test_quiet_leaves_warnings_and_ends_with_the_command(capfd):
+def test_quiet_keeps_warnings_and_ends_with_the_command(capfd):
     with messages_on_stderr():
         show_warnings_only()
         log.info("unheard")
@@ -54,12 +54,12 @@ def test_quiet_leaves_warnings_and_ends_with_the_command(capfd):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (UserError("a mistake of all"), 2, ""),
+        (UserError("invalid on all ranks"), 2, ""),
         (Stopped("stopped", 15), 143, ""),
         (RankError("lost\nthe others"), 1, "remixmatch: rank 1: lost the others\n"),
     ],
 )
-def test_of_several_ranks_the_first_speaks_and_others_of_their_own_end_alone(capfd, monkeypatch, error, code, said):
+def test_only_rank_0_logs_except_for_errors_of_one_rank(capfd, monkeypatch, error, code, said):
     def command(argv):
         log.info("unheard")
         log.warning("unheard")
@@ -71,7 +71,7 @@ def test_of_several_ranks_the_first_speaks_and_others_of_their_own_end_alone(cap
     assert (ended.value.code, capfd.readouterr().err) == (code, said)
 
 
-def test_other_libraries_and_the_users_own_logging_are_left_alone(capfd, caplog):
+def test_logging_of_other_libraries_and_of_the_user_is_unchanged(capfd, caplog):
     before, other = state(), logging.getLogger("another_library")
 
     def command(argv):
@@ -79,7 +79,7 @@ def test_other_libraries_and_the_users_own_logging_are_left_alone(capfd, caplog)
         other.warning("of another")
         logging.getLogger("engineer").warning("of a similar name")
 
-    for _ in range(3):  # nothing is left by one command for the next
+    for _ in range(3):  # Commands leave no handlers behind.
         cli.run_with_exit_codes(command, [])
     assert capfd.readouterr().err == "remixmatch: of the engine\n" * 3
     assert caplog.messages == ["of another", "of a similar name"] * 3 and other.handlers == []
@@ -89,8 +89,8 @@ def test_other_libraries_and_the_users_own_logging_are_left_alone(capfd, caplog)
     assert state() == before
 
 
-def test_in_a_library_warnings_reach_the_users_logging_and_the_rest_is_silent():
-    """Without any set up, as Python has it: a warning is its text on stderr."""
+def test_in_library_use_only_warnings_are_shown_by_default():
+    """Without any logging setup, Python prints the text of warnings on stderr."""
     script = """
 import logging
 from engine import api
@@ -104,8 +104,8 @@ log.info("wanted")
     assert (done.stdout, done.stderr) == ("", "heard\nengine.training.trainer: wanted\n")
 
 
-def test_messages_stand_above_the_bar_of_a_terminal():
-    """Whole, though they are longer than its lines, and the bar is drawn again below."""
+def test_messages_appear_above_the_progress_bar_of_a_terminal():
+    """Messages are not wrapped, and the bar is redrawn below them."""
     script = f"""
 import logging
 from engine.commands.output import messages_on_stderr
@@ -130,14 +130,14 @@ with messages_on_stderr():
     try:
         while content := os.read(leader, 4096):
             printed += content
-    except OSError:  # the other end is closed
+    except OSError:  # The other end is closed.
         pass
     finally:
         os.close(leader)
     assert process.wait(60) == 0
     text = printed.decode()
     erased = re.escape("\r\x1b[2K")
-    spaced = re.escape(LONG).replace(re.escape("\t"), r"\s+")  # rich gives tabs as spaces
+    spaced = re.escape(LONG).replace(re.escape("\t"), r"\s+")  # rich replaces tabs with spaces.
     assert re.search(rf"{erased}remixmatch: {spaced}\r\n[^\n]*\d/10 ", text), text
     assert re.search(rf"{erased}a line\r\n[^\n]*\d/10 ", text) and re.search(r"10/10.*loss 0.750", text), text
     assert text.endswith("after it\r\n")

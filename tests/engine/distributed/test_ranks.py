@@ -248,7 +248,7 @@ def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--out", str(tmp_path / "run"), "--gpus", "2"])
     assert ended.value.code == 2
-    assert "--gpus 2: torch sees 1 here; --device cpu" in capfd.readouterr().err
+    assert "--gpus 2: torch sees only 1; --device cpu" in capfd.readouterr().err
 
 
 def test_a_rank_without_the_data_says_so(tmp_path):
