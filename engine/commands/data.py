@@ -365,15 +365,15 @@ def _check_split(options: CheckSplitOptions) -> None:
         raise UserError("--data is required to check a file; give the name of its data set")
     data, seed = open_data(data_name(name)), 1 if seed is None else seed
     try:
-        found = read_indices(path)
+        given = read_indices(path)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if max(found) >= len(data.train_images):
+    if max(given) >= len(data.train_images):
         raise UserError(
-            f"{path} contains index {max(found)}, but {data.name} has only {len(data.train_images)} training images"
+            f"{path} contains index {max(given)}, but {data.name} has only {len(data.train_images)} training images"
         )
-    expected = _labeled_indices(options.rule, data, options.labels or len(found), seed)
-    result = compare(expected, found)
+    expected = _labeled_indices(options.rule, data, options.labels or len(given), seed)
+    result = compare(expected, given)
     compared = f"rule {options.rule}, {len(expected)} labels of {data.name}, seed {seed}"
     if result.same:
         print(f"identical to {compared}; SHA-256 {digest(expected)}")

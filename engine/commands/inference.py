@@ -108,16 +108,16 @@ def predict(argv: list[str]) -> None:
     network, device, side = trained.network, trained.device, trained.sides[0]
     if not many:  # Each file was named, so each must be an image.
         images = np.stack([predict.read_image(path, side) for path in files])
-        found = zip(files, predict.probabilities(network, images, device), strict=True)
+        predictions = zip(files, predict.probabilities(network, images, device), strict=True)
     else:
-        found = predict.classify(network, files, side, device, options.batch)  # type: ignore[assignment]
+        predictions = predict.classify(network, files, side, device, options.batch)  # type: ignore[assignment]
     count = 0
     if options.csv:
-        count = predict.write_csv(options.csv, trained.classes, iter(found))
+        count = predict.write_csv(options.csv, trained.classes, iter(predictions))
         if count:
             print(f"{options.csv}: {count} of {len(files)} images")
     else:
-        for path, values in found:
+        for path, values in predictions:
             count += 1
             _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
     if many and count < len(files):

@@ -125,12 +125,12 @@ def parse_train(
         groups = {"folder": FolderOptions(), "ablations": AblationOptions(), "source": SourceOptions()}
         groups |= {"ranks": RankOptions(), **(others or {})}
         kind = _options(config, groups, text, help or {})
-        found = parse(kind, f"{command} {argv[0]}" if argv[0] else f"train {config.preset}", list(argv[1:]))
-        values = {name: value for section in SECTIONS for name, value in vars(getattr(found, section)).items()}
-        if found.source.data:
-            values["dataset"] = folder_name(found.source.data)
-        known = {name: getattr(found, name) for name in ("folder", "ablations", "source", "ranks")}
-        rest = {name: getattr(found, name) for name in groups.keys() - known.keys()}
+        flags = parse(kind, f"{command} {argv[0]}" if argv[0] else f"train {config.preset}", list(argv[1:]))
+        values = {name: value for section in SECTIONS for name, value in vars(getattr(flags, section)).items()}
+        if flags.source.data:
+            values["dataset"] = folder_name(flags.source.data)
+        known = {name: getattr(flags, name) for name in ("folder", "ablations", "source", "ranks")}
+        rest = {name: getattr(flags, name) for name in groups.keys() - known.keys()}
         return TrainOptions(dataclasses.replace(config, **values), **known, others=rest)
 
     options = parsed(base)

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-OURS = ("engine", "pipelines", "bench")  # Packages whose messages are shown; logging of other libraries is left alone.
+PACKAGES = (
+    "engine",
+    "pipelines",
+    "bench",
+)  # Packages whose messages are shown; logging of other libraries is left alone.
 
 
 class _Formatter(logging.Formatter):
@@ -40,7 +44,7 @@ class _Handler(logging.Handler):
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
     """Show messages of this project's packages, and of no others, while a command runs."""
-    loggers = [logging.getLogger(name) for name in OURS]
+    loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(logger, logger.level, logger.propagate) for logger in loggers]
     handler = _Handler()
     handler.setFormatter(_Formatter())
@@ -59,7 +63,7 @@ def messages_on_stderr() -> Iterator[None]:
 
 def show_warnings_only() -> None:
     """Show nothing below a warning from now on, for --quiet."""
-    for name in OURS:
+    for name in PACKAGES:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, _Handler):
                 handler.setLevel(logging.WARNING)

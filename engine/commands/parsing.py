@@ -90,7 +90,8 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
         text = _mistake(events[0] if events else None, _flags(options), argv, usage)
     except AttributeError:  # An event of another version of tyro.
         text = ""
-    raise UserError(text or f"cannot parse '{shlex.join(argv)}' (see '{usage}')")
+    line = shlex.join(["remixmatch", *command.split(), *argv])
+    raise UserError(text or f"cannot parse '{line}' (see '{usage}')")
 
 
 def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
@@ -171,7 +172,7 @@ def _given(flag: str, argv: Sequence[str]) -> list[str]:
 
 def _flags(options: Any) -> dict[str, Any]:
     """Return the type of each flag of a dataclass, including nested dataclasses."""
-    found: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     positional = get_args(tyro.conf.Positional[int])[1]
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
@@ -180,12 +181,12 @@ def _flags(options: Any) -> dict[str, Any]:
         )
         name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name).replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            found |= _flags(hint)
+            flags |= _flags(hint)
         elif positional not in extras:
-            found[f"--{name}"] = hint
+            flags[f"--{name}"] = hint
             if hint is bool:
-                found[f"--no-{name}"] = hint
-    return found | {"--help": None}
+                flags[f"--no-{name}"] = hint
+    return flags | {"--help": None}
 
 
 def _allowed(hint: Any) -> str:

@@ -58,9 +58,9 @@ def fails(capsys, *arguments, code=2):
     with pytest.raises(SystemExit) as ended:
         cli.main([str(a) for a in arguments])
     assert ended.value.code == code
-    told = capsys.readouterr().err
-    assert told.startswith("remixmatch: ") and len(told.splitlines()) == 1, told
-    return told
+    output = capsys.readouterr().err
+    assert output.startswith("remixmatch: ") and len(output.splitlines()) == 1, output
+    return output
 
 
 def write_crops(root, originals, count, sides, labeled):
@@ -94,8 +94,8 @@ def test_help_and_invalid_input(capsys, tmp_path):
     assert "cifar-10-python.tar.gz is missing; download http" in fails(
         capsys, "data", "prepare", "cifar10", "--no-download"
     )
-    told = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
-    assert told == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
+    output = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
+    assert output == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
     if not torch.cuda.is_available():
         no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
         assert "--decoder gpu: torch sees no GPU here" in no_gpu
@@ -105,34 +105,34 @@ def test_list_and_info(capsys, tmp_path):
     listed = say(capsys, "data", "list")
     assert "digits             1437 training images, 1437 with a label, 360 test images, 10 classes, 16x16" in listed
     assert "run: remixmatch data prepare stl10" in listed
-    told = say(capsys, "data", "info", "digits", "--png", tmp_path / "grid.png")
+    output = say(capsys, "data", "info", "digits", "--png", tmp_path / "grid.png")
     data = digits()
     mean = data.train_images.reshape(-1, 3).mean(0)[0]
     deviation = data.train_images.reshape(-1, 3).std(0)[0]
-    assert f"per channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in told
+    assert f"per channel {mean:.1f} {mean:.1f} {mean:.1f}, standard deviation {deviation:.1f}" in output
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (160, 160, 3)
     np.testing.assert_array_equal(grid[16:32, :16], data.train_images[np.flatnonzero(data.train_labels == 1)[0]])
 
 
 def test_splits_are_printed_and_checked(capsys, tmp_path):
-    rows = RULES["paper"](digits(), 40, 3).tolist()
+    indices = RULES["paper"](digits(), 40, 3).tolist()
     printed = json.loads(say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3, "--json"))
-    assert printed["train_rows"] == rows and len(printed["sha256"]) == len(printed["images_sha256"]) == 64
+    assert printed["train_rows"] == indices and len(printed["sha256"]) == len(printed["images_sha256"]) == 64
     assert say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3).splitlines()[0] == " ".join(
-        map(str, rows)
+        map(str, indices)
     )
-    (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(rows))))
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(indices))))
     check = ["data", "check-split", "theirs.txt", "--data", "digits"]
     assert say(capsys, *check, "--seed", 3).startswith("identical to rule paper, 40 labels of digits, seed 3")
-    (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*rows[1:], 1436])))
+    (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*indices[1:], 1436])))
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main([*check, "--seed", "3"])
     assert ended.value.code == 1
-    told = capsys.readouterr().out
-    assert "different from rule paper" in told and "39 images in common" in told
-    assert f"1 only in the rule: {rows[0]}\n1 only in theirs.txt: 1436\n" in told
+    output = capsys.readouterr().out
+    assert "different from rule paper" in output and "39 images in common" in output
+    assert f"1 only in the rule: {indices[0]}\n1 only in theirs.txt: 1436\n" in output
     (tmp_path / "theirs.txt").write_text("1437")
     assert "contains index 1437, but digits has only 1437 training images" in fails(capsys, *check)
     unknown = fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
@@ -213,8 +213,8 @@ def test_a_folder_from_prepare_to_export(capsys, tmp_path, each):
     assert str(root) in say(capsys, "data", "list")
     assert "is intact" in say(capsys, "data", "info", root, "--verify")
 
-    told = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
-    assert "folder seed 0: test accuracy" in told
+    output = say(capsys, "train", "folder", "--data", root, "--out", "run", *flags)
+    assert "folder seed 0: test accuracy" in output
     config = load_config(tmp_path / "run" / "config.json")
     assert (config.dataset, config.network) == (folder_name(root), "wide-resnet") and config.max_shift == int(size) // 8
     split = json.loads((tmp_path / "run" / "split.json").read_text())
@@ -254,8 +254,8 @@ def test_older_run_does_not_resume_on_a_folder_prepared_differently(capsys, phot
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
-    told = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "run was started with different images" in told
+    output = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
+    assert "run was started with different images" in output
 
 
 def test_class_prior(capsys, photos, tmp_path):
@@ -285,8 +285,8 @@ def test_interruption_says_how_to_continue(capsys, photos, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.folder.decode", interrupted)
-    told = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
-    assert told == "remixmatch: interrupted; run the same command again to continue\n"
+    output = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
+    assert output == "remixmatch: interrupted; run the same command again to continue\n"
 
 
 def test_skipped_files_are_reported(capsys, photos):
@@ -296,11 +296,11 @@ def test_skipped_files_are_reported(capsys, photos):
     for flags in ([], ["--again"], []):
         capsys.readouterr()
         cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
-        told = capsys.readouterr().err
-        assert "remixmatch: skipping test/china/half.jpg: image file is truncated" in told
-        assert "remixmatch: skipped 1 unreadable files\n" in told
-        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, once for training and" in told
-        assert told.endswith(
+        output = capsys.readouterr().err
+        assert "remixmatch: skipping test/china/half.jpg: image file is truncated" in output
+        assert "remixmatch: skipped 1 unreadable files\n" in output
+        assert "train/china/china 3.jpg and test/china/again.jpg are the same image, once for training and" in output
+        assert output.endswith(
             "remixmatch: skipped 1 image files outside train/CLASS/, test/CLASS/ and unlabeled/: stray.jpg\n"
         )
 
@@ -320,9 +320,9 @@ def test_folders_are_listed_and_verified(capsys, photos, tmp_path, data_dir, mon
     content = bytearray((cached / "train_images.npy").read_bytes())
     content[-1] ^= 1
     (cached / "train_images.npy").write_bytes(content)
-    told = fails(capsys, "data", "info", root, "--verify")
+    output = fails(capsys, "data", "info", root, "--verify")
     again = f"remixmatch data prepare '{root}' --size 16 --again"
-    assert told.endswith(f"train_images.npy is damaged (wrong checksum); run: {again}\n")
+    assert output.endswith(f"train_images.npy is damaged (wrong checksum); run: {again}\n")
     say(capsys, *shlex.split(again)[1:])
     assert "is intact" in say(capsys, "data", "info", root, "--verify")
 
@@ -355,17 +355,19 @@ def test_unreadable_folders(capsys, photos, data_dir, monkeypatch):
 def test_invalid_settings_for_a_folder(capsys, photos, tmp_path, flags, words):
     say(capsys, "data", "prepare", photos, "--size", 16)
     network = [] if "--network" in flags else ["--width", 8, "--blocks", 1]
-    told = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
-    assert words in told and not (tmp_path / "run").exists()
+    output = fails(capsys, "train", "folder", "--data", photos, "--steps", 1, "--out", "run", *network, *flags)
+    assert words in output and not (tmp_path / "run").exists()
 
 
 def test_changed_folder_is_reported_with_the_command_to_prepare_it(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     (photos / "unlabeled" / "china 10.jpg").unlink()
-    told = "photos has changed since it was prepared (unlabeled/china 10.jpg was removed); run: remixmatch data prepare"
+    output = (
+        "photos has changed since it was prepared (unlabeled/china 10.jpg was removed); run: remixmatch data prepare"
+    )
     for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
-        assert f"{told} {photos} --size 16" in fails(capsys, *command)
+        assert f"{output} {photos} --size 16" in fails(capsys, *command)
     say(capsys, "data", "prepare", photos, "--size", 16)
     assert "8 images" in say(capsys, "eval", "run")
 
@@ -382,8 +384,8 @@ def test_trained_run_does_not_need_its_data(capsys, photos, tmp_path):
     assert say(capsys, *predict) == predicted
     say(capsys, "data", "prepare", photos, "--size", 24)
     assert say(capsys, *predict) == predicted
-    told = "trained on 2 classes of 16x16 images, but its data now has 3 classes of 24x24 images (they differ"
-    assert f"{told} in a third" in fails(capsys, *evaluate)
+    output = "trained on 2 classes of 16x16 images, but its data now has 3 classes of 24x24 images (they differ"
+    assert f"{output} in a third" in fails(capsys, *evaluate)
 
     shutil.rmtree(photos)
     shutil.rmtree(tmp_path / "data")
@@ -405,8 +407,10 @@ def test_run_without_class_names_says_how_to_restore_them(capsys, photos, tmp_pa
     path.write_text("{")
     assert "run/split.json is missing or damaged" in fails(capsys, "export", "run")
     path.unlink()
-    told = fails(capsys, "predict", "run", photos / "test/china/china 8.jpg")
-    assert "run/split.json is missing or damaged; to restore it, run remixmatch train folder --out run --resume" in told
+    output = fails(capsys, "predict", "run", photos / "test/china/china 8.jpg")
+    assert (
+        "run/split.json is missing or damaged; to restore it, run remixmatch train folder --out run --resume" in output
+    )
     say(capsys, *train, "--resume")
     assert json.loads(path.read_text()) == split and "8 images" in say(capsys, "eval", "run")
 
@@ -414,32 +418,32 @@ def test_run_without_class_names_says_how_to_restore_them(capsys, photos, tmp_pa
 def test_data_dir_is_a_flag(capsys, photos, tmp_path, data_dir, monkeypatch):
     flag = ["--data-dir", "an other"]
     monkeypatch.setattr(cache, "_flag", "")  # Restored by monkeypatch.
-    told = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
-    assert told.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
+    output = say(capsys, "data", "prepare", photos, "--size", 16, *flag)
+    assert output.endswith(f"train on it: remixmatch train folder --data {photos} --data-dir 'an other'\n")
     assert (tmp_path / "an other" / "folders").is_dir() and not data_dir.exists()
     assert cache.data_dir() == tmp_path / "an other"
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK, *flag)
     monkeypatch.setenv("REMIXMATCH_DATA", str(data_dir))
     assert "no prepared data in" in fails(capsys, "eval", "run")
     assert "8 images" in say(capsys, "eval", "run", *flag)
-    told = fails(capsys, "data", "info", "cifar10", *flag)
-    assert told.endswith("; run: remixmatch data prepare cifar10 --data-dir 'an other'\n")
+    output = fails(capsys, "data", "info", "cifar10", *flag)
+    assert output.endswith("; run: remixmatch data prepare cifar10 --data-dir 'an other'\n")
 
 
 def test_finished_run_is_compared_with_the_paper(capsys, tmp_path, data_dir):
     folder = data_dir / "cifar10"
     with cache.writing(folder) as temporary:
-        for part, rows in (("train", 250), ("test", 20)):
-            cache.array(temporary, f"{part}_images", (rows, 32, 32, 3))
-            cache.save(temporary, f"{part}_labels", np.arange(rows) % 10)
+        for part, count in (("train", 250), ("test", 20)):
+            cache.array(temporary, f"{part}_images", (count, 32, 32, 3))
+            cache.save(temporary, f"{part}_labels", np.arange(count) % 10)
         cache.finish(temporary, "cifar10", tuple("abcdefghij"))
-    told = say(capsys, "train", "cifar10-250", "--out", "run", *QUICK, "--lag", "8")
+    output = say(capsys, "train", "cifar10-250", "--out", "run", *QUICK, "--lag", "8")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["paper_error"] == 6.27 and summary["paper_deviation"] == 0.34
     assert summary["error"] == 100 - summary["median_last_20"]
     assert summary["difference_to_paper"] == pytest.approx(summary["error"] - 6.27)
     assert summary["same_settings_as_paper"] is False
-    line = told.splitlines()[-1]
+    line = output.splitlines()[-1]
     error = summary["error"]
     assert line.startswith("test error: paper 6.27 ± 0.34 % (ReMixMatch (arXiv 1911.09785), table 1), ours")
     assert f"ours {error:.2f} %" in line
@@ -450,13 +454,13 @@ def test_narrow_networks_on_large_images_are_rejected(capsys, photos):
     """Their gradients are incorrect on some CPUs, see `engine.config.checks`."""
     say(capsys, "data", "prepare", photos, "--size", 80)
     flags = [flag for flag in QUICK if flag not in ("--width", "8")]
-    told = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
-    assert "--width must be at least 16 for images of more than 72 pixels, got 8" in told
+    output = fails(capsys, "train", "folder", "--data", photos, "--out", "run", *flags, "--width", "8")
+    assert "--width must be at least 16 for images of more than 72 pixels, got 8" in output
 
 
 def test_summary_reports_held_out_test_images(capsys, photos, tmp_path):
     (photos / "test").rename(tmp_path / "elsewhere")
     assert "2 labeled images are held out" in say(capsys, "data", "prepare", photos, "--size", 16)
-    told = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
-    assert "tested on 2 held-out labeled images" in told
+    output = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    assert "tested on 2 held-out labeled images" in output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_test_images"] == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.commands import main as cli
-from engine.commands.output import OURS, messages_on_stderr, show_warnings_only
+from engine.commands.output import PACKAGES, messages_on_stderr, show_warnings_only
 from engine.errors import RankError, Stopped, UserError
 
 ROOT = Path(__file__).parents[3]
@@ -25,7 +25,7 @@ log = logging.getLogger("engine.training.trainer")
 
 def state():
     """Return the logging state that a command changes while it runs."""
-    return [(list(each.handlers), each.level, each.propagate) for each in map(logging.getLogger, OURS)]
+    return [(list(each.handlers), each.level, each.propagate) for each in map(logging.getLogger, PACKAGES)]
 
 
 def test_each_message_is_one_unchanged_line(capfd):
@@ -83,7 +83,7 @@ def test_logging_of_other_libraries_and_of_the_user_is_unchanged(capfd, caplog):
         cli.run_with_exit_codes(command, [])
     assert capfd.readouterr().err == "remixmatch: of the engine\n" * 3
     assert caplog.messages == ["of another", "of a similar name"] * 3 and other.handlers == []
-    assert state() == before == [([], logging.NOTSET, True)] * len(OURS)
+    assert state() == before == [([], logging.NOTSET, True)] * len(PACKAGES)
     with pytest.raises(ZeroDivisionError):
         cli.run_with_exit_codes(lambda argv: 1 // 0, [])
     assert state() == before

@@ -95,8 +95,8 @@ def needs_argument(command):
 )
 def test_mistakes_say_what_is_allowed(capfd, line, message):
     pattern = re.escape(message).replace(r"\.\*", ".*")
-    told = fails(capfd, line)
-    assert re.fullmatch(pattern, told), told
+    output = fails(capfd, line)
+    assert re.fullmatch(pattern, output), output
 
 
 @dataclass
@@ -133,7 +133,7 @@ def test_without_the_reports_of_tyro_the_message_is_clean_but_short(monkeypatch,
     monkeypatch.setattr(parsing, "tyro_errors", None)
     with pytest.raises(UserError) as caught:
         parse(Options, "some command", words.split())
-    assert str(caught.value) == f"cannot parse '{words}' (see 'remixmatch some command --help')"
+    assert str(caught.value) == f"cannot parse 'remixmatch some command {words}' (see 'remixmatch some command --help')"
     with pytest.raises(UserError, match="unknown flag '--fron'; did you mean --from"):
         parse(Options, "some command", ["x", "--fron", "a"])
 

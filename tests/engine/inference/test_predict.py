@@ -75,7 +75,8 @@ def test_predicting_a_folder_to_csv(trained, folder, tmp_path, expected, capsys)
     told = capsys.readouterr()
     assert told.out == f"{table}: 9 of 10 images\n"
     assert (
-        "5b.png cannot be read as an image" in told.err and "\nremixmatch: 1 of 10 files could not be read as images\n" in told.err
+        "5b.png cannot be read as an image" in told.err
+        and "\nremixmatch: 1 of 10 files could not be read as images\n" in told.err
     )
     with table.open(newline="") as file:
         head, *rows = csv.reader(file)

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["digits", "--workers", "-1"], "--workers must be at least 0"),
         (["digits", "--gpus", "2"], "--gpus must be 1, or 0"),
         (["digits", "--hours", "0"], "--hours must be more than 0"),
-        (["digits", "--slurm", "account"], "--slurm takes NAME=VALUE, got 'account'"),
+        (["digits", "--slurm", "account"], "--slurm expects NAME=VALUE, got 'account'"),
         (["digits", "--sedes", "1"], "unknown flag '--sedes'; did you mean --seeds?"),
         (["digits", "--", "--width", "4"], "digits-40-remixmatch-seed0: --width must be at least 8"),
         (["digits", "--", "--seed", "4"], "--seed after -- cannot be shared by all jobs"),
