@@ -1,1 +1,1 @@
-"""Section 3 of the paper: which samples are trained, their targets, their losses."""
+"""The method, section 3 of the paper: batch layout, targets and losses."""

@@ -1,35 +1,44 @@
-"""Which rows a rank trains, and in which order: index arithmetic only, fixed for a run.
+"""Batch layout: which view every input of the network is made from, and in which order the inputs come.
 
-The views of a plan, and the mixup pool (section 3.3) which they begin with, are blocks of B rows each:
+This is integer index arithmetic. `BatchLayout` holds what is fixed for a run and is computed once; `rank_plan` adds
+the random numbers of one step. B is the number of labeled images per step over all ranks, K the number of strong
+views, R the number of ranks, and b = B / R.
 
-    block     0          1        2     3           K + 1   K + 2
-    views     x_strong   u_weak   u_1   u_2   ...   u_K     x_probe
-    pool      labeled    |-- unlabeled: K + 1 blocks ---|
+Views. The plan of a step (`pipelines/plan.py`) numbers the views of the global batch block by block. A block has one
+view of each of B images, so view `block * B + i` shows image i:
 
-The network's input of a rank with b = B / R images, from the first row to the last, in one micro-batch:
+    block      0          1        2     3           K + 1   K + 2
+    view       x_strong   u_weak   u_1   u_2   ...   u_K     x_probe
+    in pool    labeled    |------- unlabeled --------|       no
 
-    rows         show              pass through               for
-    b (K + 2)    pool, mixed up    train_model, one pass      loss_x, loss_u
-    b            u_1               the same pass              loss_u1
-    b            u_1, rotated      the same pass              loss_rot
-    b            u_weak            guess_model, no gradient   the guess
-    b            x_probe           ema_model, no gradient     CTAugment's omega
+Blocks 0 to K + 1 are the mixup pool (section 3.3 of the paper). A view may be mixed with any view of the pool, so every
+rank makes the views of its own b images and then gathers those of all ranks.
 
-Parts that a method does not have are left out: without unlabeled data the pool is x_strong alone, and x_probe follows
-it; a term of weight 0 has no rows; where nothing learns from probes, there are none. Other methods move u_weak out of
-the pool, or have none and guess of u_1 ... u_K, see `pipelines/plan.py`. With mu unlabeled images for a labeled one,
-every unlabeled block above is mu blocks of B, one after another.
+Inputs. These are the inputs of one rank, from first to last:
 
-With gradient accumulation, a step's images are cut into M micro-batches, R of them at least: micro-batch m has images
-m, m + M, ... of every block, and is trained on rank m mod R, which so has images r, r + R, ... The first three parts
-are then there once for each of a rank's micro-batches, one micro-batch after another, and so is the fourth:
+    number       made from                forward pass                   used for
+    b (K + 2)    its pool views, mixed    train_model                    loss_x, loss_u
+    b            u_1                      train_model, the same pass     loss_u1
+    b            u_1, rotated             train_model, the same pass     loss_rot
+    b            u_weak                   guess_model, without gradient  pseudo-labels
+    b            x_probe                  ema_model, without gradient    CTAugment's omega
 
-    pool | u_1 | rotated u_1 || pool | u_1 | rotated u_1 || ... || u_weak || u_weak || ... || x_probe
+Other methods omit what they do not use. A loss term of weight 0 has no inputs, and a method whose augmentation learns
+nothing has no probes. Without unlabeled data only x_strong and x_probe are left. u_weak may be outside the pool, as in
+FixMatch, or absent, as in MixMatch, where pseudo-labels come from u_1, ..., u_K. With mu unlabeled images per labeled
+image, every unlabeled block above stands for mu blocks of B.
 
-For batch norm over groups (`bn = "split"`) consecutive rows share statistics, so order is what makes the groups. The
-paper's code interleaves: each of its K + 2 passes over the pool holds labeled and unlabeled rows alike. Here image
-i = G * t + j of pool block v goes to group (j, (v + t) mod (K + 2)): a Latin square, so that a group has one view of
-each of its images, and labeled rows whenever it has at least K + 2 rows.
+Gradient accumulation. The global batch is split into M micro-batches, where M is a multiple of R. Micro-batch m has the
+images m, m + M, m + 2 M, ... of every block and is trained by rank m mod R. So rank r has the images r, r + R, ...
+whatever M is. The inputs of a rank with two micro-batches are, with || between two forward passes:
+
+    pool | u_1 | rotated u_1 || pool | u_1 | rotated u_1 || u_weak || u_weak || x_probe || x_probe
+
+Batch norm over groups (`bn = "split"`). Inputs that follow one another share statistics, so the order of the inputs
+defines the groups. The authors' code runs the pool in K + 2 passes, each of which mixes labeled and unlabeled views.
+Here each block is cut into G parts, and the views of part j form K + 2 groups: the view of image i = G t + j in block v
+of the pool is in group (v + t) mod (K + 2). A group then has exactly one view of each of its B / G images, and the
+views cycle through the blocks. With B / G >= K + 2 every group contains labeled views.
 """
 
 from __future__ import annotations
@@ -43,28 +52,32 @@ from pipelines.plan import GlobalPlan, PlanSpec, rank_views
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Row numbers of one rank, all int64. P = B * pool blocks, U = mu B, n rows are trained in a micro-batch.
+    """The indices of one rank's views, inputs and targets; all int64 unless stated otherwise.
+
+    Shapes: V views and P pool views in the global batch, U = mu B unlabeled images, N inputs of this rank, n inputs
+    per training pass (one micro-batch). A view index is a position in the plan, a pool index a position in the plan's
+    mixup pool. A gathered index is a position in the views of all ranks, concatenated rank by rank.
 
     Attributes:
-        spec: what the plans are drawn for.
+        spec: What the plans are drawn for.
         ranks: R.
-        accumulation_steps: M / R, micro-batches that a rank accumulates gradients over.
-        views: (V / R,) global view rows whose pixels this rank makes.
-        images: (B / R,) positions in the batch that are this rank's, micro-batch by micro-batch.
-        pool: (P / R,) global pool rows that it trains, micro-batch by micro-batch.
-        gathered: (V,) where each global view row lies once the ranks' views are gathered rank by rank.
-        guess_order: (g, U) where the logits of each of an image's g views that are guessed of lie, once those of the
-            ranks are gathered rank by rank; g is 1 for an anchor. Empty without unlabeled data.
-        probe_order: (B,) the same for the probes; empty without any.
-        pool_source: (P,) the gathered view row of each global pool row.
-        pool_target_index: (P,) for each global pool row, its row in [labels (B); guesses (U)].
-        target_index: (n M / R,) the same for each trained network row; u_1 has its image's.
-        source: (N,) gathered view row that each network row shows (module docstring); the same in every step.
-        mixed_index: (P / R,) network rows in which the rows of `pool` are.
-        rotated_index: (U / R,) network rows of the rotated u_1; none without the rotation task.
-        rotations: (U / R,) which of the plan's rotations they have.
-        class_weights: (3, n) float32, shares of a micro-batch's rows in the means loss_x, loss_u and loss_u1.
-        rotation_weights: (n,) float32, likewise in loss_rot.
+        accumulation_steps: M / R, the number of micro-batches over which a rank accumulates gradients.
+        views: (V / R,) view indices that this rank makes.
+        images: (B / R,) image indices of this rank, by micro-batch.
+        pool: (P / R,) pool indices that this rank trains on, by micro-batch.
+        gathered: (V,) gathered index of each view.
+        guess_order: (g, U) positions of the logits of the g views that an image's pseudo-label is made from, in the
+            logits of all ranks, concatenated rank by rank. g is 1 with an anchor. Empty without unlabeled data.
+        probe_order: (B,) positions of the probes' logits, likewise. Empty without probes.
+        pool_source: (P,) gathered index of each pool view.
+        pool_target_index: (P,) target of each pool view, as an index into [labels (B); pseudo-labels (U)].
+        target_index: (n M / R,) target of each training input, likewise. u_1 has the target of its image.
+        source: (N,) gathered index of the view that each input is made from, the same in every step.
+        mixed_index: (P / R,) positions of the views in `pool` among the inputs.
+        rotated_index: (U / R,) positions of the rotated u_1 among the inputs. Empty without the rotation task.
+        rotation_index: (U / R,) position of each rotated u_1 in the plan's `rotations`.
+        class_weights: (3, n) float32, weight of each input in the means loss_x, loss_u and loss_u1.
+        rotation_weights: (n,) float32, weight of each input in the mean loss_rot.
     """
 
     spec: PlanSpec
@@ -82,7 +95,7 @@ class BatchLayout:
     source: np.ndarray
     mixed_index: np.ndarray
     rotated_index: np.ndarray
-    rotations: np.ndarray
+    rotation_index: np.ndarray
     class_weights: np.ndarray
     rotation_weights: np.ndarray
 
@@ -98,40 +111,39 @@ class BatchLayout:
         rotated: bool = True,
         mean_guess: bool = False,
     ) -> BatchLayout:
-        """Lays out one rank's rows.
+        """Lay out the batch of one rank.
 
         Args:
-            spec: what the plans are drawn for.
-            bn_groups: G, parts into which each block of B rows is cut; a multiple of `micro_batches`, divides B.
+            spec: What the plans are drawn for.
+            bn_groups: G, parts that each block is cut into; a multiple of `micro_batches` that divides B.
             rank: r.
             ranks: R.
             micro_batches: M, a multiple of `ranks`.
-            unmixed: whether u_1 is trained as it is, too.
-            rotated: whether the rotated u_1 is.
-            mean_guess: the label is guessed of all unlabeled views of the pool, and not of u_weak.
+            unmixed: Whether to train on u_1 unmixed.
+            rotated: Whether to train on the rotated u_1.
+            mean_guess: Whether pseudo-labels are made from all unlabeled views of the pool instead of u_weak alone.
         """
         batch, blocks = spec.batch, spec.pool_blocks
         per_group, accumulation_steps = batch // bn_groups, micro_batches // ranks
 
         def images_of(some_rank: int) -> np.ndarray:
-            """The micro-batches m = r, r + R, ..., each the groups j = m, m + M, ..., each of images j, j + G, ..."""
+            """Return the images of a rank: its micro-batches m = r, r + R, ..., each the parts j = m, m + M, ..."""
             own = np.arange(some_rank, micro_batches, ranks)
-            groups = (own[:, None] + np.arange(0, bn_groups, micro_batches)).reshape(-1, 1)
-            return (groups + bn_groups * np.arange(per_group)).reshape(-1)
+            parts = (own[:, None] + np.arange(0, bn_groups, micro_batches)).reshape(-1, 1)
+            return (parts + bn_groups * np.arange(per_group)).reshape(-1)
 
-        def rows_of(some_rank: int, some_blocks: np.ndarray) -> np.ndarray:
-            """Rows of blocks of B, micro-batch by micro-batch: (M / R, rows)."""
+        def views_of(some_rank: int, some_blocks: np.ndarray) -> np.ndarray:
+            """Return a rank's view indices in blocks of B, one line per micro-batch: (M / R, len(blocks) * B / M)."""
             own = images_of(some_rank).reshape(accumulation_steps, 1, -1)
             return (own + batch * some_blocks[:, None]).reshape(accumulation_steps, -1)
 
-        def order(some_blocks: np.ndarray) -> np.ndarray:
-            """Where each row of the blocks lies among all ranks' `rows_of`: (blocks * B,)."""
-            lying = np.concatenate([rows_of(r, some_blocks).reshape(-1) for r in range(ranks)])
-            return np.argsort(lying)  # the blocks ascend
+        def order_of(some_blocks: np.ndarray) -> np.ndarray:
+            """Return where the views of ascending blocks are in all ranks' concatenated `views_of`."""
+            return np.argsort(np.concatenate([views_of(r, some_blocks).reshape(-1) for r in range(ranks)]))
 
         images = images_of(rank)
-        t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, per_group)
-        block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, per_group)
+        t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, B / G)
+        block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, B / G)
         pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(accumulation_steps, -1)
 
         gathered = np.empty(batch * spec.blocks, dtype=np.int64)
@@ -139,38 +151,39 @@ class BatchLayout:
             batch * spec.blocks
         )
 
-        # blocks of views: those that labels are guessed of, u_1's, and the probes'
+        # Blocks of the views that pseudo-labels are made from, of u_1, and of the probes.
         unlabeled = np.arange(spec.mu) if spec.unlabeled_images else np.arange(0)
-        of_guess = spec.pool_views[1:] if mean_guess else np.array(spec.anchor_blocks, dtype=np.int64)
-        of_u1 = spec.strong_blocks.start + unlabeled
-        of_probes = np.arange(spec.blocks)[spec.strong_blocks.stop :]
+        guess_blocks = spec.pool_views[1:] if mean_guess else np.array(spec.anchor_blocks, dtype=np.int64)
+        u1_blocks = spec.strong_blocks.start + unlabeled
+        probe_blocks = np.arange(spec.blocks)[spec.strong_blocks.stop :]
 
-        # the network's rows: one micro-batch a line, then what is only passed forward
-        views = (spec.pool_views[:, None] * batch + np.arange(batch)).reshape(-1)  # of each pool row
-        u1 = rows_of(rank, of_u1)
-        of_extra = []  # the terms of what follows the pool
+        # The training inputs, one line per micro-batch.
+        pool_views = (spec.pool_views[:, None] * batch + np.arange(batch)).reshape(-1)  # (P,)
+        u1 = views_of(rank, u1_blocks)
+        extra_terms = []  # Loss terms of the inputs that follow the pool: 2 is u_1, 3 the rotated u_1.
         if unmixed:
-            of_extra.append(2)
+            extra_terms.append(2)
         if rotated:
-            of_extra.append(3)
-        trained = np.concatenate([views[pool], *(u1 for _ in of_extra)], axis=1)
-        place = np.arange(trained.size).reshape(accumulation_steps, -1)
+            extra_terms.append(3)
+        trained = np.concatenate([pool_views[pool], *(u1 for _ in extra_terms)], axis=1)
+        positions = np.arange(trained.size).reshape(accumulation_steps, -1)
 
-        number = np.arange(batch * blocks) // batch - 1  # of the unlabeled block, -1 for the labeled
-        pool_target_index = np.arange(batch * blocks) % batch + batch * np.where(number < 0, 0, 1 + number % spec.mu)
-        guess_of_u1 = rows_of(rank, 1 + unlabeled)
-        target_index = np.concatenate([pool_target_index[pool], *(guess_of_u1 for _ in of_extra)], axis=1)
+        unlabeled_block = np.arange(batch * blocks) // batch - 1  # Of each pool view, -1 for the labeled ones.
+        first_target = batch * np.where(unlabeled_block < 0, 0, 1 + unlabeled_block % spec.mu)
+        pool_target_index = np.arange(batch * blocks) % batch + first_target
+        u1_target_index = views_of(rank, 1 + unlabeled)  # Pseudo-labels follow the B labels.
+        target_index = np.concatenate([pool_target_index[pool], *(u1_target_index for _ in extra_terms)], axis=1)
 
-        # what a trained row counts for, the same in every micro-batch: x, u, u_1, rotated u_1
-        term = np.concatenate([np.where(pool[0] < batch, 0, 1), np.repeat(of_extra, u1.shape[1])]).astype(np.int64)
+        # The loss term that each training input counts in, the same in every micro-batch: x, u, u_1, rotated u_1.
+        term = np.concatenate([np.where(pool[0] < batch, 0, 1), np.repeat(extra_terms, u1.shape[1])]).astype(np.int64)
         counts = np.bincount(term, minlength=4)
-        shares = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
-        forwarded = [rows_of(rank, some_blocks).reshape(-1) for some_blocks in (of_guess, of_probes)]
+        weights = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
+        forward_only = [views_of(rank, some_blocks).reshape(-1) for some_blocks in (guess_blocks, probe_blocks)]
         first_rotated = trained.shape[1] - (u1.shape[1] if rotated else 0)
-        turned = guess_of_u1 - batch
+        rotation_index = u1_target_index - batch
         guess_order = np.empty((0, 0), np.int64)
-        if len(of_guess):
-            guess_order = order(of_guess).reshape(-1, batch * len(unlabeled))
+        if len(guess_blocks):
+            guess_order = order_of(guess_blocks).reshape(-1, batch * len(unlabeled))
         return cls(
             spec=spec,
             ranks=ranks,
@@ -180,30 +193,32 @@ class BatchLayout:
             pool=pool.reshape(-1),
             gathered=gathered,
             guess_order=guess_order,
-            probe_order=order(of_probes),
-            pool_source=gathered[views],
+            probe_order=order_of(probe_blocks),
+            pool_source=gathered[pool_views],
             pool_target_index=pool_target_index,
             target_index=target_index.reshape(-1),
-            source=gathered[np.concatenate([trained.reshape(-1), *forwarded])],
-            mixed_index=place[:, : pool.shape[1]].reshape(-1),
-            rotated_index=place[:, first_rotated:].reshape(-1),
-            rotations=turned.reshape(-1) if rotated else turned[:0].reshape(-1),
-            class_weights=shares[:3],
-            rotation_weights=shares[3],
+            source=gathered[np.concatenate([trained.reshape(-1), *forward_only])],
+            mixed_index=positions[:, : pool.shape[1]].reshape(-1),
+            rotated_index=positions[:, first_rotated:].reshape(-1),
+            rotation_index=rotation_index.reshape(-1) if rotated else rotation_index[:0].reshape(-1),
+            class_weights=weights[:3],
+            rotation_weights=weights[3],
         )
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One step's numbers as the device takes them, in the network's row order (module docstring); N rows.
+    """The plan of one step for the inputs of one rank, in the order of the module docstring.
+
+    Shapes and gathered indices are those of `BatchLayout`.
 
     Attributes:
-        source: (N,) int64, gathered view row that each network row shows.
-        partner: (N,) int64, the row mixed into it.
-        lam: (N,) float32, share of `source`; 1 outside the pool.
-        rotations: (N,) int64, multiples of 90 degrees.
-        target_index: (n M / R,) int64, each trained row's index in [labels (B); pseudo-labels (mu B)].
-        partner_target_index: (n M / R,) int64, its partner's; outside the pool its own.
+        source: (N,) int64, gathered index of the view that each input is made from.
+        partner: (N,) int64, gathered index of the view mixed into it; outside the pool `source` itself.
+        lam: (N,) float32, mixup weight of `source`; 1 outside the pool.
+        rotations: (N,) int64, rotation in units of 90 degrees.
+        target_index: (n M / R,) int64, target of each training input, an index into [labels (B); pseudo-labels (U)].
+        partner_target_index: (n M / R,) int64, target of its partner; outside the pool its own.
         labels: (B,) int64, classes of the labeled images of the global batch.
     """
 
@@ -217,15 +232,15 @@ class RankPlan:
 
 
 def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> RankPlan:
-    """Turns a plan into the numbers that one rank's step reads.
+    """Translate the plan of a global batch into the plan of one rank.
 
     Args:
-        layout: the rank's rows.
-        plan: the step's plan.
+        layout: The rank's layout.
+        plan: The plan of the step.
         labels: (B,) int64, classes of `plan.labeled`.
     """
     perm = plan.perm[layout.pool]
-    # outside the pool a row is its own partner
+    # Outside the pool, an input is its own partner.
     partner, lam, rotations = (
         layout.source.copy(),
         np.ones(len(layout.source), np.float32),
@@ -234,7 +249,7 @@ def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> Rank
     partner[layout.mixed_index], lam[layout.mixed_index] = layout.pool_source[perm], plan.lam[layout.pool]
     partner_target_index = layout.target_index.copy()
     partner_target_index[layout.mixed_index] = layout.pool_target_index[perm]
-    rotations[layout.rotated_index] = plan.rotations[layout.rotations]
+    rotations[layout.rotated_index] = plan.rotations[layout.rotation_index]
     return RankPlan(
         source=layout.source,
         partner=partner,

@@ -1,6 +1,7 @@
-"""The loss and its terms (section 3.3 of the paper): each a mean over a group of samples of a micro-batch.
+"""The loss and its terms (section 3.3 of the paper).
 
-TERMS is the only list of them: metrics, logs and pages follow it. Which samples a group has is in `batch_layout`.
+Each term is a mean over one group of samples of a micro-batch; `batch_layout` defines the groups. TERMS is the only
+list of the terms: metrics, logs and reports follow it.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from engine.config.config import Config
 
 @dataclass
 class Samples:
-    """What the network says of the samples of a micro-batch, and what it should say.
+    """Predictions and targets for the samples of a micro-batch: the mixup pool, u_1 and the rotated u_1.
 
-    Every mean is a sum over all samples with static shares: taking samples out would cost a GPU a sort on the way back.
+    Every mean is computed as a weighted sum over all samples with constant weights. Indexing the samples of a group
+    instead would make the backward pass sort indices on a GPU.
 
     Attributes:
-        config: of the run.
-        logits: (n, L) of the mixup pool, u_1 and the rotated u_1.
+        config: The run's configuration.
+        logits: (n, L) class logits.
         rotation_logits: (n, 4).
-        targets: (n, L) float32, mixed as the images are; zeros where a sample does not count.
-        rotations: (n,) int64, multiples of 90 degrees.
-        shares: (3, n) float32, of each sample in the means over X', U' and u_1.
-        rotation_shares: (n,) float32, likewise over the rotated u_1.
+        targets: (n, L) float32, mixed like the images; zeros for samples whose pseudo-label is not used.
+        rotations: (n,) int64, in units of 90 degrees.
+        shares: (3, n) float32, weights of each sample in the means over X', U' and u_1.
+        rotation_shares: (n,) float32, weights in the mean over the rotated u_1.
+        log_p: (n, L) float32, log-probabilities of the classes.
+        mixed_labeled: (), mean cross-entropy of X'.
+        mixed_unlabeled: (), mean cross-entropy of U'.
+        u_1: (), mean cross-entropy of u_1.
     """
 
     config: Config
@@ -42,44 +48,44 @@ class Samples:
 
     def __post_init__(self) -> None:
         self.log_p = F.log_softmax(self.logits.float(), dim=-1)
-        entropies = -(self.targets * self.log_p).sum(-1)  # (n,)
-        self.mixed_labeled, self.mixed_unlabeled, self.u_1 = (self.shares * entropies).sum(-1).unbind()
+        cross_entropy = -(self.targets * self.log_p).sum(-1)  # (n,)
+        self.mixed_labeled, self.mixed_unlabeled, self.u_1 = (self.shares * cross_entropy).sum(-1).unbind()
 
 
 def labeled(samples: Samples) -> Tensor:
-    """Cross-entropy of X', the mixed labeled samples."""
+    """Return the cross-entropy of X', the mixed labeled samples."""
     return samples.mixed_labeled
 
 
 def unlabeled(samples: Samples) -> Tensor:
-    """Loss of U', the mixed unlabeled samples: cross-entropy, MixMatch's squared difference, or UDA's KL divergence."""
+    """Return the loss of U', the mixed unlabeled samples: cross-entropy, MixMatch's squared error or UDA's KL."""
     targets, share = samples.targets, samples.shares[1]
     if samples.config.unlabeled_loss == "l2":
         return (share * (samples.log_p.exp() - targets).square().mean(-1)).sum()
-    if samples.config.unlabeled_loss == "kl":  # less the targets' own entropy
+    if samples.config.unlabeled_loss == "kl":  # Cross-entropy minus the entropy of the targets.
         return samples.mixed_unlabeled + (share * torch.xlogy(targets, targets).sum(-1)).sum()
     return samples.mixed_unlabeled
 
 
 def unmixed(samples: Samples) -> Tensor:
-    """Cross-entropy of u_1, one strong view as it is."""
+    """Return the cross-entropy of u_1, one strong view unmixed."""
     return samples.u_1
 
 
 def rotation(samples: Samples) -> Tensor:
-    """Cross-entropy of the rotation that a rotated u_1 has."""
-    turned = F.one_hot(samples.rotations, 4) * F.log_softmax(samples.rotation_logits.float(), dim=-1)
-    return -(samples.rotation_shares * turned.sum(-1)).sum()
+    """Return the cross-entropy of predicting the rotation of the rotated u_1."""
+    log_p = F.one_hot(samples.rotations, 4) * F.log_softmax(samples.rotation_logits.float(), dim=-1)
+    return -(samples.rotation_shares * log_p.sum(-1)).sum()
 
 
 class Term(NamedTuple):
     """A term of the loss.
 
     Attributes:
-        value: its mean over its samples, a scalar.
-        weight: what it is multiplied by; a term of weight 0 is not computed.
-        ramped: whether the weight rises from 0 over the first `ramp_kimg`.
-        unlabeled: whether it is of unlabeled samples, which supervised training does not have.
+        value: Computes the mean over the term's samples, a scalar.
+        weight: Returns the term's weight; a term of weight 0 is not computed.
+        ramped: Whether the weight rises from 0 over the first `ramp_kimg`.
+        unlabeled: Whether the term needs unlabeled data. Supervised training omits such terms.
     """
 
     value: Callable[[Samples], Tensor]
@@ -88,7 +94,7 @@ class Term(NamedTuple):
     unlabeled: bool = True
 
 
-# the first is of the labeled samples, has no weight, and is there in every method
+# The first term is that of the labeled samples. Every method has it, with weight 1.
 TERMS: dict[str, Term] = {
     "loss_x": Term(labeled, lambda c: 1.0, unlabeled=False),
     "loss_u": Term(unlabeled, lambda c: c.w_u, ramped=True),
@@ -99,19 +105,20 @@ LOSSES = ("loss", *TERMS)
 
 
 def ramp_up(config: Config, step: Tensor) -> Tensor | float:
-    """Return the ramp of the unlabeled terms: linear from 0 to 1 over the first `ramp_kimg` * 1024 labeled images."""
+    """Return the ramp-up factor: linear from 0 to 1 over the first `ramp_kimg` * 1024 labeled images."""
     return (step * (config.batch / (1024 * config.ramp_kimg))).clamp(max=1) if config.ramp_kimg else 1.0
 
 
 def total_loss(samples: Samples, ramp: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Add up the terms.
+    """Sum the weighted terms.
 
     Args:
-        samples: of a micro-batch.
-        ramp: see `ramp_up`.
+        samples: The samples of a micro-batch.
+        ramp: The factor of `ramp_up`.
 
     Returns:
-        The loss, and (len(LOSSES),) float32 without gradient, in their order; 0 for a term that the run does not have.
+        The loss, and a (len(LOSSES),) float32 tensor of the loss and its terms in the order of LOSSES, detached. A term
+        that the run does not use is 0.
     """
     c, loss, values = samples.config, None, []
     for term in TERMS.values():
@@ -122,5 +129,5 @@ def total_loss(samples: Samples, ramp: Tensor | float) -> tuple[Tensor, Tensor]:
         values.append(term.value(samples))
         factor = weight * ramp if term.ramped else weight
         loss = values[-1] if loss is None else loss + factor * values[-1]
-    assert loss is not None, "the first term counts fully"
+    assert loss is not None, "the first term is never omitted"
     return loss, torch.stack([loss, *values]).detach()

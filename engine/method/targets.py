@@ -1,8 +1,8 @@
-"""What unlabeled samples are trained towards: pseudo-labels, and how much each of them counts.
+"""Pseudo-labels of the unlabeled samples and their weights in the loss.
 
-`Targets` turns the logits of a step into targets (U, L) and weights (U,). Its buffers are the method's state: what is
-registered as one is saved, resumed, compared between ranks, and restored after a capture's warm-up, without being named
-anywhere else. A method with another rule is a subclass, entered in TARGETS under the method's name.
+`Targets` turns the logits of a step into targets (U, L) and weights (U,). Its buffers are the state of the method.
+Registering a buffer is all it takes: buffers are saved in checkpoints, compared between ranks, and restored after the
+warm-up of a CUDA graph. A method with a different rule is a subclass, registered in TARGETS under the method's name.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from engine.config.config import Config
 from kernels.guess import guess_labels
 
-P_MODEL_STEPS = 128  # whose mean is p~(y)
+P_MODEL_STEPS = 128  # Steps that p~(y) is averaged over.
 
 
 class Targets(nn.Module):
     """Pseudo-labels of ReMixMatch: distribution alignment, then sharpening (sections 3.1 and 3.2.1 of the paper).
 
-    With `hard_labels` or a `threshold`, those of FixMatch, UDA and pseudo-labeling.
+    With `hard_labels` or a `threshold`, the pseudo-labels are those of FixMatch, UDA or pseudo-labeling.
 
     Args:
-        config: of the run.
+        config: The run's configuration.
         classes: L.
 
     Attributes:
-        p_model_history: (128, L) float32, batch means of q of the last 128 steps, whose mean is p~(y).
-        label_marginal: (L,) float32, p(y), running or given.
-        selects: whether `select` is asked; its input is not sharpened then.
+        p_model_history: (128, L) float32, batch means of q in the last 128 steps. Their mean is p~(y).
+        label_marginal: (L,) float32, p(y): a running average, or the given class distribution.
+        selects: Whether `select` makes the targets, from predictions that are aligned but not sharpened.
     """
 
     p_model_history: Tensor
@@ -42,19 +42,18 @@ class Targets(nn.Module):
         self.register_buffer("label_marginal", torch.tensor(config.class_distribution or [1.0 / classes] * classes))
 
     def forward(self, logits: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Make the targets of a step, and move the state.
+        """Make the pseudo-labels of a step and update the history of p~(y).
 
         Args:
-            logits: (g, U, L) float32 of all ranks: of u_weak (g = 1), or of all g views of an image.
-            step: () int64, steps done.
+            logits: (g, U, L) float32 over all ranks, of u_weak (g = 1) or of all g views of an image.
+            step: () int64, number of steps done.
 
         Returns:
-            Targets (U, L) float32, each row a distribution: for all K + 1 views of an image the same one, which is
-            augmentation anchoring. Weights (U,), float32 or bool, by which the samples count; None where each counts
-            fully.
+            Targets (U, L) float32, one distribution per image. All K + 1 views of an image share it: this is
+            augmentation anchoring. And weights (U,), float32 or bool, or None if all are 1.
         """
         c = self.config
-        # the logarithm of the mean prediction has that prediction as its softmax; of one view, logits are as good
+        # guess_labels applies softmax, which maps the log of a sum of predictions to their mean.
         q = logits[0] if len(logits) == 1 else logits.log_softmax(-1).logsumexp(0)  # (U, L)
         targets = guess_labels(
             q,
@@ -67,10 +66,10 @@ class Targets(nn.Module):
         return self.select(targets) if self.selects else (targets, None)
 
     def select(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Turn aligned predictions into targets and weights.
+        """Turn aligned predictions into targets and weights, shaped like the results of `forward`.
 
         Args:
-            q: (U, L) float32, each row a distribution.
+            q: (U, L) float32, one distribution per image.
         """
         c = self.config
         largest, classes = q.max(-1, keepdim=True)
@@ -82,21 +81,21 @@ class Targets(nn.Module):
         return targets, (largest >= c.threshold)[:, 0]
 
     def observe_labels(self, one_hot: Tensor) -> None:
-        """Move p(y) by the labels of a step that is over: (B, L) float32, of all ranks."""
+        """Update p(y) with the labels of a finished step, (B, L) float32 over all ranks."""
         if not self.config.class_distribution:
             self.label_marginal.lerp_(one_hot.mean(0), 1 - self.config.marginal_decay)
 
     @torch.no_grad()
     def predict(self, logits: Tensor) -> Tensor:
-        """Make the pseudo-labels of single views as `forward` does, and leave the state as it is.
+        """Make the pseudo-labels of single views like `forward`, without changing the state.
 
-        Hard labels are those before they became hard.
+        With `hard_labels` the result is the distribution that the hard label is taken from.
 
         Args:
             logits: (n, L).
 
         Returns:
-            (n, L) float32, each row a distribution.
+            (n, L) float32, one distribution per view.
         """
         c = self.config
         temperature = 1.0 if c.hard_labels else c.temperature
@@ -107,14 +106,14 @@ class Targets(nn.Module):
 
     @property
     def p_model(self) -> Tensor:
-        """p~(y): (L,) float32."""
+        """The marginal p~(y) of the model's predictions, (L,) float32."""
         return self.p_model_history.mean(0)
 
 
-# methods whose targets follow another rule than the one above
+# Methods with targets of their own, by name. All others use `Targets`.
 TARGETS: dict[str, type[Targets]] = {}
 
 
 def make_targets(config: Config, classes: int) -> Targets:
-    """Make the targets of a run's method."""
+    """Make the targets of the configured method."""
     return TARGETS.get(config.method, Targets)(config, classes)
