@@ -26,7 +26,7 @@ def statistics_of_first_samples(network, images, first, momentum):
         hook.remove()
     statistics = []
     for norm, x in zip(norms, inputs, strict=True):
-        groups = x[:first].split(norm.rows_per_group or first)
+        groups = x[:first].split(norm.group_size or first)
         mean = torch.stack([group.mean((0, 2, 3)) for group in groups]).mean(0)
         var = torch.stack([group.transpose(0, 1).flatten(1).var(1) for group in groups]).mean(0)
         statistics += [norm.running_mean.lerp(mean, momentum), norm.running_var.lerp(var, momentum)]

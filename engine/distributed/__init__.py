@@ -1,1 +1,1 @@
-"""Ranks: how they start, what they exchange, what watches over them."""
+"""Distributed training: launching ranks, collectives, and a watchdog."""

@@ -1,6 +1,6 @@
-"""Ranks: who we are, and the few collectives of a step, all of them the identity on one rank.
+"""Process group and collectives; with a single rank, every collective returns its input.
 
-Everything rests on torch.distributed as torchrun sets it up; `engine.distributed.launch` starts torchrun itself.
+Built on torch.distributed with the environment of torchrun, which `engine.distributed.launch` can start.
 """
 
 from __future__ import annotations
@@ -24,71 +24,71 @@ Result = TypeVar("Result")
 
 
 def start(device: torch.device, timeout: float, alone: bool = False) -> None:
-    """Joins the process group that torchrun's environment describes; does nothing without one.
+    """Join the process group described by torchrun's environment; without one, do nothing.
 
     Args:
-        device: what this rank trains on; with GPUs it becomes the one of LOCAL_RANK.
-        timeout: seconds after which a collective that some rank does not join is an error.
-        alone: makes a group even where there is one rank.
+        device: The device type to train on. With "cuda", the current device becomes that of LOCAL_RANK.
+        timeout: Seconds after which a collective fails if a rank does not join it.
+        alone: Whether to make a group even for a single rank.
 
     Raises:
-        RankError: the other ranks did not come in time, or there is no GPU for this one.
+        RankError: The other ranks did not connect in time, or there is no GPU for this rank.
     """
     if dist.is_initialized() or (launch.world_size_from_env() == 1 and not alone):
         return
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise RankError(f"there is no GPU {local}: torch sees {torch.cuda.device_count()} here")
+            raise RankError(f"no GPU for local rank {local}: torch finds {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
     own_store: dict[str, Any] = {}
     if "MASTER_ADDR" not in os.environ:
         own_store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        # what the first rank's store answers is waited for without a timeout: that rank may have been stopped
+        # init_process_group waits for the store of rank 0 without a timeout, and that process may be suspended.
         with Watchdog(1.5 * timeout, int(os.environ.get("RANK", "0"))) as watchdog:
-            watchdog.alive("the ranks' coming together")
+            watchdog.alive("joining the process group")
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout), **own_store
             )
     except dist.DistError as error:
-        raise RankError(f"the {launch.world_size_from_env()} ranks did not come together: {_reason(error)}") from error
+        raise RankError(f"the {launch.world_size_from_env()} ranks could not connect: {_reason(error)}") from error
 
 
 def stop() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def grouped() -> bool:
-    """Whether there is a process group, be it of one rank."""
+    """Return whether there is a process group, possibly of a single rank."""
     return dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's number, 0 on its own."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks() -> int:
-    """Processes that train together."""
+    """Return the number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def lost(error: BaseException) -> RankError | None:
-    """The error in words, if it is a collective that failed because of another rank; None otherwise."""
+    """Return a RankError for a collective that failed because of another rank; None for other errors."""
     if ranks() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return RankError(f"lost the other ranks ({_reason(error)})")
     return None
 
 
-def gather(rows: Tensor) -> Tensor:
-    """Concatenates every rank's rows, rank by rank: (n, ...) to (R * n, ...)."""
+def gather(tensor: Tensor) -> Tensor:
+    """All-gather the ranks' tensors, concatenated rank by rank: (n, ...) to (R * n, ...)."""
     if ranks() == 1:
-        return rows
-    gathered = rows.new_empty(ranks() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return tensor
+    gathered = tensor.new_empty(ranks() * tensor.shape[0], *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
 
 
@@ -103,24 +103,24 @@ class _Stack(torch.autograd.Function):
 
 
 def stack(own: Tensor) -> Tensor:
-    """Every rank's tensor: (...) to (R, ...). What a rank's loss owes to another's tensor flows back to that rank."""
+    """All-gather the ranks' tensors, (...) to (R, ...); gradients flow back to the rank of each tensor."""
     return _Stack.apply(own) if ranks() > 1 else own[None]
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """Mean over the ranks of equally shaped tensors, in place."""
+    """All-reduce equally shaped tensors to their mean, in place."""
     return total(tensor).div_(ranks()) if ranks() > 1 else tensor
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over the ranks of equally shaped tensors, in place."""
+    """All-reduce equally shaped tensors to their sum, in place."""
     if ranks() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def run_on_rank_0(function: Callable[[], Result]) -> Result:
-    """Calls a function on rank 0; every rank gets what it returns, or the UserError or OSError that it raises."""
+    """Call a function on rank 0. Every rank returns its result, or raises its UserError or OSError."""
     outcome: list = [None, None]
     if rank() == 0:
         try:
@@ -135,21 +135,21 @@ def run_on_rank_0(function: Callable[[], Result]) -> Result:
 
 
 def all_gather_object(own: object) -> list:
-    """What every rank holds, rank by rank."""
+    """All-gather picklable objects into a list, in the order of the ranks."""
     if ranks() == 1:
         return [own]
-    held: list = [None] * ranks()
-    dist.all_gather_object(held, own)
-    return held
+    gathered: list = [None] * ranks()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def barrier() -> None:
-    """Waits for every rank."""
+    """Wait for all ranks."""
     if ranks() > 1:
         dist.barrier()
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, without the place in torch's sources and without advice."""
+    """Return the message of an error without the source location and advice that torch adds."""
     text = re.sub(r"^\[[^\]]*\] ", "", first_line(error, 400))
     return text.partition(". This is typically")[0][:200]

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: `remixmatch train ... --gpus N` starts what `torchrun -m engine train ...` starts."""
+"""Launch several ranks on one machine: `remixmatch train ... --gpus N` runs torchrun with `-m engine train ...`."""
 
 from __future__ import annotations
 
@@ -12,79 +12,82 @@ from typing import NoReturn
 
 from engine.errors import Stopped
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-PARENT = "REMIXMATCH_PARENT"  # the variable that names the process without which this one should not train on
+_PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
+PARENT = "REMIXMATCH_PARENT"  # Environment variable with the ID of the process that this one must not outlive.
 
 
 def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str = "engine") -> None:
-    """Runs `python -m engine` as a group of ranks on this machine, by torchrun, and waits for its end.
+    """Run `python -m engine` on several ranks of this machine with torchrun, and wait for them.
 
     Args:
-        arguments: of each rank's command line.
-        ranks: processes.
-        max_restarts: how often a group that lost a rank is started again.
-        module: what each rank runs instead of engine.
+        arguments: Command line arguments of every rank.
+        ranks: Number of ranks.
+        max_restarts: How often to restart the ranks after one of them failed.
+        module: The module to run instead of engine.
 
     Raises:
-        SystemExit: the group failed, with the exit code of the rank that failed first.
-        Stopped: a signal came, which the ranks have been told of.
+        SystemExit: A rank failed. The exit code is that of the first rank that failed.
+        Stopped: This process received a signal and forwarded it to the ranks.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torchrun's own store would still have the addresses of the ranks from before a restart
+    # torchrun's store would keep the addresses of the ranks from before a restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # one rank would otherwise have as many threads as there are cores, several would have one
+    # By default a single rank uses one thread per core, and each of several ranks a single thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
     flags = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        # torchrun would wait for its ranks once more: the second SIGINT ends this process, and with it the ranks
+        # A second SIGINT ends this process, and with it the ranks. torchrun would wait for them again.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise SignalException("SIGINT", signal.SIGINT)
 
     signal.signal(signal.SIGINT, interrupt)
-    # without the two dashes torchrun would take our --log for one of its own flags that begin so
+    # Without "--", torchrun would read --log as an abbreviation of its own flags.
     flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "--", module]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:
         codes = [failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)]
-        if 2 in codes:  # a mistake of the user's counts, whoever was lost because of it
+        if 2 in codes:  # Invalid input takes precedence over the failures that it causes on other ranks.
             sys.exit(2)
         first = codes[0] if codes else 1
-        sys.exit(128 - first if first < 0 else first)  # a killed rank has the negative of its signal
+        sys.exit(128 - first if first < 0 else first)  # The code of a killed rank is minus its signal.
     except SignalException as error:
         raise Stopped(
-            f"{error.sigval.name}: the ranks have saved what they could; go on with --resume", error.sigval
+            f"{error.sigval.name}: the ranks saved what they could; use --resume to continue", error.sigval
         ) from None
 
 
 def is_torchrun_worker() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def world_size_from_env(otherwise: int = 1) -> int:
-    """Return how many ranks torchrun's environment speaks of, joined or not; without one, what is given."""
-    return int(os.environ.get("WORLD_SIZE", otherwise))
+def world_size_from_env(default: int = 1) -> int:
+    """Return the number of ranks in torchrun's environment, whether or not the process group exists yet."""
+    return int(os.environ.get("WORLD_SIZE", default))
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process in place of one that failed."""
+    """Return whether torchrun started this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def die_with_parent() -> None:
-    """Has the system send SIGHUP to this process when torchrun, or whoever else asked for that, is killed.
+    """Make Linux send SIGHUP to this process when its parent dies.
 
-    So no rank, and no cell of a table, trains on by itself. The signal may come several times, once for each thread of
-    the parent's that ends.
+    This applies if the parent is torchrun or has set the variable PARENT. It keeps ranks and jobs from training on
+    alone. The signal may arrive several times, once for every thread of the parent that ends.
+
+    Raises:
+        Stopped: The parent is gone already.
     """
-    parent = os.environ.pop(PARENT, "")  # not for processes that this one starts
+    parent = os.environ.pop(PARENT, "")  # Child processes must not inherit it.
     if (is_torchrun_worker() or parent) and sys.platform == "linux":
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
-    if parent and os.getppid() != int(parent):  # it was gone before the system was asked
-        raise Stopped("the process that started this one is gone", signal.SIGHUP)
+    if parent and os.getppid() != int(parent):  # It ended before the call of prctl.
+        raise Stopped("the parent process has ended", signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""What watches over a run from outside its steps: signals that ask for its end, and a clock for ranks that hang."""
+"""Stop requests by signals, and a watchdog for ranks that hang."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from types import FrameType
 from typing import NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_LOOK_SECONDS = 0.25
+_CHECK_SECONDS = 0.25
 _POLL_SECONDS = 0.05
-DEAF_SECONDS = 5.0  # in which Python has not got to a signal: it waits in native code, for what may never come
+SIGNAL_TIMEOUT = 5.0  # Seconds after which a signal that Python has not handled means that it hangs in native code.
 
 
 class StopRequest:
-    """A request to stop, by SIGTERM, SIGINT, SIGHUP or another thread, which whoever works grants when it can.
+    """A stop request by SIGTERM, SIGINT, SIGHUP or another thread, for a loop that checks it when it can stop.
 
     Attributes:
-        number: of the first signal that came, 0 before.
+        number: Number of the first signal received, 0 without a request.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self._come = 0
+        self._delivered = 0
         self._inbox = -1
 
     def ask(self, number: int) -> None:
-        """Request to stop as if a signal of that number had come."""
+        """Request to stop as if this process had received the signal with that number."""
         self.number = self.number or number
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a request, but not longer than so many seconds. Returns whether there is one.
+        """Wait up to `seconds` for a request. Returns whether there is one.
 
-        It looks now and then: a handler of signals that sets a `threading.Event` for which the same thread waits can
-        lock up.
+        This polls. A signal handler that sets a `threading.Event` can deadlock with a wait for it in the same thread.
         """
         end = time.monotonic() + seconds
         while not self.number and (left := end - time.monotonic()) > 0:
@@ -47,14 +46,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals while it lasts; does nothing outside the main thread, where Python has no signals.
+        """Handle the signals inside the block; a second SIGINT ends the process at once.
 
-        A second SIGINT ends the process at once.
+        Outside the main thread this does nothing, since Python handles signals only there.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup has it
+        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores some.
         self._inbox, outbox = os.pipe()
         for end in (self._inbox, outbox):
             os.set_blocking(end, False)
@@ -70,41 +69,42 @@ class StopRequest:
                 os.close(end)
             self._inbox = -1
 
-    def unheard(self) -> int:
-        """The number of a signal that the system has delivered and Python has not got to, or 0; for other threads."""
-        if self._inbox < 0:  # nobody listens
+    def unhandled(self) -> int:
+        """Return the number of a signal that was delivered but not yet handled by Python, or 0. For other threads."""
+        if self._inbox < 0:  # Not listening.
             return 0
         with contextlib.suppress(BlockingIOError):
-            self._come = next((each for each in os.read(self._inbox, 64) if each in _SIGNALS), self._come)
-        if self.number:  # Python has got to it
-            self._come = 0
-        return self._come
+            self._delivered = next((each for each in os.read(self._inbox, 64) if each in _SIGNALS), self._delivered)
+        if self.number:  # Python has handled it.
+            self._delivered = 0
+        return self._delivered
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.ask(number)
         if number == signal.SIGINT:
-            # a second one ends this process, as does the end of a torchrun that got it. By the system's own hand, since
-            # Python's would wait for a collective that another rank may never join
+            # A second SIGINT ends this process, and so does SIGHUP, sent when torchrun ends. The default handlers act
+            # at once; Python's would wait for a collective that another rank may never join.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Watchdog:
-    """Ends this process with a message when no sign of life came for some time.
+    """Ends this process with a message if it makes no progress for some time.
 
-    A collective waits in native code, a captured one not even there: nothing but another thread can end it. Time in
-    which this process was itself stopped or starved does not count.
+    A hanging collective waits in native code or on the device, so only another thread can end the process. Time during
+    which the process itself was suspended or got no CPU does not count.
 
-    A signal that asks for the end has to find Python awake. A rank that waits for one that is gone is not, and would
-    be killed only after torchrun's half minute: it ends by itself, and the group is started again so much sooner.
+    The watchdog also ends a process that does not handle a stop signal. Python cannot handle it while a rank waits in
+    native code for a rank that is gone. torchrun would kill the process only after 30 s; ending it sooner makes the
+    restart faster.
 
     Args:
-        seconds: without a sign of life.
-        rank: named in the message.
-        stop: listening, while this lasts.
+        seconds: Seconds without progress.
+        rank: The rank to name in the message.
+        stop: A stop request that is listening.
     """
 
-    EXIT_CODE = 75  # a temporary failure, in the words of sysexits.h
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h.
 
     def __init__(self, seconds: float, rank: int, stop: StopRequest | None = None) -> None:
         self._seconds, self._rank, self._stop = seconds, rank, stop
@@ -121,27 +121,27 @@ class Watchdog:
         self._thread.join()
 
     def alive(self, doing: str) -> None:
-        """A sign of life; `doing` is what comes next, for the message."""
+        """Report progress; `doing` names the next activity, for the message."""
         self._idle, self._doing = 0.0, doing
 
     def _watch(self) -> None:
-        seen, deaf = time.monotonic(), 0.0
-        while not self._end.wait(_LOOK_SECONDS):
+        last, unresponsive = time.monotonic(), 0.0
+        while not self._end.wait(_CHECK_SECONDS):
             now = time.monotonic()
-            passed = min(now - seen, 2 * _LOOK_SECONDS)
-            seen = now
+            passed = min(now - last, 2 * _CHECK_SECONDS)
+            last = now
             self._idle += passed
             if self._idle >= self._seconds:
-                self._leave(f"nothing came of {self._doing} for {self._seconds:g} s (--timeout)", self.EXIT_CODE)
-            number = self._stop.unheard() if self._stop else 0
-            deaf = deaf + passed if number else 0.0
-            if deaf >= DEAF_SECONDS:
+                self._exit(f"no progress in {self._doing} for {self._seconds:g} s (--timeout)", self.EXIT_CODE)
+            number = self._stop.unhandled() if self._stop else 0
+            unresponsive = unresponsive + passed if number else 0.0
+            if unresponsive >= SIGNAL_TIMEOUT:
                 name = signal.Signals(number).name
-                self._leave(f"{name} came {DEAF_SECONDS:g} s ago, and nothing of {self._doing} since", 128 + number)
+                self._exit(f"no progress in {self._doing} since {name} {SIGNAL_TIMEOUT:g} s ago", 128 + number)
 
-    def _leave(self, why: str, code: int) -> NoReturn:
+    def _exit(self, reason: str, code: int) -> NoReturn:
         text = (
-            f"remixmatch: rank {self._rank}: {why}: another rank hangs or is lost; this one ends, go on with --resume"
+            f"remixmatch: rank {self._rank}: {reason}: another rank hangs or is lost; exiting, use --resume to continue"
         )
         print(text, file=sys.stderr, flush=True)
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The network of a configuration."""
+"""Construction of the configured network."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from engine.models.wide_resnet import TwoHeadNetwork, WideResNet
 def make_network(
     config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32), trained: bool = False
 ) -> TwoHeadNetwork:
-    """The network of a configuration, at its initial weights, in training mode and channels-last.
+    """Make the configured network with its initial weights, in training mode and channels-last.
 
     Args:
-        config: names it.
+        config: The configuration.
         classes: L.
-        device: where it goes.
+        device: The device of the network.
         sides: (H, W) of the images.
-        trained: its weights are loaded next, so that none are fetched.
+        trained: Whether the caller loads weights, so that no pretrained weights are needed.
 
     Raises:
-        UserError: see `Backbone`.
+        UserError: See `Backbone`.
     """
     network: TwoHeadNetwork
     if backbone := config.backbone:
-        from engine.models.timm_backbone import Backbone  # of an optional package
+        from engine.models.timm_backbone import Backbone  # timm is optional.
 
-        fetched = (False, "") if trained else (config.pretrained, config.weights)
-        network = Backbone(backbone, classes, sides, config.seed, config.bn_momentum, *fetched)
+        weights = (False, "") if trained else (config.pretrained, config.weights)
+        network = Backbone(backbone, classes, sides, config.seed, config.bn_momentum, *weights)
     else:
-        rows_per_group = config.batch // config.bn_groups if config.bn == "split" else None
+        group_size = config.batch // config.bn_groups if config.bn == "split" else None
         network = WideResNet(
             classes,
             config.scales,
@@ -38,7 +38,7 @@ def make_network(
             config.width,
             config.seed,
             config.bn_momentum,
-            rows_per_group,
+            group_size,
             over_ranks=config.bn == "sync",
         )
     dtype = torch.float64 if config.precision == "fp64" else torch.float32

@@ -1,6 +1,6 @@
-"""Networks of timm as backbones: any of its models, with a classifier and a rotation head on its pooled features.
+"""timm models as backbones, with a classifier and a rotation head on the pooled features.
 
-timm is an optional extra: `pip install 'remixmatch-engine[timm]'`.
+timm is an optional dependency: `pip install 'remixmatch-engine[timm]'`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pipelines.files import first_line
 
 
 class Backbone(TwoHeadNetwork):
-    """A model of timm without its own classifier, and two linear heads side by side.
+    """A timm model with its classifier replaced by a class head and a rotation head.
 
     Args:
-        name: as timm knows it, such as "resnet50".
+        name: The model's name in timm, such as "resnet50".
         classes: L.
-        sides: (H, W) of the images, for models that are built for one size.
-        seed: of the initial weights.
-        bn_momentum: of batch norm's running statistics, in PyTorch's convention.
-        pretrained: start from timm's weights for that name, which it downloads where they are not in its cache.
-        weights: a file with the backbone's weights instead (safetensors, or torch's), "" for none.
+        sides: (H, W) of the images, for models with a fixed input size.
+        seed: Seed of the initial weights.
+        bn_momentum: Momentum of batch norm's running statistics, in PyTorch's convention.
+        pretrained: Whether to start from timm's pretrained weights, which timm downloads unless they are in its cache.
+        weights: File with weights to start from instead (safetensors or PyTorch), "" for none.
 
     Raises:
-        UserError: timm is not installed, has no such model, or its weights cannot be had.
+        UserError: timm is not installed or has no such model, or the weights cannot be loaded.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class Backbone(TwoHeadNetwork):
         super().__init__()
         timm = _timm()
         if not timm.is_model(name):
-            kind, listed = f"model of timm {timm.__version__}", "timm.list_models() lists them"
+            kind, listed = f"model of timm {timm.__version__}", "timm.list_models() lists all models"
             raise UserError(f"--network: {unknown(kind, name, timm.list_models(), listed)}")
         known = timm.models.get_pretrained_cfg(name)
         options: dict[str, Any] = {"img_size": sides} if known is not None and known.fixed_input_size else {}
-        # timm draws from torch's global generator, which is left as it was
+        # timm draws from torch's global generator, whose state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 self.body = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-            except Exception as error:  # of the hub, of the network, or of a file: as many kinds as there are libraries
+            except Exception as error:  # The libraries below raise many types.
                 if not pretrained:
                     raise
                 raise UserError(
-                    f"--pretrained: the weights of timm:{name} cannot be had ({first_line(error)}); "
-                    "without a network give their file: --weights FILE"
+                    f"--pretrained: cannot download the weights of timm:{name} ({first_line(error)}); "
+                    "if this machine has no network access, use --weights FILE"
                 ) from error
             features = getattr(self.body, "head_hidden_size", None) or self.body.num_features
             self.head, self.rotation_head = nn.Linear(features, classes), nn.Linear(features, 4)
@@ -76,10 +76,15 @@ class Backbone(TwoHeadNetwork):
         self.std = tuple(255.0 * value for value in data["std"])
 
     def forward(self, images: Tensor, track: bool = True) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) normalised to (N, L) class and (N, 4) rotation logits; see `WideResNet.forward`."""
+        """Map normalized images (N, 3, H, W) to class logits (N, L) and rotation logits (N, 4).
+
+        Args:
+            images: The images.
+            track: Whether to update the running statistics of batch norm in training.
+        """
         untracked = self.training and not track
         if untracked:
-            # batch norm of other libraries always moves its statistics in training
+            # The batch norm of other libraries always updates its statistics in training.
             before = self.running_statistics()
         features = self.body(images)
         if untracked:
@@ -92,34 +97,34 @@ def _timm() -> Any:
         import timm
         import timm.data
     except ImportError:
-        raise UserError("--network timm:... needs timm: pip install 'remixmatch-engine[timm]'") from None
+        raise UserError("--network timm:... requires timm; run: pip install 'remixmatch-engine[timm]'") from None
     return timm
 
 
 def _load(body: nn.Module, path: Path) -> None:
-    """Loads a backbone's weights; those of a classifier on top of it are left out.
+    """Load the weights of a backbone and ignore those of its classifier.
 
     Raises:
-        UserError: the file cannot be read, or is of another model.
+        UserError: The file cannot be read, or is for a different model.
     """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            found = load_file(path)
+            saved = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file") from None
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+    except Exception as error:  # A damaged file raises many types.
         raise UserError(f"--weights {path} cannot be read ({first_line(error)})") from None
-    if isinstance(found.get("state_dict"), dict):  # as training scripts save them
-        found = found["state_dict"]  # type: ignore[assignment]
+    if isinstance(saved.get("state_dict"), dict):  # The format of many training scripts.
+        saved = saved["state_dict"]  # type: ignore[assignment]
     own = body.state_dict()
-    missing = [name for name in own if name not in found]
-    other = [name for name in own if name in found and found[name].shape != own[name].shape]
-    if missing or other:
-        name = (missing or other)[0]
-        problem = f"has no {name}" if missing else f"has another shape of {name}"
-        raise UserError(f"--weights {path} is of another model: it {problem}")
-    body.load_state_dict({name: found[name] for name in own})
+    missing = [name for name in own if name not in saved]
+    reshaped = [name for name in own if name in saved and saved[name].shape != own[name].shape]
+    if missing or reshaped:
+        name = (missing or reshaped)[0]
+        problem = f"{name} is missing" if missing else f"{name} has another shape"
+        raise UserError(f"--weights {path} is for a different model: {problem}")
+    body.load_state_dict({name: saved[name] for name in own})

@@ -1,7 +1,7 @@
-"""Wide ResNet with a rotation head, and batch norm over all rows or over groups of them.
+"""Wide ResNet with a rotation head, the network of the ReMixMatch paper.
 
-The network of ReMixMatch's experiments (Zagoruyko & Komodakis 2016, as Oliver et al. 2018 fix it): pre-activation,
-leaky ReLU of slope 0.1, first convolution of 16 channels. No convolution has a bias: batch norm follows each.
+It follows Zagoruyko & Komodakis (2016) with the details of Oliver et al. (2018): pre-activation, leaky ReLU with slope
+0.1, and a first convolution with 16 channels. Convolutions have no bias.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SLOPE = 0.1
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and leaky ReLU, around a shortcut."""
+    """Residual block of two 3x3 convolutions, each preceded by batch norm and leaky ReLU."""
 
     def __init__(
         self,
@@ -27,56 +27,58 @@ class ResidualBlock(nn.Module):
         stride: int,
         activate_first: bool,
         momentum: float,
-        rows_per_group: int | None,
+        group_size: int | None,
         over_ranks: bool,
     ) -> None:
         super().__init__()
         self.activate_first = activate_first
-        self.norm1 = BatchNorm(inputs, momentum, rows_per_group, over_ranks)
+        self.norm1 = BatchNorm(inputs, momentum, group_size, over_ranks)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm2 = BatchNorm(outputs, momentum, rows_per_group, over_ranks)
+        self.norm2 = BatchNorm(outputs, momentum, group_size, over_ranks)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
 
-    def forward(self, x: Tensor, track: bool, stats_rows: int | None = None) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        activated = F.leaky_relu(self.norm1(x, track, stats_rows), _SLOPE)
+    def forward(self, x: Tensor, track: bool, stats_samples: int | None = None) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride); see `BatchNorm.forward` for the arguments."""
+        activated = F.leaky_relu(self.norm1(x, track, stats_samples), _SLOPE)
         residual = self.conv1(activated)
-        residual = self.conv2(F.leaky_relu(self.norm2(residual, track, stats_rows), _SLOPE))
-        carried = activated if self.activate_first else x
+        residual = self.conv2(F.leaky_relu(self.norm2(residual, track, stats_samples), _SLOPE))
+        skip = activated if self.activate_first else x
         if self.shortcut is not None:
-            carried = self.shortcut(carried)
-        return carried + residual
+            skip = self.shortcut(skip)
+        return skip + residual
 
 
 class TwoHeadNetwork(nn.Module):
-    """A network with class and rotation logits, and what a step needs of it beside them.
+    """Base class of networks with a classifier and a rotation head.
 
     Attributes:
-        mean: of the pixels of each channel, in grey levels, by which images are normalised.
-        std: likewise.
+        mean: Mean of each channel that images are normalized with, in pixel values 0..255.
+        std: Standard deviation of each channel, likewise.
+        head: Linear layer of the class logits.
+        rotation_head: Linear layer of the rotation logits.
     """
 
-    mean: tuple[float, ...] = (127.5, 127.5, 127.5)  # pixels to [-1, 1], as in the paper's code
+    mean: tuple[float, ...] = (127.5, 127.5, 127.5)  # Maps pixels to [-1, 1], as in the authors' code.
     std: tuple[float, ...] = (127.5, 127.5, 127.5)
     head: nn.Linear
     rotation_head: nn.Linear
 
     @torch.no_grad()
     def running_statistics(self) -> Tensor:
-        """Every batch norm's running statistics, end to end."""
+        """Return the running statistics of all batch norms, concatenated."""
         return torch.cat(self._statistics()) if self._statistics() else next(self.parameters()).new_empty(0)
 
     @torch.no_grad()
     def set_running_statistics(self, statistics: Tensor) -> None:
-        """Takes back what `running_statistics` gave."""
+        """Set the running statistics to a result of `running_statistics`."""
         buffers = self._statistics()
         if buffers:
             torch._foreach_copy_(buffers, statistics.split([len(buffer) for buffer in buffers]))
 
     @torch.no_grad()
     def copy_running_statistics(self, other: TwoHeadNetwork) -> None:
-        """Takes those of another network of the same kind."""
+        """Copy the running statistics of a network of the same architecture."""
         if buffers := self._statistics():
             torch._foreach_copy_(buffers, other._statistics())
 
@@ -86,27 +88,27 @@ class TwoHeadNetwork(nn.Module):
 
 
 def initialize_linear(layer: nn.Linear, generator: torch.Generator) -> None:
-    """Xavier's normal weights, no bias."""
+    """Initialize weights by Xavier normal and biases with zeros."""
     nn.init.xavier_normal_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
 
 
 class WideResNet(TwoHeadNetwork):
-    """`scales` groups of `blocks` residual blocks of widths w, 2w, 4w, ..., global mean, two linear heads.
+    """Wide ResNet: groups of residual blocks of widths w, 2w, 4w, ..., global average pooling, two linear heads.
 
-    In the names of Zagoruyko & Komodakis, WRN-depth-widen_factor: depth = scales * (2 * blocks + 1) + 1, widen_factor =
-    width / 16. WRN-28-2 is (scales=3, blocks=4, width=32), WRN-37-2 is (4, 4, 32); the paper's network for STL-10 is
-    WRN-37-2 with twice the channels, (4, 4, 64).
+    Zagoruyko & Komodakis name these networks WRN-depth-widen_factor, with depth = scales * (2 * blocks + 1) + 1 and
+    widen_factor = width / 16. WRN-28-2 is (scales=3, blocks=4, width=32), WRN-37-2 is (4, 4, 32). The paper's network
+    for STL-10 is WRN-37-2 with twice the channels, (4, 4, 64).
 
     Args:
         classes: L.
-        scales: groups of blocks; stride 2 from the second on.
-        blocks: residual blocks a group.
-        width: channels of the first group, 16 times the widen factor.
-        seed: of the initial weights.
-        bn_momentum: see `BatchNorm`.
-        rows_per_group: see `BatchNorm`.
-        over_ranks: see `BatchNorm`.
+        scales: Number of groups. Each group after the first starts with stride 2.
+        blocks: Number of residual blocks per group.
+        width: Channels of the first group, 16 times the widen factor.
+        seed: Seed of the initial weights.
+        bn_momentum: Momentum of batch norm; see `BatchNorm`.
+        group_size: See `BatchNorm`.
+        over_ranks: See `BatchNorm`.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class WideResNet(TwoHeadNetwork):
         width: int = 32,
         seed: int = 0,
         bn_momentum: float = 0.001,
-        rows_per_group: int | None = None,
+        group_size: int | None = None,
         over_ranks: bool = False,
     ) -> None:
         super().__init__()
@@ -129,16 +131,14 @@ class WideResNet(TwoHeadNetwork):
                 stride = 2 if scale > 0 and block == 0 else 1
                 first = scale == 0 and block == 0
                 outputs = width << scale
-                self.body.append(
-                    ResidualBlock(channels, outputs, stride, first, bn_momentum, rows_per_group, over_ranks)
-                )
+                self.body.append(ResidualBlock(channels, outputs, stride, first, bn_momentum, group_size, over_ranks))
                 channels = outputs
-        self.norm = BatchNorm(channels, bn_momentum, rows_per_group, over_ranks)
+        self.norm = BatchNorm(channels, bn_momentum, group_size, over_ranks)
         self.head = nn.Linear(channels, classes)
         self.rotation_head = nn.Linear(channels, 4)
-        self._initialise(torch.Generator().manual_seed(seed))
+        self._initialize(torch.Generator().manual_seed(seed))
 
-    def _initialise(self, generator: torch.Generator) -> None:
+    def _initialize(self, generator: torch.Generator) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -146,13 +146,13 @@ class WideResNet(TwoHeadNetwork):
             elif isinstance(module, nn.Linear):
                 initialize_linear(module, generator)
 
-    def forward(self, images: Tensor, track: bool = True, stats_rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """Classifies images.
+    def forward(self, images: Tensor, track: bool = True, stats_samples: int | None = None) -> tuple[Tensor, Tensor]:
+        """Compute the logits of both heads.
 
         Args:
-            images: (N, 3, H, W) normalised, channels-last in memory; channels after the third are zeros.
-            track: in training, whether running statistics of batch norm move.
-            stats_rows: how many of the first rows they move by; None for all. See `BatchNorm.forward`.
+            images: (N, C, H, W) normalized, channels-last in memory. C is 3, or more if the other channels are zeros.
+            track: Whether to update the running statistics of batch norm in training.
+            stats_samples: Number of first samples that update them; None for all. See `BatchNorm.forward`.
 
         Returns:
             (N, L) class logits and (N, 4) rotation logits.
@@ -162,6 +162,6 @@ class WideResNet(TwoHeadNetwork):
         else:
             x = self.stem(images)
         for block in self.body:
-            x = block(x, track, stats_rows)
-        features = F.leaky_relu(self.norm(x, track, stats_rows), _SLOPE).mean((2, 3))
+            x = block(x, track, stats_samples)
+        features = F.leaky_relu(self.norm(x, track, stats_samples), _SLOPE).mean((2, 3))
         return self.head(features), self.rotation_head(features)

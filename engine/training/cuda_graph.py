@@ -1,8 +1,8 @@
-"""A step captured once as a CUDA graph and replayed.
+"""A training step captured once as a CUDA graph and replayed.
 
-Eagerly, a step is a thousand launches of a few microseconds each, which a host cannot issue as fast as the device
-executes them. Captured, it is one. That needs fixed shapes, fixed addresses and no look at the device by the host in
-between: `Step` is written so, and every address here is of a tensor that lives as long as the graph.
+An eager step is about a thousand kernel launches of a few microseconds each, and the host cannot issue them as fast as
+the device executes them. A captured step is one launch. Capture requires fixed shapes, fixed addresses and no
+synchronization with the host. `Step` meets these conditions, and every tensor used here lives as long as the graph.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from engine.training.state import TrainState
 from engine.training.step import Step, StepOutput
 from engine.training.step_input import StepInput
 
-# lazily made things have to be there before the capture: compiled code, cuDNN's choices, the optimiser's moments.
-# DistributedDataParallel logs its times up to its tenth pass, by events that a capture may not have
+# Warm-up steps before the capture create what is initialized lazily: compiled code, cuDNN's choices, the optimizer's
+# moments. DistributedDataParallel records timing events, which a capture does not allow, during its first ten passes.
 _WARM_UP, _WARM_UP_RANKS = 3, 11
 
 
 def make_step(
     config: Config, state: TrainState, layout: BatchLayout, execution: Execution, example: Callable[[], StepInput]
 ) -> Callable[[StepInput], StepOutput]:
-    """The step of a run, in the mode of its execution.
+    """Make the training step of a run, eager, compiled or captured.
 
     Args:
-        config: the run's configuration.
-        state: changed in place by every call.
-        layout: this rank's rows.
-        execution: eager, compiled or captured, and in which precision.
-        example: gives an input of the shapes of all steps, if the step is captured.
+        config: The run's configuration.
+        state: The training state, updated in place by every call.
+        layout: This rank's batch layout.
+        execution: The mode and precision of the step.
+        example: Returns an input with the shapes of all steps; called if the step is captured.
     """
     compiled = execution.mode != "eager"
     make = partial(Step, config, state, layout, execution.precision, compiled, execution.inductor, execution.concurrent)
@@ -44,13 +44,13 @@ def make_step(
 
 
 class CapturedStep:
-    """`Step`, as one graph: same call, same result.
+    """A `Step` captured as a CUDA graph, with the same call and results.
 
-    The state keeps its addresses from here on: whoever loads a checkpoint does so before.
+    The graph refers to the state by address. Load a checkpoint before constructing this object.
 
     Args:
-        make: makes the step, on a GPU; its state is as before when this returns.
-        example: of the shapes of all steps to come.
+        make: Makes the step, on a GPU. The constructor runs it to warm up and then restores its state.
+        example: An input with the shapes of all steps.
     """
 
     def __init__(self, make: Callable[[], Step], example: StepInput) -> None:
@@ -58,8 +58,8 @@ class CapturedStep:
         self._stream = stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # made here, since DistributedDataParallel's hooks run on the stream on which they were made; and kept,
-            # since the graph knows the step's own tensors by their addresses alone
+            # Made here, since DistributedDataParallel's hooks run on the stream that they were registered on. Kept,
+            # since the graph refers to the step's own tensors by address only.
             self._step = make()
             before = Snapshot(self._step.state)
             for _ in range(_WARM_UP_RANKS if collectives.grouped() else _WARM_UP):
@@ -67,15 +67,15 @@ class CapturedStep:
             before.restore()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # other threads may go on with what they do, such as making views
+        # Other threads may keep using the GPU, for example to make views.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             self._output = self._step(self._static)
 
     def __call__(self, data: StepInput) -> StepOutput:
-        """Trains one step: see `Step.__call__`.
+        """Train one step; see `Step.__call__`.
 
         Returns:
-            Tensors that the next call overwrites, in the order of the current stream.
+            Tensors that the next call overwrites, ordered by the current stream.
         """
         self._static.copy_(data)
         ranges.enter("replay")
@@ -83,7 +83,7 @@ class CapturedStep:
         return self._output
 
     def launch_by_launch(self) -> None:
-        """Trains a step on the last input once more, as it was captured, so that its parts can be told apart."""
+        """Train on the last input once more without the graph, so that a profiler sees every kernel launch."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._step(self._static)
@@ -91,9 +91,10 @@ class CapturedStep:
 
 
 class Snapshot:
-    """The state's tensors as they were, put back in place: addresses stay, and what has come since is zeroed.
+    """A copy of the state's tensors, to be restored in place.
 
-    What comes with the first step are the optimiser's moments and counts, which begin at zero.
+    Tensors keep their addresses. Tensors created after the snapshot are zeroed: these are the optimizer's moments and
+    step counts, which start at zero.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -103,7 +104,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts everything back."""
+        """Restore the state."""
         known = {id(tensor) for tensor, _ in self._values}
         for tensor, value in self._values:
             tensor.copy_(value)

@@ -1,8 +1,8 @@
-"""The prefetching loader of a run: plans and views are made ahead of their step, outputs are read back behind it.
+"""The data loader of a run: it prefetches plans and views, and reads the outputs of finished steps.
 
-Plans are made in a thread, `view_steps` steps at a time, once the policy has every probe that they may know (the lag of
-`Config`); their views are made while earlier steps train. A step's output is copied to the host asynchronously, and
-drained when somebody needs it: omega goes to CTAugment's policy, metrics to the caller.
+A thread makes the plans of `view_steps` steps at a time, as soon as CTAugment's policy has all probes that these plans
+depend on (see `lag` in `Config`). Their views are made while earlier steps train. Outputs of a step are copied to the
+host asynchronously. Draining a step waits for the copy and passes omega to the policy and the metrics to the caller.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipelines.plan import GlobalPlan, PlanSpec, ViewPlan, make_plan, stack
 
 
 class ViewLoader(Protocol):
-    """Makes views from plans, ahead of their step: see `pipelines.views.Views`."""
+    """Interface of the view backends; see `pipelines.views.Views`."""
 
     def prepare(self, views: ViewPlan) -> Any: ...
     def submit(self, prepared: Any) -> None: ...
@@ -43,7 +43,7 @@ class ViewLoader(Protocol):
 
 
 def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
-    """What a run's plans are drawn for."""
+    """Return the specification of a run's plans."""
     return PlanSpec(
         batch=config.batch,
         k=config.k,
@@ -64,7 +64,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
 
 
 def rank_layout(config: Config, spec: PlanSpec, rank: int, ranks: int) -> BatchLayout:
-    """The rows of a rank of a run."""
+    """Return the batch layout of one rank of a run."""
     micro_batches = config.micro_batches_of(ranks)
     return BatchLayout.for_rank(
         spec,
@@ -83,37 +83,37 @@ class _Pending:
     """A step whose output is being copied to the host."""
 
     plan: GlobalPlan
-    metrics: Tensor  # (len(METRICS),) float32, on the host once `arrived`
-    omega: Tensor  # (B,) float32, likewise
-    arrived: torch.cuda.Event | None
+    metrics: Tensor  # (len(METRICS),) float32, on the host once `copied` is recorded.
+    omega: Tensor  # (B,) float32, likewise.
+    copied: torch.cuda.Event | None
 
 
 @dataclass
-class _Planned:
-    """Plans of `view_steps` steps, whose views are one batch."""
+class _PlanBatch:
+    """The plans of `view_steps` steps, whose views are made as one batch."""
 
     plans: list[GlobalPlan]
-    numbers: list[RankPlan]
-    views: Any  # what their loader has prepared
+    rank_plans: list[RankPlan]
+    views: Any  # Result of `ViewLoader.prepare`.
 
 
 class Feed:
-    """The inputs of a run's steps, in order, and their outputs.
+    """Supplies the inputs of a run's steps in order and collects their outputs.
 
-    A step is `put(execute(next()))`, between `begin` and `end`.
+    Between `begin` and `end`, train a step by `put(execute(next()))`.
 
     Args:
-        config: validated.
-        data: the data set that it names.
-        split: (labels,) int64, the training images that keep their label.
-        execution: how the steps are executed.
-        on_metrics: called with (step, {name: value of METRICS}) for every step, in order, when it is drained.
+        config: The validated configuration.
+        data: The data set.
+        split: (labels,) int64, indices of the training images that keep their label.
+        execution: How the steps are executed.
+        on_metrics: Called with (step, {name: value}) for the METRICS of every step, in order, when it is drained.
 
     Attributes:
-        spec: what plans are drawn for.
-        layout: this rank's rows.
-        policy: CTAugment's, up to the last step drained.
-        waited_seconds: of the host, for steps to end.
+        spec: The specification of the plans.
+        layout: This rank's batch layout.
+        policy: CTAugment's policy, updated up to the last step drained.
+        waited_seconds: Time that the host has waited for steps to finish.
     """
 
     def __init__(
@@ -131,86 +131,86 @@ class Feed:
         self.waited_seconds = 0.0
         self._on_metrics = on_metrics
         self._labels = data.train_labels[split]
-        self._planned = 0  # the first step without a plan
-        self._planning: deque[Future[_Planned]] = deque()  # batches of plans whose views have not been asked for
-        self._ready: deque[_Planned] = deque()  # batches of plans whose views are being made
-        self._made: deque[tuple[GlobalPlan, RankPlan, Tensor]] = deque()  # steps whose views are there
-        self._training: GlobalPlan | None = None  # of the step that `next` gave
+        self._next_unplanned = 0  # The first step without a plan.
+        self._planning: deque[Future[_PlanBatch]] = deque()  # Batches whose views have not been requested.
+        self._making_views: deque[_PlanBatch] = deque()  # Batches whose views are being made.
+        self._ready: deque[tuple[GlobalPlan, RankPlan, Tensor]] = deque()  # Steps whose views are ready.
+        self._training: GlobalPlan | None = None  # The plan of the step that `next` returned.
         self._pending: deque[_Pending] = deque()
         self._closing = ExitStack()
 
     @property
     def images_per_step(self) -> int:
-        """Rows of the training pass over all ranks: the mixup pool, u_1, and rotated u_1."""
+        """The number of training inputs per step over all ranks: the mixup pool, u_1 and the rotated u_1."""
         return len(self.layout.target_index) * collectives.ranks()
 
     def example(self) -> StepInput:
-        """An input of the shapes of all steps, its views black."""
+        """Return an input with the shapes of all steps and black views."""
         plan = make_plan(self.spec, self.config.seed, 0, self.policy.weights)
         shape = (len(self.layout.views), *self.data.train_images.shape[1:])
         blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
-        return StepInput.pack(blank, self._numbers(plan), self.execution.device)
+        return StepInput.pack(blank, self._rank_plan(plan), self.execution.device)
 
     def begin(self, step: int, views: ViewLoader | None = None) -> None:
-        """Has the first plans and views made.
+        """Start making the first plans and views.
 
         Args:
-            step: the first that `next` gives.
-            views: makes views instead of what the configuration names.
+            step: The first step that `next` returns.
+            views: A view loader to use instead of the configured one.
         """
         c, device = self.config, self.execution.device
-        self._planned = step
+        self._next_unplanned = step
         self._views = views or self.make_views()
         self._closing.callback(self._views.close)
-        # pinned memory belongs to a thread's present device
+        # Pinned memory belongs to the current device of the thread.
         own_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner", *own_device))
-        # one batch of plans more than of views is prefetched, where the lag allows that
+        # Prefetch one batch of plans more than of views if the lag allows it.
         for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
             self._prefetch_plans()
         for _ in range(c.prefetch):
             self._prefetch_views()
 
     def next(self, stop: bool = False) -> StepInput:
-        """The next step's input, on the device. Later views and plans are prefetched meanwhile.
+        """Return the input of the next step, and prefetch later plans and views.
 
         Args:
-            stop: this rank has been asked to stop, see `StepInput`.
+            stop: Whether this rank was requested to stop; see `StepInput`.
         """
-        if not self._made:
+        if not self._ready:
             ranges.enter("wait for views")
-            batch = self._ready.popleft()
+            batch = self._making_views.popleft()
             views = self._views.collect().chunk(self.config.view_steps)
-            self._made.extend(zip(batch.plans, batch.numbers, views, strict=True))
-            # later views are begun before this step trains, so that both go on at once
+            self._ready.extend(zip(batch.plans, batch.rank_plans, views, strict=True))
+            # Started before this step trains, so that both run concurrently.
             self._prefetch_plans()
             self._prefetch_views()
         ranges.enter("copy plan")
-        self._training, numbers, made = self._made.popleft()
-        return StepInput.pack(made, numbers, self.execution.device, stop)
+        self._training, own_plan, step_views = self._ready.popleft()
+        return StepInput.pack(step_views, own_plan, self.execution.device, stop)
 
     def put(self, output: StepOutput) -> None:
-        """Starts copying the output of the step that `next` gave to the host."""
+        """Start copying the output of the step that `next` returned to the host."""
         assert self._training is not None, "put follows next"
         ranges.enter("metrics")
         metrics, omega = output.metrics, output.omega
-        arrived = None
+        copied = None
         if self.execution.device.type == "cuda":
             metrics, omega = metrics.to("cpu", non_blocking=True), omega.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._pending.append(_Pending(self._training, metrics, omega, arrived))
+            copied = torch.cuda.Event()
+            copied.record()
+        self._pending.append(_Pending(self._training, metrics, omega, copied))
         self._training = None
         ranges.leave()
 
     def drain(self, end: int) -> None:
-        """Waits for the output of every step before `end`: omega goes to the policy, metrics to `on_metrics`."""
+        """Wait for the outputs of all steps before `end`; pass omega to the policy and metrics to `on_metrics`."""
         while self._pending and self._pending[0].plan.step < end:
             done = self._pending.popleft()
-            if done.arrived is not None:
+            if done.copied is not None:
                 ranges.enter("wait for device")
                 begin = time.perf_counter()
-                done.arrived.synchronize()
+                done.copied.synchronize()
                 self.waited_seconds += time.perf_counter() - begin
             ranges.enter("drain")
             self._on_metrics(done.plan.step, dict(zip(METRICS, done.metrics.tolist(), strict=True)))
@@ -218,51 +218,51 @@ class Feed:
         ranges.leave()
 
     def end(self) -> None:
-        """Waits for what is being made and releases it."""
+        """Wait for pending plans and views, and release the loader."""
         self._closing.close()
 
-    def make_views(self, rows: int = 0, device: torch.device | None = None) -> ViewLoader:
-        """What makes the run's views, by the run's backend.
+    def make_views(self, batch_size: int = 0, device: torch.device | None = None) -> ViewLoader:
+        """Make the view loader of the run's backend.
 
         Args:
-            rows: of a batch; by default those of `view_steps` steps.
-            device: where; by default the run's.
+            batch_size: Views per batch; by default those of `view_steps` steps.
+            device: The device of the views; by default the run's.
         """
         c, device = self.config, device or self.execution.device
-        rows = rows or len(self.layout.views) * c.view_steps
+        batch_size = batch_size or len(self.layout.views) * c.view_steps
         images = (self.data.train_images, self.split, self.data.unlabeled_indices if c.unlabeled else None)
         if self.execution.views == "fused":
             kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
-            return FusedViews(*images, rows, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
+            return FusedViews(*images, batch_size, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
         with gc_paused():
-            from pipelines.dali import DaliViews  # needs DALI, which nothing else in here does
+            from pipelines.dali import DaliViews  # Imported here since only this backend needs DALI.
 
-            return DaliViews(*images, rows, c.max_shift, c.view_threads, c.prefetch)
+            return DaliViews(*images, batch_size, c.max_shift, c.view_threads, c.prefetch)
 
-    def _numbers(self, plan: GlobalPlan) -> RankPlan:
+    def _rank_plan(self, plan: GlobalPlan) -> RankPlan:
         return rank_plan(self.layout, plan, self._labels[plan.labeled])
 
     def _prefetch_plans(self) -> None:
-        """Has the next `view_steps` steps planned, once the policy has every probe that they may know."""
-        first, end = self._planned, self._planned + self.config.view_steps
+        """Start planning the next `view_steps` steps, after draining all probes that they depend on."""
+        first, end = self._next_unplanned, self._next_unplanned + self.config.view_steps
         if first >= self.config.steps:
-            return  # the last batch may reach past the run's end: those plans are never executed
+            return  # The last batch may extend beyond the end of the run; those plans are not executed.
         self.drain(end - self.config.lag)
         ranges.enter("plan")
         weights = [self.policy.weights_for(step) for step in range(first, end)]
         self._planning.append(self._planner.submit(self._plan, first, weights))
-        self._planned = end
+        self._next_unplanned = end
 
-    def _plan(self, first: int, weights: list[np.ndarray]) -> _Planned:
+    def _plan(self, first: int, weights: list[np.ndarray]) -> _PlanBatch:
         ranges.enter("plan")
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
         views = stack([plan.views.select(self.layout.views) for plan in plans])
-        numbers = [self._numbers(plan) for plan in plans]
+        rank_plans = [self._rank_plan(plan) for plan in plans]
         ranges.enter("views")
         prepared = self._views.prepare(views)
         ranges.leave()
-        return _Planned(plans, numbers, prepared)
+        return _PlanBatch(plans, rank_plans, prepared)
 
     def _prefetch_views(self) -> None:
         if self._planning:
@@ -270,4 +270,4 @@ class Feed:
             batch = self._planning.popleft().result()
             ranges.enter("views")
             self._views.submit(batch.views)
-            self._ready.append(batch)
+            self._making_views.append(batch)

@@ -1,7 +1,7 @@
-"""The two Adams: torch's own fused one, and NVIDIA apex's.
+"""The optimizers: torch's fused AdamW and FusedAdam of NVIDIA apex.
 
-Both do the paper's update, Adam with decoupled weight decay, in one launch over all parameters and without the host:
-step counts and found infinities stay on the device, so both can be captured.
+Both implement the paper's update, Adam with decoupled weight decay, with fused kernels over all parameters. Step counts
+and overflow flags stay on the device, so a CUDA graph can capture the update.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ APEX_ABSENT = "apex is not installed"
 
 
 class _AdamW(torch.optim.AdamW):
-    """torch's, whose methods go without the wrappers that import torch's compiler, 1.5 s, to exclude them from it.
+    """torch's AdamW without the wrappers that exclude its methods from torch.compile.
 
-    The step is never compiled: only the networks are. `step`'s wrapper switches gradients off as well.
+    The wrappers import the compiler, which takes 1.5 s, and are not needed, since the optimizer is never compiled. The
+    wrapper of `step` also disables gradients, so `step` does that here.
     """
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
@@ -38,7 +39,7 @@ def _adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> tor
 
 
 def apex_problem() -> str | None:
-    """Why apex cannot be used here, or None where it can."""
+    """Return why apex cannot be used, or None if it can."""
     try:
         importlib.import_module("apex.optimizers").FusedAdam  # noqa: B018
     except (ImportError, AttributeError):
@@ -56,9 +57,9 @@ def apex_problem() -> str | None:
 
 def _fused_adam(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:
     if problem := apex_problem():
-        raise UserError(f"--optimizer apex: {problem}; {APEX_BUILD}, or take --optimizer torch")
+        raise UserError(f"--optimizer apex: {problem}; {APEX_BUILD}, or use --optimizer torch")
     if device.type != "cuda":
-        raise UserError("--optimizer apex needs a GPU; take --optimizer torch")
+        raise UserError("--optimizer apex requires a GPU; use --optimizer torch")
     fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     return fused_adam(groups, lr=lr, betas=BETAS, adam_w_mode=True, capturable=True)
 
@@ -70,14 +71,15 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, torch.device], torc
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], device: torch.device) -> None:
-    """Gives an optimiser the state that one on this or another kind of device had.
+    """Load the state of an optimizer that may have been saved on another kind of device.
 
-    torch takes the options of the parameter groups from the file too, and leaves tensors among them where they are.
+    torch also loads the options of the parameter groups and leaves tensors among them on their device. This keeps the
+    options that depend on the device, and moves those tensors.
 
     Args:
-        optimizer: changed in place.
-        saved: of `Optimizer.state_dict`.
-        device: of the parameters.
+        optimizer: The optimizer, changed in place.
+        saved: The state from `Optimizer.state_dict`.
+        device: The device of the parameters.
     """
     own = [{name: group[name] for name in ("fused", "capturable") if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)

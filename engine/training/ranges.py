@@ -1,36 +1,36 @@
-"""The parts of training, by name, for whoever counts or times them; nothing happens where nobody does."""
+"""Named ranges of a training step for profilers and counters; no-ops without a listener."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# of a step, in the order in which it begins them
+# Ranges of a step, in the order in which it enters them.
 PARTS = ("assemble", "probes", "guess", "forward", "targets", "losses", "backward", "update", "ema", "metrics")
-# what the training loop does between steps, and waits for; its threads have "plan" and "views", too
+# Ranges of the training loop outside of a step. Its threads also enter "plan" and "views".
 LOOP = ("wait for views", "wait for device", "drain", "plan", "wait for plan", "views", "copy plan", "replay")
-# of a start, in the order in which a command begins them; torch is not imported before the second
+# Ranges of a command's start, in order. torch is imported in the second.
 START = ("set up", "import", "build", "prepare")
 RANGES = (*LOOP, "exchange", *PARTS)
 
 _listener: Callable[[str], None] | None = None
 
 
-def enter(part: str) -> None:
-    """Says that a part begins in this thread, and so that the one before it ends."""
+def enter(name: str) -> None:
+    """Enter a range in this thread, which leaves the previous one."""
     if _listener is not None:
-        _listener(part)
+        _listener(name)
 
 
 def leave() -> None:
-    """Says that the part of this thread ends and that none begins: listeners are called with ""."""
+    """Leave this thread's range without entering another; the listener is called with ""."""
     if _listener is not None:
         _listener("")
 
 
 @contextmanager
 def listening(listener: Callable[[str], None]) -> Iterator[None]:
-    """Has a function called with the name of every part that begins, in the thread in which it does."""
+    """Call a function with the name of every range entered in the block, in the thread that enters it."""
     global _listener
     before, _listener = _listener, listener
     try:

@@ -1,4 +1,4 @@
-"""All that a training step reads and writes."""
+"""The state of training, which a step updates and a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from engine.training.optimizers import OPTIMIZERS, load_optimizer
 
 @dataclass
 class TrainState:
-    """All that a step reads and writes, and all that a checkpoint keeps.
+    """The state that a training step updates.
 
     Attributes:
         network: f, in training mode.
-        ema_model: f_ema, the exponential moving average of its parameters, in evaluation mode.
-        optimizer: over the parameters of `network`.
-        scaler: of the loss, enabled under fp16 alone.
-        targets: the method's, whose buffers are its state.
-        step: () int64, steps done.
+        ema_model: f_ema, the exponential moving average of the parameters of f, in evaluation mode.
+        optimizer: Optimizer of the parameters of `network`.
+        scaler: Loss scaler, enabled only with fp16.
+        targets: The method's targets; their buffers are the state of the method.
+        step: () int64, number of steps done.
     """
 
     network: TwoHeadNetwork
@@ -40,16 +40,16 @@ class TrainState:
         taken = self.targets.state_dict().keys() & vars(self).keys()
         if taken:
             raise ValueError(
-                f"buffers of {type(self.targets).__name__} need other names than {', '.join(sorted(taken))}"
+                f"{type(self.targets).__name__}: buffer names {', '.join(sorted(taken))} are reserved; rename them"
             )
 
     @property
     def device(self) -> torch.device:
-        """Where all of it is."""
+        """The device of all tensors."""
         return self.step.device
 
     def state_dict(self) -> dict:
-        """Tensors and plain values."""
+        """Return the state as a dictionary of tensors and plain values."""
         return {
             "network": self.network.state_dict(),
             "ema_model": self.ema_model.state_dict(),
@@ -60,7 +60,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         self.ema_model.load_state_dict(state["ema_model"])
         load_optimizer(self.optimizer, state["optimizer"], self.device)
@@ -69,18 +69,18 @@ class TrainState:
         self.step.copy_(state["step"])
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor of it once: parameters and buffers of its modules, the optimizer's state, and its own."""
-        found: list[Tensor] = []
+        """Return every tensor of the state once: parameters and buffers, the optimizer's state, and `step`."""
+        tensors: list[Tensor] = []
         for part in vars(self).values():
             if isinstance(part, nn.Module):
-                found += [*part.parameters(), *part.buffers()]
+                tensors += [*part.parameters(), *part.buffers()]
             elif isinstance(part, torch.optim.Optimizer):
-                # the last is of apex, and decides whether the next step counts
+                # apex's flag for an overflow, which makes the next step skip its update.
                 overflow = getattr(part, "_dummy_overflow_buf", None)
-                found += _leaves([part.state, *part.param_groups, overflow])
+                tensors += _leaves([part.state, *part.param_groups, overflow])
             elif isinstance(part, Tensor):
-                found.append(part)
-        return list({id(tensor): tensor for tensor in found}.values())
+                tensors.append(part)
+        return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:
@@ -95,21 +95,21 @@ def _leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Splits parameters into weights of convolutions and linear layers, which decay, and the others, which do not."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    return weights, [p for p in network.parameters() if p.ndim <= 1]
+    """Split parameters into those with weight decay (weights of convolutions and linear layers) and those without."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    return decayed, [p for p in network.parameters() if p.ndim <= 1]
 
 
 def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
-    """The state before the first step: equal networks, uniform marginals."""
+    """Make the state before the first step: f_ema equals f, and the marginals are uniform."""
     network = make_network(config, classes, device, sides)
     ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
     ema_model.load_state_dict(network.state_dict())
     network.rotation_head.requires_grad_(config.unlabeled and config.w_rot > 0)
-    weights, others = decayed_parameters(network)
+    decayed, not_decayed = decayed_parameters(network)
     groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     return TrainState(
         network=network,

@@ -1,4 +1,4 @@
-"""What a step is given: views on the device, and its plan in one buffer, so that one copy brings it."""
+"""The input of a training step: views on the device, and the plan in one buffer that is copied at once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from torch import Tensor
 from engine.method.batch_layout import RankPlan
 from pipelines.packed import Layout
 
-_layout = lru_cache(maxsize=4)(Layout)  # that of a run never changes
+_layout = lru_cache(maxsize=4)(Layout)  # Constant during a run.
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """A step's data: one rank's views, on the device, and `RankPlan`'s arrays and `stop`, parts of one buffer.
+    """The input of one rank's step: its views, and the arrays of `RankPlan` and `stop` as views of one buffer.
 
     Attributes:
-        views: (V / R, H, W, 3) uint8, in the order of `BatchLayout.views`.
-        packed: (bytes,) uint8, the arrays of the plan end to end, so that one copy brings them all: from pinned memory
-            of the host, where it is until the step takes it.
-        stop: (1,) float32, 1 where this rank has been asked to stop: the step tells all ranks, so that they stop at
-            the same one.
+        views: (V / R, H, W, 3) uint8 on the device, in the order of `BatchLayout.views`.
+        packed: (bytes,) uint8, the buffer that holds all arrays below. It stays in the host's memory, pinned if the
+            device is a GPU, until the step copies it.
+        source: See `RankPlan`, as for the following arrays.
+        partner: (N,) int64.
+        lam: (N,) float32.
+        rotations: (N,) int64.
+        target_index: (n M / R,) int64.
+        partner_target_index: (n M / R,) int64.
+        labels: (B,) int64.
+        stop: (1,) float32, 1 if this rank was requested to stop. The step averages it over the ranks, so that all of
+            them stop after the same step.
     """
 
     views: Tensor
@@ -40,7 +47,7 @@ class StepInput:
 
     @classmethod
     def pack(cls, views: Tensor, plan: RankPlan, device: torch.device, stop: bool = False) -> StepInput:
-        """A step's plan beside its views, ready for the device, and whether this rank has been asked to stop."""
+        """Pack a plan and the stop request into a buffer on the host, and copy the views to the device."""
         arrays = vars(plan) | {"stop": np.array([stop], np.float32)}
         layout = _layout(tuple((name, torch.from_numpy(array).dtype, array.shape) for name, array in arrays.items()))
         buffer = layout.allocate(pinned=device.type == "cuda")
@@ -53,24 +60,24 @@ class StepInput:
         return cls(views=views, packed=buffer, **layout.tensors(buffer))
 
     def to(self, device: torch.device) -> StepInput:
-        """The same with the numbers, too, on the device; parts of `packed` stay parts of it."""
+        """Return the input with the packed buffer on the device; its arrays remain views of the buffer."""
         if self.packed.device == device:
             return self
         return self._with(self.views, self.packed.to(device, non_blocking=True))
 
     def clone(self) -> StepInput:
-        """The same on the views' device, in memory of its own."""
+        """Return a copy on the device of the views."""
         packed = torch.empty_like(self.packed, device=self.views.device)
         own = self._with(torch.empty_like(self.views), packed)
         own.copy_(self)
         return own
 
     def copy_(self, other: StepInput) -> None:
-        """Takes another input's values, by one copy of the views and one of all numbers."""
+        """Copy another input into this one: one copy of the views, one of the packed buffer."""
         self.views.copy_(other.views, non_blocking=True)
         self.packed.copy_(other.packed, non_blocking=True)
 
     def _with(self, views: Tensor, packed: Tensor) -> StepInput:
-        numbers = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
-        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in numbers.items()))
+        arrays = {name: part for name, part in vars(self).items() if name not in ("views", "packed")}
+        layout = _layout(tuple((name, part.dtype, tuple(part.shape)) for name, part in arrays.items()))
         return self._of(views, packed, layout)

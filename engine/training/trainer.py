@@ -1,4 +1,4 @@
-"""The training loop: steps, and what is written on the way: log, evaluations, checkpoints; with signals and ranks."""
+"""The training loop: steps, logging, evaluation, checkpoints, signals and ranks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run, from its first or its resumed step to its last.
+    """Trains one run, from its first step or from a checkpoint.
 
     Args:
-        setup: of the run; `checkpoints/` in its folder is read and written.
-        progress: shows how far the run is.
-        timeout: seconds after which a rank that waits for another one ends.
-        check_ranks: steps between comparisons of all ranks' states, bit for bit; 0 for none.
+        setup: The run's setup. Checkpoints are read from and written to `checkpoints/` in its folder.
+        progress: The progress line.
+        timeout: Seconds without progress after which a rank that waits for another one exits.
+        check_ranks: Steps between bitwise comparisons of all ranks' states; 0 disables them.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Trainer:
         self._history: History | None = None
         self._shown: dict[str, float] = {}
         self._stop = StopRequest()
-        self._stop_at: int | None = None  # the step before which all ranks stop
+        self._stop_at: int | None = None  # The step before which all ranks stop.
 
     def resume(self) -> bool:
-        """Takes up the newest good checkpoint, which rank 0 reads for all; says whether there was one."""
+        """Load the newest valid checkpoint (read by rank 0). Returns whether one was found."""
         found = collectives.run_on_rank_0(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
         if found is None:
             return False
@@ -91,8 +91,9 @@ class Trainer:
         before = content["micro_batches"]
         if self.config.bn == "joint" and before != self.micro_batches:
             log.warning(
-                f"ranks were {before} and are {self.micro_batches} now: with --bn joint each normalises its own rows, "
-                "so the run goes on with other statistics (not with --bn split, --bn sync, or enough --micro-batches)"
+                f"micro-batches changed from {before} to {self.micro_batches} with the number of ranks: --bn joint "
+                "normalizes each micro-batch separately, so the run continues with different batch statistics "
+                "(--bn split, --bn sync or enough --micro-batches avoid this)"
             )
         self.state.load_state_dict(content["state"])
         self.feed.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
@@ -103,21 +104,22 @@ class Trainer:
         return True
 
     def save(self, last: bool = False) -> None:
-        """Writes a checkpoint of the present step, on rank 0; what cannot be written is told, and tried again later.
+        """Save a checkpoint of the current step (on rank 0). Write failures are reported and retried.
 
         Args:
-            last: nothing goes on after this one.
+            last: Whether this is the run's last checkpoint, whose write failure is an error.
 
         Raises:
-            UserError: the parameters are not finite; the last one cannot be written. Earlier ones are untouched.
+            UserError: The parameters are not finite, or the last checkpoint cannot be written. Earlier checkpoints are
+                left untouched.
         """
         self.feed.drain(self.step)
         if self._log:
-            self._log.catch_up()  # no row may be missing before the step that a run is resumed from
+            self._log.catch_up()  # A resumed run needs all metrics up to the checkpoint.
         if self._history:
             self._history.catch_up()
         if not all(bool(p.isfinite().all()) for p in self.state.network.parameters()):
-            raise self._diverged(self.step - 1, "the update left parameters that are not finite")
+            raise self._diverged(self.step - 1, "the update produced parameters that are not finite")
         content = {
             "state": self.state.state_dict(),
             "policy": _map_leaves(self.feed.policy.state_dict(), np.ndarray, torch.from_numpy),
@@ -132,15 +134,15 @@ class Trainer:
         elif collectives.rank() == 0:
             self.saver.save(self.step, content)
 
-    def _diverged(self, step: int, what: str) -> UserError:
-        return UserError(f"training diverged at step {step}: {what}; {self.saver.last_good()}")
+    def _diverged(self, step: int, reason: str) -> UserError:
+        return UserError(f"training diverged at step {step}: {reason}; {self.saver.last_good()}")
 
     def run(self) -> None:
-        """Trains up to the configuration's last step, with evaluations, metrics and checkpoints on the way.
+        """Train up to the last step, with evaluation, logging and checkpoints.
 
         Raises:
-            UserError: the loss is not finite, or something cannot be written; what was saved stays.
-            Stopped: SIGTERM, SIGINT or SIGHUP came, to some rank; the step reached is saved.
+            UserError: The loss is not finite, or a file cannot be written. Saved files are left intact.
+            Stopped: A rank received SIGTERM, SIGINT or SIGHUP. The current step is saved.
         """
         if collectives.rank() == 0:
             c = self.config
@@ -148,13 +150,13 @@ class Trainer:
             self._history = History(self.folder, self.step, c.eval_every)
         begin, cpu_begin = time.monotonic() - self.train_seconds, time.process_time() - self.cpu_seconds
         several = collectives.ranks() > 1
-        guard = Watchdog(self.timeout, collectives.rank(), self._stop) if several else nullcontext()
+        watching = Watchdog(self.timeout, collectives.rank(), self._stop) if several else nullcontext()
         try:
-            with self._stop.listening(), guard as watchdog:
+            with self._stop.listening(), watching as watchdog:
                 if self.execution.mode != "eager":
-                    log.info("compiling the step: a minute or so the first time, less from torch's cache")
+                    log.info("compiling the step: about a minute the first time, less with torch's cache")
                 self.begin()
-                self.progress.start(self.step, self.feed.images_per_step)  # what compiling takes is not speed
+                self.progress.start(self.step, self.feed.images_per_step)  # Started here to exclude the compile time.
                 while self.step < self.config.steps and not self._stopping():
                     if watchdog:
                         watchdog.alive(f"step {self.step}")
@@ -163,9 +165,9 @@ class Trainer:
                     self._after_step()
                 if self.step < self.config.steps:
                     self.save(last=True)
-                    number = self._stop.number or signal.SIGTERM  # of another rank's signal one knows no more than that
+                    number = self._stop.number or signal.SIGTERM  # Another rank's signal is not known.
                     name = signal.Signals(number).name
-                    raise Stopped(f"{name}: step {self.step} is saved in {self.folder}; go on with --resume", number)
+                    raise Stopped(f"{name}: saved step {self.step} in {self.folder}; use --resume to continue", number)
         finally:
             self.end()
             if self._history:
@@ -174,35 +176,35 @@ class Trainer:
                 self._log.close()
 
     def _stopping(self) -> bool:
-        """Whether this step is the one before which all ranks stop.
+        """Return whether to stop before this step.
 
-        A request travels with the metrics of a step and is known everywhere once that step has been drained, which is
-        certain `lag` steps later.
+        With several ranks, a request to stop is part of the metrics of a step. Every rank knows it once it has drained
+        that step, at the latest `lag` steps later, and all ranks stop then.
         """
         if collectives.ranks() == 1:
             return self._stop.number != 0
         return self._stop_at is not None and self.step >= self._stop_at
 
     def begin(self) -> None:
-        """Makes everything ready for `advance`: the step, captured where that is the mode, and the first views."""
+        """Prepare for `advance`: make the step, captured in graph mode, and start making views."""
         ranges.enter("prepare")
         self.execute = make_step(self.config, self.state, self.feed.layout, self.execution, self.feed.example)
         self.feed.begin(self.step)
         ranges.leave()
 
     def advance(self) -> None:
-        """Trains one step. Returns when it is on its way."""
-        assert self.execute is not None, "advance follows begin"
+        """Launch one training step asynchronously."""
+        assert self.execute is not None, "call begin before advance"
         self.feed.put(self.execute(self.feed.next(stop=self._stop.number != 0)))
         self.step += 1
 
     def end(self) -> None:
-        """Waits for what is being made and releases it."""
+        """Wait for pending views, and release the loader and the step."""
         self.feed.end()
-        self.execute = None  # NCCL does not release a group whose collectives a graph still holds
+        self.execute = None  # NCCL cannot release a group while a graph holds its collectives.
 
     def _log_step(self, step: int, values: dict[str, float]) -> None:
-        """Logs a step's metrics; see `Feed`."""
+        """Log the metrics of a drained step; see `Feed`."""
         if values.pop("stop") and self._stop_at is None:
             self._stop_at = step + self.config.lag
         if not all(map(math.isfinite, values.values())):
@@ -236,7 +238,7 @@ class Trainer:
             self.save(last)
 
     def _check_health(self, p_model: list[float], label_marginal: list[float]) -> None:
-        """Warns where the run does not learn. All ranks see the same, and all take part in what they compare."""
+        """Warn if the run does not learn. All ranks call this together and see the same values."""
         state, compared = self.state, None
         if self.health.comparing(self.step):
             images = compared_images(self.data.train_images, self.health.images)
@@ -245,7 +247,7 @@ class Trainer:
             log.warning(warning)
 
     def _log_history(self, p_model: list[float], label_marginal: list[float]) -> None:
-        """Adds to the history what a report shows of this moment. All ranks take part in the guesses."""
+        """Add an entry to the history that reports are made from. All ranks call this together."""
         values: dict[str, Any] = {}
         if self.config.unlabeled:
             values["p_model"], values["label_marginal"] = (
@@ -261,21 +263,25 @@ class Trainer:
             self._history.add(self.step, values)
 
     def _compare_ranks(self) -> None:
-        """Raises UserError where a bit of a rank's state is not as on rank 0."""
+        """Compare the states of all ranks bit by bit.
+
+        Raises:
+            UserError: The state of a rank differs from that of rank 0.
+        """
         self.feed.drain(self.step)
-        first, *others = collectives.all_gather_object(
+        first, *rest = collectives.all_gather_object(
             digests(self.state.state_dict() | {"policy": self.feed.policy.state_dict()})
         )
-        for rank, other in enumerate(others, 1):
+        for rank, other in enumerate(rest, 1):
             differing = [name for name in first if first[name] != other.get(name)]
             if differing:
                 more = f" and {len(differing) - 1} more" if differing[1:] else ""
                 raise UserError(
-                    f"ranks differ after step {self.step - 1}: rank {rank} has another {differing[0]}{more} than rank 0"
+                    f"ranks differ after step {self.step - 1}: {differing[0]}{more} on rank {rank} differ from rank 0"
                 )
 
     def summary(self) -> dict[str, Any]:
-        """Results so far, for summary.json: accuracies in percent, times in seconds, that of the CPU in all threads."""
+        """Return the results for summary.json: accuracies in percent, times in seconds, CPU time over all threads."""
         return {
             "steps": self.step,
             "test_accuracy": self.accuracies[-1],
@@ -287,13 +293,13 @@ class Trainer:
 
 
 def _keep_run_files(setup: RunSetup) -> None:
-    """Makes anew what the folder should hold beside checkpoints and metrics, if it has gone."""
+    """Restore the run's other files if they were deleted."""
     if setup.folder and not (setup.folder / "config.json").exists():
         write_run_files(setup)
 
 
 def digests(tree: Any, name: str = "") -> dict[str, str]:
-    """Hashes of the leaves of nested dictionaries and lists, under names like `network.stem.weight`."""
+    """Return hashes of the leaves of nested dictionaries and lists, by names like `network.stem.weight`."""
     if isinstance(tree, (dict, list, tuple)):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {path: digest for key, value in items for path, digest in digests(value, f"{name}.{key}").items()}
@@ -305,7 +311,7 @@ def digests(tree: Any, name: str = "") -> dict[str, str]:
 
 
 def _map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Applies a function to the leaves of one type in nested dictionaries and lists."""
+    """Apply a function to the leaves of one type in nested dictionaries and lists."""
     if isinstance(tree, dict):
         return {key: _map_leaves(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, list):

@@ -96,4 +96,4 @@ def test_a_rank_ends_if_rank_0_accepts_its_connection_and_never_answers(tmp_path
         group = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
         process = start(log, "train", "digits-40", "--out", tmp_path / "run", *FLAGS, "--timeout", 2, **group)
         codes = finish([process], 60)
-    assert codes == [75] and "nothing came of the ranks' coming together for 3 s" in log.read_text()
+    assert codes == [75] and "no progress in joining the process group for 3 s" in log.read_text()

@@ -1,4 +1,4 @@
-"""Several ranks: the run of one, on any number of them; settings that they have; what they do with a mistake."""
+"""Runs on several ranks: equal results on any number of ranks, and errors."""
 
 import os
 import signal
@@ -19,23 +19,24 @@ from engine.training.trainer import Trainer, digests
 from tests import processes
 from tests.processes import ROOT, assert_close, assert_same_bits, finish, free_port, start, start_ranks
 
-# double precision: at the preset's learning rate Adam makes 1e-3 of single precision's rounding within 30 steps
+# Double precision, since Adam at the preset's learning rate amplifies the rounding of single precision to 1e-3 within
+# 30 steps.
 FLAGS = [
     *("--precision", "fp64", "--bn", "split", "--bn-groups", "2", "--device", "cpu", "--quiet"),
     *("--eval-every", "5", "--log-every", "1", "--batch", "8", "--width", "8"),
 ]
-# of the preset's own size: equal bits are so at any
-IN_TURN = ("--precision", "fp32", "--micro-batches", "2", "--batch", "16", "--width", "16")
+# Single precision and the preset's own size, for tests of bitwise equality.
+TWO_MICRO_BATCHES = ("--precision", "fp32", "--micro-batches", "2", "--batch", "16", "--width", "16")
 
 
 def train(folder, ranks, *flags):
-    """Trains digits-40 on so many ranks, which have to succeed."""
+    """Train digits-40 on a number of ranks, which must succeed."""
     return processes.train(folder, ranks, *FLAGS, *flags)
 
 
 @pytest.fixture(scope="module")
 def steps(long):
-    """Of the runs that are compared; a fifth of them is a multiple of --eval-every."""
+    """Steps of the compared runs; a fifth of them is a multiple of --eval-every."""
     return 50 if long else 25
 
 
@@ -51,38 +52,38 @@ def test_two_ranks_give_the_losses_of_one(one, steps, tmp_path):
     assert [row["step"] for row in read_metrics(two / "metrics.jsonl") if "loss" in row] == list(range(1, steps + 1))
 
 
-def go_on(folder, steps, ranks, *flags):
-    """Trains two, four and five fifths of a run on so many ranks each."""
+def train_with_resumes(folder, steps, ranks, *flags):
+    """Train two, four and five fifths of a run, each on the given number of ranks."""
     for part, each in zip((2, 4, 5), ranks, strict=True):
         train(folder, each, *flags, "--steps", steps * part // 5, "--resume")
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(one, steps, tmp_path):
-    go_on(tmp_path / "run", steps, (1, 2, 1))
+def test_a_run_resumes_on_another_number_of_ranks(one, steps, tmp_path):
+    train_with_resumes(tmp_path / "run", steps, (1, 2, 1))
     assert_close(one, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
-def in_turn(steps, tmp_path_factory):
-    """A run in single precision on one rank, which trains two micro-batches one after another."""
-    return train(tmp_path_factory.mktemp("ranks") / "in_turn", 1, *IN_TURN, "--steps", steps)
+def two_micro_batches(steps, tmp_path_factory):
+    """A run on one rank with two micro-batches."""
+    return train(tmp_path_factory.mktemp("ranks") / "micro", 1, *TWO_MICRO_BATCHES, "--steps", steps)
 
 
-def test_two_ranks_are_one_with_two_micro_batches_bit_for_bit(in_turn, steps, tmp_path):
-    assert_same_bits(in_turn, train(tmp_path / "two", 2, *IN_TURN, "--steps", steps))
+def test_two_ranks_equal_one_rank_with_two_micro_batches_bitwise(two_micro_batches, steps, tmp_path):
+    assert_same_bits(two_micro_batches, train(tmp_path / "two", 2, *TWO_MICRO_BATCHES, "--steps", steps))
 
 
-def test_two_ranks_have_the_pools_statistics_of_two_micro_batches_bit_for_bit(tmp_path):
-    flags = (*IN_TURN, "--bn", "joint", "--bn-stats", "pool", "--bn-momentum", "0.1", "--steps", 3)
+def test_pool_statistics_of_two_ranks_equal_those_of_two_micro_batches_bitwise(tmp_path):
+    flags = (*TWO_MICRO_BATCHES, "--bn", "joint", "--bn-stats", "pool", "--bn-momentum", "0.1", "--steps", 3)
     assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
 
-def test_a_run_of_micro_batches_goes_on_with_the_same_bits_on_another_number_of_ranks(in_turn, steps, tmp_path):
-    go_on(tmp_path / "run", steps, (2, 1, 2), *IN_TURN)
-    assert_same_bits(in_turn, tmp_path / "run")
+def test_a_run_with_micro_batches_resumes_bitwise_on_another_number_of_ranks(two_micro_batches, steps, tmp_path):
+    train_with_resumes(tmp_path / "run", steps, (2, 1, 2), *TWO_MICRO_BATCHES)
+    assert_same_bits(two_micro_batches, tmp_path / "run")
 
 
-def test_ranks_exchange_the_gradients_of_all_their_micro_batches(tmp_path):
+def test_ranks_reduce_the_gradients_of_all_their_micro_batches(tmp_path):
     flags = ("--bn", "joint", "--micro-batches", 4, "--steps", 8)
     assert_close(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags, "--check-ranks", 1))
 
@@ -95,13 +96,13 @@ def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):
 @pytest.mark.parametrize(
     "flags", [("--method", "fixmatch", "--mu", 2), ("--method", "mixmatch"), ("--ablate", "mean-guess")]
 )
-def test_two_ranks_of_other_methods_are_one_with_two_micro_batches_bit_for_bit(tmp_path, flags):
-    flags = (*flags, *IN_TURN, "--steps", 10)
+def test_two_ranks_equal_two_micro_batches_bitwise_with_other_methods(tmp_path, flags):
+    flags = (*flags, *TWO_MICRO_BATCHES, "--steps", 10)
     assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
 
 @pytest.mark.parametrize("statistics", ["all", "pool"])
-def test_batch_norm_over_all_ranks_is_batch_norm_over_all_rows(tmp_path, statistics):
+def test_synchronized_batch_norm_is_batch_norm_over_the_global_batch(tmp_path, statistics):
     flags = ("--bn-stats", statistics, "--bn-momentum", "0.1", "--steps", 10)
     joint = train(tmp_path / "joint", 1, "--bn", "joint", *flags)
     assert_close(joint, train(tmp_path / "sync", 2, "--bn", "sync", *flags))
@@ -116,7 +117,7 @@ def test_compiled_ranks_agree_with_eager_ones(tmp_path):
     assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=1e-3)
 
 
-def test_gradients_in_half_of_the_bytes_train_alike(tmp_path):
+def test_bf16_gradients_train_like_fp32_gradients(tmp_path):
     flags = ("--precision", "fp32", "--steps", 6)
     whole, half = (train(tmp_path / g, 2, *flags, "--gradients", g, "--check-ranks", 1) for g in ("fp32", "bf16"))
     whole, half = ([row["loss"] for row in read_metrics(f / "metrics.jsonl") if "loss" in row] for f in (whole, half))
@@ -124,15 +125,15 @@ def test_gradients_in_half_of_the_bytes_train_alike(tmp_path):
     assert half == pytest.approx(whole, rel=0.05)
 
 
-def test_other_statistics_after_a_change_of_ranks_are_told(tmp_path):
+def test_a_change_of_batch_statistics_on_resume_is_a_warning(tmp_path):
     folder = tmp_path / "run"
     train(folder, 1, "--bn", "joint", "--steps", 3)
     train(folder, 2, "--bn", "joint", "--steps", 6, "--resume")
     lines = (tmp_path / "run.log").read_text().splitlines()
-    assert [line[:38] for line in lines if "ranks were" in line] == ["remixmatch: ranks were 1 and are 2 now"]
+    assert [line[:46] for line in lines if "changed from" in line] == ["remixmatch: micro-batches changed from 1 to 2 "]
 
 
-def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
+def test_invalid_input_is_reported_once_by_all_ranks(one, tmp_path):
     log = tmp_path / "log"
     ranks = start_ranks(log, 2, "train", "digits-40", "--out", one, *FLAGS, "--steps", 50)
     assert finish(ranks) == [2, 2]
@@ -140,7 +141,7 @@ def test_a_mistake_is_one_line_of_all_ranks(one, tmp_path):
     assert line.startswith("remixmatch: ") and "already contains a run" in line
 
 
-def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypatch):
+def test_differing_ranks_are_reported_with_step_and_field(tiny, tmp_path, monkeypatch):
     progress = ProgressLine(4, quiet=True)
     trainer = Trainer(setup_run(tiny(), tmp_path), progress, check_ranks=2)
     progress.start(0, trainer.feed.images_per_step)
@@ -155,12 +156,12 @@ def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypa
             "policy.weights",
             "optimizer.state.0.exp_avg",
         } <= own.keys()
-        with torch.no_grad():  # a bit of one element
+        with torch.no_grad():  # A bit of one element.
             trainer.state.network.stem.weight[0, 0, 0, 0] *= 1 + 2**-20
         changed = digests(trainer.state.state_dict() | {"policy": trainer.feed.policy.state_dict()})
         assert [name for name in own if own[name] != changed[name]] == ["network.stem.weight"]
         monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [own, own, mine])
-        with pytest.raises(UserError, match=r"differ after step 0: rank 2 has another network.stem.weight than rank 0"):
+        with pytest.raises(UserError, match=r"differ after step 0: network.stem.weight on rank 2 differ"):
             trainer._compare_ranks()
         monkeypatch.setattr(collectives, "all_gather_object", lambda mine: [mine, mine])
         trainer._compare_ranks()
@@ -168,8 +169,7 @@ def test_ranks_that_differ_are_told_with_step_and_field(tiny, tmp_path, monkeypa
         trainer.end()
 
 
-def test_a_rank_that_waits_too_long_ends_with_a_message():
-    """Without a sign of life; with one now and then it goes on."""
+def test_a_rank_without_progress_exits_with_a_message():
     script = (
         "import time\nfrom engine.distributed.watchdog import Watchdog\n"
         "with Watchdog(1.0, rank=3) as watchdog:\n"
@@ -179,23 +179,23 @@ def test_a_rank_that_waits_too_long_ends_with_a_message():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 75 and done.stdout == "alive\n"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("remixmatch: rank 3: nothing came of step 7 for 1 s (--timeout)")
+    assert line.startswith("remixmatch: rank 3: no progress in step 7 for 1 s (--timeout)")
 
 
-def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
-    """As one does that waits for another rank's part in a captured collective: Python's handlers never run.
+def test_a_rank_that_cannot_handle_a_signal_exits_with_a_message():
+    """A rank that waits in native code, such as for a captured collective, never runs Python's signal handlers.
 
-    The main thread waits on a native condition, which gives up its mutex: a thread that gets the mutex knows that the
-    main thread is deaf, sends the signal, and keeps the mutex, so that the main thread never comes back.
+    The main thread waits on a native condition variable, which releases its mutex. The thread that then acquires the
+    mutex knows that the main thread is in native code. It sends the signal and keeps the mutex, so the wait never ends.
     """
     script = (
-        "import ctypes, os, signal, threading\nfrom engine.distributed import watchdog as guard\n"
-        "guard.DEAF_SECONDS = 1.0\n"
-        "stop, system = guard.StopRequest(), ctypes.CDLL(None)\n"
+        "import ctypes, os, signal, threading\nfrom engine.distributed import watchdog as module\n"
+        "module.SIGNAL_TIMEOUT = 1.0\n"
+        "stop, system = module.StopRequest(), ctypes.CDLL(None)\n"
         "mutex, condition = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)\n"
         "def ask():\n    system.pthread_mutex_lock(mutex)\n    os.kill(os.getpid(), signal.SIGHUP)\n"
-        "with stop.listening(), guard.Watchdog(250.0, 3, stop) as watchdog:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # one that is heard, and may take its time
+        "with stop.listening(), module.Watchdog(250.0, 3, stop) as watchdog:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # This one is handled, so the process may take its time.
         "    assert stop.number == signal.SIGTERM\n"
         "    threading.Event().wait(2.5)\n"
         "    print('alive', flush=True)\n    stop.number = 0\n"
@@ -206,7 +206,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 128 + signal.SIGHUP and done.stdout == "alive\n", done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("remixmatch: rank 3: SIGHUP came 1 s ago, and nothing of step 7 since: another rank hangs")
+    assert line.startswith("remixmatch: rank 3: no progress in step 7 since SIGHUP 1 s ago: another rank hangs")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_rank_that_cannot_hear_a_signal_ends_with_a_message():
         (("--timeout", "0"), "--timeout must be more than 0 seconds, got 0.0"),
     ],
 )
-def test_mistakes_are_told_before_a_rank_is_started(capfd, tmp_path, flags, message):
+def test_invalid_flags_are_reported_before_ranks_start(capfd, tmp_path, flags, message):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--out", str(tmp_path / "run"), *flags])
     assert ended.value.code == 2
@@ -228,21 +228,21 @@ def test_mistakes_are_told_before_a_rank_is_started(capfd, tmp_path, flags, mess
     assert message in line and not list(tmp_path.iterdir())
 
 
-def test_torchrun_takes_none_of_our_flags_for_its_own(monkeypatch):
-    """Its --log-dir and others begin like our --log."""
-    taken = []
-    monkeypatch.setattr("torch.distributed.run.run", taken.append)
-    monkeypatch.setattr("os.environ", dict(os.environ))  # to which it adds
+def test_torchrun_does_not_parse_the_flags_of_train(monkeypatch):
+    """Without care it would read --log as an abbreviation of --log-dir."""
+    parsed = []
+    monkeypatch.setattr("torch.distributed.run.run", parsed.append)
+    monkeypatch.setattr("os.environ", dict(os.environ))  # `launch` adds to it.
     before = signal.getsignal(signal.SIGINT)
     try:
         launch.launch(["train", "digits-40", "--log", "none"], 2, 0)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert taken[0].module and taken[0].training_script == "engine"
-    assert taken[0].training_script_args == ["train", "digits-40", "--log", "none"]
+    assert parsed[0].module and parsed[0].training_script == "engine"
+    assert parsed[0].training_script_args == ["train", "digits-40", "--log", "none"]
 
 
-def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
+def test_more_ranks_than_gpus_are_an_error(capfd, tmp_path, monkeypatch):
     for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     with pytest.raises(SystemExit) as ended:
@@ -251,8 +251,8 @@ def test_more_ranks_than_gpus_are_told(capfd, tmp_path, monkeypatch):
     assert "--gpus 2: torch sees only 1; --device cpu" in capfd.readouterr().err
 
 
-def test_a_rank_without_the_data_says_so(tmp_path):
-    """Rank 0 sets the run up for all; the others open the same data, which may not be on their machine."""
+def test_a_rank_without_the_data_reports_an_error(tmp_path):
+    """Rank 0 sets up the run for all ranks. The others open the same data, which their machine may lack."""
     images = tmp_path / "pets"
     for number in range(24):
         path = images / ("train" if number < 16 else "test") / "ab"[number % 2] / f"{number}.png"

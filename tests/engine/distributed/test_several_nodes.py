@@ -1,4 +1,4 @@
-"""Two hosts, each with its torchrun: network namespaces of this machine, joined by a cable and by nothing else."""
+"""Two hosts, each with its own torchrun, emulated by two network namespaces with a link between them."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from engine.runs import checkpoint
 from engine.training.trainer import CHECKPOINTS
 from tests.processes import ROOT, assert_same_bits, finish, start
 
-# two micro-batches on one process are two ranks bit for bit, so that no tolerance is needed
+# Two ranks equal one rank with two micro-batches bit for bit, so no tolerance is needed.
 FLAGS = [
     *("--steps", "12", "--batch", "16", "--width", "8", "--micro-batches", "2", "--device", "cpu"),
     *("--eval-every", "5", "--log-every", "1", "--checkpoint-every", "3"),
@@ -24,35 +24,35 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace, its end of the cable, and that end's address."""
+    """A network namespace, its end of the link, and the address of that end."""
 
     namespace: str
     link: str
     address: str
 
     def processes(self):
-        """Numbers of the processes that run in here."""
+        """Return the IDs of the processes in the namespace."""
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(number) for number in listed.stdout.split()]
 
     def workers(self):
-        """Those of them that torchrun started as ranks."""
+        """Return the IDs of the processes that torchrun started as ranks."""
         return [pid for pid in self.processes() if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
 
 
 def ip(*arguments):
-    """Runs the tool of that name; skips the test with its complaint where it may not do that here."""
+    """Run the ip tool; skip the test with its error message if that fails."""
     try:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        pytest.skip(f"cannot make two hosts here: {error}")
+        pytest.skip(f"cannot emulate two hosts: {error}")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"cannot make two hosts here: ip {' '.join(arguments)}: {error.stderr.strip()}")
+        pytest.skip(f"cannot emulate two hosts: ip {' '.join(arguments)}: {error.stderr.strip()}")
 
 
 @pytest.fixture
 def hosts():
-    """Two hosts that see each other alone; whatever still runs in them at the end is killed."""
+    """Two hosts that can reach only each other. Their remaining processes are killed at the end."""
     number = os.getpid()
     network = f"10.{100 + number // 250 % 100}.{number % 250}"
     both = [Host(f"remixmatch-{number}-{i}", f"rm{number}-{i}", f"{network}.{i}") for i in (1, 2)]
@@ -72,18 +72,18 @@ def hosts():
                 for pid in host.processes():
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                # the cable goes with its ends
+                # This deletes the link, too.
                 subprocess.run(["ip", "netns", "delete", host.namespace], check=True)
 
 
 def start_hosts(hosts, logs, *arguments):
-    """Starts one torchrun on each host; what it prints goes to a file."""
+    """Start one torchrun on each host, with its output in a log file."""
     first = hosts[0]
-    # torchrun's own store keeps the addresses of workers from before a restart, which others then try to reach
+    # torchrun's store keeps the addresses of workers from before a restart, which others then try to reach.
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     started = []
     for host, log in zip(hosts, logs, strict=True):
-        # both have one host name, which is no address of theirs, so they are told who they are
+        # Both hosts have the same host name, which does not resolve to their addresses, so pass the addresses.
         torchrun = [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
             *("--max-restarts", "1", "--local-addr", host.address, "--rdzv-id", "two-hosts"),
@@ -102,8 +102,8 @@ def start_hosts(hosts, logs, *arguments):
     return started
 
 
-def test_two_hosts_of_which_one_loses_its_rank_train_the_run_of_one_process(hosts, tmp_path):
-    """Both hosts come back and go on from a checkpoint, though the first one's torchrun saw nothing fail."""
+def test_two_hosts_recover_from_a_killed_rank_with_the_results_of_one_process(hosts, tmp_path):
+    """Both hosts restart from a checkpoint, though the first host's torchrun saw no failure."""
     one = start(tmp_path / "one.log", "train", "digits-40", "--out", tmp_path / "one", "--quiet", *FLAGS)
     assert finish([one]) == [0]
     folder, logs = tmp_path / "run", [tmp_path / "first.log", tmp_path / "second.log"]

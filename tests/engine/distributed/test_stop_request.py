@@ -1,4 +1,4 @@
-"""Requests to stop, by signals and by threads."""
+"""Stop requests by signals and by threads."""
 
 import os
 import signal
@@ -16,17 +16,21 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_terminal():
-    """What runs the tests may have told them to ignore some signals, which are then left ignored."""
-    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+def default_signal_handlers():
+    """The default signal handlers. Tests may be started with some signals ignored, which stay ignored otherwise."""
+    handlers = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_signal_ends_a_wait_and_handlers_are_as_before(number):
+def test_a_signal_ends_a_wait_and_handlers_are_restored(number):
     before = [signal.getsignal(each) for each in NUMBERS]
     stop = StopRequest()
     with stop.listening():
@@ -38,7 +42,7 @@ def test_a_signal_ends_a_wait_and_handlers_are_as_before(number):
     assert [signal.getsignal(each) for each in NUMBERS] == before
 
 
-def test_a_thread_may_ask_and_a_wait_without_a_request_ends():
+def test_a_thread_can_request_a_stop_and_a_wait_times_out():
     stop = StopRequest()
     assert not stop.wait(0.12)
     threading.Timer(0.1, stop.ask, (signal.SIGTERM,)).start()
@@ -47,7 +51,7 @@ def test_a_thread_may_ask_and_a_wait_without_a_request_ends():
     assert stop.number == signal.SIGTERM
 
 
-def test_outside_the_main_thread_signals_are_left_alone():
+def test_outside_the_main_thread_handlers_are_unchanged():
     before, seen = [signal.getsignal(each) for each in NUMBERS], []
 
     def listen():
@@ -60,7 +64,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     assert seen == [before]
 
 
-def test_the_second_sigint_ends_the_process_at_once():
+def test_a_second_sigint_ends_the_process_at_once():
     script = """
 import time
 from engine.distributed.watchdog import StopRequest

@@ -50,7 +50,7 @@ def test_initial_weights():
 def test_groups_are_separate_passes_in_one():
     """Statistics, outputs and gradients of one grouped pass against a pass for each group."""
     torch.manual_seed(0)
-    grouped, single = BatchNorm(5, 0.1, rows_per_group=4), BatchNorm(5, 0.1, None)
+    grouped, single = BatchNorm(5, 0.1, group_size=4), BatchNorm(5, 0.1, None)
     with torch.no_grad():
         for p in grouped.parameters():
             p.normal_()
@@ -73,9 +73,9 @@ def test_groups_are_separate_passes_in_one():
     torch.testing.assert_close(grouped.running_var, 0.9 + 0.1 * var, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows_per_group", [None, 4])
-def test_untracked_passes_leave_running_statistics_alone(rows_per_group):
-    network = WideResNet(3, 2, 1, 8, rows_per_group=rows_per_group)
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_untracked_passes_leave_running_statistics_alone(group_size):
+    network = WideResNet(3, 2, 1, 8, group_size=group_size)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network(torch.randn(8, 3, 8, 8), track=False)
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
@@ -83,17 +83,17 @@ def test_untracked_passes_leave_running_statistics_alone(rows_per_group):
     assert not any(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
 
 
-@pytest.mark.parametrize("rows_per_group", [None, 2, 4])
-def test_running_statistics_of_the_first_rows_alone(rows_per_group):
+@pytest.mark.parametrize("group_size", [None, 2, 4])
+def test_running_statistics_of_the_first_rows_alone(group_size):
     """They are those rows', and outputs and gradients have the bits of a pass whose statistics are all rows'."""
-    network = WideResNet(3, 2, 1, 8, bn_momentum=0.1, rows_per_group=rows_per_group).double()
+    network = WideResNet(3, 2, 1, 8, bn_momentum=0.1, group_size=group_size).double()
     images = torch.randn(12, 3, 8, 8, dtype=torch.float64) * torch.linspace(0.2, 3, 12)[:, None, None, None]
     images = images.contiguous(memory_format=torch.channels_last)
     expected, by_all = (statistics_of_first_samples(network, images, first, 0.1) for first in (8, 12))
     seen = []
     for first, statistics in ((None, by_all), (12, by_all), (8, expected)):
         one = copy.deepcopy(network)
-        logits, rotation_logits = one(images, stats_rows=first)
+        logits, rotation_logits = one(images, stats_samples=first)
         (logits.square().sum() + rotation_logits.sum()).backward()
         torch.testing.assert_close(one.running_statistics(), statistics, atol=1e-12, rtol=1e-12)
         seen.append([logits, rotation_logits, *(p.grad for p in one.parameters())])
@@ -101,32 +101,32 @@ def test_running_statistics_of_the_first_rows_alone(rows_per_group):
     for all_rows, own in zip(seen[0], seen[2], strict=True):
         assert torch.equal(all_rows, own)
     before = network.running_statistics()
-    network(images, track=False, stats_rows=8)
-    network.eval()(images, stats_rows=8)
+    network(images, track=False, stats_samples=8)
+    network.eval()(images, stats_samples=8)
     assert torch.equal(network.running_statistics(), before)
 
 
-@pytest.mark.parametrize("rows_per_group", [None, 4])
-def test_running_statistics_of_a_pass_in_half_precision_are_of_its_rows(rows_per_group):
-    norm = BatchNorm(5, 1.0, rows_per_group)
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_running_statistics_of_a_pass_in_half_precision_are_of_its_rows(group_size):
+    norm = BatchNorm(5, 1.0, group_size)
     x = (3 * torch.randn(12, 5, 4, 4) + 1).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x, True, 8).dtype == torch.bfloat16
-    groups = x[:8].float().unflatten(0, (-1, rows_per_group or 8))
+    groups = x[:8].float().unflatten(0, (-1, group_size or 8))
     torch.testing.assert_close(norm.running_mean, groups.mean((1, 3, 4)).mean(0))
     torch.testing.assert_close(norm.running_var, groups.var((1, 3, 4)).mean(0))
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("rows_per_group", [None, 4])
-def test_compiled_running_statistics_of_the_first_rows(rows_per_group):
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_compiled_running_statistics_of_the_first_rows(group_size):
     torch._dynamo.reset()
-    eager = BatchNorm(8, 0.1, rows_per_group)
+    eager = BatchNorm(8, 0.1, group_size)
     compiled = torch.compile(copy.deepcopy(eager), dynamic=False, fullgraph=True)
     outputs = []
     for norm in (eager, compiled):
         x = torch.randn(12, 8, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        out = norm(x, True, stats_rows=8)
+        out = norm(x, True, stats_samples=8)
         out.sin().sum().backward()
         outputs.append([out, x.grad, *norm.buffers()])
     for one, other in zip(*outputs, strict=True):
@@ -134,7 +134,7 @@ def test_compiled_running_statistics_of_the_first_rows(rows_per_group):
 
 
 def test_evaluation_reads_running_statistics():
-    network = WideResNet(3, 2, 1, 8, rows_per_group=4).eval()
+    network = WideResNet(3, 2, 1, 8, group_size=4).eval()
     images = torch.randn(6, 3, 8, 8)
     together = network(images)[0]
     alone = torch.cat([network(image[None])[0] for image in images])

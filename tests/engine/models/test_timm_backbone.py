@@ -111,7 +111,7 @@ def test_weights_that_cannot_be_had(small, tmp_path, monkeypatch):
     save_file(timm.create_model("resnet18").state_dict(), other)
     damaged.write_bytes(b"PK\x03\x04 and then nothing")
     for path, words in [
-        (other, "is of another model: it has"),
+        (other, "is for a different model: "),
         (damaged, "cannot be read"),
         (tmp_path / "no.pth", "no such file"),
     ]:
@@ -123,7 +123,7 @@ def test_weights_that_cannot_be_had(small, tmp_path, monkeypatch):
         raise OSError("no route to the hub\nand more")
 
     monkeypatch.setattr(timm, "create_model", without_network)
-    with pytest.raises(UserError, match=r"cannot be had \(no route to the hub\); without a network give their file"):
+    with pytest.raises(UserError, match=r"cannot download .* \(no route to the hub\); if .* use --weights FILE"):
         make_network(small(pretrained=True), 7, CPU)
 
 

@@ -203,7 +203,7 @@ def test_the_number_of_images_fills_batch_norm_groups():
 
 
 def test_agreement_with_batch_norm_over_groups():
-    network, ema_model = (WideResNet(10, 3, 1, 8, rows_per_group=24) for _ in range(2))
+    network, ema_model = (WideResNet(10, 3, 1, 8, group_size=24) for _ in range(2))
     images = np.zeros((watched(bn="split", batch=24, bn_groups=1).images, 16, 16, 3), np.uint8)
     share, by_chance = agreement(network, ema_model.eval(), images, "cpu")
     assert share == by_chance, "each network assigns all black images to one class"

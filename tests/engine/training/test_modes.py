@@ -173,16 +173,16 @@ def test_what_auto_means(tiny):
     assert (pick_precision(config, CPU), pick_precision(config, gpu)) == (torch.float32, torch.bfloat16)
     assert pick_precision(tiny(precision="fp16"), CPU) is torch.float16
     assert [pick_views(config, device, (32, 32)) for device in (CPU, gpu)] == ["dali", "fused"]
-    with pytest.raises(UserError, match="prepare smaller ones"):
+    with pytest.raises(UserError, match="prepare smaller images"):
         pick_views(config, gpu, (4000, 224))
-    with pytest.raises(UserError, match="on a GPU take --views fused"):
+    with pytest.raises(UserError, match="on a GPU use --views fused"):
         pick_views(tiny(views="dali"), gpu, (32, 32))
 
 
 def test_what_cannot_be_done_is_said(tiny, monkeypatch):
-    with pytest.raises(UserError, match=r"--mode graph .* needs a GPU"):
+    with pytest.raises(UserError, match=r"--mode graph .* requires a GPU"):
         pick_mode(tiny(mode="graph"), CPU)
-    with pytest.raises(UserError, match="up to 256x256 pixels, these have 324x200"):
+    with pytest.raises(UserError, match="up to 256x256 pixels, got 324x200"):
         pick_views(tiny(views="fused"), CPU, (324, 200))
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
@@ -213,7 +213,7 @@ def test_apex_is_asked_for_by_its_right_name(tiny, apex):
         ((), False, "apex is not installed; build NVIDIA/apex from source"),
         (("apex",), True, "is not NVIDIA's: pip uninstall apex; build NVIDIA/apex"),
         (("apex", "apex.optimizers"), True, "without its CUDA extensions; build NVIDIA/apex"),
-        (("apex", "apex.optimizers", "amp_C"), True, "needs a GPU"),
+        (("apex", "apex.optimizers", "amp_C"), True, "requires a GPU"),
     ]:
         apex(*names, packaged=packaged)
         with pytest.raises(UserError, match=words):

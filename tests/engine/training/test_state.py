@@ -40,5 +40,5 @@ def test_a_buffer_cannot_take_the_name_of_something_else(name, monkeypatch):
             self.register_buffer(name, torch.zeros(()))
 
     monkeypatch.setitem(targets.TARGETS, "remixmatch", Named)
-    with pytest.raises(ValueError, match=f"buffers of Named need other names than {name}"):
+    with pytest.raises(ValueError, match=f"Named: buffer names {name} are reserved"):
         state()

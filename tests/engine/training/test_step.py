@@ -60,7 +60,7 @@ def reference(bench):
     expected = {}
 
     network = before.network
-    network.rows_per_group = None
+    network.group_size = None
     frozen = copy.deepcopy(network)
 
     # 2 guess, 3 alignment, 4 sharpening
