@@ -1,6 +1,6 @@
 """Process group and collectives; with a single rank, every collective returns its input.
 
-Built on torch.distributed with the environment of torchrun, which `engine.distributed.launch` can start.
+Based on torch.distributed and the environment variables of torchrun, which `engine.distributed.launch` runs.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ from typing import NoReturn
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _CHECK_SECONDS = 0.25
 _POLL_SECONDS = 0.05
-SIGNAL_TIMEOUT = 5.0  # Seconds after which a signal that Python has not handled means that it hangs in native code.
+SIGNAL_TIMEOUT = 5.0  # Seconds. If Python has not handled a signal by then, it hangs in native code.
 
 
 class StopRequest:
-    """A stop request by SIGTERM, SIGINT, SIGHUP or another thread, for a loop that checks it when it can stop.
+    """A request to stop, from SIGTERM, SIGINT, SIGHUP or another thread; loops check it where they can stop.
 
     Attributes:
         number: Number of the first signal received, 0 without a request.
@@ -53,7 +53,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # nohup ignores some.
+        wanted = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]  # As under nohup.
         self._inbox, outbox = os.pipe()
         for end in (self._inbox, outbox):
             os.set_blocking(end, False)

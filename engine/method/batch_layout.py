@@ -5,7 +5,7 @@ the random numbers of one step. B is the number of labeled images per step over 
 views, R the number of ranks, and b = B / R.
 
 Views. The plan of a step (`pipelines/plan.py`) numbers the views of the global batch block by block. A block has one
-view of each of B images, so view `block * B + i` shows image i:
+view of each of B images, so view `block * B + i` shows labeled or unlabeled image i:
 
     block      0          1        2     3           K + 1   K + 2
     view       x_strong   u_weak   u_1   u_2   ...   u_K     x_probe
@@ -14,7 +14,7 @@ view of each of B images, so view `block * B + i` shows image i:
 Blocks 0 to K + 1 are the mixup pool (section 3.3 of the paper). A view may be mixed with any view of the pool, so every
 rank makes the views of its own b images and then gathers those of all ranks.
 
-Inputs. These are the inputs of one rank, from first to last:
+Inputs. These are the inputs of a rank with one micro-batch, from first to last:
 
     number       made from                forward pass                   used for
     b (K + 2)    its pool views, mixed    train_model                    loss_x, loss_u
@@ -36,9 +36,10 @@ whatever M is. The inputs of a rank with two micro-batches are, with || between 
 
 Batch norm over groups (`bn = "split"`). Inputs that follow one another share statistics, so the order of the inputs
 defines the groups. The authors' code runs the pool in K + 2 passes, each of which mixes labeled and unlabeled views.
-Here each block is cut into G parts, and the views of part j form K + 2 groups: the view of image i = G t + j in block v
-of the pool is in group (v + t) mod (K + 2). A group then has exactly one view of each of its B / G images, and the
-views cycle through the blocks. With B / G >= K + 2 every group contains labeled views.
+Here the images are split into G parts, where part j has the images i = G t + j for t = 0, 1, ... The views of a part
+form K + 2 groups: the view of image i in block v of the pool is in group (v + t) mod (K + 2). A group then has exactly
+one view of each of its B / G images, and the views cycle through the blocks. With B / G >= K + 2 every group contains
+labeled views.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class BatchLayout:
 
         Args:
             spec: What the plans are drawn for.
-            bn_groups: G, parts that each block is cut into; a multiple of `micro_batches` that divides B.
+            bn_groups: G, number of parts that the images are split into; a multiple of `micro_batches` that divides B.
             rank: r.
             ranks: R.
             micro_batches: M, a multiple of `ranks`.
@@ -133,7 +134,7 @@ class BatchLayout:
             return (parts + bn_groups * np.arange(per_group)).reshape(-1)
 
         def views_of(some_rank: int, some_blocks: np.ndarray) -> np.ndarray:
-            """Return a rank's view indices in blocks of B, one line per micro-batch: (M / R, len(blocks) * B / M)."""
+            """Return a rank's view indices in some blocks, one line per micro-batch: (M / R, len(blocks) * B / M)."""
             own = images_of(some_rank).reshape(accumulation_steps, 1, -1)
             return (own + batch * some_blocks[:, None]).reshape(accumulation_steps, -1)
 

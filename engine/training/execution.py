@@ -186,7 +186,7 @@ def set_numerics(deterministic: bool, cudnn_benchmark: bool | None = None) -> No
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic if cudnn_benchmark is None else cudnn_benchmark
     torch.backends.cudnn.deterministic = deterministic
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # It is never read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # No such memory is read.
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read by cuBLAS on first use.
     if torch.are_deterministic_algorithms_enabled() != deterministic:

@@ -42,7 +42,8 @@ from kernels.assemble import assemble_batch
 
 _BUCKETS = 2  # Gradient buckets: the later layers' gradients are reduced while the earlier layers' are computed.
 _BUCKET_BYTES = 2**20, 25 * 2**20  # Smallest size, which torch.compile assumes, and largest, which is torch's default.
-# The option that keeps DDP from broadcasting rank 0's running statistics. Newer versions of torch renamed it.
+# The option that keeps DDP from broadcasting rank 0's running statistics before every pass. Newer versions of torch
+# renamed it.
 _PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
 METRICS = (*LOSSES, "confidence", "guesses_used", "alignment_gap", "omega", "stop")

@@ -84,10 +84,10 @@ class Trainer:
 
     def resume(self) -> bool:
         """Load the newest valid checkpoint (read by rank 0). Returns whether one was found."""
-        found = collectives.run_on_rank_0(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
-        if found is None:
+        newest = collectives.run_on_rank_0(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
+        if newest is None:
             return False
-        content = found.content
+        content = newest.content
         before = content["micro_batches"]
         if self.config.bn == "joint" and before != self.micro_batches:
             log.warning(
@@ -100,7 +100,7 @@ class Trainer:
         self.health.load_state_dict(content["health"])
         self.accuracies = list(content["accuracies"])
         self.train_seconds, self.cpu_seconds = content["train_seconds"], content["cpu_seconds"]
-        self.step = found.step
+        self.step = newest.step
         return True
 
     def save(self, last: bool = False) -> None:
@@ -165,7 +165,7 @@ class Trainer:
                     self._after_step()
                 if self.step < self.config.steps:
                     self.save(last=True)
-                    number = self._stop.number or signal.SIGTERM  # Another rank's signal is not known.
+                    number = self._stop.number or signal.SIGTERM  # The other rank's signal is unknown.
                     name = signal.Signals(number).name
                     raise Stopped(f"{name}: saved step {self.step} in {self.folder}; use --resume to continue", number)
         finally:

@@ -1,4 +1,4 @@
-"""The page's worked example of a new method, applied to a copy of the code: it trains like those that are there."""
+"""The example of docs/code.md that adds a method, applied to a copy of the code; and the state of methods."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ CLASSES = 5
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """The packages with the method added as the page says."""
+    """A copy of the packages with the method added as in docs/code.md."""
     folder = tmp_path_factory.mktemp("checkout")
     for package in ("engine", "kernels", "pipelines", "bench"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -50,19 +50,19 @@ def train(checkout, out, *flags):
     return out
 
 
-def test_the_example_is_short_and_in_two_files():
+def test_the_example_is_short_and_changes_two_files():
     assert len(RULE.splitlines()) + len(SETTINGS.splitlines()) <= 60
     text = TEXTS["docs/code.md"]
     assert all(f"](../{path})" in text for path in FILES)
 
 
-def test_it_trains_resumes_bit_for_bit_and_on_two_ranks(checkout, tmp_path):
+def test_the_method_trains_resumes_bitwise_and_runs_on_two_ranks(checkout, tmp_path):
     whole = train(checkout, tmp_path / "whole")
     train(checkout, tmp_path / "resumed", "--steps", "4")
     assert_same_bits(train(checkout, tmp_path / "resumed", "--resume", "--steps", "8"), whole)
     state = final_state(whole)[1]["state"]
     assert state["threshold"] != 0.1 and not torch.equal(state["class_means"], torch.full((10,), 0.1))
-    # two ranks as one rank with as many micro-batches, bit for bit; the ranks' states are compared on the way
+    # Two ranks equal one rank with two micro-batches bit for bit. --check-ranks compares the states of the ranks.
     parts = train(checkout, tmp_path / "parts", "--micro-batches", "2")
     assert_same_bits(
         train(checkout, tmp_path / "ranks", "--micro-batches", "2", "--gpus", "2", "--check-ranks", "1"), parts
@@ -70,33 +70,33 @@ def test_it_trains_resumes_bit_for_bit_and_on_two_ranks(checkout, tmp_path):
 
 
 def adaptive(config, classes):
-    """The page's class, without entering it."""
+    """Make the targets of docs/code.md without registering their class."""
     names = dict(vars(targets_module), TARGETS={})
     exec(RULE, names)
     return names["SelfAdaptiveTargets"](config, classes)
 
 
-def test_the_example_is_the_papers_rule():
-    """Equations 5 to 8 of FreeMatch, in float64 and one image at a time."""
-    chance = np.random.default_rng(0)
-    made = adaptive(Config(threshold=0.0, hard_labels=True, align=False), CLASSES)
+def test_the_example_implements_the_paper():
+    """Compare with equations 5 to 8 of FreeMatch, in float64 and one image at a time."""
+    rng = np.random.default_rng(0)
+    targets = adaptive(Config(threshold=0.0, hard_labels=True, align=False), CLASSES)
     tau, means = 1 / CLASSES, np.full(CLASSES, 1 / CLASSES)
     for step in range(50):
-        logits = chance.normal(scale=2, size=(16, CLASSES))
+        logits = rng.normal(scale=2, size=(16, CLASSES))
         q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-        tau = 0.999 * tau + 0.001 * np.mean([row.max() for row in q])
+        tau = 0.999 * tau + 0.001 * np.mean([prediction.max() for prediction in q])
         means = 0.999 * means + 0.001 * q.mean(0)
         local = [tau * mean / max(means) for mean in means]
-        found, weights = made(torch.tensor(logits, dtype=torch.float32)[None], torch.tensor(step))
-        for row, target, weight in zip(q, found, weights, strict=True):
-            c = int(row.argmax())
-            assert target.tolist() == np.eye(CLASSES)[c].tolist() and weight == (row[c] >= local[c])
-    assert made.threshold.item() == pytest.approx(tau, abs=1e-6)
-    np.testing.assert_allclose(made.class_means.numpy(), means, atol=1e-6)
+        pseudo_labels, weights = targets(torch.tensor(logits, dtype=torch.float32)[None], torch.tensor(step))
+        for prediction, pseudo_label, weight in zip(q, pseudo_labels, weights, strict=True):
+            c = int(prediction.argmax())
+            assert pseudo_label.tolist() == np.eye(CLASSES)[c].tolist() and weight == (prediction[c] >= local[c])
+    assert targets.threshold.item() == pytest.approx(tau, abs=1e-6)
+    np.testing.assert_allclose(targets.class_means.numpy(), means, atol=1e-6)
 
 
-class Counting(Targets):
-    """Targets with state of other kinds: a count, a flag, and a tensor that is not saved."""
+class StatefulTargets(Targets):
+    """Targets with buffers of other types: a count, a flag, and a tensor that is not persistent."""
 
     def __init__(self, config, classes):
         super().__init__(config, classes)
@@ -107,7 +107,7 @@ class Counting(Targets):
 
 @pytest.fixture
 def state(monkeypatch):
-    monkeypatch.setitem(targets_module.TARGETS, "remixmatch", Counting)
+    monkeypatch.setitem(targets_module.TARGETS, "remixmatch", StatefulTargets)
     return make_state(preset("digits-40"), CLASSES, torch.device("cpu"))
 
 
@@ -118,7 +118,7 @@ def change(state):
     state.targets.label_marginal.mul_(0.5)
 
 
-def test_checkpoints_find_every_buffer(state):
+def test_checkpoints_contain_every_persistent_buffer(state):
     kept = {name: value.clone() for name, value in state.targets.state_dict().items()}
     assert {"count", "flag", "p_model_history", "label_marginal"} == kept.keys() <= state.state_dict().keys()
     saved = {name: value.clone() for name, value in state.state_dict().items() if isinstance(value, torch.Tensor)}
@@ -127,14 +127,14 @@ def test_checkpoints_find_every_buffer(state):
     assert all(torch.equal(value, kept[name]) for name, value in state.targets.state_dict().items())
 
 
-def test_the_comparison_of_ranks_finds_every_buffer(state):
+def test_the_comparison_of_ranks_covers_every_persistent_buffer(state):
     before = digests(state.state_dict())
     change(state)
     after = digests(state.state_dict())
     assert {name for name in before if before[name] != after[name]} == {"count", "flag", "label_marginal"}
 
 
-def test_the_warm_up_of_a_capture_restores_every_buffer(state):
+def test_a_snapshot_restores_every_buffer(state):
     kept = {name: buffer.clone() for name, buffer in state.targets.named_buffers()}
     assert "scratch" in kept
     snapshot = Snapshot(state)

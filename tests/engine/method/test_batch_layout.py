@@ -1,4 +1,4 @@
-"""Index arithmetic: every row trained once, groups that interleave, ranks that share the groups."""
+"""Batch layout: each pool view is trained once, groups interleave, and ranks share the groups."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ SPEC = PlanSpec(batch=24, k=2, labeled_images=40, unlabeled_images=100, max_shif
     ("groups", "ranks", "parts"),
     [(1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 2, 4), (4, 1, 2), (6, 3, 3), (6, 3, 6)],
 )
-def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
+def test_ranks_together_train_every_pool_view_once(groups, ranks, parts):
     shares = [BatchLayout.for_rank(SPEC, groups, rank, ranks, parts) for rank in range(ranks)]
     pool = np.concatenate([share.pool for share in shares])
     np.testing.assert_array_equal(np.sort(pool), np.arange(24 * 4))
@@ -24,21 +24,21 @@ def test_ranks_together_train_every_pool_row_once(groups, ranks, parts):
         assert set(share.images) == set(range(rank, 24, ranks))
         assert set(share.pool % 24) == set(share.images)
         assert share.accumulation_steps == parts // ranks
-        # of x, u, u_1 and rotated u_1, each row counts in one mean, whose shares sum to 1
-        shares_of = np.concatenate([share.class_weights, share.rotation_weights[None]])
+        # Each input counts in one of the means over x, u, u_1 and rotated u_1, whose weights sum to 1.
+        weights = np.concatenate([share.class_weights, share.rotation_weights[None]])
         own = 24 // parts
-        for term, count in zip(shares_of, (own, 3 * own, own, own), strict=True):
+        for term, count in zip(weights, (own, 3 * own, own, own), strict=True):
             np.testing.assert_allclose(term[term > 0], 1 / count, rtol=1e-6)
             assert (term > 0).sum() == count
-        assert ((shares_of > 0).sum(0) == 1).all()
+        assert ((weights > 0).sum(0) == 1).all()
         for part in share.pool.reshape(share.accumulation_steps, -1):
-            np.testing.assert_array_equal(shares_of[0, : len(part)] > 0, part < 24)
-            np.testing.assert_array_equal(shares_of[1, : len(part)] > 0, part >= 24)
-        assert (shares_of[2, -2 * own : -own] > 0).all() and (shares_of[3, -own:] > 0).all()
+            np.testing.assert_array_equal(weights[0, : len(part)] > 0, part < 24)
+            np.testing.assert_array_equal(weights[1, : len(part)] > 0, part >= 24)
+        assert (weights[2, -2 * own : -own] > 0).all() and (weights[3, -own:] > 0).all()
 
 
 @pytest.mark.parametrize(("groups", "ranks"), [(1, 1), (2, 1), (2, 2), (4, 2), (6, 1)])
-def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
+def test_each_group_interleaves_labeled_and_unlabeled_views(groups, ranks):
     size = 24 // groups
     for rank in range(ranks):
         pool = BatchLayout.for_rank(SPEC, groups, rank, ranks, ranks).pool.reshape(-1, size)
@@ -46,20 +46,20 @@ def test_each_group_interleaves_labeled_and_unlabeled_rows(groups, ranks):
             assert len(set(group % 24)) == size, "one view of each image"
             assert len(set(group % 24 % groups)) == 1, "images of one part of the batch"
             counts = np.bincount(group // 24, minlength=4)
-            assert counts.min() >= size // 4, "every block of views, labeled rows among them"
+            assert counts.min() >= size // 4, "all blocks of the pool"
 
 
-def test_two_ranks_form_the_groups_of_one():
+def test_groups_do_not_depend_on_the_number_of_ranks():
     def groups(ranks):
-        rows = [BatchLayout.for_rank(SPEC, 4, rank, ranks, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
-        return {tuple(group) for group in np.concatenate(rows)}
+        pools = [BatchLayout.for_rank(SPEC, 4, rank, ranks, ranks).pool.reshape(-1, 6) for rank in range(ranks)]
+        return {tuple(group) for group in np.concatenate(pools)}
 
     assert groups(1) == groups(2) == groups(4)
 
 
 @pytest.mark.parametrize(("groups", "parts"), [(2, 2), (4, 4), (8, 4)])
-def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
-    spec, rows = dataclasses.replace(SPEC, batch=32), {}
+def test_micro_batches_do_not_depend_on_the_number_of_ranks(groups, parts):
+    spec, expected = dataclasses.replace(SPEC, batch=32), {}
     plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
     for ranks in (1, 2, parts):
         for rank in range(ranks):
@@ -75,29 +75,29 @@ def test_micro_batches_of_a_rank_are_those_of_as_many_ranks(groups, parts):
                 strict=True,
             )
             for part, (pool, images) in zip(range(rank, parts, ranks), pairs, strict=True):
-                same = (share.class_weights, share.rotation_weights, trained[part // ranks], pool, images)
-                for array, other in zip(same, rows.setdefault(part, same), strict=True):
-                    np.testing.assert_array_equal(array, other)
-    assert sorted(rows) == list(range(parts))
+                arrays = (share.class_weights, share.rotation_weights, trained[part // ranks], pool, images)
+                for array, first in zip(arrays, expected.setdefault(part, arrays), strict=True):
+                    np.testing.assert_array_equal(array, first)
+    assert sorted(expected) == list(range(parts))
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4)])
-def test_network_rows_show_what_the_plan_says(ranks, parts):
-    """Follows row numbers through gathered views back to the plan."""
+def test_inputs_follow_the_plan(ranks, parts):
+    """Map the indices of inputs through the gathered views back to the plan."""
     plan = make_plan(SPEC, seed=0, step=0, weights=initial_weights())
     labels = np.arange(24) % 10
     parts = max(parts, ranks)
     shares = [BatchLayout.for_rank(SPEC, parts, rank, ranks, parts) for rank in range(ranks)]
-    gathered = np.concatenate([share.views for share in shares])  # the global view row at each gathered place
-    known = np.concatenate([np.arange(24), 100 + np.arange(24)])  # stands for [labels; guesses]
+    gathered = np.concatenate([share.views for share in shares])  # View index of each gathered view.
+    known = np.concatenate([np.arange(24), 100 + np.arange(24)])  # Stands for [labels; pseudo-labels].
     for share in shares:
         step = rank_plan(share, plan, labels)
         source, partner = gathered[step.source], gathered[step.partner]
         trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.accumulation_steps)
         passed = slice(len(share.pool) + 2 * len(share.images), None)
         pools, images = np.split(share.pool, share.accumulation_steps), np.split(share.images, share.accumulation_steps)
-        for rows, pool, own in zip(trained, pools, images, strict=True):
-            mixed, first, rotated = np.split(rows, [len(pool), len(pool) + len(own)])
+        for inputs, pool, own in zip(trained, pools, images, strict=True):
+            mixed, first, rotated = np.split(inputs, [len(pool), len(pool) + len(own)])
             np.testing.assert_array_equal(source[mixed], pool)
             np.testing.assert_array_equal(partner[mixed], plan.perm[pool])
             np.testing.assert_array_equal(step.lam[mixed], plan.lam[pool])
@@ -108,14 +108,14 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
             unmixed = np.concatenate([first, rotated])
             np.testing.assert_array_equal(partner[unmixed], source[unmixed])
             assert (step.lam[unmixed] == 1).all()
-            # all K + 1 views of an image share its one target, and so do u_1 and its rotation
+            # All K + 1 views of an image share its target, and so do u_1 and its rotation.
             for shown, target in (
                 (pool, step.target_index[mixed]), (plan.perm[pool], step.partner_target_index[mixed]),
                 (own + 2 * 24, step.target_index[first]), (own + 2 * 24, step.partner_target_index[first]),
                 (own + 2 * 24, step.target_index[rotated]), (own + 2 * 24, step.partner_target_index[rotated]),
             ):  # fmt: skip
                 np.testing.assert_array_equal(known[target], np.where(shown < 24, shown, 100 + shown % 24))
-        expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak, probe
+        expected = np.concatenate([share.images + block * 24 for block in (1, 4)])  # u_weak and x_probe.
         np.testing.assert_array_equal(source[passed], expected)
         np.testing.assert_array_equal(partner[passed], expected)
         assert (step.lam[passed] == 1).all() and not step.rotations[passed].any()
@@ -124,18 +124,18 @@ def test_network_rows_show_what_the_plan_says(ranks, parts):
     np.testing.assert_array_equal(order[shares[0].probe_order], np.arange(24))
 
 
-def test_supervised_rows_are_the_labeled_pool_and_the_probes():
+def test_supervised_inputs_are_the_labeled_pool_and_the_probes():
     spec = PlanSpec(batch=8, k=2, labeled_images=40, unlabeled_images=0, max_shift=2, flip=False)
     plan = make_plan(spec, 0, 0, initial_weights())
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
-    step = rank_plan(rows, plan, np.zeros(8, np.int64))
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    step = rank_plan(layout, plan, np.zeros(8, np.int64))
     np.testing.assert_array_equal(step.source, np.arange(16))
     assert step.target_index.max() < 8 and not step.rotations.any()
-    np.testing.assert_array_equal(rows.class_weights[0], np.full(8, 1 / 8, np.float32))
-    assert not rows.class_weights[1:].any() and not rows.rotation_weights.any()
+    np.testing.assert_array_equal(layout.class_weights[0], np.full(8, 1 / 8, np.float32))
+    assert not layout.class_weights[1:].any() and not layout.rotation_weights.any()
 
 
-OTHERS = {
+METHODS = {
     "fixmatch": (dict(anchor="guess-only", mu=3, k=1, mixup_alpha=0.0), dict(unmixed=False, rotated=False)),
     "two strong views": (dict(anchor="guess-only", mu=2, k=2), dict(unmixed=False, rotated=False)),
     "mixmatch": (dict(anchor="none", k=2, probes=False), dict(unmixed=False, rotated=False, mean_guess=True)),
@@ -147,10 +147,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 2), (1, 2), (2, 4)])
-@pytest.mark.parametrize("name", OTHERS)
-def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
-    """Each row is named by what it shows, (block, image), and so is each target and each guess."""
-    changes, passed = OTHERS[name]
+@pytest.mark.parametrize("name", METHODS)
+def test_inputs_and_targets_of_other_methods(name, ranks, parts):
+    """Identify every view, target and pseudo-label by (block, image)."""
+    changes, options = METHODS[name]
     spec = dataclasses.replace(SPEC, **changes)
     plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
     batch, unlabeled = spec.batch, spec.mu * spec.batch
@@ -161,51 +161,51 @@ def test_rows_of_other_methods_show_what_they_train_on(name, ranks, parts):
     pool = [view for view in views if view[0] != "probe" and (view[0] != "u_weak" or spec.anchor == "trained")]
     known = [("x", i) for i in range(batch)] + [("u", i) for i in range(unlabeled)]
     of_pool = [("x" if block == "x" else "u", i) for block, i in pool]
-    of_guess = [v for v in pool if v[0] != "x"] if passed.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
+    of_guess = [v for v in pool if v[0] != "x"] if options.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
 
-    shares = [BatchLayout.for_rank(spec, parts, rank, ranks, parts, **passed) for rank in range(ranks)]
-    gathered = [views[row] for share in shares for row in share.views]
+    shares = [BatchLayout.for_rank(spec, parts, rank, ranks, parts, **options) for rank in range(ranks)]
+    gathered = [views[index] for share in shares for index in share.views]
     trained, guessed, probed = [], [], []
     for share in shares:
         step = rank_plan(share, plan, np.zeros(batch, np.int64))
-        rows = len(share.target_index)
+        count = len(share.target_index)
         own_guesses = len(of_guess) // ranks
-        shown = [gathered[row] for row in step.source]
-        guessed += shown[rows : rows + own_guesses]
-        probed += shown[rows + own_guesses :]
-        for row, number in zip(share.mixed_index, share.pool, strict=True):
-            partner = plan.perm[number]
-            assert shown[row] == pool[number] and gathered[step.partner[row]] == pool[partner]
+        shown = [gathered[index] for index in step.source]
+        guessed += shown[count : count + own_guesses]
+        probed += shown[count + own_guesses :]
+        for i, index in zip(share.mixed_index, share.pool, strict=True):
+            partner = plan.perm[index]
+            assert shown[i] == pool[index] and gathered[step.partner[i]] == pool[partner]
             assert (
-                known[step.target_index[row]] == of_pool[number]
-                and known[step.partner_target_index[row]] == of_pool[partner]
+                known[step.target_index[i]] == of_pool[index]
+                and known[step.partner_target_index[i]] == of_pool[partner]
             )
-            trained.append(pool[number])
+            trained.append(pool[index])
         terms = np.concatenate([share.class_weights, share.rotation_weights[None]])
-        micro_batches = np.arange(rows).reshape(share.accumulation_steps, -1)
-        for weights, what in zip(terms, ("x", "u", "u_1", "rotated"), strict=True):
+        micro_batches = np.arange(count).reshape(share.accumulation_steps, -1)
+        for weights, term in zip(terms, ("x", "u", "u_1", "rotated"), strict=True):
             for micro_batch in micro_batches:
                 counted = micro_batch[weights > 0]
-                images = [shown[row][1] for row in counted]
-                if what in ("x", "u"):
-                    assert all((shown[row][0] == "x") == (what == "x") and row in share.mixed_index for row in counted)
-                elif passed.get("unmixed" if what == "u_1" else "rotated", True):
-                    assert {shown[row][0] for row in counted} == {"u_1"} and len(images) == unlabeled // parts
-                    assert all(known[step.target_index[row]] == ("u", shown[row][1]) for row in counted)
-                    turns = plan.rotations[images] if what == "rotated" else np.zeros(len(images))
-                    np.testing.assert_array_equal(step.rotations[counted], turns)
+                images = [shown[i][1] for i in counted]
+                if term in ("x", "u"):
+                    assert all((shown[i][0] == "x") == (term == "x") and i in share.mixed_index for i in counted)
+                elif options.get("unmixed" if term == "u_1" else "rotated", True):
+                    assert {shown[i][0] for i in counted} == {"u_1"} and len(images) == unlabeled // parts
+                    assert all(known[step.target_index[i]] == ("u", shown[i][1]) for i in counted)
+                    rotations = plan.rotations[images] if term == "rotated" else np.zeros(len(images))
+                    np.testing.assert_array_equal(step.rotations[counted], rotations)
                 else:
                     assert not len(counted)
                 if len(counted):
                     np.testing.assert_allclose(weights[weights > 0], 1 / len(counted), rtol=1e-6)
-        # the guess of a micro-batch is of its own images
+        # The pseudo-labels of a micro-batch are those of its own images.
         for part in range(share.accumulation_steps):
             size = own_guesses // share.accumulation_steps
-            of_part = shown[rows + part * size : rows + (part + 1) * size]
+            of_part = shown[count + part * size : count + (part + 1) * size]
             own = {known[target] for target in step.target_index.reshape(share.accumulation_steps, -1)[part]}
             assert {("u", image) for _, image in of_part} == {each for each in own if each[0] == "u"}
     assert sorted(trained) == sorted(pool)
-    ordered = [[guessed[place] for place in of_view] for of_view in shares[0].guess_order]
+    ordered = [[guessed[i] for i in of_view] for of_view in shares[0].guess_order]
     assert [view for of_view in ordered for view in of_view] == of_guess
     assert all([image for _, image in of_view] == list(range(unlabeled)) for of_view in ordered)
-    assert [probed[place] for place in shares[0].probe_order] == [v for v in views if v[0] == "probe"]
+    assert [probed[i] for i in shares[0].probe_order] == [v for v in views if v[0] == "probe"]

@@ -1,4 +1,4 @@
-"""The paper's networks, and batch norm over groups."""
+"""Wide ResNet and batch norm over groups."""
 
 import copy
 import math
@@ -47,8 +47,8 @@ def test_initial_weights():
     assert not torch.equal(other["stem.weight"], same["stem.weight"])
 
 
-def test_groups_are_separate_passes_in_one():
-    """Statistics, outputs and gradients of one grouped pass against a pass for each group."""
+def test_one_pass_over_groups_equals_a_pass_per_group():
+    """Compares outputs, gradients and running statistics."""
     torch.manual_seed(0)
     grouped, single = BatchNorm(5, 0.1, group_size=4), BatchNorm(5, 0.1, None)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_groups_are_separate_passes_in_one():
 
 
 @pytest.mark.parametrize("group_size", [None, 4])
-def test_untracked_passes_leave_running_statistics_alone(group_size):
+def test_passes_without_tracking_keep_the_running_statistics(group_size):
     network = WideResNet(3, 2, 1, 8, group_size=group_size)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network(torch.randn(8, 3, 8, 8), track=False)
@@ -84,22 +84,22 @@ def test_untracked_passes_leave_running_statistics_alone(group_size):
 
 
 @pytest.mark.parametrize("group_size", [None, 2, 4])
-def test_running_statistics_of_the_first_rows_alone(group_size):
-    """They are those rows', and outputs and gradients have the bits of a pass whose statistics are all rows'."""
+def test_running_statistics_of_the_first_samples(group_size):
+    """Outputs and gradients stay bit-identical to a pass in which all samples update the running statistics."""
     network = WideResNet(3, 2, 1, 8, bn_momentum=0.1, group_size=group_size).double()
     images = torch.randn(12, 3, 8, 8, dtype=torch.float64) * torch.linspace(0.2, 3, 12)[:, None, None, None]
     images = images.contiguous(memory_format=torch.channels_last)
-    expected, by_all = (statistics_of_first_samples(network, images, first, 0.1) for first in (8, 12))
-    seen = []
-    for first, statistics in ((None, by_all), (12, by_all), (8, expected)):
+    expected, of_all = (statistics_of_first_samples(network, images, first, 0.1) for first in (8, 12))
+    results = []
+    for first, statistics in ((None, of_all), (12, of_all), (8, expected)):
         one = copy.deepcopy(network)
         logits, rotation_logits = one(images, stats_samples=first)
         (logits.square().sum() + rotation_logits.sum()).backward()
         torch.testing.assert_close(one.running_statistics(), statistics, atol=1e-12, rtol=1e-12)
-        seen.append([logits, rotation_logits, *(p.grad for p in one.parameters())])
-    assert (expected - by_all).abs().max() > 1e-3
-    for all_rows, own in zip(seen[0], seen[2], strict=True):
-        assert torch.equal(all_rows, own)
+        results.append([logits, rotation_logits, *(p.grad for p in one.parameters())])
+    assert (expected - of_all).abs().max() > 1e-3
+    for with_all, with_first in zip(results[0], results[2], strict=True):
+        assert torch.equal(with_all, with_first)
     before = network.running_statistics()
     network(images, track=False, stats_samples=8)
     network.eval()(images, stats_samples=8)
@@ -107,7 +107,7 @@ def test_running_statistics_of_the_first_rows_alone(group_size):
 
 
 @pytest.mark.parametrize("group_size", [None, 4])
-def test_running_statistics_of_a_pass_in_half_precision_are_of_its_rows(group_size):
+def test_running_statistics_in_half_precision(group_size):
     norm = BatchNorm(5, 1.0, group_size)
     x = (3 * torch.randn(12, 5, 4, 4) + 1).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +119,7 @@ def test_running_statistics_of_a_pass_in_half_precision_are_of_its_rows(group_si
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("group_size", [None, 4])
-def test_compiled_running_statistics_of_the_first_rows(group_size):
+def test_compiled_running_statistics_of_the_first_samples(group_size):
     torch._dynamo.reset()
     eager = BatchNorm(8, 0.1, group_size)
     compiled = torch.compile(copy.deepcopy(eager), dynamic=False, fullgraph=True)
@@ -133,7 +133,7 @@ def test_compiled_running_statistics_of_the_first_rows(group_size):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_evaluation_reads_running_statistics():
+def test_evaluation_uses_the_running_statistics():
     network = WideResNet(3, 2, 1, 8, group_size=4).eval()
     images = torch.randn(6, 3, 8, 8)
     together = network(images)[0]
@@ -141,13 +141,13 @@ def test_evaluation_reads_running_statistics():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_channels_of_zeros_change_no_logits_and_no_gradient():
+def test_zero_channels_change_neither_logits_nor_gradients():
     network = WideResNet(10, scales=2, blocks=1, width=16)
-    rows = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    seen = []
-    for given in (rows, torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 5))):
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for inputs in (images, torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 5))):
         network.zero_grad()
-        logits, rotation_logits = network(given, False)
+        logits, rotation_logits = network(inputs, False)
         (logits.square().sum() + rotation_logits.sum()).backward()
-        seen.append([logits, rotation_logits, network.stem.weight.grad.clone()])
-    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+        results.append([logits, rotation_logits, network.stem.weight.grad.clone()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

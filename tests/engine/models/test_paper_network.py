@@ -1,6 +1,6 @@
-"""The network against another one: plain functions in double precision, from the paper's description alone.
+"""Wide ResNet against a second implementation, written from the paper in plain functions and double precision.
 
-Nothing in here is the engine's but the module under test: weights go over by their place in its `state_dict`.
+It uses nothing of the engine. Weights are passed by their names in the `state_dict` of the module under test.
 """
 
 import pytest
@@ -10,43 +10,44 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.models.wide_resnet import WideResNet
 
-SLOPE, EPSILON, MOMENTUM = 0.1, 1e-3, 0.001  # leaky ReLU's, batch norm's, and that of its running statistics
-STEM = 16  # channels of the first convolution
+SLOPE = 0.1  # Of leaky ReLU.
+EPSILON, MOMENTUM = 1e-3, 0.001  # Of batch norm and of its running statistics.
+STEM = 16  # Channels of the first convolution.
 CLASSES, ROTATIONS = 10, 4
 
 
 def layout(scales, blocks, width):
-    """The residual blocks in order: input channels, output channels, stride."""
-    made, inputs = [], STEM
+    """Return (input channels, output channels, stride) of the residual blocks in order."""
+    listed, inputs = [], STEM
     for group in range(scales):
         for block in range(blocks):
             outputs = width * 2**group
-            made.append((inputs, outputs, 2 if group and not block else 1))
+            listed.append((inputs, outputs, 2 if group and not block else 1))
             inputs = outputs
-    return made
+    return listed
 
 
 class PlainNetwork:
-    """The forward pass of a Wide ResNet of 3x3 residual blocks.
+    """Forward pass of a Wide ResNet with 3x3 residual blocks.
 
     Args:
-        weights: tensors by the names that WideResNet's state_dict has for them; running statistics change in place.
-        blocks: what `layout` gave.
-        training: whether batch norm takes the batch's statistics and moves the running ones.
+        weights: Tensors by their names in WideResNet's state_dict. Running statistics change in place.
+        blocks: The result of `layout`.
+        training: Whether batch norm uses the statistics of the batch and updates the running statistics.
     """
 
     def __init__(self, weights, blocks, training):
         self.weights, self.blocks, self.training = weights, blocks, training
 
     def __call__(self, images):
-        """(N, 3, H, W) to (N, L) class logits and (N, 4) rotation logits."""
+        """Map (N, 3, H, W) to (N, L) class logits and (N, 4) rotation logits."""
         x = self.convolve(images, "stem", 1)
         for number, (inputs, outputs, stride) in enumerate(self.blocks):
             name = f"body.{number}."
             activated = self.activate(x, name + "norm1")
             residual = self.convolve(activated, name + "conv1", stride)
             residual = self.convolve(self.activate(residual, name + "norm2"), name + "conv2", 1)
-            # the very first block activates before its residual: its shortcut starts there, too
+            # The very first block activates before it branches, so its shortcut is activated, too.
             shortcut = activated if number == 0 else x
             if inputs != outputs:
                 shortcut = self.convolve(shortcut, name + "shortcut", stride)
@@ -58,12 +59,12 @@ class PlainNetwork:
         )
 
     def convolve(self, x, name, stride):
-        """Without a bias; padded so that stride 1 keeps the size."""
+        """Convolve without bias, padded such that stride 1 keeps the size."""
         kernel = self.weights[name + ".weight"]
         return F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
 
     def activate(self, x, name):
-        """Batch norm, written out, and leaky ReLU."""
+        """Apply batch norm, written out, and leaky ReLU."""
         running_mean, running_var = (self.weights[f"{name}.running_{which}"] for which in ("mean", "var"))
         mean, var = running_mean, running_var
         if self.training:
@@ -73,21 +74,21 @@ class PlainNetwork:
             with torch.no_grad():
                 running_mean += MOMENTUM * (mean - running_mean)
                 running_var += MOMENTUM * (var * count / (count - 1) - running_var)
-        normalised = (x - mean[:, None, None]) / (var[:, None, None] + EPSILON).sqrt()
+        normalized = (x - mean[:, None, None]) / (var[:, None, None] + EPSILON).sqrt()
         scaled = (
-            normalised * self.weights[name + ".weight"][:, None, None] + self.weights[name + ".bias"][:, None, None]
+            normalized * self.weights[name + ".weight"][:, None, None] + self.weights[name + ".bias"][:, None, None]
         )
         return torch.where(scaled > 0, scaled, SLOPE * scaled)
 
 
 @pytest.fixture(params=[(3, 4, 8), (4, 2, 8), (1, 1, 16), (2, 1, 20)], ids=str)
 def shape(request):
-    """Groups, blocks a group, width: deep, four groups, and one in which the first block needs no shortcut."""
+    """Number of groups, blocks per group, and width. In (1, 1, 16) the first block has no shortcut convolution."""
     return request.param
 
 
 def networks(shape, training):
-    """The module under test and the plain form with equal weights, of which none is where it is at the start."""
+    """Return the module under test and the plain network with equal weights, all different from initial ones."""
     ours = WideResNet(CLASSES, *shape).double().to(memory_format=torch.channels_last).train(training)
     chance = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -105,7 +106,7 @@ def networks(shape, training):
 
 
 def assert_equal(ours, plain, name):
-    """To the rounding of double precision."""
+    """Assert equality up to the rounding of double precision."""
     torch.testing.assert_close(
         ours, plain, rtol=1e-9, atol=1e-9 * plain.abs().max().item(), msg=lambda m: f"{name}: {m}"
     )
@@ -114,11 +115,11 @@ def assert_equal(ours, plain, name):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_values_gradients_and_running_statistics(shape, training):
     ours, plain, images, chance = networks(shape, training)
-    found, expected = ours(images.to(memory_format=torch.channels_last)), plain(images)
-    for name, one, other in zip(("classes", "rotations"), found, expected, strict=True):
+    actual, expected = ours(images.to(memory_format=torch.channels_last)), plain(images)
+    for name, one, other in zip(("classes", "rotations"), actual, expected, strict=True):
         assert_equal(one, other, name)
     weights = [torch.randn(logits.shape, generator=chance, dtype=torch.float64) for logits in expected]
-    for outputs in (found, expected):
+    for outputs in (actual, expected):
         sum((logits * weight).sum() for logits, weight in zip(outputs, weights, strict=True)).backward()
     for name, parameter in ours.named_parameters():
         assert plain.weights[name].grad.any(), name
@@ -127,8 +128,8 @@ def test_values_gradients_and_running_statistics(shape, training):
         assert_equal(buffer, plain.weights[name], name)
 
 
-def counted(classes, scales, blocks, width, side):
-    """Parameters, and multiply-adds of one image's forward pass, by hand: convolutions, batch norms, two heads."""
+def count(classes, scales, blocks, width, side):
+    """Count parameters, and multiply-adds of the forward pass of one image: convolutions, batch norms, two heads."""
     parameters, multiply_adds = 0, 0
 
     def convolution(inputs, outputs, kernel, side):
@@ -163,8 +164,8 @@ def counted(classes, scales, blocks, width, side):
     ids=["WRN-28-2", "WRN-37-2, w=32", "WRN-37-2, w=64"],
 )
 def test_parameters_and_multiply_adds(scales, width, side, parameters, multiply_adds):
-    """Those of the paper's networks, by hand and as torch counts what is executed."""
-    assert counted(CLASSES, scales, 4, width, side) == (parameters, multiply_adds)
+    """Compare the counts of `count` with torch's for the networks of the paper."""
+    assert count(CLASSES, scales, 4, width, side) == (parameters, multiply_adds)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = WideResNet(CLASSES, scales, 4, width).eval()
         network(torch.empty(1, 3, side, side))

@@ -1,4 +1,4 @@
-"""Networks of timm: logits, normalisation, running statistics, weights, and runs."""
+"""timm backbones: logits, normalization, running statistics, weights, and runs."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def small(tiny):
     return make
 
 
-def test_heads_are_beside_each_other_on_the_features_of_timm():
+def test_both_heads_use_the_pooled_features():
     network = Backbone(NAME, 7, (32, 32)).eval()
     images = torch.randn(3, 3, 32, 32)
     logits, rotations = network(images)
@@ -41,19 +41,19 @@ def test_heads_are_beside_each_other_on_the_features_of_timm():
     assert logits.shape == (3, 7) and rotations.shape == (3, 4)
 
 
-def test_a_model_for_one_size_is_built_for_the_images():
+def test_a_model_of_fixed_size_is_built_for_the_images():
     logits, _ = Backbone("vit_tiny_patch16_224", 5, (32, 32)).eval()(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 5)
 
 
-def test_guesses_do_not_move_running_statistics_and_training_does():
+def test_label_guessing_keeps_the_running_statistics_and_training_updates_them():
     network = Backbone(NAME, 7, (32, 32), bn_momentum=0.25)
     images = torch.randn(6, 3, 32, 32)
     before = network.running_statistics()
-    guessed, _ = network(images, track=False)
+    untracked, _ = network(images, track=False)
     assert torch.equal(network.running_statistics(), before)
-    trained, _ = network(images)
-    torch.testing.assert_close(trained, guessed)
+    tracked, _ = network(images)
+    torch.testing.assert_close(tracked, untracked)
     (norm,) = [m for m in network.body.modules() if hasattr(m, "running_mean")][:1]
     inputs = []
     norm.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
@@ -62,7 +62,7 @@ def test_guesses_do_not_move_running_statistics_and_training_does():
     torch.testing.assert_close(norm.running_mean, 0.75 * mean + 0.25 * inputs[0].mean((0, 2, 3)))
 
 
-def test_running_statistics_are_those_of_batch_norm_alone():
+def test_running_statistics_are_those_of_all_batch_norms():
     network = Backbone(NAME, 7, (32, 32))
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert network.running_statistics().numel() == sum(2 * norm.num_features for norm in norms)
@@ -73,18 +73,18 @@ def test_running_statistics_are_those_of_batch_norm_alone():
     without.set_running_statistics(without.running_statistics())
 
 
-def test_images_are_normalised_as_timm_says():
+def test_images_are_normalized_by_timms_data_config():
     network = Backbone(NAME, 7, (16, 16)).eval()
     images = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
-    found = torch.cat([logits for _, logits in class_logits(network, images, CPU, rows=2)])
+    actual = torch.cat([logits for _, logits in class_logits(network, images, CPU, rows=2)])
     data = timm.data.resolve_model_data_config(network.body)
     pixels = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(data[name]).view(3, 1, 1) for name in ("mean", "std"))
-    assert data["mean"] != (0.5, 0.5, 0.5), "it would be the default"
-    torch.testing.assert_close(found, network((pixels - mean) / std)[0], atol=1e-5, rtol=1e-4)
+    assert data["mean"] != (0.5, 0.5, 0.5), "otherwise the default normalization would pass"
+    torch.testing.assert_close(actual, network((pixels - mean) / std)[0], atol=1e-5, rtol=1e-4)
 
 
-def test_equal_seeds_give_equal_networks_and_leave_torchs_generator_alone(small):
+def test_equal_seeds_give_equal_networks_and_keep_torchs_generator(small):
     before = torch.random.get_rng_state()
     one, two, other = (make_network(small(seed=seed), 7, CPU, (16, 16)) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -94,9 +94,9 @@ def test_equal_seeds_give_equal_networks_and_leave_torchs_generator_alone(small)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-def test_weights_come_from_a_file(small, tmp_path, suffix):
+def test_weights_from_a_file(small, tmp_path, suffix):
     path = tmp_path / f"weights.{suffix}"
-    whole = timm.create_model(NAME)  # with its classifier
+    whole = timm.create_model(NAME)  # With a classifier.
     save_file(whole.state_dict(), path) if suffix == "safetensors" else torch.save(
         {"state_dict": whole.state_dict()}, path
     )
@@ -106,7 +106,7 @@ def test_weights_come_from_a_file(small, tmp_path, suffix):
             assert torch.equal(value, whole.state_dict()[name]), name
 
 
-def test_weights_that_cannot_be_had(small, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_loaded(small, tmp_path, monkeypatch):
     other, damaged = tmp_path / "other.safetensors", tmp_path / "damaged.pth"
     save_file(timm.create_model("resnet18").state_dict(), other)
     damaged.write_bytes(b"PK\x03\x04 and then nothing")
@@ -127,7 +127,7 @@ def test_weights_that_cannot_be_had(small, tmp_path, monkeypatch):
         make_network(small(pretrained=True), 7, CPU)
 
 
-def test_names_that_are_not_there():
+def test_unknown_names():
     with pytest.raises(UserError, match=r"--network: unknown model of timm .* 'resnet5'; did you mean .*resnet50"):
         Backbone("resnet5", 7, (32, 32))
 
@@ -141,12 +141,12 @@ def test_names_that_are_not_there():
         (dict(network="timm:resnet50", pretrained=True, weights="a"), "mutually exclusive"),
     ],
 )
-def test_flags_that_cannot_work(changes, words):
+def test_invalid_flags(changes, words):
     with pytest.raises(UserError, match=words):
         validate(dataclasses.replace(Config(), **changes))
 
 
-def test_a_run_trains_is_resumed_bit_for_bit_and_classifies(small, tmp_path):
+def test_a_run_trains_resumes_bitwise_and_classifies(small, tmp_path):
     config = small(checkpoint_every=1)
     run.train(setup_run(dataclasses.replace(config, steps=1), tmp_path / "run"), quiet=True)
     run.train(setup_run(config, tmp_path / "run", resume=True), quiet=True)

@@ -1,4 +1,4 @@
-"""What torch's libraries, its compiler and malloc are told, in whole runs too."""
+"""Settings of torch's libraries, its compiler and malloc."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from tests.processes import ROOT, final_state
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restore_settings():
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     yield
     set_numerics(False)
@@ -27,18 +27,18 @@ def as_before():
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
-def chosen():
-    """What the libraries may choose: kernels by their times, those without a fixed order of sums, TF32."""
+def settings():
+    """Return whether kernels may be chosen by timing and may be nondeterministic. TF32 must be off."""
     cudnn = torch.backends.cudnn
-    assert not torch.backends.cuda.matmul.allow_tf32 and not cudnn.allow_tf32, "fp32 is fp32"
+    assert not torch.backends.cuda.matmul.allow_tf32 and not cudnn.allow_tf32
     return cudnn.benchmark, not (cudnn.deterministic and torch.are_deterministic_algorithms_enabled())
 
 
-def test_deterministic_is_all_or_nothing():
+def test_deterministic_sets_all_libraries():
     for deterministic in (False, True, False):
         set_numerics(deterministic)
-        assert chosen() == (not deterministic, not deterministic)
-        # the compiler is imported already, or knows it when it is
+        assert settings() == (not deterministic, not deterministic)
+        # This holds whether Inductor was imported before or is imported now.
         from torch._inductor import config
 
         assert config.deterministic == deterministic
@@ -47,15 +47,15 @@ def test_deterministic_is_all_or_nothing():
 
 
 def options_for(config, device, monkeypatch):
-    """With which options torch.compile is called."""
-    seen = {}
-    monkeypatch.setattr("torch.compile", lambda model, **options: seen.update(options))
+    """Return the options that torch.compile is called with."""
+    passed = {}
+    monkeypatch.setattr("torch.compile", lambda model, **options: passed.update(options))
     compiler(config, torch.device(device))("a network")
-    assert seen.pop("dynamic") is False
-    return seen["options"]
+    assert passed.pop("dynamic") is False
+    return passed["options"]
 
 
-def test_inductors_options_are_for_gpus_and_exist_in_this_torch(tiny, monkeypatch):
+def test_inductor_options_are_for_gpus_and_exist_in_this_torch(tiny, monkeypatch):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*has no option.*")
         assert options_for(tiny(), "cpu", monkeypatch) is None
@@ -64,21 +64,21 @@ def test_inductors_options_are_for_gpus_and_exist_in_this_torch(tiny, monkeypatc
         assert tuned == execution.INDUCTOR | {"coordinate_descent_tuning": True}
 
 
-def test_an_option_that_an_older_torch_lacks_is_left_out_with_a_warning(tiny, monkeypatch):
+def test_an_option_that_torch_lacks_is_omitted_with_a_warning(tiny, monkeypatch):
     known = torch._inductor.list_options()
     monkeypatch.setattr("torch._inductor.list_options", lambda: [name for name in known if name != "combo_kernels"])
     with pytest.warns(UserWarning, match=r"has no option combo_kernels; omitting it"):
         assert options_for(tiny(), "cuda", monkeypatch) == {"realize_reads_threshold": 12}
 
 
-def test_a_run_says_so_and_is_the_same_run_on_a_cpu(tiny, tmp_path):
+def test_a_deterministic_run_is_the_same_on_a_cpu(tiny, tmp_path):
     for deterministic in (False, True):
         folder = tmp_path / str(deterministic)
         run.train(setup_run(tiny(deterministic=deterministic), folder), quiet=True)
-        assert chosen() == (not deterministic, not deterministic)
+        assert settings() == (not deterministic, not deterministic)
         set_numerics(not deterministic)
         load_ema_model(folder)
-        assert chosen() == (not deterministic, not deterministic)
+        assert settings() == (not deterministic, not deterministic)
     one, two = (final_state(tmp_path / name)[1]["state"]["network"] for name in ("False", "True"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -95,7 +95,7 @@ libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 
 def mapped(blocks, mib):
-    # how many of so many blocks at once are mapped each by itself
+    # Return how many of several live blocks are mapped individually.
     before = libc.mallinfo2().hblks
     alive = [torch.ones(mib * 2**18) for _ in range(blocks)]
     return libc.mallinfo2().hblks - before
@@ -106,8 +106,8 @@ print(mapped(8, 24), libc.mallinfo2().arena >> 20, mapped(1, 512))
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc is not glibc's, or an early one of it")
-def test_memory_that_a_step_on_a_cpu_frees_is_kept_but_for_large_blocks():
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33 or newer")
+def test_memory_freed_on_a_cpu_is_kept_except_for_large_blocks():
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
     def blocks(*arguments):
@@ -124,15 +124,15 @@ def test_memory_that_a_step_on_a_cpu_frees_is_kept_but_for_large_blocks():
 
 
 def test_a_run_keeps_freed_memory(tiny, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(trainer, "keep_freed_memory", seen.append)
+    devices = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", devices.append)
     run.train(setup_run(tiny(steps=2), tmp_path), quiet=True)
-    assert seen == [torch.device("cpu")]
+    assert devices == [torch.device("cpu")]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_deterministic_runs_on_a_gpu_are_equal_bit_for_bit(tiny, tmp_path):
+def test_two_deterministic_runs_on_a_gpu_are_bit_identical(tiny, tmp_path):
     states = []
     for name in ("one", "two"):
         run.train(

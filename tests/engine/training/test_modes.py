@@ -1,4 +1,4 @@
-"""Ways to execute a step: eager, compiled, captured; precisions; optimisers. One trajectory, to rounding."""
+"""Modes (eager, compiled, captured), precisions and optimizers: they train the same up to rounding."""
 
 import contextlib
 import gc
@@ -26,33 +26,33 @@ from pipelines.plan import PlanSpec, make_plan
 CLASSES = 4
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# Adam turns rounding into steps of full size where a gradient is near 0, so trajectories part in time: what must
-# agree is each of the first losses closely, and the mean of every later stretch
+# Where a gradient is near 0, Adam turns rounding into updates of full size, so trajectories diverge. The first losses
+# must agree closely, and then the mean loss of every 50 steps.
 FIRST, STRETCH = 5, 50
 TOLERANCE = {torch.float32: (1e-3, 0.03), torch.bfloat16: (0.03, 0.1), torch.float16: (0.01, 0.1)}
 
 
 def trained(config, mode, steps, device=CPU, precision=torch.float32):
-    """Trains on made-up classes of images; returns (steps, 8) metrics and the final state."""
+    """Train on synthetic classes; return the metrics, (steps, len(METRICS)), and the final state."""
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     state = make_state(config, CLASSES, device)
-    torch._dynamo.reset()  # every variant is compiled, however many there were before
-    make = partial(Step, config, state, rows, precision, compiled=mode != "eager")
+    torch._dynamo.reset()  # Otherwise dynamo's limit on recompiles could be reached.
+    make = partial(Step, config, state, layout, precision, compiled=mode != "eager")
     step = None
-    chance = np.random.default_rng(0)
-    classes = chance.integers(CLASSES, size=120)
-    shades = chance.integers(40, 216, size=(CLASSES, 1, 8, 8, 3))[classes, 0]
-    images = np.clip(shades + chance.normal(0, 30, shades.shape), 0, 255).astype(np.uint8)
-    seen = []
+    rng = np.random.default_rng(0)
+    classes = rng.integers(CLASSES, size=120)
+    patterns = rng.integers(40, 216, size=(CLASSES, 1, 8, 8, 3))[classes, 0]
+    images = np.clip(patterns + rng.normal(0, 30, patterns.shape), 0, 255).astype(np.uint8)
+    metrics = []
     for number in range(steps):
         plan = make_plan(spec, 0, number, initial_weights())
         views = torch.from_numpy(images[plan.views.image + np.where(plan.views.labeled, 0, 40)]).to(device)
-        data = StepInput.pack(views, rank_plan(rows, plan, classes[plan.labeled]), device)
+        data = StepInput.pack(views, rank_plan(layout, plan, classes[plan.labeled]), device)
         if step is None:
             step = CapturedStep(make, data) if mode == "graph" else make()
-        seen.append(step(data).metrics.clone())
-    return torch.stack(seen).cpu(), state
+        metrics.append(step(data).metrics.clone())
+    return torch.stack(metrics).cpu(), state
 
 
 def assert_same_trajectory(a, b, precision):
@@ -66,21 +66,21 @@ def assert_same_trajectory(a, b, precision):
 
 @pytest.fixture
 def steps(long):
-    """So many that a network has learned, a multiple of STRETCH."""
+    """Enough steps for a network to learn, a multiple of STRETCH."""
     return 200 if long else 100
 
 
 @pytest.mark.compiler
 def test_compiled_and_eager_agree(tiny, steps):
-    # the smallest network there is: generating and building its code is what takes the time
+    # The smallest network, since compiling takes most of the time.
     config = tiny(scales=1, batch=8)
     eager, _ = trained(config, "eager", steps)
     compiled, _ = trained(config, "compile", steps)
     assert_same_trajectory(eager, compiled, torch.float32)
 
 
-def test_fp16_with_its_scaler_agrees_with_fp32(tiny):
-    # a few steps of the smallest network: CPUs have no fp16 arithmetic, and make it up slowly
+def test_fp16_with_loss_scaling_agrees_with_fp32(tiny):
+    # A few steps of the smallest network, since CPUs emulate fp16 arithmetic slowly.
     config = tiny(scales=1)
     fp32, _ = trained(config, "eager", FIRST)
     fp16, state = trained(tiny(scales=1, precision="fp16"), "eager", FIRST, precision=torch.float16)
@@ -88,7 +88,7 @@ def test_fp16_with_its_scaler_agrees_with_fp32(tiny):
     assert state.scaler.is_enabled() and not torch.equal(fp32, fp16)
 
 
-def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
+def test_an_overflow_reduces_the_loss_scale_and_skips_the_update(tiny):
     config = tiny(scales=1, precision="fp16")
     _, state = trained(config, "eager", 1, precision=torch.float16)
     state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**126})
@@ -101,10 +101,10 @@ def test_fp16_scaler_backs_off_and_its_step_changes_no_parameter(tiny):
     state.scaler.update()
     assert state.scaler.get_scale() == 2.0**125
     assert all(torch.equal(p, b) for p, b in zip(state.network.parameters(), before, strict=True))
-    assert restored.scaler.get_scale() == 2.0**126, "the scale is part of a checkpoint"
+    assert restored.scaler.get_scale() == 2.0**126, "the scale is part of the state"
 
 
-def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
+def test_a_snapshot_restores_every_tensor_in_place(tiny):
     config = tiny(scales=1, precision="fp16")
     for steps_before in (0, 1):
         state = make_state(config, CLASSES, CPU)
@@ -114,10 +114,10 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
         fresh.load_state_dict(state.state_dict())
         addresses = [p.data_ptr() for p in state.network.parameters()]
         snapshot = Snapshot(state)
-        chance = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)
         for p in state.network.parameters():
-            p.grad = torch.randn(p.shape, generator=chance)
-        state.scaler.scale(torch.zeros(()))  # which makes the scale's tensor
+            p.grad = torch.randn(p.shape, generator=rng)
+        state.scaler.scale(torch.zeros(()))  # Creates the tensor of the scale.
         state.scaler.step(state.optimizer)
         state.targets.p_model_history.fill_(3.0)
         state.step += 1
@@ -141,8 +141,8 @@ def test_a_snapshot_brings_back_every_tensor_in_its_place(tiny):
 def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
     config = tiny(batch=5, k=2)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
-    plan = rank_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    plan = rank_plan(layout, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
     data = StepInput.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
     for name, array in vars(plan).items():
         part = getattr(data, name)
@@ -151,23 +151,23 @@ def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
         assert offset % 16 == 0 and 0 <= offset < data.packed.numel()
 
 
-def test_a_captured_steps_own_input_takes_a_whole_plan_by_one_copy(tiny):
+def test_one_copy_of_the_packed_buffer_copies_the_whole_plan(tiny):
     config = tiny()
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     views = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     first, second = (
-        StepInput.pack(views, rank_plan(rows, make_plan(spec, 0, step, initial_weights()), labels), CPU)
+        StepInput.pack(views, rank_plan(layout, make_plan(spec, 0, step, initial_weights()), labels), CPU)
         for step, labels in enumerate((np.arange(8), np.arange(8)[::-1].copy()))
     )
-    own = first.clone()
-    own.packed.copy_(second.packed)
+    static = first.clone()
+    static.packed.copy_(second.packed)
     for name in ("source", "partner", "lam", "rotations", "target_index", "partner_target_index", "labels"):
-        assert torch.equal(getattr(own, name), getattr(second, name)), name
-    assert not torch.equal(first.labels, second.labels), "the example is left alone"
+        assert torch.equal(getattr(static, name), getattr(second, name)), name
+    assert not torch.equal(first.labels, second.labels), "the cloned input is unchanged"
 
 
-def test_what_auto_means(tiny):
+def test_auto_settings(tiny):
     config, gpu = tiny(), torch.device("cuda", 0)
     assert (pick_mode(config, CPU), pick_mode(config, gpu)) == ("eager", "graph")
     assert (pick_precision(config, CPU), pick_precision(config, gpu)) == (torch.float32, torch.bfloat16)
@@ -179,7 +179,7 @@ def test_what_auto_means(tiny):
         pick_views(tiny(views="dali"), gpu, (32, 32))
 
 
-def test_what_cannot_be_done_is_said(tiny, monkeypatch):
+def test_unsupported_settings_are_errors(tiny, monkeypatch):
     with pytest.raises(UserError, match=r"--mode graph .* requires a GPU"):
         pick_mode(tiny(mode="graph"), CPU)
     with pytest.raises(UserError, match="up to 256x256 pixels, got 324x200"):
@@ -191,7 +191,7 @@ def test_what_cannot_be_done_is_said(tiny, monkeypatch):
 
 @pytest.fixture
 def apex(monkeypatch):
-    """Installs made-up modules and a made-up distribution named apex, none of them by default."""
+    """Return a function that installs fake apex modules and a fake apex distribution; by default there are none."""
     for name in ("apex", "apex.optimizers", "amp_C"):
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -207,7 +207,7 @@ def apex(monkeypatch):
     return install
 
 
-def test_apex_is_asked_for_by_its_right_name(tiny, apex):
+def test_apex_problems_are_reported(tiny, apex):
     config = tiny(optimizer="apex")
     for names, packaged, words in [
         ((), False, "apex is not installed; build NVIDIA/apex from source"),
@@ -220,8 +220,8 @@ def test_apex_is_asked_for_by_its_right_name(tiny, apex):
             make_state(config, CLASSES, CPU)
 
 
-def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
-    """With the calls of a GPU replaced by nothing: the step's own tensors, which the graph knows by address."""
+def test_the_tensors_of_a_graph_live_as_long_as_the_graph(tiny, monkeypatch):
+    """The graph refers to the step's tensors by address. The CUDA calls are replaced by no-ops."""
     quiet = contextlib.nullcontext()
     for name, value in {
         "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
@@ -234,40 +234,40 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny, monkeypatch):
     config = tiny(scales=1)
     state = make_state(config, CLASSES, CPU)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
-    plan = rank_plan(rows, make_plan(spec, 0, 0, initial_weights()), np.zeros(config.batch, np.int64))
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    plan = rank_plan(layout, make_plan(spec, 0, 0, initial_weights()), np.zeros(config.batch, np.int64))
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8)
-    made = []
+    steps = []
 
     def make():
-        step = Step(config, state, rows, torch.float32)
-        made.append(weakref.ref(step))
+        step = Step(config, state, layout, torch.float32)
+        steps.append(weakref.ref(step))
         return step
 
     captured = CapturedStep(make, StepInput.pack(views, plan, CPU))
     gc.collect()
-    assert made[0]() is not None
+    assert steps[0]() is not None
     del captured
     gc.collect()
-    assert made[0]() is None, "and no longer"
+    assert steps[0]() is None
 
 
-def test_an_optimizer_keeps_its_own_options_over_a_state_from_another_device():
-    """A run begun on a CPU goes on on a GPU, captured."""
+def test_an_optimizer_keeps_its_device_options_when_loading_a_state():
+    """As for a run that was started on a CPU and resumed on a GPU in graph mode."""
 
     def adam(capturable):
         return torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.1, capturable=capturable)
 
-    begun, ours = adam(False), adam(True)
-    begun.param_groups[0]["params"][0].grad = torch.ones(3)
-    begun.step()
-    saved = begun.state_dict()
-    saved["param_groups"][0]["lr"] = torch.tensor(0.05)  # as apex keeps it
-    optimizers.load_optimizer(ours, saved, torch.device("meta"))
-    (group,) = ours.param_groups
+    first, second = adam(False), adam(True)
+    first.param_groups[0]["params"][0].grad = torch.ones(3)
+    first.step()
+    saved = first.state_dict()
+    saved["param_groups"][0]["lr"] = torch.tensor(0.05)  # apex stores a tensor.
+    optimizers.load_optimizer(second, saved, torch.device("meta"))
+    (group,) = second.param_groups
     assert group["capturable"] is True and group["lr"].device.type == "meta"
-    (state,) = ours.state.values()
-    assert state["step"] == 1 and torch.equal(state["exp_avg"], begun.state_dict()["state"][0]["exp_avg"])
+    (state,) = second.state.values()
+    assert state["step"] == 1 and torch.equal(state["exp_avg"], first.state_dict()["state"][0]["exp_avg"])
 
 
 @pytest.mark.gpu
@@ -275,27 +275,29 @@ def test_an_optimizer_keeps_its_own_options_over_a_state_from_another_device():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("mode", [pytest.param("compile", marks=pytest.mark.hardware), "graph"])
 def test_modes_agree_on_a_gpu(tiny, steps, mode, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # whose rounding is a thousand times that of fp32
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # Its rounding errors are a thousand times those of fp32.
     config = tiny(width=16, precision=precision, device="cuda")
     device = torch.device("cuda", 0)
     dtype = pick_precision(config, device)
     eager, _ = trained(config, "eager", steps, device, dtype)
-    other, _ = trained(config, mode, steps, device, dtype)
-    assert_same_trajectory(eager, other, dtype)
+    result, _ = trained(config, mode, steps, device, dtype)
+    assert_same_trajectory(eager, result, dtype)
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_step_never_waits_for_the_device(tiny):
+def test_a_step_never_synchronizes_with_the_device(tiny):
     config = tiny(device="cuda")
-    trained(config, "eager", 2, torch.device("cuda", 0))  # whatever is lazily made
+    trained(config, "eager", 2, torch.device("cuda", 0))  # Lazy initialization may synchronize.
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    rows = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
     device = torch.device("cuda", 0)
-    step = Step(config, make_state(config, CLASSES, device), rows, torch.bfloat16)
+    step = Step(config, make_state(config, CLASSES, device), layout, torch.bfloat16)
     plan = make_plan(spec, 0, 0, initial_weights())
     views = torch.zeros(config.batch * spec.blocks, 8, 8, 3, dtype=torch.uint8, device=device)
-    data = StepInput.pack(views, rank_plan(rows, plan, np.zeros(config.batch, np.int64)), device)
+    data = StepInput.pack(views, rank_plan(layout, plan, np.zeros(config.batch, np.int64)), device)
     step(data)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -306,8 +308,8 @@ def test_a_step_never_waits_for_the_device(tiny):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_captured_and_eager_states_begin_alike(tiny):
-    """Capturing leaves the state as it was: the first captured step gives the first eager one's losses."""
+def test_capturing_keeps_the_state(tiny):
+    """The first captured step has the losses of the first eager step."""
     config, device = tiny(device="cuda"), torch.device("cuda", 0)
     eager, _ = trained(config, "eager", 2, device)
     captured, state = trained(config, "graph", 2, device)
@@ -318,8 +320,8 @@ def test_captured_and_eager_states_begin_alike(tiny):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("gradients", ["fp32", "bf16"])
-def test_a_captured_step_in_a_group_of_one_agrees_with_an_eager_one_without(tiny, gradients):
-    """DistributedDataParallel and NCCL's collectives inside the graph."""
+def test_a_captured_step_in_a_group_of_one_rank_agrees_with_an_eager_step(tiny, gradients):
+    """The graph contains DistributedDataParallel and NCCL's collectives."""
     device = torch.device("cuda", 0)
     alone, _ = trained(tiny(device="cuda"), "eager", 100, device)
     collectives.start(device, timeout=60, alone=True)
@@ -337,6 +339,6 @@ def test_a_captured_step_in_a_group_of_one_agrees_with_an_eager_one_without(tiny
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_apex_and_torch_agree(tiny, steps, mode):
     device = torch.device("cuda", 0)
-    ours, _ = trained(tiny(device="cuda"), mode, steps, device)
-    apexs, _ = trained(tiny(device="cuda", optimizer="apex"), mode, steps, device)
-    assert_same_trajectory(ours, apexs, torch.float32)
+    of_torch, _ = trained(tiny(device="cuda"), mode, steps, device)
+    of_apex, _ = trained(tiny(device="cuda", optimizer="apex"), mode, steps, device)
+    assert_same_trajectory(of_torch, of_apex, torch.float32)

@@ -1,4 +1,4 @@
-"""The state of training: what a checkpoint takes back, and which parameters are trained."""
+"""The training state: the loss scale in checkpoints, trained parameters, and names of buffers."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def state(**changes):
     return make_state(dataclasses.replace(preset("digits-40"), **small | changes), 5, CPU, (16, 16))
 
 
-def test_the_scale_of_the_loss_is_taken_back():
+def test_the_loss_scale_is_restored():
     trained, fresh = state(precision="fp16"), state(precision="fp16")
     trained.scaler.load_state_dict(trained.scaler.state_dict() | {"scale": 1024.0, "_growth_tracker": 7})
     fresh.load_state_dict(trained.state_dict())
@@ -27,13 +27,13 @@ def test_the_scale_of_the_loss_is_taken_back():
 @pytest.mark.parametrize(
     ("changes", "trained"), [({}, True), (dict(w_rot=0.0), False), (dict(method="supervised"), False)]
 )
-def test_the_rotation_head_is_trained_where_there_is_the_task(changes, trained):
+def test_the_rotation_head_is_trained_only_with_the_rotation_task(changes, trained):
     head = state(**changes).network.rotation_head
     assert all(parameter.requires_grad == trained for parameter in head.parameters())
 
 
 @pytest.mark.parametrize("name", ["step", "network", "optimizer", "scaler"])
-def test_a_buffer_cannot_take_the_name_of_something_else(name, monkeypatch):
+def test_buffers_cannot_have_reserved_names(name, monkeypatch):
     class Named(targets.Targets):
         def __init__(self, config, classes):
             super().__init__(config, classes)
