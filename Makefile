@@ -49,6 +49,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m tests.prose
 
 # Build the pages of docs/ as a site in build/site; warnings are errors. The variable silences a notice of the theme.
 docs: $(VENV)/installed

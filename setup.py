@@ -67,6 +67,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.8",
+            "codespell>=2.3",
             "mypy>=1.13",
             "setuptools>=77",
             "mkdocs>=1.6,<2",

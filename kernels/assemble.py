@@ -89,7 +89,7 @@ def assemble_batch_reference(
     dtype: torch.dtype,
     channels: int = 3,
 ) -> torch.Tensor:
-    """Reference implementation of `assemble_batch` in plain PyTorch, for any device."""
+    """Compute `assemble_batch` in plain PyTorch on any device, as its reference implementation."""
     height, width = views.shape[1:3]
     if height != width and bool((rotations % 2 != 0).any()):
         raise ValueError(

@@ -107,7 +107,7 @@ def augment_views_reference(
     ops: torch.Tensor,
     parameters: torch.Tensor,
 ) -> torch.Tensor:
-    """Reference implementation of `augment_views` in plain PyTorch, for any device."""
+    """Compute `augment_views` in plain PyTorch on any device, as its reference implementation."""
     sides = images.shape[1:3]
     if bool((shift.abs() >= shift.new_tensor(sides)).any()):
         raise ValueError(f"shifts must be smaller than the image {tuple(sides)}, got up to {int(shift.abs().max())}")

@@ -95,7 +95,7 @@ def guess_labels_reference(
     temperature: float,
     align: bool = True,
 ) -> torch.Tensor:
-    """Reference implementation of `guess_labels` in plain PyTorch, for any device."""
+    """Compute `guess_labels` in plain PyTorch on any device, as its reference implementation."""
     # Log space avoids underflow of peaked logits, and a single softmax then does both normalizations.
     log_q = logits.float().log_softmax(dim=1)  # (B, L)
     marginal = log_q.exp().mean(dim=0, keepdim=True)  # (1, L)

@@ -23,7 +23,7 @@ def rows(name):
 
 
 def newest(name, device="", **case):
-    """The last record of a case on a device."""
+    """Return the last record of a case on a device."""
     return [row for row in rows(name) if device in row["device"] and case.items() <= row.items()][-1]
 
 
@@ -32,12 +32,12 @@ def page(name):
 
 
 def table(text, head):
-    """What stands below a table's head that contains these words."""
+    """Return the rows below the table head that contains these words."""
     return text.partition(head)[2].partition("\n\n")[0]
 
 
 def cells(text, start):
-    """The cells of the table row that starts with these."""
+    """Return the cells of the table row that starts with these."""
     (line,) = re.findall(rf"^\| {re.escape(start)} \|(.*)\|$", text, re.MULTILINE)
     return [cell.strip() for cell in line.split("|")]
 

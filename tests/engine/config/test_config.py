@@ -96,7 +96,7 @@ def test_configuration_round_trips_through_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"steps": 3, "colour": 1}', "[1]", '{"k": "x"}', '{"lr": null}', '{"flip": "no"}']
+    "text", ["{", '{"steps": 3, "color": 1}', "[1]", '{"k": "x"}', '{"lr": null}', '{"flip": "no"}']
 )
 def test_invalid_configuration_files(tmp_path, text):
     path = tmp_path / "config.json"
