@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import registry
-from engine.commands.parsing import parse, usage_is_all
+from engine.commands.parsing import parse, show_usage_if_asked
 from engine.errors import UserError
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     """
     benches = registry.find()
     texts = {name: listed.help for name, listed in benches.items()}
-    if usage_is_all(argv, "name", "bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags."):
+    if show_usage_if_asked(argv, "name", "bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags."):
         return
     if argv[0] not in benches:
         raise UserError(f"unknown bench '{argv[0]}'; available benches: {', '.join(benches)}")

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from kernels.augment import CODES, MAX_SIDE, augment_views
-from pipelines import cache, ctaugment, geometric, packed
+from pipelines import cache, ctaugment, geometric
+from pipelines.packed_buffer import Layout
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
@@ -71,7 +72,7 @@ class FusedViews(Views):
                 f"the fused kernel supports images of up to {MAX_SIDE}x{MAX_SIDE} pixels, got "
                 f"{self.height}x{self.width}; use the DALI pipeline"
             )
-        self._layout = packed.Layout((name, dtype, (batch_size, *shape)) for name, (dtype, shape) in _FIELDS.items())
+        self._layout = Layout((name, dtype, (batch_size, *shape)) for name, (dtype, shape) in _FIELDS.items())
         self._made: deque[torch.Tensor] = deque()
         self._resident: torch.Tensor | None = None
         if device == "cpu":

@@ -101,8 +101,7 @@ class BaselineOptions:
     rivals: tuple[str, ...] = ("plain", "usb")
     """plain: good everyday PyTorch; usb, torchssl: the steps of these libraries, with K = 2."""
     k: tuple[int, ...] = (1, 8)
-    """Strong views per unlabeled image. usb and torchssl always have K = 2; the engine is compared with them at K = 2
-    and at every larger value."""
+    """Strong views per unlabeled image. usb and torchssl, always at K = 2, are compared with the engine at K >= 2."""
     steps: int | None = None
     """Steps per sample; by default 20 with a GPU and 8 without."""
     batch: int | None = None

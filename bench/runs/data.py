@@ -55,8 +55,7 @@ class DataOptions:
     parts: tuple[str, ...] = ("opening", "preparing", "training")
     """Parts to measure."""
     folder: Path | None = None
-    """Folder for the generated images, which are removed afterwards; by default the system's temporary folder.
-    Preparing needs 100 KB per image, training 28 KB."""
+    """Folder for generated images, deleted afterwards; by default the system's. 100 KB per image prepared."""
     repeats: int = 15
     """Number of times the cache is opened; the median is reported."""
     rounds: int = 3

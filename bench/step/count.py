@@ -163,13 +163,11 @@ class CountOptions:
     classes: int = 0
     """Number of classes; by default that of the preset's data set."""
     cubins: bool = False
-    """Compile every generated kernel for the target, in all configurations that Inductor would try, and report
-    registers and spills. Takes minutes."""
+    """Compile all configurations of every generated kernel and report registers and spills. Takes minutes."""
     conv_share: float = 0.32
     """Assumed share of the matrix-product rate that convolutions reach."""
     launch_us: float = 4.0
-    """Assumed constant time per launch, in microseconds. The defaults of --conv-share and --launch-us reproduce an
-    H100's measured step at five values of K within 1.1 %."""
+    """Assumed constant time per launch, in microseconds; fitted with --conv-share to an H100's measured steps."""
     budget: Path | None = None
     """Compare the counts with this file; the exit code is 1 if one differs."""
     update: bool = False

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from engine.commands.parsing import DataDir, parse, usage_is_all
+from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
 from engine.errors import UserError, unknown
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
         KeyboardInterrupt: SIGINT arrived; the message says how to continue.
     """
     more = "'remixmatch data COMMAND --help' shows more about a command."
-    if usage_is_all(argv, "command", "data COMMAND ...", SUBCOMMANDS, more):
+    if show_usage_if_asked(argv, "command", "data COMMAND ...", SUBCOMMANDS, more):
         return
     commands: dict[str, tuple[Any, Callable[[Any], None]]] = {
         "prepare": (PrepareOptions, _prepare),

@@ -178,7 +178,7 @@ def check_ranks(ranks: RankOptions) -> None:
         raise UserError(f"--gpus {ranks.gpus} contradicts the {local} local ranks of torchrun; omit --gpus")
 
 
-def check_places(config: Config, ranks: RankOptions) -> None:
+def check_gpu_count(config: Config, ranks: RankOptions) -> None:
     """Raise UserError if there are fewer GPUs than ranks."""
     import torch
 

@@ -43,7 +43,7 @@ def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
     print(f"\n{more}")
 
 
-def usage_is_all(argv: Sequence[str], needs: str, usage: str, words: Mapping[str, str], more: str) -> bool:
+def show_usage_if_asked(argv: Sequence[str], needs: str, usage: str, words: Mapping[str, str], more: str) -> bool:
     """Show the usage of a command if its first word is missing or --help. Returns whether it was shown.
 
     Args:

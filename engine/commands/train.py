@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
+from engine.commands.options import TrainOptions, check_gpu_count, check_ranks, parse_train
 from engine.commands.output import show_warnings_only
-from engine.commands.parsing import usage_is_all
+from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
 from engine.config.config import Config, load_config
 from engine.distributed import launch
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """
     texts = {name: _summarize(config) for name, config in presets.PRESETS.items()}
     more = "'remixmatch train digits-40 --help' lists all flags with the defaults of that preset."
-    if usage_is_all(argv, "preset", "train PRESET [flags]", texts, more):
+    if show_usage_if_asked(argv, "preset", "train PRESET [flags]", texts, more):
         return
     ranges.enter("set up")
     options = parse_train(argv, presets.preset(argv[0]))
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         from engine.training.execution import pick_device
 
     if setup and (ranks.gpus > 1 or ranks.max_restarts > 0):
-        check_places(setup.config, ranks)
+        check_gpu_count(setup.config, ranks)
         # With the folder, which each rank would otherwise choose itself. The last of two equal flags wins.
         launch.launch(["train", *argv, "--out", str(setup.folder)], ranks.gpus, ranks.max_restarts)
         return

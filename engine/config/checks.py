@@ -23,7 +23,7 @@ FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of image
 # oneDNN in torch 2.15, without AVX-512, computes a wrong weight gradient for a 1x1 convolution of stride 2, and writes
 # past its buffer: with 1 to 7 input channels, and with 8 to 15 if the side is 80 pixels or more. All other convolutions
 # of networks with 8 to 40 channels were correct, including odd numbers of channels.
-LEAST_WIDTH, LEAST_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
+MIN_WIDTH, MIN_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -56,9 +56,9 @@ def validate(config: Config, ranks: int = 1) -> None:
         raise UserError("--stem-channels 8 requires a Wide ResNet; timm models need --stem-channels 3")
     if config.pretrained and config.weights:
         raise UserError("--pretrained and --weights are mutually exclusive")
-    if config.width < LEAST_WIDTH:
+    if config.width < MIN_WIDTH:
         raise UserError(
-            f"--width must be at least {LEAST_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
+            f"--width must be at least {MIN_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
             "gradients on CPUs without AVX-512"
         )
     for name in ("temperature", "lr"):
@@ -206,9 +206,9 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
             f"got {len(config.class_distribution)}"
         )
     sides = data.sides
-    if config.width < LEAST_WIDTH_LARGE and max(sides) > LARGE_SIDE and not config.backbone:
+    if config.width < MIN_WIDTH_LARGE and max(sides) > LARGE_SIDE and not config.backbone:
         raise UserError(
-            f"--width must be at least {LEAST_WIDTH_LARGE} for images of more than {LARGE_SIDE} pixels, got "
+            f"--width must be at least {MIN_WIDTH_LARGE} for images of more than {LARGE_SIDE} pixels, got "
             f"{config.width}: with fewer channels torch computes wrong gradients on CPUs without AVX-512"
         )
     if config.max_shift >= min(sides):

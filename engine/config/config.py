@@ -354,7 +354,9 @@ def fields_that(role: str) -> frozenset[str]:
 
 RESUMABLE = fields_that("resumable")
 COUNTED = fields_that("counted")
-PLACE = frozenset(field.name for field in dataclasses.fields(Config) if not field.metadata.get("identity", True))
+EXECUTION_FIELDS = frozenset(
+    field.name for field in dataclasses.fields(Config) if not field.metadata.get("identity", True)
+)
 
 
 def run_identity(config: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from engine.errors import unknown
 
 
 @dataclass(frozen=True)
-class Figure:
+class PublishedError:
     """A published test error.
 
     Attributes:
@@ -117,18 +117,18 @@ _PRESETS: dict[str, Config] = {
 }
 PRESETS: dict[str, Config] = {name: dataclasses.replace(config, preset=name) for name, config in _PRESETS.items()}
 
-PUBLISHED: dict[str, Figure] = {
-    "cifar10-40": Figure(15.08, None, f"{_FEW}, a median"),
-    "cifar10-250": Figure(6.27, 0.34, _REALISTIC),
-    "cifar10-1000": Figure(5.73, 0.16, _REALISTIC),
-    "cifar10-4000": Figure(5.14, 0.04, _REALISTIC),
-    "svhn-40": Figure(3.48, None, _FEW),
-    "svhn-250": Figure(3.10, 0.50, _REALISTIC),
-    "svhn-1000": Figure(2.83, 0.30, _REALISTIC),
-    "svhn-4000": Figure(2.42, 0.09, _REALISTIC),
-    "svhn-extra-40": Figure(2.81, None, _FEW),
-    "stl10-1000": Figure(6.18, 1.24, _STL),
-    "stl10-1000-k1": Figure(6.77, 1.66, _STL),
+PUBLISHED: dict[str, PublishedError] = {
+    "cifar10-40": PublishedError(15.08, None, f"{_FEW}, a median"),
+    "cifar10-250": PublishedError(6.27, 0.34, _REALISTIC),
+    "cifar10-1000": PublishedError(5.73, 0.16, _REALISTIC),
+    "cifar10-4000": PublishedError(5.14, 0.04, _REALISTIC),
+    "svhn-40": PublishedError(3.48, None, _FEW),
+    "svhn-250": PublishedError(3.10, 0.50, _REALISTIC),
+    "svhn-1000": PublishedError(2.83, 0.30, _REALISTIC),
+    "svhn-4000": PublishedError(2.42, 0.09, _REALISTIC),
+    "svhn-extra-40": PublishedError(2.81, None, _FEW),
+    "stl10-1000": PublishedError(6.18, 1.24, _STL),
+    "stl10-1000-k1": PublishedError(6.77, 1.66, _STL),
 }
 
 

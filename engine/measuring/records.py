@@ -90,10 +90,10 @@ def check_numbers(options: Any, **least: int) -> None:
     for name, bound in least.items():
         given = getattr(options, name)
         if given is not None:
-            check_least(_flag(name), given, bound)
+            check_minimum(_flag(name), given, bound)
 
 
-def check_least(flag: str, given: int | Collection[int], least: int) -> None:
+def check_minimum(flag: str, given: int | Collection[int], least: int) -> None:
     """Raise UserError if the value of a flag, or one of its values, is too small."""
     for number in [given] if isinstance(given, int) else given:
         if number < least:

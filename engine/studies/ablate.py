@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from engine.commands.parsing import parse, usage_is_all
+from engine.commands.parsing import parse, show_usage_if_asked
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS
 from engine.errors import UserError, cannot_write, unknown
@@ -32,7 +32,7 @@ from engine.measuring.counts import IMAGES, counted
 from engine.measuring.markdown import table
 from engine.measuring.step_worker import StepWorker, sample_interleaved
 from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
-from engine.studies.job_progress import trained_rows
+from engine.studies.job_progress import trained_samples
 from engine.studies.paper_tables import REMIXMATCH, Entry
 from engine.training.execution import pick_device
 from pipelines.cache import set_data_dir
@@ -126,12 +126,12 @@ def main(argv: Sequence[str]) -> None:
     """
     texts = {name: ", ".join(names) for name, names in AXES.items()}
     more = "The words above are the axes. remixmatch ablate PRESET --help lists all flags."
-    if usage_is_all(argv, "preset", "ablate PRESET [flags] [-- flags of train]", texts, more):
+    if show_usage_if_asked(argv, "preset", "ablate PRESET [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
     here = rest.index("--") if "--" in rest else len(rest)
     options: AblateOptions = parse(AblateOptions, f"ablate {name}", rest[:here])
-    records.check_least("--repeats", options.repeats, 1)
+    records.check_minimum("--repeats", options.repeats, 1)
     if not 0 < options.seconds < math.inf:
         raise UserError(f"--seconds must be more than 0, got {options.seconds}")
     options.training.check()
@@ -278,7 +278,7 @@ def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str,
     seconds = median(taken["variant"])
     return {
         "step_ms": 1e3 * seconds, "ratio": median(ratios), "ratio_low": low, "ratio_high": high,
-        "images_per_second": trained_rows(config) / seconds, "memory_mib": memory,
+        "images_per_second": trained_samples(config) / seconds, "memory_mib": memory,
     }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def trained_rows(config: Config) -> int:
+def trained_samples(config: Config) -> int:
     """Return the number of samples the network trains on per step; a loss term of weight 0 adds none."""
     if not config.unlabeled:
         return config.batch
@@ -123,7 +123,7 @@ def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: in
     """
     seconds = work_done = left = 0.0
     for config, each in zip(configs, statuses, strict=True):
-        rows = trained_rows(config)
+        rows = trained_samples(config)
         if each.state == "done":
             seconds += each.summary["train_seconds"]
             work_done += config.steps * rows
@@ -156,12 +156,12 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
             counted = with_method(PRESETS[row["preset"]], row.get("method", REMIXMATCH))
             counted = ablate(counted, row["ablate"]) if "ablate" in row else counted
             counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
-            known.setdefault(counted.method, {})[trained_rows(counted)] = row[f"predicted_ms_{gpu}"]
+            known.setdefault(counted.method, {})[trained_samples(counted)] = row[f"predicted_ms_{gpu}"]
     full = known.get(REMIXMATCH, {})
     if len(full) < 2:
         return None
     slope = (full[max(full)] - full[min(full)]) / (max(full) - min(full))
-    trained, own = trained_rows(config), known.get(config.method, full)
+    trained, own = trained_samples(config), known.get(config.method, full)
     nearest = min(own, key=lambda counted: abs(counted - trained))
     milliseconds = own[nearest] + slope * (trained - nearest)
     return max(milliseconds, 0.0) * config.steps / 3.6e6
@@ -179,7 +179,7 @@ def print_plan(entries: Sequence[Entry]) -> None:
         total += hours or 0.0
         unknown += hours is None
         words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
-        print(f"{entry.job.name}: {config.steps:,} steps of {trained_rows(config):,} samples, {words}")
+        print(f"{entry.job.name}: {config.steps:,} steps of {trained_samples(config):,} samples, {words}")
     print(
         f"{len(entries)} jobs; {total:.1f} H100 hours without evaluations, predicted from `remixmatch bench count` and "
         "not measured" + (f"; no prediction for {unknown} of them" if unknown else "")

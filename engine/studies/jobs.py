@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from engine.config.config import PLACE, Config, changed_fields, config_json, load_config
+from engine.config.config import EXECUTION_FIELDS, Config, changed_fields, config_json, load_config
 from engine.distributed.launch import PARENT
 from engine.distributed.watchdog import StopRequest
 from engine.errors import UserError
@@ -63,7 +63,7 @@ def identity(config: Config) -> dict[str, Any]:
         # 75 and 75.0 are the same weight.
         name: float(value) if isinstance(default[name], float) else value
         for name, value in dataclasses.asdict(config).items()
-        if name not in PLACE and value != default[name]
+        if name not in EXECUTION_FIELDS and value != default[name]
     }
 
 
@@ -249,7 +249,7 @@ def status(root: Path, job: Job) -> Status:
     except UserError as error:
         return Status("failed", reason=f"{error}; move the folder away", **known)
     if found and digest(found) != job.digest:
-        differing = changed_fields(found, job.config, ignored=PLACE)
+        differing = changed_fields(found, job.config, ignored=EXECUTION_FIELDS)
         reason = f"{folder} has a different configuration ({'; '.join(differing)}); move the folder away"
         return Status("failed", reason=reason, **known)
     if found and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:

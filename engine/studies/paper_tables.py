@@ -16,7 +16,7 @@ from engine.commands.options import TrainOptions, parse_train
 from engine.config.checks import validate
 from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
-from engine.config.presets import PUBLISHED, Figure, preset
+from engine.config.presets import PUBLISHED, PublishedError, preset
 from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
 from engine.studies.jobs import Job
@@ -82,17 +82,17 @@ TABLES = {
 
 _PAPER = "ReMixMatch (arXiv 1911.09785)"
 # Test errors in percent, by preset and method.
-FIGURES: dict[tuple[str, str], Figure] = {
+PUBLISHED_ERRORS: dict[tuple[str, str], PublishedError] = {
     **{(name, REMIXMATCH): figure for name, figure in PUBLISHED.items()},
     **{
-        (f"{data}-{labels}", "mixmatch"): Figure(error, None, f"{_PAPER}, table 1")
+        (f"{data}-{labels}", "mixmatch"): PublishedError(error, None, f"{_PAPER}, table 1")
         for data, errors in {"cifar10": (11.08, 7.75, 6.24), "svhn": (3.78, 3.27, 2.89)}.items()
         for labels, error in zip((250, 1000, 4000), errors, strict=True)
     },
 }
 # Measured on one split, so the full method's error differs from that over five splits.
-ABLATION_FIGURES: dict[tuple[str, str], Figure] = {
-    ("cifar10-250", name): Figure(error, None, f"{_PAPER}, section 4.3")
+PUBLISHED_ABLATIONS: dict[tuple[str, str], PublishedError] = {
+    ("cifar10-250", name): PublishedError(error, None, f"{_PAPER}, section 4.3")
     for name, error in {
         REMIXMATCH: 5.94, "k=1": 7.32, "k=2": 6.74, "k=4": 6.21, "k=16": 5.93, "no-rotation": 6.08, "no-premixup": 6.66,
         "no-alignment": 7.28, "l2": 17.28, "no-strong": 12.51, "no-weak": 29.36,
@@ -107,7 +107,7 @@ def papers_difference(row: str, k: int) -> float | None:
         row: Name of the ablation.
         k: K of the full method it is compared with. The paper has all other ablations at K = 8 only.
     """
-    errors = {name: figure.error for (_, name), figure in ABLATION_FIGURES.items()}
+    errors = {name: figure.error for (_, name), figure in PUBLISHED_ABLATIONS.items()}
     errors["k=8"] = errors[REMIXMATCH]
     full = f"k={k}" if row.startswith("k=") else REMIXMATCH
     return errors[row] - errors[full] if row != REMIXMATCH and row in errors and full in errors else None

@@ -29,8 +29,8 @@ import torch
 
 from engine import run
 from engine.commands.main import run_with_exit_codes
-from engine.commands.options import TrainOptions, check_places, check_ranks, parse_train
-from engine.commands.parsing import usage_is_all
+from engine.commands.options import TrainOptions, check_gpu_count, check_ranks, parse_train
+from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
 from engine.config.config import Config
 from engine.distributed import collectives, launch
@@ -76,8 +76,7 @@ class ProfilingOptions:
     warm_up: int = 16
     """Number of steps before timing starts, rounded up to whole batches of views."""
     nvtx: bool = False
-    """Mark the ranges for NVIDIA's nsys instead of recording with torch.profiler. Without this flag, the nsys command
-    to use is printed. Nothing is written except nsys's own report."""
+    """Mark the ranges for NVIDIA's nsys instead of recording with torch.profiler; only nsys writes a report."""
 
 
 def parse_profile(argv: Sequence[str]) -> TrainOptions:
@@ -102,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     argv = list(argv)
     words = {"PRESET": "see `remixmatch train --help` for the list"}
     more = "remixmatch profile PRESET --help lists all flags."
-    if usage_is_all(argv, "preset", "profile PRESET [flags]", words, more):
+    if show_usage_if_asked(argv, "preset", "profile PRESET [flags]", words, more):
         return
     options = parse_profile(argv)
     _check(options)
@@ -120,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--nvtx requires a GPU; on a CPU the trace of torch.profiler has all ranges")
     try:
         if setup and options.ranks.gpus > 1:
-            check_places(setup.config, options.ranks)
+            check_gpu_count(setup.config, options.ranks)
             # Pass the folder, or each rank would choose its own. A later flag overrides an earlier one.
             arguments = [*argv, "--out", str(_folder(options))]
             launch.launch(arguments, options.ranks.gpus, 0, "engine.studies.profile")
@@ -150,8 +149,8 @@ def _check(options: TrainOptions) -> None:
     ):
         if given:
             raise UserError(f"{flag} is not supported by profile")
-    records.check_least("--steps", options.config.steps, 1)
-    records.check_least("--warm-up", options.others["profiling"].warm_up, 1)
+    records.check_minimum("--steps", options.config.steps, 1)
+    records.check_minimum("--warm-up", options.others["profiling"].warm_up, 1)
     if options.config.steps > MOST_STEPS:
         raise UserError(f"--steps must be at most {MOST_STEPS} for profile, got {options.config.steps}")
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.commands.parsing import parse, usage_is_all
+from engine.commands.parsing import parse, show_usage_if_asked
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
@@ -36,8 +36,7 @@ class JobOptions:
     """How jobs are trained."""
 
     steps_scale: float = 1.0
-    """Scale the number of steps for a rehearsal, with the ramp, the intervals of evaluations, checkpoints and log, and
-    the steps over which the EMA and batch norm average. The table's title says so."""
+    """Scale steps, ramp, intervals, and the windows of EMA and batch norm, for a rehearsal; shown in the title."""
     data_dir: Path | None = None
     """Folder of prepared data sets; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
     workers: int = 0
@@ -110,7 +109,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     """
     texts = {name: table.text for name, table in TABLES.items()}
     more = "remixmatch reproduce TABLE --help lists all flags."
-    if usage_is_all(argv, "table", "reproduce TABLE [flags] [-- flags of train]", texts, more):
+    if show_usage_if_asked(argv, "table", "reproduce TABLE [flags] [-- flags of train]", texts, more):
         return
     name, *rest = argv
     if name not in TABLES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
-from engine.config.presets import Figure
+from engine.config.presets import PublishedError
 from engine.measuring.markdown import table
 
 CONFIDENCE = 0.95
@@ -94,7 +94,7 @@ class Line:
     wanted: tuple[int, ...]
     median: Spread | None
     last: Spread | None
-    paper: Figure | None
+    paper: PublishedError | None
     to_paper: float | None
     to_full: Difference | None
     steps: tuple[int, ...]
@@ -148,7 +148,7 @@ def line(
     wanted: Sequence[int],
     runs: Mapping[int, Result],
     full: Mapping[int, Result] | None,
-    paper: Figure | None,
+    paper: PublishedError | None,
     papers_difference: float | None = None,
 ) -> Line:
     """Summarize the runs of one method or ablation on one preset.
@@ -261,7 +261,7 @@ def _shown(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _paper(figure: Figure | None) -> str:
+def _paper(figure: PublishedError | None) -> str:
     if figure is None:
         return ""
     return f"{figure.error:.2f}" + ("" if figure.deviation is None else f" ± {figure.deviation:.2f}")

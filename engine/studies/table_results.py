@@ -10,12 +10,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.config.config import PLACE, changes
+from engine.config.config import EXECUTION_FIELDS, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.errors import UserError, cannot_write
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
-from engine.studies.paper_tables import ABLATION_FIGURES, FIGURES, REMIXMATCH, SCALED, TABLES, Entry, papers_difference
+from engine.studies.paper_tables import (
+    PUBLISHED_ABLATIONS,
+    PUBLISHED_ERRORS,
+    REMIXMATCH,
+    SCALED,
+    TABLES,
+    Entry,
+    papers_difference,
+)
 from pipelines.files import read_json, write_text
 
 
@@ -39,7 +47,7 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
         counts = ", ".join(f"{steps:,} steps instead of {whole:,}" for steps, whole in fewer)
         rehearsal = all(steps < whole for steps, whole in fewer)
         words.append(f"{'REHEARSAL with ' if rehearsal else ''}{counts}")
-    known = PLACE | ({"steps"} if scale == 1 else set(SCALED))
+    known = EXECUTION_FIELDS | ({"steps"} if scale == 1 else set(SCALED))
     changed: dict[str, None] = {}
     for each in entries:
         for name, (_, now) in changes(each.base, each.job.config, ignored=known).items():
@@ -104,7 +112,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
                 median, last, each.summary["steps"], entry.job.config.split, _seconds(each.summary)
             )
     ablation = TABLES[name].kind == "ablation"
-    figures = ABLATION_FIGURES if ablation else FIGURES
+    figures = PUBLISHED_ABLATIONS if ablation else PUBLISHED_ERRORS
     return [
         statistics.line(
             row,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.method.batch_layout import RankPlan
-from pipelines.packed import Layout
+from pipelines.packed_buffer import Layout
 
 _layout = lru_cache(maxsize=4)(Layout)  # Constant during a run.
 

@@ -1,6 +1,6 @@
 """Every convolution of every preset on a CPU, against double precision.
 
-oneDNN chooses its code by CPU and shape, and some of this code was wrong; see `LEAST_WIDTH`. Shapes are tested for this
+oneDNN chooses its code by CPU and shape, and some of this code was wrong; see `MIN_WIDTH`. Shapes are tested for this
 CPU, without AVX-512, and without AVX2, each in a separate process, since code that writes past its buffers crashes it.
 """
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.config.checks import LEAST_WIDTH, LEAST_WIDTH_LARGE
+from engine.config.checks import MIN_WIDTH, MIN_WIDTH_LARGE
 from engine.config.config import Config
 from engine.config.presets import PRESETS
 from engine.models.build import make_network
@@ -22,8 +22,8 @@ CONFIGS = [
     *PRESETS.values(),
     Config(),  # WRN-28-2
     Config(dataset="stl10", scales=4, width=64),  # WRN-37-2
-    *(Config(dataset="digits", width=width, blocks=1) for width in (LEAST_WIDTH, LEAST_WIDTH + 1, 12)),
-    Config(dataset="stl10", width=LEAST_WIDTH_LARGE, blocks=1),
+    *(Config(dataset="digits", width=width, blocks=1) for width in (MIN_WIDTH, MIN_WIDTH + 1, 12)),
+    Config(dataset="stl10", width=MIN_WIDTH_LARGE, blocks=1),
 ]
 
 
@@ -83,7 +83,7 @@ def test_shapes_match_the_networks():
         (96, 32, 32, 3, 1, 8), (96, 32, 64, 1, 2, 8), (96, 32, 64, 3, 2, 8), (96, 64, 64, 3, 1, 4),
     )  # fmt: skip
     assert len(shapes(CONFIGS)) > 40
-    assert not {shape for shape in shapes(CONFIGS) if shape[1] < LEAST_WIDTH and shape[1:4] != (3, 16, 3)}
+    assert not {shape for shape in shapes(CONFIGS) if shape[1] < MIN_WIDTH and shape[1:4] != (3, 16, 3)}
 
 
 @pytest.mark.parametrize("instructions", ["DEFAULT", "AVX2", "SSE41"])

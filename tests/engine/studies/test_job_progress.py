@@ -8,7 +8,7 @@ from engine.config.methods import with_method
 from engine.config.presets import preset
 from engine.measuring import records
 from engine.studies import job_progress, reproduce
-from engine.studies.job_progress import trained_rows
+from engine.studies.job_progress import trained_samples
 from engine.studies.jobs import Status
 from tests.engine.studies.made_jobs import entries, finish
 
@@ -46,8 +46,8 @@ def test_time_left_is_proportional_to_trained_samples():
     assert job_progress.time_left([base, half], [done, Status("waiting")], 1) == pytest.approx(50)
     assert job_progress.time_left([base, half], [done, Status("running", base.steps // 4)], 2) == pytest.approx(12.5)
     assert job_progress.time_left([base, half], [done, Status("failed")], 1) == 0
-    assert trained_rows(base) == 64 * 12 and trained_rows(dataclasses.replace(base, method="supervised")) == 64
-    assert trained_rows(dataclasses.replace(base, anchor="guess-only", mu=7, k=1, w_u1=0.0, w_rot=0.0)) == 64 * 8
+    assert trained_samples(base) == 64 * 12 and trained_samples(dataclasses.replace(base, method="supervised")) == 64
+    assert trained_samples(dataclasses.replace(base, anchor="guess-only", mu=7, k=1, w_u1=0.0, w_rot=0.0)) == 64 * 8
     assert [job_progress.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]
 
 

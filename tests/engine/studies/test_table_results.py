@@ -165,6 +165,6 @@ def test_ablations_are_compared_with_the_papers_split():
     assert not any(
         line.paper for line in table_results.make_lines("ablation", entries("ablation", presets=("cifar10-40",)), {})
     )
-    for known in (paper_tables.FIGURES, paper_tables.ABLATION_FIGURES):
+    for known in (paper_tables.PUBLISHED_ERRORS, paper_tables.PUBLISHED_ABLATIONS):
         for name, row in known:
             assert name in PRESETS and (row in METHODS or row in ABLATIONS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.packed import Layout
+from pipelines.packed_buffer import Layout
 
 ARRAYS = {
     "flags": (torch.uint8, (5,)),
