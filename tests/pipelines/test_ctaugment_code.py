@@ -94,7 +94,7 @@ def cells(levels, cuts):
 
 
 @pytest.mark.parametrize("name", ["solarize", "posterize"])
-def test_levels_are_drawn_from_segments_between_neighbouring_bins(name):
+def test_levels_are_drawn_from_segments_between_neighboring_bins(name):
     """Compare frequencies in halves of segments with the definition."""
     op, weights = NAMES.index(name), learned()
     bins = ctaugment.TRANSFORMATIONS[op].bins[0]
