@@ -258,7 +258,7 @@ def test_the_step_of_one_gpu_is_assumed_if_none_was_measured():
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"batch": 3}, "--batch 3 cannot be shared by 2 ranks"),
         ({"k": 0}, "--k must be at least 1, got 0"),
-        ({"mode": "graph"}, "--mode graph captures a CUDA graph and needs a GPU"),
+        ({"mode": "graph"}, "--mode graph captures a CUDA graph and requires a GPU"),
     ],
 )
 def test_invalid_options(options, message, tmp_path, cheap):
