@@ -192,7 +192,7 @@ def test_commands_that_need_a_checkout_print_one_line(wheel, tmp_path):
     for command, message in {
         "remixmatch bench count": "the emulated device needs a checkout of the project",
         "python -m bench.emulator -c pass": "the emulated device needs a checkout of the project",
-        "remixmatch bench report": "bench-results has no records: measure some with remixmatch bench NAME",
+        "remixmatch bench report": "bench-results has no records; measure some with remixmatch bench NAME",
     }.items():
         done = installed.start(tmp_path, *command.split())
         assert done.returncode == 2 and done.stderr.startswith(f"remixmatch: {message}"), done.stderr

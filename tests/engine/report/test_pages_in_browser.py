@@ -180,7 +180,7 @@ def test_the_opening_benchmark_writes_a_record(tmp_path):
     """It runs in its own process, since playwright allows one browser at a time."""
     run = make_run(tmp_path / "run")
     said = output("engine", "bench", "opening", str(run), "--out", str(tmp_path / "rows"), "--repeats", "1")
-    assert "drawn at 1 400 pixels, s: " in said and "at 360, s: " in said
+    assert "drawing at 1 400 pixels, s: " in said and "drawing at 360 pixels, s: " in said
     (row,) = records.read(tmp_path / "rows")
     assert row["runs"] == 1 and 0.5 < row["megabytes"] < 5 and row["browser"].startswith("chromium ")
     assert min(row["desk_seconds"], row["phone_seconds"], row["write_seconds"]) > 0

@@ -435,7 +435,7 @@ def test_an_interrupt_prints_one_line(tmp_path):
         (["digits-40", "--gpus", "0"], "--gpus must be at least 1"),
         (["digits-40", "--gpus", "3", "--device", "cpu"], "--batch 16 cannot be shared by 3 ranks"),
         (["digits-40", "--device", "cpu", "--nvtx"], "--nvtx requires a GPU"),
-        (["digits-40", "--device", "cpu", "--mode", "graph"], "--mode graph captures a CUDA graph and needs a GPU"),
+        (["digits-40", "--device", "cpu", "--mode", "graph"], "--mode graph captures a CUDA graph and requires a GPU"),
         (["digits-40", "--device", "cpu", "--out", __file__], "is a file; --out expects a folder"),
         (["digits-40", "--no-such-flag"], "no-such-flag"),
     ],

@@ -265,7 +265,10 @@ def test_submitit_jobs_share_the_work_and_resume_after_their_time_limit(tmp_path
     first = claims_of(out, found[0])[0]
     os.kill(first["worker"][0], signal.SIGUSR2)  # As Slurm does before a job's time limit.
     wait(lambda: states() == ["done"] * 2)
-    assert len(claims_of(out, found[0])) == 2 and "SIGTERM: step" in (out / found[0].job.name / "log.txt").read_text()
+    assert (
+        len(claims_of(out, found[0])) == 2
+        and "SIGTERM: saved step" in (out / found[0].job.name / "log.txt").read_text()
+    )
     wait(lambda: len(list((out / "jobs").glob("*_result.pkl"))) == 2)
     assert len({claims_of(out, entry)[0]["worker"][0] for entry in found}) == 2
     assert "Traceback" not in logs(), logs()
