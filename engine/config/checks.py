@@ -179,7 +179,7 @@ def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
         )
     total = sum(prior.values())
     if not (min(prior.values()) >= 0 and 0 < total < math.inf):
-        raise UserError(f"--class-prior {path} must have finite numbers of at least 0, not all of them 0")
+        raise UserError(f"--class-prior {path} must contain finite, nonnegative numbers, at least one of them positive")
     return tuple(prior[name] / total for name in classes)
 
 

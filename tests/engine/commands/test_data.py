@@ -268,11 +268,11 @@ def test_class_prior(capsys, photos, tmp_path):
     for text, words in [
         ('{"flower": 1}', "differ in china"),
         ('{"flower": 1, "china": 1, "dog": 0}', "differ in dog"),
-        ('{"flower": 0, "china": 0}', "not all of them 0"),
+        ('{"flower": 0, "china": 0}', "at least one of them positive"),
         ('{"flower": "1", "china": 1}', "class names to numbers"),
         ('{"flower": true, "china": 1}', "class names to numbers"),
-        ('{"flower": Infinity, "china": 1}', "finite numbers"),
-        ('{"flower": NaN, "china": 1}', "finite numbers"),
+        ('{"flower": Infinity, "china": 1}', "finite, nonnegative numbers"),
+        ('{"flower": NaN, "china": 1}', "finite, nonnegative numbers"),
         ("{", "cannot be read"),
     ]:
         path.write_text(text)
