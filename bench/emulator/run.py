@@ -15,7 +15,8 @@ AOTAutograd, without Inductor), DALI on a device, timings, or the behavior of li
 EMULATED_DEVICES sets the number of devices (default 2); EMULATED_CAPABILITY, EMULATED_MULTIPROCESSORS and
 EMULATED_MEMORY_GIB set their properties. With EMULATED_IDLE=1 nothing is computed: shapes are correct but values are
 not, which suffices to count launches (`bench count`). The emulator is built once, in build/emulator of a checkout. This
-requires a C++ compiler, without which the tests are skipped, and the C++ sources, which are not part of the package.
+requires a C++ compiler and the C++ sources, which are not part of the package. Without a compiler, the tests are
+skipped.
 """
 
 import fcntl

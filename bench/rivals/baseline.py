@@ -6,10 +6,10 @@ and at every larger K requested.
 
 The samples of a rival and the engine are interleaved in one process, and a speedup is the median over the repeats of
 the ratio within a repeat. When a sample of N steps starts, every prefetched batch of the rival's DataLoader or of the
-engine's view pipeline is ready. It ends when workers, planner and view pipeline have refilled their queues. So nothing
-runs in the background of another's sample, each trainer makes as many batches as it trains, and no sample starts with
-an empty queue. If training is slower than loading, loading overlaps with the steps; if loading is slower, the workers
-are busy throughout the sample.
+engine's view pipeline is ready. It ends when workers, planner and view pipeline have refilled their queues. Each
+trainer makes as many batches as it trains. So nothing runs in the background while another is sampled, and no queue
+starts empty. If training is slower than loading, loading overlaps with the steps; if loading is slower, the workers are
+busy throughout the sample.
 
 Two effects remain. At the end of a sample some workers may idle while another finishes, which costs less than one batch
 and less with more `--steps`. The transfer of a finished batch from a worker is not waited for.

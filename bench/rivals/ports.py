@@ -17,7 +17,8 @@ single device. It uses no code of the engine except `Config`, for sizes and loss
 
 Omitted, in favor of the libraries: two forward passes in USB whose logits no loss uses, copies of the EMA into a second
 network, synchronization before and after a step for logging, and logging itself. The network has the engine's
-architecture. In theirs, where a block changes the width, the first convolution takes the input before batch norm.
+architecture. In their networks, the first convolution of a block that changes the width takes the input before batch
+norm.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 One call of a backend makes `batches` batches of views and starts and ends with none pending, so that no backend works
 in the background while another is timed; within a call, backends prefetch. The engine's random numbers are drawn before
-the call, those of the other libraries within it. Every run includes a single process of PIL for comparison.
+the call; the other libraries draw theirs during the call. Every run also measures PIL in a single process, for
+comparison.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def added_memory(device: torch.device) -> Iterator[dict[str, float]]:
     """Yield a dict that receives `peak_memory_mib`, the peak of GPU memory allocated within the block, in MiB.
 
     Memory allocated before the block does not count. On a CPU the dict stays empty: the peak of a process cannot be
-    attributed to one of several cases.
+    attributed to a single case.
     """
     fields: dict[str, float] = {}
     if device.type != "cuda":
