@@ -283,7 +283,7 @@ _LARGE_BYTES, _AT_ONCE = 2**28, 32
 def take_images(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Copy selected images: (N, H, W, 3) and (n,) int64 to (n, H, W, 3).
 
-    In a large memory map, only a few tens of images stay mapped at a time, since each can map a huge page.
+    In a large memory map, at most a few dozen images stay mapped at a time, because each may map a huge page.
     """
     if images.nbytes <= _LARGE_BYTES:
         return images[indices]

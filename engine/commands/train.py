@@ -81,7 +81,7 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
     """Set up a run. When resuming, flags override the configuration the run was started with, not the preset.
 
     Raises:
-        UserError: The data or the folder cannot be used for this run.
+        UserError: The data or folder does not fit the run.
     """
     folder = options.folder.out or default_folder(options.config, resume)
     if resume and (folder / "config.json").exists():

@@ -89,5 +89,5 @@ def die_with_parent() -> None:
     if (is_torchrun_worker() or parent) and sys.platform == "linux":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores SIGHUP.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGHUP))
-    if parent and os.getppid() != int(parent):  # It ended before the call of prctl.
+    if parent and os.getppid() != int(parent):  # The parent exited before prctl was called.
         raise Stopped("the parent process has ended", signal.SIGHUP)

@@ -171,7 +171,7 @@ def save_results(folder: Path, probabilities: np.ndarray, rows: slice, data: Dat
 
     Args:
         folder: Folder of the run.
-        probabilities: (n, L) float32, predictions for the test images `rows`.
+        probabilities: (n, L) float32, predictions for the test images with indices `rows`.
         rows: The result of `predicted_rows`.
         data: The data set.
         views: Views of training images.

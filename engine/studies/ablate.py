@@ -1,10 +1,10 @@
 """`remixmatch ablate PRESET`: measure each component's cost and benefit.
 
-A variant is the full method with one component changed (`engine.config.methods.ABLATIONS`). Its cost is measured by
-timing its training step, including views, in alternation with the full method's, each in its own process. Launches and
-bytes come from `bench count`. Its benefit is measured by training it, with the same jobs as in `remixmatch reproduce
-ablation`, and comparing it with the full method, paired by seed. All measurements are kept in the output folder, so the
-command can be resumed.
+A variant is the full method with one component changed (`engine.config.methods.ABLATIONS`). Its cost is the time of its
+training step, including views. The step is timed in alternation with the full method's, each in its own process.
+Launches and bytes come from `bench count`. Its benefit is measured by training it, with the same jobs as in `remixmatch
+reproduce ablation`, and comparing it with the full method, paired by seed. All measurements are kept in the output
+folder, so the command can be resumed.
 """
 
 from __future__ import annotations

@@ -333,7 +333,8 @@ def work(
         OSError: The folder is not writable.
     """
     root.mkdir(parents=True, exist_ok=True)
-    tried: set[str] = set()  # Do not restart interrupted or lost jobs immediately.
+    # Do not restart interrupted or lost jobs immediately. The next call resumes them.
+    tried: set[str] = set()
     finished: dict[str, Status] = {}
 
     def read_statuses() -> list[Status]:

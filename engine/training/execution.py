@@ -190,4 +190,4 @@ def set_numerics(deterministic: bool, cudnn_benchmark: bool | None = None) -> No
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read by cuBLAS on first use.
     if torch.are_deterministic_algorithms_enabled() != deterministic:
-        torch.use_deterministic_algorithms(deterministic)  # Imports Inductor, to set it there, too.
+        torch.use_deterministic_algorithms(deterministic)  # This imports Inductor to set the option there as well.

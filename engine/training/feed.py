@@ -165,7 +165,7 @@ class Feed:
         # Pinned memory belongs to the current device of the thread.
         own_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
         self._planner = self._closing.enter_context(ThreadPoolExecutor(1, "planner", *own_device))
-        # Prefetch one batch of plans more than of views if the lag allows it.
+        # If the lag allows it, prefetch one more batch of plans than of views.
         for _ in range(min(c.prefetch + 1, c.lag // c.view_steps - 1)):
             self._prefetch_plans()
         for _ in range(c.prefetch):
