@@ -27,7 +27,7 @@ def long(request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Skip tests here, so that pytest groups them, and before a missing device becomes the reason."""
+    """Skip tests here, so that pytest groups them and does not give a missing device as the reason."""
     on_emulator = os.environ.get(NOT_BUILT) and item.get_closest_marker("gpu")
     if (item.get_closest_marker("compiler") or on_emulator) and compiler() is None:
         pytest.skip("needs a C++ compiler: install g++")

@@ -239,7 +239,7 @@ class Victim:
     def reach(self, low, high, latest=STEPS - 6):
         """Wait until `low` to `high` steps after the current one, plus a random fraction of a step.
 
-        If that is later than `latest`, complete the run and start the next one.
+        If the chosen step is later than `latest`, complete the run and start the next one.
         """
         here = self.last_logged_step() if self.training() else self.resumed
         target = here + self.chance.randint(low, high)

@@ -252,7 +252,7 @@ def test_gpu(height, width, seed):
     made = augment_views(*case)
     assert_matches_reference(made.cpu(), case)
     for _ in range(20):
-        # Threads pass the image to each other: a race would show occasionally.
+        # Threads pass the image to each other: a race would occasionally change the result.
         assert torch.equal(augment_views(*case), made)
 
 

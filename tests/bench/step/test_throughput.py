@@ -51,7 +51,7 @@ def test_micro_batches_are_compared_with_a_single_pass(tmp_path, capsys):
     assert "K=2 eager synthetic micro-batches=2: " in output and "x the time of a single pass" in output
 
 
-def test_the_cost_of_the_papers_network():
+def test_the_cost_of_the_network_of_the_paper():
     macs, elements = throughput.network_cost(Config(), (32, 32))
     assert macs == pytest.approx(0.214e9, rel=0.01)
     assert elements == pytest.approx(1.2e6, rel=0.1)

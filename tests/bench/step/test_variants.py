@@ -95,7 +95,7 @@ def test_invalid_options(options, message):
         variants.main(VariantsOptions(**options))
 
 
-def test_shapes_are_those_of_the_papers_network():
+def test_shapes_are_those_of_the_network_of_the_paper():
     counts = convolutions.shapes()
     assert sum(counts.values()) == 28 and counts[Shape(3, 16, 32, 3, 1)] == 1
     # Each group has 4 blocks of 2 convolutions; the first one's input differs.

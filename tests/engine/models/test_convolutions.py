@@ -72,7 +72,7 @@ def check(configs):
     for shape in shapes(configs):
         print("batch size, inputs, outputs, kernel, stride, side:", *shape, flush=True)
         measured = errors(*shape)
-        # Written so that NaN fails, too.
+        # This form of the comparison also fails on NaN.
         assert all(error < TOLERANCE for error in measured), f"errors of values, input and weight gradient: {measured}"
 
 

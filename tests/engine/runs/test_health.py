@@ -29,8 +29,8 @@ def watched(counts=(4,) * 10, **changes):
 def warnings(watch, checks, every=50, start=0, **metrics):
     """Return all warnings of several checks, each after `every` steps with the given metrics.
 
-    `p_model`, `label_marginal` and `agreement` are attributes of the observations; metrics that are not given are those
-    of a healthy run.
+    `p_model`, `label_marginal` and `agreement` are attributes of the observations; all other metrics are those of a
+    healthy run.
     """
     attributes = dict(p_model=watch.p_data, label_marginal=watch.p_data) | {
         name: metrics.pop(name) for name in ("p_model", "label_marginal", "agreement") if name in metrics

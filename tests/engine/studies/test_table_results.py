@@ -157,7 +157,7 @@ def test_a_table_is_compared_with_the_paper(tmp_path, capsys):
         reproduce.main([*words, "--from", str(path)])
 
 
-def test_ablations_are_compared_with_the_papers_split():
+def test_ablations_are_compared_with_the_split_of_the_paper():
     found = entries("ablation")
     lines = table_results.make_lines("ablation", found, {})
     errors = {line.row: line.paper.error for line in lines if line.paper}
