@@ -26,7 +26,7 @@ def test_the_first_seed_of_everything_precedes_the_second_of_anything(name):
         assert entry.job.name.startswith(f"{entry.preset}-{entry.row}-seed{entry.seed}-")
 
 
-def test_tables_have_the_papers_methods_and_seeds():
+def test_tables_have_the_methods_and_seeds_of_the_paper():
     assert len(entries("cifar10")) == len(entries("svhn")) == 3 * 6 * 5
     assert {entry.row for entry in entries("digits")} == set(METHODS)
     assert [entry.seed for entry in entries("digits", rows=("uda",))] == [0, 1, 2, 3, 4]

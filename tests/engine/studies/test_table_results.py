@@ -96,7 +96,7 @@ def test_minutes_are_the_median_and_cpu_time_on_a_cpu():
     assert table_results._seconds({"device": "NVIDIA H100", "train_seconds": 9.0, "cpu_seconds": 5.0}) == 9
 
 
-def test_differences_are_compared_with_the_papers():
+def test_differences_are_compared_with_those_of_the_paper():
     assert paper_tables.papers_difference("l2", 8) == pytest.approx(11.34) == paper_tables.papers_difference("l2", 2)
     assert paper_tables.papers_difference("k=1", 8) == pytest.approx(1.38)
     assert paper_tables.papers_difference("k=1", 2) == pytest.approx(0.58)
