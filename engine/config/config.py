@@ -380,16 +380,28 @@ def config_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def check_run_folder(folder: Path) -> None:
+    """Raise UserError if the folder of a run does not exist, or is a file."""
+    if folder.is_file():
+        run = f", {folder.parent}" if (folder.parent / "config.json").is_file() else ""
+        raise UserError(f"{folder} is a file; give the run's folder{run}")
+    if not folder.is_dir():
+        raise UserError(f"no folder '{folder}'")
+
+
 def load_config(path: Path) -> Config:
     """Load a configuration that `config_json` has written.
 
     Raises:
         UserError: The file is missing, is not JSON, or comes from a different version of the engine.
     """
+    check_run_folder(path.parent)
     try:
         return parse_config(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no run ({path.name} is missing)") from None
+        inside = sorted(path.parent.glob(f"*/{path.name}"))
+        hint = f"give the folder of one run, for example {inside[0].parent}" if inside else f"{path.name} is missing"
+        raise UserError(f"{path.parent} holds no run; {hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a configuration of this version ({error})") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.config import Config, load_config
+from engine.config.config import Config, check_run_folder, load_config
 from engine.config.methods import with_method
 from engine.config.presets import PRESETS
 from engine.errors import UserError
@@ -105,8 +105,7 @@ def read(paths: Sequence[Path]) -> Found:
     folders: dict[Path, None] = {}
     tables, left_out = [], []
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path}: no such folder")
+        check_run_folder(path)
         inside = [path] if (path / "config.json").is_file() else _runs_in(path)
         begun = [folder for folder in inside if read_metrics(folder / METRICS)]
         if not inside:

@@ -87,7 +87,16 @@ def test_invalid_folders(capfd, tmp_path, trained):
     assert "already contains a run" in fails(capfd, "train", "digits-40", "--out", trained)
     assert "seed 0 -> 5" in fails(capfd, "train", "digits-40", "--out", trained, "--resume", "--seed", 5)
     assert "preset digits-40 -> digits-10" in fails(capfd, "train", "digits-10", "--out", trained, "--resume")
-    assert "holds no run" in fails(capfd, "eval", tmp_path)
+    assert fails(capfd, "eval", tmp_path).endswith(f"{tmp_path} holds no run; config.json is missing")
+    assert f"{trained.parent} holds no run; give the folder of one run, for example {trained}" in fails(
+        capfd, "eval", trained.parent
+    )
+    image = tmp_path / "image.png"
+    Image.new("RGB", (16, 16)).save(image)
+    config = trained / "config.json"
+    for command, more in (("eval", []), ("predict", [image]), ("export", []), ("report", [])):
+        assert fails(capfd, command, tmp_path / "none", *more).endswith(f"no folder '{tmp_path}/none'")
+        assert fails(capfd, command, config, *more).endswith(f"{config} is a file; give the run's folder, {trained}")
     file = tmp_path / "file"
     file.write_text("")
     assert "is a file" in fails(capfd, "train", "digits-40", "--out", file)

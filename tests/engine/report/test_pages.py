@@ -339,7 +339,7 @@ def test_errors_are_one_line(tmp_path, monkeypatch):
 
     run = make_run(tmp_path / "run")
     assert "requires the folder of a run" in told()
-    assert f"{tmp_path}/none: no such folder" in told(tmp_path / "none")
+    assert f"no folder '{tmp_path}/none'" in told(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "contains no run" in told(tmp_path / "empty")
     begun = shutil.copytree(run, tmp_path / "begun")
