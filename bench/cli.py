@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bench import registry
 from engine.commands.parsing import parse, show_usage_if_asked
-from engine.errors import UserError
+from engine.errors import unknown
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     if show_usage_if_asked(argv, "name", "bench NAME [flags]", texts, "remixmatch bench NAME --help lists its flags."):
         return
     if argv[0] not in benches:
-        raise UserError(f"unknown bench '{argv[0]}'; available benches: {', '.join(benches)}")
+        raise unknown("bench", argv[0], benches)
     bench = benches[argv[0]].load()
     options = parse(bench.options, f"bench {argv[0]}", list(argv[1:]))
 

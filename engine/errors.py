@@ -45,7 +45,7 @@ def cannot_write(place: Path, error: OSError, advice: str = "") -> UserError:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:
-    """Return the error for an unknown name, with the nearest known names.
+    """Return the error for an unknown name, with a suggestion.
 
     Args:
         kind: What the name should refer to, such as "preset".
@@ -53,7 +53,19 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> Use
         known: All names.
         listed: Where all names are listed, if they are too many for a message.
     """
+    return UserError(f"unknown {kind} '{name}'; {suggestion(name, known, listed)}")
+
+
+def suggestion(name: str, known: Iterable[str], listed: str = "") -> str:
+    """Return the question "did you mean ...?"; without near names, `listed` or a list of all names."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else listed or f"choose from {', '.join(known)}"
-    return UserError(f"unknown {kind} '{name}'; {hint}")
+    *names, last = near_names(name, known) or [""]
+    if not last:
+        return listed or f"choose from {', '.join(known)}"
+    return f"did you mean {', '.join(names)} or {last}?" if names else f"did you mean {last}?"
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return up to three names that differ little from a misspelled one, ignoring case, the nearest first."""
+    by_lower = {each.lower(): each for each in known}
+    return [by_lower[each] for each in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)]

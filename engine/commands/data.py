@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
         "check-split": (CheckSplitOptions, _check_split),
     }
     if argv[0] not in commands:
-        raise unknown("command", f"data {argv[0]}", [f"data {name}" for name in commands])
+        raise unknown("data command", argv[0], commands)
     kind, run = commands[argv[0]]
     options: Any = parse(kind, f"data {argv[0]}", list(argv[1:]))
     cache.set_data_dir(options.data_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import shlex
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
-from engine.errors import UserError
+from engine.errors import UserError, near_names
 
 try:
     from tyro import _errors as tyro_errors
@@ -54,9 +53,11 @@ def show_usage_if_asked(argv: Sequence[str], needs: str, usage: str, words: Mapp
         more: See `show_usage`.
 
     Raises:
-        UserError: The first word is missing.
+        UserError: The first word is missing, or is a flag.
     """
     if argv and argv[0] not in ("-h", "--help"):
+        if argv[0].startswith("-"):
+            raise UserError(f"the {needs} comes first: remixmatch {usage}")
         return False
     show_usage(usage, words, more)
     if not argv:
@@ -81,17 +82,30 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
         # tyro prints a framed error of several lines, which the message below replaces.
         with contextlib.redirect_stderr(io.StringIO()), hook:
             # Without prefixes, since groups of flags only structure the help.
-            return tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+            parsed = tyro.cli(options, prog=f"remixmatch {command}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as ended:
         if not ended.code:
             raise
+        parsed = None
     usage = f"remixmatch {command} --help"
+    if parsed is not None:
+        _check_values(_flags(options), argv, usage)
+        return parsed
     try:
         text = _mistake(events[0] if events else None, _flags(options), argv, usage)
     except AttributeError:  # An event of another version of tyro.
         text = ""
     line = shlex.join(["remixmatch", *command.split(), *argv])
     raise UserError(text or f"cannot parse '{line}' (see '{usage}')")
+
+
+def _check_values(flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> None:
+    """Raise UserError if a flag that takes any number of values has none, which tyro accepts."""
+    words = list(itertools.takewhile("--".__ne__, argv))
+    for word, following in itertools.pairwise([*words, "--"]):
+        hint = flags.get(word.replace("_", "-"))
+        if word.startswith("--") and following.startswith("--") and get_args(hint)[-1:] == (...,):
+            raise UserError(f"{word} needs a value: one or more {_allowed(hint)} (see '{usage}')")
 
 
 def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
@@ -111,7 +125,8 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
     unknown = [word for word in words if word.startswith("--") and word.replace("_", "-") not in flags]
     unknown = unknown or [token for token in tokens if token.startswith("-") and token.partition("=")[0] in words]
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-"), [flag[2:] for flag in flags], n=1, cutoff=0.7)
+        given = unknown[0].lstrip("-").partition("=")[0].replace("_", "-")
+        near = near_names(given, [flag[2:] for flag in flags])
         hint = f"; did you mean --{near[0]}?" if near else ""
         return f"unknown flag '{unknown[0]}'{hint} ('{usage}' lists all flags)"
     if tokens:
@@ -127,7 +142,10 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
         return f"missing argument {name} (see '{usage}')" if kind == "BadValue" else ""
     allowed = _allowed(flags[name])
     if kind == "InvalidChoice":
-        return f"{name} must be {allowed}; got '{event.value}'"
+        value = str(event.value)
+        # Short words are all alike: gpu is meant as cuda, but is near to cpu.
+        near = near_names(value, allowed.removeprefix("one of ").split(", ")) if len(value) > 3 else []
+        return f"{name} must be {allowed}; got '{value}'" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "BadValue":
         return f"{name} needs a value: {allowed}"
     separator = ";" if allowed.startswith("one of") else ","

@@ -83,7 +83,7 @@ def photos(tmp_path):
 def test_help_and_invalid_input(capsys, tmp_path):
     assert "check-split" in say(capsys, "data", "--help")
     assert "data needs a command" in fails(capsys, "data")
-    assert "unknown command 'data prepar'; did you mean data prepare" in fails(capsys, "data", "prepar")
+    assert "unknown data command 'prepar'; did you mean prepare?" in fails(capsys, "data", "prepar")
     assert "missing data set; choose from digits, cifar10" in fails(capsys, "data", "info")
     assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
     assert "no prepared data in" in fails(capsys, "data", "info", "cifar10")
