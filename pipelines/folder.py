@@ -186,7 +186,7 @@ def cache_of(root: Path) -> Path:
     return cache.data_dir() / "folders" / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
 
 
-def prepare_command(root: Path, size: int | str = "SIZE") -> str:
+def prepare_command(root: Path, size: int = 96) -> str:
     """Return the command that prepares a folder, for a message."""
     return cache.prepare_command(str(root), f" --size {size}")
 

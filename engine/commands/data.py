@@ -18,7 +18,7 @@ import tyro
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
-from engine.errors import UserError, unknown
+from engine.errors import UserError, near_names, unknown
 from engine.runs.setup import open_data
 from pipelines import cache
 from pipelines.cache import DataSet
@@ -53,8 +53,8 @@ class PrepareOptions(_DataOptions):
 
     name: Name = ""
     """Name of a data set, or a folder with train/CLASS/*, unlabeled/* and test/CLASS/*, or with labels.csv."""
-    size: int = 0
-    """For a folder, required: side of the images, 8 to 1024 pixels. The shorter side is resized, the longer cropped."""
+    size: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(required for a folder)")] = None
+    """For a folder: side of the images, 8 to 1024 pixels. The shorter side is resized, the longer cropped."""
     decoder: Annotated[
         Literal["auto", "cpu", "gpu"],
         tyro.conf.arg(
@@ -62,7 +62,7 @@ class PrepareOptions(_DataOptions):
             "differ by a few gray levels, so a data set is prepared entirely with one of them."
         ),
     ] = "auto"
-    source: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    source: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
     """Folder with the original files, searched before anything is downloaded."""
     download: bool = True
     """Download missing files."""
@@ -81,7 +81,7 @@ class InfoOptions(_DataOptions):
 
     name: Name = ""
     """Name of a data set, or a prepared folder."""
-    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """PNG file to write with ten images of every class."""
     verify: bool = False
     """Verify the checksums of the prepared files."""
@@ -93,8 +93,10 @@ class SplitOptions(_DataOptions):
 
     name: Name = ""
     """Name of a data set, or a prepared folder."""
-    labels: int = 0
-    """Number of labeled images, required except for --rule all."""
+    labels: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(required, except with --rule all)")
+    ] = None
+    """Number of labeled images."""
     seed: int = 1
     """Seed of the split."""
     rule: str = "paper"
@@ -162,7 +164,14 @@ def data_name(given: str) -> str:
     """Return the name under which a data set is opened. Names of folders begin with FOLDER."""
     if not given:
         raise UserError(f"missing data set; choose from {', '.join(DATASETS)}, or give a folder of images")
-    return given if given in DATASETS or given.startswith(FOLDER) else folder_name(given)
+    if given in DATASETS or given.startswith(FOLDER):
+        return given
+    from pipelines.folder import cache_of
+
+    place = Path(given)
+    if len(place.parts) == 1 and near_names(given, DATASETS) and not (place.exists() or cache_of(place).exists()):
+        raise unknown("data set", given, DATASETS)
+    return folder_name(given)
 
 
 @contextmanager
@@ -192,6 +201,8 @@ def _progress():
 
 def _prepare(options: PrepareOptions) -> None:
     name = data_name(options.name)
+    if options.source and not options.source.is_dir():
+        raise UserError(f"--source: no folder '{options.source}'")
     if name.startswith(FOLDER):
         _prepare_folder(Path(name.removeprefix(FOLDER)), options)
         return
@@ -218,6 +229,8 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
 
     if not root.exists():
         raise UserError(f"{options.name} is neither a data set ({', '.join(DATASETS)}) nor a folder")
+    if options.size is None:
+        raise UserError("a folder needs --size, for example --size 96")
     if not 8 <= options.size <= 1024:
         raise UserError(f"--size must be from 8 to 1024 pixels, got {options.size}")
     with _progress() as update:
@@ -272,7 +285,7 @@ def _list(options: ListOptions) -> None:
         if path.name.startswith("."):  # A lock, or an unfinished data set.
             continue
         try:
-            data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size SIZE"))
+            data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size 96"))
             print(f"{data.name.removeprefix(FOLDER)}: {_sizes(data)}")
         except cache.DataError as error:
             print(error)
@@ -289,6 +302,8 @@ def _info(options: InfoOptions) -> None:
         again = prepare_command(root, data.sides[0]) if name.startswith(FOLDER) else cache.prepare_command(name)
         cache.verify(where, f"{again} --again")
         print(f"{where} is intact")
+    if options.png:  # First, so that nothing is printed if it cannot be written.
+        _draw(data, options.png)
     print(_sizes(data))
     print(f"\n{'class':24} {'labeled':>9} {'test':>9}")
     for c, label in enumerate(data.classes):
@@ -297,7 +312,6 @@ def _info(options: InfoOptions) -> None:
     shown = [" ".join(f"{value:.1f}" for value in values) for values in (mean, deviation)]
     print(f"\nmean of the training images per channel {shown[0]}, standard deviation {shown[1]} (0 to 255)")
     if options.png:
-        _draw(data, options.png)
         print(f"{_GRID} images of every class: {options.png}")
 
 
@@ -327,7 +341,9 @@ def _draw(data: DataSet, path: Path) -> None:
 
 def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
     if rule not in RULES:
-        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'")
+        near = near_names(rule, RULES)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{hint}")
     if seed < 0:
         raise UserError(f"--seed must be at least 0, got {seed}")
     try:
@@ -338,7 +354,11 @@ def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.nda
 
 def _split(options: SplitOptions) -> None:
     data = open_data(data_name(options.name))
-    indices = _labeled_indices(options.rule, data, options.labels, options.seed)
+    labels = options.labels
+    if labels is None and options.rule in RULES and options.rule != "all":
+        known = int((data.train_labels >= 0).sum())
+        raise UserError(f"--labels is required, from 1 to {known} (or --rule all)")
+    indices = _labeled_indices(options.rule, data, labels or 0, options.seed)
     content = {
         "dataset": data.name, "seed": options.seed, "labels": len(indices), "split": options.rule,
         "train_rows": indices.tolist(), "sha256": digest(indices),

@@ -139,9 +139,8 @@ def folder_name(folder: str | Path) -> str:
 def check_name(name: str) -> None:
     """Raise UserError if there is no data set of that name."""
     if name not in DATASETS and not name.startswith(FOLDER) and name != "folder":
-        raise UserError(
-            f"unknown data set '{name}'; choose from {', '.join(DATASETS)}, or use --data DIR for your own images"
-        )
+        listed = f"choose from {', '.join(DATASETS)}, or use --data DIR for your own images"
+        raise unknown("data set", name, DATASETS, listed)
 
 
 def resolve(config: Config, data: DataSet) -> Config:
@@ -169,7 +168,8 @@ def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
     try:
         prior = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--class-prior {path} cannot be read ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--class-prior {path} cannot be read ({reason})") from None
     if not isinstance(prior, dict) or not all(type(value) in (int, float) for value in prior.values()):
         raise UserError(f"--class-prior {path} must be a JSON object that maps class names to numbers")
     if prior.keys() != set(classes):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError, unknown
+from engine.errors import UserError, suggestion
 from engine.models.wide_resnet import TwoHeadNetwork, initialize_linear
 from pipelines.files import first_line
 
@@ -45,8 +45,8 @@ class Backbone(TwoHeadNetwork):
         super().__init__()
         timm = _timm()
         if not timm.is_model(name):
-            kind, listed = f"model of timm {timm.__version__}", "timm.list_models() lists all models"
-            raise UserError(f"--network: {unknown(kind, name, timm.list_models(), listed)}")
+            hint = suggestion(name, timm.list_models(), "timm.list_models() lists all models")
+            raise UserError(f"--network: timm {timm.__version__} has no model '{name}'; {hint}")
         known = timm.models.get_pretrained_cfg(name)
         options: dict[str, Any] = {"img_size": sides} if known is not None and known.fixed_input_size else {}
         # timm draws from torch's global generator, whose state is restored.

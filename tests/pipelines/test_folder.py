@@ -124,7 +124,7 @@ def test_a_class_without_readable_images_raises(pets):
         path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"no labeled image of class cat in .* can be read"):
         prepare(pets, 8)
-    with pytest.raises(DataError, match=r"no prepared data in .*; run: remixmatch data prepare .* --size SIZE"):
+    with pytest.raises(DataError, match=r"no prepared data in .*; run: remixmatch data prepare .* --size 96"):
         open_folder(pets)
     with pytest.raises(DataError, match="is not a folder"):
         scan(pets / "no")
@@ -265,5 +265,5 @@ def test_commands_in_messages_can_be_pasted(tmp_path, data_dir):
     put(root, "train/a/1.png", 1)
     with pytest.raises(DataError, match="my pets is not a folder"):
         open_folder(tmp_path / "no" / "my pets")
-    with pytest.raises(DataError, match=r"; run: remixmatch data prepare '.*/my pets' --size SIZE$"):
+    with pytest.raises(DataError, match=r"; run: remixmatch data prepare '.*/my pets' --size 96$"):
         open_folder(root)

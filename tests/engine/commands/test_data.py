@@ -85,10 +85,18 @@ def test_help_and_invalid_input(capsys, tmp_path):
     assert "data needs a command" in fails(capsys, "data")
     assert "unknown data command 'prepar'; did you mean prepare?" in fails(capsys, "data", "prepar")
     assert "missing data set; choose from digits, cifar10" in fails(capsys, "data", "info")
-    assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "cifar", "--size", 32)
+    assert "is neither a data set (digits, cifar10" in fails(capsys, "data", "prepare", "pets", "--size", 32)
     assert "no prepared data in" in fails(capsys, "data", "info", "cifar10")
     (tmp_path / "empty").mkdir()
-    assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty")
+    assert "a folder needs --size, for example --size 96" in fails(capsys, "data", "prepare", "empty")
+    assert "--size must be from 8 to 1024 pixels, got 0" in fails(capsys, "data", "prepare", "empty", "--size", 0)
+    assert "--source: no folder 'no'" in fails(capsys, "data", "prepare", "cifar10", "--source", "no")
+    for command in ("info", "split", "prepare"):
+        assert "unknown data set 'cifar-10'; did you mean cifar10" in fails(capsys, "data", command, "cifar-10")
+        assert "unknown data set 'digit'; did you mean digits?" in fails(capsys, "data", command, "digit")
+    assert "--labels is required, from 1 to 1437 (or --rule all)" in fails(capsys, "data", "split", "digits")
+    papr = fails(capsys, "data", "split", "digits", "--rule", "papr")
+    assert papr.endswith("; got 'papr'; did you mean paper?\n")
     assert "has no labeled images" in fails(capsys, "data", "prepare", "empty", "--size", 16)
     assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
     assert "cifar-10-python.tar.gz is missing; download http" in fails(
@@ -96,6 +104,9 @@ def test_help_and_invalid_input(capsys, tmp_path):
     )
     output = fails(capsys, "data", "info", "digits", "--png", "no/grid.png")
     assert output == "remixmatch: no/grid.png cannot be written (No such file or directory)\n"
+    with pytest.raises(SystemExit):
+        cli.main(["data", "info", "digits", "--png", "no/grid.png"])
+    assert not capsys.readouterr().out
     if not torch.cuda.is_available():
         no_gpu = fails(capsys, "data", "prepare", "empty", "--size", 16, "--decoder", "gpu")
         assert "--decoder gpu: torch sees no GPU here" in no_gpu
@@ -313,7 +324,7 @@ def test_folders_are_listed_and_verified(capsys, photos, tmp_path, data_dir, mon
     (cached,) = (data_dir / "folders").glob("my*")
     (data_dir / "folders" / ".other.partial").mkdir()
     os.truncate(cached / "train_images.npy", 1000)
-    again = "run: remixmatch data prepare FOLDER --size SIZE"
+    again = "run: remixmatch data prepare FOLDER --size 96"
     assert say(capsys, "data", "list").splitlines()[-1].endswith(f"has 1000 bytes, expected 24704; {again}")
 
     say(capsys, "data", "prepare", root, "--size", 16)
@@ -349,7 +360,7 @@ def test_unreadable_folders(capsys, photos, data_dir, monkeypatch):
         (["--split", "paper", "--labels", 17], "labels must be from 1 to 16 (the number of labeled images), got 17"),
         (["--split", "balanced", "--labels", 18], "18 labels needs 9 images per class, but class china has 8"),
         (["--max-shift", 16], "--max-shift must be less than the images' shorter side of 16 pixels, got 16"),
-        (["--class-prior", "no.json"], "--class-prior no.json cannot be read"),
+        (["--class-prior", "no.json"], "--class-prior no.json cannot be read (No such file or directory)"),
     ],
 )
 def test_invalid_settings_for_a_folder(capsys, photos, tmp_path, flags, words):

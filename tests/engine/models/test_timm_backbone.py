@@ -128,7 +128,7 @@ def test_weights_that_cannot_be_loaded(small, tmp_path, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match=r"--network: unknown model of timm .* 'resnet5'; did you mean .*resnet50"):
+    with pytest.raises(UserError, match=r"--network: timm .* has no model 'resnet5'; did you mean .*resnet50"):
         Backbone("resnet5", 7, (32, 32))
 
 
