@@ -82,7 +82,8 @@ def check_choices(options: Any, **known: Collection[str]) -> None:
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given:
             if value and value not in choices:
-                raise UserError(f"{_flag(name)}: unknown '{value}'; choose from {', '.join(choices)}")
+                noun = name.replace("_", "-").removesuffix("s")
+                raise UserError(f"{_flag(name)}: unknown {noun} '{value}'; choose from {', '.join(choices)}")
 
 
 def check_numbers(options: Any, **least: int) -> None:

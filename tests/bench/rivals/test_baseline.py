@@ -194,8 +194,8 @@ def test_the_report_reads_old_and_new_records(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ("fake",)}, "--data: unknown 'fake'; choose from real, synthetic"),
-        ({"rivals": ("mine",)}, "--rivals: unknown 'mine'; choose from plain, usb, torchssl"),
+        ({"data": ("fake",)}, "--data: unknown data 'fake'; choose from real, synthetic"),
+        ({"rivals": ("mine",)}, "--rivals: unknown rival 'mine'; choose from plain, usb, torchssl"),
         ({"rivals": ()}, "--rivals needs at least one value"),
         ({"data": ()}, "--data needs at least one value"),
         ({"k": ()}, "--k needs at least one value"),

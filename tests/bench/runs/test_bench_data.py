@@ -89,7 +89,7 @@ def test_dali_alone_makes_the_same_images_as_prepare(tmp_path, monkeypatch):
 
 
 def test_invalid_options(tmp_path):
-    with pytest.raises(UserError, match="--parts: unknown 'open'; choose from opening, preparing, training"):
+    with pytest.raises(UserError, match="--parts: unknown part 'open'; choose from opening, preparing, training"):
         data.main(DataOptions(parts=("open",)))
     for flag, least in (("repeats", 1), ("rounds", 1), ("files", 8), ("images", 1000), ("few_images", 1000)):
         with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} must be at least {least}, got {least - 1}"):

@@ -75,10 +75,10 @@ def test_a_failed_provider_is_listed_and_the_others_are_timed(tmp_path, known_ce
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": ("gues",)}, "--kernels: unknown 'gues'; choose from guess_labels"),
-        ({"providers": ("jax",)}, "--providers: unknown 'jax'"),
+        ({"kernels": ("gues",)}, "--kernels: unknown kernel 'gues'; choose from guess_labels"),
+        ({"providers": ("jax",)}, "--providers: unknown provider 'jax'"),
         ({"providers": ("triton",)}, "--providers triton needs a GPU"),
-        ({"sizes": ("huge",)}, "--sizes: unknown 'huge'"),
+        ({"sizes": ("huge",)}, "--sizes: unknown size 'huge'"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
     ],
 )

@@ -95,5 +95,5 @@ def test_missing_packages_are_skipped_and_broken_ones_fail(tmp_path, monkeypatch
 def test_invalid_options(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         bench(tmp_path, "pil", **options)
-    with pytest.raises(UserError, match="--backends: unknown 'dali'"):
+    with pytest.raises(UserError, match="--backends: unknown backend 'dali'"):
         bench(tmp_path, "dali")

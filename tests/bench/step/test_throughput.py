@@ -66,8 +66,8 @@ def test_measure_returns_speed_and_bound(cheap):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modes": ("graf",)}, "--modes: unknown 'graf'; choose from eager, compile, graph"),
-        ({"views": ("pil",)}, "--views: unknown 'pil'; choose from fused, dali, synthetic"),
+        ({"modes": ("graf",)}, "--modes: unknown mode 'graf'; choose from eager, compile, graph"),
+        ({"views": ("pil",)}, "--views: unknown view 'pil'; choose from fused, dali, synthetic"),
         ({"micro_batches": (0,)}, "--micro-batches must be at least 1, got 0"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),

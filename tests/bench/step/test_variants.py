@@ -86,7 +86,7 @@ def test_time_by_kind_counts_overlapping_kernels_and_gaps():
     [
         (dict(repeats=0), "--repeats must be at least 1"),
         (dict(at_once=0), "--at-once must be at least 1"),
-        (dict(variants=("fast",)), "--variants: unknown 'fast'"),
+        (dict(variants=("fast",)), "--variants: unknown variant 'fast'"),
         (dict(before=Path("nowhere")), "--before nowhere is not a checkout"),
     ],
 )
