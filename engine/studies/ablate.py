@@ -136,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--seconds must be more than 0, got {options.seconds}")
     options.training.check()
     reproduce.check_different("seeds", options.seeds)
+    reproduce.check_seeds(options.seeds)
     set_data_dir(options.training.data_dir)
     entries = paper_tables.make_entries(
         paper_tables.TABLES["ablation"],

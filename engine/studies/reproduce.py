@@ -161,9 +161,16 @@ def check(options: ReproduceOptions) -> None:
         raise UserError(f"--hours must be more than 0, got {options.hours}")
     for flag in ("seeds", "methods", "preset"):
         check_different(flag, getattr(options, flag))
+    check_seeds(options.seeds)
     for text in options.slurm:
         if not text.partition("=")[0] or "=" not in text:
             raise UserError(f"--slurm expects NAME=VALUE, got '{text}'")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise UserError if a seed is negative."""
+    if min(seeds, default=0) < 0:
+        raise UserError(f"--seeds must be at least 0, got {min(seeds)}")
 
 
 def check_different(flag: str, given: Sequence[object]) -> None:
