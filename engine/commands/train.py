@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         from engine.distributed import collectives
         from engine.training.execution import pick_device
 
-    if setup and (ranks.gpus > 1 or ranks.max_restarts > 0):
+    if setup and _uses_torchrun(options):
         check_gpu_count(setup.config, ranks)
         # With the folder, which each rank would otherwise choose itself. The last of two equal flags wins.
         launch.launch(["train", *argv, "--out", str(setup.folder)], ranks.gpus, ranks.max_restarts)
@@ -77,6 +77,10 @@ def main(argv: list[str]) -> None:
     collectives.stop()
 
 
+def _uses_torchrun(options: TrainOptions) -> bool:
+    return options.ranks.gpus > 1 or options.ranks.max_restarts > 0
+
+
 def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
     """Set up a run. When resuming, flags override the configuration the run was started with, not the preset.
 
@@ -90,6 +94,8 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
         if begun.preset != preset:
             raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
         options = parse_train(argv, begun)
+    elif options.folder.resume and (launch.is_torchrun_worker() or not _uses_torchrun(options)):
+        log.info(f"no run in {folder}; starting a new one")
     ranks = launch.world_size_from_env(options.ranks.gpus)
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
     if options.config.network == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -167,7 +168,8 @@ class Trainer:
                     self.save(last=True)
                     number = self._stop.number or signal.SIGTERM  # The other rank's signal is unknown.
                     name = signal.Signals(number).name
-                    raise Stopped(f"{name}: saved step {self.step} in {self.folder}; use --resume to continue", number)
+                    again = f"--resume --out {shlex.quote(str(self.folder))}"
+                    raise Stopped(f"{name}: saved step {self.step} in {self.folder}; use {again} to continue", number)
         finally:
             self.end()
             if self._history:
