@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "export": (
         "engine.commands.inference:export",
-        "export a run's EMA model to safetensors, torch.export or ONNX: remixmatch export DIR --to FORMAT",
+        "export a run's EMA model to safetensors, torch.export or ONNX: remixmatch export DIR [--to FORMAT]",
     ),
     "data": (
         "engine.commands.data:main",

@@ -32,7 +32,7 @@ class FolderOptions:
         ),
     ] = None
     resume: bool = False
-    """Resume the run in --out; without --out, the newest run of this preset and seed."""
+    """Resume the run in --out, or start it if there is none; without --out, the newest run of this preset and seed."""
     quiet: bool = False
     """Print only the summary and warnings."""
 
@@ -55,10 +55,10 @@ class AblationOptions:
 class SourceOptions:
     """Location of the data."""
 
-    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
     """Folder of images, prepared by 'remixmatch data prepare', to train on instead of --dataset."""
     data_dir: DataDir = None
-    class_prior: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    class_prior: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """JSON file that maps each class name to its known probability, instead of --class-distribution."""
 
 
@@ -67,7 +67,7 @@ class RankOptions:
     """Ranks: processes that train together."""
 
     gpus: int = 1
-    """Number of ranks on this machine: one GPU each, or one CPU process each. More than one are started by torchrun."""
+    """Ranks on this machine: one GPU each, or one CPU process each. If more than one, torchrun starts them."""
     max_restarts: int = 0
     """Restart the ranks up to this many times from the last valid checkpoint after a failure."""
     timeout: float = 600.0
@@ -158,9 +158,10 @@ def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping
         name: dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": SECTIONS[name]})()
         for name, fields in sections.items()
     } | dict(groups)
+    titles = {"ablations": "ablation", "ranks": "rank"}  # The help appends "options".
     # Without a help text, tyro searches the source code of each group for one, and a class made here has no source.
     members = [
-        (name, Annotated[type(default), tyro.conf.arg(help=type(default).__doc__)], field(default=default))
+        (name, Annotated[type(default), tyro.conf.arg(name=titles.get(name), help=type(default).__doc__)], default)
         for name, default in defaults.items()
     ]
     return dataclasses.make_dataclass("Options", members, frozen=True, namespace={"__doc__": text})

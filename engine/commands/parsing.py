@@ -77,6 +77,7 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
         UserError: An unknown flag, a missing or unexpected argument, or a value that is not allowed.
     """
     events: list[Any] = []
+    parsed: Any = None
     hook = tyro_errors.on_parse_error(events.append) if tyro_errors else contextlib.nullcontext()
     try:
         # tyro prints a framed error of several lines, which the message below replaces.
@@ -86,7 +87,6 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-        parsed = None
     usage = f"remixmatch {command} --help"
     if parsed is not None:
         _check_values(_flags(options), argv, usage)

@@ -78,11 +78,11 @@ class Config:
     )
     k: int = _method(
         8,
-        "K: strong views per unlabeled image. With --anchor none, K is the number of all its views; in MixMatch "
-        "these are weak.",
+        "K: strong views per unlabeled image. With --anchor none, all views of an unlabeled image; in MixMatch they "
+        "are weak.",
     )
     batch: int = _method(64, "B: labeled images per step, over all ranks.")
-    mu: int = _method(1, "Unlabeled images per step, as a multiple of B (FixMatch's mu).")
+    mu: int = _method(1, "mu: unlabeled images per step, as a multiple of B, as in FixMatch.")
     anchor: Literal["trained", "guess-only", "none"] = _method(
         "trained",
         "How the weak view u_weak is used: 'trained', trained on like the other views, as in ReMixMatch; "
@@ -136,7 +136,7 @@ class Config:
     labels: int = _data(40, "Number of labeled images; ignored with --split all.")
     split: Literal["balanced", "paper", "usb", "torchssl", "fixmatch-pytorch", "all"] = _data(
         "balanced",
-        "Rule that picks the labeled images from --labels and --seed: 'balanced', equally many of each class; "
+        "Rule that picks the labeled images, given --labels and --seed: 'balanced', equally many of each class; "
         "'paper', the images chosen by the paper's authors; 'usb', 'torchssl' or 'fixmatch-pytorch', as these "
         "implementations do; or 'all', every image with a label.",
     )
@@ -185,7 +185,7 @@ class Config:
     )
     weights: str = _network(
         "",
-        "File of weights from which a timm model starts, for machines without network access.",
+        "File with the initial weights of a timm model; needs no network access.",
         counted=False,
     )
     width: int = _network(
@@ -206,7 +206,8 @@ class Config:
     )
     bn_groups: int = _network(
         1,
-        "Groups into which --bn split cuts each pass of B images; a multiple of the ranks and of --micro-batches.",
+        "Groups into which --bn split cuts each pass of B images; a multiple of the number of ranks and of "
+        "--micro-batches.",
     )
     bn_stats: Literal["all", "pool"] = _network(
         "all",
@@ -219,7 +220,7 @@ class Config:
     # Optimization
     steps: int = _optimization(
         1000,
-        "Training steps. A finished run can be resumed with more steps; only --log may change as well.",
+        "Training steps. When a run is resumed, this may be increased, and --log may change, but no other setting.",
         resumable=True,
     )
     lr: float = _optimization(0.002, "Adam's learning rate, constant.")
@@ -260,12 +261,12 @@ class Config:
     resident: Literal["auto", "device", "host"] = _execution(
         "auto",
         "Where training images are stored when training on a GPU: on the device, or on the host, from which each "
-        "step's images are prefetched. auto is device if they need at most half of its free memory.",
+        "step's images are prefetched. auto is device if they need at most half of the GPU's free memory.",
     )
     micro_batches: int = _execution(
         1,
         "Gradient accumulation: micro-batches per step, over all ranks. A rank trains its micro-batches one after "
-        "another, which takes less memory and gives the results of a run on that many ranks. 1 is one per rank.",
+        "another, which takes less memory and gives the results of a run on that many ranks. 1 means one per rank.",
         identity=True,
     )
     gradients: Literal["fp32", "bf16"] = _execution(
@@ -305,7 +306,7 @@ class Config:
     )
     log_every: int = _output(64, "Steps between records of metrics.")
     checkpoint_every: int = _output(1024, "Steps between checkpoints; the last step always writes one.")
-    keep: int = _output(3, "Number of checkpoints to keep.")
+    keep: int = _output(3, "Number of checkpoints to keep; older ones are deleted.")
     log: Literal["tensorboard", "wandb", "trackio", "none"] = _output(
         "tensorboard",
         "Where metrics go in addition to metrics.jsonl: TensorBoard files; Weights & Biases or trackio, through "

@@ -112,6 +112,26 @@ def test_invalid_input_of_a_process_is_one_line_and_code_2():
     assert done.stderr == f"remixmatch: unknown preset 'cifar'; {hint}\n"
 
 
+def test_resume_starts_a_new_run_and_says_so_if_there_is_none(tmp_path, capfd):
+    flags = [
+        "--steps",
+        "1",
+        "--batch",
+        "8",
+        "--width",
+        "8",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "new"),
+        "--resume",
+    ]
+    cli.main(["train", "digits-40", *flags])
+    assert f"no run in {tmp_path / 'new'}; starting a new one" in capfd.readouterr().err.splitlines()
+    cli.main(["train", "digits-40", *flags])
+    assert "starting a new one" not in capfd.readouterr().err
+
+
 def test_resume_does_not_need_the_flags_again(trained, capfd):
     cli.main(["train", "digits-40", "--out", str(trained), "--resume", "--quiet"])
     assert "digits-40 seed 0: test accuracy" in capfd.readouterr().out
@@ -201,7 +221,7 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", "digits-40", "--help"])
     assert ended.value.code == 0
-    titles = (*SECTIONS, "folder", "ablations", "source", "ranks")
+    titles = (*SECTIONS, "folder", "ablation", "source", "rank")
     _, *texts = re.split("|".join(f"{title} options" for title in titles), capfd.readouterr().out)
     sections = dict(zip(titles, texts, strict=True))
     for field in set(fields(Config)) - {Config.__dataclass_fields__["preset"]}:
@@ -211,7 +231,7 @@ def test_help_lists_presets_and_every_field_in_its_section(capfd):
         "method": "k",
         "data": "labels",
         "network": "width",
-        "ranks": "gpus",
+        "rank": "gpus",
         "folder": "out",
     }.items():
         assert f"--{flag} " in sections[title], flag
