@@ -30,6 +30,7 @@ DataDir = Annotated[
     ),
 ]
 
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 _KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "words")}
 
 
@@ -76,6 +77,8 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
     Raises:
         UserError: An unknown flag, a missing or unexpected argument, or a value that is not allowed.
     """
+    if "-h" in argv or "--help" in argv:
+        _tidy_help(options)
     events: list[Any] = []
     parsed: Any = None
     hook = tyro_errors.on_parse_error(events.append) if tyro_errors else contextlib.nullcontext()
@@ -97,6 +100,30 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
         text = ""
     line = shlex.join(["remixmatch", *command.split(), *argv])
     raise UserError(text or f"cannot parse '{line}' (see '{usage}')")
+
+
+def _tidy_help(options: Any) -> None:
+    """Show no empty defaults in the help, and "INT" instead of "{None}|INT", unless a field says what to show."""
+    hints = get_type_hints(options, include_extras=True)
+    for each in dataclasses.fields(options):
+        whole = hints[each.name]
+        kind, *extras = get_args(whole) if get_origin(whole) is Annotated else (whole,)
+        if dataclasses.is_dataclass(kind):
+            _tidy_help(kind)
+            continue
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        hint, metavar = (
+            next((value for extra in extras if (value := getattr(extra, key, None)) is not None), None)
+            for key in ("help_behavior_hint", "metavar")
+        )
+        if hint is None and (default is None or default in ("", ())):
+            hint = ""
+        parts = [part for part in get_args(kind) if part not in (type(None), ...)]
+        name = _METAVARS.get(parts[0]) if len(parts) == 1 else None
+        if get_args(kind)[-1:] == (...,):
+            name = name and f"{name} [{name} ...]"
+        shown = tyro.conf.arg(metavar=metavar or name, help_behavior_hint=hint)
+        options.__annotations__[each.name] = Annotated[whole, shown]
 
 
 def _check_values(flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -25,7 +26,11 @@ NEEDED = ("altair", "vl_convert", "jinja2")
 class ReportOptions:
     """Write one self-contained HTML page about a run, several runs, or a folder of `reproduce` or `ablate`."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = field(default_factory=tuple)
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="DIR [DIR ...]", help_behavior_hint="(required)"),
+    ] = field(default_factory=tuple)
     """Folders of runs, or folders that contain such folders."""
     out: Path | None = None
     """Output file; by default report.html in the given folder, or in the current one if several are given."""

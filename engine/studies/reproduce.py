@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.commands.parsing import parse, show_usage_if_asked
+from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
@@ -37,8 +37,7 @@ class JobOptions:
 
     steps_scale: float = 1.0
     """Scale steps, ramp, intervals, and the windows of EMA and batch norm, for a rehearsal; shown in the title."""
-    data_dir: Path | None = None
-    """Folder of prepared data sets; by default the variable REMIXMATCH_DATA, or ~/.cache/remixmatch."""
+    data_dir: DataDir = None
     workers: int = 0
     """Number of jobs at a time, one per GPU; by default the number of GPUs, or 1 without a GPU."""
     retry: bool = False

@@ -162,6 +162,15 @@ def test_what_is_right_is_parsed():
     assert options == Options("x", (3, 4), "left", (Path("a"), Path("b")), False)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_no_empty_defaults_and_no_raw_types(capfd, command):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command.split(), "--help"])
+    text = " ".join(re.sub("[│─╭╮╰╯]", "", capfd.readouterr().out).split())
+    assert ended.value.code == 0
+    assert not re.search(r"\(default: (|None|''|\(\))\)|\{None|None\}", text), text
+
+
 def test_help_texts_are_single_lines():
     """The help of a flag breaks where its docstring does."""
     checked = 0
