@@ -225,6 +225,7 @@ def test_a_run_stops_with_its_worker_and_is_resumed(tmp_path, number, start):
     assert status(out, entry.job).state == "waiting"
     if number == signal.SIGTERM:
         assert "1 waiting; running jobs are saved" in log.read_text()
+        assert f"use --resume --out {folder} to continue" in (folder / "log.txt").read_text()
     reached = jobs.last_step(folder / "metrics.jsonl")
     process = start(log, *words, "800")
     assert process.wait(SECONDS) == 0, log.read_text()
