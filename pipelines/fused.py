@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from kernels.augment import CODES, MAX_SIDE, augment_views
-from pipelines import cache, ctaugment, geometric
+from pipelines import ctaugment, geometric
+from pipelines.images import ImageStore
 from pipelines.packed_buffer import Layout
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
@@ -31,9 +32,6 @@ _FIELDS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "ops": (torch.int32, (OPS_PER_VIEW,)),
     "parameters": (torch.float32, (OPS_PER_VIEW, 6)),
 }
-
-
-_UPLOAD_CHUNK = 4096  # Images per copy.
 
 
 @dataclass(frozen=True)
@@ -74,38 +72,24 @@ class FusedViews(Views):
             )
         self._layout = Layout((name, dtype, (batch_size, *shape)) for name, (dtype, shape) in _FIELDS.items())
         self._made: deque[torch.Tensor] = deque()
-        self._resident: torch.Tensor | None = None
         if device == "cpu":
-            self._resident = torch.from_numpy(self._images) if resident else None
+            self._store = ImageStore(self._images, torch.device("cpu"), resident)
             return
         self._gpu = torch.device("cuda", device_id)
         self._stream = torch.cuda.Stream(self._gpu)
         self._ready: deque[torch.cuda.Event] = deque()
         # Memory that the kernel reads and writes is allocated on its stream, which orders reuse.
         with torch.cuda.stream(self._stream):
-            if resident:
-                self._resident = torch.empty(self._images.shape, dtype=torch.uint8, device=self._gpu)
-                for first in range(0, len(images), _UPLOAD_CHUNK):  # Bounds host memory.
-                    part = torch.from_numpy(np.ascontiguousarray(self._images[first : first + _UPLOAD_CHUNK]))
-                    self._resident[first : first + _UPLOAD_CHUNK].copy_(part)
-                    cache.unmap(self._images)
+            self._store = ImageStore(self._images, self._gpu, resident)
         # Compile the kernel now: compilation is not allowed during CUDA graph capture.
         self._begin(self._prepare(plain_views(batch_size)))
         self._finish()
 
     def _prepare(self, views: ViewPlan) -> _Prepared:
         """Pack the kernel's arguments into one buffer and gather images that are not resident."""
-        pinned = self.device == "gpu"
-        buffer = self._layout.allocate(pinned)
+        buffer = self._layout.allocate(pinned=self.device == "gpu")
         arguments = self._layout.arrays(buffer)
-        images = None
-        if self._resident is not None:
-            arguments["image"][:] = self._image_indices(views)
-        else:
-            # Transfer each image once, however many views it has.
-            distinct, arguments["image"][:] = np.unique(self._image_indices(views), return_inverse=True)
-            images = torch.empty((len(distinct), *self._images.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
-            self._images.take(distinct, axis=0, out=images.numpy(), mode="clip")
+        arguments["image"][:], images = self._store.prepare(self._image_indices(views))
         parameters = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
         arguments["shift"][:] = views.shift
         arguments["flip"][:] = views.flip
@@ -114,14 +98,13 @@ class FusedViews(Views):
         return _Prepared(buffer, images)
 
     def _begin(self, prepared: _Prepared) -> None:
-        images = prepared.images if self._resident is None else self._resident
-        assert images is not None
         if self.device == "cpu":
+            images = self._store.on_device(prepared.images)
             self._made.append(augment_views(images, **self._layout.tensors(prepared.arguments)))
             return
         with torch.cuda.stream(self._stream):
             arguments = prepared.arguments.to(self._gpu, non_blocking=True)
-            images = images.to(self._gpu, non_blocking=True)
+            images = self._store.on_device(prepared.images)
             self._made.append(augment_views(images, **self._layout.tensors(arguments)))
             ready = torch.cuda.Event()
             ready.record(self._stream)
@@ -139,4 +122,4 @@ class FusedViews(Views):
     def _release(self) -> None:
         if self.device == "gpu":
             self._stream.synchronize()
-        self._resident = None
+        self._store.release()

@@ -76,7 +76,7 @@ def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
 
 NAMES = ctaugment.NAMES
 assert sorted([*GEOMETRIC, *PHOTOMETRIC, "identity"]) == sorted(NAMES)
-_IDENTITY_MATRIX = np.array([1, 0, 0, 0, 1, 0], np.float32)
+IDENTITY_MATRIX = np.array([1, 0, 0, 0, 1, 0], np.float32)
 IS_GEOMETRIC = np.array([name in GEOMETRIC for name in NAMES])
 
 
@@ -99,7 +99,7 @@ def op_parameters(ops: np.ndarray, levels: np.ndarray, center: np.ndarray, heigh
     parameters[..., 0], parameters[..., 1:3], parameters[..., 3:5] = ops, levels, center
     # Indices into flat arrays are faster than two-dimensional masks.
     flat_ops, flat_levels, flat_parameters = ops.reshape(-1), levels.reshape(-1, 2), parameters.reshape(-1, 6)
-    flat_parameters[np.flatnonzero(flat_ops == ctaugment.IDENTITY)] = _IDENTITY_MATRIX
+    flat_parameters[np.flatnonzero(flat_ops == ctaugment.IDENTITY)] = IDENTITY_MATRIX
     for name, function in GEOMETRIC.items():
         chosen = np.flatnonzero(flat_ops == NAMES.index(name))
         if len(chosen):

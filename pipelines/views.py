@@ -19,6 +19,8 @@ from pipelines.plan import OPS_PER_VIEW, ViewPlan
 # a huge page of 2 MiB mapped, and the resident memory of the process would appear to grow with the set.
 _MAPPED_BYTES, _MAPPED_IMAGES = 2**30, 128
 
+MAX_GRAPH_SIDE = 2048  # Of the DALI graph: an image's sum of gray levels must fit in 32 bits.
+
 
 def plain_views(count: int) -> ViewPlan:
     """Return a plan of `count` copies of the first labeled image without augmentation, for warm-up."""

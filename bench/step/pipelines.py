@@ -106,6 +106,65 @@ def _dali(task: Task, threads: int) -> Backend:
     return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
 
 
+def _dali_graph(task: Task, device: str) -> Backend:
+    from pipelines.dali_graph import DaliGraphViews
+
+    every = np.arange(len(task.images))
+    where = (device, task.device.index or 0)
+    pipeline = DaliGraphViews(task.images, every, every, task.batch, MAX_SHIFT, *where, threads=1, prefetch=2)
+    return _queue(pipeline, task, f"CTAugment, graph of DALI's operators on the {device.upper()}", 2)
+
+
+class _AutoAugment:
+    """DALI's own RandAugment as a queue: a flip and two random operations per image, one CPU thread."""
+
+    def __init__(self, task: Task, device: str) -> None:
+        from nvidia.dali import fn, pipeline_def
+        from nvidia.dali.auto_aug import rand_augment
+
+        @pipeline_def(enable_conditionals=True)
+        def graph() -> Any:
+            view = fn.external_source(name="images", device=device, layout="HWC")
+            view = fn.flip(view, horizontal=fn.random.coin_flip())
+            return rand_augment.rand_augment(view, n=2, m=10, shape=task.images.shape[1:3])
+
+        # On a GPU the images are resident, as the engine's are; on a CPU each batch is gathered.
+        self._images = torch.from_numpy(task.images).to(task.device) if device == "gpu" else task.images
+        self._pipeline: Any = graph(
+            batch_size=task.batch,
+            num_threads=1,
+            device_id=task.device.index or 0 if device == "gpu" else None,
+            prefetch_queue_depth=2,
+            exec_dynamic=True,
+        )
+        for _ in range(2):  # The first run fills the whole queue.
+            self._pipeline.feed_input("images", self.prepare(task.plans[0]))
+        self._pipeline.schedule_run()
+        for _ in range(2):
+            self._pipeline.outputs()
+
+    def prepare(self, plan: ViewPlan) -> Any:
+        if isinstance(self._images, np.ndarray):
+            return self._images[plan.image]
+        return self._images[torch.from_numpy(plan.image).to(self._images.device)]
+
+    def submit(self, images: Any) -> None:
+        self._pipeline.feed_input("images", images)
+        self._pipeline.schedule_run()
+
+    def collect(self) -> None:
+        on_gpu = not isinstance(self._images, np.ndarray)
+        self._pipeline.outputs(cuda_stream=torch.cuda.current_stream() if on_gpu else None)
+
+    def close(self) -> None:
+        self._pipeline = None
+
+
+def _auto_augment(task: Task, device: str) -> Backend:
+    what = f"RandAugment of DALI's auto_aug on the {device.upper()}, one CPU thread"
+    return _queue(_AutoAugment(task, device), task, what, 2)
+
+
 def fused(task: Task) -> Backend:
     """Make each view in one fused kernel from images on the device; on a CPU, with its PyTorch reference."""
     from pipelines.fused import FusedViews
@@ -198,11 +257,39 @@ BACKENDS: dict[str, Callable[[Task], Backend]] = {
     "torchvision": torchvision,
     "dali-cpu-1": lambda task: _dali(task, 1),
     "dali-cpu": lambda task: _dali(task, task.threads),
+    "dali-graph-cpu": lambda task: _dali_graph(task, "cpu"),
+    "auto-aug-cpu": lambda task: _auto_augment(task, "cpu"),
+    "dali-gpu": lambda task: _dali_graph(task, "gpu"),
+    "auto-aug-gpu": lambda task: _auto_augment(task, "gpu"),
     "fused": fused,
     "kornia": kornia,
     "triton-augment": triton_augment,
 }
-NEED_GPU = ("triton-augment",)
+NEED_GPU = ("triton-augment", "dali-gpu", "auto-aug-gpu")
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and its living children, such as DataLoader workers."""
+    seconds = time.process_time()
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for child in listed.read_text(encoding="ascii").split():
+            try:
+                stat = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace")
+            except OSError:  # It has ended since.
+                continue
+            seconds += sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def _with_cpu_time(run: Callable[[], Any], samples: list[float]) -> Callable[[], Any]:
+    """Return a function that runs another one and appends the CPU seconds that it took."""
+
+    def timed() -> None:
+        begin = _cpu_seconds()
+        run()
+        samples.append(_cpu_seconds() - begin)
+
+    return timed
 
 
 @dataclass
@@ -239,6 +326,7 @@ def main(options: PipelinesOptions) -> None:
     batches = options.batches or (8 if device.type == "cuda" else 2)
     task = make_task(options.rows, options.side, batches, device, options.threads)
     runs: dict[str, Callable[[], Any]] = {}
+    cpu: dict[str, list[float]] = {name: [] for name in BACKENDS}
     descriptions: dict[str, str] = {}
     failures = records.Failures()
     with task.closing:
@@ -258,7 +346,7 @@ def main(options: PipelinesOptions) -> None:
                 begin = time.perf_counter()
                 run()
                 print(f"{name}: first call {time.perf_counter() - begin:.2f} s", flush=True)
-                runs[name] = run
+                runs[name] = _with_cpu_time(run, cpu[name])
         times = measure(runs, device, options.repeats, warm_up=1)
     views = task.batch * batches
     floor = 6 * options.side**2 / ceilings(device).copy_bytes_per_second
@@ -270,6 +358,9 @@ def main(options: PipelinesOptions) -> None:
         speeds = quartiles("views_per_second", views / np.array(t.samples))
         speeds |= {"ratio_to_pil": times["pil"].seconds / t.seconds, "floor_views_per_second": 1 / floor}
         speeds["share_of_copy"] = floor * speeds["views_per_second"]
+        per_view = {backend: 1e6 / views * np.array(cpu[backend][1:]) for backend in ("pil", name)}  # No warm-up.
+        speeds |= quartiles("cpu_us", per_view[name])
+        speeds["cpu_ratio_to_pil"] = float(np.median(per_view["pil"]) / np.median(per_view[name]))
         BENCH.write(options.out, "pipelines", device, **case, **speeds)
     failures.finish()
 
@@ -302,6 +393,8 @@ BENCH = Bench(
                 "views/s": "{views_per_second:,.0f}",
                 "quartiles": "{views_per_second_low:,.0f} to {views_per_second_high:,.0f}",
                 "speedup over PIL": "{ratio_to_pil:.2f}",
+                "CPU time per view, us": "{cpu_us:.1f}",
+                "per CPU second, relative to PIL": "{cpu_ratio_to_pil:.2f}",
                 "share of copy bandwidth": "{share_of_copy:.2%}",
             },
         ),

@@ -253,10 +253,11 @@ class Config:
         "How a step runs: 'eager'; 'compile', the network compiled by torch.compile; or 'graph', compiled and the "
         "whole step captured as a CUDA graph. auto is graph on a GPU and eager on a CPU.",
     )
-    views: Literal["auto", "dali", "fused"] = _execution(
+    views: Literal["auto", "dali", "dali-graph", "fused"] = _execution(
         "auto",
-        "How views are made: 'dali', a DALI pipeline, for CPUs; or 'fused', one kernel, for images of up to 256x256 "
-        "pixels. auto is fused on a GPU and dali on a CPU.",
+        "How views are made: 'fused', one kernel, for images of up to 256x256 pixels; 'dali', a DALI pipeline; or "
+        "'dali-graph', DALI's own operators only, whose equalize and rescale differ from PIL's. On a GPU dali is "
+        "dali-graph. auto is fused on a GPU and dali on a CPU.",
     )
     resident: Literal["auto", "device", "host"] = _execution(
         "auto",

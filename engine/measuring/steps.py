@@ -21,7 +21,7 @@ from engine.training.step import StepOutput
 from engine.training.step_input import StepInput
 from pipelines.plan import ViewPlan
 
-VIEWS = ("fused", "dali", "synthetic")
+VIEWS = ("fused", "dali", "dali-graph", "synthetic")
 
 
 class SyntheticViews:

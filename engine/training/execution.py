@@ -17,6 +17,7 @@ import torch
 from engine.config.config import Config
 from engine.errors import UserError
 from kernels.augment import MAX_SIDE
+from pipelines.views import MAX_GRAPH_SIDE
 
 # Options of Inductor on a GPU. Per-channel vectors count as reads, so with the default threshold of 4 the gradient
 # before each batch norm would be written to memory and read twice. Combo kernels merge small independent kernels.
@@ -35,7 +36,7 @@ class Execution:
         device: The device of the training step.
         precision: See `pick_precision`.
         mode: "eager", "compile" or "graph".
-        views: "dali" or "fused".
+        views: "dali", "dali-graph" or "fused".
         resident: Whether the training images are stored on the device.
         inductor: Options of Inductor on a GPU; None for INDUCTOR.
         concurrent: Whether independent passes run concurrently on a GPU.
@@ -108,19 +109,23 @@ def pick_mode(config: Config, device: torch.device) -> str:
 
 
 def pick_views(config: Config, device: torch.device, sides: tuple[int, int]) -> str:
-    """Return the backend that makes views of images with the given sides (H, W): "dali" or "fused".
+    """Return the backend that makes views of images with sides (H, W): "dali" (CPU), "dali-graph" or "fused".
 
     Raises:
         UserError: The device does not support the requested backend, or the images are too large for it.
     """
     cuda = device.type == "cuda"
-    if config.views == "dali" and cuda:
-        raise UserError("--views dali makes views on a CPU; on a GPU use --views fused")
-    views = ("fused" if cuda else "dali") if config.views == "auto" else config.views
-    if views == "fused" and max(sides) > MAX_SIDE:
-        advice = "prepare smaller images" if cuda else "use --views dali"
+    views: str = config.views
+    if views == "auto":
+        views = "fused" if cuda else "dali"
+    elif views == "dali" and cuda:
+        views = "dali-graph"
+    largest = {"fused": MAX_SIDE, "dali-graph": MAX_GRAPH_SIDE}.get(views)
+    if largest and max(sides) > largest:
+        advice = "use --views dali" if not cuda or max(sides) <= MAX_GRAPH_SIDE else "prepare smaller images"
         raise UserError(
-            f"--views fused supports images of up to {MAX_SIDE}x{MAX_SIDE} pixels, got {sides[0]}x{sides[1]}; {advice}"
+            f"--views {config.views} supports images of up to {largest}x{largest} pixels, got "
+            f"{sides[0]}x{sides[1]}; {advice}"
         )
     return views
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.config.config import Config
 from engine.distributed import collectives
+from engine.errors import UserError
 from engine.imports import gc_paused
 from engine.method.batch_layout import BatchLayout, RankPlan, rank_plan
 from engine.training import ranges
@@ -231,13 +232,23 @@ class Feed:
         c, device = self.config, device or self.execution.device
         batch_size = batch_size or len(self.layout.views) * c.view_steps
         images = (self.data.train_images, self.split, self.data.unlabeled_indices if c.unlabeled else None)
+        where = {"device": "gpu" if device.type == "cuda" else "cpu", "device_id": device.index or 0}
+        options: dict[str, Any] = {"prefetch": c.prefetch, "resident": self.execution.resident, **where}
         if self.execution.views == "fused":
-            kind, device_id = "gpu" if device.type == "cuda" else "cpu", device.index or 0
-            return FusedViews(*images, batch_size, c.max_shift, kind, device_id, c.prefetch, self.execution.resident)
-        with gc_paused():
-            from pipelines.dali import DaliViews  # Imported here since only this backend needs DALI.
+            return FusedViews(*images, batch_size, c.max_shift, **options)
+        with gc_paused():  # The next imports are here since only these backends need DALI.
+            if self.execution.views == "dali":
+                from pipelines.dali import DaliViews
 
-            return DaliViews(*images, batch_size, c.max_shift, c.view_threads, c.prefetch)
+                return DaliViews(*images, batch_size, c.max_shift, c.view_threads, c.prefetch)
+            from pipelines.dali_graph import DaliGraphViews
+
+            try:
+                return DaliGraphViews(*images, batch_size, c.max_shift, threads=c.view_threads, **options)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+                advice = "use --views fused" if device.type == "cuda" else "use --views dali"
+                raise UserError(f"--views {c.views}: DALI cannot run its graph here ({reason}); {advice}") from error
 
     def _rank_plan(self, plan: GlobalPlan) -> RankPlan:
         return rank_plan(self.layout, plan, self._labels[plan.labeled])

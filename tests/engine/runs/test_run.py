@@ -105,6 +105,27 @@ def test_a_run_with_fused_views_never_imports_dali(tiny, tmp_path, monkeypatch):
     assert made.shape == expected.shape and np.isclose(made, expected, atol=2).mean() > 0.9
 
 
+def test_a_run_with_the_dali_graph_resumes_bit_identically(tiny, tmp_path):
+    config = tiny(views="dali-graph", steps=6, checkpoint_every=3)
+    run.train(setup_run(config, tmp_path / "whole"), quiet=True)
+    run.train(setup_run(dataclasses.replace(config, steps=3), tmp_path / "resumed"), quiet=True)
+    run.train(setup_run(config, tmp_path / "resumed", resume=True), quiet=True)
+    whole, resumed = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "resumed"))
+    assert whole[-2:] == resumed[-2:] and [json.loads(line)["step"] for line in whole[-2:]] == [6, 6]
+
+
+def test_a_dali_that_cannot_run_is_one_line(tiny, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("[/opt/dali/file.cc:1] Assert on something failed\nCUDA driver version is insufficient")
+
+    monkeypatch.setattr("pipelines.dali_graph.view_graph", broken)
+    reason = "CUDA driver version is insufficient"
+    message = f"--views dali-graph: DALI cannot run its graph here ({reason}); use --views dali"
+    with pytest.raises(UserError) as error:
+        run.train(setup_run(tiny(views="dali-graph"), tmp_path / "run"), quiet=True)
+    assert str(error.value) == message
+
+
 def test_a_run_with_a_summary_has_all_other_files(undisturbed, tmp_path, monkeypatch):
     """The summary marks a run as complete: after any interruption, resuming writes the missing files."""
     config = dataclasses.replace(load_config(undisturbed / "config.json"), steps=6)

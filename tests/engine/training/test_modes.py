@@ -175,8 +175,15 @@ def test_auto_settings(tiny):
     assert [pick_views(config, device, (32, 32)) for device in (CPU, gpu)] == ["dali", "fused"]
     with pytest.raises(UserError, match="prepare smaller images"):
         pick_views(config, gpu, (4000, 224))
-    with pytest.raises(UserError, match="on a GPU use --views fused"):
-        pick_views(tiny(views="dali"), gpu, (32, 32))
+    with pytest.raises(UserError, match="got 300x224; use --views dali"):
+        pick_views(config, gpu, (300, 224))
+    assert [pick_views(tiny(views="dali"), device, (32, 32)) for device in (CPU, gpu)] == ["dali", "dali-graph"]
+    assert pick_views(tiny(views="dali-graph"), CPU, (32, 32)) == "dali-graph"
+    assert pick_views(tiny(views="dali"), gpu, (300, 300)) == "dali-graph"
+    with pytest.raises(UserError, match=r"--views dali supports images of up to 2048x2048 .* prepare smaller images"):
+        pick_views(tiny(views="dali"), gpu, (2049, 32))
+    with pytest.raises(UserError, match=r"--views dali-graph .* got 4000x4000; use --views dali"):
+        pick_views(tiny(views="dali-graph"), CPU, (4000, 4000))
 
 
 def test_unsupported_settings_are_errors(tiny, monkeypatch):
