@@ -46,7 +46,6 @@ from engine.measuring.step_worker import ROOT
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
-from engine.training.feed import plan_spec
 from engine.training.state import make_state
 from pipelines.datasets import DATASETS
 
@@ -220,10 +219,9 @@ def step_collectives(config: Config) -> Collectives:
     """Return the collectives of a configuration's step; they are the same on any number of ranks above one.
 
     Returns:
-        The gradient all-reduce, and the others: all-gathers of views and logits, an all-reduce of buffers and metrics.
+        The gradient all-reduce, and the others: an all-gather of logits, an all-reduce of buffers and metrics.
     """
     data = DATASETS[config.dataset]()
-    spec = plan_spec(config, data, np.zeros(config.labels, np.int64))
     classes = len(data.classes)
     network = make_state(config, classes, torch.device("cpu")).network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -231,7 +229,6 @@ def step_collectives(config: Config) -> Collectives:
     metrics = 6  # Five losses and "stop"; other metrics are the same on all ranks.
     reduced = sum(b.numel() for b in network.buffers()) + metrics
     others = (
-        Collective("views", "all-gather", bytes_per_image=spec.blocks * data.train_images[0].nbytes),
         Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),
         Collective("buffers and metrics", "all-reduce", 4 * reduced),
     )

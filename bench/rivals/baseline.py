@@ -228,7 +228,7 @@ def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) ->
     feeds = {kind: SettledFeed(config, data, set_up.feed.split, execution) for kind in options.data}
     cases = {kind: dataclasses.replace(set_up, feed=feed) for kind, feed in feeds.items()}
     for kind, feed in feeds.items():
-        views = SyntheticViews(len(feed.layout.views) * config.view_steps, data.sides, execution.device)
+        views = SyntheticViews(feed.layout.view_count * config.view_steps, data.sides, execution.device)
         feed.begin(0, views if kind == "synthetic" else None)
         closing.callback(cases[kind].end)
     steps: dict[str, Callable[[], Any]] = {kind: partial(case.advance, 1) for kind, case in cases.items()}

@@ -77,7 +77,7 @@ class TimedSteps:
         feed = Feed(config, data, split, chosen)
         state = make_state(config, len(data.classes), chosen.device, data.sides)
         execute = make_step(config, state, feed.layout, chosen, feed.example)
-        count = len(feed.layout.views) * config.view_steps
+        count = feed.layout.view_count * config.view_steps
         feed.begin(0, SyntheticViews(count, data.sides, chosen.device) if views == "synthetic" else None)
         return cls(config, feed, state, execute)
 

@@ -11,8 +11,9 @@ view of each of B images, so view `block * B + i` shows labeled or unlabeled ima
     view       x_strong   u_weak   u_1   u_2   ...   u_K     x_probe
     in pool    labeled    |------- unlabeled --------|       no
 
-Blocks 0 to K + 1 are the mixup pool (section 3.3 of the paper). A view may be mixed with any view of the pool, so every
-rank makes the views of its own b images and then gathers those of all ranks.
+Blocks 0 to K + 1 are the mixup pool (section 3.3 of the paper). A view may be mixed with any view of the pool, also
+with those of other ranks' images. A view is a pure function of the plan and the images, so with R > 1 every rank makes
+the views of its own b images and, once more, the partner of each of its pool views: ranks exchange no pixels.
 
 Inputs. These are the inputs of a rank with one micro-batch, from first to last:
 
@@ -57,23 +58,22 @@ class BatchLayout:
 
     Shapes: V views and P pool views in the global batch, U = mu B unlabeled images, N inputs of this rank, n inputs
     per training pass (one micro-batch). A view index is a position in the plan, a pool index a position in the plan's
-    mixup pool. A gathered index is a position in the views of all ranks, concatenated rank by rank.
+    mixup pool. A position is an index into the views that the rank makes in a step, see `step_views`.
 
     Attributes:
         spec: What the plans are drawn for.
         ranks: R.
         accumulation_steps: M / R, the number of micro-batches over which a rank accumulates gradients.
-        views: (V / R,) view indices that this rank makes.
+        views: (V / R,) view indices of this rank's images.
         images: (B / R,) image indices of this rank, by micro-batch.
         pool: (P / R,) pool indices that this rank trains on, by micro-batch.
-        gathered: (V,) gathered index of each view.
         guess_order: (g, U) positions of the logits of the g views that an image's pseudo-label is made from, in the
             logits of all ranks, concatenated rank by rank. g is 1 with an anchor. Empty without unlabeled data.
         probe_order: (B,) positions of the probes' logits, likewise. Empty without probes.
-        pool_source: (P,) gathered index of each pool view.
+        pool_views: (P,) view index of each pool view.
         pool_target_index: (P,) target of each pool view, as an index into [labels (B); pseudo-labels (U)].
         target_index: (n M / R,) target of each training input, likewise. u_1 has the target of its image.
-        source: (N,) gathered index of the view that each input is made from, the same in every step.
+        source: (N,) position of the view that each input is made from, the same in every step.
         mixed_index: (P / R,) positions of the views in `pool` among the inputs.
         rotated_index: (U / R,) positions of the rotated u_1 among the inputs. Empty without the rotation task.
         rotation_index: (U / R,) position of each rotated u_1 in the plan's `rotations`.
@@ -87,10 +87,9 @@ class BatchLayout:
     views: np.ndarray
     images: np.ndarray
     pool: np.ndarray
-    gathered: np.ndarray
     guess_order: np.ndarray
     probe_order: np.ndarray
-    pool_source: np.ndarray
+    pool_views: np.ndarray
     pool_target_index: np.ndarray
     target_index: np.ndarray
     source: np.ndarray
@@ -147,10 +146,9 @@ class BatchLayout:
         block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, B / G)
         pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(accumulation_steps, -1)
 
-        gathered = np.empty(batch * spec.blocks, dtype=np.int64)
-        gathered[np.concatenate([rank_views(spec.blocks, batch, r, ranks) for r in range(ranks)])] = np.arange(
-            batch * spec.blocks
-        )
+        views = rank_views(spec.blocks, batch, rank, ranks)
+        position = np.full(batch * spec.blocks, -1)  # Of the rank's own views.
+        position[views] = np.arange(len(views))
 
         # Blocks of the views that pseudo-labels are made from, of u_1, and of the probes.
         unlabeled = np.arange(spec.mu) if spec.unlabeled_images else np.arange(0)
@@ -189,16 +187,15 @@ class BatchLayout:
             spec=spec,
             ranks=ranks,
             accumulation_steps=accumulation_steps,
-            views=rank_views(spec.blocks, batch, rank, ranks),
+            views=views,
             images=images,
             pool=pool.reshape(-1),
-            gathered=gathered,
             guess_order=guess_order,
             probe_order=order_of(probe_blocks),
-            pool_source=gathered[pool_views],
+            pool_views=pool_views,
             pool_target_index=pool_target_index,
             target_index=target_index.reshape(-1),
-            source=gathered[np.concatenate([trained.reshape(-1), *forward_only])],
+            source=position[np.concatenate([trained.reshape(-1), *forward_only])],
             mixed_index=positions[:, : pool.shape[1]].reshape(-1),
             rotated_index=positions[:, first_rotated:].reshape(-1),
             rotation_index=rotation_index.reshape(-1) if rotated else rotation_index[:0].reshape(-1),
@@ -206,16 +203,32 @@ class BatchLayout:
             rotation_weights=weights[3],
         )
 
+    @property
+    def makes_partners(self) -> bool:
+        """Whether the rank makes the partners of its pool views: on one rank, they are among its own views."""
+        return self.ranks > 1 and self.spec.mixup_alpha > 0
+
+    @property
+    def view_count(self) -> int:
+        """Number of views that the rank makes in a step."""
+        return len(self.views) + self.makes_partners * len(self.pool)
+
+    def step_views(self, plan: GlobalPlan) -> np.ndarray:
+        """Return the view indices that the rank makes in a step: (view_count,) int64, its own views, then partners."""
+        if not self.makes_partners:
+            return self.views
+        return np.concatenate([self.views, self.pool_views[plan.perm[self.pool]]])
+
 
 @dataclass(frozen=True)
 class RankPlan:
     """The plan of one step for the inputs of one rank, in the order of the module docstring.
 
-    Shapes and gathered indices are those of `BatchLayout`.
+    Shapes and positions are those of `BatchLayout`.
 
     Attributes:
-        source: (N,) int64, gathered index of the view that each input is made from.
-        partner: (N,) int64, gathered index of the view mixed into it; outside the pool `source` itself.
+        source: (N,) int64, position of the view that each input is made from.
+        partner: (N,) int64, position of the view mixed into it; outside the pool `source` itself.
         lam: (N,) float32, mixup weight of `source`; 1 outside the pool.
         rotations: (N,) int64, rotation in units of 90 degrees.
         target_index: (n M / R,) int64, target of each training input, an index into [labels (B); pseudo-labels (U)].
@@ -241,13 +254,14 @@ def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> Rank
         labels: (B,) int64, classes of `plan.labeled`.
     """
     perm = plan.perm[layout.pool]
-    # Outside the pool, an input is its own partner.
-    partner, lam, rotations = (
-        layout.source.copy(),
-        np.ones(len(layout.source), np.float32),
-        np.zeros_like(layout.source),
-    )
-    partner[layout.mixed_index], lam[layout.mixed_index] = layout.pool_source[perm], plan.lam[layout.pool]
+    # Outside the pool, and without mixup, an input is its own partner.
+    partner, rotations = layout.source.copy(), np.zeros_like(layout.source)
+    if layout.makes_partners:
+        partner[layout.mixed_index] = np.arange(len(layout.views), layout.view_count)
+    elif layout.ranks == 1:
+        partner[layout.mixed_index] = layout.pool_views[perm]
+    lam = np.ones(len(layout.source), np.float32)
+    lam[layout.mixed_index] = plan.lam[layout.pool]
     partner_target_index = layout.target_index.copy()
     partner_target_index[layout.mixed_index] = layout.pool_target_index[perm]
     rotations[layout.rotated_index] = plan.rotations[layout.rotation_index]

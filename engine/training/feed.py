@@ -148,7 +148,7 @@ class Feed:
     def example(self) -> StepInput:
         """Return an input with the shapes of all steps and black views."""
         plan = make_plan(self.spec, self.config.seed, 0, self.policy.weights)
-        shape = (len(self.layout.views), *self.data.train_images.shape[1:])
+        shape = (self.layout.view_count, *self.data.train_images.shape[1:])
         blank = torch.zeros(shape, dtype=torch.uint8, device=self.execution.device)
         return StepInput.pack(blank, self._rank_plan(plan), self.execution.device)
 
@@ -230,7 +230,7 @@ class Feed:
             device: The device of the views; by default the run's.
         """
         c, device = self.config, device or self.execution.device
-        batch_size = batch_size or len(self.layout.views) * c.view_steps
+        batch_size = batch_size or self.layout.view_count * c.view_steps
         images = (self.data.train_images, self.split, self.data.unlabeled_indices if c.unlabeled else None)
         where = {"device": "gpu" if device.type == "cuda" else "cpu", "device_id": device.index or 0}
         options: dict[str, Any] = {"prefetch": c.prefetch, "resident": self.execution.resident, **where}
@@ -268,7 +268,7 @@ class Feed:
         ranges.enter("plan")
         steps = range(first, first + len(weights))
         plans = [make_plan(self.spec, self.config.seed, *each) for each in zip(steps, weights, strict=True)]
-        views = stack([plan.views.select(self.layout.views) for plan in plans])
+        views = stack([plan.views.select(self.layout.step_views(plan)) for plan in plans])
         rank_plans = [self._rank_plan(plan) for plan in plans]
         ranges.enter("views")
         prepared = self._views.prepare(views)

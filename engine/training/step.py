@@ -152,14 +152,12 @@ class Step:
         c, state = self.config, self.state
 
         # 1. Views (section 3.2) to network inputs. One kernel mixes the images of the pool (mixup, 3.3), rotates copies
-        # of u_1 (3.3), and normalizes. Views of other ranks are gathered first: mixup spans the global batch.
+        # of u_1 (3.3), and normalizes. Mixup spans the global batch: the rank has made its partners' views, too.
         ranges.enter("copy plan")
         data = data.to(self.device)
-        ranges.enter("exchange")
-        views = collectives.gather(data.views)  # (V, H, W, 3) uint8
         ranges.enter("assemble")
         inputs = assemble_batch(
-            views,
+            data.views,
             data.source,
             data.partner,
             data.lam,

@@ -20,7 +20,7 @@ class StepInput:
     """The input of one rank's step: its views, and the arrays of `RankPlan` and `stop` as views of one buffer.
 
     Attributes:
-        views: (V / R, H, W, 3) uint8 on the device, in the order of `BatchLayout.views`.
+        views: (`BatchLayout.view_count`, H, W, 3) uint8 on the device, in the order of `BatchLayout.step_views`.
         packed: (bytes,) uint8, the buffer that holds all arrays below. It stays in the host's memory, pinned if the
             device is a GPU, until the step copies it.
         source: See `RankPlan`, as for the following arrays.

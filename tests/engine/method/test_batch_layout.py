@@ -64,9 +64,7 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(groups, parts):
     for ranks in (1, 2, parts):
         for rank in range(ranks):
             share = BatchLayout.for_rank(spec, groups, rank, ranks, parts)
-            views = np.concatenate(
-                [BatchLayout.for_rank(spec, groups, each, ranks, parts).views for each in range(ranks)]
-            )
+            views = share.step_views(plan)
             step = rank_plan(share, plan, np.zeros(32, np.int64))
             trained = views[step.source[: -2 * len(share.images)]].reshape(share.accumulation_steps, -1)
             pairs = zip(
@@ -83,16 +81,16 @@ def test_micro_batches_do_not_depend_on_the_number_of_ranks(groups, parts):
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4)])
 def test_inputs_follow_the_plan(ranks, parts):
-    """Map the indices of inputs through the gathered views back to the plan."""
+    """Map the positions of inputs through the rank's views back to the plan."""
     plan = make_plan(SPEC, seed=0, step=0, weights=initial_weights())
     labels = np.arange(24) % 10
     parts = max(parts, ranks)
     shares = [BatchLayout.for_rank(SPEC, parts, rank, ranks, parts) for rank in range(ranks)]
-    gathered = np.concatenate([share.views for share in shares])  # View index of each gathered view.
     known = np.concatenate([np.arange(24), 100 + np.arange(24)])  # Stands for [labels; pseudo-labels].
     for share in shares:
         step = rank_plan(share, plan, labels)
-        source, partner = gathered[step.source], gathered[step.partner]
+        views = share.step_views(plan)
+        source, partner = views[step.source], views[step.partner]
         trained = np.split(np.arange(len(share.pool) + 2 * len(share.images)), share.accumulation_steps)
         passed = slice(len(share.pool) + 2 * len(share.images), None)
         pools, images = np.split(share.pool, share.accumulation_steps), np.split(share.images, share.accumulation_steps)
@@ -164,18 +162,18 @@ def test_inputs_and_targets_of_other_methods(name, ranks, parts):
     of_guess = [v for v in pool if v[0] != "x"] if options.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
 
     shares = [BatchLayout.for_rank(spec, parts, rank, ranks, parts, **options) for rank in range(ranks)]
-    gathered = [views[index] for share in shares for index in share.views]
     trained, guessed, probed = [], [], []
     for share in shares:
         step = rank_plan(share, plan, np.zeros(batch, np.int64))
         count = len(share.target_index)
         own_guesses = len(of_guess) // ranks
-        shown = [gathered[index] for index in step.source]
+        made = [views[index] for index in share.step_views(plan)]
+        shown = [made[position] for position in step.source]
         guessed += shown[count : count + own_guesses]
         probed += shown[count + own_guesses :]
         for i, index in zip(share.mixed_index, share.pool, strict=True):
             partner = plan.perm[index]
-            assert shown[i] == pool[index] and gathered[step.partner[i]] == pool[partner]
+            assert shown[i] == pool[index] and made[step.partner[i]] == pool[partner]
             assert (
                 known[step.target_index[i]] == of_pool[index]
                 and known[step.partner_target_index[i]] == of_pool[partner]
@@ -209,3 +207,18 @@ def test_inputs_and_targets_of_other_methods(name, ranks, parts):
     assert [view for of_view in ordered for view in of_view] == of_guess
     assert all([image for _, image in of_view] == list(range(unlabeled)) for of_view in ordered)
     assert [probed[i] for i in shares[0].probe_order] == [v for v in views if v[0] == "probe"]
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (1, 2), (2, 2), (2, 4), (8, 8)])
+@pytest.mark.parametrize("name", ["remixmatch", *METHODS])
+def test_number_of_views_is_constant(name, ranks, parts):
+    """A captured step has static shapes; without mixup, and on one rank, no partner is made."""
+    changes, options = METHODS.get(name, ({}, {}))
+    spec = dataclasses.replace(SPEC, **changes)
+    for rank in range(ranks):
+        layout = BatchLayout.for_rank(spec, parts, rank, ranks, parts, **options)
+        own = spec.blocks * 24 // ranks
+        partners = spec.pool_blocks * 24 // ranks if ranks > 1 and spec.mixup_alpha else 0
+        for step in range(3):
+            plan = make_plan(spec, seed=0, step=step, weights=initial_weights())
+            assert len(layout.step_views(plan)) == layout.view_count == own + partners
