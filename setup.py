@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # kernels has no __init__.py, because it would overwrite that of Hugging Face's package of the same name.
-    packages=["kernels", *find_packages(include=["engine*", "pipelines", "bench*"])],
+    packages=["kernels", *find_packages(include=["engine*", "pipelines*", "bench*"])],
     package_data={"bench": ["results/count.jsonl"], "engine.report": ["templates/*"]},
     license_expression="Apache-2.0",
     license_files=["LICENSE"],

@@ -1,1 +1,1 @@
-"""Data sets, label splits, the random plan of each step, CTAugment, and augmented views (DALI or a Triton kernel)."""
+"""The random plan of each step, CTAugment, and the backends that make views; `data` holds data sets."""

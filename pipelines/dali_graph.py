@@ -106,7 +106,7 @@ def arguments(views: ViewPlan, height: int, width: int, max_shift: int) -> dict[
         views: The plan of the views.
         height: H.
         width: W.
-        max_shift: Pixels by which the graph pads each side.
+        max_shift: Padding of each side in pixels.
 
     Returns:
         Arrays whose first dimension is V, by the names of the graph's external sources. Names whose stem is in `HOST`
@@ -198,7 +198,7 @@ def _transformed(view: Any, given: Mapping[str, Any], device: str, height: int, 
         fn.cast(reduce(view, axes=[0, 1], keep_dims=True), dtype=types.FLOAT64)
         for reduce in (fn.reductions.min, fn.reductions.max)
     )
-    flat = fn.cast(high <= low, dtype=types.FLOAT64)  # A channel of one value stays as it is.
+    flat = fn.cast(high <= low, dtype=types.FLOAT64)  # A channel with a single value is unchanged.
     scale = 255.0 * (1.0 - flat) / dali_math.max(high - low, 1.0) + flat
     stretched = _whole(view * scale + -low * scale * (1.0 - flat))
 

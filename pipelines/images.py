@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipelines import cache
+from pipelines.data import cache
 
 _UPLOAD_CHUNK = 4096  # Images per copy, which bounds host memory.
 

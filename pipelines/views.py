@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import cache, ctaugment
+from pipelines import ctaugment
+from pipelines.data import cache
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 
 # Memory-mapped sets larger than _MAPPED_BYTES are unmapped every _MAPPED_IMAGES images. Otherwise each image could keep

@@ -10,7 +10,7 @@ import os
 import pytest
 
 from bench.emulator.run import NOT_BUILT, compiler
-from pipelines import datasets
+from pipelines.data import datasets
 
 os.environ["OMP_NUM_THREADS"] = "1"  # Read when torch is loaded, here and in all subprocesses.
 

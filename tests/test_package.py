@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from bench import registry
-from pipelines.datasets import digits
+from pipelines.data.datasets import digits
 from tests import pages
 
 ROOT = Path(__file__).parents[1]

@@ -32,5 +32,5 @@ def test_exceptions_are_needed():
         assert reason
         if phrase != ".*":
             assert phrase in DENIED or any(phrase.rstrip("s") in denied for denied in DENIED) or phrase == "by rule"
-    assert found("pipelines/folder.py", '"twins"') == [] and found("pipelines/other.py", '"twins"') == ["twins"]
-    assert "twins" in (ROOT / "pipelines/folder.py").read_text(encoding="utf-8")
+    assert found("pipelines/data/folder.py", '"twins"') == [] and found("pipelines/other.py", '"twins"') == ["twins"]
+    assert "twins" in (ROOT / "pipelines/data/folder.py").read_text(encoding="utf-8")

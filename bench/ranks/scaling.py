@@ -47,7 +47,7 @@ from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
 from engine.training.state import make_state
-from pipelines.datasets import DATASETS
+from pipelines.data.datasets import DATASETS
 
 SCALINGS = ("weak", "strong")
 _REDUCED_SIZES = (2**12, 2**18, 2**20, 2**23)  # Bytes of the all-reduces from which latency and bandwidth are fitted.

@@ -49,8 +49,8 @@ from engine.measuring.timing import Timing, bench_device, ceilings, measure
 from engine.runs.setup import setup_run
 from engine.training.execution import set_numerics
 from engine.training.feed import Feed, ViewLoader
-from pipelines.cache import DataSet
-from pipelines.datasets import NOISE_32
+from pipelines.data.cache import DataSet
+from pipelines.data.datasets import NOISE_32
 
 ENGINE = "engine"
 DATA = ("real", "synthetic")

@@ -24,7 +24,7 @@ from bench.step.pipelines import randaugment
 from engine.config.config import Config
 from engine.models.wide_resnet import WideResNet
 from engine.training.state import decayed_parameters
-from pipelines.cache import DataSet
+from pipelines.data.cache import DataSet
 
 Transform = Callable[[Image.Image], Tensor]
 

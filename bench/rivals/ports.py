@@ -39,7 +39,7 @@ from torchvision import transforms
 
 from bench.rivals.loaders import EndlessLoader
 from engine.config.config import Config
-from pipelines.cache import DataSet
+from pipelines.data.cache import DataSet
 
 K = 2
 LR, MOMENTUM, WEIGHT_DECAY = 0.03, 0.9, 5e-4

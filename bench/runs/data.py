@@ -33,10 +33,10 @@ from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.process import output
 from engine.measuring.timing import bench_device, interleave
-from pipelines import cache
-from pipelines.datasets import noise
-from pipelines.decode import BATCH, decoded_and_resized
-from pipelines.folder import prepare
+from pipelines.data import cache
+from pipelines.data.datasets import noise
+from pipelines.data.decode import BATCH, decoded_and_resized
+from pipelines.data.folder import prepare
 
 CIFAR_IMAGES, CIFAR_SIDE = 50_000, 32
 PHOTOGRAPH, QUALITY = (500, 375), 90  # Width and height in pixels, and JPEG quality.

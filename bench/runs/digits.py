@@ -28,8 +28,8 @@ from engine.config.presets import PRESETS, preset
 from engine.measuring import records
 from engine.runs.setup import setup_run
 from engine.training.execution import pick_device
-from pipelines.datasets import digits
-from pipelines.splits import balanced
+from pipelines.data.datasets import digits
+from pipelines.data.splits import balanced
 
 LOW_ACCURACY = 96  # Percent. digits-40 runs below it have confused one style of writing with another digit.
 NEIGHBORS = (5, 7, 10, 15, 20, 30)

@@ -30,7 +30,7 @@ from engine.training.cuda_graph import make_step
 from engine.training.execution import INDUCTOR, Execution, set_numerics
 from engine.training.feed import Feed
 from engine.training.state import make_state
-from pipelines.cache import DataSet
+from pipelines.data.cache import DataSet
 
 _TRITON = "triton"
 _PART = "part"

@@ -22,7 +22,7 @@ from engine.measuring import records
 from engine.method.batch_layout import BatchLayout, rank_plan
 from engine.training.step_input import StepInput
 from pipelines.ctaugment import CTAugmentPolicy
-from pipelines.datasets import noise_32
+from pipelines.data.datasets import noise_32
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, make_plan, stack
 

@@ -27,7 +27,7 @@ from kernels.assemble import assemble_batch, assemble_batch_reference
 from kernels.augment import augment_views, augment_views_reference
 from kernels.guess import guess_labels, guess_labels_reference
 from pipelines import ctaugment, geometric
-from pipelines.datasets import noise
+from pipelines.data.datasets import noise
 from pipelines.fused import KERNEL_CODES
 from pipelines.plan import PlanSpec, make_plan
 

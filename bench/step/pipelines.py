@@ -27,7 +27,7 @@ from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from pipelines import ctaugment
-from pipelines.datasets import noise
+from pipelines.data.datasets import noise
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
 from pipelines.reference_ctaugment import pil_view
 

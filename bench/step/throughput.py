@@ -31,7 +31,7 @@ from engine.measuring.timing import Timing, bench_device, ceilings
 from engine.measuring.timing import measure as measure_times
 from engine.models.batch_norm import BatchNorm
 from engine.models.wide_resnet import ResidualBlock, WideResNet
-from pipelines.datasets import NOISE_32
+from pipelines.data.datasets import NOISE_32
 
 MODES = ("eager", "compile", "graph")
 # Memory passes over an activation when batch norm is a separate pass. Forward: one write, a read by the next layer, and

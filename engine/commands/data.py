@@ -20,10 +20,10 @@ from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
 from engine.errors import UserError, near_names, unknown
 from engine.runs.setup import open_data
-from pipelines import cache
-from pipelines.cache import DataSet
-from pipelines.datasets import DATASETS, PREPARED
-from pipelines.splits import RULES, compare, digest, image_digest, read_indices
+from pipelines.data import cache
+from pipelines.data.cache import DataSet
+from pipelines.data.datasets import DATASETS, PREPARED
+from pipelines.data.splits import RULES, compare, digest, image_digest, read_indices
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def _prepare(options: PrepareOptions) -> None:
     if name not in PREPARED:
         print(f"{name} is ready: it needs no preparation")
         return
-    from pipelines.sources import prepare
+    from pipelines.data.sources import prepare
 
     folder = cache.data_dir() / name
     if not options.again:
@@ -225,7 +225,7 @@ def _prepare(options: PrepareOptions) -> None:
 
 
 def _prepare_folder(root: Path, options: PrepareOptions) -> None:
-    from pipelines.folder import prepare, some
+    from pipelines.data.folder import prepare, some
 
     if not root.exists():
         raise UserError(f"{options.name} is neither a data set ({', '.join(DATASETS)}) nor a folder")
@@ -295,7 +295,7 @@ def _info(options: InfoOptions) -> None:
     name = data_name(options.name)
     data = open_data(name)
     if options.verify and name not in ("digits",):
-        from pipelines.folder import cache_of, prepare_command
+        from pipelines.data.folder import cache_of, prepare_command
 
         root = Path(name.removeprefix(FOLDER))
         where = cache_of(root) if name.startswith(FOLDER) else cache.data_dir() / name

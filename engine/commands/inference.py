@@ -14,7 +14,7 @@ import tyro
 from engine.commands.parsing import DataDir, parse
 from engine.errors import UserError
 from engine.runs.setup import open_data
-from pipelines.cache import set_data_dir
+from pipelines.data.cache import set_data_dir
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def evaluate(argv: list[str]) -> None:
     options: EvalOptions = parse(EvalOptions, "eval", argv)
     from engine.inference.evaluation import evaluate as measure
     from engine.inference.trained import load_ema_model
-    from pipelines.folder import some
+    from pipelines.data.folder import some
 
     set_data_dir(options.data_dir)
     trained = load_ema_model(options.dir)

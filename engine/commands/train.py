@@ -18,7 +18,7 @@ from engine.imports import gc_paused
 from engine.runs.folder import default_folder
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
-from pipelines.cache import set_data_dir
+from pipelines.data.cache import set_data_dir
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import numpy as np
 from engine.config.config import Config
 from engine.config.methods import METHODS
 from engine.errors import UserError, unknown
-from pipelines.cache import DataSet
-from pipelines.datasets import DATASETS
-from pipelines.splits import RULES
+from pipelines.data.cache import DataSet
+from pipelines.data.datasets import DATASETS
+from pipelines.data.splits import RULES
 
 FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
 
@@ -191,7 +191,7 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
         data: Its data set.
 
     Returns:
-        Indices of training images, (labels,) int64; see `pipelines.splits`.
+        Indices of training images, (labels,) int64; see `pipelines.data.splits`.
 
     Raises:
         UserError: The data set does not have what the configuration requires.

@@ -15,7 +15,7 @@ import torch
 from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import TwoHeadNetwork
-from pipelines.decode import DecodeError, image_files, resized, rgb
+from pipelines.data.decode import DecodeError, image_files, resized, rgb
 from pipelines.files import atomic_write
 
 log = logging.getLogger(__name__)

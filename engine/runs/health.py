@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.config.config import Config
 from kernels.guess import EPSILON
-from pipelines.cache import take_images
+from pipelines.data.cache import take_images
 
 EVERY = 32  # minimum steps between two checks; a mean over fewer is mostly noise
 HOLD = 128  # steps that a failure must last; p~(y) itself is a mean over 128 steps

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from engine.config.config import Config
-from pipelines.cache import DataSet
 from pipelines.ctaugment import BINS, NAMES
+from pipelines.data.cache import DataSet
 from pipelines.files import atomic_write, read_json_lines, write_text
 
 log = logging.getLogger(__name__)

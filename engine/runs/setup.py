@@ -17,10 +17,10 @@ from engine.config.checks import FOLDER, check_data, check_name, read_prior, res
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
-from pipelines.cache import DataError, DataSet
-from pipelines.datasets import DATASETS
+from pipelines.data.cache import DataError, DataSet
+from pipelines.data.datasets import DATASETS
+from pipelines.data.splits import digest, image_digest
 from pipelines.files import read_json, write_text
-from pipelines.splits import digest, image_digest
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def open_data(name: str) -> DataSet:
         raise UserError("preset 'folder' requires --data DIR, for example: remixmatch train folder --data pets/")
     try:
         if name.startswith(FOLDER):
-            from pipelines.folder import open_folder
+            from pipelines.data.folder import open_folder
 
             return open_folder(Path(name.removeprefix(FOLDER)))
         return DATASETS[name]()

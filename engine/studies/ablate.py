@@ -35,7 +35,7 @@ from engine.studies import jobs, paper_tables, reproduce, statistics, table_resu
 from engine.studies.job_progress import trained_samples
 from engine.studies.paper_tables import REMIXMATCH, Entry
 from engine.training.execution import pick_device
-from pipelines.cache import set_data_dir
+from pipelines.data.cache import set_data_dir
 from pipelines.files import write_text
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from engine.config.presets import PUBLISHED, PublishedError, preset
 from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
 from engine.studies.jobs import Job
-from pipelines.cache import DataSet
+from pipelines.data.cache import DataSet
 
 REMIXMATCH = "remixmatch"
 # Fields that --steps-scale changes.

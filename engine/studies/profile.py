@@ -46,7 +46,7 @@ from engine.training import ranges
 from engine.training.cuda_graph import CapturedStep
 from engine.training.execution import Execution, pick_device
 from engine.training.trainer import Trainer
-from pipelines.cache import set_data_dir
+from pipelines.data.cache import set_data_dir
 from pipelines.files import atomic_write, write_text
 
 DEFAULT_STEPS = 40

@@ -25,7 +25,7 @@ from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
 from engine.studies.table_results import collect, collected, read_statuses, write_tables
-from pipelines.cache import set_data_dir
+from pipelines.data.cache import set_data_dir
 
 OUT = Path("runs") / "reproduce"
 SAVE_SECONDS = 60  # Time for running jobs to save their step before a Slurm job's time limit.

@@ -28,8 +28,8 @@ from engine.training import ranges
 from engine.training.execution import Execution
 from engine.training.step import METRICS, StepOutput
 from engine.training.step_input import StepInput
-from pipelines.cache import DataSet
 from pipelines.ctaugment import CTAugmentPolicy
+from pipelines.data.cache import DataSet
 from pipelines.fused import FusedViews
 from pipelines.plan import GlobalPlan, PlanSpec, ViewPlan, make_plan, stack
 

@@ -37,7 +37,7 @@ from engine.training.feed import Feed
 from engine.training.state import TrainState, make_state
 from engine.training.step import StepOutput
 from engine.training.step_input import StepInput
-from pipelines.cache import take_images
+from pipelines.data.cache import take_images
 
 CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines import datasets
+from pipelines.data import datasets
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 
 from bench.rivals import baseline, ports
 from engine.models.wide_resnet import WideResNet
-from pipelines.datasets import DATASETS
-from pipelines.splits import balanced
+from pipelines.data.datasets import DATASETS
+from pipelines.data.splits import balanced
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(

@@ -12,8 +12,8 @@ from bench.runs.data import DataOptions, dali_alone, write_cache, write_photogra
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.timing import interleave
-from pipelines import cache
-from pipelines.folder import open_folder, prepare, scan
+from pipelines.data import cache
+from pipelines.data.folder import open_folder, prepare, scan
 
 
 def test_each_part_writes_a_record(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from engine.config.config import SECTIONS, Config, config_json
 from engine.config.presets import preset
 from engine.runs.folder import default_folder
 from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
-from pipelines.datasets import digits
+from pipelines.data.datasets import digits
 from tests.logs import no_warnings
 
 ROOT = Path(__file__).parents[3]

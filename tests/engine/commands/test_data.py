@@ -21,11 +21,11 @@ from engine.config.config import Config, load_config
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.errors import UserError
 from engine.inference import export
-from pipelines import cache, datasets
-from pipelines.datasets import digits
-from pipelines.decode import resized, rgb
-from pipelines.folder import open_folder
-from pipelines.splits import RULES
+from pipelines.data import cache, datasets
+from pipelines.data.datasets import digits
+from pipelines.data.decode import resized, rgb
+from pipelines.data.folder import open_folder
+from pipelines.data.splits import RULES
 
 QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]
 # Takes minutes on a CPU core, with a network and settings similar to digits-40.
@@ -295,7 +295,7 @@ def test_interruption_says_how_to_continue(capsys, photos, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipelines.folder.decode", interrupted)
+    monkeypatch.setattr("pipelines.data.folder.decode", interrupted)
     output = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
     assert output == "remixmatch: interrupted; run the same command again to continue\n"
 

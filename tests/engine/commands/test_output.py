@@ -32,7 +32,7 @@ def test_each_message_is_one_unchanged_line(capfd):
     with messages_on_stderr():
         log.info(LONG)
         log.warning(LONG)
-        logging.getLogger("pipelines.sources").warning("two\nlines\r\nand\u2028more")
+        logging.getLogger("pipelines.data.sources").warning("two\nlines\r\nand\u2028more")
         logging.getLogger("bench.step.count").error("an error")
         log.debug("unheard")
     assert capfd.readouterr() == (

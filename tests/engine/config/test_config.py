@@ -10,7 +10,7 @@ from engine.config.config import Config, changed_fields, config_json, load_confi
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
 from engine.training.feed import plan_spec
-from pipelines.datasets import digits
+from pipelines.data.datasets import digits
 
 
 def test_every_preset_is_valid_and_carries_its_name():

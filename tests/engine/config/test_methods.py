@@ -23,8 +23,8 @@ from engine.training.feed import plan_spec, rank_layout
 from engine.training.state import make_state
 from engine.training.step import METRICS, Step
 from engine.training.step_input import StepInput
-from pipelines.cache import DataSet
 from pipelines.ctaugment import initial_weights
+from pipelines.data.cache import DataSet
 from pipelines.plan import make_plan
 
 CLASSES, START = 5, 40

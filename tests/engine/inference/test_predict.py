@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.inference import export, predict
 from engine.inference.trained import load_ema_model
 from pipelines import files
-from pipelines.datasets import digits
+from pipelines.data.datasets import digits
 
 CPU = torch.device("cpu")
 

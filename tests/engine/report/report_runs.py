@@ -9,8 +9,8 @@ from engine.config.config import config_json
 from engine.config.methods import with_method
 from engine.config.presets import preset
 from engine.runs.history import History, SampleViews, named_bins, save_results
-from pipelines.cache import DataSet
 from pipelines.ctaugment import initial_weights
+from pipelines.data.cache import DataSet
 
 LOSSES = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")
 

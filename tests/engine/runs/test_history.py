@@ -19,8 +19,8 @@ from engine.runs.setup import RunSetup, setup_run
 from engine.training import diagnostics
 from engine.training.state import make_state
 from pipelines.ctaugment import BINS, NAMES, initial_weights
-from pipelines.datasets import digits
-from pipelines.splits import RULES
+from pipelines.data.datasets import digits
+from pipelines.data.splits import RULES
 from tests.logs import no_warnings
 
 

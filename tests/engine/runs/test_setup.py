@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import engine.runs.setup as run_setup
-import pipelines.folder as image_folder
+import pipelines.data.folder as image_folder
 from engine import run
 from engine.api import train
 from engine.commands.main import main

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from tests.pipelines.test_sources import cifar
 from torchvision import datasets as tv
 
 from engine.errors import UserError
@@ -16,10 +17,9 @@ from engine.runs.checkpoint import list_checkpoints
 from engine.runs.progress import read_metrics
 from engine.studies import jobs, reproduce
 from engine.studies.jobs import status
-from pipelines import sources
+from pipelines.data import sources
 from pipelines.files import read_json
 from tests.engine.studies.made_jobs import entries
-from tests.pipelines.test_sources import cifar
 from tests.processes import ROOT, command
 
 SECONDS = 1200  # Timeout. A slow, busy machine takes minutes for twenty jobs.

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.datasets import DATASETS, digits
+from pipelines.data.datasets import DATASETS, digits
 
 
 def test_digits_contain_all_of_scikit_learns_images():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import cache
-from pipelines.cache import DataError
+from pipelines.data import cache
+from pipelines.data.cache import DataError
 from tests.processes import ROOT
 
 COMMAND = "remixmatch data prepare made"
@@ -56,7 +56,7 @@ def test_opening_does_not_read_the_images(tmp_path):
             cache.save(temporary, f"{part}_labels", np.zeros(50_000, np.int64))
         cache.finish(temporary, "large", ("a", "b"))
     script = (
-        "import resource, sys\nfrom pathlib import Path\nfrom pipelines import cache\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom pipelines.data import cache\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "data = cache.open_cache(Path(sys.argv[1]), '')\n"
         "print(len(data.train_images), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -115,7 +115,7 @@ def test_an_error_leaves_the_existing_cache(folder):
 def test_a_killed_process_leaves_no_cache(tmp_path):
     folder = tmp_path / "made"
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom pipelines import cache\n"
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines.data import cache\n"
         "with cache.writing(Path(sys.argv[1])) as temporary:\n"
         "    cache.array(temporary, 'train_images', (9, 4, 4, 3))\n"
         "    print('writing', flush=True)\n    time.sleep(600)\n"

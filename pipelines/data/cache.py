@@ -34,7 +34,7 @@ class DataSet:
     """Decoded images and labels, in memory or memory-mapped; must never be copied as a whole.
 
     Attributes:
-        name: Name in `pipelines.datasets.DATASETS`, or `folder:` and the path of a folder.
+        name: Name in `pipelines.data.datasets.DATASETS`, or `folder:` and the path of a folder.
         classes: Names of the L classes.
         train_images: (N, H, W, 3) uint8, labeled and unlabeled images.
         train_labels: (N,) int64, -1 for unknown labels.

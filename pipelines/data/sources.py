@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import cache
-from pipelines.cache import DataError
+from pipelines.data import cache
+from pipelines.data.cache import DataError
 from pipelines.files import atomic_write, first_line
 
 # Location of the files in Debian's package dataset-fashion-mnist: the originals, recompressed.

@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from pipelines.datasets import DataSet, digits
-from pipelines.splits import RULES, compare, digest, image_digest, read_indices
+from pipelines.data.datasets import DataSet, digits
+from pipelines.data.splits import RULES, compare, digest, image_digest, read_indices
 
 
 def made(labels, class_order=(), folds=()):

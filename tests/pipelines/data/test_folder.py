@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import folder
-from pipelines.cache import DataError
-from pipelines.decode import decode
-from pipelines.folder import open_folder, prepare, scan
+from pipelines.data import folder
+from pipelines.data.cache import DataError
+from pipelines.data.decode import decode
+from pipelines.data.folder import open_folder, prepare, scan
 from tests.processes import ROOT
 
 
@@ -160,7 +160,7 @@ def test_an_interrupted_preparation_continues(tmp_path, data_dir):
         )
     (root / "unlabeled/0300.png").write_bytes(b"nothing")
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom pipelines import folder\n"
+        "import os, sys\nfrom pathlib import Path\nfrom pipelines.data import folder\n"
         "def progress(what, done, whole):\n    if done >= 1024:\n        os.kill(os.getpid(), 9)\n"
         "folder.SAVE_SECONDS = 0\n"
         "folder.prepare(Path(sys.argv[1]), 8, progress)\n"

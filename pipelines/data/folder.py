@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines import cache
-from pipelines.cache import DataError, DataSet
-from pipelines.decode import BATCH, decode, image_files
+from pipelines.data import cache
+from pipelines.data.cache import DataError, DataSet
+from pipelines.data.decode import BATCH, decode, image_files
 from pipelines.plan import stream
 
 _HELD_OUT = 5  # One in this many labeled images of a class is held out.
@@ -206,7 +206,7 @@ def prepare(
         size: Side of the images in pixels.
         progress: Called regularly with a description, the amount done and the total.
         threads: Number of threads; 0 for one per core.
-        device: See `pipelines.decode.decode`.
+        device: See `pipelines.data.decode.decode`.
         again: Make the cache even if the folder has not changed.
 
     Raises:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines import cache
-from pipelines.cache import DataSet
+from pipelines.data import cache
+from pipelines.data.cache import DataSet
 from pipelines.plan import stream
 
 NOISE_32 = "noise-32"

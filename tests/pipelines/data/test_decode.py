@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.decode import DecodeError, decode, resized, rgb
+from pipelines.data.decode import DecodeError, decode, resized, rgb
 
 
 def photo(width=90, height=60, seed=0):

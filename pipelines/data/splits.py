@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.cache import DataSet
+from pipelines.data.cache import DataSet
 from pipelines.plan import stream
 
 _STREAM = 100  # Distinct from the streams of plans.

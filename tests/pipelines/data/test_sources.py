@@ -14,9 +14,9 @@ import pytest
 from scipy.io import savemat
 from torchvision import datasets as tv
 
-from pipelines import sources
-from pipelines.cache import DataError
-from pipelines.datasets import DATASETS, PREPARED
+from pipelines.data import sources
+from pipelines.data.cache import DataError
+from pipelines.data.datasets import DATASETS, PREPARED
 
 
 def sample_image(number, side, channels=3):

@@ -1,0 +1,1 @@
+"""Data sets: their sources, decoding, memory-mapped caches and label splits."""
