@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 
@@ -161,6 +161,48 @@ def test_baselines(start, trainer, beside, k):
         for row in (ready, real):
             wanted += [row["engine_ratio"], row["engine_ratio_low"], row["engine_ratio_high"]]
     agree(numbers(" ".join(cells(page("cpu"), start))), wanted)
+
+
+BACKENDS = {
+    "PIL, one process": "pil", "DALI, one thread": "dali-cpu-1", "DALI, two threads": "dali-cpu",
+    "DALI's own RandAugment": "auto-aug-cpu", "graph of DALI's operators": "dali-graph-cpu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", BACKENDS)
+def test_times_of_views(start):
+    for line in page("cpu").splitlines():
+        if line.startswith(f"| {start}"):
+            side, wall, cpu, ratio = numbers(line.partition(start)[2].partition("|")[2])
+            row = newest("pipelines", "EPYC", backend=BACKENDS[start], side=int(side))
+            agree([wall, cpu, ratio], [1e6 / row["views_per_second"], row["cpu_us"], row["cpu_ratio_to_pil"]])
+    own, theirs = (
+        [newest("pipelines", "EPYC", backend=name, side=side)["cpu_us"] for side in (32, 96)]
+        for name in ("dali-cpu-1", "auto-aug-cpu")
+    )
+    assert [round(b / a, 1) for a, b in zip(own, theirs, strict=True)] == [3.2, 2.5]
+
+
+def test_both_dali_pipelines_train_to_the_same_error():
+    text, errors = TEXTS["docs/views.md"], {}
+    for views in ("dali", "dali-graph"):
+        errors[views] = [100 - row["median_last_20"] for row in rows("runs/graph") if row["views"] == views]
+        agree(numbers(cells(text, f"`{views}`")[0]), [mean(errors[views]), stdev(errors[views])])
+    differences = [after - before for before, after in zip(*errors.values(), strict=True)]
+    assert abs(mean(differences)) < 2 * stdev(differences) / len(differences) ** 0.5, (
+        "significant, unlike the page says"
+    )
+
+
+@pytest.mark.parametrize("scaling", ["strong", "weak"])
+def test_scaling_before_and_after(scaling):
+    times = {
+        kind: [row["step_ms"] for row in rows("runs/partners") if (row["exchange"], row["scaling"]) == (kind, scaling)]
+        for kind in ("gathered", "partners")
+    }
+    ratios = [after / before for before, after in zip(times["gathered"], times["partners"], strict=True)]
+    said = re.search(rf"{scaling} scaling[^.]*?(\d\.\d\d) times[^(]*\((\d\.\d\d)\s+to\s+(\d\.\d\d)", page("ranks"))
+    agree(said.groups(), [median(ratios), min(ratios), max(ratios)])
 
 
 @pytest.mark.parametrize(("word", "commit"), [("busy", "9b438d02abaf"), ("quieter", "5470e6aafef1")])
