@@ -105,6 +105,12 @@ def test_both_stages_equal_the_other_dali_pipeline(plans):
         np.testing.assert_array_equal(ours[exact], theirs[exact])
 
 
+def test_a_view_does_not_depend_on_the_rest_of_the_batch(plans):
+    """Ranks make views of their partners, which must equal those of the partners' ranks."""
+    some = np.random.default_rng(0).permutation(len(plans[0].image))[:7]
+    np.testing.assert_array_equal(made_by(plans[0].select(some), photos(), 4), made_by(plans[0], photos(), 4)[some])
+
+
 def test_batches_are_in_order_and_own_their_memory(plans):
     alone = [made_by(views, photos(), 4) for views in plans]
     every = np.arange(60)

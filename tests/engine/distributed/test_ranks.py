@@ -94,9 +94,13 @@ def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--method", "fixmatch", "--mu", 2), ("--method", "mixmatch"), ("--ablate", "mean-guess")]
-)
-def test_two_ranks_equal_two_micro_batches_bitwise_with_other_methods(tmp_path, flags):
+    "flags",
+    [
+        ("--method", "fixmatch", "--mu", 2), ("--method", "mixmatch"), ("--ablate", "mean-guess"),
+        ("--views", "fused", "--resident", "host"), ("--views", "dali-graph"),
+    ],
+)  # fmt: skip
+def test_two_ranks_equal_two_micro_batches_bitwise_with_other_methods_and_views(tmp_path, flags):
     flags = (*flags, *TWO_MICRO_BATCHES, "--steps", 10)
     assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
