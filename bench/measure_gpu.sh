@@ -5,7 +5,7 @@
 #
 # Order: the GPU tests, while the steps timed later are compiled into torch's cache; the captured step at K = 8 and other
 # K; a profile by kind of kernel and by named range (OUT_FOLDER/profile); the baseline step and its variants; plain PyTorch
-# and USB; kernels, convolutions and views. The report at the end compares predictions with measurements.
+# and USB; kernels, convolutions and views, last those of DALI's operators. The report at the end compares predictions with measurements.
 #
 # Records go to OUT_FOLDER/NAME.jsonl and output to OUT_FOLDER/NAME.log. A part that fails or times out does not stop the
 # others and is listed at the end.
@@ -58,11 +58,15 @@ profile() {
 }
 
 views=(fused synthetic)
+dali=
 # Whole runs mostly start processes; make test-gpu runs them.
 tests=(tests --ignore=tests/engine/training/test_gpu_runs.py)
 if ! "$python" -c "import nvidia.dali" 2>/dev/null; then
-  echo "DALI is not installed; skipping the tests of DALI views"
-  tests+=(--ignore=tests/pipelines/test_{views,transformations,ctaugment_code,fused,decode}.py)
+  echo "DALI is not installed; skipping its views and their tests"
+  tests+=(--ignore=tests/pipelines/{test_views,test_transformations,test_ctaugment_code,test_fused,test_dali_graph}.py)
+  tests+=(--ignore=tests/pipelines/data/test_decode.py)
+else
+  dali=yes
 fi
 parallel=()
 ! "$python" -c "import xdist" 2>/dev/null || parallel=(-n 8 --dist worksteal)
@@ -101,6 +105,14 @@ else
   # The cost of --deterministic, relative to the same case above.
   part deterministic 30 "$python" -m bench throughput --out "$out/throughput.jsonl" --deterministic \
     --k 8 --modes graph --views "${views[0]}"
+  if [[ $dali ]]; then
+    # The graph of DALI's operators: alone at three sizes, and in the step, where its cost is what the step waits for it.
+    part dali-step 60 "$python" -m bench throughput --out "$out/throughput.jsonl" --k 8 1 16 --modes graph --views fused dali-graph
+    for side in 96 224; do
+      part "pipelines-$side" 30 "$python" -m bench pipelines --out "$out/pipelines.jsonl" --side "$side" --batches 4 \
+        --backends dali-gpu auto-aug-gpu fused
+    done
+  fi
 fi
 end=$((SECONDS + 25))  # The report always runs.
 part report 25 "$python" -m bench report --results "$out" --charts "$out/charts"

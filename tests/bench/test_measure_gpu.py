@@ -34,12 +34,15 @@ def test_failed_parts_are_listed_and_do_not_stop_the_others(tmp_path, small):
     assert done.returncode == 1, done.stderr
     benches = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("ran -m bench ")]
     small_benches = "variants convolutions pipelines scaling baseline report"
-    assert benches == (small_benches if small else "variants baseline convolutions pipelines report").split()
+    assert (
+        benches
+        == (small_benches if small else "variants baseline convolutions pipelines pipelines pipelines report").split()
+    )
     assert "ran -m engine.studies.profile cifar10-250 --dataset noise-32" in done.stdout
     assert ("ran -m pytest -q -m gpu" in done.stdout) is not small
     assert ("-n 8 --dist worksteal tests" in done.stdout) is not small
     broken, killed = "kernels (exit code 7)", "throughput (timed out)"
-    failed = [broken, killed] if small else [killed, broken, "deterministic (timed out)"]
+    failed = [broken, killed] if small else [killed, broken, "deterministic (timed out)", "dali-step (timed out)"]
     assert done.stdout.splitlines()[-1] == f"failed: {';'.join(failed)}"
     assert (tmp_path / "out" / "kernels.log").read_text() == "broken\n"
     assert f"--out {tmp_path}/out/pipelines.jsonl" in done.stdout
@@ -47,9 +50,12 @@ def test_failed_parts_are_listed_and_do_not_stop_the_others(tmp_path, small):
 
 def test_runs_without_dali(tmp_path):
     done = measure(tmp_path, "--small", dali=1)
-    assert "DALI is not installed; skipping the tests of DALI views" in done.stdout
+    assert "DALI is not installed; skipping its views and their tests" in done.stdout
     assert "--views fused synthetic" in done.stdout
-    assert "--ignore=tests/pipelines/test_views.py" in measure(tmp_path, dali=1).stdout
+    full = measure(tmp_path, dali=1).stdout
+    assert "dali-graph" not in full
+    ignored = [word.removeprefix("--ignore=") for word in full.split() if word.startswith("--ignore=")]
+    assert "tests/pipelines/test_dali_graph.py" in ignored and all((ROOT / path).exists() for path in ignored)
 
 
 def test_an_earlier_checkout_is_timed_too(tmp_path, monkeypatch):
