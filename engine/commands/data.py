@@ -166,7 +166,7 @@ def data_name(given: str) -> str:
         raise UserError(f"missing data set; choose from {', '.join(DATASETS)}, or give a folder of images")
     if given in DATASETS or given.startswith(FOLDER):
         return given
-    from pipelines.folder import cache_of
+    from pipelines.data.folder import cache_of
 
     place = Path(given)
     if len(place.parts) == 1 and near_names(given, DATASETS) and not (place.exists() or cache_of(place).exists()):

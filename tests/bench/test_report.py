@@ -60,9 +60,12 @@ def test_tables_show_the_newest_record_of_a_case_per_device():
         measured("pipelines", "H200", views_per_second=12_000.0, ratio_to_pil=1.0),
     ]
     first, second = TABLES["pipelines"].markdown(rows).split("\n\n| ")
-    assert first.splitlines()[2:4] == ["| pil |  | 11,000 |  | 1.00 |  |", "| fused |  | 70,000 |  | 7.00 |  |"]
+    assert first.splitlines()[2:4] == [
+        "| pil |  | 11,000 |  | 1.00 |  |  |  |",
+        "| fused |  | 70,000 |  | 7.00 |  |  |  |",
+    ]
     assert first.endswith("Measured on CPU; torch 2.0, triton 3.0; abc.")
-    assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |  |" and "Measured on H200" in second
+    assert second.splitlines()[2] == "| pil |  | 12,000 |  | 1.00 |  |  |  |" and "Measured on H200" in second
 
 
 def test_missing_values_are_left_empty():

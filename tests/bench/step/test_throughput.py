@@ -67,7 +67,7 @@ def test_measure_returns_speed_and_bound(cheap):
     ("options", "message"),
     [
         ({"modes": ("graf",)}, "--modes: unknown mode 'graf'; choose from eager, compile, graph"),
-        ({"views": ("pil",)}, "--views: unknown view 'pil'; choose from fused, dali, synthetic"),
+        ({"views": ("pil",)}, "--views: unknown view 'pil'; choose from fused, dali, dali-graph, synthetic"),
         ({"micro_batches": (0,)}, "--micro-batches must be at least 1, got 0"),
         ({"k": (0,)}, "--k must be at least 1, got 0"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
