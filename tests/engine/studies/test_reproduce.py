@@ -9,7 +9,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tests.pipelines.test_sources import cifar
 from torchvision import datasets as tv
 
 from engine.errors import UserError
@@ -20,6 +19,7 @@ from engine.studies.jobs import status
 from pipelines.data import sources
 from pipelines.files import read_json
 from tests.engine.studies.made_jobs import entries
+from tests.pipelines.data.test_sources import cifar
 from tests.processes import ROOT, command
 
 SECONDS = 1200  # Timeout. A slow, busy machine takes minutes for twenty jobs.
