@@ -5,7 +5,8 @@
 #
 # Order: the GPU tests, while the steps timed later are compiled into torch's cache; the captured step at K = 8 and other
 # K; a profile by kind of kernel and by named range (OUT_FOLDER/profile); the baseline step and its variants; plain PyTorch
-# and USB; kernels, convolutions and views, last those of DALI's operators. The report at the end compares predictions with measurements.
+# and USB; kernels, convolutions and views, last those of DALI's operators. The report at the end compares predictions
+# with measurements.
 #
 # Records go to OUT_FOLDER/NAME.jsonl and output to OUT_FOLDER/NAME.log. A part that fails or times out does not stop the
 # others and is listed at the end.
@@ -101,7 +102,7 @@ else
   bench baseline 60 --k 8
   bench kernels 60
   bench convolutions 35
-  bench pipelines 35
+  bench pipelines 50 --backends torchvision dali-cpu-1 dali-cpu fused kornia triton-augment
   # The cost of --deterministic, relative to the same case above.
   part deterministic 30 "$python" -m bench throughput --out "$out/throughput.jsonl" --deterministic \
     --k 8 --modes graph --views "${views[0]}"
@@ -109,8 +110,8 @@ else
     # The graph of DALI's operators: alone at three sizes, and in the step, where its cost is what the step waits for it.
     part dali-step 60 "$python" -m bench throughput --out "$out/throughput.jsonl" --k 8 1 16 --modes graph --views fused dali-graph
     for side in 96 224; do
-      part "pipelines-$side" 30 "$python" -m bench pipelines --out "$out/pipelines.jsonl" --side "$side" --batches 4 \
-        --backends dali-gpu auto-aug-gpu fused
+      part "pipelines-$side" 30 "$python" -m bench pipelines --out "$out/pipelines.jsonl" --side "$side" --batches 2 --repeats 3 \
+        --rows 256 --backends dali-gpu auto-aug-gpu fused
     done
   fi
 fi

@@ -243,8 +243,8 @@ def view_graph(device: str, height: int, width: int, max_shift: int) -> Any:
 
     Args:
         device: "cpu" or "gpu", where the images are and the views are made.
-        height: H, at least 5.
-        width: W, at least 5.
+        height: H.
+        width: W.
         max_shift: Largest shift of the weak augmentation in pixels.
 
     Returns:

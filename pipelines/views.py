@@ -1,7 +1,7 @@
 """Base class of the view pipelines, which make the augmented images of a plan ahead of the step that uses them.
 
-`pipelines/dali.py` and `pipelines/fused.py` implement it. Views are a pure function of the images and the plan: the
-same plan gives the same bytes for any number of threads and pending batches.
+`pipelines/dali.py`, `dali_graph.py` and `fused.py` implement it. Views are a pure function of the images and the plan:
+the same plan gives the same bytes for any number of threads and pending batches.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class DataOptions:
     """Number of training images in the small set."""
     steps: int = 30
     """Steps of a training run; their median time is reported."""
-    views: Literal["auto", "dali", "fused"] = "auto"
+    views: Literal["auto", "dali", "dali-graph", "fused"] = "auto"
     """Implementation of the views; see `remixmatch train`."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,12 +271,13 @@ NEED_GPU = ("triton-augment", "dali-gpu", "auto-aug-gpu")
 def _cpu_seconds() -> float:
     """Return the CPU time of this process and its living children, such as DataLoader workers."""
     seconds = time.process_time()
+    children: list[str] = []
     for listed in Path("/proc/self/task").glob("*/children"):
-        for child in listed.read_text(encoding="ascii").split():
-            try:
-                stat = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace")
-            except OSError:  # It has ended since.
-                continue
+        with suppress(OSError):  # The thread has ended since.
+            children += listed.read_text(encoding="ascii").split()
+    for child in children:
+        with suppress(OSError):  # The child has ended since.
+            stat = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace")
             seconds += sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
     return seconds
 

@@ -245,8 +245,12 @@ class Feed:
 
             try:
                 return DaliGraphViews(*images, batch_size, c.max_shift, threads=c.view_threads, **options)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+                # DALI ends its messages with a line about the pipeline, and torch with the cause.
+                lines = [line for line in str(error).splitlines() if line and not line.startswith("Current pipeline")]
+                reason = lines[-1].strip() if lines else type(error).__name__
                 advice = "use --views fused" if device.type == "cuda" else "use --views dali"
                 raise UserError(f"--views {c.views}: DALI cannot run its graph here ({reason}); {advice}") from error
 
