@@ -132,6 +132,21 @@ def _graph(photometric: Callable[[list[Any]], list[Any]]) -> Any:
     return view
 
 
+def fill_queue(pipeline: Any, feed: Callable[[], None], depth: int) -> None:
+    """Run and discard a queue of batches: DALI's first run fills the whole queue. Also a warm-up.
+
+    Args:
+        pipeline: A DALI pipeline that has not run.
+        feed: Feeds all inputs of one batch.
+        depth: The pipeline's `prefetch_queue_depth`.
+    """
+    for _ in range(depth):
+        feed()
+    pipeline.schedule_run()
+    for _ in range(depth):
+        pipeline.outputs()
+
+
 class DaliViews(Views):
     """View pipeline that runs DALI on the CPU: `submit` returns immediately, and DALI's threads make the views.
 
@@ -159,15 +174,7 @@ class DaliViews(Views):
             prefetch_queue_depth=prefetch,
             exec_dynamic=True,  # Outputs stay valid as long as they are referenced.
         )
-        self._fill_queue()
-
-    def _fill_queue(self) -> None:
-        """Run and discard a queue of plain views: DALI's first call fills the whole queue. Also a warm-up."""
-        for _ in range(self.prefetch):
-            self._feed(self._prepare(plain_views(self.batch_size)))
-        self._pipeline.schedule_run()
-        for _ in range(self.prefetch):
-            self._pipeline.outputs()
+        fill_queue(self._pipeline, lambda: self._feed(self._prepare(plain_views(batch_size))), prefetch)
 
     def _prepare(self, views: ViewPlan) -> _Batch:
         parameters = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)

@@ -26,7 +26,6 @@ repeats the border where PIL renormalizes the taps, does not round between its t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from pipelines import ctaugment, geometric
+from pipelines.dali import fill_queue
 from pipelines.images import ImageStore
 from pipelines.packed_buffer import Layout
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
@@ -91,16 +91,16 @@ _INTERPOLATIONS = np.array(
 )
 _LUMA = np.array([[[19595, 38470, 7471]]], np.int32)  # PIL's weights of mode L, in units of 2^-16.
 
-HOST = ("corner", "flip", "matrix", "hole", "hole_size", "roi_start", "roi_end", "interpolation")
+# Inputs of a stage by the names of their external sources without the stage's number: arguments that DALI reads on the
+# host, and operands on the graph's device.
+STAGE_ARGUMENTS = ("matrix", "hole", "hole_size", "roi_start", "roi_end", "interpolation")
+STAGE_OPERANDS = (*_MASKS, "share", "tap_scale", "bits", "threshold", "taps")
 
 
-def _on_host(name: str) -> bool:
-    """Return whether DALI reads an external source on the host."""
-    return name.rstrip("01") in HOST
-
-
-def arguments(views: ViewPlan, height: int, width: int, max_shift: int) -> dict[str, np.ndarray]:
-    """Return the graph's per-view arguments for V views of H x W images.
+def arguments(
+    views: ViewPlan, height: int, width: int, max_shift: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the graph's inputs for V views of H x W images, all but the images.
 
     Args:
         views: The plan of the views.
@@ -109,26 +109,30 @@ def arguments(views: ViewPlan, height: int, width: int, max_shift: int) -> dict[
         max_shift: Padding of each side in pixels.
 
     Returns:
-        Arrays whose first dimension is V, by the names of the graph's external sources. Names whose stem is in `HOST`
-        are arguments that DALI reads on the host; the others are operands on the graph's device.
+        The arguments that DALI reads on the host, and the operands on the graph's device: arrays whose first dimension
+        is V, by the names of the graph's external sources.
     """
-    found: dict[str, np.ndarray] = {"corner": max_shift - views.shift, "flip": views.flip}
+    on_host: dict[str, np.ndarray] = {"corner": max_shift - views.shift, "flip": views.flip}
+    if not max_shift:
+        del on_host["corner"]
+    operands: dict[str, np.ndarray] = {}
     affine = geometric.op_parameters(views.ops, views.levels, views.center, height, width)
     sides = np.array([height, width], np.float64)
     for stage in range(OPS_PER_VIEW):
         ops = views.ops[:, stage]
         level, second = views.levels[:, stage].astype(np.float64).T
-        stage_arguments = {name: table.take(ops) for name, table in _MASKS.items()}
+        per_view = {name: table.take(ops) for name, table in _MASKS.items()}
         shares = np.where(_IS_ENHANCED[ops], 0.1 + 1.9 * level, np.where(_IS_BLENDED[ops], level, 0.0))
         kept_bits = 0xFF << (7 - (7.999 * level).astype(np.int64))
-        stage_arguments |= {
+        per_view |= {
             "share": shares.astype(np.float32),
             "tap_scale": _TAP_SCALES.take(ops),
             "bits": np.where(ops == _CODE["posterize"], kept_bits, 255).astype(np.uint8),
             "threshold": np.where(ops == _CODE["solarize"], (255.999 * level).astype(np.int32), 256).astype(np.int32),
         }
-        stage_arguments = {name: array[:, None, None, None] for name, array in stage_arguments.items()}
-        stage_arguments["taps"] = _TAPS.take(ops, axis=0)
+        # Shaped to broadcast over an image.
+        operands |= {f"{name}{stage}": array[:, None, None, None] for name, array in per_view.items()}
+        operands[f"taps{stage}"] = _TAPS.take(ops, axis=0)
 
         matrix = np.where(geometric.IS_GEOMETRIC[ops][:, None], affine[:, stage], geometric.IDENTITY_MATRIX)
         rescaled = ops == _CODE["rescale"]
@@ -142,7 +146,7 @@ def arguments(views: ViewPlan, height: int, width: int, max_shift: int) -> dict[
         matrix[by_warp, 4], matrix[by_warp, 5] = scale[by_warp, 0], start[by_warp, 0]
         resized = (rescaled & ~by_warp)[:, None]
         cutout = np.where(ops == _CODE["cutout"], 1 + np.floor(0.499 * level * sides.min()), 0.0)[:, None]
-        stage_arguments |= {
+        stage_arguments = {
             "matrix": matrix.astype(np.float32).reshape(-1, 2, 3),
             "hole": np.floor(views.center[:, stage].astype(np.float64) * sides) - np.floor(cutout / 2),
             "hole_size": np.broadcast_to(cutout, (len(ops), 2)),
@@ -150,11 +154,13 @@ def arguments(views: ViewPlan, height: int, width: int, max_shift: int) -> dict[
             "roi_end": np.where(resized, end, sides),
             "interpolation": np.where(resized[:, 0], _INTERPOLATIONS.take(chosen), _INTERPOLATIONS[0]),
         }
-        found |= {f"{name}{stage}": array for name, array in stage_arguments.items()}
-    return {
-        name: np.ascontiguousarray(array, np.float32 if array.dtype == np.float64 else array.dtype)
-        for name, array in found.items()
-    }
+        on_host |= {f"{name}{stage}": _in_single_precision(array) for name, array in stage_arguments.items()}
+    return on_host, operands
+
+
+def _in_single_precision(array: np.ndarray) -> np.ndarray:
+    """Return a contiguous array, float32 instead of float64."""
+    return np.ascontiguousarray(array, np.float32 if array.dtype == np.float64 else array.dtype)
 
 
 def _frame(height: int, width: int, border: int) -> np.ndarray:
@@ -250,19 +256,16 @@ def view_graph(device: str, height: int, width: int, max_shift: int) -> Any:
     Returns:
         The views, (H, W, 3) uint8 each.
     """
-
-    def source(name: str) -> Any:
-        return fn.external_source(name=name, device="cpu" if _on_host(name) else device)
-
     view = fn.external_source(name="images", device=device, layout="HWC")
     if max_shift:
         view = _reflected(view, 1, width, max_shift)
         view = _reflected(view, 0, height, max_shift)
-        view = fn.slice(view, start=source("corner"), shape=[height, width], axes=[0, 1])
-    view = fn.flip(view, horizontal=source("flip"))
+        view = fn.slice(view, start=fn.external_source(name="corner"), shape=[height, width], axes=[0, 1])
+    view = fn.flip(view, horizontal=fn.external_source(name="flip"))
     for stage in range(OPS_PER_VIEW):
-        names = (*_MASKS, "share", "tap_scale", "bits", "threshold", "taps", *HOST[2:])
-        view = _transformed(view, {name: source(f"{name}{stage}") for name in names}, device, height, width)
+        given = {name: fn.external_source(name=f"{name}{stage}") for name in STAGE_ARGUMENTS}
+        given |= {name: fn.external_source(name=f"{name}{stage}", device=device) for name in STAGE_OPERANDS}
+        view = _transformed(view, given, device, height, width)
     return view
 
 
@@ -272,7 +275,7 @@ class _Prepared:
 
     Attributes:
         host: Arguments that DALI reads on the host, by name.
-        operands: The other arguments, packed, with the positions of the images.
+        operands: The operands, packed, with the positions of the images.
         images: Images that the positions refer to, unless all are resident.
     """
 
@@ -312,12 +315,9 @@ class DaliGraphViews(Views):
                 f"the DALI graph supports images of up to {MAX_GRAPH_SIDE}x{MAX_GRAPH_SIDE} pixels, got "
                 f"{self.height}x{self.width}"
             )
-        self._device = torch.device("cuda", device_id) if device == "gpu" else torch.device("cpu")
-        self._stream = torch.cuda.Stream(self._device) if device == "gpu" else None
-        with self._on_stream():
-            self._store = ImageStore(self._images, self._device, resident)
+        self._store = ImageStore(self._images, device, device_id, resident)
         example = plain_views(batch_size)
-        operands = {name: a for name, a in self._arguments(example).items() if not _on_host(name)}
+        _, operands = self._arguments(example)
         operands["image"] = example.image
         self._layout = Layout((n, torch.from_numpy(a).dtype, a.shape) for n, a in operands.items())
         self._pipeline: Any = view_graph(
@@ -331,52 +331,41 @@ class DaliGraphViews(Views):
             prefetch_queue_depth=prefetch,
             exec_dynamic=True,  # Outputs stay valid as long as they are referenced.
         )
-        # DALI's first run fills the whole queue: discard one queue of plain views. Also a warm-up.
-        for _ in range(prefetch):
-            self._feed(self._prepare(example))
-        self._pipeline.schedule_run()
-        for _ in range(prefetch):
-            self._pipeline.outputs()
+        fill_queue(self._pipeline, lambda: self._feed(self._prepare(example)), prefetch)
 
-    def _on_stream(self) -> Any:
-        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
-
-    def _arguments(self, views: ViewPlan) -> dict[str, np.ndarray]:
+    def _arguments(self, views: ViewPlan) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         return arguments(views, self.height, self.width, self.max_shift)
 
     def _prepare(self, views: ViewPlan) -> _Prepared:
         """Pack the operands into one buffer and gather images that are not resident."""
-        given = self._arguments(views)
-        given["image"], images = self._store.prepare(self._image_indices(views))
+        host, operands = self._arguments(views)
+        operands["image"], images = self._store.prepare(self._image_indices(views))
         buffer = self._layout.allocate(pinned=self.device == "gpu")
         for name, array in self._layout.arrays(buffer).items():
-            array[:] = given.pop(name)
-        return _Prepared(given, buffer, images)
+            array[:] = operands[name]
+        return _Prepared(host, buffer, images)
 
     def _feed(self, prepared: _Prepared) -> None:
+        stream = self._store.stream
         for name, array in prepared.host.items():
-            if self.max_shift or name != "corner":
-                self._pipeline.feed_input(name, array)
-        with self._on_stream():
-            operands = self._layout.tensors(prepared.operands.to(self._device, non_blocking=True))
+            self._pipeline.feed_input(name, array)
+        with self._store.on_stream():
+            operands = self._layout.tensors(prepared.operands.to(self._store.device, non_blocking=True))
             positions = operands.pop("image")
             operands["images"] = self._store.on_device(prepared.images)[positions]
             for name, operand in operands.items():
                 # For torch tensors, even on a CPU, DALI asks torch for the current CUDA stream.
-                data = operand if self._stream else operand.numpy()
-                self._pipeline.feed_input(name, data, cuda_stream=self._stream)
+                self._pipeline.feed_input(name, operand if stream else operand.numpy(), cuda_stream=stream)
 
     def _begin(self, prepared: _Prepared) -> None:
         self._feed(prepared)
         self._pipeline.schedule_run()
 
     def _finish(self) -> torch.Tensor:
-        stream = torch.cuda.current_stream(self._device) if self._stream else None
+        stream = torch.cuda.current_stream(self._store.device) if self._store.stream else None
         (views,) = self._pipeline.outputs(cuda_stream=stream)
         return torch.from_dlpack(views.as_tensor())
 
     def _release(self) -> None:
-        if self._stream:
-            self._stream.synchronize()
-        self._pipeline = None
         self._store.release()
+        self._pipeline = None

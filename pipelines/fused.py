@@ -72,18 +72,12 @@ class FusedViews(Views):
             )
         self._layout = Layout((name, dtype, (batch_size, *shape)) for name, (dtype, shape) in _FIELDS.items())
         self._made: deque[torch.Tensor] = deque()
-        if device == "cpu":
-            self._store = ImageStore(self._images, torch.device("cpu"), resident)
-            return
-        self._gpu = torch.device("cuda", device_id)
-        self._stream = torch.cuda.Stream(self._gpu)
-        self._ready: deque[torch.cuda.Event] = deque()
-        # Memory that the kernel reads and writes is allocated on its stream, which orders reuse.
-        with torch.cuda.stream(self._stream):
-            self._store = ImageStore(self._images, self._gpu, resident)
-        # Compile the kernel now: compilation is not allowed during CUDA graph capture.
-        self._begin(self._prepare(plain_views(batch_size)))
-        self._finish()
+        self._ready: deque[torch.cuda.Event] = deque()  # Empty on a CPU.
+        self._store = ImageStore(self._images, device, device_id, resident)
+        if device == "gpu":
+            # Compile the kernel now: compilation is not allowed during CUDA graph capture.
+            self._begin(self._prepare(plain_views(batch_size)))
+            self._finish()
 
     def _prepare(self, views: ViewPlan) -> _Prepared:
         """Pack the kernel's arguments into one buffer and gather images that are not resident."""
@@ -98,28 +92,21 @@ class FusedViews(Views):
         return _Prepared(buffer, images)
 
     def _begin(self, prepared: _Prepared) -> None:
-        if self.device == "cpu":
-            images = self._store.on_device(prepared.images)
-            self._made.append(augment_views(images, **self._layout.tensors(prepared.arguments)))
-            return
-        with torch.cuda.stream(self._stream):
-            arguments = prepared.arguments.to(self._gpu, non_blocking=True)
+        with self._store.on_stream():
+            arguments = prepared.arguments.to(self._store.device, non_blocking=True)
             images = self._store.on_device(prepared.images)
             self._made.append(augment_views(images, **self._layout.tensors(arguments)))
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-        self._ready.append(ready)
+        if self._store.stream:
+            self._ready.append(self._store.stream.record_event())
 
     def _finish(self) -> torch.Tensor:
         views = self._made.popleft()
-        if self.device == "gpu":
-            stream = torch.cuda.current_stream(self._gpu)
+        if self._store.stream:
+            stream = torch.cuda.current_stream(self._store.device)
             stream.wait_event(self._ready.popleft())
             # The allocator may reuse the memory only after the current stream has finished with it, too.
             views.record_stream(stream)
         return views
 
     def _release(self) -> None:
-        if self.device == "gpu":
-            self._stream.synchronize()
         self._store.release()

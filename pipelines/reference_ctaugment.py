@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pipelines import ctaugment
+from pipelines.plan import ViewPlan
 
 GRAY = (127, 127, 127)
 # In the order of rescale's second level.
@@ -191,28 +192,22 @@ def weak(image: np.ndarray, shift: Sequence[int], flip: int) -> np.ndarray:
     return moved[:, ::-1] if flip else moved
 
 
-def pil_view(
-    image: np.ndarray,
-    shift: Sequence[int],
-    flip: int,
-    ops: Sequence[int],
-    levels: np.ndarray,
-    center: np.ndarray,
-) -> np.ndarray:
-    """Make one view of a `ViewPlan`.
+def pil_views(images: np.ndarray, views: ViewPlan) -> np.ndarray:
+    """Make the views of a plan, one at a time.
 
     Args:
-        image: (H, W, 3) uint8.
-        shift: (dy, dx) in pixels, each smaller than the corresponding side.
-        flip: 1 to mirror the image.
-        ops: (2,) int, indices into `ctaugment.TRANSFORMATIONS`, applied in order.
-        levels: (2, 2) float in [0, 1).
-        center: (2, 2) float in [0, 1), center (y, x) of cutout.
+        images: (V, H, W, 3) uint8, the image of each view.
+        views: The plan.
 
     Returns:
-        (H, W, 3) uint8.
+        (V, H, W, 3) uint8.
     """
-    view = Image.fromarray(np.ascontiguousarray(weak(image, shift, flip)))
-    for op, op_levels, op_center in zip(ops, levels, center, strict=True):
-        view = transformed(view, int(op), op_levels, op_center)
-    return np.asarray(view)
+    made = []
+    for image, shift, flip, *operations in zip(
+        images, views.shift, views.flip, views.ops, views.levels, views.center, strict=True
+    ):
+        view = Image.fromarray(np.ascontiguousarray(weak(image, shift, flip)))
+        for op, levels, center in zip(*operations, strict=True):
+            view = transformed(view, int(op), levels, center)
+        made.append(np.asarray(view))
+    return np.stack(made)

@@ -66,7 +66,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
     layout = BatchLayout.for_rank(spec, bn_groups=1, rank=0, ranks=1, micro_batches=1)
     kind = "gpu" if device.type == "cuda" else "cpu"
     indices = np.arange(LABELS), data.unlabeled_indices
-    source = FusedViews(data.train_images, *indices, len(layout.views), MAX_SHIFT, kind, device.index or 0)
+    source = FusedViews(data.train_images, *indices, layout.view_count, MAX_SHIFT, kind, device.index or 0)
     views = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)  # Placeholder: views are already on the device.
     policy = CTAugmentPolicy(lag)
     omega = np.random.default_rng(0).random((lag, batch), dtype=np.float32)
@@ -78,7 +78,7 @@ def host_steps(k: int, batch: int, lag: int, device: torch.device) -> Iterator[d
             times.append(time.thread_time())
             own = rank_plan(layout, plan, labels[plan.labeled])
             times.append(time.thread_time())
-            source.prepare(stack([plan.views.select(layout.views)]))
+            source.prepare(stack([plan.views.select(layout.step_views(plan))]))
             times.append(time.thread_time())
             policy.observe(step, plan.probe_ops, plan.probe_bins, omega[step % lag])
             weights = policy.weights_for(step + lag)

@@ -28,8 +28,9 @@ from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from pipelines import ctaugment
 from pipelines.data.datasets import noise
+from pipelines.images import ImageStore
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
-from pipelines.reference_ctaugment import pil_view
+from pipelines.reference_ctaugment import pil_views
 
 IMAGES, MAX_SHIFT, K = 2048, 4, 8
 _LOADER_BATCH = 64
@@ -76,8 +77,7 @@ def pil(task: Task) -> Backend:
 
     def run() -> None:
         for plan in task.plans:
-            views = zip(plan.image, plan.shift, plan.flip, plan.ops, plan.levels, plan.center, strict=True)
-            np.stack([pil_view(task.images[image], *parameters) for image, *parameters in views])
+            pil_views(task.images[plan.image], plan)
 
     return run, "CTAugment, PIL, one process"
 
@@ -98,21 +98,24 @@ def _queue(pipeline: Any, task: Task, what: str, prefetch: int) -> Backend:
     return run, what
 
 
+def _ours(kind: Callable[..., Any], task: Task, what: str, *options: Any, **flags: Any) -> Backend:
+    """Keep one of the engine's view pipelines filled; every image is both labeled and unlabeled."""
+    every = np.arange(len(task.images))
+    pipeline = kind(task.images, every, every, task.batch, MAX_SHIFT, *options, prefetch=2, **flags)
+    return _queue(pipeline, task, what, 2)
+
+
 def _dali(task: Task, threads: int) -> Backend:
     from pipelines.dali import DaliViews
 
-    every = np.arange(len(task.images))  # Every image is both labeled and unlabeled.
-    pipeline = DaliViews(task.images, every, every, task.batch, MAX_SHIFT, threads, prefetch=2)
-    return _queue(pipeline, task, f"CTAugment, DALI on the CPU, threads: {threads}", 2)
+    return _ours(DaliViews, task, f"CTAugment, DALI on the CPU, threads: {threads}", threads)
 
 
 def _dali_graph(task: Task, device: str) -> Backend:
     from pipelines.dali_graph import DaliGraphViews
 
-    every = np.arange(len(task.images))
-    where = (device, task.device.index or 0)
-    pipeline = DaliGraphViews(task.images, every, every, task.batch, MAX_SHIFT, *where, threads=1, prefetch=2)
-    return _queue(pipeline, task, f"CTAugment, graph of DALI's operators on the {device.upper()}", 2)
+    what = f"CTAugment, graph of DALI's operators on the {device.upper()}"
+    return _ours(DaliGraphViews, task, what, device, task.device.index or 0, threads=1)
 
 
 class _AutoAugment:
@@ -122,39 +125,35 @@ class _AutoAugment:
         from nvidia.dali import fn, pipeline_def
         from nvidia.dali.auto_aug import rand_augment
 
+        from pipelines.dali import fill_queue
+
         @pipeline_def(enable_conditionals=True)
         def graph() -> Any:
             view = fn.external_source(name="images", device=device, layout="HWC")
             view = fn.flip(view, horizontal=fn.random.coin_flip())
             return rand_augment.rand_augment(view, n=2, m=10, shape=task.images.shape[1:3])
 
-        # On a GPU the images are resident, as the engine's are; on a CPU each batch is gathered.
-        self._images = torch.from_numpy(task.images).to(task.device) if device == "gpu" else task.images
+        device_id = task.device.index or 0
+        self._store = ImageStore(task.images, device, device_id, resident=True)
         self._pipeline: Any = graph(
             batch_size=task.batch,
             num_threads=1,
-            device_id=task.device.index or 0 if device == "gpu" else None,
+            device_id=device_id if device == "gpu" else None,
             prefetch_queue_depth=2,
             exec_dynamic=True,
         )
-        for _ in range(2):  # The first run fills the whole queue.
-            self._pipeline.feed_input("images", self.prepare(task.plans[0]))
-        self._pipeline.schedule_run()
-        for _ in range(2):
-            self._pipeline.outputs()
+        fill_queue(self._pipeline, lambda: self._pipeline.feed_input("images", self.prepare(task.plans[0])), 2)
 
     def prepare(self, plan: ViewPlan) -> Any:
-        if isinstance(self._images, np.ndarray):
-            return self._images[plan.image]
-        return self._images[torch.from_numpy(plan.image).to(self._images.device)]
+        images = self._store.on_device(None)[torch.from_numpy(plan.image).to(self._store.device)]
+        return images if self._store.stream else images.numpy()
 
     def submit(self, images: Any) -> None:
         self._pipeline.feed_input("images", images)
         self._pipeline.schedule_run()
 
     def collect(self) -> None:
-        on_gpu = not isinstance(self._images, np.ndarray)
-        self._pipeline.outputs(cuda_stream=torch.cuda.current_stream() if on_gpu else None)
+        self._pipeline.outputs(cuda_stream=torch.cuda.current_stream() if self._store.stream else None)
 
     def close(self) -> None:
         self._pipeline = None
@@ -169,10 +168,8 @@ def fused(task: Task) -> Backend:
     """Make each view in one fused kernel from images on the device; on a CPU, with its PyTorch reference."""
     from pipelines.fused import FusedViews
 
-    every = np.arange(len(task.images))
     device = "gpu" if task.device.type == "cuda" else "cpu"
-    pipeline = FusedViews(task.images, every, every, task.batch, MAX_SHIFT, device, task.device.index or 0, prefetch=2)
-    return _queue(pipeline, task, f"CTAugment, fused, on the {device.upper()}", 2)
+    return _ours(FusedViews, task, f"CTAugment, fused, on the {device.upper()}", device, task.device.index or 0)
 
 
 def randaugment(side: int) -> v2.Compose:

@@ -13,7 +13,7 @@ from kernels.augment import CODES, MAX_SIDE, OPS, augment_views, augment_views_r
 from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment, geometric
 from pipelines.plan import ViewPlan
-from pipelines.reference_ctaugment import CODE_FUNCTIONS, pil_view, transformed
+from pipelines.reference_ctaugment import CODE_FUNCTIONS, pil_views, transformed
 
 NAMES = ctaugment.NAMES
 CODE = np.array([CODES.get(name, CODES["affine"]) for name in NAMES], dtype=np.int32)
@@ -83,9 +83,7 @@ def problem(height: int, width: int, views: ViewPlan, device: str = "cpu") -> tu
 
 
 def make_pil_views(height: int, width: int, views: ViewPlan) -> np.ndarray:
-    images = make_images(height, width)[views.image]
-    columns = (images, views.shift, views.flip, views.ops, views.levels, views.center)
-    return np.stack([pil_view(*view) for view in zip(*columns, strict=True)])
+    return pil_views(make_images(height, width)[views.image], views)
 
 
 def assert_matches_reference(made: torch.Tensor, case: tuple[torch.Tensor, ...]) -> None:

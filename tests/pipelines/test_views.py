@@ -16,7 +16,7 @@ from pipelines import ctaugment, dali, geometric
 from pipelines.dali import DaliViews
 from pipelines.fused import FusedViews
 from pipelines.plan import PlanSpec, ViewPlan, make_plan
-from pipelines.reference_ctaugment import pil_view, weak
+from pipelines.reference_ctaugment import pil_views, weak
 from pipelines.views import Views, plain_views
 
 SIDE, SHIFT, IMAGES = 32, 4, 24
@@ -135,19 +135,7 @@ def test_random_plan_matches_pil():
     views = plan()
     made, images = run(views), sources(views)
     assert made.shape == (512, SIDE, SIDE, 3) and made.dtype == np.uint8
-    expected = np.stack(
-        [
-            pil_view(
-                images[view],
-                views.shift[view],
-                views.flip[view],
-                views.ops[view],
-                views.levels[view],
-                views.center[view],
-            )
-            for view in range(len(images))
-        ]
-    )
+    expected = pil_views(images, views)
     difference = np.abs(made.astype(int) - expected).max(axis=-1)
     # Geometric transformations may sample a neighboring pixel at positions between two pixels, which may also change
     # the histogram that the next transformation uses.
