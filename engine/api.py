@@ -105,8 +105,8 @@ def train(
         UserError: A value that is not allowed, missing data, or a folder that holds a different run.
     """
     known = [field.name for field in dataclasses.fields(Config)]
-    for name in fields.keys() - set(known):
-        raise unknown("configuration field", name, known)
+    if strange := [name for name in fields if name not in known]:
+        raise unknown("configuration field", strange[0], known)
     config = find_preset(preset)
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])

@@ -65,6 +65,12 @@ def suggestion(name: str, known: Iterable[str], listed: str = "") -> str:
     return f"did you mean {', '.join(names)} or {last}?" if names else f"did you mean {last}?"
 
 
+def nearest_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean ...?" with the nearest of the known names, or "" if none is near."""
+    near = near_names(name, known)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
 def near_names(name: str, known: Iterable[str]) -> list[str]:
     """Return up to three names that differ little from a misspelled one, ignoring case, the nearest first."""
     by_lower = {each.lower(): each for each in known}

@@ -18,7 +18,7 @@ import tyro
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import FOLDER, folder_name
 from engine.config.config import load_config
-from engine.errors import UserError, near_names, unknown
+from engine.errors import UserError, near_names, nearest_hint, unknown
 from engine.runs.setup import open_data
 from pipelines.data import cache
 from pipelines.data.cache import DataSet
@@ -341,9 +341,7 @@ def _draw(data: DataSet, path: Path) -> None:
 
 def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
     if rule not in RULES:
-        near = near_names(rule, RULES)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{hint}")
+        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{nearest_hint(rule, RULES)}")
     if seed < 0:
         raise UserError(f"--seed must be at least 0, got {seed}")
     try:

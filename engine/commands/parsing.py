@@ -8,13 +8,13 @@ import io
 import itertools
 import shlex
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from engine.errors import UserError, near_names
+from engine.errors import UserError, nearest_hint
 
 try:
     from tyro import _errors as tyro_errors
@@ -90,12 +90,12 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-    usage = f"remixmatch {command} --help"
+    usage, flags = f"remixmatch {command} --help", _flags(options)
     if parsed is not None:
-        _check_values(_flags(options), argv, usage)
+        _check_values(flags, argv, usage)
         return parsed
     try:
-        text = _mistake(events[0] if events else None, _flags(options), argv, usage)
+        text = _mistake(events[0] if events else None, flags, argv, usage)
     except AttributeError:  # An event of another version of tyro.
         text = ""
     line = shlex.join(["remixmatch", *command.split(), *argv])
@@ -104,26 +104,20 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
 
 def _tidy_help(options: Any) -> None:
     """Show no empty defaults in the help, and "INT" instead of "{None}|INT", unless a field says what to show."""
-    hints = get_type_hints(options, include_extras=True)
-    for each in dataclasses.fields(options):
-        whole = hints[each.name]
-        kind, *extras = get_args(whole) if get_origin(whole) is Annotated else (whole,)
-        if dataclasses.is_dataclass(kind):
-            _tidy_help(kind)
-            continue
+    for owner, each, kind, extras in _fields(options):
         default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        hint, metavar = (
+        shown, metavar = (
             next((value for extra in extras if (value := getattr(extra, key, None)) is not None), None)
             for key in ("help_behavior_hint", "metavar")
         )
-        if hint is None and (default is None or default in ("", ())):
-            hint = ""
+        if shown is None and (default is None or default in ("", ())):
+            shown = ""
         parts = [part for part in get_args(kind) if part not in (type(None), ...)]
         name = _METAVARS.get(parts[0]) if len(parts) == 1 else None
         if get_args(kind)[-1:] == (...,):
             name = name and f"{name} [{name} ...]"
-        shown = tyro.conf.arg(metavar=metavar or name, help_behavior_hint=hint)
-        options.__annotations__[each.name] = Annotated[whole, shown]
+        tidy = tyro.conf.arg(metavar=metavar or name, help_behavior_hint=shown)
+        owner.__annotations__[each.name] = Annotated[(kind, *extras, tidy)]
 
 
 def _check_values(flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> None:
@@ -153,9 +147,8 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
     unknown = unknown or [token for token in tokens if token.startswith("-") and token.partition("=")[0] in words]
     if unknown:
         given = unknown[0].lstrip("-").partition("=")[0].replace("_", "-")
-        near = near_names(given, [flag[2:] for flag in flags])
-        hint = f"; did you mean --{near[0]}?" if near else ""
-        return f"unknown flag '{unknown[0]}'{hint} ('{usage}' lists all flags)"
+        near = nearest_hint(given, [flag[2:] for flag in flags], prefix="--")
+        return f"unknown flag '{unknown[0]}'{near} ('{usage}' lists all flags)"
     if tokens:
         return _unexpected(tokens[0], flags, argv, usage)
     kind = type(event).__name__
@@ -171,8 +164,8 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
     if kind == "InvalidChoice":
         value = str(event.value)
         # Short words are all alike: gpu is meant as cuda, but is near to cpu.
-        near = near_names(value, allowed.removeprefix("one of ").split(", ")) if len(value) > 3 else []
-        return f"{name} must be {allowed}; got '{value}'" + (f"; did you mean {near[0]}?" if near else "")
+        near = nearest_hint(value, allowed.removeprefix("one of ").split(", ")) if len(value) > 3 else ""
+        return f"{name} must be {allowed}; got '{value}'{near}"
     if kind == "BadValue":
         return f"{name} needs a value: {allowed}"
     separator = ";" if allowed.startswith("one of") else ","
@@ -219,19 +212,25 @@ def _flags(options: Any) -> dict[str, Any]:
     """Return the type of each flag of a dataclass, including nested dataclasses."""
     flags: dict[str, Any] = {}
     positional = get_args(tyro.conf.Positional[int])[1]
+    for _, field, kind, extras in _fields(options):
+        name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name).replace("_", "-")
+        if positional not in extras:
+            flags[f"--{name}"] = kind
+            if kind is bool:
+                flags[f"--no-{name}"] = kind
+    return flags | {"--help": None}
+
+
+def _fields(options: Any) -> Iterator[tuple[Any, dataclasses.Field, Any, list[Any]]]:
+    """Yield (dataclass, field, type, annotations) for the fields of a dataclass and of those nested in it."""
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
-        hint, *extras = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (hints[field.name],)
-        )
-        name = next((extra.name for extra in extras if getattr(extra, "name", None)), field.name).replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            flags |= _flags(hint)
-        elif positional not in extras:
-            flags[f"--{name}"] = hint
-            if hint is bool:
-                flags[f"--no-{name}"] = hint
-    return flags | {"--help": None}
+        whole = hints[field.name]
+        kind, *extras = get_args(whole) if get_origin(whole) is Annotated else (whole,)
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind)
+        else:
+            yield options, field, kind, extras
 
 
 def _allowed(hint: Any) -> str:
