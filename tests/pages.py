@@ -57,3 +57,8 @@ def inline():
     hidden = re.compile(r"^```.*?^```$|<!--.*?-->", re.DOTALL | re.MULTILINE)
     outside = [hidden.sub("", text) for text in TEXTS.values()]
     return [code for text in outside for code in re.findall(r"`([^`\n]+)`", text)]
+
+
+def agrees(text, value):
+    """Return whether a number, as printed, is a value rounded to its decimals."""
+    return abs(float(text) - value) <= 0.5 * 10 ** -len(text.partition(".")[2]) + 1e-9

@@ -8,7 +8,7 @@ import pytest
 
 from bench.registry import find
 from engine.measuring import records
-from tests.pages import TEXTS
+from tests.pages import TEXTS, agrees
 
 H100 = "NVIDIA H100 80GB HBM3"
 MACHINES = {"Intel Xeon, 2 cores": "Intel", "AMD EPYC, 2 cores": "EPYC", "NVIDIA H100": H100}
@@ -47,11 +47,10 @@ def numbers(cell):
 
 
 def agree(shown, wanted):
-    """Whether numbers are what was measured, each to its own number of decimals."""
+    """Check that numbers are what was measured, each to its own number of decimals."""
     assert len(shown) == len(wanted), (shown, wanted)
     for text, value in zip(shown, wanted, strict=True):
-        half = 0.5 * 10 ** -len(text.partition(".")[2])
-        assert abs(float(text) - value) <= half + 1e-9, (shown, wanted)
+        assert agrees(text, value), (shown, wanted)
 
 
 def test_the_overview_says_which_machine_made_which_records():

@@ -15,7 +15,7 @@ from engine.config.methods import ABLATIONS, METHODS
 from engine.config.presets import PRESETS
 from engine.measuring import records
 from engine.studies.paper_tables import TABLES
-from tests.pages import TEXTS
+from tests.pages import TEXTS, agrees
 
 RECORDS = {name: records.read(records.RESULTS / f"{name}.jsonl") for name in ("ablate", "reproduce", "throughput")}
 # The kind of number in a column, by words of its head.
@@ -115,11 +115,6 @@ def checked(page):
             for cell, (preset, steps, kind) in zip(line[1:], kinds[1:], strict=True):
                 if preset and kind:
                     yield line[0], cell, kind, numbers(place[0], preset, steps, place[1], kind)
-
-
-def agrees(text, value):
-    """Whether a number, as printed, is a value rounded to its decimals."""
-    return abs(float(text) - value) <= 0.5 * 10 ** -len(text.partition(".")[2]) + 1e-9
 
 
 @pytest.mark.parametrize(("page", "minimum"), [("README.md", 20), ("docs/results.md", 187)])
