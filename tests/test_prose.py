@@ -11,6 +11,7 @@ def found(path: str, content: str) -> list[str]:
 
 def test_phrases_are_found_in_pages_across_lines():
     assert found(PAGE, "The runs that were told\nfrom zero go on\nwith step 5.\n") == ["told", "go on with"]
+    assert found(PAGE, "Beside the road, Twins.") == ["Beside", "Twins"]
     assert next(hits(PAGE, "one\ntwo, as\nit is\n")).startswith("docs/page.md:2: 'as it is'; write: baseline")
     assert not found(PAGE, "Resumes from step 5; tolder and twinned are other words.\n")
 

@@ -1,5 +1,6 @@
 """The pipelines bench: installed backends are compared with PIL, missing ones are reported."""
 
+import subprocess
 import sys
 import types
 
@@ -33,6 +34,22 @@ def test_backends_are_compared_with_pil(tmp_path, monkeypatch, capsys):
         assert record["share_of_copy"] == pytest.approx(record["views_per_second"] * 2 * 3 * 16 * 16 / 1e10)
         assert record["views_per_second_low"] <= record["views_per_second"] <= record["views_per_second_high"]
     assert "kornia: skipped, kornia is not installed" in capsys.readouterr().out
+
+
+def test_cpu_time_excludes_the_warm_up(tmp_path, monkeypatch):
+    readings = iter([0.0, 100.0, 100.0, 103.0, 103.0, 105.0])  # Before and after: warm-up 100 s, samples 3 and 2 s.
+    monkeypatch.setattr(pipelines, "_cpu_seconds", lambda: next(readings))
+    (written,) = bench(tmp_path, "pil", repeats=2)
+    assert written["cpu_us"] == pytest.approx(2.5e6 / (TINY["rows"] * TINY["batches"]))
+
+
+def test_cpu_time_includes_living_children():
+    code = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    before = pipelines._cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"\n"
+        assert pipelines._cpu_seconds() - before >= 0.4
+        child.communicate(b"\n")
 
 
 def test_plans_contain_only_strong_views():

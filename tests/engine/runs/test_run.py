@@ -116,7 +116,10 @@ def test_a_run_with_the_dali_graph_resumes_bit_identically(tiny, tmp_path):
 
 def test_a_dali_that_cannot_run_is_one_line(tiny, tmp_path, monkeypatch):
     def broken(*arguments, **options):
-        raise RuntimeError("[/opt/dali/file.cc:1] Assert on something failed\nCUDA driver version is insufficient")
+        raise RuntimeError(
+            "[/opt/dali/file.cc:1] Assert on something failed\nCUDA driver version is insufficient\n\n"
+            "Current pipeline object is no longer valid."
+        )
 
     monkeypatch.setattr("pipelines.dali_graph.view_graph", broken)
     reason = "CUDA driver version is insufficient"
