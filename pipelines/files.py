@@ -1,17 +1,29 @@
-"""Atomic file writes, tolerant reading of JSON files, and one-line error texts."""
+"""Atomic file writes, locks, tolerant reading of JSON files, and one-line error texts."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import io
 import json
+import logging
 import os
 import socket
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL = ".partial"  # Suffix of files that are not complete yet.
+# Errors of flock on file systems without locks, such as some network file systems.
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO}
+log = logging.getLogger(__name__)
+
+
+class Locked(Exception):
+    """Another process holds a lock. The text names it: its ID, its machine, and when it took the lock."""
 
 
 class _File(io.FileIO):
@@ -87,6 +99,76 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock while the block runs; the kernel releases it if the process is killed.
+
+    The lock file is removed at the end. On a file system without locks, warn and run the block without one.
+
+    Args:
+        path: The lock file; its folder must exist. It names the process that holds the lock.
+
+    Raises:
+        Locked: Another process holds the lock.
+        OSError: The lock file cannot be created, or is a symbolic link or another special file.
+    """
+    file = _open_locked(path)
+    try:
+        _name_owner(file)
+        yield
+    finally:
+        # Removed while it is still locked: a process that opened it before sees that it has been removed.
+        if _is_at(file, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        os.close(file)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        # Without O_NOFOLLOW the file that a link points to would be written; O_NONBLOCK avoids waiting for a FIFO.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Locked(_owner(path)) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning(f"{path} cannot be locked ({error.strerror}); let no other process write there")
+                return file
+            if _is_at(file, path):  # The former owner may have removed it since it was opened.
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _name_owner(file: int) -> None:
+    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with contextlib.suppress(OSError):  # A full disk. The lock is held nevertheless.
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(owner).encode(), 0)
+
+
+def _owner(path: Path) -> str:
+    owner = read_json(path)
+    if not owner.keys() >= {"process", "host", "since"}:
+        return "another process"
+    return "process {process} on {host} since {since}".format_map(owner)
 
 
 def read_json(path: Path) -> dict[str, Any]:

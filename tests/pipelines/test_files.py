@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -10,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.files import atomic_write, first_line, read_json, read_json_lines, write_bytes, write_text
+from pipelines import files
+from pipelines.files import (
+    Locked,
+    atomic_write,
+    first_line,
+    lock,
+    read_json,
+    read_json_lines,
+    write_bytes,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,6 +179,82 @@ def test_sync_flushes_the_file_before_and_the_folder_after_the_rename(former, mo
     with atomic_write(former, sync=True) as file:
         file.write(b"new")
     assert seen == [("file", 3, "unflushed"), ("folder", None, "new")]
+
+
+LOCKING = """
+from pathlib import Path
+from pipelines.files import lock
+with lock(Path(".lock")):
+    print("locked", flush=True)
+    input()
+"""
+
+
+def test_a_lock_excludes_other_processes_and_names_its_owner(tmp_path):
+    process = python(LOCKING, tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(Locked, match=rf"^process {process.pid} on {socket.gethostname()} since \d{{4}}-"):
+        lock(tmp_path / ".lock").__enter__()
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0 and names(tmp_path) == []
+    with lock(tmp_path / ".lock"):
+        assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_kill_releases_the_lock(tmp_path):
+    process = python(LOCKING, tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "locked\n"
+    process.kill()
+    process.communicate(timeout=60)
+    with lock(tmp_path / ".lock"):
+        assert read_json(tmp_path / ".lock")["process"] == os.getpid()
+
+
+def test_an_error_releases_the_lock_also_within_one_process(tmp_path):
+    with pytest.raises(RuntimeError, match="broken"), lock(tmp_path / ".lock"):
+        with pytest.raises(Locked, match=f"process {os.getpid()} "):
+            lock(tmp_path / ".lock").__enter__()
+        (tmp_path / ".lock").write_bytes(b"\xff")
+        with pytest.raises(Locked, match=r"^another process$"):
+            lock(tmp_path / ".lock").__enter__()
+        raise RuntimeError("broken")
+    assert names(tmp_path) == []
+
+
+def test_a_lock_never_writes_to_the_target_of_a_link_or_waits_for_a_fifo(former):
+    (former.parent / "link").symlink_to(former)
+    (former.parent / "nowhere").symlink_to(former.parent / "none")
+    os.mkfifo(former.parent / "fifo")
+    for name in ("link", "nowhere", "fifo"):
+        with pytest.raises(OSError):
+            lock(former.parent / name).__enter__()
+    assert former.read_text() == "former" and names(former.parent) == ["fifo", "file.txt", "link", "nowhere"]
+
+
+def test_a_lock_that_was_removed_since_it_was_opened_is_taken_again(tmp_path, monkeypatch):
+    """The former owner removes the file between `open` and `flock` of the next one."""
+    flock, seen = files.fcntl.flock, []
+
+    def remove_first(file, operation):
+        if not seen:
+            (tmp_path / ".lock").unlink()
+        seen.append(file)
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", remove_first)
+    with lock(tmp_path / ".lock"):
+        assert len(seen) == 2 and read_json(tmp_path / ".lock")["process"] == os.getpid()
+
+
+def test_a_file_system_without_locks_causes_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with lock(tmp_path / ".lock"):
+        (said,) = caplog.messages
+    assert said == f"{tmp_path / '.lock'} cannot be locked (No locks available); let no other process write there"
 
 
 def test_missing_or_damaged_json_is_read_as_empty(tmp_path):
