@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config.config import Config, load_config
+from engine.config.config import Config, load_config, run_identity
 from engine.errors import UserError
 from engine.models.build import make_network
 from engine.models.wide_resnet import TwoHeadNetwork
@@ -38,18 +38,18 @@ class Trained:
 
 
 def load_ema_model(folder: Path) -> Trained:
-    """Load the EMA model of a run's newest valid checkpoint.
+    """Load the EMA model of a run's newest valid checkpoint, the one from which the run would resume.
 
     Raises:
         UserError: The folder contains no run or no valid checkpoint, or its split.json is damaged.
     """
     config = load_config(folder / "config.json")
-    found = checkpoint.load_newest(folder / CHECKPOINTS)
-    if found is None:
-        raise UserError(f"{folder} has no valid checkpoint; train the run, or continue it with --resume")
     classes, sides = read_classes(folder)
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)
     network = make_network(config, len(classes), device, sides, trained=True).eval()
+    found = checkpoint.load_newest(folder / CHECKPOINTS, run_identity(config), network.state_dict())
+    if found is None:
+        raise UserError(f"{folder} has no valid checkpoint; train the run, or continue it with --resume")
     network.load_state_dict(found.content["state"]["ema_model"])
     return Trained(config, classes, sides, network, device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
 from pipelines.files import PARTIAL, atomic_write, first_line
@@ -141,32 +142,63 @@ class Saver:
         return f"the newest saved one is {kept[-1]}" if kept else "no earlier one exists"
 
 
-def load_newest(folder: Path, run: Mapping[str, Any] | None = None) -> Checkpoint | None:
+def load_newest(
+    folder: Path, run: Mapping[str, Any] | None = None, network: Mapping[str, Tensor] | None = None
+) -> Checkpoint | None:
     """Load the newest valid checkpoint; skip damaged and foreign ones with a warning each.
 
     Args:
         folder: Folder of the checkpoints.
         run: Values that identify the run. A checkpoint saved with a different value for one of them is foreign.
+        network: State of the run's network. A checkpoint whose networks have other tensors is foreign.
 
     Returns:
-        The checkpoint with its tensors on the CPU, or None if there is no valid one.
+        The checkpoint with its tensors on the CPU, or None if all are damaged or there is none.
+
+    Raises:
+        UserError: There is no valid checkpoint, but a foreign one, which training would overwrite.
     """
+    foreign = ""
     for path in reversed(list_checkpoints(folder)):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} has a wrong checksum")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            found = _read(path)
+            difference = _difference(found, run or {}, network)
         except Exception as error:  # damaged files raise all kinds of errors
             log.warning(f"{path} cannot be read ({first_line(error)}); trying the previous one")
             continue
-        if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
-            log.warning(f"{path} is not a checkpoint of this engine; trying the previous one")
-            continue
-        saved_identity = loaded["run"]
-        if any(saved_identity.get(name, value) != value for name, value in (run or {}).items()):
-            log.warning(f"{path} is a checkpoint of another run; trying the previous one")
-            continue
-        return Checkpoint(path, loaded["step"], loaded["content"])
+        if not difference:
+            return Checkpoint(path, found["step"], found["content"])
+        log.warning(f"{path} is a checkpoint of another run ({difference}); trying the previous one")
+        foreign = foreign or difference
+    if foreign:
+        raise UserError(
+            f"{folder} has no valid checkpoint of this run, but one of another run ({foreign}); move the checkpoints "
+            "of the other run away, or restore config.json and split.json of this run"
+        )
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file written by `save`; if that fails, raise any exception."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} has a wrong checksum")
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("not a checkpoint of this engine")
+    return found
+
+
+def _difference(found: dict[str, Any], run: Mapping[str, Any], network: Mapping[str, Tensor] | None) -> str:
+    """Return what tells a checkpoint from those of a run, as text; "" if nothing does."""
+    saved = found["run"]
+    differing = [f"{name} is {saved[name]}" for name, value in run.items() if saved.get(name, value) != value]
+    if network is not None and not differing:
+        for part in ("network", "ema_model"):
+            state = found["content"]["state"][part]
+            shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (state, network))
+            names = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
+            differing += [f"{part}.{name} is {shapes.get(name, 'missing')}" for name in names]
+    more = f" and {len(differing) - 1} more" if differing[1:] else ""
+    return f"{differing[0]}{more}" if differing else ""

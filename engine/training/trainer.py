@@ -84,8 +84,13 @@ class Trainer:
         self._stop_at: int | None = None  # The step before which all ranks stop.
 
     def resume(self) -> bool:
-        """Load the newest valid checkpoint (read by rank 0). Returns whether one was found."""
-        newest = collectives.run_on_rank_0(lambda: checkpoint.load_newest(self.folder / CHECKPOINTS, self.identity))
+        """Load the newest valid checkpoint (read by rank 0). Returns whether one was found.
+
+        Raises:
+            UserError: See `engine.runs.checkpoint.load_newest`.
+        """
+        folder, network = self.folder / CHECKPOINTS, self.state.network.state_dict()
+        newest = collectives.run_on_rank_0(lambda: checkpoint.load_newest(folder, self.identity, network))
         if newest is None:
             return False
         content = newest.content

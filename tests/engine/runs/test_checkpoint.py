@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.errors import UserError
 from engine.runs import checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -85,6 +86,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
+from engine.errors import UserError
 from engine.runs import checkpoint
 folder = Path({str(tmp_path)!r})
 checkpoint.save(folder, 1, {{"x": torch.zeros(1000)}}, keep=3)
@@ -122,6 +124,7 @@ def test_a_checkpoint_of_another_run_is_skipped(tmp_path, caplog):
     assert checkpoint.load_newest(tmp_path, {"seed": 1, "width": 4, "newer": 0}).step == 1
     (said,) = caplog.messages
     assert "step-00000002.pt is a checkpoint of another run" in said
-    assert checkpoint.load_newest(tmp_path, {"seed": 3, "width": 4}) is None
+    with pytest.raises(UserError, match=r"one of another run \(seed is 2 and 1 more\); move the checkpoints"):
+        checkpoint.load_newest(tmp_path, {"seed": 3, "width": 5})
     caplog.clear()
     assert checkpoint.load_newest(tmp_path).step == 2 and not caplog.messages
