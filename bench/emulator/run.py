@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.measuring.process import search_path
+from engine.measuring.process import python_environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -96,10 +96,10 @@ def environment() -> dict[str, str]:
     Raises:
         UserError: The device cannot be built. See `build`.
     """
-    folder, path = build(), search_path(HERE / "site", ROOT)
+    folder = build()
     defaults = {"EMULATED_DEVICES": "2", "OMP_NUM_THREADS": "1"}
-    ours = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "EMULATOR": str(folder), "PYTHONPATH": path}
-    return defaults | os.environ | ours
+    ours = {"LD_PRELOAD": str(folder / "libcuda.so.1"), "EMULATOR": str(folder)}
+    return defaults | python_environment(HERE / "site", ROOT) | ours
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
+from engine.measuring.process import python_environment
 from engine.measuring.timing import bench_device
 from engine.runs.progress import read_metrics
 
@@ -66,7 +67,8 @@ def main(options: RestartOptions) -> None:
         folder = Path(temporary) / "run"
         flags = ["--gpus", options.ranks, "--max-restarts", options.repeats, "--steps", 10**6, "--log-every", 1]
         flags += ["--checkpoint-every", options.checkpoint_every, "--out", folder, "--quiet"]
-        launcher = subprocess.Popen([sys.executable, "-m", "engine", "train", options.preset, *map(str, flags)])
+        command = [sys.executable, "-m", "engine", "train", options.preset, *map(str, flags)]
+        launcher = subprocess.Popen(command, env=python_environment())
         try:
             for number in range(1, options.repeats + 1):
                 kills.append(_kill(launcher, folder / "metrics.jsonl", options, rng))
@@ -134,7 +136,7 @@ def ranks_of(launcher: int) -> set[int]:
 
 def _import_seconds(processes: int) -> float:
     """Time the imports of a rank in `processes` processes at once."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = python_environment() | {"OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     started = [subprocess.Popen([sys.executable, "-c", _IMPORTS], env=environment) for _ in range(processes)]
     if any([process.wait() for process in started]):

@@ -41,8 +41,7 @@ from engine.config.checks import validate
 from engine.config.config import Config
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.process import search_path
-from engine.measuring.step_worker import ROOT
+from engine.measuring.process import python_environment
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
@@ -196,7 +195,7 @@ def launch(ranks: int, threads: int, job: Job) -> dict[str, Any]:
         RuntimeError: A rank failed; the message includes the end of the output.
     """
     # The ranks must import the same packages as this process.
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": search_path(ROOT)}
+    environment = python_environment() | {"OMP_NUM_THREADS": str(threads)}
     environment.setdefault("GOMP_SPINCOUNT", "10000")  # Same as the remixmatch command.
     with TemporaryDirectory() as folder:
         (Path(folder) / "job").write_bytes(pickle.dumps(job))

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from engine.errors import Stopped
+from engine.measuring.process import python_environment
 
 _PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 PARENT = "REMIXMATCH_PARENT"  # Environment variable with the ID of the process that this one must not outlive.
@@ -33,6 +34,7 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.update(python_environment())  # torchrun hands it on to the ranks.
     # torchrun's store would keep the addresses of the ranks from before a restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # By default a single rank uses one thread per core, and each of several ranks a single thread.

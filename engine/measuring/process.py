@@ -1,4 +1,4 @@
-"""Run modules in subprocesses, to measure startup or memory or to use another device."""
+"""Run modules in subprocesses: their environment, what they print, and their memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 
-def search_path(*folders: Path) -> str:
-    """Return a PYTHONPATH with these folders before the current PYTHONPATH."""
-    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+def python_environment(*folders: Path) -> dict[str, str]:
+    """Return the environment for Python processes, in which no module of the working folder hides one of ours.
+
+    `python -m` and `python -c` search the working folder first, so they would run a user's own `engine/` or `torch.py`.
+
+    Args:
+        folders: Folders to search before those of PYTHONPATH; by default the folder of this package.
+    """
+    current = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # "" is the working folder.
+    path = dict.fromkeys([*map(str, folders or [ROOT]), *current])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1"}
 
 
 def output(*command: str, **environment: str) -> str:
@@ -23,7 +33,7 @@ def output(*command: str, **environment: str) -> str:
     Raises:
         RuntimeError: The exit code is not 0.
     """
-    variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[2])} | environment
+    variables = python_environment() | environment
     done = subprocess.run([sys.executable, "-m", *command], env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr}")

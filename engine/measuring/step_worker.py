@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -27,12 +26,10 @@ from typing import Any
 import torch
 
 from engine.config.config import Config
-from engine.measuring.process import search_path
+from engine.measuring.process import ROOT, python_environment
 from engine.measuring.steps import TimedSteps
 from engine.measuring.timing import interleave, sample
 from engine.measuring.trace import DEVICE, outermost, read, record
-
-ROOT = Path(__file__).parents[2]
 
 
 class StepWorker:
@@ -54,8 +51,8 @@ class StepWorker:
     ) -> None:
         request = json.dumps({"config": dict(config), "views": views, "execution": dict(execution or {})})
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.measuring.step_worker", request],
-            env=os.environ | {"PYTHONPATH": search_path(checkout)},
+            [sys.executable, "-m", "engine.measuring.step_worker", request],
+            env=python_environment(checkout),
             cwd=checkout,
             text=True,
             stdin=subprocess.PIPE,

@@ -36,7 +36,7 @@ from engine.config.config import EXECUTION_FIELDS, Config, changed_fields, confi
 from engine.distributed.launch import PARENT
 from engine.distributed.watchdog import StopRequest
 from engine.errors import UserError
-from engine.measuring.process import search_path
+from engine.measuring.process import python_environment
 from pipelines.files import read_json, write_text
 
 RENEW_SECONDS = 10.0  # Interval of heartbeats in a claim.
@@ -415,7 +415,7 @@ def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str],
     path = folder / "config.json"
     if not path.exists():
         write_text(path, config_json(job.config))
-    variables = os.environ | {"PYTHONPATH": search_path(Path(__file__).parents[2]), PARENT: str(os.getpid())}
+    variables = python_environment() | {PARENT: str(os.getpid())}
     with (folder / "log.txt").open("ab") as log:
         # Opened for appending: a resumed run adds to its earlier output.
         code = _attend(train_command(folder, job.config), {**variables, **environment}, log, owned, stop)

@@ -21,6 +21,7 @@ import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.errors import Stopped, UserError, cannot_write, unknown
+from engine.measuring.process import python_environment
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
@@ -298,6 +299,7 @@ def _submit(name: str, argv: Sequence[str], entries: Sequence[Entry], options: R
     own_gpus = devices(entries) if local and options.gpus else []
     workers = options.training.workers
     variables = environments(workers, own_gpus) if local else [{} for _ in range(max(workers, 1))]
+    os.environ.update(python_environment())  # submitit hands it on to the jobs.
     try:
         jobs = executor.submit_array([_Job(own, each) for each in variables])
     except (OSError, subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:

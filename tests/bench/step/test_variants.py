@@ -159,10 +159,10 @@ def test_a_variant_runs_in_its_checkout(monkeypatch):
 
     class Popen:
         def __init__(self, command, env, cwd, **others):
-            seen.update(command=command, path=env["PYTHONPATH"], cwd=cwd)
+            seen.update(command=command, path=env["PYTHONPATH"], safe=env["PYTHONSAFEPATH"], cwd=cwd)
 
     monkeypatch.setattr("engine.measuring.step_worker.subprocess.Popen", Popen)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     variants._worker(variants.Variant(checkout=Path("/there")), {"k": 2})
     assert seen["path"] == os.pathsep.join(["/there", "elsewhere"]) and str(seen["cwd"]) == "/there"
-    assert "-P" in seen["command"] and '"k": 2' in seen["command"][-1]
+    assert seen["safe"] == "1" and '"k": 2' in seen["command"][-1]
