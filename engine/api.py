@@ -4,7 +4,7 @@ from engine.api import load, train
 
 run = train("digits-40", seed=1, out="runs/one")
 model = load(run.folder)
-probabilities = model.predict(["a.png", "folder/"])
+probabilities = model.predict(["a.png", "folder/"])  # or arrays, PIL images, tensors
 """
 
 from __future__ import annotations
@@ -57,29 +57,38 @@ class Model:
     _network: TwoHeadNetwork
     _device: torch.device
 
-    def predict(self, images: np.ndarray | Sequence[str | Path]) -> np.ndarray:
+    def predict(self, images: Any, batch: int = 256) -> np.ndarray:
         """Predict class probabilities.
 
+        Every image is converted to RGB, resized and center-cropped as in training, whatever its size and its form:
+
+        - a path of an image or of a folder of images, which are sorted;
+        - the content of an image file, as bytes or as a file open in binary mode;
+        - a PIL image;
+        - a uint8 array: gray (H, W), or (H, W, C) or (N, H, W, C) with C = 1, 3 or 4 channels (gray, RGB, RGBA);
+        - a uint8 tensor, whose channels come first, as torchvision reads them: (H, W), (C, H, W) or (N, C, H, W);
+        - a list or another iterable of these, such as a generator.
+
         Args:
-            images: (N, side, side, 3) uint8, or image files and folders of image files.
+            images: The images.
+            batch: Number of images in a batch; no more are in memory at a time.
 
         Returns:
-            (N, L) float32, in the order of the images; images of a folder are sorted by name.
+            (N, L) float32, in the order of the images.
 
         Raises:
-            UserError: An image cannot be read.
-            ValueError: The array has a different shape or dtype.
+            TypeError: `images` has none of these types.
+            ValueError: An array or a tensor has another shape or dtype, or `batch` is less than 1.
+            UserError: An image or a folder cannot be read, or a folder has no images.
         """
-        from engine.inference import predict
+        from engine.inference.inputs import each_image
+        from engine.inference.predict import classify
 
-        if not isinstance(images, np.ndarray):
-            files, _ = predict.find_images([Path(path) for path in images])
-            images = np.stack([predict.read_image(path, self.side, warn=False) for path in files])
-        if images.dtype != np.uint8 or images.shape[1:] != (self.side, self.side, 3):
-            raise ValueError(
-                f"images must be (N, {self.side}, {self.side}, 3) uint8, got {images.shape} {images.dtype}"
-            )
-        return predict.probabilities(self._network, images, self._device)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        predicted = classify(self._network, each_image(images), self.side, self._device, batch)
+        rows = [probabilities for _, probabilities in predicted]
+        return np.stack(rows) if rows else np.empty((0, len(self.classes)), np.float32)
 
 
 def train(

@@ -24,6 +24,10 @@ class RankError(RuntimeError):
     """A failure of a single rank, such as the loss of another rank. The rank prints it and exits with code 1."""
 
 
+class Incomplete(Exception):
+    """The command has left out some of its input, such as damaged files. One line says what; it exits with code 1."""
+
+
 class Stopped(Exception):
     """A signal stopped the command after everything was saved; it exits with 128 + the signal's number."""
 

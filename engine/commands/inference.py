@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse
-from engine.errors import UserError
+from engine.errors import Incomplete, UserError
 from engine.runs.setup import open_data
 from pipelines.data.cache import set_data_dir
 
@@ -47,7 +46,7 @@ class PredictOptions:
     csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """CSV file to write instead of printing: file, class, and one probability per class."""
     batch: int = 256
-    """Batch size when predicting a folder."""
+    """Number of images in a batch; no more are in memory at a time."""
 
 
 @dataclass
@@ -103,27 +102,25 @@ def predict(argv: list[str]) -> None:
 
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, got {options.batch}")
-    files, many = predict.find_images(options.images)
+    files = predict.find_images(options.images)
     trained = load_ema_model(options.dir)
-    network, device, side = trained.network, trained.device, trained.sides[0]
-    if not many:  # Each file was named, so each must be an image.
-        images = np.stack([predict.read_image(path, side) for path in files])
-        predictions = zip(files, predict.probabilities(network, images, device), strict=True)
-    else:
-        predictions = predict.classify(network, files, side, device, options.batch)  # type: ignore[assignment]
+    skip = len(files) > 1  # Otherwise the reason is the only message.
+    warn = len(files) <= options.batch  # A message per file would hide the results of many.
+    predicted = predict.classify(trained.network, files, trained.sides[0], trained.device, options.batch, skip, warn)
+    rows = ((files[number], values) for number, values in predicted)
     count = 0
     if options.csv:
-        count = predict.write_csv(options.csv, trained.classes, iter(predictions))
+        count = predict.write_csv(options.csv, trained.classes, rows)
         if count:
             print(f"{options.csv}: {count} of {len(files)} images")
     else:
-        for path, values in predictions:
+        for path, values in rows:
             count += 1
             _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
-    if many and count < len(files):
-        log.warning(f"{len(files) - count} of {len(files)} files could not be read as images")
     if not count:
         raise UserError("no image could be read")
+    if count < len(files):
+        raise Incomplete(f"{len(files) - count} of {len(files)} files could not be read as images")
 
 
 def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> None:

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
-from engine.errors import RankError, Stopped, UserError, unknown
+from engine.errors import Incomplete, RankError, Stopped, UserError, unknown
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a command and turn its exceptions into exit codes.
 
-    Exit codes are 0 for success, 2 for invalid input, 1 if another rank is lost, and 128 + the number of a signal that
-    stopped the command. If the reader of its output closes the pipe, it exits silently, as after SIGPIPE.
+    Exit codes are 0 for success, 2 for invalid input, 1 if some of the input was left out or another rank is lost, and
+    128 + the number of a signal that stopped the command. If the reader of its output closes the pipe, it exits
+    silently, as after SIGPIPE.
 
     Args:
         command: Function to call.
@@ -104,6 +105,9 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
             if os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
                 log.error(str(error) or "interrupted; use --resume to continue from the last checkpoint")
             sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
+        except Incomplete as error:
+            log.error(str(error))
+            sys.exit(1)
         except RankError as error:
             log.error(f"rank {os.environ.get('RANK', '0')}: {error}")
             sys.exit(1)

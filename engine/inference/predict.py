@@ -1,4 +1,4 @@
-"""Classification of image files with a trained network."""
+"""Classification of images with a trained network."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import csv
 import io
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 
 from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
@@ -20,17 +22,20 @@ from pipelines.files import atomic_write
 
 log = logging.getLogger(__name__)
 
+Source: TypeAlias = Path | bytes | Image.Image  # One image: a file, the content of a file, or a decoded image.
 
-def read_image(path: Path, side: int, warn: bool = True) -> np.ndarray:
-    """Read an image file as input for the network.
+
+def read_image(source: Source, side: int, warn: bool = True, name: str = "") -> np.ndarray:
+    """Read an image as input for the network.
 
     Apply the EXIF orientation, blend transparency with black, convert to RGB, resize the shorter side and crop the
     center. Warn if that changes the size or reduces a 16-bit depth.
 
     Args:
-        path: File in any format that PIL reads.
+        source: The image, in any format and mode that PIL reads.
         side: Side of the network's input, in pixels.
         warn: Whether to warn about changes.
+        name: What messages call the image, by default its path.
 
     Returns:
         (side, side, 3) uint8.
@@ -38,21 +43,22 @@ def read_image(path: Path, side: int, warn: bool = True) -> np.ndarray:
     Raises:
         UserError: The file is missing or is not an image that can be decoded.
     """
+    name = name or str(source)
     try:
-        image, changed = rgb(path.read_bytes())
+        image, changed = rgb(source.read_bytes() if isinstance(source, Path) else source)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{name}: no such file") from None
     except (OSError, DecodeError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
+        raise UserError(f"{name} cannot be read as an image ({error})") from None
     if warn and changed:
-        log.warning(f"{path}: {changed}")
+        log.warning(f"{name}: {changed}")
     if warn and image.size != (side, side):
-        log.warning(f"{path}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
+        log.warning(f"{name}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
     return resized(image, side)
 
 
-def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
-    """Return the given files and all image files in the given folders, sorted, and whether a folder was given.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the given files and all image files in the given folders, which are sorted.
 
     Raises:
         UserError: There is no image file, or a folder cannot be read.
@@ -70,28 +76,50 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], bool]:
         raise UserError(
             f"no image file in {', '.join(map(str, paths))}" if paths else "predict needs at least one image"
         )
-    return found, any(path.is_dir() for path in paths)
+    return found
 
 
 def classify(
-    network: TwoHeadNetwork, files: Sequence[Path], side: int, device: torch.device, batch: int
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yield class probabilities of image files, with one batch in memory at a time.
+    network: TwoHeadNetwork,
+    sources: Iterable[Source],
+    side: int,
+    device: torch.device,
+    batch: int,
+    skip: bool = False,
+    warn: bool = False,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield class probabilities of images, with one decoded image and one batch of resized ones in memory at a time.
+
+    Args:
+        network: Network in evaluation mode.
+        sources: The images, of any size.
+        side: Side of the network's input, in pixels.
+        device: Device of the network.
+        batch: Number of images in a batch.
+        skip: Leave out images that cannot be read, with a warning.
+        warn: Whether to warn about images that are changed by reading them.
 
     Yields:
-        Each readable file, in order, with (L,) float32. Unreadable files cause a warning.
+        Index of each image, in order, and its probabilities, (L,) float32.
+
+    Raises:
+        UserError: An image cannot be read, and `skip` is not set.
     """
-    few = len(files) <= batch  # no warning per file about sizes if there are many files
-    for first in range(0, len(files), batch):
-        read: list[tuple[Path, np.ndarray]] = []
-        for path in files[first : first + batch]:
+
+    def read() -> Iterator[tuple[int, np.ndarray]]:
+        for number, source in enumerate(sources):
+            name = str(source) if isinstance(source, Path) else f"images[{number}]"
             try:
-                read.append((path, read_image(path, side, warn=few)))
+                yield number, read_image(source, side, warn, name)
             except UserError as error:
+                if not skip:
+                    raise
                 log.warning(f"{error}; skipped")
-        if read:
-            found = probabilities(network, np.stack([image for _, image in read]), device)
-            yield from zip([path for path, _ in read], found, strict=True)
+
+    images = read()
+    while group := list(itertools.islice(images, batch)):
+        numbers, pixels = zip(*group, strict=True)
+        yield from zip(numbers, probabilities(network, np.stack(pixels), device), strict=True)
 
 
 def probabilities(network: TwoHeadNetwork, images: np.ndarray, device: torch.device) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,11 @@ def image_files(folder: Path) -> list[str]:
     return sorted(files)
 
 
-def rgb(content: bytes) -> tuple[Image.Image, str]:
+def rgb(content: bytes | Image.Image) -> tuple[Image.Image, str]:
     """Decode the first frame of an image file as 8-bit RGB, with its EXIF orientation applied.
 
     Args:
-        content: Content of the file.
+        content: Content of the file, or an image that PIL has opened or made.
 
     Returns:
         The image, and a description of a lossy change of its value range, or "".
@@ -61,7 +62,7 @@ def rgb(content: bytes) -> tuple[Image.Image, str]:
         DecodeError: The file cannot be read.
     """
     try:
-        with Image.open(BytesIO(content)) as opened:
+        with nullcontext(content) if isinstance(content, Image.Image) else Image.open(BytesIO(content)) as opened:
             mode = opened.mode
             image = ImageOps.exif_transpose(opened)
             image.load()
