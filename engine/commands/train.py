@@ -16,6 +16,7 @@ from engine.distributed import launch
 from engine.errors import UserError
 from engine.imports import gc_paused
 from engine.runs.folder import default_folder
+from engine.runs.headline import evaluations_of, shown_results
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
 from pipelines.data.cache import set_data_dir
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         raise
     if collectives.rank() == 0:
         assert setup.folder is not None
-        _print_summary(summary, setup.folder)
+        _print_summary(summary, setup.config, setup.folder)
     collectives.stop()
 
 
@@ -112,10 +113,10 @@ def _summarize(config: Config) -> str:
     return f"{dataset}, {labels}, {views}, {config.steps} steps"
 
 
-def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
+def _print_summary(summary: Mapping[str, Any], config: Config, folder: Path) -> None:
+    evaluations, last, middle = evaluations_of(summary, config), summary["test_accuracy"], summary["median_last_20"]
     print(
-        f"{summary['preset']} seed {summary['seed']}: test accuracy {summary['test_accuracy']:.2f} %, "
-        f"median of the last 20 evaluations {summary['median_last_20']:.2f} %, "
+        f"{summary['preset']} seed {summary['seed']}: test accuracy {shown_results(evaluations, last, middle)}; "
         f"{summary['train_seconds']:.0f} s; see {folder}/summary.json, curves.png, views.png"
     )
     if "held_out_test_images" in summary:
@@ -123,8 +124,8 @@ def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     if "paper_error" in summary:
         deviation = "" if summary["paper_deviation"] is None else f" ± {summary['paper_deviation']:.2f}"
         other = "" if summary["same_settings_as_paper"] else " (settings differ from the preset)"
+        first, name = (middle, evaluations.median_name) if evaluations.median_first else (last, "after the last step")
         print(
             f"test error: paper {summary['paper_error']:.2f}{deviation} % ({summary['paper_source']}), "
-            f"ours {summary['error']:.2f} % (median of the last 20), difference "
-            f"{summary['difference_to_paper']:+.2f} pp{other}"
+            f"ours {100 - first:.2f} % ({name}), difference {100 - first - summary['paper_error']:+.2f} pp{other}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import median
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 from engine.distributed import collectives
 from engine.models.wide_resnet import TwoHeadNetwork
 from kernels.assemble import assemble_batch
-
-REPORTED_EVALUATIONS = 20
 
 
 @torch.no_grad()
@@ -63,8 +60,3 @@ def evaluate(
         sums += torch.stack([right, F.cross_entropy(logits, truth[passed], reduction="sum").double()])
     right, loss = collectives.total(sums) / len(labels)
     return 100.0 * right.item(), loss.item()
-
-
-def median_of_last(accuracies: list[float]) -> float:
-    """Return the accuracy that the paper reports: the median over the last 20 evaluations."""
-    return median(accuracies[-REPORTED_EVALUATIONS:])

@@ -27,6 +27,7 @@ from engine.errors import UserError
 from engine.report import charts
 from engine.report.charts import Chart
 from engine.report.reading import REFERENCE, Found, RunData
+from engine.runs.headline import MEDIAN_OF
 
 MANY = 8  # with more runs, show fewer images, and draw one line per group
 LOSSLESS_SIDE = 32  # images up to this side in pixels are PNGs
@@ -131,10 +132,11 @@ def article(run: RunData, many: bool) -> dict[str, Any]:
 def _facts(run: RunData) -> list[tuple[str, str, str]]:
     c, summary = run.config, run.summary
     if run.done:
-        facts = [
-            ("Test accuracy", f"{summary['median_last_20']:.2f} %", "median of the last 20 evaluations"),
-            ("At the last step", f"{summary['test_accuracy']:.2f} %", f"step {summary['steps']:,}"),
-        ]
+        evaluations = run.evaluations
+        middle = (f"{summary['median_last_20']:.2f} %", evaluations.median_name)
+        last = (f"{summary['test_accuracy']:.2f} %", f"after the last step, {summary['steps']:,}")
+        first, second = (middle, last) if evaluations.median_first else (last, middle)
+        facts = [("Test accuracy", *first), ("Last step" if evaluations.median_first else "Median", *second)]
     else:
         _, accuracies = run.series("test_accuracy")
         shown = f"{accuracies[-1]:.2f} %" if accuracies else "none yet"
@@ -142,7 +144,8 @@ def _facts(run: RunData) -> list[tuple[str, str, str]]:
     if "paper_error" in summary:
         paper = f"paper {_pm(summary['paper_error'], summary.get('paper_deviation'))} %"
         other = "" if summary.get("same_settings_as_paper") else ", settings differ from the preset"
-        facts.append(("Difference in error", f"{summary['difference_to_paper']:+.2f} pp", paper + other))
+        apart = run.error(run.evaluations.median_first) - summary["paper_error"]
+        facts.append(("Difference in error", f"{apart:+.2f} pp", paper + other))
     facts.append(("Data", c.dataset.rpartition("/")[2], f"{_labels(run):,} labels, seed {c.seed}"))
     facts.append(("Method", c.method, f"{c.architecture}, K = {c.k}, B = {c.batch}"))
     if run.done:
@@ -352,26 +355,42 @@ def compare(found: Found) -> list[Section]:
 
 def _table(lines: Iterable[Any]) -> Section:
     """Show the lines of table.json, ignoring malformed ones."""
+    found = [line for line in lines if isinstance(line, dict)]
+    medians = all(line.get("median_first", True) for line in found)  # missing in tables of earlier versions
+    counts = [line["evaluations"]["count"] for line in found if line.get("evaluations")]
     rows = []
-    for line in lines:
-        if not isinstance(line, dict):
-            continue
-        spread, last, paper, full = (line.get(name) or {} for name in ("median", "last", "paper", "to_full"))
+    for line in found:
+        difference = "to_full" if medians else "last_to_full"
+        spread, last, paper, full = (line.get(name) or {} for name in ("median", "last", "paper", difference))
         interval = f" [{full['low']:+.2f}, {full['high']:+.2f}]" if full.get("low") is not None else ""
         rows.append([
             line.get("preset"), line.get("row"),
             f"{len(line.get('seeds', ()))} of {len(line.get('wanted', ()))}",
-            _pm(spread.get("mean"), spread.get("deviation")), _pm(last.get("mean"), last.get("deviation")),
+            *_in_order(medians, *(_pm(each.get("mean"), each.get("deviation")) for each in (spread, last))),
             _pm(paper.get("error"), paper.get("deviation")),
             f"{full['mean']:+.2f}{interval}" if "mean" in full else "",
         ])  # fmt: skip
-    head = ["preset", "row", "seeds", "error, %: median of last 20", "last evaluation", "paper",
+    head = ["preset", "row", "seeds", *_in_order(medians, "error, %: median", "error, %: last evaluation"), "paper",
             f"difference from {REFERENCE}, pp"]  # fmt: skip
     note = (
-        "Test errors of the EMA model: mean ± sample standard deviation over seeds. Differences are paired by seed, "
-        "with 95 % CIs from Student's t-distribution."
+        "Test errors of the EMA model: mean ± sample standard deviation over seeds. "
+        f"{_error_note(medians, counts)} They are paired by seed, with 95 % CIs from Student's t-distribution."
     )
     return Section("Table", [Grid("Errors over seeds", head, rows, note)])
+
+
+def _in_order(medians: bool, middle: str, last: str) -> tuple[str, str]:
+    """Return the median and the last in the order of the page."""
+    return (middle, last) if medians else (last, middle)
+
+
+def _error_note(medians: bool, counts: Iterable[int]) -> str:
+    """Say how many evaluations the medians are over, and which errors are compared."""
+    known = sorted({min(count, MEDIAN_OF) for count in counts}) or [MEDIAN_OF]
+    over = f"{known[0]} to {known[-1]}" if known[1:] else f"{known[0]}"
+    why = f", since fewer than {MEDIAN_OF} evaluations of some runs follow the ramp"
+    compared = "the medians" if medians else f"the last evaluation{why}"
+    return f"Medians are over the last {over} evaluations. Differences are those of {compared}."
 
 
 def _costs(variants: Sequence[dict[str, str]]) -> Section:
@@ -417,7 +436,7 @@ def differences(runs: Sequence[RunData]) -> dict[str, list[Pair]]:
     The reference of a run is the run with the same seed in the first group with the same data set and number of labels.
     If there is only one group, the reference is the first run, and each other run counts as a group.
     """
-    errors, names = _ended(runs)
+    errors, names = _ended(runs, median_first(runs))
     alone = len({run.group for run in errors}) == 1
     firsts: dict[tuple[str, int], RunData] = {}
     seeds: dict[tuple[str, int], RunData] = {}
@@ -431,9 +450,14 @@ def differences(runs: Sequence[RunData]) -> dict[str, list[Pair]]:
     return _grouped(found)
 
 
-def _ended(runs: Iterable[RunData]) -> tuple[dict[RunData, float], dict[RunData, str]]:
+def median_first(runs: Iterable[RunData]) -> bool:
+    """Return whether errors are medians over the last evaluations: only if the median comes first in all runs."""
+    return all(run.evaluations.median_first for run in runs if run.done)
+
+
+def _ended(runs: Iterable[RunData], medians: bool) -> tuple[dict[RunData, float], dict[RunData, str]]:
     """Return the errors of finished runs and their group names, or their own names if there is only one group."""
-    errors = {run: run.error for run in runs if run.error is not None}
+    errors = {run: error for run in runs if (error := run.error(medians)) is not None}
     alone = len({run.group for run in errors}) == 1
     return errors, {run: run.name if alone else run.group for run in errors}
 
@@ -447,20 +471,21 @@ def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
 
 def _results(found: Found) -> Section:
     runs = found.runs
-    apart = differences(runs)
-    errors, names = _ended(runs)
+    apart, medians = differences(runs), median_first(runs)
+    errors, names = _ended(runs, medians)
     by_run = {pair.run: f"{pair.points:+.2f}" for pairs in apart.values() for pair in pairs}
     rows = [
         [
             {"name": run.name, "href": f"#run-{number}"}, run.group, run.config.seed,
             f"{errors[run]:.2f}" if run in errors else "not finished",
-            f"{100 - run.summary['test_accuracy']:.2f}" if run.done else "",
+            f"{run.error(not medians):.2f}" if run.done else "",
             by_run.get(run, ""), f"{run.last_step:,}", f"{_labels(run):,}",
             duration(run.summary["train_seconds"]) if run.done else "",
         ]
         for number, run in enumerate(runs)
     ]  # fmt: skip
-    head = ["run", "group", "seed", "error, %", "last", "difference, pp", "steps", "labels", "time"]
+    first, second = _in_order(medians, "median", "last")
+    head = ["run", "group", "seed", f"error, % ({first})", second, "difference, pp", "steps", "labels", "time"]
     parts: list[Chart | Grid] = []
     if errors:
         groups = _grouped((names[run], (run.name, error)) for run, error in errors.items())
@@ -479,7 +504,7 @@ def _results(found: Found) -> Section:
             for group, pairs in apart.items()
         }
         parts.append(charts.dots("Differences in test error", "pp", drawn, text, note, zero=True))
-    parts.append(Grid("All runs", head, rows, "Errors are medians over the last 20 evaluations."))
+    parts.append(Grid("All runs", head, rows, _error_note(medians, [run.evaluations.count for run in errors])))
     note = f"Not on this page: {'; '.join(found.left_out)}." if found.left_out else ""
     return Section("Results", [*parts, _settings(runs)], note)
 

@@ -15,6 +15,7 @@ from engine.config.config import Config, check_run_folder, load_config
 from engine.config.methods import with_method
 from engine.config.presets import PRESETS
 from engine.errors import UserError
+from engine.runs.headline import Evaluations, evaluations_of
 from engine.runs.history import read_history, read_results
 from engine.runs.progress import METRICS, read_metrics
 from pipelines.files import read_json
@@ -33,7 +34,7 @@ class RunData:
         name: Unique name on the page.
         group: Name shared by runs that differ only in their seeds.
         config: Configuration of the run.
-        summary: Content of summary.json; empty if the run is unfinished.
+        summary: Content of summary.json; empty if the run is unfinished, also if it was given more steps.
         split: Content of split.json.
         metrics: Objects of metrics.jsonl.
         history: Records of history.jsonl.
@@ -60,12 +61,18 @@ class RunData:
     @property
     def done(self) -> bool:
         """Whether the run is finished."""
-        return self.summary.keys() >= SUMMED_UP
+        return bool(self.summary)
 
     @property
-    def error(self) -> float | None:
-        """Test error in percent, the median over the last 20 evaluations; None if the run is unfinished."""
-        return 100.0 - self.summary["median_last_20"] if self.done else None
+    def evaluations(self) -> Evaluations:
+        """Numbers of evaluations of a finished run."""
+        return evaluations_of(self.summary, self.config)
+
+    def error(self, median_first: bool) -> float | None:
+        """Test error in percent, the median over the last evaluations or the last; None if the run is unfinished."""
+        if not self.done:
+            return None
+        return 100.0 - self.summary["median_last_20" if median_first else "test_accuracy"]
 
     @property
     def last_step(self) -> int:
@@ -141,7 +148,12 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
-    split, results = read_json(folder / "split.json"), read_results(folder)
+    split, summary = read_json(folder / "split.json"), read_json(folder / "summary.json")
+    results = read_results(folder)
+    if not summary.keys() >= SUMMED_UP:
+        summary = {}
+    elif summary["steps"] != config.steps:
+        summary, results = {}, None  # the run was given more steps, and these are of its earlier end
     if results and max(results["labels"].max(), results["predicted"].max()) >= len(split.get("class_names", ())):
         results = None  # they have other classes
     return RunData(
@@ -149,7 +161,7 @@ def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
         name=name,
         group=group,
         config=config,
-        summary=read_json(folder / "summary.json"),
+        summary=summary,
         split=split,
         metrics=read_metrics(folder / METRICS),
         history=read_history(folder),

@@ -107,10 +107,10 @@ class AblationRow:
         This compares the variant with the full method. None if the slower of the two has no lower error, or if cost or
         error are unknown.
         """
-        if not self.cost or self.line.to_full is None:
+        if not self.cost or self.line.from_full is None:
             return None
         slower = self.cost["step_ms"] * (1 - 1 / self.cost["ratio"])  # Compared with the full method, in milliseconds.
-        worse = self.line.to_full.mean
+        worse = self.line.from_full.mean
         return -slower / worse if slower * worse < 0 else None
 
 
@@ -314,7 +314,7 @@ def write(
     text = markdown(title, variants)
     write_text(out / "table.md", text, shared=True)
     print(text, end="")
-    if any(variant.cost or variant.line.to_full for variant in variants):
+    if any(variant.cost or variant.line.from_full for variant in variants):
         from engine.studies import charts  # Importing matplotlib takes a second.
 
         charts.cost_and_benefit(variants, title, out / "chart.png")
@@ -364,8 +364,8 @@ def markdown(title: str, variants: Sequence[AblationRow]) -> str:
         columns["launches"] = lambda each: _shown("{launches:.0f}", each.counts)
         columns["GB"] = lambda each: _shown("{gigabytes:.2f}", each.counts)
     if trained:
-        columns["error, %"] = lambda each: statistics.shown_spread(each.line.median)
-        columns["difference, pp (95 % CI)"] = lambda each: statistics.shown_difference(each.line.to_full)
+        columns["error, %"] = lambda each: statistics.shown_spread(each.line.error)
+        columns["difference, pp (95 % CI)"] = lambda each: statistics.shown_difference(each.line.from_full)
         columns["price, ms per pp"] = _shown_price
     rows = [[cell(variant) for cell in columns.values()] for variant in variants]
     words = [
@@ -376,9 +376,12 @@ def markdown(title: str, variants: Sequence[AblationRow]) -> str:
         words.append(f"Launches and GB are those of the captured step on a GPU ({TARGET}), counted without a GPU.")
     if trained:
         seeds = {seed for variant in variants for seed in variant.line.seeds}
+        medians = all(variant.line.median_first for variant in variants)
+        over = f"medians of the {statistics.median_of([each.line for each in variants])} evaluations"
         words.append(
-            f"Errors are test errors, medians of the last 20 evaluations: mean ± standard deviation over {len(seeds)} "
-            "seeds. Differences from the full method are paired by seed, with a 95 % confidence interval (Student's "
+            f"Errors are test errors, {over if medians else 'those of the last evaluation'}: mean ± standard deviation "
+            f"over {len(seeds)} seeds. Differences from the full method are paired by seed, with a 95 % confidence "
+            "interval (Student's "
             "t). The price is the additional step time per percentage point of lower error, if the slower of variant "
             "and full method has the lower error; in parentheses if the interval includes 0 or is missing."
         )
@@ -394,6 +397,6 @@ def _shown(form: str, numbers: Mapping[str, Any]) -> str:
 
 def _shown_price(variant: AblationRow) -> str:
     """Format a price, in parentheses if the difference is not significant; empty if there is no price."""
-    if variant.price is None or variant.line.to_full is None:
+    if variant.price is None or variant.line.from_full is None:
         return ""
-    return f"{variant.price:.2f}" if variant.line.to_full.significant else f"({variant.price:.2f})"
+    return f"{variant.price:.2f}" if variant.line.from_full.significant else f"({variant.price:.2f})"

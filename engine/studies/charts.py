@@ -26,7 +26,7 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
         title: Title of the chart.
         path: Path of the PNG.
     """
-    found = [(each.name, each.line.to_full, each.cost) for each in variants]
+    found = [(each.name, each.line.from_full, each.cost) for each in variants]
     found = [each for each in found if each[1] or each[2]]
     # Largest error at the top; variants that were only timed come last, the slowest first.
     found.sort(key=lambda each: (each[1].mean if each[1] else -math.inf, each[2].get("ratio", 0.0)))

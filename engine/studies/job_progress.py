@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from engine.config.config import Config
 from engine.config.methods import ablate, with_method
 from engine.config.presets import PRESETS
+from engine.runs.headline import evaluations_of, shown_results
 from engine.studies.jobs import STATES, Status
 from engine.studies.paper_tables import REMIXMATCH, Entry
 
@@ -64,8 +65,8 @@ class Progress:
     def _words(self, entry: Entry, each: Status) -> str:
         steps = entry.job.config.steps
         if each.state == "done":
-            median, last = (100 - each.summary[name] for name in ("median_last_20", "test_accuracy"))
-            return f"done, error {median:.2f} % (median of last 20), {last:.2f} % (last)"
+            middle, last = (100 - each.summary[name] for name in ("median_last_20", "test_accuracy"))
+            return f"done, error {shown_results(evaluations_of(each.summary, entry.job.config), last, middle)}"
         where = f" on {each.host}" if each.host and each.state == "running" else ""
         step = f", step {each.step} of {steps}" if each.step else ""
         return f"{each.state}{where}{step}" + (f": {each.reason}" if each.reason else "")

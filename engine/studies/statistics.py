@@ -1,7 +1,8 @@
 """Tables of test errors over seeds: statistics, Markdown and JSON.
 
 All values are test errors of the EMA model in percent: the median over the last 20 evaluations, as in the paper, and
-that of the last evaluation. Neither involves model selection.
+that of the last evaluation. Neither involves model selection. Differences are shown for the error that comes first in
+the table (see `engine.runs.headline`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from typing import Any
 
 from engine.config.presets import PublishedError
 from engine.measuring.markdown import table
+from engine.runs.headline import MEDIAN_OF, Evaluations
 
 CONFIDENCE = 0.95
+ENOUGH = Evaluations(MEDIAN_OF, MEDIAN_OF)
+LAST_FIRST = (
+    f"Fewer than {MEDIAN_OF} evaluations of some runs follow the ramp, so the errors of the last evaluation come first."
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Result:
         split: Name of the rule that chose the labeled images.
         seconds: Training time, including evaluations; None if unknown. On a CPU this is the CPU time of all threads,
             because other work on the machine hardly affects it.
+        evaluations: Its numbers of evaluations.
     """
 
     median: float
@@ -36,6 +43,7 @@ class Result:
     steps: int
     split: str
     seconds: float | None = None
+    evaluations: Evaluations = ENOUGH
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,10 @@ class Line:
         steps: Numbers of training steps of the runs.
         split: Split rules of the runs.
         seconds: Median training time; None if unknown.
+        last_to_paper: Like `to_paper`, for the last evaluation.
+        last_to_full: Like `to_full`, for the last evaluation.
+        evaluations: The runs' numbers of evaluations, each the smallest.
+        median_first: Whether the table shows the median first, and the differences of the medians.
     """
 
     row: str
@@ -101,16 +113,49 @@ class Line:
     split: tuple[str, ...]
     seconds: float | None
     papers_difference: float | None = None
+    last_to_paper: float | None = None
+    last_to_full: Difference | None = None
+    evaluations: Evaluations | None = None
+    median_first: bool = True
+
+    @property
+    def error(self) -> Spread | None:
+        """The error that the table shows first."""
+        return self.median if self.median_first else self.last
+
+    @property
+    def from_paper(self) -> float | None:
+        """Its difference from the published error, in pp."""
+        return self.to_paper if self.median_first else self.last_to_paper
+
+    @property
+    def from_full(self) -> Difference | None:
+        """Its difference from the full method."""
+        return self.to_full if self.median_first else self.last_to_full
 
     @property
     def sign(self) -> str:
         """Sign of the difference from the full method compared with the paper's: "same", "opposite", "n.s." or ""."""
-        found, papers = self.to_full, self.papers_difference
+        found, papers = self.from_full, self.papers_difference
         if found is None or papers is None:
             return ""
         if not found.significant:
             return "n.s."
         return "same" if found.mean * papers > 0 else "opposite"
+
+
+def choose_first(lines: Sequence[Line]) -> list[Line]:
+    """Return lines that all show the same error first: the median, unless it comes second in some run."""
+    first = all(each.evaluations.median_first for each in lines if each.evaluations)
+    return [dataclasses.replace(each, median_first=first) for each in lines]
+
+
+def median_of(lines: Sequence[Line]) -> str:
+    """Return what the medians are over, such as "last 20" or "all 6"."""
+    counts = {min(each.evaluations.count, MEDIAN_OF) for each in lines if each.evaluations} or {MEDIAN_OF}
+    if len(counts) > 1:
+        return f"last {min(counts)} to {max(counts)}"
+    return f"last {MEDIAN_OF}" if counts == {MEDIAN_OF} else f"all {min(counts)}"
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -162,15 +207,16 @@ def line(
         paper: The published error.
         papers_difference: See `Line`.
     """
-    medians = {seed: run.median for seed, run in runs.items()}
-    median = spread(list(medians.values()))
+    medians, lasts = ({seed: getattr(run, name) for seed, run in runs.items()} for name in ("median", "last"))
+    median, last = spread(list(medians.values())), spread(list(lasts.values()))
+    counts = [run.evaluations for run in runs.values()]
     return Line(
         row=row,
         preset=preset,
         seeds=tuple(sorted(runs)),
         wanted=tuple(wanted),
         median=median,
-        last=spread([run.last for run in runs.values()]),
+        last=last,
         paper=paper,
         to_paper=median.mean - paper.error if median and paper else None,
         to_full=None if full is None else difference(medians, {seed: run.median for seed, run in full.items()}),
@@ -178,6 +224,9 @@ def line(
         split=tuple(sorted({run.split for run in runs.values()})),
         seconds=median_or_none([run.seconds for run in runs.values() if run.seconds is not None]),
         papers_difference=papers_difference,
+        last_to_paper=last.mean - paper.error if last and paper else None,
+        last_to_full=None if full is None else difference(lasts, {seed: run.last for seed, run in full.items()}),
+        evaluations=Evaluations(min(e.count for e in counts), min(e.after_ramp for e in counts)) if counts else None,
     )
 
 
@@ -195,20 +244,24 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         full: Name of the method that differences are taken from.
         notes: Further paragraphs below the table.
     """
-    compared = any(each.to_full for each in lines)
+    medians = all(each.median_first for each in lines)
+    errors: list[tuple[str, Callable[[Line], str]]] = [
+        (f"error, % (median of {median_of(lines)})", lambda each: shown_spread(each.median)),
+        ("error, % (last)", lambda each: shown_spread(each.last)),
+    ]
+    compared = any(each.from_full for each in lines)
     signed = any(each.papers_difference is not None for each in lines)
     timed = any(each.seconds is not None for each in lines)
     columns: dict[str, Callable[[Line], str]] = {
         "preset": lambda each: each.preset,
         "method": lambda each: each.row,
         "seeds": _seeds,
-        "error, % (median of last 20)": lambda each: shown_spread(each.median),
-        "error, % (last)": lambda each: shown_spread(each.last),
+        **dict(errors if medians else reversed(errors)),
         "paper: error, %": lambda each: _paper(each.paper),
-        "difference from paper, pp": lambda each: _shown("{:+.2f}", each.to_paper),
+        "difference from paper, pp": lambda each: _shown("{:+.2f}", each.from_paper),
     }
     if compared:
-        columns[f"difference from {full}, pp (95 % CI)"] = lambda each: shown_difference(each.to_full)
+        columns[f"difference from {full}, pp (95 % CI)"] = lambda each: shown_difference(each.from_full)
     if signed:
         columns["difference in the paper, pp"] = lambda each: _shown("{:+.2f}", each.papers_difference)
         columns["sign"] = lambda each: each.sign
@@ -221,10 +274,12 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         "Test errors of the EMA model: mean ± sample standard deviation over seeds. Each seed has its own label split "
         "and initial weights. No evaluation or seed was selected by its test error.",
     ]
+    if not medians:
+        words.append(LAST_FIRST)
     if compared:
         words.append(
-            f"Differences from {full} are those of the medians, paired by seed: mean and 95 % confidence interval "
-            "(Student's t). One seed has no interval."
+            f"Differences from {full} are those of the {'medians' if medians else 'last evaluations'}, paired by seed: "
+            "mean and 95 % confidence interval (Student's t). One seed has no interval."
         )
     if signed:
         words.append(

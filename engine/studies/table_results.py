@@ -13,6 +13,7 @@ from typing import Any
 from engine.config.config import EXECUTION_FIELDS, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.errors import UserError, cannot_write
+from engine.runs.headline import evaluations_of
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
 from engine.studies.paper_tables import (
@@ -109,11 +110,16 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         if each and each.state == "done":
             median, last = (100 - each.summary[key] for key in ("median_last_20", "test_accuracy"))
             done[entry.seed] = statistics.Result(
-                median, last, each.summary["steps"], entry.job.config.split, _seconds(each.summary)
+                median,
+                last,
+                each.summary["steps"],
+                entry.job.config.split,
+                _seconds(each.summary),
+                evaluations_of(each.summary, entry.job.config),
             )
     ablation = TABLES[name].kind == "ablation"
     figures = PUBLISHED_ABLATIONS if ablation else PUBLISHED_ERRORS
-    return [
+    lines = [
         statistics.line(
             row,
             preset_name,
@@ -126,6 +132,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         for preset_name in dict.fromkeys(entry.preset for entry in entries)
         for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
     ]
+    return statistics.choose_first(lines)
 
 
 def _seconds(summary: Mapping[str, Any]) -> float | None:
@@ -151,6 +158,7 @@ def _job_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
 
 
 _SUMMED_UP = ("steps", "test_accuracy", "median_last_20", "train_seconds", "cpu_seconds")
+_EVALUATIONS = ("evaluations", "evaluations_after_ramp")  # Missing in summaries of earlier versions.
 
 
 def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
@@ -176,6 +184,7 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
             "preset": entry.preset,
             "seed": entry.seed,
             **{name: each.summary[name] for name in _SUMMED_UP},
+            **{name: each.summary[name] for name in _EVALUATIONS if name in each.summary},
             "cell": entry.job.digest,
             "changes": {
                 name: value

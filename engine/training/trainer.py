@@ -22,9 +22,10 @@ from engine.config.config import run_identity
 from engine.distributed import collectives
 from engine.distributed.watchdog import StopRequest, Watchdog
 from engine.errors import Stopped, UserError
-from engine.inference.evaluation import evaluate, median_of_last
+from engine.inference.evaluation import evaluate
 from engine.method.losses import LOSSES
 from engine.runs import checkpoint
+from engine.runs.headline import median_of_last, planned_evaluations
 from engine.runs.health import Health, Observation, compared_images
 from engine.runs.history import History, guessed_images, named_bins
 from engine.runs.progress import MetricsLog, ProgressLine
@@ -293,6 +294,9 @@ class Trainer:
             "steps": self.step,
             "test_accuracy": self.accuracies[-1],
             "median_last_20": median_of_last(self.accuracies),
+            "evaluations": len(self.accuracies),
+            # Without that at the end of a shorter run that was given more steps.
+            "evaluations_after_ramp": planned_evaluations(self.config, self.step).after_ramp,
             "train_seconds": self.train_seconds,
             "cpu_seconds": self.cpu_seconds,
             "images_per_second": self.step * self.feed.images_per_step / self.train_seconds,

@@ -135,6 +135,52 @@ def test_an_unfinished_run(tmp_path):
     assert "Confusion matrix" not in seen.words and "CTAugment's bins" in seen.words
 
 
+def test_a_run_that_was_given_more_steps_shows_no_earlier_end(tmp_path):
+    """Its summary and predictions are those of an earlier last step, until the new one is reached."""
+    run = make_run(tmp_path / "run", error=7.75)
+    other = make_run(tmp_path / "other", seed=1, error=6.5)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"steps": 100}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 70, "test_accuracy": 93.5, "test_loss": 0.5}\n')
+    seen = report(tmp_path, run)
+    assert "step 70 of 100, not finished" in seen.words and "93.50 %" in seen.words
+    assert "Confusion matrix" not in seen.words and "are written at the end of a run" in seen.words
+    assert "92.25 %" not in seen.words and "91.25 %" not in seen.words
+    found = reading.read([run, other])
+    assert [each.done for each in found.runs] == [False, True] and page.differences(found.runs) == {}
+    assert "not finished" in report(tmp_path, run, other).words
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"steps": 100}))
+    assert reading.read([run]).runs[0].done
+
+
+@pytest.mark.parametrize(
+    ("counts", "first", "second"),
+    [
+        ({"evaluations": 50, "evaluations_after_ramp": 45}, "94.00 %", "95.00 %"),
+        ({"evaluations": 6, "evaluations_after_ramp": 3}, "95.00 %", "94.00 %"),
+        ({}, "95.00 %", "94.00 %"),  # An earlier version's summary; 60 steps end before the ramp.
+    ],
+)
+def test_the_last_step_comes_first_until_20_evaluations_follow_the_ramp(tmp_path, counts, first, second):
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | counts))
+    (_, shown, name), (_, other, other_name) = page._facts(reading.read([run]).runs[0])[:2]
+    assert (shown, other) == (first, second)
+    assert [name, other_name][first == "95.00 %"].startswith("median of ")
+    two = make_run(tmp_path / "two", error=8.0, k=4)
+    words = report(tmp_path, run, two).words
+    if counts.get("evaluations") != 50:  # Errors 5 and 8 at the last step; `make_run` makes medians 1 pp lower.
+        assert "Medians are over the last 6 evaluations. Differences are those of the last evaluation" in words
+    summary = json.loads((two / "summary.json").read_text())
+    (two / "summary.json").write_text(json.dumps(summary | counts | {"median_last_20": 80.0}))
+    found = page.differences(reading.read([run, two]).runs)
+    ((pair,),) = found.values()
+    assert pair.points == pytest.approx(3.0 if first == "95.00 %" else 20.0 - 6.0)
+
+
 def test_a_run_without_history_and_results(tmp_path):
     """Or with damaged files."""
     run = make_run(tmp_path / "run")

@@ -25,14 +25,15 @@ def test_status_changes_are_printed_one_per_line(tmp_path, capsys):
     show([done, Status("failed", reason="exit code 2: no [memory]"), *waiting[2:]])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0] == f"[1 running, 3 waiting] {found[0].job.name}: running on here"
-    assert ": done, error 3.50 % (median of last 20), 3.00 % (last); about " in lines[1]
+    assert ": done, error 3.50 % (median of the last 20 evaluations), 3.00 % after the last step; about " in lines[1]
     assert ": failed: exit code 2: no [memory]" in lines[2]
     finish(tmp_path / "out", found[0], 97.0)
     reproduce.main(
         ["digits", "--methods", "remixmatch", "--seeds", "0", "1", "--status", "--out", str(tmp_path / "out")]
     )
     first, second, counts = capsys.readouterr().out.splitlines()
-    assert first.endswith("done, error 4.00 % (median of last 20), 3.00 % (last)") and second.endswith(": waiting")
+    assert first.endswith("done, error 4.00 % (median of the last 20 evaluations), 3.00 % after the last step")
+    assert second.endswith(": waiting")
     assert counts == "1 done, 1 waiting; about 10 s left"
     grid = job_progress.Progress(found, 1)._grid([done, *waiting[1:]])
     assert grid.row_count == 4 and "1 done, 3 waiting" in grid.title
