@@ -250,7 +250,7 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
         )
     if made.listing.held_out:
         print(f"{made.listing.held_out} labeled images are held out for testing (the folder has no test part)")
-    print(f"{root} is ready in {made.cache}: {_sizes(open_data(folder_name(root)))}")
+    print(f"{root} is ready in {made.cache}: {_sizes(cache.open_cache(made.cache, ''))}")
     where = f" --data-dir {shlex.quote(str(options.data_dir))}" if options.data_dir else ""
     print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}{where}")
 
@@ -275,6 +275,8 @@ def _sizes(data: DataSet) -> str:
 
 
 def _list(options: ListOptions) -> None:
+    from pipelines.data.folder import open_folder, prepare_command
+
     for name in DATASETS:
         try:
             print(f"{name:18} {_sizes(open_data(name))}")
@@ -285,8 +287,8 @@ def _list(options: ListOptions) -> None:
         if path.name.startswith("."):  # A lock, or an unfinished data set.
             continue
         try:
-            data = cache.open_cache(path, cache.prepare_command("FOLDER", " --size 96"))
-            print(f"{data.name.removeprefix(FOLDER)}: {_sizes(data)}")
+            root = Path(cache.read_description(path, prepare_command(Path("FOLDER")))["name"].removeprefix(FOLDER))
+            print(f"{root}: {_sizes(open_folder(root))}")
         except cache.DataError as error:
             print(error)
 

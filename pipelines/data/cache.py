@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class DataSet:
         class_order: Order in which the paper's split visits the classes; () for ascending.
         folds: Published label splits, each as indices of training images; () if there are none.
         held_out: Number of labeled images held out as test images because the source has none; 0 otherwise.
+        digests: SHA-256 of arrays by name, computed when they were stored; empty for data sets in memory.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DataSet:
     class_order: tuple[int, ...] = ()
     folds: tuple[np.ndarray, ...] = ()
     held_out: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unlabeled_indices(self) -> np.ndarray:
@@ -241,7 +243,11 @@ def open_cache(folder: Path, command: str) -> DataSet:
     Raises:
         DataError: See `read_description`.
     """
-    description = read_description(folder, command)
+    return open_described(folder, read_description(folder, command), command)
+
+
+def open_described(folder: Path, description: Mapping[str, Any], command: str) -> DataSet:
+    """Open a cached data set whose description has been read; see `open_cache`."""
 
     def read(name: str) -> np.ndarray:
         # Copy-on-write because torch requires writable arrays; nothing is ever written.
@@ -260,6 +266,7 @@ def open_cache(folder: Path, command: str) -> DataSet:
             class_order=tuple(description["class_order"]),
             folds=tuple(np.array(fold) for fold in optional.get("folds", ())),
             held_out=int(description["source"].get("held_out", 0)),
+            digests={name.removesuffix(".npy"): file["sha256"] for name, file in description["files"].items()},
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} cannot be read ({error}); run: {command}") from None

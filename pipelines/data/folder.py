@@ -10,14 +10,16 @@ class is held out.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,9 @@ _STREAM = 101  # Distinct from the streams of plans and splits.
 _NAMED = 3  # Files named in a message before it abbreviates.
 TABLE = "labels.csv"
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
+# Version of the rules by which files become images, labels and parts; a cache of another version is out of date.
+# Version 1 recorded neither its number nor the targets of links.
+_RULES = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -166,8 +171,10 @@ def _images(root: Path, folder: Path) -> list[str]:
 def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     rng = stream(0, _STREAM, 0)
     tested: set[int] = set()
-    for c in range(classes):
-        indices = [index for index, (_, label) in enumerate(known) if label == c]
+    by_class: list[list[int]] = [[] for _ in range(classes)]
+    for index, (_, label) in enumerate(known):
+        by_class[label].append(index)
+    for indices in by_class:
         count = max(len(indices) // _HELD_OUT, 1) if len(indices) > 1 else 0
         tested |= {indices[place] for place in rng.permutation(len(indices))[:count]}
     kept = [pair for index, pair in enumerate(known) if index not in tested]
@@ -214,7 +221,7 @@ def prepare(
     """
     listing, folder = scan(root), cache_of(root)
     stamps, strays = _stamps(root, listing), _strays(root, listing)
-    key = hashlib.sha256(json.dumps([cache.FORMAT, size, device, stamps, _plain(listing)]).encode()).hexdigest()
+    key = _key(_RULES, size, device, stamps, listing)
     if not again and (made := _made_before(folder, listing, key, strays)):
         return made
 
@@ -232,7 +239,8 @@ def prepare(
             labels = np.array([label for _, label in kept[part]], dtype=np.int64)
             for c, name in enumerate(listing.classes):
                 if part == "train" and not (labels == c).any():
-                    raise DataError(f"no labeled image of class {name} in {root} can be read")
+                    file, why = next((pairs[index][0], why) for index, why in bad.items() if pairs[index][1] == c)
+                    raise DataError(f"no labeled image of class {name} in {root} can be read: {file} ({why})")
             if not len(labels):
                 raise DataError(f"no {part} image in {root} can be read: {some([why for _, why in unreadable])}")
             cache.shorten(temporary, f"{part}_images", len(labels))
@@ -247,7 +255,9 @@ def prepare(
             "folder": str(root.resolve()),
             "size": size,
             "decoder": device,
+            "rules": _RULES,
             "stamps": stamps,
+            "listing": _plain(listing),
             "held_out": listing.held_out,
             "key": key,
             "unreadable": unreadable,
@@ -269,7 +279,7 @@ def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ..
     return Prepared(folder, listing, unreadable, duplicates, strays)
 
 
-def _plain(listing: Listing) -> list[object]:
+def _plain(listing: Listing) -> list[Any]:
     return [listing.classes, listing.train, listing.test]
 
 
@@ -327,21 +337,42 @@ def _strays(root: Path, listing: Listing) -> tuple[str, ...]:
     return tuple(name for name in _images(root, root) if name not in known)
 
 
-def _stamps(root: Path, listing: Listing) -> dict[str, str]:
-    """Return size and modification time of every file; "" for a broken link, which decoding will report."""
+def _stamps(root: Path, listing: Listing, rules: int = _RULES) -> dict[str, str]:
+    """Return size, modification time and, behind links, the target of every file.
+
+    A broken link has the stamp "", and is reported when it is decoded.
+    """
+    real_folder, start = functools.cache(os.path.realpath), os.path.realpath(root)
     stamps = {}
     for file, _ in (*listing.train, *listing.test):
+        path = os.path.join(root, file)
         try:
-            status = os.stat(root / file)
+            status = os.stat(path)
         except OSError:
             stamps[file] = ""
-        else:
-            stamps[file] = f"{status.st_size} {status.st_mtime_ns}"
+            continue
+        stamps[file] = f"{status.st_size} {status.st_mtime_ns}"
+        folder, name = os.path.split(path)
+        target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
+        if rules > 1 and target != os.path.join(start, file):
+            stamps[file] += f" {target}"
     return stamps
 
 
-def open_folder(root: Path) -> DataSet:
+def _key(rules: int, size: int, device: str, stamps: Mapping[str, str], listing: Listing) -> str:
+    """Identify everything that decides the content of a cache."""
+    version = [rules] if rules > 1 else []
+    content = [cache.FORMAT, *version, size, device, stamps, _plain(listing)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def open_folder(root: Path, earlier_rules: bool = False) -> DataSet:
     """Open the data set of a prepared folder.
+
+    Args:
+        root: The folder.
+        earlier_rules: Accept a cache that an earlier version of the engine prepared from the same files, for runs that
+            were trained on it.
 
     Raises:
         DataError: The folder is not prepared, or has changed since.
@@ -349,22 +380,47 @@ def open_folder(root: Path) -> DataSet:
     folder = cache_of(root)
     if not root.exists() and not folder.exists():
         raise DataError(f"{root} is not a folder")
-    source = cache.read_description(folder, prepare_command(root))["source"]
-    size, before = source["size"], source["stamps"]
+    description = cache.read_description(folder, prepare_command(root))
+    source = description["source"]
+    again = prepare_command(root, source["size"])
     if root.is_dir():  # If the folder is gone, its cache is sufficient.
-        changes = list(_changes(before, _stamps(root, scan(root))))
-        if changes:
+        if changes := _changes(root, source):
+            raise DataError(f"{root} has changed since it was prepared ({some(changes)}); run: {again}")
+        if source.get("rules", 1) != _RULES and not earlier_rules:
             raise DataError(
-                f"{root} has changed since it was prepared ({some(changes)}); run: {prepare_command(root, size)}"
+                f"{root} was prepared by another version of the engine, which reads some images differently; "
+                f"run: {again}"
             )
-    return cache.open_cache(folder, prepare_command(root, size))
+    return cache.open_described(folder, description, again)
 
 
-def _changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    for name in sorted(before.keys() | now.keys()):
-        if name not in before:
-            yield f"{name} was added"
-        elif name not in now:
-            yield f"{name} was removed"
-        elif before[name] != now[name]:
-            yield f"{name} was modified"
+def _changes(root: Path, source: Mapping[str, Any]) -> list[str]:
+    """Describe what has changed in a folder since it was prepared; empty if nothing has."""
+    listing, rules = scan(root), source.get("rules", 1)
+    stamps = _stamps(root, listing, rules)
+    if source.get("key") == _key(rules, source["size"], source.get("decoder", "cpu"), stamps, listing):
+        return []
+    changes = []
+    for name in sorted(source["stamps"].keys() | stamps.keys()):
+        if name not in source["stamps"]:
+            changes.append(f"{name} was added")
+        elif name not in stamps:
+            changes.append(f"{name} was removed")
+        elif source["stamps"][name] != stamps[name]:
+            changes.append(f"{name} was modified")
+    if "listing" in source:
+        before, now = _places(*source["listing"]), _places(*_plain(listing))
+        changes += [
+            f"{name}: {before[name]} -> {now[name]}"
+            for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name]
+        ]
+    return changes or ["labels or parts of its images"]
+
+
+def _places(
+    classes: Sequence[str], train: Iterable[tuple[str, int]], test: Iterable[tuple[str, int]]
+) -> dict[str, str]:
+    """Return the class of every file, and whether it is a test image, as text for a message."""
+    places = {file: classes[label] if label >= 0 else "unlabeled" for file, label in train}
+    return places | {file: f"{classes[label]} (test)" for file, label in test}

@@ -79,6 +79,30 @@ def test_a_fifth_of_every_class_is_held_out_without_test_images(tmp_path, data_d
     assert scan(root) == listing, "the choice is fixed"
 
 
+class Counted(list):
+    """List that counts how often its items are read one after another."""
+
+    read = 0
+
+    def __iter__(self):
+        for item in super().__iter__():
+            self.read += 1
+            yield item
+
+
+def test_holding_out_takes_time_in_proportion_to_the_images():
+    known = Counted((f"{number}.png", number % 500) for number in range(1500))
+    kept, tested = folder._hold_out(known, 500)
+    assert known.read <= 2 * len(known), "not once for every class"
+    assert len(kept) == 1000 and sorted(label for _, label in tested) == list(range(500))
+
+
+def test_the_images_held_out_never_change():
+    """The choice of the first version; a run resumes only with the same test images."""
+    known = [(f"{number}.png", number % 3) for number in range(30)]
+    assert [file for file, _ in folder._hold_out(known, 4)[1]] == [f"{n}.png" for n in (10, 17, 18, 22, 23, 24)]
+
+
 def test_unreadable_files_are_skipped(pets):
     (pets / "train/dog/1.png").write_bytes(b"nothing")
     (pets / "unlabeled/8.png").write_bytes(b"")
@@ -122,7 +146,8 @@ def test_invalid_folders_raise_a_one_line_error(pets, harm, words):
 def test_a_class_without_readable_images_raises(pets):
     for path in pets.glob("train/cat/*/*"):
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"no labeled image of class cat in .* can be read"):
+    words = r"no labeled image of class cat in .* can be read: train/cat/nested 3/x.png \(unknown image format\)$"
+    with pytest.raises(DataError, match=words):
         prepare(pets, 8)
     with pytest.raises(DataError, match=r"no prepared data in .*; run: remixmatch data prepare .* --size 96"):
         open_folder(pets)
