@@ -23,6 +23,7 @@ from engine.inference.export import safetensors_bytes
 from engine.measuring.provenance import commit, device_name, versions
 from engine.runs import history
 from engine.runs.folder import check_folder
+from engine.runs.identity import changed_parts, fingerprint
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.trainer import Trainer
@@ -39,21 +40,28 @@ def share(make: Callable[[], RunSetup]) -> RunSetup:
 
     Raises:
         UserError: Raised on every rank if `make` raises it on rank 0.
-        RankError: Another rank does not have the data.
+        RankError: Another rank does not have the data, or has other data.
     """
     own: list[RunSetup] = []
 
     def first() -> tuple[Any, ...]:
         own.append(make())
-        return own[0].config, own[0].split, own[0].folder, own[0].resumed
+        setup = own[0]
+        return fingerprint(setup.data), setup.config, setup.split, setup.folder, setup.resumed
 
-    config, *rest = collectives.run_on_rank_0(first)
+    parts, config, *rest = collectives.run_on_rank_0(first)
     if own:
         return own[0]
     try:
-        return RunSetup(config, open_data(config.dataset), *rest)
+        data = open_data(config.dataset, begun=rest[-1])
     except UserError as error:
         raise RankError(str(error)) from error
+    if changed := changed_parts(parts, fingerprint(data), parts):
+        raise RankError(
+            f"rank {collectives.rank()} has other data of {config.dataset} than rank 0; these differ: "
+            f"{', '.join(name for _, name in changed)}"
+        )
+    return RunSetup(config, data, *rest)
 
 
 def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check_ranks: int = 0) -> dict[str, Any]:

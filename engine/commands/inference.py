@@ -12,6 +12,7 @@ import tyro
 
 from engine.commands.parsing import DataDir, parse
 from engine.errors import Incomplete, UserError
+from engine.runs.identity import test_changes
 from engine.runs.setup import open_data
 from pipelines.data.cache import set_data_dir
 
@@ -75,7 +76,7 @@ def evaluate(argv: list[str]) -> None:
 
     set_data_dir(options.data_dir)
     trained = load_ema_model(options.dir)
-    config, data = trained.config, open_data(trained.config.dataset)
+    config, data = trained.config, open_data(trained.config.dataset, begun=True)
     if (data.classes, data.sides) != (trained.classes, trained.sides):
         was, now = (
             f"{len(classes)} classes of {sides[1]}x{sides[0]} images"
@@ -86,6 +87,8 @@ def evaluate(argv: list[str]) -> None:
             f"{options.dir} was trained on {was}, but its data now has {now}"
             + (f" (they differ in {some(differing)})" if differing else "")
         )
+    if changed := test_changes(options.dir, data):
+        log.warning(f"the test part is not the one of training; these differ: {', '.join(changed)}")
     accuracy, loss = measure(trained.network, data.test_images, data.test_labels, trained.device)
     result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:

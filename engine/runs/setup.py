@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +19,9 @@ from engine.config.checks import FOLDER, check_data, check_name, read_prior, res
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
+from engine.runs.identity import FILE, describe, differences
 from pipelines.data.cache import DataError, DataSet
 from pipelines.data.datasets import DATASETS
-from pipelines.data.splits import digest, image_digest
 from pipelines.files import read_json, write_text
 
 
@@ -40,6 +42,12 @@ class RunSetup:
     split: np.ndarray
     folder: Path | None = None
     resumed: bool = False
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Content of split.json."""
+        before = read_json(self.folder / FILE) if self.folder else {}
+        return describe(self.config, self.data, self.split, before)
 
 
 def setup_run(
@@ -64,17 +72,24 @@ def setup_run(
         UserError: A value is invalid, the data are missing or do not match, or the folder contains another run.
     """
     validate(config, ranks)
-    data = data or open_data(config.dataset)
+    data = data or open_data(config.dataset, begun=resume)
     config = resolve(config, data)
     if class_prior:
         config = dataclasses.replace(config, class_distribution=read_prior(class_prior, data.classes))
     split = check_data(config, data)
     resumed = check_folder(config, folder, resume) if folder else False
-    return RunSetup(config, data, split, folder, resumed)
+    setup = RunSetup(config, data, split, folder, resumed)
+    if folder:
+        _check_same_data(setup, folder)
+    return setup
 
 
-def open_data(name: str) -> DataSet:
+def open_data(name: str, begun: bool = False) -> DataSet:
     """Open a data set by its name.
+
+    Args:
+        name: Name of the data set.
+        begun: Whether it is for a run that exists; see `pipelines.data.folder.open_folder`.
 
     Raises:
         UserError: The name is unknown, or the data set has not been prepared.
@@ -86,7 +101,7 @@ def open_data(name: str) -> DataSet:
         if name.startswith(FOLDER):
             from pipelines.data.folder import open_folder
 
-            return open_folder(Path(name.removeprefix(FOLDER)))
+            return open_folder(Path(name.removeprefix(FOLDER)), earlier_rules=begun)
         return DATASETS[name]()
     except DataError as error:
         raise UserError(str(error)) from None
@@ -95,37 +110,19 @@ def open_data(name: str) -> DataSet:
 
 
 def write_run_files(setup: RunSetup) -> None:
-    """Write the configuration and the split to the run's folder.
-
-    Raises:
-        UserError: The run in the folder was started with different images at the same indices.
-    """
-    folder, content = setup.folder, _split_json(setup)
+    """Write the configuration and the split to the run's folder."""
+    folder = setup.folder
     assert folder is not None
-    _check_same_images(folder, content)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "split.json", content)
+    write_text(folder / FILE, json.dumps(setup.identity) + "\n")
     write_text(folder / "config.json", config_json(setup.config))
 
 
-def _check_same_images(folder: Path, content: str) -> None:
-    before = read_json(folder / "split.json").get("images_sha256")
-    if before and before != json.loads(content)["images_sha256"]:
-        raise UserError(f"{folder} was started with different images; the labeled ones have changed since")
-
-
-def _split_json(setup: RunSetup) -> str:
-    config, split, data = setup.config, setup.split, setup.data
-    content = {
-        "dataset": config.dataset,
-        "seed": config.seed,
-        "labels": len(split),
-        "split": config.split,
-        "train_rows": split.tolist(),
-        "sha256": digest(split),
-        "images_sha256": image_digest(data.train_images, split),
-        "classes": [data.classes[c] for c in data.train_labels[split]],
-        "class_names": data.classes,
-        "sides": data.sides,
-    }
-    return json.dumps(content) + "\n"
+def _check_same_data(setup: RunSetup, folder: Path) -> None:
+    """Raise UserError if a run was started with other data."""
+    before = read_json(folder / FILE)
+    if before and (found := differences(before, setup.identity)):
+        raise UserError(
+            f"{folder} was started with different data; these differ: {', '.join(found)}; restore them, or start a new "
+            "run with another --out"
+        )

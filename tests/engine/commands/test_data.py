@@ -266,7 +266,7 @@ def test_older_run_does_not_resume_on_a_folder_prepared_differently(capsys, phot
     say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     say(capsys, "data", "prepare", photos, "--size", 24)
     output = fails(capsys, "train", "folder", "--out", "run", "--resume", "--steps", "3", "--quiet")
-    assert "run was started with different images" in output
+    assert "run was started with different data; these differ: size of the images, labeled images" in output
 
 
 def test_class_prior(capsys, photos, tmp_path):
