@@ -33,7 +33,7 @@ _STREAM = 101  # Distinct from the streams of plans and splits.
 _NAMED = 3  # Files named in a message before it abbreviates.
 TABLE = "labels.csv"
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
-# Version of the rules by which files become images, labels and parts; a cache of another version is out of date.
+# Version of the rules that turn files into images, labels and parts; a cache of another version is out of date.
 # Version 1 recorded neither its number nor the targets of links.
 _RULES = 2
 
