@@ -57,6 +57,8 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
     owner = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     partial = path.with_name(f".{path.name}{owner}{PARTIAL}")
     try:
+        if partial.is_symlink():  # Opening it would truncate the file that it points to.
+            partial.unlink()
         with _File(partial, "w") as raw:
             file = io.BufferedWriter(raw)
             try:

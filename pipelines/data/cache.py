@@ -7,7 +7,6 @@ incomplete cache is never read. Opening checks the format and the file sizes; `v
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import mmap
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.files import PARTIAL, sync_to_disk
+from pipelines.files import PARTIAL, Locked, lock, sync_to_disk
 
 FORMAT = "remixmatch-cache-1"
 _DESCRIPTION, _KEY = "cache.json", "made-from"
@@ -111,14 +110,11 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
     Raises:
         DataError: The folder cannot be written, or another process is writing it.
     """
+    folder = Path(os.path.realpath(folder))  # A cache may be a link to another disk.
     temporary = folder.with_name(f".{folder.name}{PARTIAL}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{folder} is being prepared by another process; wait until it has finished") from None
+        with lock(folder.with_name(f".{folder.name}.lock")):
             kept = temporary / _KEY
             if not key or not kept.exists() or kept.read_text(encoding="utf-8") != key:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -143,8 +139,10 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
             finally:
                 if not key:
                     shutil.rmtree(temporary, ignore_errors=True)
+    except Locked as holder:
+        raise DataError(f"{folder} is being prepared by {holder}; wait until it has finished") from None
     except OSError as error:
-        raise DataError(f"{folder} cannot be written ({error.strerror or error})") from error
+        raise DataError(f"{error.filename or folder} cannot be written ({error.strerror or error})") from error
 
 
 def array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:

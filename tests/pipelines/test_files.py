@@ -222,6 +222,14 @@ def test_an_error_releases_the_lock_also_within_one_process(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_partial_file_that_is_a_link_is_replaced(former, tmp_path):
+    (tmp_path / ".new.partial").symlink_to(former)
+    before = former.read_bytes()
+    write_text(tmp_path / "new", "text")
+    assert former.read_bytes() == before and (tmp_path / "new").read_text() == "text"
+    assert not (tmp_path / "new").is_symlink()
+
+
 def test_a_lock_never_writes_to_the_target_of_a_link_or_waits_for_a_fifo(former):
     (former.parent / "link").symlink_to(former)
     (former.parent / "nowhere").symlink_to(former.parent / "none")

@@ -44,7 +44,7 @@ def test_a_cache_returns_what_was_written(tmp_path):
     assert data.unlabeled is None and data.folds == () and len(data.unlabeled_indices) == 20
     assert isinstance(data.train_images, np.memmap)
     torch.from_numpy(np.asarray(data.train_images))  # Must not warn about an array that is not writable.
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     cache.verify(folder, COMMAND)
 
 
@@ -107,7 +107,7 @@ def test_an_error_leaves_the_existing_cache(folder):
         cache.array(temporary, "train_images", (3, 4, 4, 3))
         raise ZeroDivisionError
     assert json.loads((folder / "cache.json").read_text()) == before
-    assert sorted(path.name for path in folder.parent.iterdir()) == [".made.lock", "made"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["made"]
     write(folder, images=30)
     assert len(cache.open_cache(folder, COMMAND).train_images) == 30
 
@@ -122,14 +122,34 @@ def test_a_killed_process_leaves_no_cache(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
-    with pytest.raises(DataError, match="is being prepared by another process; wait"), cache.writing(folder):
+    with (
+        pytest.raises(DataError, match=rf"is being prepared by process {process.pid} on .*; wait until"),
+        cache.writing(folder),
+    ):
         pass
     process.kill()
     process.wait()
     with pytest.raises(DataError, match="no prepared data"):
         cache.open_cache(folder, COMMAND)
     write(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".made.lock", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
+
+
+def test_preparing_neither_follows_nor_truncates_a_linked_lock(folder, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".made.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(DataError, match=r"\.made\.lock cannot be written \(Too many levels of symbolic links\)$"):
+        write(folder, images=30)
+    assert (tmp_path / "precious").read_text() == "kept" and len(cache.open_cache(folder, COMMAND).train_images) == 20
+
+
+def test_a_cache_that_is_a_link_stays_on_the_other_disk(folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    folder.rename(tmp_path / "disk" / "elsewhere")
+    folder.symlink_to(tmp_path / "disk" / "elsewhere")
+    write(folder, images=30)
+    assert folder.is_symlink() and len(cache.open_cache(folder, COMMAND).train_images) == 30
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["elsewhere"]
 
 
 def test_writing_continues_with_the_same_key(tmp_path):
