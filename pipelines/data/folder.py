@@ -9,13 +9,11 @@ class is held out.
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +24,11 @@ import numpy as np
 from pipelines.data import cache
 from pipelines.data.cache import DataError, DataSet
 from pipelines.data.decode import BATCH, decode, image_files
+from pipelines.data.table import TABLE, read_table, some
 from pipelines.plan import stream
 
 _HELD_OUT = 5  # One in this many labeled images of a class is held out.
 _STREAM = 101  # Distinct from the streams of plans and splits.
-_NAMED = 3  # Files named in a message before it abbreviates.
-TABLE = "labels.csv"
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
 # Version of the rules that turn files into images, labels and parts; a cache of another version is out of date.
 # Version 1 recorded neither its number nor the targets of links.
@@ -85,13 +82,15 @@ def scan(root: Path) -> Listing:
     try:
         if not root.is_dir():
             raise DataError(f"{root} is not a folder")
-        train, test = _from_table(root) if (root / TABLE).exists() else _from_folders(root)
+        train, test = _from_table(root) if os.path.lexists(root / TABLE) else _from_folders(root)
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
     classes = tuple(sorted({label for _, label in train if label}))
     if len(classes) < 2:
         what = f"only one class, {classes[0]}" if classes else "no labeled images"
-        raise DataError(f"{root} has {what}; provide at least two classes in train/CLASS/ or {TABLE}")
+        others = sorted(path.name for path in root.iterdir() if path.suffix.lower() in (".csv", ".tsv"))
+        hint = f" (rename {others[0]} to {TABLE})" if others and TABLE not in others else ""
+        raise DataError(f"{root} has {what}; provide at least two classes in train/CLASS/ or {TABLE}{hint}")
     unknown = sorted({label for _, label in test} - set(classes))
     if unknown:
         raise DataError(f"{root} has test classes without training images: {some(unknown)}")
@@ -128,38 +127,11 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
 
 
 def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    path = root / TABLE
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if lines and [word.strip().lower() for word in lines[0][:2]] == ["file", "label"]:
-        lines = lines[1:]
-    wrong = [number for number, line in enumerate(lines, 1) if len(line) not in (2, 3)]
-    if wrong:
-        columns = len(lines[wrong[0] - 1])
-        raise DataError(f"{path}: entry {wrong[0]} has {columns} columns, expected file,label or file,label,part")
-    files = [str(Path(line[0].strip())) for line in lines]
-    twice = sorted(file for file, count in Counter(files).items() if count > 1)
-    if twice:
-        raise DataError(f"{path} lists files more than once: {some(twice)}")
-    existing = set(_images(root, root))
-    if missing := sorted(set(files) - existing):
-        raise DataError(f"{path} lists image files that do not exist: {some(missing)}")
-    if extra := sorted(existing - set(files)):
-        raise DataError(f"{path} does not list all image files; missing: {some(extra)}")
-    parts: dict[str, list[tuple[str, str]]] = {"": [], "test": []}
-    for name, line in sorted(zip(files, lines, strict=True)):
-        part = line[2].strip().lower() if len(line) == 3 else ""
-        label = line[1].strip()
-        if part not in ("", "train", "test") or (part == "test" and not label):
-            raise DataError(
-                f"{path}: {name} has part '{part}' and label '{label}'; use part train or test, and a label for test "
-                "images"
-            )
-        parts["test" if part == "test" else ""].append((name, label))
-    return parts[""], parts["test"]
+    entries = read_table(root, _images(root, root))
+    train, test = (
+        [(each.file, each.label) for each in entries if (each.part == "test") is is_test] for is_test in (False, True)
+    )
+    return train, test
 
 
 def _images(root: Path, folder: Path) -> list[str]:
@@ -179,12 +151,6 @@ def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tupl
         tested |= {indices[place] for place in rng.permutation(len(indices))[:count]}
     kept = [pair for index, pair in enumerate(known) if index not in tested]
     return kept, [known[index] for index in sorted(tested)]
-
-
-def some(names: Sequence[str]) -> str:
-    """Join the first few names, and say how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def cache_of(root: Path) -> Path:

@@ -126,14 +126,18 @@ def test_images_in_both_training_and_test_are_reported(pets):
         (lambda root: [path.unlink() for path in root.glob("train/cat/*/*")], "class folder .*cat contains no images"),
         (lambda root: os.rename(root / "train/cat", root / "unlabeled/cat"), "has only one class, dog"),
         (lambda root: os.rename(root / "train", root / "trained"), "has no labeled images"),
-        (lambda root: (root / "labels.csv").write_text("a,b,c,d\n"), "entry 1 has 4 columns"),
-        (lambda root: (root / "labels.csv").write_text("a.png,cat\n" * 2), "lists files more than once: a.png"),
-        (lambda root: (root / "labels.csv").write_text("a.png,cat\n"), "lists image files that do not exist: a.png"),
+        (
+            lambda root: (os.rename(root / "train", root / "trained"), (root / "Labels.csv").write_text("")),
+            r"or labels\.csv \(rename Labels\.csv to labels\.csv\)",
+        ),
+        (lambda root: (root / "labels.csv").symlink_to("none"), r"labels\.csv cannot be read \(No such file or"),
+        (lambda root: (root / "labels.csv").write_text("a,b,c,d\n"), r"labels\.csv, line 1 names no column 'label'"),
+        (lambda root: (root / "labels.csv").write_text("no.png,cat\n"), "line 1: there is no image file 'no.png'"),
         (
             lambda root: (root / "labels.csv").write_text("test/cat/b.png,cat\n"),
             "missing: test/dog/a.png, train/cat/nested 3/x.png, train/cat/nested 4/x.png and 7 more",
         ),
-        (lambda root: (root / "labels.csv").write_bytes(b"\xff\xfe\x00"), "labels.csv cannot be read"),
+        (lambda root: (root / "labels.csv").write_bytes(b"\xff\xfe\x00"), r"labels\.csv, line 1 is not valid UTF-16"),
     ],
 )
 def test_invalid_folders_raise_a_one_line_error(pets, harm, words):
