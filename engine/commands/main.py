@@ -5,6 +5,7 @@ Invalid input ends a command with one line on stderr and exit code 2, without a 
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -12,10 +13,11 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
-from engine.errors import Incomplete, RankError, Stopped, UserError, unknown
+from engine.errors import Incomplete, RankError, Stopped, UserError, cannot_write, unknown
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +99,17 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
             try:
                 command(argv)
             finally:
-                sys.stdout.flush()  # Here, where a closed pipe is handled, and not when Python exits.
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+                if sys.stdout is not None:  # It is if it was closed before Python started.
+                    sys.stdout.flush()  # Here, where a closed pipe is handled, and not when Python exits.
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            if sys.stdout is not None:  # Discard what is left in its buffer.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if error.errno == errno.EPIPE:
+                sys.exit(128 + signal.SIGPIPE)
+            log.error(str(cannot_write(Path("the output"), error)))
+            sys.exit(2)
         except (UserError, Stopped, KeyboardInterrupt) as error:
             if os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
                 log.error(str(error) or "interrupted; use --resume to continue from the last checkpoint")

@@ -5,6 +5,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from engine.commands import main as cli
 from engine.commands.output import PACKAGES, messages_on_stderr, show_warnings_only
 from engine.errors import RankError, Stopped, UserError
+from tests.processes import command
 
 ROOT = Path(__file__).parents[3]
 LONG = "a path [bold]/with :smile: and 100 % of %s/" + "deeper/" * 40 + " GET\tend"
@@ -69,6 +71,19 @@ def test_only_rank_0_logs_except_for_errors_of_one_rank(capfd, monkeypatch, erro
     with pytest.raises(SystemExit) as ended:
         cli.run_with_exit_codes(command, [])
     assert (ended.value.code, capfd.readouterr().err) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code", "said"),
+    [
+        (">&-", 0, ""),
+        ("> /dev/full", 2, "remixmatch: cannot write the output (No space left on device)\n"),
+    ],
+)
+def test_output_that_cannot_be_written(redirected, code, said):
+    line = f"{shlex.join(command('data', 'list'))} {redirected}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_logging_of_other_libraries_and_of_the_user_is_unchanged(capfd, caplog):
