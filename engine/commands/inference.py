@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse
 from engine.errors import Incomplete, UserError
-from engine.runs.identity import test_changes
+from engine.runs.identity import changed_test_parts
 from engine.runs.setup import open_data
 from pipelines.data.cache import set_data_dir
 
@@ -23,11 +26,11 @@ RunDir = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help
 
 @dataclass
 class EvalOptions:
-    """Print the test accuracy of a run's EMA model."""
+    """Print the test accuracy of a run's EMA model, and the recall of each class."""
 
     dir: RunDir
     json: bool = False
-    """Print the result as a JSON object."""
+    """Print the result as a JSON object, with the confusion matrix."""
     data_dir: DataDir = None
 
 
@@ -46,6 +49,8 @@ class PredictOptions:
     """Print one JSON object per line."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """CSV file to write instead of printing: file, class, and one probability per class."""
+    top: int | None = None
+    """Print or write only this number of classes, the most probable first."""
     batch: int = 256
     """Number of images in a batch; no more are in memory at a time."""
 
@@ -70,6 +75,7 @@ class ExportOptions:
 def evaluate(argv: list[str]) -> None:
     """Run `remixmatch eval`."""
     options: EvalOptions = parse(EvalOptions, "eval", argv)
+    from engine.inference import confusion
     from engine.inference.evaluation import evaluate as measure
     from engine.inference.trained import load_ema_model
     from pipelines.data.folder import some
@@ -87,14 +93,21 @@ def evaluate(argv: list[str]) -> None:
             f"{options.dir} was trained on {was}, but its data now has {now}"
             + (f" (they differ in {some(differing)})" if differing else "")
         )
-    if changed := test_changes(options.dir, data):
+    if changed := changed_test_parts(options.dir, data):
         log.warning(f"the test part is not the one of training; these differ: {', '.join(changed)}")
-    accuracy, loss = measure(trained.network, data.test_images, data.test_labels, trained.device)
-    result = {"preset": config.preset, "images": len(data.test_labels), "test_accuracy": accuracy, "test_loss": loss}
+    labels = data.test_labels
+    accuracy, loss, predicted = measure(trained.network, data.test_images, labels, trained.device)
+    matrix = confusion.confusion_matrix(labels, predicted.cpu().numpy(), len(data.classes))
+    balanced, recalls = confusion.balanced_accuracy(matrix), confusion.recalls(matrix)
+    result = {"preset": config.preset, "images": len(labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:
+        result |= {"balanced_accuracy": balanced, "classes": data.classes}
+        result |= {"recall": dict(zip(data.classes, recalls, strict=True)), "confusion_matrix": matrix.tolist()}
         print(json.dumps(result))
-    else:
-        print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(data.test_labels)} images, loss {loss:.4f}")
+        return
+    print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(labels)} images, loss {loss:.4f}")
+    print(f"balanced accuracy {balanced:.2f} %")
+    print(*map(_printable, confusion.recall_table(matrix, data.classes)), sep="\n")
 
 
 def predict(argv: list[str]) -> None:
@@ -103,36 +116,68 @@ def predict(argv: list[str]) -> None:
     from engine.inference import predict
     from engine.inference.trained import load_ema_model
 
-    if options.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {options.batch}")
+    for flag, value in (("batch", options.batch), ("top", options.top)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} must be at least 1, got {value}")
     files = predict.find_images(options.images)
     trained = load_ema_model(options.dir)
     skip = len(files) > 1  # Otherwise the reason is the only message.
     warn = len(files) <= options.batch  # A message per file would hide the results of many.
-    predicted = predict.classify(trained.network, files, trained.sides[0], trained.device, options.batch, skip, warn)
-    rows = ((files[number], values) for number, values in predicted)
-    count = 0
+    found: dict[int, int] = {}  # Predicted class of each file that could be read.
+
+    def rows() -> Iterator[tuple[Path, np.ndarray]]:
+        for number, values in predict.classify(
+            trained.network, files, trained.sides[0], trained.device, options.batch, skip, warn
+        ):
+            found[number] = int(values.argmax())
+            yield files[number], values
+
     if options.csv:
-        count = predict.write_csv(options.csv, trained.classes, rows)
-        if count:
-            print(f"{options.csv}: {count} of {len(files)} images")
+        if predict.write_csv(options.csv, trained.classes, rows(), options.top):
+            print(f"{options.csv}: {len(found)} of {len(files)} images")
     else:
-        for path, values in rows:
-            count += 1
-            _print_prediction(path, dict(zip(trained.classes, map(float, values), strict=True)), options.json)
-    if not count:
+        for path, values in rows():
+            named = [(trained.classes[number], float(values[number])) for number in predict.ranked(values, options.top)]
+            if not options.json:
+                listed = ", ".join(f"{name} {p:.3f}" for name, p in named)
+                print(_printable(f"{path}: {named[0][0]}  ({listed})"))
+                continue
+            if options.top is None:
+                named = list(zip(trained.classes, map(float, values), strict=True))
+            best = trained.classes[int(values.argmax())]
+            print(json.dumps({"image": str(path), "class": best, "probabilities": dict(named)}))
+    if not found:
         raise UserError("no image could be read")
-    if count < len(files):
-        raise Incomplete(f"{len(files) - count} of {len(files)} files could not be read as images")
+    if len(found) > 1:
+        _summarize([files[number] for number in found], np.array(list(found.values())), trained.classes)
+    if len(found) < len(files):
+        raise Incomplete(f"{len(files) - len(found)} of {len(files)} files could not be read as images")
 
 
-def _print_prediction(path: Path, named: dict[str, float], as_json: bool) -> None:
-    best = max(named, key=named.__getitem__)
-    if as_json:
-        print(json.dumps({"image": str(path), "class": best, "probabilities": named}))
-        return
-    ranked = sorted(named.items(), key=lambda item: -item[1])
-    print(f"{path}: {best}  ({', '.join(f'{name} {p:.3f}' for name, p in ranked)})")
+def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[str]) -> None:
+    """Log how often each class is predicted, and the recalls if every file is in a folder named after a class."""
+    from engine.inference import confusion
+
+    counts = sorted(
+        zip(np.bincount(predicted, minlength=len(classes)), classes, strict=True), key=lambda each: -each[0]
+    )
+    shown = [f"{name} {count}" for count, name in counts if count]
+    more = f", and {len(shown) - 20} other classes" if len(shown) > 20 else ""
+    log.info(_printable(f"predicted classes: {', '.join(shown[:20])}{more}"))
+    if all(path.parent.name in classes for path in files):
+        labels = np.array([classes.index(path.parent.name) for path in files])
+        matrix = confusion.confusion_matrix(labels, predicted, len(classes))
+        log.info(
+            f"compared with the names of the folders: accuracy {confusion.accuracy(matrix):.2f} %, "
+            f"balanced accuracy {confusion.balanced_accuracy(matrix):.2f} %"
+        )
+        for line in confusion.recall_table(matrix, classes):
+            log.info(_printable(line))
+
+
+def _printable(text: str) -> str:
+    """Return text on one line: names of files and classes may contain line breaks and other control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 def export(argv: list[str]) -> None:

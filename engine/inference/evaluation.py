@@ -47,16 +47,21 @@ def normalized(network: TwoHeadNetwork, images: np.ndarray, device: torch.device
 
 def evaluate(
     network: TwoHeadNetwork, images: np.ndarray, labels: np.ndarray, device: torch.device
-) -> tuple[float, float]:
-    """Return accuracy in percent and mean cross-entropy over (N, H, W, 3) uint8 images with (N,) int64 labels.
+) -> tuple[float, float, Tensor]:
+    """Classify (N, H, W, 3) uint8 images with (N,) int64 labels.
 
     Each rank r of R classifies the images r, r + R, ...
+
+    Returns:
+        Accuracy in percent and mean cross-entropy over all images, and the classes that this rank predicts: (n,) int64.
     """
     own = slice(collectives.rank(), None, collectives.ranks())
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     truth = torch.from_numpy(labels[own]).to(device)
+    predicted = torch.empty_like(truth)
     for passed, logits in class_logits(network, images[own], device):
-        right = (logits.argmax(-1) == truth[passed]).double().sum()
+        predicted[passed] = logits.argmax(-1)
+        right = (predicted[passed] == truth[passed]).double().sum()
         sums += torch.stack([right, F.cross_entropy(logits, truth[passed], reduction="sum").double()])
     right, loss = collectives.total(sums) / len(labels)
-    return 100.0 * right.item(), loss.item()
+    return 100.0 * right.item(), loss.item(), predicted

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -127,10 +128,23 @@ def probabilities(network: TwoHeadNetwork, images: np.ndarray, device: torch.dev
     return np.concatenate([logits.softmax(-1).cpu().numpy() for _, logits in class_logits(network, images, device)])
 
 
-def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]]) -> int:
+def ranked(values: np.ndarray, top: int | None) -> list[int]:
+    """Return the `top` classes with the largest of (L,) probabilities, the largest first; all classes for None."""
+    return np.argsort(-values, kind="stable")[:top].tolist()
+
+
+def write_csv(
+    path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.ndarray]], top: int | None = None
+) -> int:
     """Write one line per file: its name, the class, and a probability for each class. Return the number of lines.
 
     If there are none, write no file.
+
+    Args:
+        path: File to write.
+        classes: Class names.
+        rows: Each file and its probabilities, (L,) float32.
+        top: Write the best class and its probability, the second best and its, and so on, for this number of classes.
 
     Raises:
         UserError: The file cannot be written; an existing one is then unchanged.
@@ -138,17 +152,44 @@ def write_csv(path: Path, classes: Sequence[str], rows: Iterator[tuple[Path, np.
     first = next(rows, None)
     if first is None:
         return 0
-    count = 0
+    names, count = [_name_cell(name) for name in classes], 0
+    if top is None:
+        head = ["class", *names]
+    else:
+        numbers = ["", *(f"_{number + 1}" for number in range(1, min(top, len(classes))))]
+        head = [f"{column}{number}" for number in numbers for column in ("class", "probability")]
     try:
         with atomic_write(path) as file:
             # File names may be invalid UTF-8; their bytes are written unchanged.
             text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
             table = csv.writer(text)
-            table.writerow(["file", "class", *classes])
+            table.writerow(["file", *head])
             for name, values in itertools.chain([first], rows):
-                table.writerow([name, classes[int(values.argmax())], *(f"{value:.6f}" for value in values)])
+                if top is None:
+                    cells = [names[int(values.argmax())], *(f"{value:.6f}" for value in values)]
+                else:
+                    cells = [cell for best in ranked(values, top) for cell in (names[best], f"{values[best]:.6f}")]
+                table.writerow([_path_cell(name), *cells])
                 count += 1
             text.detach()
     except OSError as error:
         raise cannot_write(path, error) from error
     return count
+
+
+# Spreadsheets take cells that begin with these characters for formulas, unless they are numbers.
+_FORMULA = re.compile(r"[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+
+
+def _path_cell(path: Path) -> str:
+    """Return a path for a CSV file: "./=a.png" for "=a.png", which is the same file but not a formula."""
+    return f"./{path}" if _FORMULA.match(str(path)) else str(path)
+
+
+def _name_cell(name: str) -> str:
+    """Return a class name for a CSV file: "'=a" for "=a", which spreadsheets take for text.
+
+    A name that already has such apostrophes gets another one, so that removing one restores every name.
+    """
+    return f"'{name}" if _FORMULA.match(name.lstrip("'")) and not _NUMBER.fullmatch(name) else name

@@ -229,7 +229,7 @@ class Trainer:
         c, last = self.config, self.step == self.config.steps
         if last or self.step % c.eval_every == 0:
             self.feed.drain(self.step)
-            accuracy, loss = evaluate(
+            accuracy, loss, _ = evaluate(
                 self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
             )
             self.accuracies.append(accuracy)

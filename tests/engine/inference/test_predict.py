@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_named_files_are_predicted_without_the_damaged_ones(trained, folder, exp
     lines = Path("out.csv").read_text().splitlines()[1:] if "--csv" in output else out.splitlines()
     for line, path, number in zip(lines, good, (2, 4, 6), strict=True):
         assert str(path) in line and f"{expected[number].max():.3f}"[:-1] in line
-    assert err.splitlines() == [
+    assert [line for line in err.splitlines() if line.startswith("remixmatch: ")] == [
         f"remixmatch: {folder}/5b.png cannot be read as an image (unknown image format); skipped",
         f"remixmatch: {folder}/no.png: no such file; skipped",
         "remixmatch: 2 of 5 files could not be read as images",
@@ -153,6 +154,106 @@ def test_prediction_errors(trained, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image file in"):
         predict.find_images([tmp_path / "empty"])
+
+
+def test_top_classes(trained, folder, expected, elsewhere, capsys):
+    """The best classes, in order, in the text, in JSON and in CSV; with more classes than there are, all of them."""
+    image, values = folder / "3.png", expected[3]
+    best = sorted(range(10), key=lambda number: -values[number])
+    for top in (1, 3, 99):
+        listed = [(str(number), values[number]) for number in best[:top]]
+        arguments = ["predict", str(trained), str(image), "--top", str(top)]
+        cli.main(arguments)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line == f"{image}: {best[0]}  ({', '.join(f'{name} {p:.3f}' for name, p in listed)})"
+        cli.main([*arguments, "--json"])
+        (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+        assert row["image"] == str(image) and row["class"] == str(best[0])
+        assert list(row["probabilities"].items()) == [(name, pytest.approx(p, abs=1e-5)) for name, p in listed]
+        cli.main([*arguments, "--csv", "out.csv"])
+        assert capsys.readouterr().out == "out.csv: 1 of 1 images\n"
+        with open("out.csv", newline="") as file:
+            head, cells = csv.reader(file)
+        assert head[:5] == ["file", "class", "probability", "class_2", "probability_2"][: 1 + 2 * top]
+        assert len(head) == 1 + 2 * min(top, 10) and cells[1::2] == [name for name, _ in listed]
+        np.testing.assert_allclose(np.array(cells[2::2], float), [p for _, p in listed], atol=1e-5)
+    assert exit_code("predict", trained, image, "--top", "0") == 2
+    assert "--top must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_summary_of_predictions(trained, tmp_path, images, expected, capsys):
+    """Classes are counted; where every file is in a folder named after a class, the recalls follow."""
+    best = expected.argmax(1)
+    for number, image in enumerate(images[:6]):
+        (tmp_path / "new" / str(best[0])).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "new" / str(best[0]) / f"{number}.png")
+    cli.main(["predict", str(trained), str(tmp_path / "new"), "--csv", str(tmp_path / "out.csv")])
+    counts, figures, head, row = capsys.readouterr().err.splitlines()
+    assert sorted(re.findall(r"(\d) (\d)(?:,|$)", counts.removeprefix("predicted classes: "))) == sorted(
+        (str(each), str((best[:6] == each).sum())) for each in set(best[:6])
+    )
+    right = 100 * (best[:6] == best[0]).mean()
+    words = "compared with the names of the folders"
+    assert figures == f"{words}: accuracy {right:.2f} %, balanced accuracy {right:.2f} %"
+    assert head.startswith("class  images") and row.split()[:3] == [str(best[0]), "6", f"{right:.2f}"]
+    Image.fromarray(images[7]).save(tmp_path / "new" / "7.png")
+    cli.main(["predict", str(trained), str(tmp_path / "new")])
+    assert len(capsys.readouterr().err.splitlines()) == 1, "7.png is in no folder of a class"
+
+
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("a b.png", "a b.png"),
+        ("=1+1.png", "./=1+1.png"),
+        ("+a.png", "./+a.png"),
+        ("-a.png", "./-a.png"),
+        ("@a.png", "./@a.png"),
+        ("\ta.png", "./\ta.png"),
+        ("\ra.png", "./\ra.png"),
+        ('a,b;"c".png', 'a,b;"c".png'),
+        ("two\nlines.png", "two\nlines.png"),
+        ("'=a.png", "'=a.png"),
+    ],
+)
+def test_files_in_a_csv_are_the_same_files_but_no_formulas(trained, elsewhere, images, name, cell):
+    Image.fromarray(images[0]).save(name)
+    cli.main(["predict", str(trained), "--csv", "out.csv", "--", name])
+    with open("out.csv", newline="") as file:
+        (_, row) = csv.reader(file)
+    assert row[0] == cell and os.path.samefile(row[0], name)
+
+
+def test_class_names_in_a_csv_are_no_formulas_and_can_be_restored(tmp_path):
+    names = {
+        **{"cat": "cat", "=1+1": "'=1+1", "+a": "'+a", "-a": "'-a", "@a": "'@a", "\ta": "'\ta", "a=b": "a=b"},
+        **{
+            "-1": "-1",
+            "+2.5": "+2.5",
+            "-1+cmd": "'-1+cmd",
+            "'=a": "''=a",
+            "'a": "'a",
+            "é 猫": "é 猫",
+            'a,"b"': 'a,"b"',
+        },
+    }
+    for top in (None, len(names)):
+        values = np.linspace(1, 0, len(names), dtype=np.float32)
+        predict.write_csv(tmp_path / "out.csv", list(names), iter([(Path("a.png"), values)]), top)
+        with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+            head, row = csv.reader(file)
+        assert (head[2:] if top is None else row[1::2]) == list(names.values()) and row[1] == "cat"
+    for name, cell in names.items():
+        restored = cell[1:] if cell.lstrip("'")[:1] in {*"=+-@\t\r"} and cell.startswith("'") else cell
+        assert restored == name
+
+
+def test_printed_names_stay_on_one_line(trained, tmp_path, images, capsys):
+    path = tmp_path / "two\nlines\x1b[31m é.png"
+    Image.fromarray(images[0]).save(path)
+    cli.main(["predict", str(trained), str(path)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}/two\\nlines\\x1b[31m é.png: ")
 
 
 @pytest.mark.parametrize("broken", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -1,0 +1,77 @@
+"""Confusion matrices, recalls and balanced accuracy, against values worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from engine.commands import main as cli
+from engine.inference.confusion import accuracy, balanced_accuracy, confusion_matrix, recall_table, recalls
+from engine.inference.trained import load_ema_model
+from pipelines.data.datasets import digits
+
+# Of four cats, three are recognized; of two dogs, one; nothing else is in the test set, but one dog looks like an emu.
+LABELS = np.array([0, 1, 0, 0, 1, 0])
+PREDICTED = np.array([0, 2, 1, 0, 1, 0])
+NAMES = ("cat", "dog", "emu")
+
+
+def test_rows_are_labels_and_columns_are_predictions():
+    matrix = confusion_matrix(LABELS, PREDICTED, 3)
+    assert matrix.tolist() == [[3, 1, 0], [0, 1, 1], [0, 0, 0]] and matrix.dtype == np.int64
+
+
+def test_recall_of_present_and_absent_classes():
+    matrix = confusion_matrix(LABELS, PREDICTED, 3)
+    assert recalls(matrix) == [75.0, 50.0, None]
+    assert accuracy(matrix) == pytest.approx(100 * 4 / 6)
+    assert balanced_accuracy(matrix) == 62.5, "the mean of 75 and 50: emus are not in the test set"
+
+
+def test_table_of_few_classes():
+    assert recall_table(confusion_matrix(LABELS, PREDICTED, 3), NAMES) == [
+        "class  images   recall  most often mistaken for",
+        "cat         4  75.00 %  dog (1 of 4)",
+        "dog         2  50.00 %  emu (1 of 2)",
+    ]
+
+
+def test_table_without_mistakes():
+    assert recall_table(np.diag([2, 0, 10]), ("a", "b", "a long name"))[1:] == [
+        "a                 2  100.00 %",
+        "a long name      10  100.00 %",
+    ]
+
+
+def test_table_of_many_classes_has_those_with_the_lowest_recall():
+    """Class i of 25 has i correct images of 24; one class of 26 has no images."""
+    matrix = np.zeros((26, 26), np.int64)
+    for number in range(25):
+        matrix[number, number], matrix[number, 24 - number if number != 12 else 13] = number, 24 - number
+    matrix[24, 24] = 24
+    lines = recall_table(matrix, [f"class {number}" for number in range(26)])
+    assert lines[0] == "the 10 of 25 classes with the lowest recall:"
+    assert lines[2] == "class 0      24   0.00 %  class 24 (24 of 24)"
+    assert lines[-1] == "class 9      24  37.50 %  class 15 (15 of 24)" and len(lines) == 12
+
+
+def test_eval_reports_what_the_network_predicts(trained, capsys):
+    cli.main(["eval", str(trained), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["test_accuracy"] == json.loads((trained / "summary.json").read_text())["test_accuracy"]
+    network, data = load_ema_model(trained).network, digits()
+    with torch.no_grad():
+        best = network(torch.from_numpy(data.test_images).permute(0, 3, 1, 2) / 127.5 - 1)[0].argmax(1).numpy()
+    for label, row in enumerate(result["confusion_matrix"]):
+        assert row == [((data.test_labels == label) & (best == predicted)).sum() for predicted in range(10)]
+    of_each = [100 * (best[data.test_labels == label] == label).mean() for label in range(10)]
+    assert list(result["recall"]) == result["classes"] == [str(label) for label in range(10)]
+    assert list(result["recall"].values()) == pytest.approx(of_each)
+    assert result["balanced_accuracy"] == pytest.approx(sum(of_each) / 10)
+    assert 100 * (best == data.test_labels).mean() == pytest.approx(result["test_accuracy"])
+    cli.main(["eval", str(trained)])
+    first, second, _, *rows = capsys.readouterr().out.splitlines()
+    assert f"test accuracy {result['test_accuracy']:.2f} % of 360 images" in first
+    assert second == f"balanced accuracy {result['balanced_accuracy']:.2f} %"
+    assert [row.split()[:3] for row in rows] == [[str(i), "36", f"{of_each[i]:.2f}"] for i in range(10)]
