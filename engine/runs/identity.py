@@ -95,7 +95,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def test_changes(folder: Path, data: DataSet) -> list[str]:
+def changed_test_parts(folder: Path, data: DataSet) -> list[str]:
     """Name the parts of a run's test data that have changed since it was trained, as far as the run records them."""
     before = read_json(folder / FILE).get("data")
     parts = ("test images", "test labels")
