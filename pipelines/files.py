@@ -12,10 +12,11 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_NAMED = 3  # Files named in a message before it abbreviates.
 PARTIAL = ".partial"  # Suffix of files that are not complete yet.
 # Errors of flock on file systems without locks, such as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO}
@@ -203,3 +204,9 @@ def first_line(error: BaseException, most: int = 120) -> str:
     """Return the first line of an error's message, at most `most` characters; its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__
+
+
+def some(names: Sequence[str]) -> str:
+    """Join the first few names, and say how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

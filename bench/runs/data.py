@@ -35,8 +35,9 @@ from engine.measuring.process import output
 from engine.measuring.timing import bench_device, interleave
 from pipelines.data import cache
 from pipelines.data.datasets import noise
-from pipelines.data.decode import BATCH, decoded_and_resized
 from pipelines.data.folder import prepare
+from pipelines.data.jpegs import BATCH, decoded_and_resized
+from pipelines.data.pixels import placed
 
 CIFAR_IMAGES, CIFAR_SIDE = 50_000, 32
 PHOTOGRAPH, QUALITY = (500, 375), 90  # Width and height in pixels, and JPEG quality.
@@ -196,10 +197,12 @@ def dali_alone(files: list[Path], threads: int, device: str) -> Iterator[np.ndar
     """
     from nvidia.dali import fn, pipeline_def
 
+    sides, start = placed(*PHOTOGRAPH, SIDE)
+
     @pipeline_def(batch_size=BATCH, num_threads=threads, device_id=0 if device == "gpu" else None)
     def graph() -> Any:
         contents, _ = fn.readers.file(files=[str(path) for path in files])
-        return decoded_and_resized(contents, SIDE, device)
+        return decoded_and_resized(contents, sides[::-1], start[::-1], SIDE, device)
 
     pipeline = graph()
     pipeline.build()

@@ -18,7 +18,8 @@ from PIL import Image
 from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import TwoHeadNetwork
-from pipelines.data.decode import DecodeError, image_files, resized, rgb
+from pipelines.data.image_files import find_files
+from pipelines.data.pixels import DecodeError, content, resized, rgb
 from pipelines.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def read_image(source: Source, side: int, warn: bool = True, name: str = "") -> 
     """
     name = name or str(source)
     try:
-        image, changed = rgb(source.read_bytes() if isinstance(source, Path) else source)
+        image, changed = rgb(content(source) if isinstance(source, Path) else source)
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except (OSError, DecodeError) as error:
@@ -68,7 +69,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         try:
             if path.is_dir():
-                found += [path / name for name in image_files(path)]
+                found += [path / name for name in find_files(path).images]
             else:
                 found.append(path)
         except OSError as error:

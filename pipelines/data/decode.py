@@ -1,223 +1,159 @@
 """Decoding of image files to uint8 images of one size, on all cores: DALI for plain JPEGs, PIL for the rest.
 
 Every image is rotated according to its EXIF data, resized so that its shorter side has the requested size, and
-center-cropped. DALI and PIL both resize with an antialiased cubic filter and agree within rounding; on a CPU they
-decode JPEGs with the same library. On a GPU, DALI uses the hardware decoder if there is one, whose values may differ by
-a few gray levels. PIL handles what DALI does not: the first frame of GIFs, palettes, transparency (composited on
-black), 16 bits per channel (stretched to 8), CMYK, and files with a misleading suffix.
+center-cropped. Sizes, positions and orientations come from the same code for DALI and for PIL, and both decode JPEGs to
+the same values on a CPU. `predict` uses PIL for all files. Its images equal the prepared ones exactly, except for JPEGs
+that DALI resized: on photographs, these differ by at most 8 of 255 gray levels, 13 within three pixels of the border,
+and 0.5 on average, since DALI repeats pixels at the border and PIL rounds twice. Black and white neighbors differ by up
+to 30 in images that keep about their size or grow. On a GPU, DALI uses the hardware decoder if there is one, whose
+values may differ by a few gray levels more.
+
+PIL handles what DALI does not: the first frame of GIFs, palettes, transparency (composited on black), more than 8 bits
+per channel (stretched to 8), CMYK, and files with a misleading suffix.
+
+Decoding takes place in a separate process, which a damaged file may end. The files in work are then decoded one by one.
+A file that ends the process again is decoded by PIL, and reported as unreadable if that fails too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from io import BytesIO
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipelines.files import first_line
+from pipelines.data.decode_worker import Request, Result
+from pipelines.data.jpegs import BATCH
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-BATCH = 64  # Images per DALI batch.
-
-
-class DecodeError(ValueError):
-    """File that cannot be read as an image."""
-
-
-def image_files(folder: Path) -> list[str]:
-    """Return the relative paths of all files below a folder with an image suffix, sorted, without hidden ones.
-
-    Raises:
-        OSError: The folder or a subfolder cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files = []
-    for path, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(path, folder)
-        images = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-        files += [os.path.normpath(os.path.join(inside, name)) for name in images]
-    return sorted(files)
-
-
-def rgb(content: bytes | Image.Image) -> tuple[Image.Image, str]:
-    """Decode the first frame of an image file as 8-bit RGB, with its EXIF orientation applied.
-
-    Args:
-        content: Content of the file, or an image that PIL has opened or made.
-
-    Returns:
-        The image, and a description of a lossy change of its value range, or "".
-
-    Raises:
-        DecodeError: The file cannot be read.
-    """
-    try:
-        with nullcontext(content) if isinstance(content, Image.Image) else Image.open(BytesIO(content)) as opened:
-            mode = opened.mode
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except UnidentifiedImageError:
-        raise DecodeError("unknown image format") from None
-    except Exception as error:  # Each format has its own errors for damaged files.
-        raise DecodeError(first_line(error, 100)) from None
-    changed = ""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8))
-        changed = f"mode {mode}, values {low:g} to {high:g} stretched to 0 to 255"
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("RGB"), changed
-
-
-def resized(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` pixels and center-crop: (size, size, 3) uint8."""
-    width, height = image.size
-    scale = size / min(width, height)
-    sides = max(size, round(width * scale)), max(size, round(height * scale))
-    if sides != image.size:
-        image = image.resize(sides, Image.Resampling.BICUBIC)
-    left, top = (sides[0] - size + 1) // 2, (sides[1] - size + 1) // 2  # Rounded as in DALI.
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+_WORKER = "pipelines.data.decode_worker"
 
 
 def decode(
-    files: Sequence[Path], size: int, threads: int = 0, device: str = "cpu"
+    files: Sequence[Path],
+    size: int,
+    threads: int = 0,
+    device: str = "cpu",
+    note: Callable[[int, str], None] = lambda index, remark: None,
+    process: DecodingProcess | None = None,
 ) -> Iterator[tuple[int, np.ndarray | str]]:
-    """Decode files in batches, in order.
+    """Decode files in order.
 
     Args:
         files: Image files in formats that PIL supports.
         size: Side of the images in pixels.
         threads: Number of threads; 0 for one per core.
         device: "cpu", or "gpu" to decode and resize JPEGs on the first GPU.
+        note: Called with an index and a remark before an image is yielded that was not decoded as usual, see
+            `pipelines.data.pixels.rgb`.
+        process: Process that decodes; None for a new one.
 
     Yields:
         Index of each file, and its image, (size, size, 3) uint8, or the reason why it cannot be read.
+
+    Raises:
+        RuntimeError: The decoding process does not start.
     """
-    threads = threads or len(os.sched_getaffinity(0))
-    jpegs = _Jpegs(size, threads, device)
-    with ThreadPoolExecutor(threads) as pool:
-        batches = [range(first, min(first + BATCH, len(files))) for first in range(0, len(files), BATCH)]
-        read = [pool.submit(_read, files, batches[0])] if batches else []
-        for number, batch in enumerate(batches):
-            contents = read.pop().result()
-            if number + 1 < len(batches):
-                read.append(pool.submit(_read, files, batches[number + 1]))
-            quick = [i for i, content in enumerate(contents) if isinstance(content, bytes) and _plain_jpeg(content)]
-            made: dict[int, np.ndarray | str] = dict(zip(quick, jpegs([contents[i] for i in quick]), strict=True))
-            slow = [i for i in range(len(contents)) if isinstance(made.get(i, ""), str)]
-            made |= zip(slow, pool.map(lambda i, c=contents: _by_pil(c[i], size), slow), strict=True)
-            for i, place in enumerate(batch):
-                yield place, made[i]
+    request = Request((), size, threads or len(os.sched_getaffinity(0)), device)
+    done = suspects = 0  # Files before `suspects` are decoded one by one.
+    context: AbstractContextManager[DecodingProcess] = nullcontext(process) if process else DecodingProcess()
+    with context as worker:
+        while done < len(files):
+            careful = done < suspects
+            part = files[done:suspects] if careful else files[done:]
+            try:
+                for image, remark in worker.results(replace(request, files=part, one_by_one=careful)):
+                    if remark:
+                        note(done, remark)
+                    yield done, image
+                    done += 1
+            except _Died as death:
+                if not careful:
+                    suspects = min(done + BATCH, len(files))
+                    continue
+                try:
+                    ((image, remark),) = worker.results(replace(request, files=files[done : done + 1], only_pil=True))
+                except _Died:
+                    image, remark = f"decoding it ended the process ({death})", ""
+                else:
+                    remark = remark or f"decoded by PIL, since DALI's decoder ended the process: {death}"
+                if not isinstance(image, str):
+                    note(done, remark)
+                yield done, image
+                done += 1
 
 
-def _read(files: Sequence[Path], batch: range) -> list[bytes | str]:
-    return [_content(files[place]) for place in batch]
+class _Died(Exception):
+    """The decoding process ended before its files were done. The message says how."""
 
 
-def _content(path: Path) -> bytes | str:
-    try:
-        return path.read_bytes() or "the file is empty"
-    except OSError as error:
-        return error.strerror or type(error).__name__
+class DecodingProcess:
+    """Process that decodes files, started when it is needed and again after it has died. A context manager."""
 
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
 
-def _by_pil(content: bytes | str, size: int) -> np.ndarray | str:
-    if isinstance(content, str):
-        return content
-    try:
-        return resized(rgb(content)[0], size)
-    except DecodeError as error:
-        return str(error)
+    def __enter__(self) -> DecodingProcess:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._end()
 
-def _plain_jpeg(content: bytes) -> bool:
-    """Return whether this is a complete 8-bit JPEG with one or three channels; PIL decodes all others."""
-    if not content.startswith(b"\xff\xd8") or b"\xff\xd9" not in content[-64:]:
-        return False
-    at = 2
-    while at + 9 < len(content) and content[at] == 0xFF:
-        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # Start of frame.
-            return content[at + 4] == 8 and content[at + 9] in (1, 3)
-        at += 2 + length
-    return False
+    def results(self, request: Request) -> Iterator[Result]:
+        """Yield an image or the reason why there is none, and a remark for each file.
 
-
-def decoded_and_resized(files: Any, size: int, device: str) -> Any:
-    """Add DALI nodes that decode JPEGs and resize them to one size; for the body of a pipeline definition.
-
-    Args:
-        files: Node with the bytes of one JPEG per sample.
-        size: Side of the images in pixels.
-        device: "cpu" or "gpu".
-
-    Returns:
-        Node with the images, (size, size, 3) uint8.
-    """
-    from nvidia.dali import fn, types
-
-    images = fn.decoders.image(files, device="mixed" if device == "gpu" else "cpu", output_type=types.RGB)
-    images = fn.resize(
-        images,
-        size=[size, size],
-        mode="not_smaller",
-        interp_type=types.INTERP_CUBIC,
-        antialias=True,
-        subpixel_scale=False,  # Maps the whole image to whole pixels, as PIL does.
-    )
-    return fn.crop(images, crop=(size, size), crop_pos_x=0.5, crop_pos_y=0.5)
-
-
-class _Jpegs:
-    """Decodes, rotates and resizes batches of JPEGs with DALI.
-
-    Args:
-        size: Side of the images in pixels.
-        threads: Number of DALI's threads.
-        device: "cpu" or "gpu".
-    """
-
-    def __init__(self, size: int, threads: int, device: str) -> None:
-        self._size, self._threads, self._gpu = size, threads, device == "gpu"
-        self._pipeline: Any = None
-
-    def __call__(self, contents: Sequence[bytes | str]) -> list[np.ndarray | str]:
-        """Return images, (size, size, 3) uint8, or "" for every file of the batch if one cannot be decoded."""
-        if not contents:
-            return []
-        self._pipeline = self._pipeline or self._build()
-        batch = [np.frombuffer(content, np.uint8) for content in contents]  # type: ignore[arg-type]
+        Raises:
+            RuntimeError: The process does not start.
+            _Died: It ended before all files were done.
+        """
+        complete = False
         try:
-            (made,) = self._pipeline.run(files=batch)
-        except RuntimeError:
-            self._pipeline = None  # Unusable after an error.
-            return [""] * len(contents)
-        return list(np.asarray(made.as_cpu().as_tensor()))
+            connection = self._connection or self._start()
+            connection.send(request)
+            for _ in request.files:
+                received = connection.recv()
+                if isinstance(received, Exception):
+                    raise received
+                yield received
+            complete = True
+        except (EOFError, OSError):
+            raise _Died(self._end(wait=10)) from None
+        finally:
+            if not complete:
+                self._end()
 
-    def _build(self) -> Any:
-        from nvidia.dali import fn, pipeline_def, types
+    def _start(self) -> Connection:
+        self._connection, other = Pipe()
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", "-m", _WORKER, str(other.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[other.fileno()],
+                process_group=0,  # Not interrupted from the terminal: this process ends it.
+            )
+        try:
+            self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the process that decodes images does not start ({self._end(wait=10)})") from None
+        return self._connection
 
-        device_id = 0 if self._gpu else None
-
-        @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=device_id, prefetch_queue_depth=1)
-        def graph() -> Any:
-            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            return decoded_and_resized(files, self._size, "gpu" if self._gpu else "cpu")
-
-        pipeline = graph()
-        pipeline.build()
-        return pipeline
+    def _end(self, wait: float = 0) -> str:
+        """End the process unless it ends by itself within some seconds. Return how it ended."""
+        if self._process is None or self._connection is None:
+            return ""
+        self._connection.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait)
+        self._process.kill()
+        code = self._process.wait()
+        self._process = self._connection = None
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"

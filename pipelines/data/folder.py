@@ -23,8 +23,11 @@ import numpy as np
 
 from pipelines.data import cache
 from pipelines.data.cache import DataError, DataSet
-from pipelines.data.decode import BATCH, decode, image_files
-from pipelines.data.table import TABLE, read_table, some
+from pipelines.data.decode import decode
+from pipelines.data.image_files import find_files
+from pipelines.data.jpegs import BATCH
+from pipelines.data.table import TABLE, read_table
+from pipelines.files import some
 from pipelines.plan import stream
 
 _HELD_OUT = 5  # One in this many labeled images of a class is held out.
@@ -137,7 +140,7 @@ def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]
 def _images(root: Path, folder: Path) -> list[str]:
     """Return the image files in a folder, relative to `root`; none if the folder does not exist."""
     inside = folder.relative_to(root)
-    return [os.path.normpath(inside / name) for name in image_files(folder)] if folder.is_dir() else []
+    return [os.path.normpath(inside / name) for name in find_files(folder).images] if folder.is_dir() else []
 
 
 def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

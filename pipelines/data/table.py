@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.cache import DataError
+from pipelines.files import some
 
 TABLE = "labels.csv"
 PARTS = ("train", "test", "unlabeled")
 UNLABELED = ("", "?", "-1", "nan", "none", "null", "na", "n/a")  # Labels of unlabeled images, in lower case.
 _SEPARATORS = ",;\t| "
-_NAMED = 3  # Files named in a message before it abbreviates.
 _SAMPLE = 100  # Lines from which the separator and the columns are determined.
 _FILE = ("file", "filename", "image", "img", "path", "filepath", "imagepath", "imagefile", "imageid", "id")
 _LABEL = ("label", "labels", "class", "classname", "target", "category", "y")
@@ -95,12 +95,6 @@ def read_table(root: Path, images: Sequence[str]) -> list[Entry]:
             f"{path} does not list all image files; missing: {some(extra)}; add them, without a label if it is unknown"
         )
     return sorted(entries, key=lambda entry: entry.file)
-
-
-def some(names: Sequence[str]) -> str:
-    """Join the first few names, and say how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _text(path: Path) -> str:

@@ -23,8 +23,8 @@ from engine.errors import UserError
 from engine.inference import export
 from pipelines.data import cache, datasets
 from pipelines.data.datasets import digits
-from pipelines.data.decode import resized, rgb
 from pipelines.data.folder import open_folder
+from pipelines.data.pixels import resized, rgb
 from pipelines.data.splits import RULES
 
 QUICK = ["--steps", "2", "--batch", "4", "--k", "1", "--width", "8", "--blocks", "1", "--device", "cpu", "--quiet"]

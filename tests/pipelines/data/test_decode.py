@@ -1,14 +1,24 @@
 """Decoding of all kinds of image files, compared with PIL."""
 
-import io
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipelines.data.decode import DecodeError, decode, resized, rgb
+from pipelines.data import decode as decoding
+from pipelines.data import decode_worker
+from pipelines.data.decode import DecodingProcess, decode
+from pipelines.data.jpegs import BATCH, plain_jpeg
+from pipelines.data.pixels import resized, rgb
+from tests.pipelines.data.image_makers import exif
+from tests.processes import ROOT
 
 
 def photo(width=90, height=60, seed=0):
@@ -32,12 +42,6 @@ def decoded(files, size):
     return list(images.values())
 
 
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
 def test_jpegs_match_pil_up_to_rounding(tmp_path):
     # Reduced, enlarged, and by factors that do not give a whole number of pixels.
     sizes = [(90, 60), (60, 90), (33, 200), (64, 64), (640, 480), (20, 27), (31, 47), (33, 50)]
@@ -57,24 +61,6 @@ def test_gpu_decoding_matches_the_cpu_within_a_few_gray_levels(tmp_path):
     files = [saved(tmp_path, f"{n}.jpg", photo(*size, n), quality=95) for n, size in enumerate(sizes)]
     for (_, one), (_, other) in zip(decode(files, 32), decode(files, 32, device="gpu"), strict=True):
         assert np.abs(one.astype(int) - other).mean() < 3
-
-
-def test_the_shorter_side_is_resized_and_the_center_cropped():
-    image = np.zeros((40, 80, 3), np.uint8)
-    image[:, 20:60] = 200
-    wide = resized(Image.fromarray(image), 20)
-    assert (wide[:, 2:-2] == 200).all() and wide.shape == (20, 20, 3)
-    tall = resized(Image.fromarray(image.transpose(1, 0, 2)), 20)
-    np.testing.assert_array_equal(tall, wide.transpose(1, 0, 2))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
-    path = saved(tmp_path, "rotated.jpg", photo(64, 64), exif=exif(orientation), quality=95)
-    (image,) = decoded([path], 64)
-    corners = {"tl": image[:12, :12], "tr": image[:12, -12:], "br": image[-12:, -12:], "bl": image[-12:, :12]}
-    reddest = max(corners, key=lambda name: (corners[name] @ np.array([1.0, -1, -1])).mean())
-    assert reddest == {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
 
 
 def test_other_formats_and_modes_become_rgb(tmp_path):
@@ -139,11 +125,179 @@ def test_images_keep_the_order_of_files_across_batches(tmp_path):
     assert list(decode([], 8)) == []
 
 
-def test_errors_are_one_line():
-    for content in (b"", b"GIF89a", os.urandom(100)):
-        with pytest.raises(DecodeError) as error:
-            rgb(content)
-        assert "\n" not in str(error.value) and str(error.value) and "object at" not in str(error.value)
-    buffer = io.BytesIO()
-    photo().save(buffer, "PNG")
-    assert rgb(buffer.getvalue())[0].mode == "RGB"
+@pytest.fixture
+def dying(monkeypatch):
+    """Use a process that dies, instead of decoding, at images with a certain color in the corner."""
+    monkeypatch.setattr(decoding, "_WORKER", "tests.pipelines.data.dying_worker")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def colored(folder, number, color, suffix=".jpg"):
+    return saved(
+        folder, f"{number:03}{suffix}", Image.new("RGB", (24, 18), color), **{"quality": 95} if suffix == ".jpg" else {}
+    )
+
+
+DALI_DIES, BOTH_DIE, EXITS = (0, 200, 0), (0, 0, 200), (200, 0, 0)  # See `dying_worker`.
+
+
+def test_a_file_that_ends_the_process_is_found_and_the_others_are_decoded(tmp_path, dying):
+    colors = {3: DALI_DIES, 70: BOTH_DIE, 72: EXITS}
+    files = [colored(tmp_path, n, colors.get(n, (n, n, n))) for n in range(130)]
+    files[129] = colored(tmp_path, 129, BOTH_DIE, ".png")
+    notes = {}
+    images = dict(decode(files, 16, threads=2, note=notes.__setitem__))
+    assert list(images) == list(range(130))
+    bad = {n: image for n, image in images.items() if isinstance(image, str)}
+    assert bad == dict.fromkeys((70, 129), "decoding it ended the process (SIGSEGV)")
+    by_pil = "decoded by PIL, since DALI's decoder ended the process: "
+    assert notes == {3: by_pil + "SIGKILL", 72: by_pil + "exit code 3"}
+    for n in set(images) - set(bad):
+        assert np.abs(images[n].astype(int) - colors.get(n, (n, n, n))).max() <= 3, n
+
+
+def test_a_process_serves_several_calls_until_it_is_ended(tmp_path):
+    files = [colored(tmp_path, n, (n, n, n)) for n in range(3)]
+    with DecodingProcess() as process:
+        first = dict(decode(files, 16, process=process))
+        number = process._process.pid
+        again = dict(decode(files[::-1], 16, process=process))
+        assert process._process.pid == number
+        next(decode(files, 16, process=process))  # Abandoned, with images in the pipe.
+        assert len(dict(decode(files, 8, process=process))) == 3
+    np.testing.assert_array_equal(first[0], again[2])
+    assert process._process is None
+
+
+def test_a_process_that_does_not_start_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "_WORKER", "pipelines.no_such_module")
+    with pytest.raises(RuntimeError, match=r"the process that decodes images does not start \(exit code 1\)"):
+        list(decode([colored(tmp_path, 0, (1, 2, 3))], 8))
+
+
+def test_an_error_in_the_process_is_raised_here(tmp_path):
+    with pytest.raises(ValueError, match="max_workers"):
+        list(decode([colored(tmp_path, 0, (1, 2, 3))], 8, threads=-1))
+
+
+def test_the_process_ends_with_the_one_that_started_it(tmp_path):
+    files = [colored(tmp_path, n, (n, n, n), ".png") for n in range(200)]
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom pipelines.data.decode import DecodingProcess, decode\n"
+        "process = DecodingProcess()\nnext(decode([Path(sys.argv[1])] * 10**5, 64, process=process))\n"
+        "results = decode([Path(sys.argv[1])] * 10**5, 64, process=process)\nnext(results)\n"
+        "print(process._process.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, files[0]], cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        parent.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the decoding process goes on")
+
+
+def read(folder, count, size):
+    """Return files that have been read: JPEGs of a size."""
+    path = saved(folder, f"{size[0]}.jpg", Image.new("RGB", size, (9, 9, 9)))
+    return [decode_worker._read(path, False) for _ in range(count)]
+
+
+def test_batches_are_bounded_by_bytes(tmp_path, monkeypatch):
+    small, large = read(tmp_path, 200, (20, 20)), read(tmp_path, 5, (1000, 800))
+    lengths = [len(batch) for batch in decode_worker._batches(iter(small), 8, BATCH)]
+    assert lengths == [64, 64, 64, 8]
+    # An image of 1000 x 800 pixels needs 2.4 million bytes, and its file some thousand.
+    monkeypatch.setattr(decode_worker, "MEMORY", 5_000_000)
+    lengths = [len(batch) for batch in decode_worker._batches(iter(large + small[:3]), 8, BATCH)]
+    assert lengths == [2, 2, 4]
+    monkeypatch.setattr(decode_worker, "MEMORY", 1)
+    assert [len(batch) for batch in decode_worker._batches(iter(large), 8, BATCH)] == [1] * 5
+    # PIL needs more per pixel, and large squares count as well.
+    path = saved(tmp_path, "a.png", Image.new("RGB", (1000, 800)))
+    assert decode_worker._read(path, False).memory > 8 * 800_000
+    monkeypatch.setattr(decode_worker, "MEMORY", 2 * 3 * 1000**2 + 10_000)
+    assert [len(batch) for batch in decode_worker._batches(iter(small[:5]), 1000, BATCH)] == [2, 2, 1]
+
+
+def test_images_do_not_depend_on_the_files_around_them(tmp_path):
+    files = [saved(tmp_path, f"{n}.jpg", photo(50, 40, n), quality=90) for n in range(5)]
+    with DecodingProcess() as process:
+        alone = [dict(decode([path], 24, process=process))[0] for path in files]
+        content = files[2].read_bytes()
+        scan = content.index(b"\xff\xda")
+        files[2].write_bytes(content[: scan + 14] + content[-2:])  # No data, which DALI refuses.
+        together = dict(decode(files, 24, process=process))
+    for n in (0, 1, 3, 4):
+        np.testing.assert_array_equal(alone[n], together[n])
+
+
+def segments(content):
+    """Return the offsets of the marker segments before the image data of a JPEG, by marker; the last of each kind."""
+    places, at = {}, 2
+    while True:
+        places[content[at + 1]] = at
+        if content[at + 1] == 0xDA:
+            return places
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+
+
+def test_only_plain_jpegs_are_for_dali(tmp_path):
+    def jpeg(image, **options):
+        return saved(tmp_path, "a.jpg", image, **options).read_bytes()
+
+    image = photo(40, 30)
+    plain = jpeg(image)
+    place = segments(plain)
+    frame, huffman, quantization, scan = place[0xC0], place[0xC4], place[0xDB], place[0xDA]
+
+    def changed(at, *values, base=plain):
+        return base[:at] + bytes(values) + base[at + len(values) :]
+
+    accepted = plain_jpeg(plain)
+    assert (accepted.width, accepted.height, accepted.turn) == (40, 30, 1)
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"optimize": True}, {"comment": "x"},
+                    {"exif": exif(6)}, {"restart_marker_blocks": 2}):  # fmt: skip
+        assert plain_jpeg(jpeg(image, **options)), options
+    assert plain_jpeg(jpeg(image.convert("L"))) and plain_jpeg(jpeg(image, exif=exif(6))).turn == 6
+    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
+    assert plain_jpeg(plain[:2] + adobe + b"\1" + plain[2:])
+    refused = {
+        "CMYK": jpeg(image.convert("CMYK")),
+        "RGB by Adobe's marker": plain[:2] + adobe + b"\0" + plain[2:],
+        "RGB by its names": jpeg(image, keep_rgb=True),
+        "too long": jpeg(photo(400, 20)),
+        "cut": plain[:-200],
+        "no image data": plain[:scan],
+        "trailing data": plain + bytes(100),
+        "PNG": saved(tmp_path, "a.png", image).read_bytes(),
+        "no height": changed(frame + 5, 0, 0),
+        "no width": changed(frame + 7, 0, 0),
+        "12 bits": changed(frame + 4, 12),
+        "arithmetic coding": changed(frame + 1, 0xC9),
+        "lossless": changed(frame + 1, 0xC3),
+        "sampling 0": changed(frame + 11, 0x00),
+        "sampling 3x1": changed(frame + 11, 0x31),
+        "sampling of the second channel": changed(frame + 14, 0x21),
+        "two channels of one name": changed(frame + 13, 1),
+        "quantization table 7": changed(frame + 12, 7),
+        "length of the frame": changed(frame + 3, 16),
+        "two frames": plain[:frame] + plain[frame : frame + 19] + plain[frame:],
+        "too many codes of one bit": changed(huffman + 5, 3),
+        "too many values of a table": changed(huffman + 20, 255),
+        "number of a Huffman table": changed(huffman + 4, 0x0F),
+        "number of a quantization table": changed(quantization + 4, 0x09),
+        "length of a quantization table": changed(quantization + 3, 66),
+        "length beyond the file": changed(quantization + 2, 0xFF, 0xFF),
+        "length 0": changed(quantization + 2, 0, 0),
+        "no marker": changed(quantization, 0),
+        "restart marker": plain[:2] + b"\xff\xd0" + plain[2:],
+        "length of the scan": changed(scan + 3, 13),
+    }
+    # Too large for PIL, though the sides are allowed.
+    refused["sides"] = changed(frame + 5, 0xFF, 0xDC, 0xFF, 0xDC)
+    for what, content in refused.items():
+        assert plain_jpeg(content) is None, what
