@@ -349,7 +349,7 @@ def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.nda
     try:
         return RULES[rule](data, labels, seed)
     except ValueError as error:
-        raise UserError(f"--labels: {error}") from None
+        raise UserError(str(error)) from None
 
 
 def _split(options: SplitOptions) -> None:

@@ -199,7 +199,7 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
     try:
         split = RULES[config.split](data, config.labels, config.seed)
     except ValueError as error:
-        raise UserError(f"--labels: {error}") from None
+        raise UserError(str(error)) from None
     if len(config.class_distribution) not in (0, len(data.classes)):
         raise UserError(
             f"--class-distribution needs {len(data.classes)} numbers, one per class, "

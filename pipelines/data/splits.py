@@ -2,7 +2,8 @@
 
 The authors of ReMixMatch and FixMatch choose labels with a published script (create_split.py) and numpy's legacy
 generator, whose stream is frozen. Their splits can thus be reproduced from the labels and the seed. A rule is a
-function from (data set, number of labels, seed) to sorted indices of training images.
+function from (data set, number of labels, seed) to sorted indices of training images. Its errors begin with the flag
+whose value is not allowed.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def paper(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     _check(data, labeled)
     if data.folds and len(data.folds[0]) == labeled:
         if seed >= len(data.folds):
-            raise ValueError(f"seed must select one of the published folds 0 to {len(data.folds) - 1}, got {seed}")
+            raise ValueError(f"--seed must select one of the published folds 0 to {len(data.folds) - 1}, got {seed}")
         return np.sort(data.folds[seed])
     by_class = [np.flatnonzero(data.train_labels == c) for c in data.class_order or range(len(data.classes))]
     share = np.array([len(images) for images in by_class], dtype=np.float64)
     # For data sets with folds, the authors assume equally frequent classes.
     share = np.ones(len(by_class)) if data.folds else share / share.max()
     if seed:
-        rng = np.random.RandomState(seed)
+        rng = _legacy_generator(seed)
         for images in by_class:
             rng.shuffle(images)
     taken = np.zeros(len(by_class), dtype=np.int64)
@@ -51,8 +52,8 @@ def paper(data: DataSet, labeled: int, seed: int) -> np.ndarray:
         if taken[c] == len(by_class[c]):
             name = data.classes[(data.class_order or range(len(by_class)))[c]]
             raise ValueError(
-                f"{labeled} labels with rule paper need more images of class {name} than the {taken[c]} available; "
-                "use fewer labels"
+                f"--labels: {labeled} labels with rule paper need more images of class {name} than the {taken[c]} "
+                "available; use fewer labels"
             )
         chosen.append(by_class[c][taken[c]])
         taken[c] += 1
@@ -68,7 +69,8 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     classes = len(data.classes)
     if labeled < classes or labeled % classes:
         raise ValueError(
-            f"a balanced split requires a positive multiple of {classes} labels (the number of classes), got {labeled}"
+            f"--labels: a balanced split requires a positive multiple of {classes} labels (the number of classes), "
+            f"got {labeled}"
         )
     each = labeled // classes
     known = data.train_labels[data.train_labels >= 0]
@@ -76,7 +78,7 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     if each > counts.min():
         rarest = data.classes[counts.argmin()]
         raise ValueError(
-            f"a balanced split of {labeled} labels needs {each} images per class, but class {rarest} has "
+            f"--labels: a balanced split of {labeled} labels needs {each} images per class, but class {rarest} has "
             f"{counts.min()}; use at most {counts.min() * classes} labels"
         )
     rng = stream(seed, _STREAM, 1)
@@ -95,7 +97,7 @@ def usb(data: DataSet, labeled: int, seed: int) -> np.ndarray:
         ValueError: See `balanced`.
     """
     balanced(data, labeled, 0)  # Raises the same errors.
-    rng = np.random.RandomState(seed)
+    rng = _legacy_generator(seed)
     chosen = []
     for c in range(len(data.classes)):
         images = np.flatnonzero(data.train_labels == c)
@@ -112,7 +114,7 @@ def everything(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     """
     indices = np.flatnonzero(data.train_labels >= 0)
     if not len(indices):
-        raise ValueError(f"{data.name} has no labeled training images")
+        raise ValueError(f"--labels: {data.name} has no labeled training images")
     return indices
 
 
@@ -126,10 +128,16 @@ RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
 }
 
 
+def _legacy_generator(seed: int) -> np.random.RandomState:
+    if seed >= 2**32:
+        raise ValueError(f"--seed must be less than 2^32 for the split rules that use numpy's generator, got {seed}")
+    return np.random.RandomState(seed)
+
+
 def _check(data: DataSet, labeled: int) -> None:
     known = int((data.train_labels >= 0).sum())
     if not 1 <= labeled <= known:
-        raise ValueError(f"labels must be from 1 to {known} (the number of labeled images), got {labeled}")
+        raise ValueError(f"--labels: labels must be from 1 to {known} (the number of labeled images), got {labeled}")
 
 
 def digest(indices: np.ndarray) -> str:

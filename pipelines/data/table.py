@@ -132,9 +132,8 @@ class _Files:
         if cell in self._images:
             return cell
         forms = self._forms(cell)
-        for name in forms:
-            if name in self._images:
-                return name
+        if exact := next((name for name in forms if name in self._images), None):
+            return exact
         for name in map(_folded, forms):
             if self._folded[name] == 1:
                 return self._by_folded[name]

@@ -183,3 +183,14 @@ def test_invalid_index_lists_raise(tmp_path, text, words):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     with pytest.raises(ValueError, match="No such file"):
         read_indices(tmp_path / "no")
+
+
+@pytest.mark.parametrize("rule", ["paper", "usb", "torchssl", "fixmatch-pytorch"])
+def test_a_seed_that_numpys_legacy_generator_refuses_is_named(rule):
+    data = made(uneven(0))
+    RULES[rule](data, 5, 2**32 - 1)
+    with pytest.raises(ValueError, match=r"^--seed must be less than 2\^32 .*, got 4294967296$"):
+        RULES[rule](data, 5, 2**32)
+    with pytest.raises(ValueError, match=r"^--labels: "):
+        RULES[rule](data, 0, 1)
+    assert len(RULES["balanced"](data, 5, 2**32)) == 5
