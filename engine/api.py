@@ -10,6 +10,7 @@ probabilities = model.predict(["a.png", "folder/"])  # or arrays, PIL images, te
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,20 +94,33 @@ class Model:
 
 def train(
     preset: str,
-    data: str | Path | None = None,
+    data: Any = None,
     out: str | Path | None = None,
     resume: bool = False,
     ablate: Sequence[str] = (),
+    size: int | None = None,
     **fields: Any,
 ) -> Run:
     """Train a preset in this process, like `remixmatch train`.
 
     Args:
         preset: Name of the preset.
-        data: A prepared folder of images, for preset "folder".
+        data: Your own images, for preset "folder" or any other:
+
+            - a prepared folder of images;
+            - a data set in the style of torchvision, whose items are (image, label), or of Hugging Face, whose items
+              are mappings with `image` and `label`; or a tuple (train, test) of two of these;
+            - arrays, as a mapping or an object with `train_images` and `train_labels`, and optionally `test_images`,
+              `test_labels` and `classes` (names); or as tuples (images, labels).
+
+            Images may have the forms that `Model.predict` accepts, without random transforms: they are read once.
+            Labels are numbers from 0, or names; -1, None and NaN stand for unknown ones. Without test images, a fifth
+            of the labeled images of each class is held out.
         out: The run's folder; by default runs/PRESET-seedN.
         resume: Resume the run in `out`.
         ablate: Names of ablations, see `engine.config.methods`.
+        size: Side in pixels to which images given in Python are resized and cropped; by default the most common shorter
+            side of the first 1000 training images.
         fields: Fields of `engine.config.Config`, such as seed=1 or steps=500. method="fixmatch" also sets the other
             fields of that method.
 
@@ -120,10 +134,16 @@ def train(
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])
     config = dataclasses.replace(methods.ablate(config, *ablate), **fields)
-    if data is not None:
-        config = dataclasses.replace(config, dataset=folder_name(data))
+    given = None
+    if isinstance(data, (str, os.PathLike)):
+        config = dataclasses.replace(config, dataset=folder_name(Path(data)))
+    elif data is not None:
+        from engine.runs.python_data import python_data_set
+
+        given = python_data_set(data, size)
+        config = dataclasses.replace(config, dataset=given.name)
     folder = Path(out) if out is not None else default_folder(config, resume)
-    setup = setup_run(config, folder, resume)
+    setup = setup_run(config, folder, resume, data=given)
 
     from engine import run
 

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
-from engine.config.checks import FOLDER, folder_name
+from engine.config.checks import FOLDER, check_size, folder_name
 from engine.config.config import load_config
 from engine.errors import UserError, near_names, nearest_hint, unknown
 from engine.runs.setup import open_data
@@ -225,14 +225,14 @@ def _prepare(options: PrepareOptions) -> None:
 
 
 def _prepare_folder(root: Path, options: PrepareOptions) -> None:
-    from pipelines.data.folder import prepare, some
+    from pipelines.data.folder import prepare
+    from pipelines.files import some
 
     if not root.exists():
         raise UserError(f"{options.name} is neither a data set ({', '.join(DATASETS)}) nor a folder")
     if options.size is None:
         raise UserError("a folder needs --size, for example --size 96")
-    if not 8 <= options.size <= 1024:
-        raise UserError(f"--size must be from 8 to 1024 pixels, got {options.size}")
+    check_size(options.size, "--size")
     with _progress() as update:
         made = prepare(root, options.size, update, device=_decoder(options.decoder), again=options.again)
     for file, why in made.unreadable[:_SHOWN]:

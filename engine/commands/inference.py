@@ -78,7 +78,7 @@ def evaluate(argv: list[str]) -> None:
     from engine.inference import confusion
     from engine.inference.evaluation import evaluate as measure
     from engine.inference.trained import load_ema_model
-    from pipelines.data.folder import some
+    from pipelines.files import some
 
     set_data_dir(options.data_dir)
     trained = load_ema_model(options.dir)

@@ -19,6 +19,7 @@ from pipelines.data.datasets import DATASETS
 from pipelines.data.splits import RULES
 
 FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
+PYTHON = "python"  # Name of a data set that was given in Python.
 
 # oneDNN in torch 2.15, without AVX-512, computes a wrong weight gradient for a 1x1 convolution of stride 2, and writes
 # past its buffer: with 1 to 7 input channels, and with 8 to 15 if the side is 80 pixels or more. All other convolutions
@@ -138,9 +139,15 @@ def folder_name(folder: str | Path) -> str:
 
 def check_name(name: str) -> None:
     """Raise UserError if there is no data set of that name."""
-    if name not in DATASETS and not name.startswith(FOLDER) and name != "folder":
+    if name not in DATASETS and not name.startswith(FOLDER) and name not in ("folder", PYTHON):
         listed = f"choose from {', '.join(DATASETS)}, or use --data DIR for your own images"
         raise unknown("data set", name, DATASETS, listed)
+
+
+def check_size(size: int, name: str) -> None:
+    """Raise UserError if images cannot have this size, in pixels; `name` is what the user calls it."""
+    if not 8 <= size <= 1024:
+        raise UserError(f"{name} must be from 8 to 1024 pixels, got {size}")
 
 
 def resolve(config: Config, data: DataSet) -> Config:

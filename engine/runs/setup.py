@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.checks import FOLDER, check_data, check_name, read_prior, resolve, validate
+from engine.config.checks import FOLDER, PYTHON, check_data, check_name, read_prior, resolve, validate
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
@@ -97,6 +97,11 @@ def open_data(name: str, begun: bool = False) -> DataSet:
     check_name(name)
     if name == "folder":
         raise UserError("preset 'folder' requires --data DIR, for example: remixmatch train folder --data pets/")
+    if name == PYTHON:
+        raise UserError(
+            "this run's data were given in Python: continue it there with train(..., data=..., resume=True), and "
+            "evaluate it with load(...).predict(...)"
+        )
     try:
         if name.startswith(FOLDER):
             from pipelines.data.folder import open_folder

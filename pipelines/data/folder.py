@@ -26,12 +26,10 @@ from pipelines.data.cache import DataError, DataSet
 from pipelines.data.decode import decode
 from pipelines.data.image_files import find_files
 from pipelines.data.jpegs import BATCH
+from pipelines.data.splits import hold_out
 from pipelines.data.table import TABLE, read_table
 from pipelines.files import some
-from pipelines.plan import stream
 
-_HELD_OUT = 5  # One in this many labeled images of a class is held out.
-_STREAM = 101  # Distinct from the streams of plans and splits.
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
 # Version of the rules that turn files into images, labels and parts; a cache of another version is out of date.
 # Version 1 recorded neither its number nor the targets of links.
@@ -101,7 +99,7 @@ def scan(root: Path) -> Listing:
     known = [(file, numbers[label]) for file, label in train if label]
     tested = [(file, numbers[label]) for file, label in test]
     if not tested:
-        known, tested = _hold_out(known, len(classes))
+        known, tested = hold_out(known, len(classes))
         if not tested:
             raise DataError(
                 f"{root} has no test images, and no class has the two labeled images needed to hold one out; add test "
@@ -141,19 +139,6 @@ def _images(root: Path, folder: Path) -> list[str]:
     """Return the image files in a folder, relative to `root`; none if the folder does not exist."""
     inside = folder.relative_to(root)
     return [os.path.normpath(inside / name) for name in find_files(folder).images] if folder.is_dir() else []
-
-
-def _hold_out(known: Sequence[tuple[str, int]], classes: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    rng = stream(0, _STREAM, 0)
-    tested: set[int] = set()
-    by_class: list[list[int]] = [[] for _ in range(classes)]
-    for index, (_, label) in enumerate(known):
-        by_class[label].append(index)
-    for indices in by_class:
-        count = max(len(indices) // _HELD_OUT, 1) if len(indices) > 1 else 0
-        tested |= {indices[place] for place in rng.permutation(len(indices))[:count]}
-    kept = [pair for index, pair in enumerate(known) if index not in tested]
-    return kept, [known[index] for index in sorted(tested)]
 
 
 def cache_of(root: Path) -> Path:

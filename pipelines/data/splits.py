@@ -13,13 +13,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from pipelines.data.cache import DataSet
 from pipelines.plan import stream
 
-_STREAM = 100  # Distinct from the streams of plans.
+_STREAM, _HELD_OUT_STREAM = 100, 101  # Distinct from the streams of plans.
+_HELD_OUT = 5  # One in this many labeled images of a class is held out.
+Name = TypeVar("Name")
 
 
 def paper(data: DataSet, labeled: int, seed: int) -> np.ndarray:
@@ -116,6 +119,30 @@ def everything(data: DataSet, labeled: int, seed: int) -> np.ndarray:
     if not len(indices):
         raise ValueError(f"--labels: {data.name} has no labeled training images")
     return indices
+
+
+def hold_out(
+    labeled: Sequence[tuple[Name, int]], classes: int
+) -> tuple[list[tuple[Name, int]], list[tuple[Name, int]]]:
+    """Hold out a fifth of the labeled images of each class for testing, at least one of two; the choice is fixed.
+
+    Args:
+        labeled: Images, by any name, and their classes.
+        classes: Number of classes.
+
+    Returns:
+        The images that stay and those held out, both in the order given.
+    """
+    rng = stream(0, _HELD_OUT_STREAM, 0)
+    by_class: list[list[int]] = [[] for _ in range(classes)]
+    for index, (_, label) in enumerate(labeled):
+        by_class[label].append(index)
+    tested: set[int] = set()
+    for indices in by_class:
+        count = max(len(indices) // _HELD_OUT, 1) if len(indices) > 1 else 0
+        tested |= {indices[place] for place in rng.permutation(len(indices))[:count]}
+    kept = [pair for index, pair in enumerate(labeled) if index not in tested]
+    return kept, [labeled[index] for index in sorted(tested)]
 
 
 RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {

@@ -1,7 +1,7 @@
 """labels.csv: the labels of a folder's images as people write them.
 
-The separator is a comma, semicolon, tab or vertical bar. Columns are found by their names or, without a header, by
-which of them names files. Every mistake is reported with its line.
+The separator is a comma, semicolon, tab, vertical bar or space. The column of files is the one whose cells name files;
+the others are found by their names or, without a header, by their order. Every mistake is reported with its line.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Files:
                 if name.startswith(f"{root}/"):
                     forms.append(name[len(root) + 1 :])
             forms.append(name.lstrip("/"))
-            # A path from elsewhere, such as pets/a.png beside the folder or C:/pets/a.png on another computer.
+            # A path from elsewhere, such as pets/a.png next to the folder or C:/pets/a.png on another computer.
             _, inside, after = f"/{name}".partition(f"/{os.path.basename(self._roots[1])}/")
             forms += [after] if inside else []
         return [os.path.normpath(name) for name in dict.fromkeys(forms) if name.strip("/.")]

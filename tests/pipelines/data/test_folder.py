@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data import folder
+from pipelines.data import folder, splits
 from pipelines.data.cache import DataError
 from pipelines.data.decode import decode
 from pipelines.data.folder import open_folder, prepare, scan
@@ -92,7 +92,7 @@ class Counted(list):
 
 def test_holding_out_takes_time_in_proportion_to_the_images():
     known = Counted((f"{number}.png", number % 500) for number in range(1500))
-    kept, tested = folder._hold_out(known, 500)
+    kept, tested = splits.hold_out(known, 500)
     assert known.read <= 2 * len(known), "not once for every class"
     assert len(kept) == 1000 and sorted(label for _, label in tested) == list(range(500))
 
@@ -100,7 +100,7 @@ def test_holding_out_takes_time_in_proportion_to_the_images():
 def test_the_images_held_out_never_change():
     """The choice of the first version; a run resumes only with the same test images."""
     known = [(f"{number}.png", number % 3) for number in range(30)]
-    assert [file for file, _ in folder._hold_out(known, 4)[1]] == [f"{n}.png" for n in (10, 17, 18, 22, 23, 24)]
+    assert [file for file, _ in splits.hold_out(known, 4)[1]] == [f"{n}.png" for n in (10, 17, 18, 22, 23, 24)]
 
 
 def test_unreadable_files_are_skipped(pets):

@@ -1,0 +1,272 @@
+"""Data sets given in Python: arrays, torchvision's and Hugging Face's style, and runs on them."""
+
+import io
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import FakeData
+
+from engine import api
+from engine.commands.main import main
+from engine.errors import UserError
+from engine.runs.python_data import python_data_set
+from pipelines.data.folder import open_folder, prepare
+from tests.pages import ROOT, blocks
+
+SMALL = dict(steps=2, batch=4, k=1, width=16, blocks=1, lag=3, eval_every=2, device="cpu", log="none")
+
+
+def images(count, side=8, first=0):
+    """Return images of one gray level each, first, first + 1, ..., as (count, side, side, 3) uint8."""
+    return np.arange(first, first + count, dtype=np.uint8)[:, None, None, None] * np.ones((side, side, 3), np.uint8)
+
+
+def levels(array):
+    """Return the gray levels of images."""
+    assert (array == array[:, :1, :1, :1]).all()
+    return array[:, 0, 0, 0].tolist()
+
+
+def arrays():
+    return {
+        "train_images": images(6), "train_labels": [0, 1, None, 1, -1, 0],
+        "test_images": images(2, first=50), "test_labels": [1, 0],
+    }  # fmt: skip
+
+
+class Rows:
+    """Data set of mappings that names its classes in its features, as those of Hugging Face do."""
+
+    def __init__(self, rows, label="label", names=None):
+        self.rows, self.features = rows, {"image": None, label: SimpleNamespace(names=names)}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def rows(labels, label="label", image="img", first=0, names=None):
+    pictures = map(Image.fromarray, images(len(labels), first=first))
+    return Rows([{image: picture, label: c} for picture, c in zip(pictures, labels, strict=True)], label, names)
+
+
+@dataclass
+class Arrays:
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple
+
+
+def pairs(labels, first=0):
+    return [(Image.fromarray(image), c) for image, c in zip(images(len(labels), first=first), labels, strict=True)]
+
+
+LABELS = [0, 1, -1, 1, -1, 0]
+FORMS = {
+    "mapping": arrays(),
+    "object": Arrays(images(6), np.array(LABELS), images(2, first=50), np.array([1, 0]), ("0", "1")),
+    "floating-point labels with NaN": arrays() | {"train_labels": np.array([0, 1, np.nan, 1, np.nan, 0])},
+    "tensors": {
+        "train_images": torch.from_numpy(images(6)).movedim(-1, 1), "train_labels": torch.tensor(LABELS),
+        "test_images": torch.from_numpy(images(2, first=50)).movedim(-1, 1), "test_labels": torch.tensor([1, 0]),
+    },
+    "tuples of arrays": ((images(6), LABELS), (images(2, first=50), [1, 0])),
+    "gray arrays": ((images(6)[..., 0], LABELS), (images(2, first=50)[..., 0], [1, 0])),
+    "lists of pairs": (pairs(LABELS), pairs([1, 0], 50)),
+    "iterators": (iter(pairs(LABELS)), iter(pairs([1, 0], 50))),
+    "scalar labels": (pairs([np.int64(c) for c in LABELS]), pairs([torch.tensor(1), torch.tensor(0)], 50)),
+    "mappings": (rows(LABELS), rows([1, 0], first=50)),
+    "fine_label": (rows([0, 1, None, 1, None, 0], "fine_label", "image"), rows([1, 0], "labels", first=50)),
+    "named splits": {"train": rows(LABELS), "test": rows([1, 0], first=50)},
+    "names as labels": (pairs(["0", "1", "?", "1", "", "0"]), pairs(["1", "0"], 50)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_makes_the_same_data_set(form):
+    data = python_data_set(FORMS[form])
+    assert levels(data.train_images) == [0, 1, 2, 3, 4, 5] and data.train_labels.tolist() == LABELS
+    assert levels(data.test_images) == [50, 51] and data.test_labels.tolist() == [1, 0]
+    assert data.classes == ("0", "1") and data.sides == (8, 8) and data.held_out == 0
+    assert data.train_images.dtype == np.uint8 and data.train_labels.dtype == data.test_labels.dtype == np.int64
+
+
+def test_unlabeled_images_follow_the_training_images():
+    data = python_data_set({"train": rows([0, 1]), "unlabeled": rows([0, 0], first=20), "test": rows([1, 0], first=50)})
+    assert levels(data.train_images) == [0, 1, 20, 21] and data.train_labels.tolist() == [0, 1, -1, -1]
+
+
+def test_class_names_come_with_the_data():
+    assert python_data_set((rows(LABELS, names=["cat", "dog"]), rows([1, 0]))).classes == ("cat", "dog")
+    assert python_data_set(arrays() | {"classes": ["cat", "dog", "unseen"]}).classes == ("cat", "dog", "unseen")
+    named = python_data_set((pairs(["b", "a", None]), pairs(["b"])))
+    assert named.classes == ("a", "b") and named.train_labels.tolist() == [1, 0, -1]
+    given = python_data_set(
+        arrays() | {"train_labels": list("yxxyxy"), "test_labels": ["x", "y"], "classes": ["y", "x"]}
+    )
+    assert given.classes == ("y", "x") and given.train_labels.tolist() == [0, 1, 1, 0, 1, 0]
+
+
+def test_torchvision_data_sets_and_their_subsets():
+    fake = FakeData(30, (3, 16, 16), num_classes=3)
+    data = python_data_set((fake, Subset(fake, range(5))))
+    assert data.classes == ("0", "1", "2") and data.sides == (16, 16)
+    assert data.train_labels.tolist() == [int(label) for _, label in fake]
+    np.testing.assert_array_equal(data.train_images[7], np.asarray(fake[7][0]))
+    np.testing.assert_array_equal(data.test_images, data.train_images[:5])
+    fake.classes = [("tench", "Tinca tinca"), "cat", "dog"]
+    assert python_data_set((Subset(fake, range(9)), None)).classes == ("tench", "cat", "dog")
+
+
+def test_a_fifth_is_held_out_as_in_a_folder():
+    labels = [0] * 10 + [1] * 5 + [-1] * 3
+    data = python_data_set((images(18), labels))
+    assert data.held_out == 3 and data.test_labels.tolist() == [0, 0, 1]
+    assert sorted(levels(data.train_images) + levels(data.test_images)) == list(range(18))
+    assert data.train_labels.tolist() == [0] * 8 + [1] * 4 + [-1] * 3
+
+
+def test_images_of_other_sizes_are_read_like_files(tmp_path, monkeypatch):
+    """The same pictures as files and in Python: gray, RGBA, 16 bits, a palette, not square, with an orientation."""
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Rotated by 90 degrees.
+    pictures = [
+        Image.fromarray(rng.integers(256, size=(12, 20, 3), dtype=np.uint8)),
+        Image.fromarray(rng.integers(256, size=(20, 12), dtype=np.uint8)),
+        Image.fromarray(rng.integers(256, size=(12, 13, 4), dtype=np.uint8)),
+        Image.fromarray(rng.integers(2**16, size=(31, 40), dtype=np.uint16)),
+        Image.fromarray(rng.integers(256, size=(9, 9, 3), dtype=np.uint8)).quantize(16),
+        Image.fromarray(rng.integers(256, size=(12, 15, 3), dtype=np.uint8)),
+    ]
+    for number, picture in enumerate(pictures):
+        for part in ("train", "test"):
+            path = tmp_path / f"pets/{part}/{number % 2}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path, exif=exif if number == 5 else b"")
+    prepare(tmp_path / "pets", 12)
+    expected = open_folder(tmp_path / "pets").train_images  # By class: 0, 2, 4, 1, 3, 5.
+    paths = [tmp_path / f"pets/train/{number % 2}/{number}.png" for number in range(6)]
+    opened = [Image.open(path) for path in paths]
+    contents = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    arrays = [np.asarray(picture) for picture in pictures[:3]]
+    for given in (paths, opened, contents):
+        examples = list(zip(given, [0, 1] * 3, strict=True))
+        data = python_data_set((examples, examples))
+        assert data.sides == (12, 12), "the most common shorter side"
+        np.testing.assert_array_equal(data.train_images[[0, 2, 4, 1, 3, 5]], expected)
+        np.testing.assert_array_equal(data.test_images, data.train_images)
+    both = python_data_set((list(zip(arrays, [0, 1, 0], strict=True)), pairs([0, 1])))
+    np.testing.assert_array_equal(both.train_images[[0, 2, 1]], expected[[0, 1, 3]])
+    assert python_data_set((images(6, 40), LABELS), 16).sides == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (3, r"data must be a folder; .* the part 'train' is of type int$"),
+        ({"train_images": images(2), "labels": [0, 1]}, "data has unknown keys labels; allowed are train_images,"),
+        ({"train": rows([0, 1]), "validation": rows([0, 1])}, "unknown keys validation; allowed are train, unlabeled"),
+        ({"test": rows([0, 1])}, "data has no part 'train'"),
+        ({"train_images": images(2)}, "the part 'train' has 2 images, but no labels; -1 stands for unknown"),
+        ((images(3), [0, 1]), "the part 'train' has 3 images, but 2 labels"),
+        ([(images(1)[0], 0, 1)], r"train example 0 must be \(image, label\) or a mapping, got tuple"),
+        (Rows([{"pixels": 1, "label": 0}]), "train example 0 has the keys pixels, label; it needs one of image,"),
+        (pairs([0, -2]), "label -2 of train image 1 must be a number from 0, a name, or -1 or None for unknown"),
+        (pairs([0, 0.5]), "label 0.5 of train image 1 must be a number"),
+        (pairs([0, [0, 1]]), r"label \[0, 1\] of train image 1 must be a number"),
+        (pairs([0, "dog"]), "labels must be all numbers or all names"),
+        (pairs([None, -1]), "no training image has a label"),
+        (pairs([0, 0]), "there must be at least two classes with different names, got 0"),
+        (pairs([0, 1]), "no test images, and no class has two labeled images to hold one out"),
+        ((pairs([0, 1]), pairs([1, 2])), "label 2 of the part 'test' is none of the 2 classes"),
+        ((pairs([0, 1]), pairs([1, -1])), "test image 1 has no label"),
+        (arrays() | {"classes": ["cat"]}, "at least two classes with different names, got cat"),
+        (arrays() | {"classes": ["cat", "cat"]}, "at least two classes with different names, got cat, cat"),
+        (arrays() | {"train_images": images(6) / 255.0}, "train image 0: images must be uint8, .* got float64"),
+        ([(images(4), torch.tensor([0, 1, 0, 1]))], "train image 0 must be a single image, got 4; give the data set"),
+        ([], "the part 'train' has no images"),
+        ([(b"nothing", 0)], r"data: train image 0 cannot be read as an image \(unknown format\)"),
+        ((images(4, 6), [0, 1, 0, 1]), "most common side of the images must be from 8 to 1024 pixels, got 6"),
+    ],
+)  # fmt: skip
+def test_invalid_data_raise_a_one_line_error(data, words):
+    with pytest.raises(UserError, match=words) as error:
+        python_data_set(data)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Striped images in two classes, 12 of 16 labeled, and four test images, in torchvision's style."""
+    rng = np.random.default_rng(0)
+    made = np.repeat(rng.integers(256, size=(20, 8, 1, 3), dtype=np.uint8), 8, axis=2)
+    made[1::2] = made[1::2].swapaxes(1, 2)
+    examples = [(Image.fromarray(image), number % 2 if number < 12 else -1) for number, image in enumerate(made[:16])]
+    return examples, [(Image.fromarray(image), number % 2) for number, image in enumerate(made[16:])]
+
+
+@pytest.fixture(scope="module")
+def finished(given, tmp_path_factory):
+    return api.train("folder", data=given, out=tmp_path_factory.mktemp("runs") / "run", **SMALL)
+
+
+def test_a_run_on_data_given_in_python_predicts(given, finished):
+    model = api.load(finished.folder)
+    assert model.classes == ("0", "1") and model.side == 8 and finished.summary["labels"] == 12
+    predicted = model.predict([image for image, _ in given[1]])
+    right = 100 * np.mean(predicted.argmax(1) == [0, 1, 0, 1])
+    assert right == finished.summary["test_accuracy"]
+
+
+def test_a_run_on_data_given_in_python_resumes_with_the_same_data(given, finished):
+    swapped = [(image, 1 - label if label >= 0 else label) for image, label in given[0]]
+    with pytest.raises(UserError, match="started with different data; these differ: labels;"):
+        api.train("folder", data=(swapped, given[1]), out=finished.folder, resume=True, **SMALL)
+    with pytest.raises(UserError, match=r"these differ: test images \(4 -> 3\), test labels \(4 -> 3\);"):
+        api.train("folder", data=(given[0], given[1][:3]), out=finished.folder, resume=True, **SMALL)
+    more = api.train("folder", data=given, out=finished.folder, resume=True, **SMALL | {"steps": 3})
+    assert more.summary["steps"] == 3
+
+
+@pytest.mark.parametrize("command", [["eval"], ["train", "folder", "--resume", "--out"]])
+def test_commands_say_that_the_data_were_given_in_python(finished, capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, str(finished.folder)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and len(error.splitlines()) == 1
+    assert "this run's data were given in Python: continue it there with train(..., data=..., resume=True)" in error
+
+
+def test_folders_may_be_given_as_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    with pytest.raises(UserError, match="no is not a folder"):
+        api.train("folder", data=tmp_path / "no", out=tmp_path / "run", **SMALL)
+    with pytest.raises(UserError, match="size must be from 8 to 1024 pixels, got 4"):
+        api.train("folder", data=arrays(), size=4, out=tmp_path / "run", **SMALL)
+
+
+def test_the_example_in_the_documentation(given, monkeypatch):
+    page = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
+    (code,) = [code for language, code in blocks(page) if language == "python"]
+    made = []
+    monkeypatch.setattr(api, "train", lambda preset, data, out, size=None: made.append(python_data_set(data, size)))
+    names = {"train_set": given[0], "test_set": given[1], "images": images(6, 32), "labels": LABELS}
+    exec(code, names)
+    assert [(len(data.train_images), data.sides, data.held_out) for data in made] == [(16, (8, 8), 0), (4, (32, 32), 2)]
+
+
+def test_contents_of_files_are_measured():
+    content = io.BytesIO()
+    Image.fromarray(images(1, 24)[0]).save(content, "PNG")
+    assert python_data_set(([(content.getvalue(), c) for c in (0, 1, 0)], None)).sides == (24, 24)
