@@ -296,7 +296,7 @@ def _list(options: ListOptions) -> None:
 def _info(options: InfoOptions) -> None:
     name = data_name(options.name)
     data = open_data(name)
-    if options.verify and name not in ("digits",):
+    if options.verify and (name in PREPARED or name.startswith(FOLDER)):
         from pipelines.data.folder import cache_of, prepare_command
 
         root = Path(name.removeprefix(FOLDER))

@@ -94,7 +94,7 @@ def evaluate(argv: list[str]) -> None:
             + (f" (they differ in {some(differing)})" if differing else "")
         )
     if changed := changed_test_parts(options.dir, data):
-        log.warning(f"the test part is not the one of training; these differ: {', '.join(changed)}")
+        log.warning(f"the test part has changed since training; these differ: {', '.join(changed)}")
     labels = data.test_labels
     accuracy, loss, predicted = measure(trained.network, data.test_images, labels, trained.device)
     matrix = confusion.confusion_matrix(labels, predicted.cpu().numpy(), len(data.classes))

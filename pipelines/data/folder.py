@@ -162,6 +162,8 @@ def prepare(
 ) -> Prepared:
     """Decode the images of a folder to its cache. Continues after an interruption, and skips unchanged folders.
 
+    Images that an earlier cache of the same size has of unchanged files are copied, so that new labels cost little.
+
     Args:
         root: Folder of images.
         size: Side of the images in pixels.
@@ -179,8 +181,12 @@ def prepare(
     if not again and (made := _made_before(folder, listing, key, strays)):
         return made
 
+    earlier = {} if again else _images_before(folder, size, device, stamps)
+
     def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
-        return decode([root / name for name in files], size, threads, device)
+        rest = decode([root / name for name in files if name not in earlier], size, threads, device)
+        for index, name in enumerate(files):
+            yield index, earlier[name] if name in earlier else next(rest)[1]
 
     with cache.writing(folder, key) as temporary:
         unreadable: list[tuple[str, str]] = []
@@ -231,6 +237,24 @@ def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ..
         return None
     unreadable, duplicates = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
     return Prepared(folder, listing, unreadable, duplicates, strays)
+
+
+def _images_before(folder: Path, size: int, device: str, stamps: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Return the images of an existing cache whose files have not changed, memory-mapped."""
+    images: dict[str, np.ndarray] = {}
+    try:
+        source = cache.read_description(folder, "")["source"]
+        if (source.get("rules"), source["size"], source["decoder"]) != (_RULES, size, device):
+            return images
+        unreadable = {file for file, _ in source["unreadable"]}
+        for part, pairs in zip(("train", "test"), source["listing"][1:], strict=True):
+            stored = np.asarray(np.load(folder / f"{part}_images.npy", mmap_mode="r"))
+            files = [file for file, _ in pairs if file not in unreadable]
+            before = zip(files, stored, strict=True)
+            images |= {file: image for file, image in before if stamps.get(file) == source["stamps"][file]}
+    except (DataError, OSError, ValueError, KeyError):  # There is no cache, or it is damaged.
+        return {}
+    return images
 
 
 def _plain(listing: Listing) -> list[Any]:

@@ -377,10 +377,37 @@ def test_changed_folder_is_reported_with_the_command_to_prepare_it(capsys, photo
     output = (
         "photos has changed since it was prepared (unlabeled/china 10.jpg was removed); run: remixmatch data prepare"
     )
-    for command in (["train", "folder", "--data", photos], ["eval", "run"], ["data", "info", photos]):
+    commands = [
+        ["train", "folder", "--data", photos],
+        ["train", "folder", "--out", "run", "--resume"],
+        ["eval", "run"],
+        ["profile", "folder", "--data", photos],
+        ["data", "info", photos],
+        ["data", "split", photos, "--rule", "all"],
+        ["data", "check-split", "run"],
+    ]
+    for command in commands:
         assert f"{output} {photos} --size 16" in fails(capsys, *command)
+    assert f"{output} {photos} --size 16" in say(capsys, "data", "list")
+
+
+def test_eval_says_if_the_test_images_are_others_than_at_training(capsys, photos):
     say(capsys, "data", "prepare", photos, "--size", 16)
-    assert "8 images" in say(capsys, "eval", "run")
+    say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
+    (photos / "unlabeled" / "china 10.jpg").unlink()
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    cli.main(["eval", "run"])
+    output = capsys.readouterr()
+    assert "8 images" in output.out and not output.err
+    (photos / "test" / "china" / "china 8.jpg").unlink()
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    cli.main(["eval", "run"])
+    output = capsys.readouterr()
+    assert "7 images" in output.out
+    assert output.err == (
+        "remixmatch: the test part has changed since training; these differ: test images (8 -> 7), "
+        "test labels (8 -> 7)\n"
+    )
 
 
 def test_trained_run_does_not_need_its_data(capsys, photos, tmp_path):

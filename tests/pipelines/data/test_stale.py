@@ -195,3 +195,32 @@ def test_caches_of_the_first_version_serve_existing_runs_and_notice_changes(list
     os.utime(listed_pets / "cat1.bmp")
     with pytest.raises(DataError, match=r"\(cat1.bmp was modified\)"):
         open_folder(listed_pets, earlier_rules=True)
+
+
+def test_preparing_again_decodes_only_files_that_have_changed(listed_pets, monkeypatch):
+    decoded = []
+
+    def counting(files, *arguments):
+        decoded.extend(path.name for path in files)
+        return original(files, *arguments)
+
+    original = folder.decode
+    monkeypatch.setattr(folder, "decode", counting)
+    edit(listed_pets, "cat4.bmp,", "cat4.bmp,dog")
+    edit(listed_pets, "cat0.bmp,cat,train", "cat0.bmp,cat,test")
+    (listed_pets / "dog4.bmp").write_bytes(b"nothing")
+    assert prepare(listed_pets, 8).unreadable == (("dog4.bmp", "unknown image format"),)
+    assert decoded == ["dog4.bmp"]
+    put(listed_pets / "dog1.bmp", 200)
+    os.utime(listed_pets / "dog1.bmp")
+    put(listed_pets / "new.bmp", 201)
+    edit(listed_pets, "cat1.bmp,cat", "new.bmp,dog,\ncat1.bmp,dog")
+    decoded.clear()
+    prepare(listed_pets, 8)
+    assert sorted(decoded) == ["dog1.bmp", "dog4.bmp", "new.bmp"]
+    written = (cache_of(listed_pets) / "cache.json").read_text()
+    assert open_folder(listed_pets).train_images[:, 0, 0, 0].tolist() == [1, 2, 4, 10, 200, 12, 201]
+    prepare(listed_pets, 8, again=True)
+    assert (cache_of(listed_pets) / "cache.json").read_text() == written and len(decoded) == 3 + 11
+    prepare(listed_pets, 9)
+    assert len(decoded) == 3 + 11 + 11, "of another size"
