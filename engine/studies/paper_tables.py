@@ -17,14 +17,13 @@ from engine.config.checks import validate
 from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, PublishedError, preset
+from engine.config.scaling import scaled
 from engine.errors import UserError, unknown
 from engine.runs.setup import setup_run
 from engine.studies.jobs import Job
 from pipelines.data.cache import DataSet
 
 REMIXMATCH = "remixmatch"
-# Fields that --steps-scale changes.
-SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
 _NO_SEED = -1  # No flag can have this value.
 
 BASELINES = ("mixmatch", "fixmatch", "uda", "pseudo-label", "supervised")
@@ -148,7 +147,7 @@ def make_entries(
         seeds: Seeds; by default the table's.
         rows: Methods or ablations; by default the table's.
         presets: Presets; by default the table's.
-        steps_scale: See `scaled`.
+        steps_scale: See `engine.config.scaling.scaled`.
 
     Raises:
         UserError: A row is unknown, a job's configuration is invalid, or flags make two jobs identical.
@@ -215,27 +214,6 @@ def _with_flags(config: Config, flags: tuple[str, ...]) -> Config:
     for name in changes(config, options.config).keys() & {"method", "seed"}:
         raise UserError(f"--{name} after -- cannot be shared by all jobs")
     return options.config
-
-
-def scaled(config: Config, scale: float) -> Config:
-    """Scale the number of steps, the ramp, and all intervals that are counted in steps.
-
-    The number of evaluations stays the same, so the median is over as many. The EMA and the running statistics of batch
-    norm average over the same share of the training; an EMA over 1 000 steps would still be dominated by the initial
-    weights at the end of a short rehearsal. The learning rate stays the same.
-    """
-    if scale == 1:
-        return config
-    whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
-    return dataclasses.replace(
-        config,
-        steps=max(1, round(config.steps * scale)),
-        ramp_kimg=config.ramp_kimg * scale,
-        # After a given share of the steps, the initial value keeps the same weight in the average.
-        ema_decay=config.ema_decay ** (1 / scale),
-        bn_momentum=1 - (1 - config.bn_momentum) ** (1 / scale),
-        **whole,  # type: ignore[arg-type]
-    )
 
 
 def needs_data(entries: Sequence[Entry]) -> bool:

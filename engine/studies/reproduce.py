@@ -13,13 +13,13 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
+from engine.config.scaling import check_scale
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.measuring.process import python_environment
 from engine.studies.job_progress import Progress, counts, print_plan
@@ -46,8 +46,7 @@ class JobOptions:
 
     def check(self) -> None:
         """Raise UserError if a flag is invalid."""
-        if not (isfinite(self.steps_scale) and self.steps_scale > 0):
-            raise UserError(f"--steps-scale must be more than 0, got {self.steps_scale}")
+        check_scale(self.steps_scale)
         if self.workers < 0:
             raise UserError(f"--workers must be at least 0, got {self.workers}")
 

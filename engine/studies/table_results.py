@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.config.config import EXECUTION_FIELDS, changes
 from engine.config.presets import PRESETS, command, preset
+from engine.config.scaling import SCALED
 from engine.errors import UserError, cannot_write
 from engine.runs.headline import evaluations_of
 from engine.studies import statistics
@@ -20,7 +21,6 @@ from engine.studies.paper_tables import (
     PUBLISHED_ABLATIONS,
     PUBLISHED_ERRORS,
     REMIXMATCH,
-    SCALED,
     TABLES,
     Entry,
     papers_difference,

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from engine.config.methods import ABLATIONS, METHODS
-from engine.studies import paper_tables
+from engine.config.scaling import scaled
 from engine.studies.paper_tables import TABLES
 from tests.engine.studies.made_jobs import entries
 
@@ -49,7 +49,7 @@ def test_a_rehearsal_has_the_same_number_of_evaluations(name, scale):
         changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum"}
         assert dataclasses.replace(config, **{name: getattr(base, name) for name in changed}) == base
         assert min(config.eval_every, config.log_every, config.checkpoint_every) >= 1
-    assert paper_tables.scaled(base, 1e-9).steps == 1 and paper_tables.scaled(base, 1) is base
+    assert scaled(base, 1e-9).steps == 1 and scaled(base, 1) is base
 
 
 def test_averages_of_a_rehearsal_cover_the_same_share_of_it():
