@@ -38,6 +38,7 @@ setup(
         "scikit-learn>=1.6",
         "threadpoolctl>=3.5",
         "tyro>=0.9",
+        "pyyaml>=6",
         "rich>=13",
         "tensorboard>=2.18",
         "safetensors>=0.5",

@@ -10,6 +10,7 @@ probabilities = model.predict(["a.png", "folder/"])  # or arrays, PIL images, te
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.config import Config, methods
+from engine.config import methods
 from engine.config.checks import folder_name
+from engine.config.config import convert_fields
 from engine.config.presets import preset as find_preset
-from engine.errors import unknown
+from engine.config.scaling import scaled, too_short
+from engine.config.values import convert
+from engine.errors import UserError
 from engine.runs.folder import default_folder
 from engine.runs.setup import setup_run
 
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from engine.models.wide_resnet import TwoHeadNetwork
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,9 @@ def train(
     data: Any = None,
     out: str | Path | None = None,
     resume: bool = False,
-    ablate: Sequence[str] = (),
+    ablate: str | Sequence[str] = (),
     size: int | None = None,
+    steps_scale: float = 1.0,
     **fields: Any,
 ) -> Run:
     """Train a preset in this process, like `remixmatch train`.
@@ -121,33 +128,46 @@ def train(
         ablate: Names of ablations, see `engine.config.methods`.
         size: Side in pixels to which images given in Python are resized and cropped; by default the most common shorter
             side of the first 1000 training images.
+        steps_scale: Scale steps, ramp, intervals, and the windows of EMA and batch norm together; fields that are given
+            override it.
         fields: Fields of `engine.config.Config`, such as seed=1 or steps=500. method="fixmatch" also sets the other
             fields of that method.
 
     Raises:
         UserError: A value that is not allowed, missing data, or a folder that holds a different run.
     """
-    known = [field.name for field in dataclasses.fields(Config)]
-    if strange := [name for name in fields if name not in known]:
-        raise unknown("configuration field", strange[0], known)
+    preset, resume = _argument("preset", str, preset), _argument("resume", bool, resume)
+    names = _argument("ablate", tuple[str, ...], [ablate] if isinstance(ablate, str) else ablate)
+    fields = convert_fields(fields)
     config = find_preset(preset)
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])
-    config = dataclasses.replace(methods.ablate(config, *ablate), **fields)
+    config = scaled(methods.ablate(config, *names), _argument("steps_scale", float, steps_scale))
+    config = dataclasses.replace(config, **fields)
     given = None
     if isinstance(data, (str, os.PathLike)):
         config = dataclasses.replace(config, dataset=folder_name(Path(data)))
     elif data is not None:
         from engine.runs.python_data import python_data_set
 
-        given = python_data_set(data, size)
+        given = python_data_set(data, size if size is None else _argument("size", int, size))
         config = dataclasses.replace(config, dataset=given.name)
-    folder = Path(out) if out is not None else default_folder(config, resume)
+    folder = default_folder(config, resume) if out is None else Path(_argument("out", str, out))
     setup = setup_run(config, folder, resume, data=given)
+    if not setup.resumed and (warning := too_short(setup.config)):
+        log.warning(warning)
 
     from engine import run
 
     return Run(folder, run.train(setup, quiet=True))
+
+
+def _argument(name: str, hint: Any, value: Any) -> Any:
+    """Return an argument converted to its type, or raise UserError."""
+    try:
+        return convert(name, hint, value)
+    except TypeError as error:
+        raise UserError(str(error)) from None
 
 
 def load(folder: str | Path) -> Model:

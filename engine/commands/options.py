@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -14,7 +14,9 @@ import tyro
 from engine.commands.parsing import DataDir, parse
 from engine.config import methods
 from engine.config.checks import folder_name
-from engine.config.config import SECTIONS, Config
+from engine.config.config import SECTIONS, Config, changes
+from engine.config.files import read_config
+from engine.config.scaling import lengths, scaled
 from engine.distributed import launch
 from engine.errors import UserError
 
@@ -35,6 +37,18 @@ class FolderOptions:
     """Resume the run in --out, or start it if there is none; without --out, the newest run of this preset and seed."""
     quiet: bool = False
     """Print only the summary and warnings."""
+
+
+@dataclass(frozen=True)
+class ConfigurationOptions:
+    """The configuration as a whole."""
+
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """YAML file, or the config.json of a run, with settings that replace those of the preset; flags override it."""
+    steps_scale: float = 1.0
+    """Scale steps, ramp, intervals, and the windows of EMA and batch norm together; their own flags override it."""
+    print_config: bool = False
+    """Print the configuration as YAML, and where each value comes from; train nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,7 @@ class TrainOptions:
         source: Data location flags.
         ranks: Rank flags.
         others: Further groups of flags of the command, by name.
+        sources: Where the value of each field comes from, such as "preset digits-40" or "--k".
     """
 
     config: Config
@@ -95,6 +110,7 @@ class TrainOptions:
     source: SourceOptions = SourceOptions()
     ranks: RankOptions = RankOptions()
     others: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_train(
@@ -104,10 +120,11 @@ def parse_train(
     text: str = "Train a preset, optionally overridden by flags.",
     help: Mapping[str, str] | None = None,
     others: Mapping[str, Any] | None = None,
+    begun: Config | None = None,
 ) -> TrainOptions:
     """Parse flags that override a configuration.
 
-    --method and --ablate set other fields, which their own flags override in turn.
+    --config, --method, --ablate and --steps-scale set other fields, in this order; their own flags override them.
 
     Args:
         argv: The preset and flags; an empty preset stands for flags of `remixmatch train` in another command.
@@ -116,9 +133,11 @@ def parse_train(
         text: Description of the command for its help.
         help: Help texts of fields that have a different meaning in this command.
         others: Defaults of further groups of flags, or a replacement of `FolderOptions` as "folder".
+        begun: Configuration of the run that is resumed, which the flags override instead; --steps-scale still scales
+            the preset, so that the same flags give the same run.
 
     Raises:
-        UserError: Invalid flags.
+        UserError: Invalid flags, or an invalid file of --config.
     """
 
     def parsed(config: Config) -> TrainOptions:
@@ -133,12 +152,68 @@ def parse_train(
         rest = {name: getattr(flags, name) for name in groups.keys() - known.keys()}
         return TrainOptions(dataclasses.replace(config, **values), **known, others=rest)
 
-    options = parsed(base)
-    method, ablations = options.config.method, options.ablations.ablate
-    if method == base.method and not ablations:
-        return options
-    changed = base if method == base.method else methods.with_method(base, method)
-    return parsed(methods.ablate(changed, *ablations))
+    options = parsed(begun or base)
+    given = _given_fields(argv[1:])
+    overall = options.others.get("configuration", ConfigurationOptions())
+    values = read_config(overall.config) if overall.config else {}
+    if values.pop("preset", base.preset) != base.preset:
+        raise UserError(f"--config {overall.config} is of another preset than {base.preset}; leave out the preset")
+    method = options.config.method
+    if "method" in given and values.get("method", method) != method and methods.METHODS.get(values["method"]):
+        raise UserError(f"--method {method}: --config {overall.config} has method {values['method']}; leave out one")
+
+    def layered(start: Config, source: str) -> _Layers:
+        layers = _Layers(start, source)
+        layers.set_method(values.get("method", start.method), f"--config {overall.config}")
+        layers.set(dataclasses.replace(layers.config, **values), f"--config {overall.config}", values)
+        if "method" in given:
+            layers.set_method(method, f"--method {method}")
+        names = options.ablations.ablate
+        layers.set(methods.ablate(layers.config, *names), f"--ablate {' '.join(names)}")
+        return layers
+
+    layers = layered(begun or base, "resumed run" if begun else f"preset {base.preset}")
+    if overall.steps_scale != 1:
+        whole = scaled(layered(base, "").config, overall.steps_scale)
+        layers.set(dataclasses.replace(layers.config, **lengths(whole)), f"--steps-scale {overall.steps_scale:g}")
+    if layers.config != (begun or base):
+        options = parsed(layers.config)
+    sources = layers.sources | {name: f"--{name.replace('_', '-')}" for name in given}
+    if options.source.data:
+        sources["dataset"] = "--data"
+    return dataclasses.replace(options, sources=sources)
+
+
+class _Layers:
+    """A configuration, changed by one layer of settings after another, and the source of each value.
+
+    Args:
+        config: The first layer.
+        source: Its source; values that it leaves at the defaults of `Config` have the source "default".
+    """
+
+    def __init__(self, config: Config, source: str) -> None:
+        self.config = config
+        changed = changes(Config(), config)
+        names = [each.name for each in dataclasses.fields(Config)]
+        self.sources = {name: source if name in changed or name == "preset" else "default" for name in names}
+
+    def set(self, config: Config, source: str, fields: Iterable[str] = ()) -> None:
+        """Replace the configuration. The source applies to the fields that differ, and to the given ones."""
+        self.sources |= dict.fromkeys([*changes(self.config, config), *fields], source)
+        self.config = config
+
+    def set_method(self, method: str, source: str) -> None:
+        """Apply a method if it is another one."""
+        if method != self.config.method:
+            self.set(methods.with_method(self.config, method), source)
+
+
+def _given_fields(argv: Sequence[str]) -> set[str]:
+    """Return the fields that have a flag in a command line."""
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    names = {flag.removeprefix("--").replace("-", "_") for flag in flags}
+    return {each.name for each in dataclasses.fields(Config) if {each.name, f"no_{each.name}"} & names}
 
 
 def _options(config: Config, groups: Mapping[str, Any], text: str, help: Mapping[str, str]) -> type:

@@ -7,13 +7,13 @@ import dataclasses
 import io
 import itertools
 import shlex
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
+from engine.config.values import allowed, must_be
 from engine.errors import UserError, nearest_hint
 
 try:
@@ -31,7 +31,6 @@ DataDir = Annotated[
 ]
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
-_KINDS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "words")}
 
 
 def show_usage(usage: str, words: Mapping[str, str], more: str) -> None:
@@ -126,7 +125,7 @@ def _check_values(flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> 
     for word, following in itertools.pairwise([*words, "--"]):
         hint = flags.get(word.replace("_", "-"))
         if word.startswith("--") and following.startswith("--") and get_args(hint)[-1:] == (...,):
-            raise UserError(f"{word} needs a value: one or more {_allowed(hint)} (see '{usage}')")
+            raise UserError(f"{word} needs a value: one or more {allowed(hint)} (see '{usage}')")
 
 
 def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
@@ -160,16 +159,10 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
     name = _name(event.argument)
     if name not in flags:
         return f"missing argument {name} (see '{usage}')" if kind == "BadValue" else ""
-    allowed = _allowed(flags[name])
-    if kind == "InvalidChoice":
-        value = str(event.value)
-        # Short words are all alike: gpu is meant as cuda, but is near to cpu.
-        near = nearest_hint(value, allowed.removeprefix("one of ").split(", ")) if len(value) > 3 else ""
-        return f"{name} must be {allowed}; got '{value}'{near}"
+    hint = flags[name]
     if kind == "BadValue":
-        return f"{name} needs a value: {allowed}"
-    separator = ";" if allowed.startswith("one of") else ","
-    return f"{name} must be {allowed}{separator} got '{' '.join(_given(name, argv))}'"
+        return f"{name} needs a value: {allowed(hint)}"
+    return must_be(name, hint, str(event.value) if kind == "InvalidChoice" else " ".join(_given(name, argv)))
 
 
 def _unexpected(token: str, flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> str:
@@ -231,16 +224,3 @@ def _fields(options: Any) -> Iterator[tuple[Any, dataclasses.Field, Any, list[An
             yield from _fields(kind)
         else:
             yield options, field, kind, extras
-
-
-def _allowed(hint: Any) -> str:
-    """Describe the values of a type: "an integer", "one of a, b"."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(each for each in get_args(hint) if each is not type(None))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    if get_origin(hint) is tuple:
-        first, *rest = get_args(hint)
-        count = "" if rest == [...] else f"{1 + len(rest)} "
-        return f"{count}{_KINDS.get(first, ('', 'paths'))[1]}"
-    return _KINDS.get(hint, ("a path", ""))[0]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.commands.options import TrainOptions, check_gpu_count, check_ranks, parse_train
+from engine.commands.options import ConfigurationOptions, TrainOptions, check_gpu_count, check_ranks, parse_train
 from engine.commands.output import show_warnings_only
 from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
-from engine.config.config import Config, load_config
+from engine.config.checks import validate
+from engine.config.config import Config, changes, load_config
+from engine.config.files import config_yaml, read_config
+from engine.config.scaling import too_short
 from engine.distributed import launch
 from engine.errors import UserError
 from engine.imports import gc_paused
@@ -36,15 +41,19 @@ def main(argv: list[str]) -> None:
     """
     texts = {name: _summarize(config) for name, config in presets.PRESETS.items()}
     more = "'remixmatch train digits-40 --help' lists all flags with the defaults of that preset."
+    argv = _with_preset(argv)
     if show_usage_if_asked(argv, "preset", "train PRESET [flags]", texts, more):
         return
     ranges.enter("set up")
-    options = parse_train(argv, presets.preset(argv[0]))
+    options = _parse(argv)
     if options.folder.quiet:
         show_warnings_only()
     ranks = options.ranks
     check_ranks(ranks)
     set_data_dir(options.source.data_dir)
+    if options.others["configuration"].print_config:
+        _print_config(argv, options)
+        return
     launch.die_with_parent()
     # A single process sets up before it imports torch; with several ranks, rank 0 does it for all.
     setup = None if launch.is_torchrun_worker() else _set_up(argv, options, options.folder.resume)
@@ -89,12 +98,8 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
         UserError: The data or folder does not fit the run.
     """
     folder = options.folder.out or default_folder(options.config, resume)
-    if resume and (folder / "config.json").exists():
-        begun = load_config(folder / "config.json")
-        preset = options.config.preset
-        if begun.preset != preset:
-            raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
-        options = parse_train(argv, begun)
+    if begun := _begun(options, folder, resume):
+        options = _parse(argv, begun)
     elif options.folder.resume and (launch.is_torchrun_worker() or not _uses_torchrun(options)):
         log.info(f"no run in {folder}; starting a new one")
     ranks = launch.world_size_from_env(options.ranks.gpus)
@@ -102,7 +107,59 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
     if options.config.network == "auto":
         height, width = setup.data.sides
         log.info(f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels")
+    if not begun and (warning := too_short(setup.config)):
+        log.warning(warning)
     return setup
+
+
+def _begun(options: TrainOptions, folder: Path, resume: bool) -> Config | None:
+    """Return the configuration of the run to resume; None if there is none.
+
+    Raises:
+        UserError: The run is of another preset.
+    """
+    if not (resume and (folder / "config.json").exists()):
+        return None
+    begun, preset = load_config(folder / "config.json"), options.config.preset
+    if begun.preset != preset:
+        raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
+    return begun
+
+
+def _parse(argv: Sequence[str], begun: Config | None = None) -> TrainOptions:
+    return parse_train(argv, presets.preset(argv[0]), others={"configuration": ConfigurationOptions()}, begun=begun)
+
+
+def _with_preset(argv: list[str]) -> list[str]:
+    """Return the arguments with the preset of the file of --config, if they begin with a flag.
+
+    Raises:
+        UserError: The file cannot be read, or does not name its preset.
+    """
+    if not argv or not argv[0].startswith("-"):
+        return argv
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equal, value = word.partition("=")
+        if flag == "--config" and (path := value if equal else following):
+            if preset := read_config(Path(path)).get("preset"):
+                return [preset, *argv]
+            raise UserError(f"--config {path} names no preset: remixmatch train PRESET --config {shlex.quote(path)}")
+    return argv
+
+
+def _print_config(argv: Sequence[str], options: TrainOptions) -> None:
+    """Print the configuration with the sources of its values. The data is opened only if a value depends on it."""
+    folder = options.folder.out or default_folder(options.config, options.folder.resume)
+    if begun := _begun(options, folder, options.folder.resume):
+        options = _parse(argv, begun)
+    config, sources = options.config, dict(options.sources)
+    validate(config, launch.world_size_from_env(options.ranks.gpus))
+    if config.network == "auto" or config.max_shift < 0 or options.source.class_prior:
+        config = setup_run(options.config, class_prior=options.source.class_prior).config
+        sources |= dict.fromkeys(changes(options.config, config), "data")
+        if options.source.class_prior:
+            sources["class_distribution"] = "--class-prior"
+    print(config_yaml(config, sources), end="")
 
 
 def _summarize(config: Config) -> str:

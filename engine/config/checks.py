@@ -65,14 +65,17 @@ def validate(config: Config, ranks: int = 1) -> None:
     for name in ("temperature", "lr"):
         if not getattr(config, name) > 0:
             raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{_flag(name)} must be finite, got {value}")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{_flag(name)} must be less than 2^63, got {value}")
     for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must be between 0 and 1, got {getattr(config, name)}")
     _check_method(config)
     _check_log(config.log)
     check_name(config.dataset)
-    if config.seed >= 2**63:
-        raise UserError(f"--seed must be less than 2^63, got {config.seed}")
     p = config.class_distribution
     if p and not (min(p) >= 0 and abs(sum(p) - 1) < 1e-3):
         raise UserError(f"--class-distribution must be probabilities that sum to 1, got {' '.join(map(str, p))}")

@@ -10,14 +10,16 @@ runs with equal configurations on one machine are bit-identical: on a CPU with e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from engine.errors import UserError
+from engine.config.values import convert
+from engine.errors import UserError, unknown
 
 # Sections of the command-line help, in order.
 SECTIONS = {
@@ -349,6 +351,28 @@ class Config:
         return max(self.micro_batches, ranks)
 
 
+@functools.cache
+def field_types() -> Mapping[str, Any]:
+    """Return the type of each field."""
+    return get_type_hints(Config)
+
+
+def convert_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert values from outside, such as Python or JSON, to the types of their fields.
+
+    Raises:
+        UserError: A name is no field, or a value has another type or is not one of the allowed ones.
+    """
+    for name in values:
+        if name not in field_types():
+            listed = "'remixmatch train digits-40 --help' lists all fields"
+            raise unknown("configuration field", name, field_types(), listed)
+    try:
+        return {name: convert(name, field_types()[name], value) for name, value in values.items()}
+    except TypeError as error:
+        raise UserError(str(error)) from None
+
+
 def fields_that(role: str) -> frozenset[str]:
     """Return the names of the fields with a role: "identity", "resumable" or "counted"."""
     return frozenset(field.name for field in dataclasses.fields(Config) if field.metadata.get(role))
@@ -419,13 +443,9 @@ def parse_config(text: str, path: Path) -> Config:
         UserError: It is not JSON, or comes from a different version of the engine.
     """
     try:
-        values: Any = json.loads(text)
-        config = Config(**values)
-        for field in dataclasses.fields(Config):
-            value, expected = getattr(config, field.name), type(field.default)
-            json_types: dict[Any, Any] = {tuple: list, float: int | float}
-            if not isinstance(value, json_types.get(expected, expected)):
-                raise TypeError(f"{field.name} is {value!r}")
-        return dataclasses.replace(config, class_distribution=tuple(config.class_distribution))
-    except (json.JSONDecodeError, TypeError) as error:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise UserError("not a JSON object")
+        return Config(**convert_fields(values))
+    except (json.JSONDecodeError, UserError) as error:
         raise UserError(f"{path} is not a configuration of this version ({error})") from None

@@ -1,0 +1,117 @@
+"""Values of configuration fields from Python, JSON and YAML: conversion to the type of the field, and what is allowed.
+
+A field's type is a dataclass annotation of `engine.config.config.Config`: bool, int, float, str, a Literal, or a tuple
+of any length. This module does not import `Config`, which uses it.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import os
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from engine.errors import nearest_hint
+
+_KINDS = {
+    bool: ("true or false", "true or false"),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("text", "words"),
+}
+
+
+def allowed(hint: Any) -> str:
+    """Describe the values of a type: "an integer", "one of a, b"."""
+    hint = _without_none(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        first, *rest = get_args(hint)
+        count = "" if rest == [...] else f"{1 + len(rest)} "
+        return f"{count}{_KINDS.get(first, ('', 'paths'))[1]}"
+    return _KINDS.get(hint, ("a path", ""))[0]
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(each for each in get_args(hint) if each is not type(None))
+    return hint
+
+
+def must_be(name: str, hint: Any, given: str, quoted: bool = True) -> str:
+    """Describe a value that is not allowed: "--mode must be one of eager, compile; got 'egaer'; did you mean eager?".
+
+    Args:
+        name: The field or flag.
+        hint: Its type.
+        given: The value as text.
+        quoted: Whether the value is text, which is shown in quotes.
+    """
+    shown, hint = f"'{given}'" if quoted else given, _without_none(hint)
+    if get_origin(hint) is not Literal:
+        return f"{name} must be {allowed(hint)}, got {shown}"
+    # Short words are all alike: gpu is meant as cuda, but is near to cpu.
+    near = nearest_hint(given, map(str, get_args(hint))) if quoted and len(given) > 3 else ""
+    return f"{name} must be {allowed(hint)}; got {shown}{near}"
+
+
+def convert(name: str, hint: Any, value: Any) -> Any:
+    """Convert a value to the type of a field.
+
+    An integer stands for a float, a list or array for a tuple, a path for text, and numpy's scalars for Python's. No
+    text stands for a number, and neither True nor False does.
+
+    Args:
+        name: The field, for the message.
+        hint: Its type.
+        value: The value.
+
+    Raises:
+        TypeError: The value has another type, or is not one of the allowed ones. The message says so in one line.
+    """
+    try:
+        converted = _convert(hint, value.item() if _is_scalar(value) else value)
+    except OverflowError:  # An integer that is larger than any float.
+        converted = None
+    if converted is None:
+        raise TypeError(must_be(name, hint, value if isinstance(value, str) else _shown(value), isinstance(value, str)))
+    return converted
+
+
+def _shown(value: Any) -> str:
+    """Return a value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it is a scalar of numpy or torch, or an array without dimensions."""
+    return getattr(value, "shape", None) == () and hasattr(value, "item")
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Return the converted value, or None if it is not allowed."""
+    if get_origin(hint) is Literal:
+        return next((each for each in get_args(hint) if type(each) is type(value) and each == value), None)
+    if get_origin(hint) is tuple:
+        values = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(values, list | tuple):
+            return None
+        items = [_convert(get_args(hint)[0], each) for each in values]
+        return None if None in items else tuple(items)
+    return _PLAIN[hint](value)
+
+
+def _number(value: Any, kind: Any, make: Callable[[Any], Any]) -> Any:
+    return make(value) if isinstance(value, kind) and not isinstance(value, bool) else None
+
+
+_PLAIN: Mapping[Any, Callable[[Any], Any]] = {
+    bool: lambda value: value if isinstance(value, bool) else None,
+    int: lambda value: _number(value, numbers.Integral, operator.index),
+    float: lambda value: _number(value, numbers.Real, float),
+    str: lambda value: os.fspath(value) if isinstance(value, str | os.PathLike) else None,
+}
