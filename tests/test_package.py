@@ -249,3 +249,15 @@ def test_the_commands_of_the_pages_work_with_the_wheel_in_an_empty_folder(wheel,
     assert installed.files() == before
     written = {path.stem for path in (folder / "bench-results").iterdir()}
     assert written == {command[2] for command in commands if command[1] == "bench"} - {"report"}
+
+
+def test_former_names_of_modules():
+    """Scripts that were written before data sets and inference had folders of their own still run."""
+    from engine import predict
+    from engine.inference.predict import read_image
+    from pipelines import decode, folder
+    from pipelines.data import decode as decoding
+    from pipelines.data import folder as folders
+
+    assert predict.read_image is read_image and decode.decode is decoding.decode
+    assert folder.prepare is folders.prepare and folder.cache_of is folders.cache_of and folder.scan is folders.scan
