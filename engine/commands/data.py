@@ -226,6 +226,7 @@ def _prepare(options: PrepareOptions) -> None:
 
 def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     from pipelines.data.folder import prepare
+    from pipelines.data.image_files import describe_remarks
     from pipelines.files import some
 
     if not root.exists():
@@ -248,6 +249,8 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
             f"skipped {len(made.strays)} image files outside train/CLASS/, test/CLASS/ and unlabeled/: "
             f"{some(made.strays)}"
         )
+    for line in (*made.left_out, *describe_remarks(made.remarks)):
+        log.warning(line)
     if made.listing.held_out:
         print(f"{made.listing.held_out} labeled images are held out for testing (the folder has no test part)")
     print(f"{root} is ready in {made.cache}: {_sizes(cache.open_cache(made.cache, ''))}")

@@ -18,7 +18,7 @@ from PIL import Image
 from engine.errors import UserError, cannot_write
 from engine.inference.evaluation import class_logits
 from engine.models.wide_resnet import TwoHeadNetwork
-from pipelines.data.image_files import find_files
+from pipelines.data.image_files import describe_left_out, find_files
 from pipelines.data.pixels import DecodeError, content, resized, rgb
 from pipelines.files import atomic_write
 
@@ -69,7 +69,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         try:
             if path.is_dir():
-                found += [path / name for name in find_files(path).images]
+                files = find_files(path)
+                found += [path / name for name in files.images]
+                for line in describe_left_out(files):
+                    log.warning(f"{path}: {line}")
             else:
                 found.append(path)
         except OSError as error:

@@ -23,8 +23,8 @@ import numpy as np
 
 from pipelines.data import cache
 from pipelines.data.cache import DataError, DataSet
-from pipelines.data.decode import decode
-from pipelines.data.image_files import find_files
+from pipelines.data.decode import DecodingProcess, decode
+from pipelines.data.image_files import describe_left_out, find_files
 from pipelines.data.jpegs import BATCH
 from pipelines.data.splits import hold_out
 from pipelines.data.table import TABLE, read_table
@@ -65,6 +65,8 @@ class Prepared:
         unreadable: Skipped files and the reasons.
         duplicates: Pairs of a training file and a test file with the same image.
         strays: Image files outside train/CLASS, unlabeled and test/CLASS.
+        left_out: Descriptions of all other files.
+        remarks: Files that were not decoded as usual, and how, see `pipelines.data.decode.decode`.
     """
 
     cache: Path
@@ -72,6 +74,8 @@ class Prepared:
     unreadable: tuple[tuple[str, str], ...]
     duplicates: tuple[tuple[str, str], ...]
     strays: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 def scan(root: Path) -> Listing:
@@ -121,7 +125,8 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
         for folder in (path for path in classes if path.is_dir() and not path.name.startswith(".")):
             files = [(file, folder.name) for file in _images(root, folder)]
             if not files:
-                raise DataError(f"class folder {folder} contains no images; add some or delete it")
+                others = "".join(f" ({line})" for line in describe_left_out(find_files(folder)))
+                raise DataError(f"class folder {folder} contains no images{others}; add some or delete it")
             parts[part] += files
     unlabeled = [(file, "") for file in _images(root, root / "unlabeled")]
     return parts["train"] + unlabeled, parts["test"]
@@ -176,25 +181,31 @@ def prepare(
         DataError: The folder is invalid, too few of its images can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
-    stamps, strays = _stamps(root, listing), _strays(root, listing)
+    stamps, (strays, left_out) = _stamps(root, listing), _unused(root, listing)
     key = _key(_RULES, size, device, stamps, listing)
-    if not again and (made := _made_before(folder, listing, key, strays)):
+    if not again and (made := _made_before(folder, listing, key, strays, left_out)):
         return made
 
-    earlier = {} if again else _images_before(folder, size, device, stamps)
+    earlier, noted = ({}, {}) if again else _images_before(folder, size, device, stamps)
 
-    def decoded(files: Sequence[str]) -> Iterator[tuple[int, np.ndarray | str]]:
-        rest = decode([root / name for name in files if name not in earlier], size, threads, device)
+    def decoded(files: Sequence[str], note: Callable[[int, str], None]) -> Iterator[tuple[int, np.ndarray | str]]:
+        new = [index for index, name in enumerate(files) if name not in earlier]
+        paths = [root / files[index] for index in new]
+        rest = decode(paths, size, threads, device, lambda place, remark: note(new[place], remark), process)
         for index, name in enumerate(files):
+            if name in noted:
+                note(index, noted[name])
             yield index, earlier[name] if name in earlier else next(rest)[1]
 
-    with cache.writing(folder, key) as temporary:
+    with cache.writing(folder, key) as temporary, DecodingProcess() as process:
         unreadable: list[tuple[str, str]] = []
+        remarks: list[tuple[str, str]] = []
         digests: dict[str, list[bytes]] = {}
         kept: dict[str, list[tuple[str, int]]] = {}
         for part, pairs in (("train", listing.train), ("test", listing.test)):
-            bad = _decode_part(decoded, temporary, part, [file for file, _ in pairs], size, progress)
+            bad, changed = _decode_part(decoded, temporary, part, [file for file, _ in pairs], size, progress)
             unreadable += [(pairs[index][0], why) for index, why in bad.items()]
+            remarks += [(pairs[index][0], remark) for index, remark in changed.items()]
             kept[part] = [pair for index, pair in enumerate(pairs) if index not in bad]
             labels = np.array([label for _, label in kept[part]], dtype=np.int64)
             for c, name in enumerate(listing.classes):
@@ -222,12 +233,15 @@ def prepare(
             "key": key,
             "unreadable": unreadable,
             "twins": duplicates,
+            "remarks": remarks,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(folder, listing, tuple(unreadable), tuple(duplicates), strays)
+    return Prepared(folder, listing, tuple(unreadable), tuple(duplicates), strays, left_out, tuple(remarks))
 
 
-def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ...]) -> Prepared | None:
+def _made_before(
+    folder: Path, listing: Listing, key: str, strays: tuple[str, ...], left_out: tuple[str, ...]
+) -> Prepared | None:
     """Return the result of an earlier call with the same key, or None if there is none or its cache is damaged."""
     try:
         source = cache.read_description(folder, "")["source"]
@@ -235,17 +249,21 @@ def _made_before(folder: Path, listing: Listing, key: str, strays: tuple[str, ..
         return None
     if source.get("key") != key:
         return None
-    unreadable, duplicates = (tuple((one, other) for one, other in source[name]) for name in ("unreadable", "twins"))
-    return Prepared(folder, listing, unreadable, duplicates, strays)
+    unreadable, duplicates, remarks = (
+        tuple((one, other) for one, other in source.get(name, ())) for name in ("unreadable", "twins", "remarks")
+    )
+    return Prepared(folder, listing, unreadable, duplicates, strays, left_out, remarks)
 
 
-def _images_before(folder: Path, size: int, device: str, stamps: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Return the images of an existing cache whose files have not changed, memory-mapped."""
+def _images_before(
+    folder: Path, size: int, device: str, stamps: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the images of an existing cache whose files have not changed, memory-mapped, and remarks on them."""
     images: dict[str, np.ndarray] = {}
     try:
         source = cache.read_description(folder, "")["source"]
         if (source.get("rules"), source["size"], source["decoder"]) != (_RULES, size, device):
-            return images
+            return {}, {}
         unreadable = {file for file, _ in source["unreadable"]}
         for part, pairs in zip(("train", "test"), source["listing"][1:], strict=True):
             stored = np.asarray(np.load(folder / f"{part}_images.npy", mmap_mode="r"))
@@ -253,8 +271,8 @@ def _images_before(folder: Path, size: int, device: str, stamps: Mapping[str, st
             before = zip(files, stored, strict=True)
             images |= {file: image for file, image in before if stamps.get(file) == source["stamps"][file]}
     except (DataError, OSError, ValueError, KeyError):  # There is no cache, or it is damaged.
-        return {}
-    return images
+        return {}, {}
+    return images, {file: remark for file, remark in source.get("remarks", ()) if file in images}
 
 
 def _plain(listing: Listing) -> list[Any]:
@@ -262,27 +280,29 @@ def _plain(listing: Listing) -> list[Any]:
 
 
 def _decode_part(
-    decoded: Callable[[Sequence[str]], Iterator[tuple[int, np.ndarray | str]]],
+    decoded: Callable[[Sequence[str], Callable[[int, str], None]], Iterator[tuple[int, np.ndarray | str]]],
     temporary: Path,
     part: str,
     files: Sequence[str],
     size: int,
     progress: Progress,
-) -> dict[int, str]:
-    """Decode readable images into an array. Returns the indices of unreadable files and the reasons.
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Decode readable images into an array. Returns the reasons for unreadable files, and remarks, by their indices.
 
     A journal records the progress, so that a later call can continue.
     """
     journal, name = temporary / f"{part}.journal", f"{part}_images"
     bad: dict[int, str] = {}
+    remarks: dict[int, str] = {}
     start = 0
     if journal.exists():
         for line in journal.read_text(encoding="utf-8").splitlines():
             try:
-                start, failures = json.loads(line)
+                start, failures, changes = json.loads(line)
             except ValueError:  # Truncated when the process was killed.
                 break
             bad |= {int(index): why for index, why in failures.items()}
+            remarks |= {int(index): remark for index, remark in changes.items()}
         bad = {index: why for index, why in bad.items() if index < start}
         images = np.load(temporary / f"{name}.npy", mmap_mode="r+")
     else:
@@ -290,9 +310,13 @@ def _decode_part(
     written = start - len(bad)
     with journal.open("a", encoding="utf-8") as file:
         if start == 0:
-            file.write("[0, {}]\n")
-        failures, due = {}, time.monotonic() + SAVE_SECONDS
-        for index, image in decoded(files[start:]):
+            file.write("[0, {}, {}]\n")
+        failures, changes, due = {}, {}, time.monotonic() + SAVE_SECONDS
+
+        def note(index: int, remark: str) -> None:
+            changes[start + index] = remark
+
+        for index, image in decoded(files[start:], note):
             if isinstance(image, str):
                 failures[start + index] = image
             else:
@@ -301,18 +325,20 @@ def _decode_part(
             done = start + index + 1
             if done == len(files) or (done % BATCH == 0 and time.monotonic() >= due):
                 images.flush()  # type: ignore[attr-defined]
-                file.write(json.dumps([done, failures]) + "\n")
+                file.write(json.dumps([done, failures, changes]) + "\n")
                 file.flush()
                 bad |= failures
-                failures, due = {}, time.monotonic() + SAVE_SECONDS
+                remarks |= changes
+                failures, changes, due = {}, {}, time.monotonic() + SAVE_SECONDS
                 progress(f"{part} images", done, len(files))
-    return bad
+    return bad, remarks
 
 
-def _strays(root: Path, listing: Listing) -> tuple[str, ...]:
-    """Return image files outside the expected subfolders, for example because a folder's name is misspelled."""
-    known = {file for file, _ in (*listing.train, *listing.test)}
-    return tuple(name for name in _images(root, root) if name not in known)
+def _unused(root: Path, listing: Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return unused image files, for example because a folder's name is misspelled, and describe all other files."""
+    used = [file for file, _ in (*listing.train, *listing.test)]
+    rest = find_files(root).without(root, [*used, TABLE])
+    return rest.images, tuple(describe_left_out(rest))
 
 
 def _stamps(root: Path, listing: Listing, rules: int = _RULES) -> dict[str, str]:

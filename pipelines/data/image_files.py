@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from pipelines.data.pixels import suffixes
 from pipelines.files import some
 
-NO_SUCH_FILE = "no such file"
 # Suffixes of pictures that PIL does not read, or only with a plugin.
 _OTHER_PICTURES = {
     ".3fr", ".ai", ".arw", ".cr2", ".cr3", ".crw", ".dcm", ".dng", ".emf", ".eps", ".erf", ".exr", ".hdr", ".heic",
@@ -29,12 +29,26 @@ class Found:
         images: Relative paths of the files with the suffix of a format that PIL reads, sorted.
         left_out: Relative paths of pictures in other formats, broken links and links to folders above themselves, and
             the reasons, sorted.
-        others: Number of all other files by suffix.
+        others: Relative paths of all other files, sorted.
     """
 
     images: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
-    others: Counter[str]
+    others: tuple[str, ...]
+
+    def without(self, folder: Path, used: Sequence[str]) -> Found:
+        """Return the files below the same folder that are not used, even under another path through a link."""
+        paths = set(real_paths(folder, used))
+
+        def unused(names: Sequence[str]) -> Iterator[bool]:
+            return (path not in paths for path in real_paths(folder, names))
+
+        named = [name for name, _ in self.left_out]
+        return Found(
+            tuple(compress(self.images, unused(self.images))),
+            tuple(compress(self.left_out, unused(named))),
+            tuple(compress(self.others, unused(self.others))),
+        )
 
 
 def find_files(folder: Path) -> Found:
@@ -47,13 +61,13 @@ def find_files(folder: Path) -> Found:
     """
     images: list[str] = []
     left_out: list[tuple[str, str]] = []
-    others: Counter[str] = Counter()
+    others: list[str] = []
     top = os.path.realpath(folder)
     searched: set[str] = set()
     starts = [""]  # Relative paths of the folder itself and of links to folders, which are added as they are found.
     for start in starts:
         target = os.path.realpath(os.path.join(folder, start))
-        if start and target not in searched:
+        if start:
             parent = os.path.realpath(os.path.dirname(os.path.join(folder, start)))
             if target in (os.path.commonpath([target, top]), os.path.commonpath([target, parent])):
                 left_out.append((start, "a link to a folder above it"))
@@ -69,8 +83,8 @@ def find_files(folder: Path) -> Found:
                 elif reason := why_left_out(Path(target, inside, name)):
                     left_out.append((path, reason))
                 else:
-                    others[os.path.splitext(name)[1].lower()] += 1
-    return Found(tuple(sorted(images)), tuple(sorted(left_out)), others)
+                    others.append(path)
+    return Found(tuple(sorted(images)), tuple(sorted(left_out)), tuple(sorted(others)))
 
 
 def _walk(top: str, searched: set[str]) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -104,20 +118,6 @@ def why_left_out(path: Path) -> str:
     return "a broken link" if path.is_symlink() and not path.exists() else ""
 
 
-def why_not_listed(root: Path, name: str) -> str:
-    """Return why `find_files(root)` has not found a file."""
-    path = root / name
-    if any(part.startswith(".") for part in Path(name).parts):
-        return "hidden" if path.exists() else NO_SUCH_FILE
-    if path.is_dir():
-        return "a folder"
-    if reason := why_left_out(path):
-        return reason
-    if not path.exists():
-        return NO_SUCH_FILE
-    return f"{path.suffix or 'a name without suffix'} is not an image format that PIL reads"
-
-
 def describe_left_out(found: Found) -> list[str]:
     """Return one line per reason for leaving out files: their number, and the first names."""
     reasons: dict[str, list[str]] = {}
@@ -125,8 +125,9 @@ def describe_left_out(found: Found) -> list[str]:
         reasons.setdefault(reason, []).append(name)
     lines = [f"left out {counted(len(names))} ({reason}): {some(names)}" for reason, names in reasons.items()]
     if found.others:
-        kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in found.others.most_common()]
-        lines.append(f"left out {counted(found.others.total())} that are not images: {some(kinds)}")
+        suffixes_found = Counter(os.path.splitext(name)[1].lower() for name in found.others)
+        kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in suffixes_found.most_common()]
+        lines.append(f"left out {counted(len(found.others))} without the suffix of an image: {some(kinds)}")
     return lines
 
 

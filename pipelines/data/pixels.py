@@ -38,6 +38,7 @@ _GDAL_NODATA = 42113  # The value of pixels without data.
 _NO_DATA = (-9999.0, -99999.0, -32768.0, float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 _SIXTEEN_BITS = re.compile(r"(LA|RGB|RGBA|RGBX);16[BLN]")
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if np.little_endian else "L"}
+_HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}  # Photographs of many phones.
 _BLOCK = 1 << 22  # Values converted at a time.
 
 
@@ -124,7 +125,10 @@ def rgb(source: bytes | Image.Image) -> tuple[Image.Image, str]:
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        raise DecodeError("unknown image format") from None
+        heif = isinstance(source, bytes) and source[4:8] == b"ftyp" and source[8:12] in _HEIF
+        raise DecodeError(
+            "PIL does not read HEIC; convert it to JPEG or PNG" if heif else "unknown image format"
+        ) from None
     except Image.DecompressionBombError:
         raise DecodeError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit") from None
     except MemoryError:
@@ -298,7 +302,7 @@ def _stretched(values: np.ndarray, transparent: Any, no_data: float | None, kind
         pixels[part] = block.round().astype(np.uint8)
     missing = int((~valid).any(-1).sum())
     remark = f"values stretched to 0 to 255: {kind}, {low:g} to {high:g}"
-    remark += f", {missing} pixels without a value" if missing else ""
+    remark += f", pixels without a value: {missing}" if missing else ""
     gray = pixels.shape[-1] == 1
     image = Image.fromarray(pixels[..., 0] if gray else pixels)
     if alpha is not None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.cache import DataError
+from pipelines.data.image_files import real_paths
 from pipelines.files import some
 
 TABLE = "labels.csv"
@@ -90,7 +91,8 @@ def read_table(root: Path, images: Sequence[str]) -> list[Entry]:
             raise DataError(f"{path} lists {file} twice, in lines {first[file]} and {line.number}; keep one of them")
         first[file] = line.number
         entries.append(_entry(f"{path}, line {line.number}", file, cells.get("label", ""), cells.get("part", "")))
-    if extra := sorted(set(images) - first.keys()):
+    names = dict(zip(real_paths(root, images), images, strict=True))  # A table may name files through links.
+    if extra := sorted(names[path] for path in names.keys() - real_paths(root, list(first))):
         raise DataError(
             f"{path} does not list all image files; missing: {some(extra)}; add them, without a label if it is unknown"
         )

@@ -304,6 +304,9 @@ def test_skipped_files_are_reported(capsys, photos):
     (photos / "test/china/half.jpg").write_bytes((photos / "test/china/china 8.jpg").read_bytes()[:999])
     (photos / "test/china/again.jpg").write_bytes((photos / "train/china/china 3.jpg").read_bytes())
     (photos / "stray.jpg").write_bytes(b"")
+    (photos / "unlabeled/phone.heic").write_bytes(b"")
+    for name in "ab":
+        Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20)).save(photos / f"unlabeled/{name}.png")
     for flags in ([], ["--again"], []):
         capsys.readouterr()
         cli.main(["data", "prepare", str(photos), "--size", "16", *flags])
@@ -313,6 +316,9 @@ def test_skipped_files_are_reported(capsys, photos):
         assert "train/china/china 3.jpg and test/china/again.jpg are the same image, once for training and" in output
         assert output.endswith(
             "remixmatch: skipped 1 image files outside train/CLASS/, test/CLASS/ and unlabeled/: stray.jpg\n"
+            "remixmatch: left out 1 file (PIL does not read .heic here; convert it to JPEG or PNG): "
+            "unlabeled/phone.heic\n"
+            "remixmatch: 2 files: values stretched to 0 to 255 (unlabeled/a.png, unlabeled/b.png)\n"
         )
 
 

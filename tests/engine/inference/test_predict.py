@@ -86,6 +86,41 @@ def test_file_names_with_any_bytes_and_characters(trained, tmp_path, images, mon
     assert {row.split(b",")[0] for row in rows} == {os.fsencode(tmp_path / name) for name in names}
 
 
+def test_what_a_folder_has_besides_images_is_named(trained, tmp_path, images, capsys):
+    Image.fromarray(images[0]).save(tmp_path / "a.jfif", "JPEG")
+    (tmp_path / "store").mkdir()
+    Image.fromarray(images[1]).save(tmp_path / "store" / "b.PGM")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.jfif").rename(tmp_path / "in" / "a.jfif")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "store")
+    for name in ("c.HEIC", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    assert exit_code("predict", trained, tmp_path / "in") == 1
+    told = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.out.splitlines()] == [
+        f"{tmp_path}/in/a.jfif",
+        f"{tmp_path}/in/linked/b.PGM",
+    ]
+    start = f"remixmatch: {tmp_path}/in: left out 1 file "
+    assert f"{start}(PIL does not read .heic here; convert it to JPEG or PNG): c.HEIC\n" in told.err
+    assert f"{start}without the suffix of an image: 1 .txt\n" in told.err
+    assert "pipe.png cannot be read as an image (a pipe, socket or device instead of a file); skipped" in told.err
+
+
+def test_images_are_turned_upright(trained, tmp_path, images, capsys):
+    """The EXIF orientation 6 says that the first row is on the right: the file holds the image turned to the left."""
+    upright = images[4]
+    Image.fromarray(upright).save(tmp_path / "a.png")
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "b.png", exif=tags)
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "c.png")
+    cli.main(["predict", str(trained), *(str(tmp_path / f"{name}.png") for name in "abc"), "--json"])
+    a, b, c = (json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines())
+    assert a == b != c
+
+
 def test_hidden_files_are_skipped_and_unreadable_folders_reported(trained, tmp_path, images, monkeypatch):
     for name in ("a.png", ".b.png", ".hidden/c.png", "d/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

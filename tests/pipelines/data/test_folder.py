@@ -296,3 +296,66 @@ def test_commands_in_messages_can_be_pasted(tmp_path, data_dir):
         open_folder(tmp_path / "no" / "my pets")
     with pytest.raises(DataError, match=r"; run: remixmatch data prepare '.*/my pets' --size 96$"):
         open_folder(root)
+
+
+def test_linked_folders_are_part_of_the_data_set(pets, tmp_path):
+    put(tmp_path, "store/1.png", 60)
+    put(tmp_path, "store/2.png", 61)
+    (pets / "unlabeled/more").symlink_to(tmp_path / "store")
+    put(pets, "photos/3.png", 62)
+    (pets / "train/cat/photos").symlink_to(pets / "photos")
+    (pets / "train/cat/everything").symlink_to(pets)
+    made = prepare(pets, 8)
+    assert numbers(open_folder(pets).train_images) == [3, 4, 62, 0, 1, 2, 5, 6, 7, 8, 60, 61]
+    assert made.strays == (), "photos/3.png is used as train/cat/photos/3.png"
+    assert made.left_out == (
+        "left out 1 file (a link to a folder above it): train/cat/everything",
+        "left out 1 file without the suffix of an image: 1 .txt",
+    )
+
+
+def test_a_table_may_name_files_through_links(tmp_path, data_dir):
+    root = tmp_path / "pets"
+    for number in range(4):
+        put(root, f"store/{number}.png", number)
+    (root / "images").symlink_to("store")
+    lines = [f"images/{number}.png,{'ab'[number % 2]}" for number in range(4)]
+    (root / "labels.csv").write_text("\n".join(lines))
+    made = prepare(root, 8)
+    assert made.strays == () == made.left_out and len(made.listing.train) + len(made.listing.test) == 4
+    (root / "labels.csv").write_text("\n".join(lines[1:]))
+    with pytest.raises(DataError, match=r"does not list all image files; missing: store/0.png"):
+        scan(root)
+
+
+def test_remarks_survive_an_interruption(pets, monkeypatch):
+    for number, name in enumerate(("train/cat/deep.png", "unlabeled/deep.png")):
+        Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * (number + 1)).save(pets / name)
+    remarks = (
+        ("train/cat/deep.png", "values stretched to 0 to 255: mode I;16, 0 to 399"),
+        ("unlabeled/deep.png", "values stretched to 0 to 255: mode I;16, 0 to 798"),
+    )
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(pets, 8, interrupted)
+    made = prepare(pets, 8)
+    assert made.remarks == remarks and prepare(pets, 8) == made
+
+
+def test_pictures_in_other_formats_are_named(pets):
+    os.mkfifo(pets / "unlabeled/pipe.png")
+    (pets / "unlabeled/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(90))
+    (pets / "unlabeled/renamed.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(90))
+    made = prepare(pets, 8)
+    assert made.unreadable == (
+        ("unlabeled/pipe.png", "a pipe, socket or device instead of a file"),
+        ("unlabeled/renamed.jpg", "PIL does not read HEIC; convert it to JPEG or PNG"),
+    )
+    assert made.left_out[0].endswith("PIL does not read .heic here; convert it to JPEG or PNG): unlabeled/phone.HEIC")
+    for path in (pets / "train/cat").rglob("*.png"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"cat contains no images \(left out 2 files \(PIL does not read .heic.*; add"):
+        scan(pets)

@@ -188,8 +188,8 @@ def test_finite_values_are_stretched():
     nan, inf = np.nan, np.inf
     said = "values stretched to 0 to 255: mode F, "
     assert gray(content_of([[0.5, 1, 1.5]])) == ([[0, 128, 255]], said + "0.5 to 1.5")
-    assert gray(content_of([[0.5, nan, 1.5]])) == ([[0, 0, 255]], said + "0.5 to 1.5, 1 pixels without a value")
-    assert gray(content_of([[-inf, 2, 3, inf]])) == ([[0, 0, 255, 255]], said + "2 to 3, 2 pixels without a value")
+    assert gray(content_of([[0.5, nan, 1.5]])) == ([[0, 0, 255]], said + "0.5 to 1.5, pixels without a value: 1")
+    assert gray(content_of([[-inf, 2, 3, inf]])) == ([[0, 0, 255, 255]], said + "2 to 3, pixels without a value: 2")
     for marker in (-9999, -32768, np.finfo(np.float32).min, np.finfo(np.float32).max):
         assert gray(content_of([[marker, 2, 3, 4]]))[0] == [[0, 0, 128, 255]], marker
     assert gray(content_of([[-9999, 2, 20_000]]))[0] == [[0, 85, 255]], "-9999 is one of the values"
