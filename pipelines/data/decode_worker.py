@@ -19,7 +19,7 @@ import numpy as np
 from pipelines.data import pixels
 from pipelines.data.jpegs import BATCH, Jpeg, JpegDecoder, plain_jpeg
 
-MEMORY = 1 << 29  # Bytes of files and decoded pixels that a batch may need.
+MEMORY = 1 << 27  # Bytes of files and decoded pixels that a batch may need per thread, for four threads at least.
 _PIL_BYTES = 8  # Per pixel, for an image and its copy in another mode.
 
 Result = tuple[np.ndarray | str, str]
@@ -85,7 +85,8 @@ def results(request: Request, jpegs: JpegDecoder) -> Iterator[Result]:
     size, one_by_one = request.size, request.one_by_one
     with ThreadPoolExecutor(request.threads) as pool, ThreadPoolExecutor(1) as reader:
         files = (_read(path, request.only_pil) for path in request.files)
-        batches = _batches(files, size, 1 if one_by_one else BATCH)
+        memory = MEMORY * max(request.threads, 4)
+        batches = _batches(files, size, 1 if one_by_one else BATCH, memory)
         ahead = reader.submit(next, batches, None)
         while batch := ahead.result():
             if not one_by_one:
@@ -116,17 +117,17 @@ def _read(path: Path, only_pil: bool) -> _File:
     return _File(content, None, len(content) + _PIL_BYTES * width * height)
 
 
-def _batches(files: Iterator[_File], size: int, most: int) -> Iterator[list[_File]]:
-    """Yield batches of at least one and at most `most` files that need at most MEMORY bytes together."""
+def _batches(files: Iterator[_File], size: int, most: int, memory: int) -> Iterator[list[_File]]:
+    """Yield batches of at least one and at most `most` files that need at most `memory` bytes together."""
     batch: list[_File] = []
-    memory = 0
+    used = 0
     for file in files:
         needed = file.memory + 3 * size * size
-        if batch and (len(batch) == most or memory + needed > MEMORY):
+        if batch and (len(batch) == most or used + needed > memory):
             yield batch
-            batch, memory = [], 0
+            batch, used = [], 0
         batch.append(file)
-        memory += needed
+        used += needed
     if batch:
         yield batch
 

@@ -206,21 +206,19 @@ def read(folder, count, size):
     return [decode_worker._read(path, False) for _ in range(count)]
 
 
-def test_batches_are_bounded_by_bytes(tmp_path, monkeypatch):
+def test_batches_are_bounded_by_bytes(tmp_path):
+    def lengths(files, size, memory):
+        return [len(batch) for batch in decode_worker._batches(iter(files), size, BATCH, memory)]
+
     small, large = read(tmp_path, 200, (20, 20)), read(tmp_path, 5, (1000, 800))
-    lengths = [len(batch) for batch in decode_worker._batches(iter(small), 8, BATCH)]
-    assert lengths == [64, 64, 64, 8]
+    assert lengths(small, 8, 10**9) == [64, 64, 64, 8]
     # An image of 1000 x 800 pixels needs 2.4 million bytes, and its file some thousand.
-    monkeypatch.setattr(decode_worker, "MEMORY", 5_000_000)
-    lengths = [len(batch) for batch in decode_worker._batches(iter(large + small[:3]), 8, BATCH)]
-    assert lengths == [2, 2, 4]
-    monkeypatch.setattr(decode_worker, "MEMORY", 1)
-    assert [len(batch) for batch in decode_worker._batches(iter(large), 8, BATCH)] == [1] * 5
+    assert lengths(large + small[:3], 8, 5_000_000) == [2, 2, 4]
+    assert lengths(large, 8, 1) == [1] * 5
     # PIL needs more per pixel, and large squares count as well.
     path = saved(tmp_path, "a.png", Image.new("RGB", (1000, 800)))
     assert decode_worker._read(path, False).memory > 8 * 800_000
-    monkeypatch.setattr(decode_worker, "MEMORY", 2 * 3 * 1000**2 + 10_000)
-    assert [len(batch) for batch in decode_worker._batches(iter(small[:5]), 1000, BATCH)] == [2, 2, 1]
+    assert lengths(small[:5], 1000, 2 * 3 * 1000**2 + 10_000) == [2, 2, 1]
 
 
 def test_images_do_not_depend_on_the_files_around_them(tmp_path):

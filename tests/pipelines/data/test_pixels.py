@@ -15,11 +15,13 @@ from PIL import Image
 from bench.images import photographs
 from engine.errors import UserError
 from engine.inference.predict import read_image
+from pipelines.data import decode as decoding
 from pipelines.data.decode import decode
 from pipelines.data.pixels import DecodeError, formats, placed, resized, rgb, suffixes
 from tests.pipelines.data.image_makers import CARRIERS, exif, png16, ppm16, saved, tiff16, upright
+from tests.processes import ROOT
 
-# Bounds in decode.py and docs/own-images.md: inside, within three pixels of the border, and on average.
+# Documented bounds: inside, within three pixels of the border, and on average.
 INSIDE, BORDER, MEAN = 8, 13, 0.5
 SATURATED = 30  # Between black and white neighbors in an enlarged image.
 JPEG = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}
@@ -128,6 +130,19 @@ def test_training_and_predict_see_the_same_jpegs_up_to_the_documented_bound(tmp_
             continue
         assert difference.max() <= BORDER and difference[3:-3, 3:-3].max() <= INSIDE, name
         assert difference.mean() <= MEAN or min(map(int, name[11:-4].split("x"))) < 4, name
+
+
+def test_the_bound_is_documented():
+    page = (ROOT / "docs" / "own-images.md").read_text(encoding="utf-8")
+    for text in map(" ".join, (page.split(), decoding.__doc__.split())):
+        for words in (
+            f"at most {INSIDE} of 255",
+            f"{BORDER} within three pixels",
+            f"{MEAN} on average",
+            f"to {SATURATED} in",
+        ):
+            assert words in text, words
+    assert "Images of more than 178956970 pixels are left out" in " ".join(page.split())
 
 
 def test_the_longer_side_is_rounded_half_up_and_the_square_is_in_the_middle():
