@@ -73,6 +73,8 @@ def test_a_run_does_not_resume_with_other_data(data, tmp_path, difference):
     assert difference in named and "\n" not in str(error.value)
     if difference in ("labels", "test labels", "test images", "unlabeled images", "labeled images"):
         assert named == [difference]
+    if difference == "classes or their order":
+        assert named == [difference, "labels"]
     assert (tmp_path / "run/split.json").read_bytes() == written
 
 
@@ -90,6 +92,19 @@ def test_hidden_labels_matter_where_they_are_evaluated(data, tmp_path):
         before = json.loads((folder / "split.json").read_text())
         now = identity.describe(setup.config, other, again.split, before)
         assert identity.differences(before, now) == (["hidden labels"] if matter else [])
+
+
+def test_equally_many_other_unlabeled_images_are_noticed(data, tmp_path):
+    write_run_files(setup_run(settings(), tmp_path, data=dataclasses.replace(data, unlabeled=np.arange(2, 8))))
+    with pytest.raises(UserError, match="these differ: unlabeled images; restore"):
+        setup_run(settings(), tmp_path, resume=True, data=dataclasses.replace(data, unlabeled=np.arange(6)))
+
+
+def test_the_digest_of_other_labeled_images_is_not_kept(data, tmp_path):
+    config = setup_run(settings(), data=data).config
+    before = identity.describe(config, data, np.array([0, 1]), {})
+    now = identity.describe(config, data, np.array([2, 3]), before)
+    assert now["images_sha256"] == hashlib.sha256(data.train_images[2:4].tobytes()).hexdigest()
 
 
 def test_images_that_a_supervised_run_does_not_use_may_change(data, tmp_path):

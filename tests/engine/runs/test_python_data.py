@@ -101,7 +101,9 @@ def test_every_form_makes_the_same_data_set(form):
 
 
 def test_unlabeled_images_follow_the_training_images():
-    data = python_data_set({"train": rows([0, 1]), "unlabeled": rows([0, 0], first=20), "test": rows([1, 0], first=50)})
+    data = python_data_set(
+        {"train": rows([0, 1]), "unlabeled": rows([7, "x"], first=20), "test": rows([1, 0], first=50)}
+    )
     assert levels(data.train_images) == [0, 1, 20, 21] and data.train_labels.tolist() == [0, 1, -1, -1]
 
 
@@ -128,11 +130,11 @@ def test_torchvision_data_sets_and_their_subsets():
 
 
 def test_a_fifth_is_held_out_as_in_a_folder():
-    labels = [0] * 10 + [1] * 5 + [-1] * 3
-    data = python_data_set((images(18), labels))
+    labels = [0] * 10 + [1] * 5 + [-1] * 10
+    data = python_data_set((images(25), labels))
     assert data.held_out == 3 and data.test_labels.tolist() == [0, 0, 1]
-    assert sorted(levels(data.train_images) + levels(data.test_images)) == list(range(18))
-    assert data.train_labels.tolist() == [0] * 8 + [1] * 4 + [-1] * 3
+    assert sorted(levels(data.train_images) + levels(data.test_images)) == list(range(25))
+    assert data.train_labels.tolist() == [0] * 8 + [1] * 4 + [-1] * 10
 
 
 def test_images_of_other_sizes_are_read_like_files(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Caches: atomic, checked for format and sizes, and complete."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -43,6 +44,7 @@ def test_a_cache_returns_what_was_written(tmp_path):
     assert data.train_labels.dtype == np.int64 and data.train_labels.min() == -1
     assert data.unlabeled is None and data.folds == () and len(data.unlabeled_indices) == 20
     assert isinstance(data.train_images, np.memmap)
+    assert data.digests["test_images"] == hashlib.sha256((folder / "test_images.npy").read_bytes()).hexdigest()
     torch.from_numpy(np.asarray(data.train_images))  # Must not warn about an array that is not writable.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]
     cache.verify(folder, COMMAND)

@@ -138,6 +138,8 @@ def test_labels_may_be_numbers_or_have_spaces(root):
     ],
 )  # fmt: skip
 def test_mistakes_are_named_with_their_line(root, text, words):
+    (root.parent / "more").mkdir()
+    (root.parent / "more/4.png").write_bytes(b"not below the folder")
     with pytest.raises(DataError, match=words) as error:
         read(root, text)
     assert "\n" not in str(error.value) and str(root / "labels.csv") in str(error.value)
