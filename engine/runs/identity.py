@@ -81,7 +81,18 @@ def describe(config: Config, data: DataSet, split: np.ndarray, before: Mapping[s
         content["images_sha256"] = image_digest(data.train_images, split)
     if not config.unlabeled:  # Such a run uses only the labeled images, which are recorded on their own.
         del parts["unlabeled images"], parts["training labels"]
-    return content
+    return content | {"check": _check_sum(content)}
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's split.json; an empty one if the file is missing or damaged."""
+    content = read_json(folder / FILE)
+    return content if content.get("check", "") in ("", _check_sum(content)) else {}
+
+
+def _check_sum(content: Mapping[str, Any]) -> str:
+    """Return a digest of split.json, without which a damaged one would be taken for other data."""
+    return _sha256(json.dumps({key: value for key, value in content.items() if key != "check"}).encode())
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -97,7 +108,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed_test_parts(folder: Path, data: DataSet) -> list[str]:
     """Name the parts of a run's test data that have changed since it was trained, as far as the run records them."""
-    before = read_json(folder / FILE).get("data")
+    before = recorded(folder).get("data")
     parts = ("test images", "test labels")
     return [name for _, name in changed_parts(before if isinstance(before, dict) else {}, fingerprint(data), parts)]
 

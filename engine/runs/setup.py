@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,12 @@ from engine.config.checks import FOLDER, PYTHON, check_data, check_name, read_pr
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
-from engine.runs.identity import FILE, describe, differences
+from engine.runs.identity import FILE, describe, differences, recorded
 from pipelines.data.cache import DataError, DataSet
 from pipelines.data.datasets import DATASETS
-from pipelines.files import read_json, write_text
+from pipelines.files import write_text
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class RunSetup:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Content of split.json."""
-        before = read_json(self.folder / FILE) if self.folder else {}
+        before = recorded(self.folder) if self.folder else {}
         return describe(self.config, self.data, self.split, before)
 
 
@@ -125,7 +128,9 @@ def write_run_files(setup: RunSetup) -> None:
 
 def _check_same_data(setup: RunSetup, folder: Path) -> None:
     """Raise UserError if a run was started with other data."""
-    before = read_json(folder / FILE)
+    before = recorded(folder)
+    if not before and setup.resumed:
+        log.warning(f"{folder / FILE} is missing or damaged: cannot check that the data are those of the run")
     if before and (found := differences(before, setup.identity)):
         raise UserError(
             f"{folder} was started with different data; these differ: {', '.join(found)}; restore them, or start a new "
