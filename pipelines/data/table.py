@@ -26,7 +26,6 @@ PARTS = ("train", "test", "unlabeled")
 UNLABELED = ("", "?", "-1", "nan", "none", "null", "na", "n/a")  # Labels of unlabeled images, in lower case.
 _SEPARATORS = ",;\t| "
 _SAMPLE = 100  # Lines from which the separator and the columns are determined.
-_FILE = ("file", "filename", "image", "img", "path", "filepath", "imagepath", "imagefile", "imageid", "id")
 _LABEL = ("label", "labels", "class", "classname", "target", "category", "y")
 _PART = ("part", "split", "set", "subset", "partition")
 
@@ -77,12 +76,12 @@ def read_table(root: Path, images: Sequence[str]) -> list[Entry]:
         raise DataError(f"{path} cannot be read ({error}); check its quotes") from None
     if not lines:
         raise DataError(f"{path} is empty; write one line per image: file,label")
+    if broken := [line.number for line in lines if any("\n" in cell for cell in line.cells)]:
+        raise DataError(f"{path}, line {broken[0]} has a quote that is not closed; close or delete it")
     columns, lines = _columns(path, lines, files)
     entries: list[Entry] = []
     first: dict[str, int] = {}
     for line in lines:
-        if any("\n" in cell for cell in line.cells):
-            raise DataError(f"{path}, line {line.number} has a quote that is not closed; close or delete it")
         cells = {kind: line.cells[place] if place < len(line.cells) else "" for kind, place in columns.items()}
         file = files.find(cells["file"])
         if file is None:
@@ -140,7 +139,7 @@ class _Files:
             if self._folded[name] == 1:
                 return self._by_folded[name]
         # The image files of a folder are those with known suffixes; a table may name others.
-        return next((n for n in forms if not n.startswith("..") and (self._root / n).is_file()), None)
+        return next((n for n in forms if not n.startswith("..") and os.path.isfile(self._root / n)), None)
 
     def _forms(self, cell: str) -> list[str]:
         """Return the relative paths that a cell could mean, the most literal one first."""
@@ -215,9 +214,9 @@ def _columns(path: Path, lines: list[_Line], files: _Files) -> tuple[dict[str, i
     file = matches.index(max(matches))
     header = lines[0].cells + [""] * (width - len(lines[0].cells))
     words = [re.sub(r"[^a-z]", "", cell.lower()) for cell in header]
-    named = words[file] in _FILE or any(word in _LABEL for word in words)
-    # Without a dot or a slash, this is no file, but the name of a column in another language.
-    if files.find(header[file]) is None and (named or not re.search(r"[./\\]", header[file])):
+    # Without a dot or a slash, this is no file, but the name of a column.
+    is_name = any(word in _LABEL for word in words) or not re.search(r"[./\\]", header[file])
+    if is_name and files.find(header[file]) is None:
         return {"file": file} | _named_columns(f"{path}, line {lines[0].number}", header, words, file), lines[1:]
     if width > 3:
         number = next(line.number for line in lines if len(line.cells) == width)
