@@ -1,18 +1,28 @@
 """Packaging of remixmatch-engine."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+# Read as text, because importing the package needs its dependencies.
+(VERSION,) = re.findall(r'^__version__ = "(.+?)"', (ROOT / "engine" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+
 setup(
     name="remixmatch-engine",
-    version="0.1.0",
+    version=VERSION,
     description="Complete, fast PyTorch implementation of ReMixMatch for semi-supervised image classification",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     # kernels has no __init__.py, because it would overwrite that of Hugging Face's package of the same name.
     packages=["kernels", *find_packages(include=["engine*", "pipelines*", "bench*"])],
-    package_data={"bench": ["results/count.jsonl"], "engine.report": ["templates/*"]},
+    package_data={
+        "engine": ["py.typed"],
+        "pipelines": ["py.typed"],
+        "bench": ["py.typed", "results/count.jsonl"],
+        "engine.report": ["templates/*"],
+    },
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     keywords=["semi-supervised learning", "ReMixMatch", "CTAugment", "PyTorch", "Triton", "DALI"],

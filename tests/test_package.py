@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import engine
 from bench import registry
 from pipelines.data.datasets import digits
 from tests import pages
@@ -131,6 +132,7 @@ def test_the_wheel_contains_all_modules_and_templates(wheel):
         assert archive.read(license_name) == (ROOT / "LICENSE").read_bytes()
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         assert "\nLicense-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+        assert f"\nVersion: {engine.__version__}\n" in archive.read(metadata).decode()
     modules = {
         str(path.relative_to(ROOT))
         for package in PACKAGES
@@ -139,8 +141,12 @@ def test_the_wheel_contains_all_modules_and_templates(wheel):
     }
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "engine" / "report" / "templates").iterdir()}
     assert len(modules) > 50 and templates
+    # Not for kernels, whose marker would also apply to Hugging Face's package.
+    typed = {f"{package}/py.typed" for package in ("engine", "pipelines", "bench")}
     # Only the records that commands look up are included, and no C++ sources of the emulated device.
-    assert {name for name in names if ".dist-info/" not in name} == modules | templates | {"bench/results/count.jsonl"}
+    assert {name for name in names if ".dist-info/" not in name} == modules | templates | typed | {
+        "bench/results/count.jsonl"
+    }
     assert "kernels/__init__.py" not in names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,11 @@ def _make_batch(make_item: Callable[[int], Any], made: Any, indices: list[int]) 
     with made.get_lock():
         made.value += 1
     return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave SIGINT to the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class EndlessLoader:
@@ -45,6 +51,7 @@ class EndlessLoader:
                 num_workers=workers,
                 collate_fn=partial(_make_batch, make_item, self._made),
                 pin_memory=pinned,
+                worker_init_fn=_ignore_interrupts,
             )
         )
 

@@ -133,9 +133,9 @@ def _started(
     with ExitStack() as closing:
         names = list(variants)
         for first in range(0, len(names), at_once):
-            group = {name: _worker(variants[name], config) for name in names[first : first + at_once]}
-            for worker in group.values():
-                closing.callback(worker.end)
+            group = {
+                name: closing.enter_context(_worker(variants[name], config)) for name in names[first : first + at_once]
+            }
             for name, worker in group.items():
                 with failures.part(name):
                     worker.ready()

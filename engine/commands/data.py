@@ -133,7 +133,6 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         UserError: Unknown subcommand, or invalid arguments.
-        KeyboardInterrupt: SIGINT arrived; the message says how to continue.
     """
     more = "'remixmatch data COMMAND --help' shows more about a command."
     if show_usage_if_asked(argv, "command", "data COMMAND ...", SUBCOMMANDS, more):
@@ -156,8 +155,6 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(str(error)) from None
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
 
 
 def data_name(given: str) -> str:

@@ -71,12 +71,31 @@ COMMANDS = {
         "bench.cli:main",
         "run a benchmark: remixmatch bench NAME [flags]; 'remixmatch bench --help' lists them",
     ),
+    "version": (
+        "engine.commands.version:main",
+        "print the version",
+    ),
+}
+
+
+# What to do after an interrupt (SIGINT, Ctrl-C) of a command; the other commands leave nothing to continue.
+INTERRUPTED = {
+    "train": "use --resume to continue from the last checkpoint",
+    "data prepare": "run the same command again to continue; decoded images are kept",
+    "reproduce": "run the same command again to continue; finished runs are kept",
+    "ablate": "run the same command again to continue; finished timings and runs are kept",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `remixmatch`; see `run_with_exit_codes` for its exit codes."""
     run_with_exit_codes(_dispatch, list(sys.argv[1:] if arguments is None else arguments))
+
+
+def interrupted(argv: Sequence[str]) -> str:
+    """Return the line for an interrupted command: what happened, and how to continue if that is possible."""
+    advice = INTERRUPTED.get(" ".join(argv[:2])) or INTERRUPTED.get(" ".join(argv[:1]))
+    return f"interrupted; {advice}" if advice else "interrupted"
 
 
 def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -112,7 +131,7 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
             sys.exit(2)
         except (UserError, Stopped, KeyboardInterrupt) as error:
             if os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
-                log.error(str(error) or "interrupted; use --resume to continue from the last checkpoint")
+                log.error(str(error) or interrupted(argv))
             sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
         except Incomplete as error:
             log.error(str(error))
@@ -123,7 +142,7 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
 
 
 def _dispatch(argv: list[str]) -> None:
-    command = argv[0] if argv else "--help"
+    command = {"--version": "version", "-V": "version"}.get(argv[0], argv[0]) if argv else "--help"
     if command in ("-h", "--help"):
         texts = {name: text for name, (_, text) in COMMANDS.items()}
         show_usage("COMMAND ...", texts, "'remixmatch COMMAND --help' shows more about a command.")

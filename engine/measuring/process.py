@@ -24,7 +24,7 @@ def python_environment(*folders: Path) -> dict[str, str]:
 
 
 def output(*command: str, **environment: str) -> str:
-    """Run a module and return what it prints to stdout.
+    """Run a module, which does not receive this process's SIGINT, and return what it prints to stdout.
 
     Args:
         command: Name of the module, and its arguments.
@@ -34,7 +34,9 @@ def output(*command: str, **environment: str) -> str:
         RuntimeError: The exit code is not 0.
     """
     variables = python_environment() | environment
-    done = subprocess.run([sys.executable, "-m", *command], env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=variables, capture_output=True, text=True, process_group=0
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr}")
     return done.stdout

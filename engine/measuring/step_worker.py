@@ -13,8 +13,10 @@ worker times the step of that checkout, which must contain this file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 
 from engine.config.config import Config
+from engine.distributed.launch import PARENT, die_with_parent
 from engine.measuring.process import ROOT, python_environment
 from engine.measuring.steps import TimedSteps
 from engine.measuring.timing import interleave, sample
@@ -33,7 +36,7 @@ from engine.measuring.trace import DEVICE, outermost, read, record
 
 
 class StepWorker:
-    """A training step in a subprocess.
+    """A training step in a subprocess, which ends with this one and does not receive its SIGINT.
 
     Args:
         config: Fields of the configuration. Fields unknown to the checkout are ignored.
@@ -52,11 +55,12 @@ class StepWorker:
         request = json.dumps({"config": dict(config), "views": views, "execution": dict(execution or {})})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "engine.measuring.step_worker", request],
-            env=python_environment(checkout),
+            env=python_environment(checkout) | {PARENT: str(os.getpid())},
             cwd=checkout,
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,
         )
 
     def ready(self) -> None:
@@ -80,15 +84,17 @@ class StepWorker:
             raise RuntimeError(f"the step ended with exit code {self._process.wait()}")
         return json.loads(answer)
 
-    def end(self) -> None:
-        """End the process."""
-        if self._process.stdin:
+    def __enter__(self) -> StepWorker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        """End the process, at once after an error or interrupt."""
+        if kind is None and self._process.stdin:
             self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+        self._process.kill()
+        self._process.wait()
 
 
 def sample_interleaved(workers: Mapping[str, Any], repeats: int, steps: int) -> dict[str, list[float]]:
@@ -137,4 +143,5 @@ def _profile(case: TimedSteps, steps: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     main(json.loads(sys.argv[1]))

@@ -263,18 +263,15 @@ def time_step(config: Config, full: Config, options: AblateOptions) -> dict[str,
     Raises:
         RuntimeError: One of the two cannot be run.
     """
-    pair = {name: _worker(each) for name, each in (("variant", config), ("full", full))}
-    try:
+    with _worker(config) as own, _worker(full) as other:
+        pair = {"variant": own, "full": other}
         for process in pair.values():
             process.ready()
         first = max(process.ask("sample 1") for process in pair.values())
         steps = math.ceil(options.seconds / (first * config.view_steps))
         taken = sample_interleaved(pair, options.repeats, steps)
-        memory = pair["variant"].ask("memory")
-    finally:
-        for process in pair.values():
-            process.end()
-    ratios = [own / other for own, other in zip(taken["variant"], taken["full"], strict=True)]
+        memory = own.ask("memory")
+    ratios = [variant / whole for variant, whole in zip(taken["variant"], taken["full"], strict=True)]
     low, high = np.percentile(ratios, (25, 75)).tolist()
     seconds = median(taken["variant"])
     return {

@@ -297,7 +297,7 @@ def test_interruption_says_how_to_continue(capsys, photos, monkeypatch):
 
     monkeypatch.setattr("pipelines.data.folder.decode", interrupted)
     output = fails(capsys, "data", "prepare", photos, "--size", 16, code=130)
-    assert output == "remixmatch: interrupted; run the same command again to continue\n"
+    assert output == "remixmatch: interrupted; run the same command again to continue; decoded images are kept\n"
 
 
 def test_skipped_files_are_reported(capsys, photos):

@@ -188,7 +188,8 @@ def test_a_client_added_on_resume_receives_all_metrics(tmp_path, alone, client):
     ((config, rows),) = received(client, folder, alone).values()
     assert rows == merged(folder) and rows[-1][0] == 9 and rows[-1][1].keys() >= {"loss", "test_accuracy"}
     assert config["steps"] == 9 and config["preset"] == "digits-40"
-    said = log.read_text().splitlines()
+    short, *said = log.read_text().splitlines()
+    assert short.startswith("remixmatch: the run ends after 6 steps: ")
     assert len(said) == 2 and all(line.startswith("digits-40 seed 0: test accuracy") for line in said)
 
 
