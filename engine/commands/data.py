@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
-from engine.config.checks import FOLDER, check_size, folder_name
+from engine.config.checks import FOLDER, check_seed, check_size, folder_name
 from engine.config.config import load_config
 from engine.errors import UserError, near_names, nearest_hint, unknown
 from engine.runs.setup import open_data
@@ -344,8 +344,7 @@ def _draw(data: DataSet, path: Path) -> None:
 def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
     if rule not in RULES:
         raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{nearest_hint(rule, RULES)}")
-    if seed < 0:
-        raise UserError(f"--seed must be at least 0, got {seed}")
+    check_seed(seed)
     try:
         return RULES[rule](data, labels, seed)
     except ValueError as error:

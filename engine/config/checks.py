@@ -21,10 +21,16 @@ from pipelines.data.splits import RULES
 FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
 PYTHON = "python"  # Name of a data set that was given in Python.
 
-# oneDNN in torch 2.15, without AVX-512, computes a wrong weight gradient for a 1x1 convolution of stride 2, and writes
-# past its buffer: with 1 to 7 input channels, and with 8 to 15 if the side is 80 pixels or more. All other convolutions
-# of networks with 8 to 40 channels were correct, including odd numbers of channels.
-MIN_WIDTH, MIN_WIDTH_LARGE, LARGE_SIDE = 8, 16, 72
+# On CPUs oneDNN in torch 2.15 computes a wrong weight gradient for a 1x1 convolution of stride 2, or ends the process:
+# with 1 to 7 input channels, and with 8 to 15 if the side is 46 pixels or more. Which of them depends on the CPU; see
+# docs/measurements/cpu.md. All other convolutions of networks with 8 to 40 channels were correct.
+MIN_WIDTH, MIN_WIDTH_LARGE, LARGE_SIDE = 8, 16, 32
+
+
+def check_seed(seed: int, flag: str = "--seed") -> None:
+    """Raise UserError if a seed is not allowed: torch and numpy's legacy generator use 32 bits of a seed."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{flag} must be from 0 to {2**32 - 1}, got {seed}")
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -60,7 +66,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     if config.width < MIN_WIDTH:
         raise UserError(
             f"--width must be at least {MIN_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
-            "gradients on CPUs without AVX-512"
+            "gradients or crashes on CPUs"
         )
     for name in ("temperature", "lr"):
         if not getattr(config, name) > 0:
@@ -219,7 +225,7 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
     if config.width < MIN_WIDTH_LARGE and max(sides) > LARGE_SIDE and not config.backbone:
         raise UserError(
             f"--width must be at least {MIN_WIDTH_LARGE} for images of more than {LARGE_SIDE} pixels, got "
-            f"{config.width}: with fewer channels torch computes wrong gradients on CPUs without AVX-512"
+            f"{config.width}: with fewer channels torch computes wrong gradients or crashes on CPUs"
         )
     if config.max_shift >= min(sides):
         raise UserError(

@@ -142,7 +142,7 @@ class Config:
         "'paper', the images chosen by the paper's authors; 'usb', 'torchssl' or 'fixmatch-pytorch', as these "
         "implementations do; or 'all', every image with a label.",
     )
-    seed: int = _data(0, "Seed of the label split, the initial weights, and all random draws.")
+    seed: int = _data(0, "Seed of the label split, the initial weights, and all random draws, below 2^32.")
 
     # Augmentation
     augment: Literal["ctaugment", "randaugment", "none"] = _augmentation(

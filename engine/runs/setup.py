@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.checks import FOLDER, PYTHON, check_data, check_name, read_prior, resolve, validate
+from engine.config.checks import FOLDER, PYTHON, check_data, check_name, check_seed, read_prior, resolve, validate
 from engine.config.config import Config, config_json
 from engine.errors import UserError
 from engine.runs.folder import check_folder
@@ -75,6 +75,8 @@ def setup_run(
         UserError: A value is invalid, the data are missing or do not match, or the folder contains another run.
     """
     validate(config, ranks)
+    if not (resume and folder and (folder / "config.json").exists()):  # Earlier versions allowed larger seeds.
+        check_seed(config.seed)
     data = data or open_data(config.dataset, begun=resume)
     config = resolve(config, data)
     if class_prior:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
+from engine.config.checks import check_seed
 from engine.config.scaling import check_scale
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.measuring.process import python_environment
@@ -167,9 +168,9 @@ def check(options: ReproduceOptions) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise UserError if a seed is negative."""
-    if min(seeds, default=0) < 0:
-        raise UserError(f"--seeds must be at least 0, got {min(seeds)}")
+    """Raise UserError if a seed is not allowed."""
+    for seed in seeds:
+        check_seed(seed, "--seeds")
 
 
 def check_different(flag: str, given: Sequence[object]) -> None:

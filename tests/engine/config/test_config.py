@@ -1,14 +1,20 @@
 """Presets, and one clear error line for every invalid value."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
+import torch
 
+from engine.commands.main import main
 from engine.config.checks import validate
 from engine.config.config import Config, changed_fields, config_json, load_config
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
+from engine.models.build import make_network
+from engine.runs.setup import setup_run
+from engine.studies.reproduce import check_seeds
 from engine.training.feed import plan_spec
 from pipelines.data.datasets import digits
 
@@ -45,7 +51,7 @@ def test_unknown_preset_suggests_the_nearest():
         (dict(k=0), "--k must be at least 1, got 0"),
         (dict(batch=0), "--batch must be at least 1"),
         (dict(steps=-1), "--steps must be at least 1"),
-        (dict(width=7), "--width must be at least 8, got 7: .* wrong gradients on CPUs without AVX-512"),
+        (dict(width=7), "--width must be at least 8, got 7: .* wrong gradients or crashes on CPUs"),
         (dict(temperature=0.0), "--temperature must be more than 0"),
         (dict(lr=float("nan")), "--lr must be more than 0"),
         (dict(w_u=float("nan")), "--w-u must be at least 0"),
@@ -106,3 +112,27 @@ def test_invalid_configuration_files(tmp_path, text):
         load_config(path)
     with pytest.raises(UserError, match=r"no folder '.*/elsewhere'"):
         load_config(tmp_path / "elsewhere" / "config.json")
+
+
+def test_every_accepted_seed_has_its_own_weights_and_others_are_refused(tiny, tmp_path, elsewhere):
+    def weights(seed):
+        return make_network(tiny(seed=seed), 10, torch.device("cpu")).stem.weight
+
+    seeds = (0, 1, 2**31, 2**32 - 1)
+    assert not any(torch.equal(weights(one), weights(two)) for one, two in itertools.combinations(seeds, 2))
+    assert torch.equal(weights(5), weights(2**32 + 5)), "torch uses 32 bits, hence the limit"
+    for split in ("balanced", "paper"):
+        setup_run(tiny(seed=2**32 - 1, split=split))
+        for resume in (False, True):
+            with pytest.raises(UserError, match=r"^--seed must be from 0 to 4294967295, got 4294967296$"):
+                setup_run(tiny(seed=2**32, split=split), tmp_path / "new", resume)
+    for seed in (2**32, -1):
+        with pytest.raises(UserError, match=rf"^--seeds must be from 0 to 4294967295, got {seed}$"):
+            check_seeds([0, seed])
+        with pytest.raises(SystemExit):
+            main(["data", "split", "digits", "--labels", "40", "--seed", str(seed)])
+
+
+def test_runs_with_larger_seeds_of_earlier_versions_can_be_resumed(tiny, tmp_path):
+    (tmp_path / "config.json").write_text(config_json(tiny(seed=2**40)))
+    assert setup_run(tiny(seed=2**40), tmp_path, resume=True).resumed

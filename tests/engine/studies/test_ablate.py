@@ -188,7 +188,7 @@ def test_a_step_is_timed_in_alternation_with_the_full_methods():
         (["digits-40", "--steps-scale", "0"], "--steps-scale must be more than 0, got 0"),
         (["digits-40", "--axes", "kk"], "--axes: unknown axis or ablation 'kk'"),
         (["digits-40", "--axes", "k=2"], "the preset already has these settings; nothing to compare"),
-        (["digits-40", "--seeds", "-1"], "--seeds must be at least 0, got -1"),
+        (["digits-40", "--seeds", "-1"], "--seeds must be from 0 to 4294967295, got -1"),
         (["digits-40", "--seeds", "1", "1"], "--seeds has a duplicate value: 1 1"),
     ],
 )

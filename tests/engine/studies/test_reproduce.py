@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
         (["ablation", "--preset", "cifar"], "unknown preset 'cifar'"),
         (["ablation", "--methods", "k=8"], "no jobs left: the preset already has"),
         (["digits", "--seeds", "1", "1"], "--seeds has a duplicate value: 1 1"),
-        (["digits", "--seeds", "-1"], "--seeds must be at least 0, got -1"),
+        (["digits", "--seeds", "-1"], "--seeds must be from 0 to 4294967295, got -1"),
         (["digits", "--steps-scale", "0"], "--steps-scale must be more than 0"),
         (["digits", "--steps-scale", "nan"], "--steps-scale must be more than 0"),
         (["digits", "--workers", "-1"], "--workers must be at least 0"),
