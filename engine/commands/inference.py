@@ -70,6 +70,8 @@ class ExportOptions:
             help_behavior_hint="(default: model.safetensors, model.pt2 or model.onnx in the run's folder)",
         ),
     ] = None
+    with_resize: bool = False
+    """Take images of any size and resize them as predict does; for torch and onnx."""
 
 
 def evaluate(argv: list[str]) -> None:
@@ -188,6 +190,6 @@ def export(argv: list[str]) -> None:
 
     trained = load_ema_model(options.dir)
     path = options.out or options.dir / f"model{export.SUFFIXES[options.to]}"
-    network = trained.network.cpu().float()
-    export.export(network, trained.config, trained.classes, trained.sides, options.to, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {trained.sides}")
+    export.export(trained, options.to, path, options.with_resize)
+    sides = "any size" if options.with_resize else f"{trained.sides[1]}x{trained.sides[0]} pixels"
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(trained.classes)} classes, images of {sides}")

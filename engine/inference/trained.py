@@ -28,6 +28,7 @@ class Trained:
         sides: (H, W) of the images.
         network: The EMA model, in evaluation mode.
         device: Device of the network.
+        step: Number of steps that the network has been trained.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Trained:
     sides: tuple[int, int]
     network: TwoHeadNetwork
     device: torch.device
+    step: int
 
 
 def load_ema_model(folder: Path) -> Trained:
@@ -52,4 +54,4 @@ def load_ema_model(folder: Path) -> Trained:
     if found is None:
         raise UserError(f"{folder} has no valid checkpoint; train the run, or continue it with --resume")
     network.load_state_dict(found.content["state"]["ema_model"])
-    return Trained(config, classes, sides, network, device)
+    return Trained(config, classes, sides, network, device, found.step)

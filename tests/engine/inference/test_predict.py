@@ -1,4 +1,4 @@
-"""Prediction of files and folders, exports loaded by their own runtimes, and the Python API."""
+"""Prediction of files and folders, and errors of the Python API."""
 
 import csv
 import io
@@ -8,17 +8,14 @@ import re
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
-import torch
 from PIL import Image
 
 from engine.api import load, train
 from engine.commands import main as cli
 from engine.config.presets import preset
 from engine.errors import UserError
-from engine.inference import export, predict
-from pipelines import files
+from engine.inference import predict
 
 
 @pytest.fixture
@@ -302,82 +299,6 @@ def test_an_interrupted_csv_leaves_the_existing_file(tmp_path, broken):
     with pytest.raises(UserError if isinstance(broken, OSError) else KeyboardInterrupt):
         predict.write_csv(path, ["a", "b"], rows())
     assert path.read_text() == "as it was" and [entry.name for entry in tmp_path.iterdir()] == ["out.csv"]
-
-
-def exported(trained, to, *flags):
-    cli.main(["export", str(trained), "--to", to, *flags])
-    return trained / f"model{export.SUFFIXES[to]}"
-
-
-BATCHES = (1, 2, 9)
-
-
-def test_safetensors_rebuild_the_network(trained, images, expected):
-    model, classes, sides = export.load_safetensors(exported(trained, "safetensors"))
-    assert classes == tuple("0123456789") and sides == (16, 16)
-    with torch.no_grad():
-        for rows in BATCHES:
-            found = model(torch.from_numpy(images[:rows])).numpy()
-            np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
-
-
-def test_a_torch_export_program_takes_any_batch_size(trained, images, expected):
-    program = torch.export.load(exported(trained, "torch")).module()
-    for rows in BATCHES:
-        np.testing.assert_allclose(
-            program(torch.from_numpy(images[:rows])).detach().numpy(), expected[:rows], atol=1e-5
-        )
-
-
-def test_onnx_takes_any_batch_size(trained, images, expected):
-    session = onnxruntime.InferenceSession(exported(trained, "onnx"), providers=["CPUExecutionProvider"])
-    for rows in BATCHES:
-        (found,) = session.run(["probabilities"], {"images": images[:rows]})
-        np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
-        assert found.dtype == np.float32
-
-
-@pytest.mark.parametrize("to", export.SUFFIXES)
-def test_exports_contain_metadata(trained, tmp_path, to):
-    path = tmp_path / f"mine{export.SUFFIXES[to]}"
-    path.write_text("what was there")
-    cli.main(["export", str(trained), "--to", to, "--out", str(path)])
-    metadata = export.read_metadata(path)
-    assert json.loads(metadata["classes"]) == list("0123456789") and json.loads(metadata["sides"]) == [16, 16]
-    assert metadata["preset"] == "digits-40" and json.loads(metadata["config"])["width"] == 16
-    assert "uint8" in metadata["input"] and [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("to", export.SUFFIXES)
-def test_an_export_to_a_full_disk_leaves_the_existing_file(trained, tmp_path, monkeypatch, to, capsys):
-    path, write = tmp_path / f"mine{export.SUFFIXES[to]}", files._File.write
-    path.write_text("what was there")
-
-    def full_disk(self, data):
-        if self.tell() + len(data) > 10_000:
-            raise OSError(28, "No space left on device")
-        return write(self, data)
-
-    monkeypatch.setattr(files._File, "write", full_disk)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["export", str(trained), "--to", to, "--out", str(path)])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and last == f"remixmatch: cannot write {path} (No space left on device)"
-    assert path.read_text() == "what was there" and [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-def test_export_errors(trained, tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError, match="cannot be read"):
-        export.load_safetensors(tmp_path / "no.safetensors")
-    with pytest.raises(UserError, match="was not written by remixmatch export"):
-        export.load_safetensors(trained / "ema.safetensors")
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(trained), "--out", str(tmp_path / "no" / "model.safetensors")])
-    assert "cannot write " in capsys.readouterr().err
-    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(SystemExit):
-        cli.main(["export", str(trained), "--to", "onnx"])
-    assert "pip install 'remixmatch-engine[onnx]'" in capsys.readouterr().err
 
 
 def test_the_api_reports_errors_like_the_command_line(trained, tmp_path):
