@@ -108,7 +108,8 @@ def evaluate(argv: list[str]) -> None:
         print(json.dumps(result))
         return
     print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(labels)} images, loss {loss:.4f}")
-    print(f"balanced accuracy {balanced:.2f} %")
+    absent = recalls.count(None)
+    print(f"balanced accuracy {balanced:.2f} %" + (f"; {absent} classes have no test images" if absent else ""))
     print(*map(_printable, confusion.recall_table(matrix, data.classes)), sep="\n")
 
 

@@ -25,7 +25,7 @@ from engine.inference.resize import RULE, Resize
 from engine.inference.trained import Trained
 from engine.models.build import make_network
 from engine.models.wide_resnet import TwoHeadNetwork
-from pipelines.files import write_bytes
+from pipelines.files import first_line, write_bytes
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 _EXAMPLES = 2  # Batch size for tracing; the exported program accepts any.
@@ -169,7 +169,7 @@ def load_safetensors(path: Path) -> tuple[Predictor, tuple[str, ...], tuple[int,
     """Load a safetensors file written by `export`: the predictor, class names, and (H, W) of the images.
 
     Raises:
-        UserError: The file cannot be read, or is not an exported model.
+        UserError: The file cannot be read, is not an exported model, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,10 +179,15 @@ def load_safetensors(path: Path) -> tuple[Predictor, tuple[str, ...], tuple[int,
         raise UserError(f"{path} cannot be read ({error})") from None
     if not {"classes", "sides", "config"} <= metadata.keys():
         raise UserError(f"{path} was not written by remixmatch export")
-    classes, (height, width) = tuple(json.loads(metadata["classes"])), json.loads(metadata["sides"])
-    config = parse_config(metadata["config"], path)
-    network = make_network(config, len(classes), torch.device("cpu"), (height, width), trained=True).eval().float()
-    network.load_state_dict(tensors)
+    try:
+        classes, (height, width) = tuple(json.loads(metadata["classes"])), json.loads(metadata["sides"])
+        config = parse_config(metadata["config"], path)
+        network = make_network(config, len(classes), torch.device("cpu"), (height, width), trained=True).eval().float()
+        network.load_state_dict(tensors)
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); export the run again") from None
     return Predictor(network).eval(), classes, (height, width)
 
 

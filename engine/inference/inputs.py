@@ -42,7 +42,7 @@ def _is_list(images: Any) -> bool:
     """Return whether these are several inputs; the elements of an array of objects or strings are inputs, too."""
     if hasattr(images, "__array__") and not isinstance(images, (Image.Image, torch.Tensor)):
         return np.asarray(images).dtype.kind in "OU"
-    single = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, torch.Tensor, Mapping, Set)
+    single = (str, bytes, bytearray, memoryview, torch.Tensor, Mapping, Set)
     return isinstance(images, Iterable) and not isinstance(images, single) and not hasattr(images, "read")
 
 

@@ -10,7 +10,7 @@ RULE = (
     "antialiased bicubic filter; then crop the center, {side}x{side}"
 )
 
-_UNITS = 2.0**22
+_UNITS = 2.0**22  # Pillow rounds a pixel's share to whole units of 1 / 2^22.
 
 
 class Resize(nn.Module):
@@ -41,8 +41,7 @@ class Resize(nn.Module):
         """Return the filter along one dimension, for positions 0..n - 1, and by how many pixels it shortens an image.
 
         Returns:
-            Each pixel's share of each pixel in the crop, in whole units of 2^-22 as in Pillow: (side, n) float64; and
-            () float64.
+            Each pixel's share of each pixel in the crop, (side, n) float64; and the difference, () float64.
         """
         length = positions[-1] + 1
         resized = torch.floor(length * self.side / shorter + 0.5)

@@ -1,11 +1,13 @@
 """Confusion matrices, recalls and balanced accuracy, against values worked out by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from engine.commands import inference
 from engine.commands import main as cli
 from engine.inference.confusion import accuracy, balanced_accuracy, confusion_matrix, recall_table, recalls
 from engine.inference.trained import load_ema_model
@@ -75,3 +77,18 @@ def test_eval_reports_what_the_network_predicts(trained, capsys):
     assert f"test accuracy {result['test_accuracy']:.2f} % of 360 images" in first
     assert second == f"balanced accuracy {result['balanced_accuracy']:.2f} %"
     assert [row.split()[:3] for row in rows] == [[str(i), "36", f"{of_each[i]:.2f}"] for i in range(10)]
+
+
+def test_eval_of_a_test_part_that_lacks_classes(trained, capsys, monkeypatch):
+    data = digits()
+    some = np.isin(data.test_labels, (3, 5))
+    part = dataclasses.replace(data, test_images=data.test_images[some], test_labels=data.test_labels[some])
+    monkeypatch.setattr(inference, "open_data", lambda name, **options: part)
+    cli.main(["eval", str(trained), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert [name for name, recall in result["recall"].items() if recall is not None] == ["3", "5"]
+    assert result["balanced_accuracy"] == pytest.approx((result["recall"]["3"] + result["recall"]["5"]) / 2)
+    assert [sum(row) for row in result["confusion_matrix"]] == [0, 0, 0, 36, 0, 36, 0, 0, 0, 0]
+    cli.main(["eval", str(trained)])
+    _, balanced, _, *rows = capsys.readouterr().out.splitlines()
+    assert balanced.endswith(" %; 8 classes have no test images") and [row.split()[0] for row in rows] == ["3", "5"]

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import PIL
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -267,6 +268,25 @@ def test_an_export_to_a_full_disk_leaves_the_existing_file(trained, tmp_path, mo
     last = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and last == f"remixmatch: cannot write {path} (No space left on device)"
     assert path.read_text() == "what was there" and [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sides": "[16"}, "is damaged"),
+        ({"sides": "16"}, "is damaged"),
+        ({"classes": '["a", "b"]'}, "is damaged"),
+        ({"classes": "3"}, "is damaged"),
+        ({"config": "{"}, "model.safetensors"),
+    ],
+)
+def test_damaged_metadata_of_safetensors_is_one_line(exported, tmp_path, changes, message):
+    path = tmp_path / "model.safetensors"
+    metadata = export.read_metadata(exported["safetensors"])
+    safetensors.torch.save_file(safetensors.torch.load_file(exported["safetensors"]), path, metadata | changes)
+    with pytest.raises(UserError, match=message) as raised:
+        export.load_safetensors(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_export_errors(trained, tmp_path, monkeypatch, capsys):
