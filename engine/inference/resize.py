@@ -1,4 +1,4 @@
-"""Resizing of images in an exported model, as `pipelines.data.decode` resizes files with Pillow."""
+"""Resizing of images in an exported model, as `pipelines.data.pixels` resizes files with Pillow."""
 
 from __future__ import annotations
 

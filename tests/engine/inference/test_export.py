@@ -192,7 +192,7 @@ def test_programs_with_resize_give_pillows_pixels(tmp_path, to):
 def test_programs_with_resize_agree_with_predict(trained, exported_with_resize, images, expected, to):
     model, run = load(trained), runtime(exported_with_resize[to])
     np.testing.assert_allclose(run(images), expected, atol=1e-5)
-    for size in SIZES + TALL:
+    for size in SIZES + TIES + TALL:
         np.testing.assert_allclose(run(noise(size, 2)), model.predict(noise(size, 2)), atol=1e-5)
 
 
