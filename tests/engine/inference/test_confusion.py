@@ -10,6 +10,7 @@ import torch
 from engine.commands import inference
 from engine.commands import main as cli
 from engine.inference.confusion import accuracy, balanced_accuracy, confusion_matrix, recall_table, recalls
+from engine.inference.evaluation import evaluate
 from engine.inference.trained import load_ema_model
 from pipelines.data.datasets import digits
 
@@ -72,6 +73,9 @@ def test_eval_reports_what_the_network_predicts(trained, capsys):
     assert list(result["recall"].values()) == pytest.approx(of_each)
     assert result["balanced_accuracy"] == pytest.approx(sum(of_each) / 10)
     assert 100 * (best == data.test_labels).mean() == pytest.approx(result["test_accuracy"])
+    twice = (np.concatenate([each, each]) for each in (data.test_images, data.test_labels))  # More than one batch.
+    accuracy_of_both, _, predicted = evaluate(network, *twice, torch.device("cpu"))
+    assert predicted.tolist() == [*best, *best] and accuracy_of_both == pytest.approx(result["test_accuracy"])
     cli.main(["eval", str(trained)])
     first, second, _, *rows = capsys.readouterr().out.splitlines()
     assert f"test accuracy {result['test_accuracy']:.2f} % of 360 images" in first
