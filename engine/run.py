@@ -2,11 +2,12 @@
 
 Files of its folder:
 config.json  split.json  metrics.jsonl  history.jsonl  tensorboard/  logged.json  checkpoints/  summary.json
-curves.png  views.png  results.npz  ema.safetensors
+curves.png  views.png  results.npz  ema.safetensors  .lock (during training)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -27,8 +28,9 @@ from engine.runs.identity import changed_parts, fingerprint
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.trainer import Trainer
-from pipelines.files import write_bytes, write_text
+from pipelines.files import Locked, lock, write_bytes, write_text
 
+LOCK = ".lock"  # Name of the file that is locked during training.
 log = logging.getLogger(__name__)
 
 
@@ -81,12 +83,19 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         Stopped: See `Trainer.run`.
     """
     assert setup.folder is not None, "a run needs a folder to be trained"
-    folder = setup.folder
+    with contextlib.ExitStack() as held:
+        return _train(setup, setup.folder, held, quiet, timeout, check_ranks)
+
+
+def _train(
+    setup: RunSetup, folder: Path, held: contextlib.ExitStack, quiet: bool, timeout: float, check_ranks: int
+) -> dict[str, Any]:
+    """Train a run; see `train`. The lock of its folder is added to `held`."""
     try:
         progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
         # First write, only after all checks have passed.
-        collectives.run_on_rank_0(lambda: _begin(setup))
+        collectives.run_on_rank_0(lambda: _begin(setup, folder, held))
         if setup.resumed:
             if trainer.resume():
                 log.info(f"resuming {folder} from step {trainer.step}")
@@ -103,11 +112,20 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
     return summary
 
 
-def _begin(setup: RunSetup) -> None:
+def _begin(setup: RunSetup, folder: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder and write the first files.
+
+    Raises:
+        UserError: Another process trains in the folder, or another run has started there.
+    """
     commit()  # Cached now: the run uses the code from its start, whatever is committed meanwhile.
-    assert setup.folder is not None
-    if not setup.resumed:  # Another run may have started there since this one was set up.
-        check_folder(setup.config, setup.folder, resume=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(lock(folder / LOCK))
+    except Locked as error:
+        raise UserError(f"{folder} is being trained by {error}; wait until it has finished, or stop it") from None
+    # Another run may have started there since this one was set up.
+    check_folder(setup.config, folder, resume=setup.resumed)
     write_run_files(setup)
 
 

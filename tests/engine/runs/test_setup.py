@@ -1,6 +1,9 @@
 """Setup of runs: the configuration is checked and the data opened exactly once."""
 
 import dataclasses
+import os
+import re
+import socket
 from collections import Counter
 
 import numpy as np
@@ -14,7 +17,10 @@ from engine.api import train
 from engine.commands.main import main
 from engine.config.presets import preset
 from engine.errors import UserError
+from engine.inference.trained import load_ema_model
+from engine.report.reading import read
 from engine.runs.setup import open_data, setup_run
+from engine.training.trainer import Trainer
 
 SMALL = "--size 16 --steps 2 --batch 2 --k 1 --width 16 --blocks 1 --lag 3 --eval-every 2 --device cpu --quiet"
 
@@ -113,6 +119,56 @@ def test_a_run_started_in_between_keeps_its_folder(tmp_path):
     with pytest.raises(UserError, match="already contains a run"):
         run.train(second, quiet=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path, monkeypatch):
+    """Every write lies between the first and the last attempt of the second process."""
+    small = dict(batch=8, k=1, width=8, blocks=1, steps=2, eval_every=2, checkpoint_every=1, device="cpu")
+    config, folder = dataclasses.replace(preset("digits-40"), **small), tmp_path / "run"
+    refused = []
+
+    def also(function):
+        def wrapper(*arguments):
+            contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            for resume in (True, False):
+                with pytest.raises(UserError) as error:
+                    run.train(dataclasses.replace(other, resumed=resume), quiet=True)
+                refused.append(str(error.value))
+            assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == contents
+            return function(*arguments)
+
+        return wrapper
+
+    other = setup_run(config, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_run_files", also(run.write_run_files))
+        patched.setattr(run, "write_text", also(run.write_text))  # the last file, summary.json
+        run.train(setup_run(config, folder), quiet=True)
+    assert len(refused) == 4
+    owner = rf"process {os.getpid()} on {re.escape(socket.gethostname())} since [-\d]+ [:\d]+"
+    for said in refused:
+        assert re.fullmatch(
+            rf"{re.escape(str(folder))} is being trained by {owner}; wait until it has finished, or stop it", said
+        )
+    assert not (folder / run.LOCK).exists()
+
+
+def test_a_run_can_be_read_while_it_is_trained_and_resumed_after_an_error(tmp_path, monkeypatch):
+    small = dict(batch=8, k=1, width=8, blocks=1, steps=2, eval_every=1, checkpoint_every=1, device="cpu")
+    config, folder = dataclasses.replace(preset("digits-40"), **small), tmp_path / "run"
+    advance = Trainer.advance
+
+    def interrupted(self):
+        advance(self)
+        if self.step == 2:
+            assert load_ema_model(folder).config == config and read([folder]).runs[0].last_step == 1
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "advance", interrupted)
+        run.train(setup_run(config, folder), quiet=True)
+    assert not (folder / run.LOCK).exists()
+    assert run.train(setup_run(config, folder, resume=True), quiet=True)["steps"] == 2
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]"])
