@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -12,7 +13,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -174,30 +175,103 @@ def _owner(path: Path) -> str:
     return "process {process} on {host} since {since}".format_map(owner)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if the file is missing or does not contain an object."""
+def checked_json(content: dict[str, Any]) -> str:
+    """Return a JSON object as text, with a checksum that `read_json` compares."""
+    return json.dumps({**content, "checksum": _checksum(content)}) + "\n"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path, kind: Any = None) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if the file is missing or damaged.
+
+    Args:
+        path: The file.
+        kind: What the object must be like, see `fits`.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(_read_file(path))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict) or (kind is not None and not fits(content, kind)):
+        return {}
+    return {} if content.pop("checksum", None) not in (None, _checksum(content)) else content
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON Lines file, skipping damaged lines; an empty list if the file is missing.
+def read_json_lines(path: Path, valid: Callable[[Any], bool]) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file; an empty list if the file is missing.
+
+    Damaged lines are skipped with one warning. An incomplete last line, as a kill leaves it, is skipped without one.
+
+    Args:
+        path: The file.
+        valid: Whether a line's value is one of the file's objects.
 
     Raises:
         OSError: The file exists but cannot be read. Treating it as empty could lead to overwriting it.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = _read_file(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    records = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    records, damaged = [], 0
+    *lines, last = text.split("\n")
+    for line in [*lines, last] if last else lines:
+        record: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+        if valid(record):
+            records.append(record)
+        elif line is not last:
+            damaged += 1
+    if damaged:
+        log.warning(f"{path}: skipped {damaged} damaged {'line' if damaged == 1 else 'lines'}")
+    return records
+
+
+def _read_file(path: Path) -> bytes:
+    """Read a file; raise OSError, instead of waiting, if it is a FIFO or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a JSON value is of a kind.
+
+    A kind is `int` (64 bits), `float` (any number), `bool`, `str` or None; a tuple of alternatives; a list with the
+    kind of its elements; or a dictionary with the kinds of its values. A key such as "name?" may be missing. The key
+    `str` stands for all other keys; without it, they may have any value.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, each) for each in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return False
+        named = {name.removesuffix("?"): each for name, each in kind.items() if name is not str}
+        required = {name for name in kind if name is not str and not name.endswith("?")}
+        others = [each for name, each in value.items() if name not in named]
+        return (
+            required <= value.keys()
+            and all(fits(value[name], each) for name, each in named.items() if name in value)
+            and (str not in kind or all(fits(each, kind[str]) for each in others))
+        )
+    if kind is None:
+        return value is None
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float) and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
 
 
 def first_line(error: BaseException, most: int = 120) -> str:

@@ -14,13 +14,13 @@ from engine.commands.output import show_warnings_only
 from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
 from engine.config.checks import validate
-from engine.config.config import Config, changes, load_config
+from engine.config.config import Config, changes
 from engine.config.files import config_yaml, read_config
 from engine.config.scaling import too_short
 from engine.distributed import launch
 from engine.errors import UserError
 from engine.imports import gc_paused
-from engine.runs.folder import default_folder
+from engine.runs.folder import default_folder, has_run, run_config
 from engine.runs.headline import evaluations_of, shown_results
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
@@ -118,9 +118,9 @@ def _begun(options: TrainOptions, folder: Path, resume: bool) -> Config | None:
     Raises:
         UserError: The run is of another preset.
     """
-    if not (resume and (folder / "config.json").exists()):
+    if not (resume and has_run(folder)):
         return None
-    begun, preset = load_config(folder / "config.json"), options.config.preset
+    begun, preset = run_config(folder), options.config.preset
     if begun.preset != preset:
         raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
     return begun

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from engine.config.config import Config, load_config, run_identity
+from engine.config.config import Config, run_identity
 from engine.errors import UserError
 from engine.models.build import make_network
 from engine.models.wide_resnet import TwoHeadNetwork
 from engine.runs import checkpoint
-from engine.runs.folder import read_classes
+from engine.runs.folder import CHECKPOINTS, read_classes, run_config
 from engine.training.execution import pick_device, set_numerics
-from engine.training.trainer import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def load_ema_model(folder: Path) -> Trained:
     Raises:
         UserError: The folder contains no run or no valid checkpoint, or its split.json is damaged.
     """
-    config = load_config(folder / "config.json")
+    config = run_config(folder)
     classes, sides = read_classes(folder)
     device = pick_device(dataclasses.replace(config, device="auto"))
     set_numerics(config.deterministic)

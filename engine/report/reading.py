@@ -15,6 +15,7 @@ from engine.config.config import Config, check_run_folder, load_config
 from engine.config.methods import with_method
 from engine.config.presets import PRESETS
 from engine.errors import UserError
+from engine.runs.folder import read_split, read_summary
 from engine.runs.headline import Evaluations, evaluations_of
 from engine.runs.history import read_history, read_results
 from engine.runs.progress import METRICS, read_metrics
@@ -148,7 +149,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path, name: str, group: str, config: Config) -> RunData:
-    split, summary = read_json(folder / "split.json"), read_json(folder / "summary.json")
+    split, summary = read_split(folder), read_summary(folder)
     results = read_results(folder)
     if not summary.keys() >= SUMMED_UP:
         summary = {}

@@ -6,6 +6,8 @@ a crash, a kill or a full disk leaves earlier checkpoints intact.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import re
 import time
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.config.config import Config
+from engine.config.presets import PRESETS
 from engine.errors import UserError
 from pipelines.files import PARTIAL, atomic_write, first_line
 
@@ -59,7 +63,7 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mappi
         step: Training steps done.
         content: Tensors, plain values, and lists and dictionaries of them.
         keep: Number of checkpoints to keep, including this one.
-        run: Plain values that identify the run; see `load_newest`.
+        run: The run's configuration; see `load_newest` and `newest_config`.
 
     Raises:
         OSError: The checkpoint could not be written. Earlier ones are intact, and no partial file is left.
@@ -74,6 +78,27 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int, run: Mappi
     for left in folder.glob(f".step-*.pt{PARTIAL}"):  # by a killed process
         left.unlink(missing_ok=True)
     return path
+
+
+def newest_config(folder: Path) -> Config | None:
+    """Return the configuration in the newest valid checkpoint, with a warning; None if there is no valid one."""
+    for path in reversed(list_checkpoints(folder)):
+        if config := _saved_config(path, path.stat().st_mtime_ns):
+            return config
+    return None
+
+
+@functools.cache
+def _saved_config(path: Path, changed: int) -> Config | None:
+    """Return the configuration in a checkpoint; the time of its last change identifies the content."""
+    try:
+        run = _read(path)["run"]
+        # Checkpoints of earlier versions lack `steps` and `log`.
+        config = dataclasses.replace(PRESETS.get(run["preset"], Config()), **run)
+    except Exception:  # damaged files raise all kinds of errors, and fields of a later version a TypeError
+        return None
+    log.warning(f"config.json of {path.parents[1]} is missing or damaged; using the configuration in {path}")
+    return config
 
 
 class Saver:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from engine.config.config import Config
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data.cache import DataSet
-from pipelines.files import atomic_write, read_json_lines, write_text
+from pipelines.files import atomic_write, fits, read_json_lines, write_text
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,13 @@ MOST_PREDICTIONS = 50_000
 MOST_ERRORS = 24
 LARGEST_SIDE = 96  # of a saved image, in pixels
 
+_RECORD = {  # What a record is like; see `pipelines.files.fits`.
+    "step": int,
+    "p_model?": [float],
+    "label_marginal?": [float],
+    "bins?": {str: [[float]]},
+    "guesses?": {"images": int, "accuracy": float, "confidence": float, "bins": [[int]]},
+}
 _ARRAYS = ("labels", "predicted", "confidence", "test_images", "errors", "error_images", "views", "captions")
 
 # The quality of pseudo-labels is measured on 128 to 256 images, each time after training on 100 times as many. A pass
@@ -94,7 +101,19 @@ def _line(row: dict[str, Any]) -> str:
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run's history.jsonl; see `engine.runs.progress.read_metrics`."""
-    return [row for row in read_json_lines(folder / HISTORY) if isinstance(row.get("step"), int)]
+    return read_json_lines(folder / HISTORY, _is_record)
+
+
+def _is_record(row: Any) -> bool:
+    """Return whether an object is a record, and its lists have the lengths that reports rely on."""
+    counts = {name: int(np.count_nonzero(BINS[number])) for number, name in enumerate(NAMES)}
+    return (
+        fits(row, _RECORD)
+        and row["step"] > 0
+        and len({len(row[name]) for name in ("p_model", "label_marginal") if name in row}) < 2
+        and all(len(found) == counts.get(name, len(found)) for name, found in row.get("bins", {}).items())
+        and all(len(pair) == 2 for pair in row.get("guesses", {}).get("bins", ()))
+    )
 
 
 def named_bins(weights: np.ndarray) -> dict[str, list[list[float]]]:
@@ -219,6 +238,30 @@ def read_results(folder: Path) -> dict[str, np.ndarray] | None:
     """Return the arrays written by `save_results`; None if they are missing or damaged, as in an unfinished run."""
     try:
         with np.load(folder / RESULTS, allow_pickle=False) as found:
-            return {name: found[name] for name in _ARRAYS}
+            arrays = {name: found[name] for name in _ARRAYS}
     except Exception:  # damaged files raise all kinds of errors
         return None
+    return arrays if _well_formed(arrays) else None
+
+
+def _well_formed(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Return whether arrays have the dtypes and shapes that `save_results` writes."""
+    count, errors, grid = (arrays[name].shape for name in ("labels", "errors", "captions"))
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {  # Kinds of dtypes, and leading axes of shapes.
+        "labels": ("u", count), "predicted": ("u", count), "confidence": ("f", count), "test_images": ("i", ()),
+        "errors": ("i", errors), "error_images": ("u", errors), "views": ("u", grid), "captions": ("U", grid),
+    }  # fmt: skip
+    axes = {"error_images": 3, "views": 3}  # further axes: H, W, 3
+    return (
+        (len(count), len(errors), len(grid)) == (1, 1, 2)
+        and 0 not in (*count, *grid)
+        and all(
+            arrays[name].dtype.kind == kind
+            and arrays[name].shape[: len(shape)] == shape
+            and arrays[name].ndim == len(shape) + axes.get(name, 0)
+            for name, (kind, shape) in expected.items()
+        )
+        and all(arrays[name].dtype == np.uint8 and arrays[name].shape[-1] == 3 for name in axes)
+        and bool(np.all((arrays["errors"] >= 0) & (arrays["errors"] < count[0])))
+        and bool(np.isfinite(arrays["confidence"]).all())
+    )

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from engine.config.config import Config
+from engine.runs.folder import read_split
 from pipelines.data.cache import DataSet
 from pipelines.data.splits import digest, image_digest
-from pipelines.files import read_json
 
-FILE = "split.json"
 # Keys that runs of all versions record, and what a difference means.
 _RECORDED = {
     "class_names": "classes or their order",
@@ -81,18 +80,7 @@ def describe(config: Config, data: DataSet, split: np.ndarray, before: Mapping[s
         content["images_sha256"] = image_digest(data.train_images, split)
     if not config.unlabeled:  # Such a run uses only the labeled images, which are recorded on their own.
         del parts["unlabeled images"], parts["training labels"]
-    return content | {"check": _check_sum(content)}
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's split.json; an empty one if the file is missing or damaged."""
-    content = read_json(folder / FILE)
-    return content if content.get("check", "") in ("", _check_sum(content)) else {}
-
-
-def _check_sum(content: Mapping[str, Any]) -> str:
-    """Return a digest of split.json, without which a damaged one would be taken for other data."""
-    return _sha256(json.dumps({key: value for key, value in content.items() if key != "check"}).encode())
+    return content
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -108,7 +96,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed_test_parts(folder: Path, data: DataSet) -> list[str]:
     """Name the parts of a run's test data that have changed since it was trained, as far as the run records them."""
-    before = recorded(folder).get("data")
+    before = read_split(folder).get("data")
     parts = ("test images", "test labels")
     return [name for _, name in changed_parts(before if isinstance(before, dict) else {}, fingerprint(data), parts)]
 

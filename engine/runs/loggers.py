@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pipelines.files import first_line, read_json, write_text
+from pipelines.files import first_line, fits, read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def open_logger(name: str, folder: Path, step: int, config: Mapping[str, Any]) -
 def _logged(folder: Path, name: str) -> dict[str, Any]:
     """Return a logger's entry in logged.json, or an empty one if it is missing or damaged."""
     found = read_json(folder / "logged.json").get(name)
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and fits(found, {"step?": int, "run?": str}) else {}
 
 
 def _update_state(folder: Path, name: str, **values: Any) -> None:

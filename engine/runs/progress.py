@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.runs.loggers import Logger, Row, open_logger
-from pipelines.files import read_json_lines, write_text
+from pipelines.files import fits, read_json_lines, write_text
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +140,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the objects of a metrics file, or none if it is missing. Skip a line truncated by a kill.
+    """Return the objects of a metrics file, or none if it is missing. Skip damaged lines.
 
     Raises:
         OSError: The file exists and cannot be read.
     """
-    return [row for row in read_json_lines(path) if isinstance(row.get("step"), int)]
+    return read_json_lines(path, lambda row: fits(row, {"step": int, str: float}))
 
 
 class ProgressLine:

@@ -7,7 +7,6 @@ that errors are reported before that takes its time.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +18,11 @@ import numpy as np
 from engine.config.checks import FOLDER, PYTHON, check_data, check_name, check_seed, read_prior, resolve, validate
 from engine.config.config import Config, config_json
 from engine.errors import UserError
-from engine.runs.folder import check_folder
-from engine.runs.identity import FILE, describe, differences, recorded
+from engine.runs.folder import SPLIT, check_folder, read_split
+from engine.runs.identity import describe, differences
 from pipelines.data.cache import DataError, DataSet
 from pipelines.data.datasets import DATASETS
-from pipelines.files import write_text
+from pipelines.files import checked_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class RunSetup:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Content of split.json."""
-        before = recorded(self.folder) if self.folder else {}
+        before = read_split(self.folder) if self.folder else {}
         return describe(self.config, self.data, self.split, before)
 
 
@@ -124,15 +123,15 @@ def write_run_files(setup: RunSetup) -> None:
     folder = setup.folder
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, json.dumps(setup.identity) + "\n")
+    write_text(folder / SPLIT, checked_json(setup.identity))
     write_text(folder / "config.json", config_json(setup.config))
 
 
 def _check_same_data(setup: RunSetup, folder: Path) -> None:
     """Raise UserError if a run was started with other data."""
-    before = recorded(folder)
-    if not before and setup.resumed:
-        log.warning(f"{folder / FILE} is missing or damaged: cannot check that the data are those of the run")
+    before = read_split(folder)
+    if setup.resumed and not before:
+        log.warning(f"{folder / SPLIT} is missing or damaged; it is made again from the data as they are now")
     if before and (found := differences(before, setup.identity)):
         raise UserError(
             f"{folder} was started with different data; these differ: {', '.join(found)}; restore them, or start a new "

@@ -37,6 +37,7 @@ from engine.distributed.launch import PARENT
 from engine.distributed.watchdog import StopRequest
 from engine.errors import UserError
 from engine.measuring.process import python_environment
+from engine.runs.folder import read_summary
 from pipelines.files import read_json, write_text
 
 RENEW_SECONDS = 10.0  # Interval of heartbeats in a claim.
@@ -47,6 +48,9 @@ TAIL_LINES = 20  # Lines of the log kept in failed.json.
 _TAIL_BYTES = 8192
 _HASH_DIGITS = 10
 
+_CLAIM = {  # Content of a claim; see `pipelines.files.fits`.
+    "host?": str, "machine?": str, "worker?": [int], "child?": [int], "commit?": str, "time?": str, "released?": bool,
+}  # fmt: skip
 STATES = ("done", "running", "failed", "waiting")
 # Exit codes of a child that was asked to stop: by this worker, with its process group, or when its worker died.
 _CUT_OFF = {code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) for code in (-number, 128 + number)}
@@ -213,12 +217,12 @@ def claimable(path: Path) -> bool:
     A claim of this machine is stale if neither its worker nor its training process is alive. Process IDs are reused, so
     start times are compared as well. A claim of another machine is stale after some time without a heartbeat.
     """
-    content = read_json(path)
+    content = read_json(path, _CLAIM)
     if content.get("released"):
         return True
     if content.get("machine") == machine():
         owners = [content.get("worker"), content.get("child")]
-        return not any(owner and owner[0] and started(owner[0]) == owner[1] for owner in owners)
+        return not any(owner and owner[0] and owner == [owner[0], started(owner[0])] for owner in owners)
     # It belongs to another machine, or has not been written yet: its owner was killed, or is about to write it.
     return _now(path.parents[1]) - path.stat().st_mtime > STALE_SECONDS
 
@@ -242,7 +246,7 @@ def status(root: Path, job: Job) -> Status:
     """Return the status of a job, from its folder in `root` alone."""
     folder = root / job.name
     newest = newest_claim(folder)
-    content = read_json(newest) if newest else {}
+    content = read_json(newest, _CLAIM) if newest else {}
     known = {"host": content.get("host", ""), "commit": content.get("commit", "")}
     try:
         found = load_config(folder / "config.json") if (folder / "config.json").exists() else None
@@ -252,7 +256,7 @@ def status(root: Path, job: Job) -> Status:
         differing = changed_fields(found, job.config, ignored=EXECUTION_FIELDS)
         reason = f"{folder} has a different configuration ({'; '.join(differing)}); move the folder away"
         return Status("failed", reason=reason, **known)
-    if found and (summary := read_json(folder / "summary.json")) and summary.get("steps") == job.config.steps:
+    if found and (summary := read_summary(folder)) and summary.get("steps") == job.config.steps:
         return Status("done", job.config.steps, summary, **known)
     step = last_step(folder / "metrics.jsonl")
     if newest and not claimable(newest):
@@ -421,7 +425,7 @@ def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str],
         code = _attend(train_command(folder, job.config), {**variables, **environment}, log, owned, stop)
     if code is None or (stop.number and code) or code in _CUT_OFF:
         return
-    newest = read_json(folder / "summary.json")
+    newest = read_summary(folder)
     if code == 0 and newest.get("steps") == job.config.steps:
         return
     said = [line for line in tail(folder / "log.txt") if line.strip()][-TAIL_LINES:]

@@ -14,6 +14,7 @@ from engine.config.config import EXECUTION_FIELDS, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.config.scaling import SCALED
 from engine.errors import UserError, cannot_write
+from engine.runs.folder import read_split
 from engine.runs.headline import evaluations_of
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
@@ -25,7 +26,7 @@ from engine.studies.paper_tables import (
     Entry,
     papers_difference,
 )
-from pipelines.files import read_json, write_text
+from pipelines.files import write_text
 
 
 def read_statuses(out: Path, entries: Sequence[Entry]) -> dict[str, Status]:
@@ -141,7 +142,7 @@ def _seconds(summary: Mapping[str, Any]) -> float | None:
 
 
 def _job_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
-    split = read_json(out / entry.job.name / "split.json")
+    split = read_split(out / entry.job.name)
     return {
         "row": entry.row,
         "preset": entry.preset,

@@ -25,6 +25,7 @@ from engine.errors import Stopped, UserError
 from engine.inference.evaluation import evaluate
 from engine.method.losses import LOSSES
 from engine.runs import checkpoint
+from engine.runs.folder import CHECKPOINTS
 from engine.runs.headline import median_of_last, planned_evaluations
 from engine.runs.health import Health, Observation, compared_images
 from engine.runs.history import History, guessed_images, named_bins
@@ -40,7 +41,6 @@ from engine.training.step import StepOutput
 from engine.training.step_input import StepInput
 from pipelines.data.cache import take_images
 
-CHECKPOINTS = "checkpoints"
 log = logging.getLogger(__name__)
 
 
@@ -68,7 +68,7 @@ class Trainer:
         self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
         self.identity = run_identity(config)
         self.saver = checkpoint.Saver(
-            self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), self.identity
+            self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), asdict(config)
         )
         self.timeout, self.check_ranks = timeout, check_ranks
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench.ranks.restart import ranks_of
 from engine.runs import checkpoint
-from engine.training.trainer import CHECKPOINTS
+from engine.runs.folder import CHECKPOINTS
 from tests.faults.victim import FLAGS, INTERVAL, SPLIT, STEPS, Ended, Spawned, Victim
 from tests.processes import finish, start
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from engine.runs import checkpoint
+from engine.runs.folder import CHECKPOINTS
 from engine.runs.history import read_history, read_results
 from engine.runs.progress import read_metrics
-from engine.training.trainer import CHECKPOINTS
 from tests.processes import ROOT, command, final_state, finish, start, start_ranks
 
 STEPS, INTERVAL = 48, 3

@@ -1,6 +1,7 @@
 """Atomic file writes with errors, failed writes, killed processes and concurrent writers."""
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,9 @@ from pipelines import files
 from pipelines.files import (
     Locked,
     atomic_write,
+    checked_json,
     first_line,
+    fits,
     lock,
     read_json,
     read_json_lines,
@@ -276,13 +279,62 @@ def test_missing_or_damaged_json_is_read_as_empty(tmp_path):
     assert read_json(path) == {"a": [1]}
 
 
-def test_damaged_json_lines_are_skipped(tmp_path):
+def test_damaged_json_lines_are_skipped(tmp_path, caplog):
     path = tmp_path / "records.jsonl"
-    assert read_json_lines(path) == []
+    ints, both = ((lambda record, kind=kind: fits(record, {"a": kind})) for kind in (int, (int, str)))
+    assert read_json_lines(path, ints) == []
     path.write_bytes(b'{"a": 1}\n[2]\n\n{"a": "\xff"}\n3\n{"a": 4}\n{"a": 5')
-    assert read_json_lines(path) == [{"a": 1}, {"a": "\ufffd"}, {"a": 4}]
+    assert read_json_lines(path, ints) == [{"a": 1}, {"a": 4}]
+    assert caplog.messages == [f"{path}: skipped 4 damaged lines"]  # but not the last one, which a kill has cut off
+    assert read_json_lines(path, both) == [
+        {"a": 1},
+        {"a": "\ufffd"},
+        {"a": 4},
+    ]
+    path.write_bytes(b'{"a": 1}\n' + b"[" * 100_000 + b"\n")
+    assert read_json_lines(path, ints) == [{"a": 1}] and read_json(path) == {}
     with pytest.raises(OSError):  # An unreadable file is not the same as an empty one.
-        read_json_lines(tmp_path)
+        read_json_lines(tmp_path, {})
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json_lines(tmp_path / "fifo", {})
+    assert read_json(tmp_path / "fifo") == {}
+
+
+def test_a_checksum_detects_every_change_of_the_content(tmp_path):
+    path, content = tmp_path / "file.json", {"b": [1, 2.5, "x"], "a": {"c": None}}
+    text = checked_json(content)
+    path.write_text(text)
+    assert read_json(path) == content and json.loads(text).keys() == {"a", "b", "checksum"}
+    for old, new in [
+        ("2.5", "2.6"),
+        ('"x"', '"y"'),
+        ('"c"', '"d"'),
+        ("null", "0"),
+        ('"checksum": "', '"checksum": "0'),
+    ]:
+        path.write_text(text.replace(old, new))
+        assert read_json(path) == {}
+    path.write_text(json.dumps(content))  # by an earlier version
+    assert read_json(path) == content
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (int, [0, -3, 2**63 - 1], [True, 1.0, "1", None, 2**63, -(2**63) - 1, [1]]),
+        (float, [0, 1.5, float("nan"), float("inf")], [False, "1.5", None, 10**30, {}]),
+        (str, ["", "x"], [1, None, ["x"]]),
+        (bool, [True, False], [0, 1, "true"]),
+        ((float, None), [None, 2], ["x", True]),
+        ([int], [[], [1, 2]], [1, [1.5], [None], {}, [[1]]]),
+        ({"a": int, "b?": str}, [{"a": 1}, {"a": 1, "b": "x", "c": []}], [{}, {"b": "x"}, {"a": 1, "b": 2}, [], "a"]),
+        ({"a": int, str: [float]}, [{"a": 1}, {"a": 1, "c": [2]}], [{"a": 1, "c": 2}, {"c": [2]}]),
+    ],
+)
+def test_json_values_and_their_kinds(kind, right, wrong):
+    assert [value for value in right if not fits(value, kind)] == []
+    assert [value for value in wrong if fits(value, kind)] == []
 
 
 @pytest.mark.parametrize(

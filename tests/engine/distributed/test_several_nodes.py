@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.runs import checkpoint
-from engine.training.trainer import CHECKPOINTS
+from engine.runs.folder import CHECKPOINTS
 from tests.processes import ROOT, assert_same_bits, finish, start
 
 # Two ranks equal one rank with two micro-batches bit for bit, so no tolerance is needed.

@@ -132,7 +132,9 @@ def test_runs_of_earlier_versions_resume(data, tmp_path, kept):
 def test_damaged_parts_of_a_split_are_not_compared(data, tmp_path, part):
     write_run_files(setup_run(settings(), tmp_path, data=data))
     path = tmp_path / "split.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": part, "check": ""}))
+    content = json.loads(path.read_text()) | {"data": part}
+    del content["checksum"]
+    path.write_text(json.dumps(content))
     assert setup_run(settings(), tmp_path, resume=True, data=data).resumed
 
 
@@ -146,8 +148,8 @@ def test_a_flipped_bit_is_no_other_data(data, tmp_path, caplog):
         caplog.clear()
         write_run_files(setup_run(settings(), tmp_path, resume=True, data=data))
         assert path.read_bytes() == whole
-        # Without its key, the check is not known, as in a run of an earlier version; all other content is intact.
-        in_key = 0 <= place - whole.index(b"check") < len(b"check")
+        # Without its key, the checksum is unknown, as in a run of an earlier version; all other content is intact.
+        in_key = 0 <= place - whole.index(b"checksum") < len(b"checksum")
         assert in_key or "split.json is missing or damaged" in caplog.text
 
 

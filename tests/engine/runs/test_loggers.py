@@ -23,10 +23,10 @@ from engine.commands.output import messages_on_stderr
 from engine.config.checks import validate
 from engine.errors import UserError
 from engine.runs import checkpoint, loggers
+from engine.runs.folder import CHECKPOINTS
 from engine.runs.loggers import Row
 from engine.runs.progress import MetricsLog, read_metrics
 from engine.runs.setup import setup_run
-from engine.training.trainer import CHECKPOINTS
 from tests.engine.runs.test_progress import board
 from tests.engine.runs.test_run import TINY_FLAGS, assert_same
 from tests.logs import no_warnings

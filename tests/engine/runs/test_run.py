@@ -14,11 +14,11 @@ from engine import run
 from engine.config.config import load_config
 from engine.errors import UserError
 from engine.runs import checkpoint
+from engine.runs.folder import CHECKPOINTS
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
 from engine.training.feed import Feed
-from engine.training.trainer import CHECKPOINTS
 from pipelines import files
 from tests.processes import final_state, finish, start
 

@@ -28,8 +28,13 @@ with open(folder.parent / "ran.txt", "a") as file:
     file.write(folder.name + "\\n")
 does = folder.parent / "does"
 exec(does.read_text() if does.exists() else "")
-(folder / "summary.json").write_text(json.dumps({"steps": steps, "test_accuracy": 1.0, "median_last_20": 2.0}))
+(folder / "summary.json").write_text(json.dumps(SUMMARY | {"steps": steps}))
 """
+SUMMARY = {
+    "test_accuracy": 1.0, "median_last_20": 2.0, "train_seconds": 3.0, "images_per_second": 4.0, "device": "CPU",
+    "versions": {},
+}  # fmt: skip
+CHILD = f"SUMMARY = {SUMMARY}\n{CHILD}"
 
 
 def fake(folder, config):
@@ -94,11 +99,11 @@ def test_a_job_is_done_if_its_own_summary_exists(root):
     (job,) = some(1)
     folder = root / job.name
     folder.mkdir()
-    (folder / "summary.json").write_text(json.dumps({"steps": job.config.steps}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"steps": job.config.steps}))
     assert states(root, [job]) == ["waiting"], "no configuration"
     (folder / "config.json").write_text(config_json(dataclasses.replace(job.config, device="cpu", keep=1)))
     assert states(root, [job]) == ["done"]
-    (folder / "summary.json").write_text(json.dumps({"steps": 7}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"steps": 7}))
     assert states(root, [job]) == ["waiting"]
     (folder / "summary.json").write_text('{"steps":')
     assert states(root, [job]) == ["waiting"]
@@ -117,7 +122,7 @@ def test_a_folder_with_another_configuration_is_left_alone(root):
     folder = root / job.name
     folder.mkdir()
     (folder / "config.json").write_text(config_json(dataclasses.replace(job.config, k=5, device="cpu")))
-    (folder / "summary.json").write_text(json.dumps({"steps": job.config.steps}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"steps": job.config.steps}))
     assert finish(root, [job]) == ["failed"] and not (root / "ran.txt").exists()
     assert "has a different configuration (k 5 -> 2); move the folder away" in status(root, job).reason
     (folder / "config.json").write_text("{")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.runs.checkpoint import list_checkpoints
-from engine.training.trainer import CHECKPOINTS
+from engine.runs.folder import CHECKPOINTS
 from tests import processes
 from tests.processes import assert_close, finish, skip_compilation, start, start_ranks
 
