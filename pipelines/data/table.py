@@ -23,7 +23,8 @@ from pipelines.files import some
 
 TABLE = "labels.csv"
 PARTS = ("train", "test", "unlabeled")
-UNLABELED = ("", "?", "-1", "nan", "none", "null", "na", "n/a")  # Labels of unlabeled images, in lower case.
+# Labels of unlabeled images, in lower case.
+UNLABELED = ("", "?", "-1", "nan", "none", "null", "na", "n/a", "unlabeled", "unlabelled")
 _SEPARATORS = ",;\t| "
 _SAMPLE = 100  # Lines from which the separator and the columns are determined.
 _LABEL = ("label", "labels", "class", "classname", "target", "category", "y")

@@ -167,7 +167,7 @@ def test_the_examples_in_the_documentation(tmp_path):
         Entry("photos/002.jpg", "", "train"),
     ]
     assert read(tmp_path, lines, files) == expected
-    for word in ("?", "-1", "NaN", "NA", "N/A", "None", "null"):
+    for word in ("?", "-1", "NaN", "NA", "N/A", "None", "null", "unlabeled"):
         assert f"`{word}`" in page
         assert read(tmp_path, lines.replace("002.jpg,", f"002.jpg,{word}"), files) == expected
     header = re.search(r"a header such as `(.*?)`", page).group(1)
