@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,6 +48,26 @@ def cannot_write(place: Path, error: OSError, advice: str = "") -> UserError:
     """
     text = f"cannot write {error.filename or place} ({error.strerror or error})"
     return UserError(f"{text}; {advice}" if advice else text)
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|alloc_failed|can.?t allocate|cannot allocate|failed to allocate|bad_alloc|"
+    "cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return the line of an error that says that memory ran out, on the host or on a GPU; "" for any other error."""
+    if isinstance(error, MemoryError):
+        return str(error) or "MemoryError"
+    if isinstance(error, OSError):
+        return str(error.strerror) if error.errno == errno.ENOMEM else ""
+    if not isinstance(error, RuntimeError) or isinstance(error, RankError):
+        return ""
+    # torch raises RuntimeError on the host, and a subclass on a GPU; DALI ends its messages with a line about itself.
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:160] for line in lines if _NO_MEMORY.search(line)), "")
 
 
 def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:

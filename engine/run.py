@@ -8,6 +8,7 @@ curves.png  views.png  results.npz  ema.safetensors  .lock (during training)
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -15,10 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.checks import validate
 from engine.config.config import Config, changes
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.distributed import collectives
-from engine.errors import RankError, UserError, cannot_write
+from engine.errors import RankError, UserError, cannot_write, out_of_memory
 from engine.inference import predict
 from engine.inference.export import safetensors_bytes
 from engine.measuring.provenance import commit, device_name, versions
@@ -27,6 +29,7 @@ from engine.runs.folder import check_folder
 from engine.runs.identity import changed_parts, fingerprint
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
+from engine.training.execution import Execution
 from engine.training.trainer import Trainer
 from pipelines.files import Locked, lock, write_bytes, write_text
 
@@ -91,6 +94,7 @@ def _train(
     setup: RunSetup, folder: Path, held: contextlib.ExitStack, quiet: bool, timeout: float, check_ranks: int
 ) -> dict[str, Any]:
     """Train a run; see `train`. The lock of its folder is added to `held`."""
+    trainer: Trainer | None = None
     try:
         progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
         trainer = Trainer(setup, progress, timeout, check_ranks)
@@ -107,9 +111,34 @@ def _train(
             progress.close()
         summary = _summary(setup.config, trainer)
         collectives.run_on_rank_0(lambda: _finish(folder, summary, trainer))
-    except OSError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if reason := out_of_memory(error):
+            text = f"out of memory ({reason}); {less_memory(setup.config, trainer.execution if trainer else None)}"
+            # Other ranks have memory left, and learn of it by losing this one.
+            raise (RankError if collectives.ranks() > 1 else UserError)(text) from error
+        if not isinstance(error, OSError):
+            raise
         raise cannot_write(folder, error, "saved files are intact; fix the problem and use --resume") from error
     return summary
+
+
+def less_memory(config: Config, execution: Execution | None) -> str:
+    """Return which flags make a run need less memory.
+
+    Args:
+        config: Configuration of the run.
+        execution: How it is executed, if that is known.
+    """
+    flags = []
+    for count in range(config.micro_batches_of(collectives.ranks()) + 1, config.batch + 1):
+        with contextlib.suppress(UserError):
+            validate(dataclasses.replace(config, micro_batches=count), collectives.ranks())
+            flags.append(f"--micro-batches {count}")
+            break
+    if execution and execution.device.type == "cuda" and execution.resident:
+        flags.append("--resident host")
+    flags.append(f"--batch less than {config.batch}")
+    return f"saved files are intact; start a new run with {' or '.join(flags)}"
 
 
 def _begin(setup: RunSetup, folder: Path, held: contextlib.ExitStack) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
-from engine.errors import Incomplete, RankError, Stopped, UserError, cannot_write, unknown
+from engine.errors import Incomplete, RankError, Stopped, UserError, cannot_write, out_of_memory, unknown
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,13 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
         except RankError as error:
             log.error(f"rank {os.environ.get('RANK', '0')}: {error}")
             sys.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            reason = out_of_memory(error)
+            if not reason:
+                raise
+            advice = "use a smaller --batch" if argv[:1] == ["predict"] else "end other programs, or use less data"
+            log.error(f"out of memory ({reason}); {advice}")
+            sys.exit(2)
 
 
 def _dispatch(argv: list[str]) -> None:

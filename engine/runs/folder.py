@@ -22,7 +22,7 @@ _SPLIT = {
 }  # fmt: skip
 _SUMMARY = {
     "steps": int, "test_accuracy": float, "median_last_20": float, "train_seconds": float, "cpu_seconds?": float,
-    "images_per_second": float, "device": str, "versions": {str: str}, "commit?": str, "ranks?": int,
+    "images_per_second?": float, "device": str, "versions": {str: str}, "commit?": str, "ranks?": int,
     "evaluations?": int, "evaluations_after_ramp?": int, "paper_error?": float, "paper_deviation?": (float, None),
 }  # fmt: skip
 

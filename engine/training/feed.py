@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.config.config import Config
 from engine.distributed import collectives
-from engine.errors import UserError
+from engine.errors import UserError, out_of_memory
 from engine.imports import gc_paused
 from engine.method.batch_layout import BatchLayout, RankPlan, rank_plan
 from engine.training import ranges
@@ -245,9 +245,9 @@ class Feed:
 
             try:
                 return DaliGraphViews(*images, batch_size, c.max_shift, threads=c.view_threads, **options)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
                 # DALI ends its messages with a line about the pipeline, and torch with the cause.
                 lines = [line for line in str(error).splitlines() if line and not line.startswith("Current pipeline")]
                 reason = lines[-1].strip() if lines else type(error).__name__

@@ -18,6 +18,7 @@ from engine.runs.folder import CHECKPOINTS
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
 from engine.training.cuda_graph import make_step
+from engine.training.execution import Execution
 from engine.training.feed import Feed
 from pipelines import files
 from tests.processes import final_state, finish, start
@@ -237,3 +238,34 @@ def test_non_finite_parameters_are_never_saved(tiny, tmp_path):
     found = checkpoint.load_newest(tmp_path / "run" / CHECKPOINTS)
     if found:
         assert all(p.isfinite().all() for p in found.content["state"]["network"].values())
+
+
+def out_of_memory(*arguments, **options):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "flags"),
+    [
+        ("engine.training.trainer.Trainer.advance", {}, "--micro-batches 2 or --batch less than 8"),
+        ("engine.training.trainer.make_state", dict(micro_batches=4), "--micro-batches 8 or --batch less than 8"),
+        ("engine.training.trainer.evaluate", dict(bn="sync"), "--batch less than 8"),
+        ("pipelines.dali.DaliViews.collect", dict(batch=9), "--micro-batches 3 or --batch less than 9"),
+        ("engine.runs.pictures.make_views", dict(micro_batches=8), "--batch less than 8"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_the_flags_that_help(tiny, tmp_path, monkeypatch, place, changes, flags):
+    monkeypatch.setattr(place, out_of_memory)
+    with pytest.raises(UserError) as error:
+        run.train(setup_run(tiny(steps=2, **changes), tmp_path / "run"), quiet=True)
+    assert str(error.value) == (
+        "out of memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes); saved files are "
+        f"intact; start a new run with {flags}"
+    )
+
+
+def test_images_move_to_the_host_if_a_gpu_is_too_small(tiny):
+    on_device = Execution(torch.device("cuda"), torch.float32, "graph", "fused", resident=True)
+    for execution, more in ((on_device, " or --resident host"), (dataclasses.replace(on_device, resident=False), "")):
+        said = run.less_memory(tiny(batch=4), execution)
+        assert said.endswith(f"start a new run with --micro-batches 2{more} or --batch less than 4")
