@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,8 @@ def train(
     ablate: str | Sequence[str] = (),
     size: int | None = None,
     steps_scale: float = 1.0,
+    progress: bool = True,
+    callback: Callable[[int, dict[str, float]], object] | None = None,
     **fields: Any,
 ) -> Run:
     """Train a preset in this process, like `remixmatch train`.
@@ -130,6 +132,11 @@ def train(
             side of the first 1000 training images.
         steps_scale: Scale steps, ramp, intervals, and the windows of EMA and batch norm together; fields that are given
             override it.
+        progress: Show progress on a terminal or in a notebook, or as a line now and then on stderr.
+        callback: Called with the step and the metrics of each new line of metrics.jsonl, between two steps. Every
+            `log_every` steps there are two lines: losses and the other metrics of the step; and throughput. Each
+            evaluation adds one with test_accuracy and test_loss. An exception that it raises ends the training and
+            propagates; the current step is saved before, so that resume=True continues from there.
         fields: Fields of `engine.config.Config`, such as seed=1 or steps=500. method="fixmatch" also sets the other
             fields of that method.
 
@@ -159,7 +166,7 @@ def train(
 
     from engine import run
 
-    return Run(folder, run.train(setup, quiet=True))
+    return Run(folder, run.train(setup, quiet=not progress, callback=callback))
 
 
 def _argument(name: str, hint: Any, value: Any) -> Any:

@@ -30,7 +30,7 @@ from engine.runs.identity import changed_parts, fingerprint
 from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import RunSetup, open_data, write_run_files
 from engine.training.execution import Execution
-from engine.training.trainer import Trainer
+from engine.training.trainer import Callback, Trainer
 from pipelines.files import Locked, lock, write_bytes, write_text
 
 LOCK = ".lock"  # Name of the file that is locked during training.
@@ -69,7 +69,13 @@ def share(make: Callable[[], RunSetup]) -> RunSetup:
     return RunSetup(config, data, *rest)
 
 
-def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check_ranks: int = 0) -> dict[str, Any]:
+def train(
+    setup: RunSetup,
+    quiet: bool = False,
+    timeout: float = math.inf,
+    check_ranks: int = 0,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
     """Train a run to its last step and write all files of its folder.
 
     Args:
@@ -77,6 +83,7 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         quiet: Show no progress.
         timeout: See `Trainer`.
         check_ranks: See `Trainer`.
+        callback: See `Trainer`.
 
     Returns:
         The content of summary.json.
@@ -86,39 +93,33 @@ def train(setup: RunSetup, quiet: bool = False, timeout: float = math.inf, check
         Stopped: See `Trainer.run`.
     """
     assert setup.folder is not None, "a run needs a folder to be trained"
-    with contextlib.ExitStack() as held:
-        return _train(setup, setup.folder, held, quiet, timeout, check_ranks)
-
-
-def _train(
-    setup: RunSetup, folder: Path, held: contextlib.ExitStack, quiet: bool, timeout: float, check_ranks: int
-) -> dict[str, Any]:
-    """Train a run; see `train`. The lock of its folder is added to `held`."""
+    folder = setup.folder
     trainer: Trainer | None = None
-    try:
-        progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
-        trainer = Trainer(setup, progress, timeout, check_ranks)
-        # First write, only after all checks have passed.
-        collectives.run_on_rank_0(lambda: _begin(setup, folder, held))
-        if setup.resumed:
-            if trainer.resume():
-                log.info(f"resuming {folder} from step {trainer.step}")
-            else:
-                log.info(f"{folder} has no valid checkpoint; starting from step 0")
+    with contextlib.ExitStack() as held:
         try:
-            trainer.run()
-        finally:
-            progress.close()
-        summary = _summary(setup.config, trainer)
-        collectives.run_on_rank_0(lambda: _finish(folder, summary, trainer))
-    except (MemoryError, OSError, RuntimeError) as error:
-        if reason := out_of_memory(error):
-            text = f"out of memory ({reason}); {less_memory(setup.config, trainer.execution if trainer else None)}"
-            # Other ranks have memory left, and learn of it by losing this one.
-            raise (RankError if collectives.ranks() > 1 else UserError)(text) from error
-        if not isinstance(error, OSError):
-            raise
-        raise cannot_write(folder, error, "saved files are intact; fix the problem and use --resume") from error
+            progress = ProgressLine(setup.config.steps, quiet or collectives.rank() > 0)
+            trainer = Trainer(setup, progress, timeout, check_ranks, callback)
+            # First write, only after all checks have passed.
+            collectives.run_on_rank_0(lambda: _begin(setup, folder, held))
+            if setup.resumed:
+                if trainer.resume():
+                    log.info(f"resuming {folder} from step {trainer.step}")
+                else:
+                    log.info(f"{folder} has no valid checkpoint; starting from step 0")
+            try:
+                trainer.run()
+            finally:
+                progress.close()
+            summary = _summary(setup.config, trainer)
+            collectives.run_on_rank_0(lambda: _finish(folder, summary, trainer))
+        except (MemoryError, OSError, RuntimeError) as error:
+            if reason := out_of_memory(error):
+                text = f"out of memory ({reason}); {less_memory(setup.config, trainer.execution if trainer else None)}"
+                # Other ranks have memory left, and learn of it by losing this one.
+                raise (RankError if collectives.ranks() > 1 else UserError)(text) from error
+            if not isinstance(error, OSError):
+                raise
+            raise cannot_write(folder, error, "saved files are intact; fix the problem and use --resume") from error
     return summary
 
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple, TypeVar
 
 import jinja2
@@ -119,7 +119,7 @@ def article(run: RunData, many: bool) -> dict[str, Any]:
     profile = [charts.shares("Share of a step's time", run.profile[: charts.MOST_CLASSES])] if run.profile else []
     sections = [
         _learning(run), _guesses(run), _alignment(run), _augmentation(run), _errors(run, many), _views(run, many),
-        Section("Profile", profile), _provenance(run),
+        _speed(run), Section("Profile", profile), _provenance(run),
     ]  # fmt: skip
     try:
         words = shlex.join(["remixmatch", *command(run.config)])
@@ -150,6 +150,22 @@ def _facts(run: RunData) -> list[tuple[str, str, str]]:
     facts.append(("Method", c.method, f"{c.architecture}, K = {c.k}, B = {c.batch}"))
     if run.done:
         facts.append(("Training", duration(summary["train_seconds"]), f"{summary['images_per_second']:,.0f} images/s"))
+    return facts + _speed_facts(run)
+
+
+def _speed_facts(run: RunData) -> list[tuple[str, str, str]]:
+    """Return facts about the throughput in a run's metrics; none for runs of earlier versions."""
+    names = ("step_ms", "images_per_second", "memory_mib", "lr")
+    rows = [row for row in run.metrics if row.keys() >= set(names)]
+    if not rows:
+        return []
+    milliseconds, images = (median(row[name] for row in rows) for name in names[:2])
+    memory, lr = max(row["memory_mib"] for row in rows), rows[-1]["lr"]
+    words = f"median; {images:,.0f} images/s, peak memory {memory:,.0f} MiB, learning rate {lr:g}"
+    facts = [("Step", f"{milliseconds:,.2f} ms", words)]
+    if not run.done:
+        left = (run.config.steps - run.last_step) * milliseconds / 1000
+        facts.append(("Left", f"about {duration(left)}", "at this step time, without evaluations"))
     return facts
 
 
@@ -194,6 +210,16 @@ def _learning(run: RunData) -> Section:
     )  # fmt: skip
     test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
     return Section("Accuracy and losses", [accuracy, losses, test_loss])
+
+
+def _speed(run: RunData) -> Section:
+    note = "Means since the previous point. Evaluations and checkpoints do not count."
+    memory = "Since the run started or was resumed; of the first rank."
+    return Section("Speed", [
+        charts.lines("Step time", "ms", {"step": run.series("step_ms")}, note, best="lowest"),
+        charts.lines("Images per second", "images/s", {"images": run.series("images_per_second")}, note),
+        charts.lines("Peak memory", "MiB", {"memory": run.series("memory_mib")}, memory),
+    ])  # fmt: skip
 
 
 def _guesses(run: RunData) -> Section:
@@ -535,6 +561,7 @@ def _curves(runs: Sequence[RunData]) -> Section:
         _curve("Accuracy of pseudo-labels", "%", unlabeled, _known, "accuracy", known),
         _curve("Distance of p~(y) from p(y)", "%", unlabeled, _percents, "alignment_gap"),
         _curve("CTAugment's omega", "omega", learning, RunData.series, "omega"),
+        _curve("Step time", "ms", runs, RunData.series, "step_ms"),
     ])  # fmt: skip
 
 

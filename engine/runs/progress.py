@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table as Grid
 
 from engine.runs.loggers import Logger, Row, open_logger
 from pipelines.files import fits, read_json_lines, write_text
@@ -19,8 +23,13 @@ from pipelines.files import fits, read_json_lines, write_text
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-PLAIN_SECONDS = 10.0  # between progress lines if stderr is not a terminal
 FLUSH_SECONDS = 30.0  # between writes to the logger
+
+REDRAWS = 1.0  # of the progress line, per second
+# Without a terminal there is a line after 5, 10, 20, 40 and 80 s, and then every minute.
+FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
+WIDEST_BAR = 20
+NOTEBOOK_WIDTH = 100
 
 
 class MetricsLog:
@@ -149,7 +158,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressLine:
-    """Progress of a run (steps/s, images/s, losses, time left), as a bar on a terminal or as log messages otherwise.
+    """Progress of a run: steps, time left, speed and metrics.
+
+    On a terminal it is a line below all messages, redrawn every second, and in a notebook an output that is updated.
+    Otherwise it is a line now and then: a log message if those are shown, or else printed to stderr.
 
     Args:
         steps: Steps of the whole run.
@@ -159,39 +171,116 @@ class ProgressLine:
     def __init__(self, steps: int, quiet: bool = False) -> None:
         self._console = Console(stderr=True, soft_wrap=True)  # does not wrap messages that are logged meanwhile
         self._steps, self._quiet = steps, quiet
-        self._bar: Progress | None = None
+        self._values: Mapping[str, float] = {}
+        self._live: Live | None = None
+        self._notebook: Any = None
+        self._next_line = math.inf
 
     def start(self, step: int, images_per_step: int) -> None:
         """Start timing after `step` steps; each step trains on `images_per_step` images."""
         self._images_per_step = images_per_step
-        self._begin = self._last_line = time.monotonic()
-        self._start = step
-        if self._console.is_terminal and not self._quiet:
-            self._bar = Progress(
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=self._steps, completed=step)
-            self._bar.start()
+        now = time.monotonic()
+        self._step, self._last = step, now
+        self._begin = self._base = step, now
+        if self._quiet:
+            return
+        if self._console.is_interactive and self._console.file.isatty():
+            self._live = Live(console=self._console, get_renderable=self._drawn, refresh_per_second=REDRAWS)
+            self._live.start(refresh=True)
+        elif self._console.is_jupyter:
+            from IPython.display import display
+
+            self._notebook = display({"text/plain": self._text()}, raw=True, display_id=True)
+            self._next_line = now
+        else:
+            self._next_line, self._interval = now + FIRST_SECONDS, FIRST_SECONDS
+
+    def advance(self, step: int) -> None:
+        """Take note of the number of steps done; called after every step."""
+        if step <= self._step:
+            return
+        now = time.monotonic()
+        if self._step == self._begin[0]:
+            self._base = step, now  # The first step initializes much, so it does not count once there are more.
+        self._step, self._last = step, now
+        if now >= self._next_line or (step == self._steps and self._next_line < math.inf):
+            self._tell(now)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the metrics after `step` steps."""
-        now = time.monotonic()
-        speed = (step - self._start) / max(now - self._begin, 1e-9)
-        shown = [f"{speed:.2f} steps/s", f"{speed * self._images_per_step:,.0f} images/s"]
-        shown += [f"{name} {value:.3f}" for name, value in values.items()]
-        text = "  ".join(shown)
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-        elif not self._quiet and (now - self._last_line >= PLAIN_SECONDS or step == self._steps):
-            self._last_line = now
-            left = (self._steps - step) / max(speed, 1e-9)
-            log.info(f"step {step}/{self._steps}  {text}  {left:.0f} s left")
+        """Take note of the metrics after `step` steps."""
+        self._values = values
+        self.advance(step)
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
-        if self._bar:
-            self._bar.stop()
+        """Show the last state, and stop redrawing it."""
+        if self._live:
+            self._live.stop()
+        elif self._notebook:
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        """Update the notebook's output, or write a line, and say when to do so again."""
+        if self._notebook:
+            self._notebook.update({"text/plain": self._text()}, raw=True)
+            self._next_line = now + 1 / REDRAWS
+            return
+        count, left, *words = self._words()
+        text = f"step {count}  {left}  {'  '.join(words)}"
+        if log.isEnabledFor(logging.INFO):
+            log.info(text)
+        else:
+            print(text, file=self._console.file, flush=True)
+        self._next_line = now + self._interval
+        self._interval = min(2 * self._interval, MOST_SECONDS)
+
+    def _words(self) -> list[str]:
+        """Return steps, time left, speed and metrics, the most important first."""
+        step, begin = self._base if self._step > self._base[0] else self._begin
+        speed = (self._step - step) / max(self._last - begin, 1e-9)
+        left = "time left unknown"
+        if self._step >= self._steps:
+            left = "0 s left"
+        elif speed:
+            seconds = (self._steps - self._step) / speed - (time.monotonic() - self._last)
+            left = f"{duration(max(seconds, 0.0))} left"
+        words = [f"{self._step}/{self._steps}", left]
+        if speed:
+            words += [f"{speed:.2f} steps/s", f"{speed * self._images_per_step:,.0f} images/s"]
+        metrics = [f"{name} {value:.3f}" for name, value in self._values.items()]
+        return [*words[:3], *metrics[:2], *words[3:], *metrics[2:]]
+
+    def _drawn(self) -> Grid:
+        """Return the line for the width of the console."""
+        return self._line(self._console.width)
+
+    def _line(self, width: int) -> Grid:
+        """Return steps, a bar, the time left, and as many of the other words as fit."""
+        count, left, *words = self._words()
+        bar = max(min(WIDEST_BAR if width >= 100 else WIDEST_BAR // 2, width - len(f"{count}  {left}")), 1)
+        cells: list[Any] = [count, ProgressBar(max(self._steps, 1), self._step, width=bar), left]
+        room = width - len(f"{count} {left} ") - bar
+        for word in words:
+            room -= len(f"  {word}")
+            if room < 0:
+                break
+            cells.append(f" {word}")
+        grid = Grid.grid(padding=(0, 1, 0, 0))
+        for _ in cells:
+            grid.add_column(no_wrap=True)
+        grid.add_row(*cells)
+        return grid
+
+    def _text(self) -> str:
+        """Return the line as plain text."""
+        console = Console(file=io.StringIO(), width=NOTEBOOK_WIDTH, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self._line(NOTEBOOK_WIDTH))
+        return capture.get().strip()
+
+
+def duration(seconds: float) -> str:
+    """Format a duration, for example as 3 h 20 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

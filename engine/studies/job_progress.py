@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -15,6 +17,7 @@ from engine.config.config import Config
 from engine.config.methods import ablate, with_method
 from engine.config.presets import PRESETS
 from engine.runs.headline import evaluations_of, shown_results
+from engine.runs.progress import duration
 from engine.studies.jobs import STATES, Status
 from engine.studies.paper_tables import REMIXMATCH, Entry
 
@@ -32,7 +35,9 @@ class Progress:
         self._entries, self._workers = entries, workers
         self._console = Console(soft_wrap=True)
         self._shown: Sequence[tuple[str, str]] = []
-        self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
+        self._statuses: Sequence[Status] = [Status("waiting")] * len(entries)
+        live = live and self._console.is_interactive and self._console.file.isatty()
+        self._live = Live(console=self._console, auto_refresh=False) if live else None
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -42,14 +47,19 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+            # The table has only the beginning of their reasons.
+            for entry, each in self._pairs(self._statuses):
+                if each.state == "failed":
+                    print(f"{entry.job.name}: {self._words(entry, each)}")
 
     def __call__(self, statuses: Sequence[Status]) -> None:
         """Show the status of all jobs."""
+        self._statuses = statuses
         if self._live:
             self._live.update(self._grid(statuses), refresh=True)
             return
         states = [(each.state, each.reason) for each in statuses]
-        for number, (entry, each) in enumerate(zip(self._entries, statuses, strict=True)):
+        for number, (entry, each) in enumerate(self._pairs(statuses)):
             known = self._shown[number] if self._shown else ("waiting", "")
             if states[number] != known:
                 words = f"{entry.job.name}: {self._words(entry, each)}"
@@ -58,9 +68,12 @@ class Progress:
 
     def print_all(self, statuses: Sequence[Status]) -> None:
         """Print the status of every job."""
-        for entry, each in zip(self._entries, statuses, strict=True):
+        for entry, each in self._pairs(statuses):
             print(f"{entry.job.name}: {self._words(entry, each)}")
         print(f"{counts(statuses)}{self._left(statuses)}")
+
+    def _pairs(self, statuses: Sequence[Status]) -> list[tuple[Entry, Status]]:
+        return list(zip(self._entries, statuses, strict=True))
 
     def _words(self, entry: Entry, each: Status) -> str:
         steps = entry.job.config.steps
@@ -76,9 +89,12 @@ class Progress:
         return "" if seconds is None or not seconds else f"; about {duration(seconds)} left"
 
     def _grid(self, statuses: Sequence[Status]) -> Grid:
-        grid = Grid(title=f"{counts(statuses)}{self._left(statuses)}")
-        for name in ("job", "status"):
-            grid.add_column(name, overflow="fold")
+        """Return a table with one line per job, also at 80 columns."""
+        grid = Grid(title=f"{counts(statuses)}{self._left(statuses)}", box=SIMPLE_HEAD)
+        # The reason of a failure is cut first.
+        longest = max(len(entry.job.label) for entry in self._entries)
+        grid.add_column("job", no_wrap=True, min_width=min(longest, self._console.width // 2))
+        grid.add_column("status", no_wrap=True)
         # As many as fit: running and failed jobs first, then the next ones.
         order = sorted(
             range(len(statuses)), key=lambda n: ("running", "failed", "waiting", "done").index(statuses[n].state)
@@ -86,24 +102,28 @@ class Progress:
         room = max(self._console.height - 8, 4)
         for number in sorted(order[:room]):
             entry, each = self._entries[number], statuses[number]
-            grid.add_row(escape(entry.job.name), escape(self._words(entry, each)))
+            grid.add_row(escape(entry.job.label), escape(_short(entry, each)))
         if len(order) > room:
             grid.add_row(f"and {len(order) - room} more", "")
         return grid
+
+
+def _short(entry: Entry, each: Status) -> str:
+    """Return the status of a job for a narrow column: the error that comes first, or the reason of a failure."""
+    if each.state == "done":
+        medians = evaluations_of(each.summary, entry.job.config).median_first
+        return f"done, error {100 - each.summary['median_last_20' if medians else 'test_accuracy']:.2f} %"
+    if each.reason:
+        return f"{each.state}: {each.reason}"
+    step = f", step {each.step}/{entry.job.config.steps}" if each.step else ""
+    elsewhere = each.state == "running" and each.host and each.host != socket.gethostname()
+    return f"{each.state}{step}" + (f" on {each.host}" if elsewhere else "")
 
 
 def counts(statuses: Sequence[Status]) -> str:
     """Return the number of jobs in each state, in words."""
     found = [each.state for each in statuses]
     return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
-
-
-def duration(seconds: float) -> str:
-    """Format a duration, for example as 3 h 20 min."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def trained_samples(config: Config) -> int:
@@ -115,7 +135,9 @@ def trained_samples(config: Config) -> int:
 
 
 def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:
-    """Estimate the seconds until all jobs are done from the finished jobs' time per sample; None if none is finished.
+    """Estimate the seconds until all jobs are done from the time per sample; None if it is unknown.
+
+    The time per sample is that of the finished jobs, or before any is finished, that of the running jobs' last steps.
 
     Args:
         configs: Configurations of the jobs.
@@ -123,13 +145,19 @@ def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: in
         workers: Number of workers of this process. If more jobs are running, other processes are working on them.
     """
     seconds = work_done = left = 0.0
+    running_seconds = running_work = 0.0
     for config, each in zip(configs, statuses, strict=True):
         rows = trained_samples(config)
         if each.state == "done":
             seconds += each.summary["train_seconds"]
             work_done += config.steps * rows
         elif each.state != "failed":
+            if each.step_ms:
+                running_seconds += each.step_ms / 1000
+                running_work += rows
             left += max(config.steps - each.step, 0) * rows
+    if not work_done:
+        seconds, work_done = running_seconds, running_work
     if not work_done:
         return None
     at_once = max(workers, sum(each.state == "running" for each in statuses))

@@ -111,6 +111,7 @@ class Status:
         reason: Why it failed.
         host: Machine of the current or last worker.
         commit: The engine's commit of the current or last worker; "" if there was none.
+        step_ms: Last logged milliseconds per step of an unfinished job; 0 if unknown.
     """
 
     state: Literal["waiting", "running", "done", "failed"]
@@ -119,6 +120,7 @@ class Status:
     reason: str = ""
     host: str = ""
     commit: str = ""
+    step_ms: float = 0.0
 
 
 # Claims
@@ -258,20 +260,26 @@ def status(root: Path, job: Job) -> Status:
         return Status("failed", reason=reason, **known)
     if found and (summary := read_summary(folder)) and summary.get("steps") == job.config.steps:
         return Status("done", job.config.steps, summary, **known)
-    step = last_step(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    step = last_step(path)
     if newest and not claimable(newest):
-        return Status("running", step, **known)
+        return Status("running", step, step_ms=last_value(path, "step_ms"), **known)
     if failure := read_json(folder / "failed.json"):
         return Status("failed", step, reason=str(failure.get("reason", "")), **known)
     return Status("waiting", step, **known)
 
 
 def last_step(path: Path) -> int:
-    """Return the step of the last complete line of a metrics file, reading only its end; 0 without any."""
+    """Return the step of the last complete line of a metrics file; 0 without any."""
+    return int(last_value(path, "step"))
+
+
+def last_value(path: Path, name: str) -> float:
+    """Return the last value of a metric in a metrics file, reading only its end; 0 without any."""
     for line in reversed(tail(path)):
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            return int(json.loads(line)["step"])
-    return 0
+            return float(json.loads(line)[name])
+    return 0.0
 
 
 def tail(path: Path) -> list[str]:

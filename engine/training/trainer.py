@@ -31,6 +31,7 @@ from engine.runs.health import Health, Observation, compared_images
 from engine.runs.history import History, guessed_images, named_bins
 from engine.runs.progress import MetricsLog, ProgressLine
 from engine.runs.setup import RunSetup, write_run_files
+from engine.runs.throughput import Throughput
 from engine.training import ranges
 from engine.training.cuda_graph import make_step
 from engine.training.diagnostics import agreement, guess_quality
@@ -43,6 +44,8 @@ from pipelines.data.cache import take_images
 
 log = logging.getLogger(__name__)
 
+Callback = Callable[[int, dict[str, float]], object]
+
 
 class Trainer:
     """Trains one run, from its first step or from a checkpoint.
@@ -52,10 +55,17 @@ class Trainer:
         progress: The progress line.
         timeout: Seconds without progress after which a rank that waits for another one exits.
         check_ranks: Steps between bitwise comparisons of all ranks' states; 0 disables them.
+        callback: Called on rank 0 with the step and the metrics of each new line of metrics.jsonl, between two steps.
+            If it raises an exception, the current step is saved.
     """
 
     def __init__(
-        self, setup: RunSetup, progress: ProgressLine, timeout: float = math.inf, check_ranks: int = 0
+        self,
+        setup: RunSetup,
+        progress: ProgressLine,
+        timeout: float = math.inf,
+        check_ranks: int = 0,
+        callback: Callback | None = None,
     ) -> None:
         config, data, split = setup.config, setup.data, setup.split
         self.config, self.data, self.progress = config, data, progress
@@ -70,15 +80,17 @@ class Trainer:
         self.saver = checkpoint.Saver(
             self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), asdict(config)
         )
-        self.timeout, self.check_ranks = timeout, check_ranks
+        self.timeout, self.check_ranks, self.callback = timeout, check_ranks, callback
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)
         self.guessed = guessed_images(config, data, split, self.feed.images_per_step)
+        self.throughput = Throughput(self.feed.images_per_step, config.lr, self.execution.device)
         self.accuracies: list[float] = []
         self.train_seconds = self.cpu_seconds = 0.0
         self.step = 0
         self.execute: Callable[[StepInput], StepOutput] | None = None
         self._log: MetricsLog | None = None
+        self._unreported: list[tuple[int, dict[str, float]]] = []  # metrics that the callback has not received
         self._history: History | None = None
         self._shown: dict[str, float] = {}
         self._stop = StopRequest()
@@ -149,6 +161,7 @@ class Trainer:
 
         Raises:
             UserError: The loss is not finite, or a file cannot be written. Saved files are left intact.
+            Exception: Any exception of the callback. The current step is saved.
             Stopped: A rank received SIGTERM, SIGINT or SIGHUP. The current step is saved.
         """
         if collectives.rank() == 0:
@@ -164,12 +177,18 @@ class Trainer:
                     log.info("compiling the step: about a minute the first time, less with torch's cache")
                 self.begin()
                 self.progress.start(self.step, self.feed.images_per_step)  # Started here to exclude the compile time.
+                self.throughput.start(self.step)
                 while self.step < self.config.steps and not self._stopping():
                     if watchdog:
                         watchdog.alive(f"step {self.step}")
                     self.advance()
+                    if self._log and self.step % self.config.log_every == 0:
+                        self.throughput.launched()
+                    self.progress.advance(self.step)
                     self.train_seconds, self.cpu_seconds = time.monotonic() - begin, time.process_time() - cpu_begin
                     self._after_step()
+                    if self._unreported:
+                        self._report()
                 if self.step < self.config.steps:
                     self.save(last=True)
                     number = self._stop.number or signal.SIGTERM  # The other rank's signal is unknown.
@@ -220,30 +239,58 @@ class Trainer:
             raise self._diverged(step, f"the loss is not finite ({terms})")
         self.health.add(values)
         if (step + 1) % self.config.log_every == 0:
+            self._add_metrics(step + 1, values)
             if self._log:
-                self._log.add(step + 1, **values)
+                self._add_metrics(step + 1, self.throughput.measure(step + 1))
             losses = {name: values[name] for name in LOSSES}
             self.progress.update(step + 1, self._shown | losses)
 
+    def _add_metrics(self, step: int, values: dict[str, float]) -> None:
+        if self._log:
+            self._log.add(step, **values)
+            if self.callback:
+                self._unreported.append((step, dict(values)))
+
+    def _report(self) -> None:
+        """Pass new metrics to the callback. Called between two steps, where the run can be saved if it fails."""
+        rows, self._unreported = self._unreported, []
+        assert self.callback is not None
+        try:
+            with self.throughput.paused():
+                for step, values in rows:
+                    self.callback(step, values)
+        except BaseException:
+            self.save(last=True)
+            raise
+
     def _after_step(self) -> None:
         c, last = self.config, self.step == self.config.steps
-        if last or self.step % c.eval_every == 0:
-            self.feed.drain(self.step)
-            accuracy, loss, _ = evaluate(
-                self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
-            )
-            self.accuracies.append(accuracy)
-            self._shown = {"test %": accuracy}
-            if self._log:
-                self._log.add(self.step, test_accuracy=accuracy, test_loss=loss)
-            marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
-            if self.health.due(self.step):
-                self._check_health(*marginals)
-            self._log_history(*marginals)
-        if self.check_ranks and self.step % self.check_ranks == 0:
-            self._compare_ranks()
-        if last or self.step % c.checkpoint_every == 0 or self.saver.due:
-            self.save(last)
+        evaluates = last or self.step % c.eval_every == 0
+        compares = self.check_ranks > 0 and self.step % self.check_ranks == 0
+        saves = last or self.step % c.checkpoint_every == 0 or self.saver.due
+        if not (evaluates or compares or saves):
+            return
+        self.feed.drain(self.step)  # This wait for the device is training time, and what follows is not.
+        with self.throughput.paused():
+            if evaluates:
+                self._evaluate()
+            if compares:
+                self._compare_ranks()
+            if saves:
+                self.save(last)
+
+    def _evaluate(self) -> None:
+        """Evaluate the EMA model, check the run's health, and add an entry to its history."""
+        accuracy, loss, _ = evaluate(
+            self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
+        )
+        self.accuracies.append(accuracy)
+        self._shown = {"test %": accuracy}
+        self._add_metrics(self.step, {"test_accuracy": accuracy, "test_loss": loss})
+        marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
+        if self.health.due(self.step):
+            self._check_health(*marginals)
+        self._log_history(*marginals)
 
     def _check_health(self, p_model: list[float], label_marginal: list[float]) -> None:
         """Warn if the run does not learn. All ranks call this together and see the same values."""
@@ -276,7 +323,6 @@ class Trainer:
         Raises:
             UserError: The state of a rank differs from that of rank 0.
         """
-        self.feed.drain(self.step)
         first, *rest = collectives.all_gather_object(
             digests(self.state.state_dict() | {"policy": self.feed.policy.state_dict()})
         )

@@ -18,7 +18,7 @@ from engine.runs import checkpoint
 from engine.runs.folder import CHECKPOINTS
 from engine.runs.history import read_history, read_results
 from engine.runs.progress import read_metrics
-from tests.processes import ROOT, command, final_state, finish, start, start_ranks
+from tests.processes import ROOT, command, final_state, finish, repeatable_metrics, start, start_ranks
 
 STEPS, INTERVAL = 48, 3
 FLAGS = [
@@ -316,7 +316,7 @@ class Victim:
         for outcome in self._of_this_run:
             outcome.bits = bits
         assert bits == 0, f"{bits} bits differ after {self._of_this_run}"
-        assert read_metrics(self.run / "metrics.jsonl") == read_metrics(reference / "metrics.jsonl")
+        assert repeatable_metrics(self.run) == repeatable_metrics(reference)
         assert read_history(self.run) == read_history(reference) != []
         results, others = read_results(self.run), read_results(reference)
         for name in others.keys() - {"views", "captions"}:  # some processes draw fewer of these

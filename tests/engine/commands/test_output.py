@@ -1,15 +1,10 @@
 """Messages of commands on stderr: once each, on one line, above a progress bar; and no handlers in library use."""
 
-import fcntl
 import logging
-import os
-import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -18,6 +13,7 @@ from engine.commands import main as cli
 from engine.commands.output import PACKAGES, messages_on_stderr, show_warnings_only
 from engine.errors import RankError, Stopped, UserError
 from tests.processes import command
+from tests.terminals import on_terminal
 
 ROOT = Path(__file__).parents[3]
 LONG = "a path [bold]/with :smile: and 100 % of %s/" + "deeper/" * 40 + " GET\tend"
@@ -136,21 +132,7 @@ with messages_on_stderr():
     line.close()
     log.info("after it")
 """
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    plain = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=follower, env=plain | {"TERM": "xterm"})
-    os.close(follower)
-    printed = b""
-    try:
-        while content := os.read(leader, 4096):
-            printed += content
-    except OSError:  # The other end is closed.
-        pass
-    finally:
-        os.close(leader)
-    assert process.wait(60) == 0
-    text = printed.decode()
+    text = on_terminal(script)
     erased = re.escape("\r\x1b[2K")
     spaced = re.escape(LONG).replace(re.escape("\t"), r"\s+")  # rich replaces tabs with spaces.
     assert re.search(rf"{erased}remixmatch: {spaced}\r\n[^\n]*\d/10 ", text), text

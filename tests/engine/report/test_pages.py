@@ -155,6 +155,27 @@ def test_a_run_that_was_given_more_steps_shows_no_earlier_end(tmp_path):
     assert reading.read([run]).runs[0].done
 
 
+def test_throughput_is_shown_if_the_metrics_have_it(tmp_path):
+    """Step times of 10, 14 and 30 ms have the median 14."""
+    run = make_run(tmp_path / "run", done=False)
+    assert "Step" not in {name for name, *_ in page._facts(reading.read([run]).runs[0])}
+    assert "Images per second" not in report(tmp_path, run).words
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, milliseconds in ((10, 10.0), (20, 30.0), (30, 14.0)):
+            row = {"step": step, "step_ms": milliseconds, "images_per_second": 96e3 / milliseconds}
+            file.write(json.dumps(row | {"memory_mib": 500.0 + step, "lr": 0.002}) + "\n")
+    facts = page._facts(reading.read([run]).runs[0])
+    words = "median; 6,857 images/s, peak memory 530 MiB, learning rate 0.002"
+    assert facts[-2:] == [
+        ("Step", "14.00 ms", words),
+        ("Left", "about 0 s", "at this step time, without evaluations"),  # 30 steps of 14 ms.
+    ]
+    seen = report(tmp_path, run)
+    for title in ("Step time", "Images per second", "Peak memory"):
+        assert title in seen.words, title
+    assert "Step time" in report(tmp_path, run, make_run(tmp_path / "old", seed=1)).words
+
+
 @pytest.mark.parametrize(
     ("counts", "first", "second"),
     [

@@ -22,6 +22,7 @@ from pipelines.ctaugment import BINS, NAMES, initial_weights
 from pipelines.data.datasets import digits
 from pipelines.data.splits import RULES
 from tests.logs import no_warnings
+from tests.processes import repeatable_metrics
 
 
 def steps_of(folder):
@@ -203,7 +204,7 @@ def test_labels_for_the_report_do_not_affect_training(finished, tmp_path, monkey
     monkeypatch.setattr(history.GuessedImages, "due", lambda *_: False)
     run.train(setup_run(config, tmp_path / "none"), quiet=True)
     for name, (one, two) in itertools.product(("labels", "none"), [(finished, tmp_path)]):
-        assert (one / "metrics.jsonl").read_bytes() == (two / name / "metrics.jsonl").read_bytes()
+        assert repeatable_metrics(one) == repeatable_metrics(two / name) != []
 
 
 def test_large_images_and_many_predictions_are_reduced(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Progress of a table's jobs: status, time left, and predictions for a GPU."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from engine.studies import job_progress, reproduce
 from engine.studies.job_progress import trained_samples
 from engine.studies.jobs import Status
 from tests.engine.studies.made_jobs import entries, finish
+from tests.terminals import on_terminal
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -39,6 +41,38 @@ def test_status_changes_are_printed_one_per_line(tmp_path, capsys):
     assert grid.row_count == 4 and "1 done, 3 waiting" in grid.title
 
 
+JOBS = """
+from engine.studies.job_progress import Progress
+from engine.studies.jobs import Status
+from tests.engine.studies.made_jobs import entries
+found = entries("digits", rows=("remixmatch", "uda"), seeds=(0, 1))
+reason = "exit code 2: " + "a long reason " * 8 + "end"
+done = Status("done", 2500, {"median_last_20": 96.5, "test_accuracy": 97.0, "train_seconds": 60.0})
+with Progress(found, 1) as show:
+    show([Status("waiting")] * 4)
+    show([done, Status("failed", reason=reason), Status("running", 1250, host="another"), Status("waiting")])
+"""
+
+
+def test_a_terminal_of_80_columns_has_one_line_per_job():
+    """The whole reason of a failure follows the table."""
+    last = on_terminal(JOBS).rpartition("1 done, 1 running, 1 failed, 1 waiting")[2]
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).rstrip() for line in last.splitlines()]
+    # 30 s for half a run of ReMixMatch, and 80 s for one of UDA, which trains on 8 B samples instead of 6 B.
+    assert "about 110 s left" in lines[0]
+    rows = [re.split(r" {2,}", line.strip()) for line in lines if line.startswith("  digits-40")]
+    runs = [f"digits-40-{row}-seed{seed}" for seed in (0, 1) for row in ("remixmatch", "uda")]
+    assert [row[0] for row in rows] == runs
+    assert rows[0][1] == "done, error 3.50 %" and rows[1][1].startswith("failed: exit code 2: a long reason a long")
+    assert rows[2][1] == "running, step 1250/2500 on another" and rows[3][1] == "waiting"
+    assert lines[-1].endswith("end") and ": failed: exit code 2: " in lines[-1]
+
+
+def test_a_dumb_terminal_gets_a_line_per_change():
+    printed = on_terminal(JOBS, TERM="dumb")
+    assert "\x1b" not in printed and printed.count("\r\n") == 3 and "step 1250 of 2500" in printed
+
+
 def test_time_left_is_proportional_to_trained_samples():
     base = preset("cifar10-250")
     half = dataclasses.replace(base, steps=base.steps // 2)
@@ -47,6 +81,11 @@ def test_time_left_is_proportional_to_trained_samples():
     assert job_progress.time_left([base, half], [done, Status("waiting")], 1) == pytest.approx(50)
     assert job_progress.time_left([base, half], [done, Status("running", base.steps // 4)], 2) == pytest.approx(12.5)
     assert job_progress.time_left([base, half], [done, Status("failed")], 1) == 0
+    # Before any is finished: 2 ms per step of a running job with a quarter of its steps done.
+    running = Status("running", base.steps // 4, step_ms=2.0)
+    seconds = base.steps * 2e-3 * (3 / 4 + 1 / 2)
+    assert job_progress.time_left([base, half], [running, Status("waiting")], 1) == pytest.approx(seconds)
+    assert job_progress.time_left([base, half], [running, done], 1) == pytest.approx(2 * 100 * 3 / 4)
     assert trained_samples(base) == 64 * 12 and trained_samples(dataclasses.replace(base, method="supervised")) == 64
     assert trained_samples(dataclasses.replace(base, anchor="guess-only", mu=7, k=1, w_u1=0.0, w_rot=0.0)) == 64 * 8
     assert [job_progress.duration(seconds) for seconds in (5, 600, 36000)] == ["5 s", "10 min", "10 h 0 min"]

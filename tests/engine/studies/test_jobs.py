@@ -370,4 +370,7 @@ def test_the_last_step_is_that_of_the_last_complete_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert jobs.last_step(path) == 0
     path.write_text("".join(json.dumps({"step": n, "loss": "x" * 50}) + "\n" for n in range(1, 999)) + '{"step": 99')
-    assert jobs.last_step(path) == 998
+    assert jobs.last_step(path) == 998 and jobs.last_value(path, "step_ms") == 0
+    with path.open("a") as file:
+        file.write('9}\n{"step": 1000, "step_ms": 12.5}\n{"step": 1001, "loss": 1.0}\n')
+    assert jobs.last_step(path) == 1001 and jobs.last_value(path, "step_ms") == 12.5
