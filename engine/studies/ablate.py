@@ -9,12 +9,11 @@ folder, so the command can be resumed.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,9 +28,10 @@ from engine.config.methods import ABLATIONS
 from engine.errors import UserError, cannot_write, unknown
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
-from engine.measuring.markdown import table
 from engine.measuring.step_worker import StepWorker, sample_interleaved
-from engine.studies import jobs, paper_tables, reproduce, statistics, table_results
+from engine.runs.progress import duration
+from engine.studies import jobs, paper_tables, reproduce, table_results
+from engine.studies.ablation_table import AblationRow, markdown, to_csv
 from engine.studies.job_progress import trained_samples
 from engine.studies.paper_tables import REMIXMATCH, Entry
 from engine.training.execution import pick_device
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 OUT = Path("runs") / "ablate"
 MEASURED = "measured.jsonl"  # File of the measured costs in the output folder.
-TARGET = "sm_90"  # GPU architecture of the counted launches and bytes.
 
 # Groups of ablations that --axes accepts.
 AXES: dict[str, tuple[str, ...]] = {
@@ -82,36 +81,6 @@ class AblateOptions:
     collect: Path | None = None
     """Append a record to this file for every measurement and finished job that it lacks, and run nothing."""
     training: reproduce.JobOptions = field(default_factory=reproduce.JobOptions)
-
-
-@dataclass(frozen=True)
-class AblationRow:
-    """Results of a variant.
-
-    Attributes:
-        name: Name of the ablation, or of the full method.
-        cost: Cost of its step, see `time_step`; empty if unknown.
-        counts: Launches and bytes of its captured step, see `Count.total`; empty if unknown.
-        line: Its errors, see `engine.studies.statistics`.
-    """
-
-    name: str
-    cost: Mapping[str, Any]
-    counts: Mapping[str, Any]
-    line: statistics.Line
-
-    @property
-    def price(self) -> float | None:
-        """The additional step time in milliseconds per percentage point of lower error.
-
-        This compares the variant with the full method. None if the slower of the two has no lower error, or if cost or
-        error are unknown.
-        """
-        if not self.cost or self.line.from_full is None:
-            return None
-        slower = self.cost["step_ms"] * (1 - 1 / self.cost["ratio"])  # Compared with the full method, in milliseconds.
-        worse = self.line.from_full.mean
-        return -slower / worse if slower * worse < 0 else None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -165,7 +134,13 @@ def main(argv: Sequence[str]) -> None:
             costs, counts = (_known(rows, kind, configs) for kind in ("costs", "counts"))
         else:
             counts = {}
+            statuses = table_results.read_statuses(out, entries)
+            untrained = [entry for entry in entries if statuses[entry.job.digest].state != "done"]
+            missing = configs.keys() - _known(records.read(measured), "costs", configs).keys()
+            _announce(name, len(missing), len(configs), len(untrained), len(entries), options)
             costs = _once(measured, configs, lambda row: time_step(configs[row], configs[REMIXMATCH], options))
+            if not options.time_only:
+                _announce_training(untrained, statuses, costs, options)
             failed = "" if options.time_only else reproduce.train(entries, out, options.training)
             found = table_results.read_statuses(out, entries)
         if options.count:
@@ -175,6 +150,36 @@ def main(argv: Sequence[str]) -> None:
         raise cannot_write(out, error) from error
     if failed:
         raise UserError(failed)
+
+
+def _announce(name: str, untimed: int, variants: int, untrained: int, runs: int, options: AblateOptions) -> None:
+    """Say what will be done, before anything is measured."""
+    words = [f"{name}: timing the steps of {untimed} of {variants} variants, {options.repeats} rounds each"]
+    if not options.time_only:
+        words.append(f"then training {untrained} of {runs} runs ({variants} variants, {len(options.seeds)} seeds)")
+    log.info(", ".join(words) + ("" if untimed + untrained else "; everything is done already"))
+
+
+def _announce_training(
+    untrained: Sequence[Entry],
+    statuses: Mapping[str, jobs.Status],
+    costs: Mapping[str, Mapping[str, Any]],
+    options: AblateOptions,
+) -> None:
+    """Say how long training will take at the measured step times."""
+    left = [
+        (entry.job.config.steps - statuses[entry.job.digest].step) * costs[entry.row]["step_ms"] / 1000
+        for entry in untrained
+        if entry.row in costs
+    ]
+    if not left:
+        return
+    workers = len(reproduce.environments(options.training.workers, reproduce.devices(untrained)))
+    seconds = sum(left) / len(left) * len(untrained) / workers
+    log.info(
+        f"training {len(untrained)} runs, {workers} at a time: about {duration(seconds)} at the measured step times, "
+        "without evaluations"
+    )
 
 
 def variants_of(axes: Sequence[str]) -> list[str]:
@@ -225,9 +230,8 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         measure: Function that takes the name of a variant and returns its cost.
     """
     keys, known = _keys(configs), _known(records.read(path), "costs", configs)
-    for variant in configs:
-        if variant in known:
-            continue
+    missing, begin = [variant for variant in configs if variant not in known], time.monotonic()
+    for number, variant in enumerate(missing, 1):
         try:
             cost = measure(variant)
         except (RuntimeError, UserError) as error:
@@ -240,6 +244,8 @@ def _once(path: Path, configs: Mapping[str, Config], measure: Any) -> dict[str, 
         )  # fmt: skip
         records.append(path, known[variant])
         print(f"{variant}: " + ", ".join(f"{name} {value:.4g}" for name, value in cost.items()), flush=True)
+        left = (time.monotonic() - begin) / number * (len(missing) - number)
+        log.info(f"timed {number} of {len(missing)} variants" + (f"; about {duration(left)} left" if left else ""))
     return {variant: known[variant] for variant in configs if variant in known}
 
 
@@ -306,7 +312,7 @@ def write(
     lines = table_results.make_lines("ablation", entries, found)
     variants = [AblationRow(line.row, costs.get(line.row, {}), counts.get(line.row, {}), line) for line in lines]
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "ablate.csv", _csv(name, entries, found, variants), shared=True)
+    write_text(out / "ablate.csv", to_csv(name, entries, found, variants), shared=True)
     title = table_results.title(f"{name}, ablations", entries, options.training.steps_scale)
     text = markdown(title, variants)
     write_text(out / "table.md", text, shared=True)
@@ -316,84 +322,3 @@ def write(
 
         charts.cost_and_benefit(variants, title, out / "chart.png")
     print(f"\n{out / 'table.md'}, ablate.csv, chart.png")
-
-
-def _csv(name: str, entries: Sequence[Entry], found: Mapping[str, jobs.Status], variants: Sequence[AblationRow]) -> str:
-    """Return a CSV table with a line per variant and seed; errors are empty if untrained."""
-    of_variant = {variant.name: variant for variant in variants}
-    rows = []
-    for entry in entries:
-        variant, each = of_variant[entry.row], found.get(entry.job.digest)
-        done = each.summary if each and each.state == "done" else {}
-        rows.append({
-            "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.job.digest,
-            "error_median": 100 - done["median_last_20"] if done else "",
-            "error_last": 100 - done["test_accuracy"] if done else "",
-            "steps": done.get("steps", ""), "train_seconds": done.get("train_seconds", ""),
-            **{key: variant.cost.get(key, "") for key in _COST},
-            **{key: variant.counts.get(key, "") for key in ("launches", "gigabytes")},
-            "device": variant.cost.get("device", ""), "commit": variant.cost.get("commit", ""),
-        })  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-_COST = ("step_ms", "ratio", "ratio_low", "ratio_high", "images_per_second", "memory_mib")
-
-
-def markdown(title: str, variants: Sequence[AblationRow]) -> str:
-    """Return a table with a line per variant, and an explanation of its columns."""
-    trained = any(variant.line.median for variant in variants)
-    counted = any(variant.counts for variant in variants)
-    columns: dict[str, Callable[[AblationRow], str]] = {
-        "variant": lambda each: each.name,
-        "step, ms": lambda each: _shown("{step_ms:.2f}", each.cost),
-        "relative step time (quartiles)": lambda each: _shown(
-            "{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})", each.cost
-        ),
-        "images/s": lambda each: _shown("{images_per_second:,.0f}", each.cost),
-        "memory, MiB": lambda each: _shown("{memory_mib:,.0f}", each.cost),
-    }
-    if counted:
-        columns["launches"] = lambda each: _shown("{launches:.0f}", each.counts)
-        columns["GB"] = lambda each: _shown("{gigabytes:.2f}", each.counts)
-    if trained:
-        columns["error, %"] = lambda each: statistics.shown_spread(each.line.error)
-        columns["difference, pp (95 % CI)"] = lambda each: statistics.shown_difference(each.line.from_full)
-        columns["price, ms per pp"] = _shown_price
-    rows = [[cell(variant) for cell in columns.values()] for variant in variants]
-    words = [
-        "Step times include the views. Each variant is timed in alternation with the full method; its relative step "
-        "time is the median over the rounds."
-    ]
-    if counted:
-        words.append(f"Launches and GB are those of the captured step on a GPU ({TARGET}), counted without a GPU.")
-    if trained:
-        seeds = {seed for variant in variants for seed in variant.line.seeds}
-        medians = all(variant.line.median_first for variant in variants)
-        over = f"medians of the {statistics.median_of([each.line for each in variants])} evaluations"
-        words.append(
-            f"Errors are test errors, {over if medians else 'those of the last evaluation'}: mean ± standard deviation "
-            f"over {len(seeds)} seeds. Differences from the full method are paired by seed, with a 95 % confidence "
-            "interval (Student's "
-            "t). The price is the additional step time per percentage point of lower error, if the slower of variant "
-            "and full method has the lower error; in parentheses if the interval includes 0 or is missing."
-        )
-    device = next((variant.cost["device"] for variant in variants if variant.cost), "")
-    words.append(f"Timed on {device}." if device else "")
-    return "\n\n".join([f"# {title}", table(list(columns), rows), *filter(None, words)]) + "\n"
-
-
-def _shown(form: str, numbers: Mapping[str, Any]) -> str:
-    """Format numbers; empty if there are none."""
-    return form.format(**numbers) if numbers else ""
-
-
-def _shown_price(variant: AblationRow) -> str:
-    """Format a price, in parentheses if the difference is not significant; empty if there is no price."""
-    if variant.price is None or variant.line.from_full is None:
-        return ""
-    return f"{variant.price:.2f}" if variant.line.from_full.significant else f"({variant.price:.2f})"

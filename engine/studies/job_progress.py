@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,10 @@ from engine.runs.headline import evaluations_of, shown_results
 from engine.runs.progress import duration
 from engine.studies.jobs import STATES, Status
 from engine.studies.paper_tables import REMIXMATCH, Entry
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
 
 
 class Progress:
@@ -196,20 +201,47 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
     return max(milliseconds, 0.0) * config.steps / 3.6e6
 
 
-def print_plan(entries: Sequence[Entry]) -> None:
-    """Print the jobs in order, with their predicted times."""
+WORKERS = (1, 2, 4, 8)  # in the plan, unless their number is given
+
+
+def wall_hours(hours: Sequence[float], workers: int) -> float:
+    """Return the hours until all jobs are done if each of `workers` takes the next job when it is free."""
+    free = [0.0] * workers
+    for each in hours:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
+
+
+def print_plan(entries: Sequence[Entry], workers: int = 0) -> None:
+    """Print the jobs in order, with their predicted times, subtotals, and wall-clock times.
+
+    Args:
+        entries: The jobs.
+        workers: Number of jobs at a time; 0 for several numbers.
+    """
     from engine.measuring import records
 
     rows = records.read(records.RESULTS / "count.jsonl")
-    total, unknown = 0.0, 0
+    known: list[float] = []
+    subtotals: dict[str, list[float | None]] = {}
     for entry in entries:
         config = entry.job.config
         hours = predicted_hours(config, "h100", rows)
-        total += hours or 0.0
-        unknown += hours is None
+        known += [] if hours is None else [hours]
+        for group in (entry.preset, entry.row):
+            subtotals.setdefault(group, []).append(hours)
         words = f"{hours:.2f} H100 hours" if hours is not None else "no prediction"
         print(f"{entry.job.name}: {config.steps:,} steps of {trained_samples(config):,} samples, {words}")
+    presets = dict.fromkeys(entry.preset for entry in entries)
+    for kind, groups in (("preset", presets), ("row", dict.fromkeys(entry.row for entry in entries))):
+        for group in groups if len(groups) > 1 else ():
+            found = subtotals[group]
+            print(f"{kind} {group}: {_jobs(len(found))}, {sum(each or 0.0 for each in found):.1f} H100 hours")
+    for number in (workers,) if workers else WORKERS:
+        if known:
+            print(f"{number} at a time (--workers {number}): {wall_hours(known, number):.1f} hours of wall-clock time")
+    unknown = len(entries) - len(known)
     print(
-        f"{len(entries)} jobs; {total:.1f} H100 hours without evaluations, predicted from `remixmatch bench count` and "
-        "not measured" + (f"; no prediction for {unknown} of them" if unknown else "")
+        f"{_jobs(len(entries))}; {sum(known):.1f} H100 hours without evaluations, predicted from `remixmatch bench "
+        "count` and not measured" + (f"; no prediction for {unknown} of them" if unknown else "")
     )

@@ -14,6 +14,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import logging
 import shlex
 import signal
 import sys
@@ -30,6 +31,7 @@ import torch
 from engine import run
 from engine.commands.main import run_with_exit_codes
 from engine.commands.options import TrainOptions, check_gpu_count, check_ranks, parse_train
+from engine.commands.output import show_warnings_only
 from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
 from engine.config.config import Config
@@ -40,7 +42,7 @@ from engine.measuring.counts import KINDS, counted
 from engine.measuring.timing import ceilings, interleave
 from engine.measuring.trace import DEVICE, STEPS, Ranges, analyze, attribute, learn, read, record
 from engine.runs.folder import RUNS
-from engine.runs.progress import ProgressLine
+from engine.runs.progress import ProgressLine, duration
 from engine.runs.setup import RunSetup, setup_run
 from engine.training import ranges
 from engine.training.cuda_graph import CapturedStep
@@ -48,6 +50,8 @@ from engine.training.execution import Execution, pick_device
 from engine.training.trainer import Trainer
 from pipelines.data.cache import set_data_dir
 from pipelines.files import atomic_write, write_text
+
+log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 40
 MOST_STEPS = 1000  # Each step has thousands of events.
@@ -104,6 +108,8 @@ def main(argv: Sequence[str]) -> None:
     if show_usage_if_asked(argv, "preset", "profile PRESET [flags]", words, more):
         return
     options = parse_profile(argv)
+    if options.folder.quiet:
+        show_warnings_only()
     _check(options)
     set_data_dir(options.source.data_dir)
     launch.die_with_parent()
@@ -183,6 +189,8 @@ def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None
         warm_up: Number of warm-up steps.
         memory_file: File for a snapshot of the GPU memory after the warm-up, with stack traces; None without a GPU.
     """
+    _, steps = _whole_batches(setup.config, warm_up)
+    log.info(f"profiling {setup.config.preset}: {warm_up} steps to warm up, then {steps} without and with the profiler")
     config = dataclasses.replace(setup.config, steps=2**40)  # Never run out of plans.
     progress = ProgressLine(config.steps, quiet=True)
     if memory_file:
@@ -191,7 +199,10 @@ def _training(setup: RunSetup, warm_up: int, memory_file: BinaryIO | None = None
     progress.start(0, trainer.feed.images_per_step)
     try:
         trainer.begin()
+        begin = time.perf_counter()
         _advance(trainer, warm_up)
+        left = 2 * steps * (time.perf_counter() - begin) / warm_up
+        log.info(f"about {duration(left)} left, and the profiler's own time")
         if memory_file:
             torch.cuda.memory._dump_snapshot(memory_file.name)
             torch.cuda.memory._record_memory_history(enabled=None)

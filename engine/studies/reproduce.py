@@ -72,7 +72,7 @@ class ReproduceOptions:
     out: Path | None = None
     """Folder of the jobs and the table; by default runs/reproduce/TABLE. Several machines may share it."""
     plan: bool = False
-    """Print the jobs in order with predicted times, and run nothing."""
+    """Print the jobs in order with predicted times, subtotals and wall-clock times, and run nothing."""
     status: bool = False
     """Print the status of every job, and run nothing."""
     tables: bool = False
@@ -125,7 +125,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         entries = with_data(entries)
     out = options.out or default_out(name, options)
     if options.plan:
-        print_plan(entries)
+        print_plan(entries, options.training.workers)
     elif options.rows:
         write_tables(name, entries, out, collected(options.rows), scale)
     elif options.status:

@@ -1,6 +1,7 @@
 """Cost and benefit of components: variants by axis, prices, reuse of measurements, and the written files."""
 
 import csv
+import logging
 
 import pytest
 from PIL import Image
@@ -52,11 +53,57 @@ def test_the_price_is_the_slower_ones_additional_time_per_point(ratio, worse, pr
     assert AblationRow("l2", {"step_ms": 10.0, "ratio": ratio}, {}, line("l2", full)).price is None
 
 
-@pytest.mark.parametrize(("errors", "price"), [({1: 23, 2: 21, 3: 22}, "(10.00)"), ({1: 21, 2: 23, 3: 22}, "10.00")])
-def test_the_price_of_an_insignificant_difference_is_in_parentheses(errors, price):
-    compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})  # 1 pp on average: of 3, -1 and 1, or of 1, 1 and 1.
-    table = ablate.markdown("a title", [AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)])
-    assert f", n = 3 | {price} |" in table
+def own(low=0.98, high=1.03, errors=None):
+    """Return the full method's own row, with a standard deviation of 1 pp unless other errors are given."""
+    cost = {**COST, "step_ms": 20.0, "ratio": 1.0, "ratio_low": low, "ratio_high": high}
+    return AblationRow("remixmatch", cost, {}, line("remixmatch", {1: 20, 2: 22, 3: 21} if errors is None else errors))
+
+
+@pytest.mark.parametrize(
+    ("errors", "cells"),
+    [
+        ({1: 23, 2: 21, 3: 22}, "| (+1.00 [-3.97, +5.97], n = 3) | (10.00) |"),  # Not significant: 3, -1 and 1 pp.
+        ({1: 21, 2: 23, 3: 22}, "| (+1.00 [+1.00, +1.00], n = 3) | (10.00) |"),  # Significant, but within the noise.
+        ({1: 23.5, 2: 25.5, 3: 24.5}, "| (+3.50 [+3.50, +3.50], n = 3) | (2.86) |"),
+        ({1: 24, 2: 26, 3: 25}, "| +4.00 [+4.00, +4.00], n = 3 | 2.50 |"),
+        ({1: 16, 2: 18, 3: 17}, "| -4.00 [-4.00, -4.00], n = 3 |  |"),
+        (
+            {1: 30, 2: 22, 3: 29},
+            "| +6.00 [-7.14, +19.14], n = 3 | (1.67) |",
+        ),  # Beyond it, but not significant: 10, 0, 8.
+    ],
+)
+def test_differences_within_the_full_methods_noise_are_in_parentheses(errors, cells):
+    """With s = 1 pp and n = 3 it is t(0.975, 2) s sqrt(2 / 3) = 4.303 * 0.8165 = 3.51 pp."""
+    compared = line("k=1", errors, {1: 20, 2: 22, 3: 21})
+    rows = [own(), AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)]
+    table = ablate.markdown("a title", rows)
+    assert cells in table
+    assert "over 3 seeds, the full method has a standard deviation of 1.00 pp" in table and "up to 3.51 pp" in table
+
+
+def test_the_noise_of_one_seed_is_unknown():
+    compared = line("k=1", {1: 30}, {1: 20})
+    rows = [own(errors={1: 20}), AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": 0.5}, {}, compared)]
+    table = ablate.markdown("a title", rows)
+    assert "| (+10.00 (one seed)) | (1.00) |" in table and "Noise of the errors: unknown" in table
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "cell"),
+    [
+        (1.02, 0.98, 1.03, "(1.02; 0.40 to 0.60)"),
+        (0.98, 0.98, 1.03, "(0.98; 0.40 to 0.60)"),
+        (1.04, 0.98, 1.03, "1.04 (0.40 to 0.60)"),
+        (0.97, 0.98, 1.03, "0.97 (0.40 to 0.60)"),
+        (1.01, 1.02, 1.05, "(1.01; 0.40 to 0.60)"),  # Between 1 and the quartiles.
+    ],
+)
+def test_step_times_within_the_full_methods_noise_are_in_parentheses(ratio, low, high, cell):
+    variant = AblationRow("k=1", {**COST, "step_ms": 10.0, "ratio": ratio}, {}, line("k=1", {}))
+    table = ablate.markdown("a title", [own(low, high, errors={}), variant])
+    assert f"| 10.00 | {cell} |" in table and f"| 20.00 | 1.00 ({low:.2f} to {high:.2f}) |" in table
+    assert f"takes {min(low, 1):.2f} to {high:.2f} times its own" in table and "Noise of the errors" not in table
 
 
 @pytest.fixture
@@ -81,10 +128,16 @@ def run(out, *words):
 
 
 def test_time_only_trains_nothing_and_times_once(costs, tmp_path, capsys, caplog):
+    caplog.set_level(logging.INFO)
     run(tmp_path, "--time-only")
     assert costs == [(2, 0.5), (1, 0.5), (8, 0.5), (2, 0.5)]  # The full method first, l2 last.
     printed = capsys.readouterr().out
-    assert caplog.messages == ["l2: cannot measure its cost (it ended with exit code 1)"]
+    assert [each.message for each in caplog.records if each.levelname == "WARNING"] == [
+        "l2: cannot measure its cost (it ended with exit code 1)"
+    ]
+    said = [each.message for each in caplog.records if each.levelname == "INFO"]
+    assert said[0] == "digits-40: timing the steps of 4 of 4 variants, 9 rounds each"
+    assert said[1].startswith("timed 1 of 4 variants; about 0 s left") and "training" not in " ".join(said)
     assert not list(tmp_path.glob("*/config.json")), "nothing was trained"
     text = (tmp_path / "table.md").read_text()
     assert text in printed and "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 |" in text and "| l2 |  |" in text
@@ -102,6 +155,21 @@ def test_time_only_trains_nothing_and_times_once(costs, tmp_path, capsys, caplog
     assert [row["variant"] for row in kept] == ["remixmatch", "k=1", "k=8"] and kept[0]["device"].startswith("CPU")
 
 
+def test_training_is_estimated_from_the_measured_step_times(costs, tmp_path, monkeypatch, caplog):
+    """A step takes 10 ms for the full method, 5 for K = 1 and 40 for K = 8."""
+    caplog.set_level(logging.INFO)
+    long = [word.replace("40", "40000") if word == "40" else word for word in SMALL]
+    found = ablations(long[1:], (1, 2), ("remixmatch", "k=1", "k=8"))
+    finish(tmp_path, next(entry for entry in found if entry.row == "k=8"), 90.0)
+    monkeypatch.setattr(reproduce, "work", _done)
+    flags = ["--seeds", "1", "2", "--workers", "2", "--no-count", "--out", str(tmp_path)]
+    ablate.main(["digits-40", "--axes", "k=1", "k=8", *flags, *long])
+    # 40 000 steps for each of two seeds, and one of K = 8: 400 + 400 + 200 + 200 + 1600 s, two at a time.
+    assert (
+        "training 5 runs, 2 at a time: about 23 min at the measured step times, without evaluations" in caplog.messages
+    )
+
+
 def test_changed_settings_are_timed_again(costs, tmp_path):
     run(tmp_path, "--time-only")
     del costs[:]
@@ -111,7 +179,8 @@ def test_changed_settings_are_timed_again(costs, tmp_path):
     assert costs == [(2, 2.0), (1, 2.0)]
 
 
-def test_errors_are_paired_by_seed(costs, tmp_path, monkeypatch):
+def test_errors_are_paired_by_seed(costs, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     words = ["--axes", "k=1", "k=8", "--seeds", "1", "2", "3"]
     entries = ablations(SMALL[1:], (1, 2, 3), ("remixmatch", "k=1", "k=8"))
     accuracies = {"remixmatch": (90, 91, 92), "k=1": (85, 88, 88), "k=8": (91, 92, 93)}
@@ -124,9 +193,13 @@ def test_errors_are_paired_by_seed(costs, tmp_path, monkeypatch):
     half = 4.303 * 1.0 / 3**0.5
     assert f"| 13.00 ± 1.73 | +4.00 [{4 - half:+.2f}, {4 + half:+.2f}], n = 3 | 1.25 |" in text
     assert (
-        "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 | 8.00 ± 1.00 | -1.00 [-1.00, -1.00], n = 3 | 30.00 |" in text
+        "| k=8 | 40.00 | 4.00 (3.60 to 4.40) | 100 | 500 | 8.00 ± 1.00 | (-1.00 [-1.00, -1.00], n = 3) | (30.00) |"
+        in text
     )
     assert "over 3 seeds" in text
+    assert caplog.messages[0] == (
+        "digits-40: timing the steps of 3 of 3 variants, 9 rounds each, then training 0 of 9 runs (3 variants, 3 seeds)"
+    )
     # `finish` makes the median 1 pp worse. With 40 steps there is one evaluation, so the last comes first.
     assert "those of the last evaluation" in text
     with (tmp_path / "ablate.csv").open() as file:

@@ -114,4 +114,24 @@ def test_predicted_times_pass_through_those_of_bench_count():
 def test_the_plan_is_marked_as_a_prediction(capsys):
     reproduce.main(["svhn", "--plan"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 91 and lines[0].startswith("svhn-250-remixmatch-seed1-") and "not measured" in lines[-1]
+    assert lines[0].startswith("svhn-250-remixmatch-seed1-") and "not measured" in lines[-1]
+    assert len(lines) == 90 + 3 + 6 + 4 + 1  # Jobs, presets, methods, numbers of workers, total.
+
+
+def test_a_plan_has_subtotals_and_the_wall_clock_time(capsys, monkeypatch):
+    """Jobs of 3, 5, 2, 3, 5 and 2 hours: seeds 0 and 1 of ReMixMatch, MixMatch and UDA."""
+    hours = {"remixmatch": 3.0, "mixmatch": 5.0, "uda": 2.0}
+    monkeypatch.setattr(job_progress, "predicted_hours", lambda config, gpu, rows: hours[config.method])
+    words = ["cifar10", "--plan", "--methods", *hours, "--preset", "cifar10-250", "--seeds", "1", "2"]
+    reproduce.main([*words, "--workers", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    order = [re.search(r"-(remixmatch|mixmatch|uda)-", line)[1] for line in lines[:6]]
+    assert lines[6:9] == [f"row {row}: 2 jobs, {2 * hours[row]:.1f} H100 hours" for row in order[:3]]
+    assert order == ["remixmatch", "mixmatch", "uda"] * 2
+    # The first worker takes 3, 2, 3, and 2 hours, the second 5 and 5.
+    assert lines[9] == "2 at a time (--workers 2): 10.0 hours of wall-clock time" and len(lines) == 11
+    assert lines[10].startswith("6 jobs; 20.0 H100 hours without evaluations")
+    reproduce.main(words)
+    times = re.findall(r"(\d) at a time .*: ([\d.]+) hours", capsys.readouterr().out)
+    # With four, the fifth job (of 5 hours) starts after 2 hours, and the sixth (of 2) after 3.
+    assert times == [("1", "20.0"), ("2", "10.0"), ("4", "7.0"), ("8", "5.0")]
