@@ -137,7 +137,7 @@ _COST = ("step_ms", "ratio", "ratio_low", "ratio_high", "images_per_second", "me
 def markdown(title: str, variants: Sequence[AblationRow]) -> str:
     """Return a table with a line per variant, and an explanation of its columns and of their noise.
 
-    What lies within the noise, by which the full method differs from itself, is in parentheses.
+    The noise is how much the full method differs from itself. Values within it are in parentheses.
     """
     full = next((variant for variant in variants if variant.name == REMIXMATCH), None)
     noise = Noise.of(full) if full else Noise()

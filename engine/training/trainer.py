@@ -249,7 +249,7 @@ class Trainer:
         if self._log:
             self._log.add(step, **values)
             if self.callback:
-                self._unreported.append((step, dict(values)))
+                self._unreported.append((step, values))
 
     def _report(self) -> None:
         """Pass new metrics to the callback. Called between two steps, where the run can be saved if it fails."""

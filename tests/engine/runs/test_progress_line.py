@@ -87,12 +87,11 @@ def test_without_a_terminal_lines_become_rarer(clock, capsys):
         clock.now += 1.0
         line.advance(step)
     lines = capsys.readouterr().err.splitlines()
-    told = [int(re.match(r"step (\d+)/", each)[1]) for each in lines]
-    assert told == [5, 10, 20, 40, 80, 140, 200, 260, 320, 380]
+    assert [int(re.match(r"step (\d+)/", each)[1]) for each in lines] == [5, 10, 20, 40, 80, 140, 200, 260, 320, 380]
     assert lines[0] == "step 5/100000  27 h 47 min left  1.00 steps/s  10 images/s"
 
 
-def test_the_last_step_is_always_told_and_quiet_tells_nothing(clock, capsys):
+def test_the_last_step_is_always_shown_and_quiet_shows_nothing(clock, capsys):
     for quiet, count in ((False, 1), (True, 0)):
         line = ProgressLine(3, quiet)
         line.start(0, images_per_step=10)
@@ -121,7 +120,7 @@ def test_a_notebook_updates_one_output_every_second(clock, monkeypatch):
         handle.update(content, raw)
         return handle
 
-    class ZMQInteractiveShell:  # The name by which rich knows a notebook.
+    class ZMQInteractiveShell:  # Rich recognizes a notebook by this name.
         pass
 
     monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import run
 from engine.method.losses import LOSSES
@@ -98,6 +99,10 @@ def test_evaluations_checkpoints_and_callbacks_do_not_count(tiny, tmp_path, slow
     # 8 labeled images, and 8 each of u_weak, u_1, u_2, the unmixed u_1 and the rotated u_1, in 2 s.
     assert {row["images_per_second"] for row in rows} == {8 * 6 / 2}
     assert all(50 < row["memory_mib"] < 50_000 for row in rows)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in THROUGHPUT:
+        values = [(row["step"], pytest.approx(row[name])) for row in rows]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == values
     more = tiny(steps=18, log_every=3, eval_every=2, checkpoint_every=4)
     run.train(setup_run(more, tmp_path / "run", resume=True), quiet=True)
     later = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "step_ms" in row]
@@ -110,7 +115,7 @@ def test_the_callback_receives_every_new_line_between_two_steps(tiny, tmp_path):
 
     def callback(step, metrics):
         seen.append({"step": step, **metrics})
-        metrics.clear()  # What it does to them has no effect.
+        metrics.clear()  # This has no effect on what is written.
 
     run.train(setup_run(config, tmp_path / "run"), quiet=True, callback=callback)
     assert seen == read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -79,9 +79,16 @@ def reference(bench):
         p_model_history = before.targets.p_model_history.double().numpy().copy()
         p_model_history[step % 128] = q.mean(0)
         expected["p_model_history"] = p_model_history
+        expected["confidence"] = np.mean([max(each) for each in pseudo_labels])
         pool_targets = np.concatenate([one_hot] + [pseudo_labels] * (c.k + 1))
     else:
         pool_targets = one_hot
+        p, p_model_history = (
+            each.double().numpy() for each in (before.targets.label_marginal, before.targets.p_model_history)
+        )
+        expected["confidence"] = 1.0  # Of the labels.
+    # Total variation distance of p(y) before the step and p~(y) with its predictions.
+    expected["alignment_gap"] = sum(abs(a - b) for a, b in zip(p, p_model_history.mean(0), strict=True)) / 2
     expected["label_marginal"] = 0.999 * before.targets.label_marginal.double().numpy() + 0.001 * one_hot.mean(0)
 
     # Mixup.
@@ -147,6 +154,10 @@ def test_step_computes_algorithm_1(tiny, changes, start):
     metrics = dict(zip(METRICS, output.metrics.tolist(), strict=True))
     np.testing.assert_allclose([metrics[m] for m in LOSSES], expected["losses"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(output.omega.numpy(), expected["omega"], atol=1e-5)
+    for name, value in {"omega": expected["omega"].mean(), "guesses_used": 1.0, "stop": 0.0}.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    for name in ("confidence", "alignment_gap"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
     np.testing.assert_allclose(state.targets.label_marginal.numpy(), expected["label_marginal"], atol=1e-6)
     if "p_model_history" in expected:
         np.testing.assert_allclose(state.targets.p_model_history.numpy(), expected["p_model_history"], atol=1e-6)
