@@ -145,7 +145,9 @@ def train(
     """
     preset, resume = _argument("preset", str, preset), _argument("resume", bool, resume)
     names = _argument("ablate", tuple[str, ...], [ablate] if isinstance(ablate, str) else ablate)
-    fields = convert_fields(fields)
+    fields, progress = convert_fields(fields), _argument("progress", bool, progress)
+    if callback is not None and not callable(callback):
+        raise UserError(f"callback must be a function of step and metrics, got {type(callback).__name__}")
     config = find_preset(preset)
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])

@@ -67,10 +67,15 @@ def too_short(config: Config) -> str:
     return f"the run ends after {config.steps} steps: {', '.join(reasons)}; {fix}"
 
 
+def ramp_steps(config: Config) -> float:
+    """Return the number of steps until the losses on unlabeled images have their full weight; 0 without them."""
+    return config.ramp_kimg * 1024 / config.batch if config.unlabeled and (config.w_u or config.w_u1) else 0.0
+
+
 def _unfinished(config: Config) -> list[str]:
     """Describe what takes longer than the run."""
     reasons = []
-    ramp = config.ramp_kimg * 1024 / config.batch if config.unlabeled and (config.w_u or config.w_u1) else 0
+    ramp = ramp_steps(config)
     if config.steps < ramp:
         reasons.append(f"before the ramp of the unlabeled losses ({ramp:.0f} steps)")
     for average, weight in (("EMA", 1 - config.ema_decay), ("batch norm statistics", config.bn_momentum)):

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from engine.config.config import Config
+from engine.config.scaling import ramp_steps
 
 MEDIAN_OF = 20  # evaluations
 
@@ -46,11 +47,6 @@ class Evaluations:
         known = f"the last {MEDIAN_OF}" if self.count > MEDIAN_OF else f"all {self.count}"
         after = "" if self.median_first else f", {self.after_ramp} after the ramp"
         return f"median of {known} evaluations{after}"
-
-
-def ramp_steps(config: Config) -> float:
-    """Return the number of steps until the losses on unlabeled images have their full weight; 0 without them."""
-    return config.ramp_kimg * 1024 / config.batch if config.unlabeled else 0.0
 
 
 def planned_evaluations(config: Config, steps: int) -> Evaluations:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.api import train
+from engine.errors import UserError
 from engine.runs import progress
 from engine.runs.progress import ProgressLine, duration
 from tests.terminals import ROOT, on_terminal
@@ -141,7 +142,6 @@ def test_a_terminal_is_redrawn_without_metrics(width):
     """Every tenth of a second here, with neither metrics nor messages."""
     script = """
 import time
-from engine.api import train
 from engine.runs import progress
 progress.REDRAWS = 10
 line = progress.ProgressLine(50)
@@ -200,3 +200,16 @@ def test_training_from_python_shows_progress_unless_silenced(tmp_path, monkeypat
     monkeypatch.setattr("engine.run.train", lambda setup, **options: passed.update(options) or {})
     train("digits-40", out=tmp_path / "run", callback=print, **given)
     assert passed == {"quiet": quiet, "callback": print}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"callback": 5}, "callback must be a function of step and metrics, got int"),
+        ({"progress": "rich"}, "progress"),
+    ],
+)
+def test_progress_and_callback_are_checked_before_training(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        train("digits-40", out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()

@@ -153,7 +153,7 @@ def test_test_accuracy_and_test_loss():
 
 
 def test_agreement_is_the_share_of_equal_classes_and_that_of_chance():
-    """F predicts the classes 0, 1, 2 and 0, f_ema 2, 2, 2 and 0; by chance 0.5 * 0.25 + 0.25 * 0 + 0.25 * 0.75."""
+    """The network predicts the classes 0, 1, 2 and 0."""
     images = colored((150, 100, 100), (100, 150, 100), (100, 100, 200), (200, 125, 0))
     f, f_ema = Brightness(1.0, 1.0, 1.0), Brightness(1.0, -1.0, -1.0)
     # The logits of f_ema are 1, 0, 0; 0, -2, 0; 0, 0, -1; and 2, -1, 1. The first of equal ones counts: always class 0.
@@ -164,7 +164,7 @@ def test_agreement_is_the_share_of_equal_classes_and_that_of_chance():
 
 
 def test_the_quality_of_pseudo_labels():
-    """Predictions of 0.75, 0.25; 0.45, 0.55; 1, 0; and 0.55, 0.45, of which the first and the third are correct."""
+    """Predictions of 0.75, 0.25; 0.45, 0.55; 1, 0; and 0.55, 0.45. The first and the third are correct."""
     predicted = torch.tensor([[0.75, 0.25], [0.45, 0.55], [1.0, 0.0], [0.55, 0.45]])
     state = SimpleNamespace(
         network=Brightness(1.0, 1.0, 1.0), targets=SimpleNamespace(predict=lambda logits: predicted)
