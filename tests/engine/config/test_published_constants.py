@@ -18,7 +18,8 @@ from engine.config.presets import PRESETS, preset
 # and the batch norm momentum are those of the authors' code.
 REMIXMATCH = dict(
     k=8, batch=64, mu=1, anchor="trained", guess="anchor", temperature=0.5, hard_labels=False, threshold=0.0,
-    align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5, w_rot=0.5,
+    align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
+    w_rot=0.5,
     ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper", labeled_augment="strong",
     anchor_augment="weak",
 )  # fmt: skip
