@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.data import decode as decoding
 from pipelines.data import decode_worker
 from pipelines.data.decode import DecodingProcess, decode
-from pipelines.data.jpegs import BATCH, plain_jpeg
+from pipelines.data.jpegs import BATCH, JpegDecoder, plain_jpeg
 from pipelines.data.pixels import resized, rgb
 from tests.pipelines.data.image_makers import exif
 from tests.processes import ROOT
@@ -227,8 +227,12 @@ def test_images_do_not_depend_on_the_files_around_them(tmp_path):
         alone = [dict(decode([path], 24, process=process))[0] for path in files]
         content = files[2].read_bytes()
         scan = content.index(b"\xff\xda")
-        files[2].write_bytes(content[: scan + 14] + content[-2:])  # No data, which DALI refuses.
+        files[2].write_bytes(content[: scan + 5] + b"\x63" + content[scan + 6 :])  # A channel that does not exist.
+        assert plain_jpeg(files[2].read_bytes()) and JpegDecoder(24, 1, "cpu")([plain_jpeg(files[2].read_bytes())]) == [
+            None
+        ]
         together = dict(decode(files, 24, process=process))
+    assert "broken" in together[2]
     for n in (0, 1, 3, 4):
         np.testing.assert_array_equal(alone[n], together[n])
 

@@ -61,12 +61,17 @@ def photo(width, height, kind="smooth", seed=0):
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_orientation_is_applied_wherever_it_is_stored(tmp_path, carrier):
     suffix, options = CARRIERS[carrier]
-    stored = np.asarray(photo(25, 18))
+    wide, tall = np.asarray(photo(25, 18)), np.asarray(photo(18, 25, seed=1))
     # Encoders of compressed TIFF and AVIF refuse invalid values.
     values = range(1, 9) if carrier in ("TIFF deflated", "AVIF") else range(10)
-    contents = {f"{o}{suffix}": saved(Image.fromarray(stored), suffix, **options(o)) for o in values}
+    shapes = {"wide": wide, "tall": tall}
+    contents = {
+        f"{shape}-{o}{suffix}": saved(Image.fromarray(stored), suffix, **options(o))
+        for (shape, stored), o in itertools.product(shapes.items(), values)
+    }
     for name, trained, predicted in both(tmp_path, contents, 18):
-        turned = upright(stored, int(name.split(".")[0])).astype(int)
+        shape, _, orientation = name.split(".")[0].partition("-")
+        turned = upright(shapes[shape], int(orientation)).astype(int)
         # The sides of 25 and 18 pixels are kept; of the longer one, (7 + 1) / 2 pixels are cut off at the start.
         expected = turned[4:22] if turned.shape[0] > 18 else turned[:, 4:22]
         np.testing.assert_array_equal(trained, predicted, err_msg=name)
