@@ -125,16 +125,22 @@ def rgb(source: bytes | Image.Image) -> tuple[Image.Image, str]:
     except DecodeError:
         raise
     except UnidentifiedImageError:
-        heif = isinstance(source, bytes) and source[4:8] == b"ftyp" and source[8:12] in _HEIF
-        raise DecodeError(
-            "PIL does not read HEIC; convert it to JPEG or PNG" if heif else "unknown image format"
-        ) from None
+        raise DecodeError(_unknown(source if isinstance(source, bytes) else b"")) from None
     except Image.DecompressionBombError:
         raise DecodeError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit") from None
     except MemoryError:
         raise DecodeError("not enough memory") from None
     except Exception as error:  # Each format has its own errors for damaged files.
         raise DecodeError(first_line(error, 100)) from None
+
+
+def _unknown(read: bytes) -> str:
+    """Return why PIL does not recognize an image file."""
+    if read[4:8] == b"ftyp" and read[8:12] in _HEIF:
+        return "PIL does not read HEIC; convert it to JPEG or PNG"
+    if read[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "PIL does not read this kind of TIFF; save it as RGB, or as gray with up to 32 bits per pixel"
+    return "unknown image format"
 
 
 def dimensions(read: bytes) -> tuple[int, int]:
@@ -199,7 +205,10 @@ def _deep_values(image: Image.Image, rawmode: str) -> np.ndarray | None:
     large_ppm = codec.startswith("ppm") and isinstance(arguments, tuple) and arguments[1] > 255
     if large_ppm and codec == "ppm":
         count = 3 * image.width * image.height
-        stored = np.frombuffer(_whole_file(image), ">u2", count, image.tile[0].offset)
+        pixels = _whole_file(image)[image.tile[0].offset :][: 2 * count]
+        if len(pixels) < 2 * count:
+            raise DecodeError("image file is truncated")
+        stored = np.frombuffer(pixels, ">u2")
         return stored.reshape(image.height, image.width, 3).astype(np.uint16)
     deep = (
         large_ppm

@@ -172,7 +172,7 @@ def test_the_shorter_side_is_resized_and_the_center_cropped():
 
 @pytest.mark.parametrize(("width", "height", "size"), [(3000, 5, 32), (7, 1000, 16), (900, 50, 32), (2000, 100, 24)])
 def test_long_images_give_the_same_square_with_memory_for_the_square_alone(monkeypatch, width, height, size):
-    image = photo(width, height)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
     sides = [max(size, round(side * size / min(width, height))) for side in (width, height)]
     left, top = ((side - size + 1) // 2 for side in sides)
     whole = np.asarray(image.resize(sides, Image.Resampling.BICUBIC))[top : top + size, left : left + size]
@@ -278,6 +278,18 @@ def test_colors_of_more_than_eight_bits_that_pil_reduces_are_left_out():
     assert plain[at] == 7
     with pytest.raises(DecodeError, match="JPEG2000 file with more than 8 bits"):
         rgb(plain[:at] + b"\x0b" + plain[at + 1 :])
+
+
+def test_damaged_and_unknown_files_are_named_by_their_kind():
+    low = np.arange(20 * 30 * 3, dtype=np.uint16).reshape(20, 30, 3)
+    for content in (ppm16(low)[:500], png16(low)[:200]):
+        with pytest.raises(DecodeError, match="image file is truncated"):
+            rgb(content)
+    # Tag 258, the bits per pixel: 24 instead of 8, which no reader knows for gray.
+    gray = saved(photo(20, 20).convert("L"), ".tif")
+    strange = gray.replace(bytes.fromhex("0201 0300 0100 0000 0800"), bytes.fromhex("0201 0300 0100 0000 1800"))
+    with pytest.raises(DecodeError, match="PIL does not read this kind of TIFF; save it as RGB, or as gray"):
+        rgb(strange)
 
 
 def test_images_that_pil_has_opened_are_read_like_files(tmp_path):
