@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from engine.commands.parsing import parse
+from engine import __version__
+from engine.commands.parsing import DataDir, parse
 from engine.errors import APEX_BUILD
+from pipelines.data.cache import data_dir, set_data_dir
+
+EXTRAS = {  # Optional packages of setup.py's extras.
+    "timm": ("timm",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "slurm": ("submitit",),
+    "report": ("altair", "vl-convert-python", "jinja2"),
+}
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # Flags of /proc/cpuinfo that speed up training.
 
 Finding = tuple[bool | None, str, str]  # Whether it works (None: optional and absent), what was found, the fix.
 
@@ -83,7 +98,52 @@ def _apex() -> Finding:
     return (None, "absent; optional", APEX_BUILD) if absent else (False, problem, APEX_BUILD)
 
 
+def _engine() -> Finding:
+    return True, f"remixmatch-engine {__version__}, Python {sys.version.split()[0]}", ""
+
+
+def _cpu() -> Finding:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    here = [name for name in CPU_FEATURES if name in flags]
+    return True, f"has {', '.join(here) or 'none'} of {', '.join(CPU_FEATURES)}", ""
+
+
+def _threads() -> Finding:
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    given = os.environ.get("OMP_NUM_THREADS")
+    setting = f"OMP_NUM_THREADS={given}" if given else "OMP_NUM_THREADS is not set"
+    return True, f"torch uses {torch.get_num_threads()} on {cores} cores ({setting})", ""
+
+
+def _extra(name: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        try:
+            return True, ", ".join(f"{package} {version(package)}" for package in EXTRAS[name]), ""
+        except PackageNotFoundError as error:
+            return None, f"{error.name} is not installed; optional", f"pip install 'remixmatch-engine[{name}]'"
+
+    return check
+
+
+def _data() -> Finding:
+    folder = data_dir()
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    if not os.access(place, os.W_OK):
+        return None, f"{folder} cannot be written", "set REMIXMATCH_DATA or --data-dir to another folder"
+    return True, f"{folder}{'' if place == folder else ' (not created yet)'}, {free:.1f} GiB free", ""
+
+
 CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
+    "engine": (_engine, ""),
+    "CPU": (_cpu, ""),
+    "threads": (_threads, ""),
     "GPU": (_gpu, ""),
     "driver": (_driver, ""),
     "torch": (_torch, "pip install 'torch>=2.11'"),
@@ -92,35 +152,54 @@ CHECKS: dict[str, tuple[Callable[[], Finding], str]] = {
     "DALI": (_dali, "pip install nvidia-dali-cuda130"),
     "C compiler": (_compiler, ""),
     "apex": (_apex, APEX_BUILD),
+    **{f"extra {name}": (_extra(name), "") for name in EXTRAS},
+    "data": (_data, "set REMIXMATCH_DATA or --data-dir to another folder"),
 }
 
 
-def report() -> bool:
-    """Print a table of findings. Returns whether everything training needs is installed."""
-    table = Table("", "component", "found", "fix")
-    healthy = True
+def findings() -> dict[str, Finding]:
+    """Return the result of every check."""
+    found: dict[str, Finding] = {}
     for name, (check, fix) in CHECKS.items():
         try:
-            works, found, todo = check()
+            found[name] = check()
         except Exception as error:  # Reporting any failure is the purpose of this command.
-            works, found, todo = False, f"{type(error).__name__}: {error}".splitlines()[0], fix
-        healthy = healthy and works is not False
-        table.add_row({True: "ok", None: "-", False: "MISSING"}[works], name, found, todo)
-    console = Console()
-    console.print(table)
-    console.print("ready to train" if healthy else "not ready: apply the fixes above")
-    return healthy
+            found[name] = False, f"{type(error).__name__}: {error}".splitlines()[0], fix
+    return found
+
+
+def _print_table(found: dict[str, Finding], ready: bool) -> None:
+    table = Table("", "component", "found", "fix")
+    for name, (works, text, fix) in found.items():
+        table.add_row({True: "ok", None: "-", False: "MISSING"}[works], name, text, fix)
+    Console().print(table)
+    print("ready to train" if ready else "not ready: apply the fixes above")
 
 
 @dataclass
 class DoctorOptions:
-    """Check the installation (GPU, driver, torch, triton, DALI, apex) and suggest fixes.
+    """Check the installation (GPU, driver, torch, triton, DALI, apex, extras, data folder) and suggest fixes.
 
     The exit code is 1 if something that training needs is missing.
     """
 
+    json: bool = False
+    """Print JSON."""
+    data_dir: DataDir = None
+
 
 def main(argv: list[str]) -> None:
     """Run `remixmatch doctor`."""
-    parse(DoctorOptions, "doctor", argv)
-    sys.exit(0 if report() else 1)
+    options: DoctorOptions = parse(DoctorOptions, "doctor", argv)
+    set_data_dir(options.data_dir)
+    found = findings()
+    ready = all(works is not False for works, _, _ in found.values())
+    if options.json:
+        states = {True: "ok", None: "optional", False: "missing"}
+        checks = {
+            name: {"state": states[works], "found": text, "fix": fix} for name, (works, text, fix) in found.items()
+        }
+        print(json.dumps({"version": __version__, "ready": ready, "checks": checks}, indent=2))
+    else:
+        _print_table(found, ready)
+    sys.exit(0 if ready else 1)

@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "doctor": (
         "engine.commands.doctor:main",
-        "check the installation (GPU, driver, torch, triton, DALI, apex) and suggest fixes",
+        "check the installation (versions, CPU, GPU, extras, data folder) and suggest fixes: remixmatch doctor [--json]",
     ),
     "reproduce": (
         "engine.studies.reproduce:main",

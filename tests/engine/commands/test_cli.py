@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
+import engine
 from bench import registry
+from engine.commands import doctor as doctor_command
 from engine.commands import main as cli
 from engine.commands.output import messages_on_stderr
 from engine.config.config import SECTIONS, Config, config_json
 from engine.config.presets import preset
 from engine.runs.folder import default_folder
 from engine.runs.progress import MetricsLog, ProgressLine, read_metrics
+from pipelines.data import cache
 from pipelines.data.datasets import digits
 from tests.logs import no_warnings
 
@@ -306,13 +310,66 @@ def test_closed_pipe_ends_a_command_silently():
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_doctor_reports_this_machine(capfd):
+def doctor(capfd, *flags):
+    """Run `remixmatch doctor` and return its exit code and what it prints."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["doctor"])
-    out = capfd.readouterr().out
-    assert ended.value.code == 0, out
-    for name in ("GPU", "driver", "torch", "triton", "DALI", "apex", "ready to train"):
-        assert name in out
+        cli.main(["doctor", *map(str, flags)])
+    return ended.value.code, capfd.readouterr().out
+
+
+def test_doctor_reports_this_machine(capfd):
+    code, out = doctor(capfd)
+    assert code == 0, out
+    for name in ("engine", "CPU", "threads", "GPU", "driver", "torch", "triton", "DALI", "apex", "data"):
+        assert f" {name} " in out
+    assert out.endswith("ready to train\n") and engine.__version__ in out
+
+
+def test_doctor_as_json_shows_versions_extras_and_the_data_folder(capfd, tmp_path, monkeypatch):
+    monkeypatch.setitem(doctor_command.EXTRAS, "timm", ("no-such-package",))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("REMIXMATCH_DATA", "")  # --data-dir sets both of these.
+    monkeypatch.setattr(cache, "_flag", "")
+    code, out = doctor(capfd, "--json", "--data-dir", tmp_path / "a" / "b")
+    found = json.loads(out)
+    assert code == 0 and found["ready"] is True and found["version"] == version("remixmatch-engine")
+    checks = found["checks"]
+    fix = "pip install 'remixmatch-engine[timm]'"
+    assert checks["extra timm"] == {
+        "state": "optional",
+        "found": "no-such-package is not installed; optional",
+        "fix": fix,
+    }
+    assert re.fullmatch(rf"{tmp_path}/a/b \(not created yet\), \d+\.\d GiB free", checks["data"]["found"])
+    assert checks["threads"]["found"].endswith(f" on {len(os.sched_getaffinity(0))} cores (OMP_NUM_THREADS=3)")
+    assert torch.__version__ in checks["torch"]["found"]
+
+
+def test_doctor_names_what_is_missing(capfd, monkeypatch):
+    def missing():
+        raise ImportError("no module named torch\nsecond line")
+
+    monkeypatch.setattr(doctor_command, "CHECKS", {"torch": (missing, "pip install torch")})
+    code, out = doctor(capfd, "--json")
+    expected = {"state": "missing", "found": "ImportError: no module named torch", "fix": "pip install torch"}
+    assert code == 1 and json.loads(out)["checks"] == {"torch": expected} and not json.loads(out)["ready"]
+    code, out = doctor(capfd)
+    assert code == 1 and out.endswith("not ready: apply the fixes above\n")
+
+
+def test_doctor_reads_cpu_features_and_knows_all_extras(monkeypatch):
+    text = "processor : 0\nflags\t\t: fpu avx2 avx512f\n\nflags : fpu\n"
+    with monkeypatch.context() as context:
+        context.setattr(Path, "read_text", lambda path, **_: text)
+        assert doctor_command._cpu()[1] == "has avx2, avx512f of avx2, avx512f, avx512_bf16, amx_bf16"
+    extras = metadata("remixmatch-engine").get_all("Provides-Extra")
+    assert doctor_command.EXTRAS.keys() == set(extras) - {"dev", "docs"}
+
+
+@pytest.mark.parametrize("words", [["version"], ["--version"], ["-V"]])
+def test_version(capfd, words):
+    cli.main(words)
+    assert capfd.readouterr().out == f"remixmatch-engine {version('remixmatch-engine')}\n"
 
 
 def test_metrics_of_repeated_steps_are_dropped(tmp_path):

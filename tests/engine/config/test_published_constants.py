@@ -19,13 +19,12 @@ from engine.config.presets import PRESETS, preset
 REMIXMATCH = dict(
     k=8, batch=64, mu=1, anchor="trained", guess="anchor", temperature=0.5, hard_labels=False, threshold=0.0,
     align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
-    w_rot=0.5,
-    ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper", labeled_augment="strong",
+    w_rot=0.5, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper", labeled_augment="strong",
     anchor_augment="weak",
 )  # fmt: skip
 SHARED = dict(
     lr=0.002, weight_decay=0.02, ema_decay=0.999, bn_momentum=0.001, width=32, blocks=4, scales=3, bn="joint",
-    max_shift=4, flip=True,
+    bn_stats="all", max_shift=4, flip=True, lag=8, network="wide-resnet", pretrained=False, weights="",
 )  # fmt: skip
 NO_EXTRAS = dict(align=False, w_u1=0.0, w_rot=0.0)  # Only ReMixMatch has these terms.
 PUBLISHED = {
