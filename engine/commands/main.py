@@ -49,7 +49,7 @@ COMMANDS = {
     ),
     "doctor": (
         "engine.commands.doctor:main",
-        "check the installation (versions, CPU, GPU, extras, data folder) and suggest fixes: remixmatch doctor [--json]",
+        "check the installation (versions, CPU, GPU, extras, data folder) and suggest fixes",
     ),
     "reproduce": (
         "engine.studies.reproduce:main",

@@ -59,7 +59,7 @@ assert sorted(name for names in AXES.values() for name in names) == sorted(ABLAT
 class AblateOptions:
     """Time, count and train the variants of a preset, and write ablate.csv, table.md and chart.png.
 
-    Flags of `remixmatch train` after `--` apply to every variant, as in: remixmatch ablate digits-40 -- --width 8
+    Flags of `remixmatch train` after `--` apply to every variant, as in: remixmatch ablate digits-40 -- --batch 8
     """
 
     axes: tuple[str, ...] = tuple(AXES)

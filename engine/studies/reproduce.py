@@ -60,7 +60,7 @@ class JobOptions:
 class ReproduceOptions:
     """Train the unfinished jobs of a table, and write table.md and table.json.
 
-    Flags of `remixmatch train` after `--` apply to every job, as in: remixmatch reproduce digits -- --width 8
+    Flags of `remixmatch train` after `--` apply to every job, as in: remixmatch reproduce digits -- --batch 8
     """
 
     seeds: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ from engine.commands.train import _parse
 from engine.config.presets import PRESETS, preset
 from engine.config.scaling import scaled, too_short
 from engine.errors import UserError
+from tests.pages import commands
 
 
 def parsed(*flags, begun=None):
@@ -50,6 +51,13 @@ def test_invalid_scales(scale):
 def test_presets_are_long_enough_at_any_scale():
     for config in PRESETS.values():
         assert too_short(config) == "" and too_short(scaled(config, 0.01)) == ""
+
+
+def test_the_recipe_for_a_cpu_is_long_enough():
+    (recipe,) = [words for words in commands() if "--steps-scale" in words and "folder" in words]
+    config = parsed(*recipe[2:])
+    assert too_short(config) == "" and config.steps == round(65_536 * 0.04) and config.width >= 16
+    assert config.ramp_kimg * 1024 / config.batch == 512, "a fifth of the steps"
 
 
 def test_short_runs_are_described_with_their_numbers_and_the_fix():
