@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import shlex
@@ -13,7 +14,7 @@ from engine.commands.options import ConfigurationOptions, TrainOptions, check_gp
 from engine.commands.output import show_warnings_only
 from engine.commands.parsing import show_usage_if_asked
 from engine.config import presets
-from engine.config.checks import validate
+from engine.config.checks import CLIENTS, validate
 from engine.config.config import Config, changes
 from engine.config.files import config_yaml, read_config
 from engine.config.scaling import too_short
@@ -99,7 +100,11 @@ def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
     """
     folder = options.folder.out or default_folder(options.config, resume)
     if begun := _begun(options, folder, resume):
-        options = _parse(argv, begun)
+        # A copied config.json must not send metrics to a server: only --log on this command line does.
+        online = begun.log in CLIENTS
+        options = _parse(argv, dataclasses.replace(begun, log="tensorboard") if online else begun)
+        if online and options.config.log != begun.log:
+            log.warning(f"{folder} was logged to {begun.log}; to continue there, add --log {begun.log}")
     elif options.folder.resume and (launch.is_torchrun_worker() or not _uses_torchrun(options)):
         log.info(f"no run in {folder}; starting a new one")
     ranks = launch.world_size_from_env(options.ranks.gpus)

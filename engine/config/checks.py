@@ -18,6 +18,7 @@ from pipelines.data.cache import DataSet
 from pipelines.data.datasets import DATASETS
 from pipelines.data.splits import RULES
 
+CLIENTS = ("wandb", "trackio")  # Loggers that may send metrics to a server.
 FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
 PYTHON = "python"  # Name of a data set that was given in Python.
 
@@ -135,7 +136,7 @@ def _check_log(name: str) -> None:
     known = get_args(get_type_hints(Config)["log"])
     if name not in known:
         raise UserError(f"--log must be one of {', '.join(known)}; got '{name}'")
-    if name in ("wandb", "trackio"):
+    if name in CLIENTS:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # A folder of that name, such as the one wandb writes its files to.
             raise UserError(f"--log {name} requires {name}: pip install 'remixmatch-engine[{name}]'")
@@ -168,6 +169,8 @@ def resolve(config: Config, data: DataSet) -> Config:
         return config
     if side > 96:
         return dataclasses.replace(config, network="timm:resnet50")
+    if config.scales != Config().scales:  # given by --scales
+        return dataclasses.replace(config, network="wide-resnet")
     return dataclasses.replace(config, network="wide-resnet", scales=3 if side <= 48 else 4)
 
 

@@ -178,7 +178,7 @@ class Config:
         "wide-resnet",
         "wide-resnet; timm:NAME for a timm model, such as timm:resnet50 (pip install 'remixmatch-engine[timm]'); or "
         "auto, which depends on the images' shorter side: a Wide ResNet with 3 scales up to 48 pixels and 4 scales "
-        "up to 96, timm:resnet50 above.",
+        "up to 96 (or those of --scales), timm:resnet50 above.",
     )
     pretrained: bool = _network(
         False,

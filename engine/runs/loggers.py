@@ -232,7 +232,9 @@ class Client:
 
     def _fail(self, what: str) -> None:
         if not self._failed:
-            log.warning(f"--log {self._name} failed ({what}); metrics.jsonl is complete, and --resume sends the rest")
+            log.warning(
+                f"--log {self._name} failed ({what}); metrics.jsonl is complete, and --resume --log {self._name} sends the rest"
+            )
         self._failed = True
 
 

@@ -419,7 +419,8 @@ def _undecided(root: Path, jobs: Sequence[Job], seen: dict[Path, float]) -> bool
 
 def train_command(folder: Path, config: Config) -> list[str]:
     """Return the command that trains the run whose config.json is in the folder, from the start or resumed."""
-    return [sys.executable, "-m", "engine", "train", config.preset, "--out", str(folder), "--resume", "--quiet"]
+    flags = ["--out", str(folder), "--resume", "--quiet", "--log", config.log]
+    return [sys.executable, "-m", "engine", "train", config.preset, *flags]
 
 
 def _train(folder: Path, job: Job, owned: Claim, environment: Mapping[str, str], stop: Stop) -> None:

@@ -187,6 +187,7 @@ def test_settings_that_depend_on_the_images():
     assert (of(32).network, of(32).scales, of(32).max_shift) == ("wide-resnet", 3, 4)
     assert (of(96).network, of(96).scales, of(96).max_shift) == ("wide-resnet", 4, 12)
     assert of(224).network == "timm:resnet50"
+    assert (of(32, scales=2).network, of(32, scales=2).scales, of(96, scales=5).scales) == ("wide-resnet", 2, 5)
     assert resolve(Config(), digits()) == Config()
 
 

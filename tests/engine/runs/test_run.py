@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import stat
 import sys
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
 import torch
 
 from engine import run
+from engine.commands import main as cli
 from engine.config.config import load_config
 from engine.errors import UserError
 from engine.runs import checkpoint
@@ -27,6 +31,9 @@ TINY_FLAGS = [
     *("--batch", "8", "--width", "8", "--device", "cpu", "--quiet"),
     *("--eval-every", "5", "--log-every", "1", "--checkpoint-every", "3"),
 ]
+
+
+SUMMARY = {"preset": "digits-40", "seed": 0, "test_accuracy": 9.0, "median_last_20": 9.0, "train_seconds": 1.0}
 
 
 def assert_same(a, b, path=""):
@@ -79,6 +86,10 @@ def test_a_run_writes_all_files(undisturbed):
     for picture in ("curves.png", "views.png"):
         assert (undisturbed / picture).read_bytes().startswith(b"\x89PNG")
     assert any((undisturbed / "tensorboard").iterdir())
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in undisturbed.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
 
 
 def test_speed_excludes_compile_time(tiny, tmp_path, monkeypatch, caplog):
@@ -269,3 +280,36 @@ def test_images_move_to_the_host_if_a_gpu_is_too_small(tiny):
     for execution, more in ((on_device, " or --resident host"), (dataclasses.replace(on_device, resident=False), "")):
         said = run.less_memory(tiny(batch=4), execution)
         assert said.endswith(f"start a new run with --micro-batches 2{more} or --batch less than 4")
+
+
+def test_a_failed_checkpoint_is_retried_before_the_next_one_is_due(tiny, tmp_path, monkeypatch, caplog):
+    tried, save = [], checkpoint.save
+
+    def full_at_first(folder, step, *others):
+        tried.append(step)
+        if step == 2:
+            raise OSError(28, "No space left on device")
+        return save(folder, step, *others)
+
+    monkeypatch.setattr(checkpoint, "save", full_at_first)
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.0)
+    run.train(setup_run(tiny(steps=6, checkpoint_every=2), tmp_path / "run"), quiet=True)
+    assert tried == [2, 3, 4, 6]
+    assert "checkpoints can be written again; saved step 3" in caplog.messages
+
+
+@pytest.mark.parametrize("client", ["wandb", "trackio"])
+def test_only_the_flag_sends_metrics_of_a_resumed_run_to_a_server(undisturbed, tmp_path, monkeypatch, capsys, client):
+    """A config.json may be a copy from another user."""
+    folder, chosen = shutil.copytree(undisturbed, tmp_path / "run"), []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"log": client}))
+    installed = ModuleSpec(client, None, origin=client)
+    monkeypatch.setattr("engine.config.checks.importlib.util.find_spec", lambda name: installed)
+    monkeypatch.setattr(run, "train", lambda setup, *others: chosen.append(setup.config.log) or SUMMARY)
+    words = ["train", "digits-40", "--out", str(folder), "--resume"]
+    for flags in ([], ["--log", client], ["--log", "none"]):
+        cli.main([*words, *flags])
+    assert chosen == ["tensorboard", client, "none"]
+    said = f"remixmatch: {folder} was logged to {client}; to continue there, add --log {client}"
+    assert capsys.readouterr().err.splitlines().count(said) == 2

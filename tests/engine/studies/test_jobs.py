@@ -70,6 +70,12 @@ def finish(root, wanted, workers=1, **options):
     return [each.state for each in work(root, wanted, [{}] * workers, "commit", options.pop("stop", Stop()), **options)]
 
 
+def test_a_job_sends_its_metrics_to_the_logger_of_its_configuration(tmp_path):
+    """A resumed run takes it from the command line alone."""
+    command = jobs.train_command(tmp_path, dataclasses.replace(preset("digits-40"), log="wandb"))
+    assert command[1:5] == ["-m", "engine", "train", "digits-40"] and command[-2:] == ["--log", "wandb"]
+
+
 # Identity
 
 
