@@ -232,9 +232,8 @@ class Client:
 
     def _fail(self, what: str) -> None:
         if not self._failed:
-            log.warning(
-                f"--log {self._name} failed ({what}); metrics.jsonl is complete, and --resume --log {self._name} sends the rest"
-            )
+            flag = f"--log {self._name}"
+            log.warning(f"{flag} failed ({what}); metrics.jsonl is complete, and --resume {flag} sends the rest")
         self._failed = True
 
 
