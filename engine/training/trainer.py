@@ -242,8 +242,8 @@ class Trainer:
             self._add_metrics(step + 1, values)
             if self._log:
                 self._add_metrics(step + 1, self.throughput.measure(step + 1))
-            losses = {name: values[name] for name in LOSSES}
-            self.progress.update(step + 1, self._shown | losses)
+            self._shown |= {name: values[name] for name in LOSSES}
+            self.progress.update(step + 1, self._shown)
 
     def _add_metrics(self, step: int, values: dict[str, float]) -> None:
         if self._log:
@@ -285,7 +285,8 @@ class Trainer:
             self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
         )
         self.accuracies.append(accuracy)
-        self._shown = {"test %": accuracy}
+        self._shown = {"test %": accuracy} | self._shown | {"test %": accuracy}  # The first item is shown first.
+        self.progress.update(self.step, self._shown)
         self._add_metrics(self.step, {"test_accuracy": accuracy, "test_loss": loss})
         marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
         if self.health.due(self.step):

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import run
 from engine.method.losses import LOSSES
 from engine.runs import throughput
-from engine.runs.progress import read_metrics
+from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
 from engine.runs.throughput import THROUGHPUT, Throughput
 from engine.training import trainer
@@ -149,3 +149,16 @@ def test_the_page_names_all_metrics():
     text = TEXTS["docs/profile.md"].partition("## Follow a run")[2]
     for name in (*LOSSES, *METRICS, *THROUGHPUT, "test_accuracy", "test_loss"):
         assert f"`{name}`" in text or name == "stop", name
+
+
+def test_the_progress_line_shows_the_newest_accuracy_first(tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(ProgressLine, "update", lambda self, step, values: shown.append((step, dict(values))))
+    config = tiny(steps=4, log_every=1, eval_every=2, checkpoint_every=100)
+    run.train(setup_run(config, tmp_path / "run"), quiet=True)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (middle, end) = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
+    losses = {row["step"]: [row[name] for name in LOSSES] for row in rows if "loss" in row}
+    assert [step for step, _ in shown] == [1, 2, 2, 3, 4, 4]
+    assert list(shown[0][1].values()) == losses[1] and list(shown[2][1].values()) == [middle, *losses[2]]
+    assert shown[-1] == (4, {"test %": end} | dict(zip(LOSSES, losses[4], strict=True)))
