@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ _NAMED = 3  # Files named in a message before it abbreviates.
 PARTIAL = ".partial"  # Suffix of files that are not complete yet.
 # Errors of flock on file systems without locks, such as some network file systems.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO}
+_ATTEMPTS = 10  # to lock a file that others remove
 log = logging.getLogger(__name__)
 
 
@@ -131,7 +133,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> int:
-    while True:
+    for attempt in itertools.count(1):
         # Without O_NOFOLLOW the file that a link points to would be written; O_NONBLOCK avoids waiting for a FIFO.
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
@@ -146,12 +148,14 @@ def _open_locked(path: Path) -> int:
                     raise
                 log.warning(f"{path} cannot be locked ({error.strerror}); let no other process write there")
                 return file
-            if _is_at(file, path):  # The former owner may have removed it since it was opened.
+            # The former owner may have removed it since it was opened. Some file systems have no stable inode numbers.
+            if _is_at(file, path) or attempt == _ATTEMPTS:
                 return file
         except BaseException:
             os.close(file)
             raise
         os.close(file)
+    raise AssertionError("the last attempt returns")
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -258,6 +258,12 @@ def test_a_lock_that_was_removed_since_it_was_opened_is_taken_again(tmp_path, mo
         assert len(seen) == 2 and read_json(tmp_path / ".lock")["process"] == os.getpid()
 
 
+def test_a_file_system_without_stable_inodes_can_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os.path, "samestat", lambda one, other: False)
+    with lock(tmp_path / ".lock"):
+        assert read_json(tmp_path / ".lock")["process"] == os.getpid()
+
+
 def test_a_file_system_without_locks_causes_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
