@@ -48,7 +48,8 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
     """Open a file that replaces `path` when the block ends without an error.
 
     Until then it is `.NAME.partial` in the same folder, and an existing file keeps its content. An error leaves no
-    partial file. A killed process may leave one, which the next write of the same file overwrites.
+    partial file. A killed process may leave one, which the next write of the same file overwrites. A device or a pipe,
+    such as /dev/stdout, is not replaced but written to.
 
     Args:
         path: File to replace; its folder must exist.
@@ -58,6 +59,10 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
     Raises:
         OSError: The file could not be written, even if a library in the block raised another error instead.
     """
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
+        with path.open("wb") as device:
+            yield device
+        return
     owner = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     partial = path.with_name(f".{path.name}{owner}{PARTIAL}")
     try:

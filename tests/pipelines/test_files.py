@@ -184,6 +184,15 @@ def test_sync_flushes_the_file_before_and_the_folder_after_the_rename(former, mo
     assert seen == [("file", 3, "unflushed"), ("folder", None, "new")]
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(pipe, b"new")
+    assert os.read(reader, 10) == b"new" and pipe.is_fifo() and names(tmp_path) == ["pipe"]
+    os.close(reader)
+
+
 LOCKING = """
 from pathlib import Path
 from pipelines.files import lock
