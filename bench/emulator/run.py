@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.measuring.process import python_environment
+from pipelines.processes import python_environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -23,9 +23,9 @@ from typing import Any
 from bench.registry import Bench, Table
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.process import python_environment
 from engine.measuring.timing import bench_device
 from engine.runs.progress import read_metrics
+from pipelines.processes import python_environment
 
 _IMPORTS = "import engine.commands.main, engine.run, pipelines.dali"
 _LIMIT_SECONDS = 300.0  # Timeout of every wait.

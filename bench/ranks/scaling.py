@@ -41,12 +41,12 @@ from engine.config.checks import validate
 from engine.config.config import Config
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.process import python_environment
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
 from engine.training.execution import pick_mode
 from engine.training.state import make_state
 from pipelines.data.datasets import DATASETS
+from pipelines.processes import python_environment
 
 SCALINGS = ("weak", "strong")
 _REDUCED_SIZES = (2**12, 2**18, 2**20, 2**23)  # Bytes of the all-reduces from which latency and bandwidth are fitted.

@@ -24,11 +24,11 @@ from bench.registry import Bench, Table, quartiles
 from bench.step.throughput import base_config
 from engine.errors import UserError
 from engine.measuring import records
-from engine.measuring.process import ROOT
 from engine.measuring.step_worker import StepWorker, sample_interleaved
 from engine.measuring.timing import bench_device
 from engine.measuring.trace import by_kind
 from engine.training.execution import INDUCTOR
+from pipelines.processes import ROOT
 
 WORKER = "engine/measuring/step_worker.py"  # Path in a checkout.
 BASELINE, BEFORE = "baseline", "before"

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from engine.errors import Stopped
-from engine.measuring.process import python_environment
+from pipelines.processes import python_environment
 
 _PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 PARENT = "REMIXMATCH_PARENT"  # Environment variable with the ID of the process that this one must not outlive.

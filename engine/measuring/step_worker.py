@@ -29,10 +29,10 @@ import torch
 
 from engine.config.config import Config
 from engine.distributed.launch import PARENT, die_with_parent
-from engine.measuring.process import ROOT, python_environment
 from engine.measuring.steps import TimedSteps
 from engine.measuring.timing import interleave, sample
 from engine.measuring.trace import DEVICE, outermost, read, record
+from pipelines.processes import ROOT, python_environment
 
 
 class StepWorker:

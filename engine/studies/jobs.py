@@ -36,9 +36,9 @@ from engine.config.config import EXECUTION_FIELDS, Config, changed_fields, confi
 from engine.distributed.launch import PARENT
 from engine.distributed.watchdog import StopRequest
 from engine.errors import UserError
-from engine.measuring.process import python_environment
 from engine.runs.folder import read_summary
 from pipelines.files import read_json, write_text
+from pipelines.processes import python_environment
 
 RENEW_SECONDS = 10.0  # Interval of heartbeats in a claim.
 STALE_SECONDS = 300.0  # A claim of another machine is stale after this time without a heartbeat.

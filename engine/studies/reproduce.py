@@ -22,12 +22,12 @@ from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import check_seed
 from engine.config.scaling import check_scale
 from engine.errors import Stopped, UserError, cannot_write, unknown
-from engine.measuring.process import python_environment
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
 from engine.studies.paper_tables import TABLES, Entry, make_entries, needs_data, with_data
 from engine.studies.table_results import collect, collected, read_statuses, write_tables
 from pipelines.data.cache import set_data_dir
+from pipelines.processes import python_environment
 
 OUT = Path("runs") / "reproduce"
 SAVE_SECONDS = 60  # Time for running jobs to save their step before a Slurm job's time limit.

@@ -32,6 +32,7 @@ import numpy as np
 
 from pipelines.data.decode_worker import Request, Result
 from pipelines.data.jpegs import BATCH
+from pipelines.processes import python_environment
 
 _WORKER = "pipelines.data.decode_worker"
 
@@ -134,7 +135,8 @@ class DecodingProcess:
         self._connection, other = Pipe()
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", _WORKER, str(other.fileno())],
+                [sys.executable, "-W", "ignore", "-m", _WORKER, str(other.fileno())],
+                env=python_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],

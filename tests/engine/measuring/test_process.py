@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from engine.measuring.process import output, python_environment
+from engine.measuring.process import output
+from pipelines.processes import python_environment
 
 ROOT = Path(__file__).parents[3]
 OURS = ("engine", "kernels", "pipelines", "bench")
