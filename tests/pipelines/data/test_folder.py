@@ -1,6 +1,7 @@
 """Folders of images: listing, preparation and errors."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -343,6 +344,8 @@ def test_remarks_survive_an_interruption(pets, monkeypatch):
         prepare(pets, 8, interrupted)
     made = prepare(pets, 8)
     assert made.remarks == remarks and prepare(pets, 8) == made
+    shutil.copy(pets / "train/cat/deep.png", pets / "train/cat/copy.png")
+    assert prepare(pets, 8).remarks == (("train/cat/copy.png", remarks[0][1]), *remarks), "also if little is decoded"
 
 
 def test_pictures_in_other_formats_are_named(pets):
