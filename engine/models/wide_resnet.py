@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from engine.models.batch_norm import BatchNorm
 
 _SLOPE = 0.1
+# oneDNN's gradients of a 1x1 convolution with a stride are wrong, or end the process, with fewer input channels.
+_STRIDED_CHANNELS = 16
 
 
 class ResidualBlock(nn.Module):
@@ -36,7 +38,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm2 = BatchNorm(outputs, momentum, group_size, over_ranks)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+        self.step = stride if inputs < _STRIDED_CHANNELS else 1  # Between the pixels that the shortcut receives.
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride // self.step, bias=False) if inputs != outputs else None
 
     def forward(self, x: Tensor, track: bool, stats_samples: int | None = None) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride); see `BatchNorm.forward` for the arguments."""
@@ -45,7 +48,7 @@ class ResidualBlock(nn.Module):
         residual = self.conv2(F.leaky_relu(self.norm2(residual, track, stats_samples), _SLOPE))
         skip = activated if self.activate_first else x
         if self.shortcut is not None:
-            skip = self.shortcut(skip)
+            skip = self.shortcut(skip[..., :: self.step, :: self.step] if self.step > 1 else skip)
         return skip + residual
 
 

@@ -23,7 +23,7 @@ CONFIGS = [
     Config(),  # WRN-28-2
     Config(dataset="stl10", scales=4, width=64),  # WRN-37-2
     *(Config(dataset="digits", width=width, blocks=1) for width in (MIN_WIDTH, MIN_WIDTH + 1, 12)),
-    Config(dataset="cifar10", width=MIN_WIDTH, blocks=1),  # The largest side with so few channels.
+    *(Config(dataset=name, width=MIN_WIDTH, blocks=1) for name in ("cifar10", "stl10")),
     Config(dataset="stl10", width=MIN_WIDTH_LARGE, blocks=1),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.models.batch_norm import BatchNorm
-from engine.models.wide_resnet import WideResNet
+from engine.models.wide_resnet import ResidualBlock, WideResNet
 from tests.running_statistics import statistics_of_first_samples
 
 
@@ -45,6 +45,17 @@ def test_initial_weights():
     same, other = WideResNet(10, seed=5).state_dict(), WideResNet(10, seed=6).state_dict()
     assert all(torch.equal(same[name], value) for name, value in network.state_dict().items())
     assert not torch.equal(other["stem.weight"], same["stem.weight"])
+
+
+@pytest.mark.parametrize("inputs", [3, 8, 16])
+@pytest.mark.parametrize("side", [7, 8])
+def test_the_shortcut_is_a_strided_convolution(inputs, side):
+    block = ResidualBlock(inputs, 20, 2, False, 0.1, None, False).double()
+    nn.init.zeros_(block.conv2.weight)  # The output is that of the shortcut.
+    x = torch.randn(2, inputs, side, side, dtype=torch.float64, requires_grad=True)
+    expected = torch.einsum("oi,nihw->nohw", block.shortcut.weight[..., 0, 0], x[:, :, 0::2, 0::2])
+    assert expected.shape == (2, 20, 4, 4)
+    torch.testing.assert_close(block(x, track=False), expected)
 
 
 def test_one_pass_over_groups_equals_a_pass_per_group():
