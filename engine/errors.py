@@ -31,7 +31,10 @@ class Incomplete(Exception):
 
 
 class Stopped(Exception):
-    """A signal stopped the command after everything was saved; it exits with 128 + the signal's number."""
+    """A signal stopped the command after everything was saved; it exits with 128 + the signal's number.
+
+    Without a text, another process has said so already.
+    """
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)

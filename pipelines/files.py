@@ -60,7 +60,9 @@ def atomic_write(path: Path, *, sync: bool = False, shared: bool = False) -> Ite
         OSError: The file could not be written, even if a library in the block raised another error instead.
     """
     if path.parent == Path("/dev") or (path.exists() and not path.is_file() and not path.is_dir()):
-        with path.open("wb") as device:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # Fails, instead of waiting, if nothing reads a pipe.
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "wb") as device:
             yield device
         return
     owner = f".{socket.gethostname()}-{os.getpid()}" if shared else ""

@@ -68,7 +68,7 @@ def main(options: RestartOptions) -> None:
         flags = ["--gpus", options.ranks, "--max-restarts", options.repeats, "--steps", 10**6, "--log-every", 1]
         flags += ["--checkpoint-every", options.checkpoint_every, "--out", folder, "--quiet"]
         command = [sys.executable, "-m", "engine", "train", options.preset, *map(str, flags)]
-        launcher = subprocess.Popen(command, env=python_environment())
+        launcher = subprocess.Popen(command, env=python_environment(), process_group=0)  # Ended below, not by Ctrl-C.
         try:
             for number in range(1, options.repeats + 1):
                 kills.append(_kill(launcher, folder / "metrics.jsonl", options, rng))
@@ -138,8 +138,15 @@ def _import_seconds(processes: int) -> float:
     """Time the imports of a rank in `processes` processes at once."""
     environment = python_environment() | {"OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
-    started = [subprocess.Popen([sys.executable, "-c", _IMPORTS], env=environment) for _ in range(processes)]
-    if any([process.wait() for process in started]):
+    started = [
+        subprocess.Popen([sys.executable, "-c", _IMPORTS], env=environment, process_group=0) for _ in range(processes)
+    ]
+    try:
+        codes = [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    if any(codes):
         raise RuntimeError("the engine cannot be imported")
     return time.monotonic() - begin
 

@@ -92,7 +92,7 @@ def main(options: DataOptions) -> None:
     device = bench_device()
     for part in options.parts:
         try:
-            with TemporaryDirectory(dir=options.folder) as folder:
+            with TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
                 row = parts[part](options, Path(folder), device)
         except (cache.DataError, OSError) as error:
             raise UserError(f"--folder: {part} cannot store its images ({error})") from error

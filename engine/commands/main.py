@@ -5,18 +5,22 @@ Invalid input ends a command with one line on stderr and exit code 2, without a 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 from engine.commands.output import messages_on_stderr
 from engine.commands.parsing import show_usage
+from engine.distributed.launch import tell_launcher
 from engine.errors import Incomplete, RankError, Stopped, UserError, cannot_write, out_of_memory, unknown
 
 log = logging.getLogger(__name__)
@@ -98,6 +102,34 @@ def interrupted(argv: Sequence[str]) -> str:
     return f"interrupted; {advice}" if advice else "interrupted"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, which ends a command like SIGINT."""
+
+    number = signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Raise Terminated on SIGTERM while the block runs, unless SIGTERM has a handler already."""
+    process = os.getpid()
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        # A forked process ends as it would without this handler.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or threading.current_thread() != threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a command and turn its exceptions into exit codes.
 
@@ -116,7 +148,8 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
     with messages_on_stderr():
         try:
             try:
-                command(argv)
+                with _sigterm_interrupts():
+                    command(argv)
             finally:
                 if sys.stdout is not None:  # It is if it was closed before Python started.
                     sys.stdout.flush()  # Here, where a closed pipe is handled, and not when Python exits.
@@ -130,8 +163,10 @@ def run_with_exit_codes(command: Callable[[list[str]], None], argv: list[str]) -
             log.error(str(cannot_write(Path("the output"), error)))
             sys.exit(2)
         except (UserError, Stopped, KeyboardInterrupt) as error:
-            if os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
-                log.error(str(error) or interrupted(argv))
+            text = interrupted(argv) if isinstance(error, KeyboardInterrupt) else str(error)
+            if text and os.environ.get("RANK", "0") == "0":  # All ranks raise the same error.
+                log.error(text)
+                tell_launcher()
             sys.exit(2 if isinstance(error, UserError) else 128 + getattr(error, "number", signal.SIGINT))
         except Incomplete as error:
             log.error(str(error))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -15,6 +19,7 @@ from pipelines.processes import python_environment
 
 _PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 PARENT = "REMIXMATCH_PARENT"  # Environment variable with the ID of the process that this one must not outlive.
+_SAID = "REMIXMATCH_SAID"  # Environment variable with the path of a file that exists once rank 0 has said why it ends.
 
 
 def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str = "engine") -> None:
@@ -30,6 +35,12 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
         SystemExit: A rank failed. The exit code is that of the first rank that failed.
         Stopped: This process received a signal and forwarded it to the ranks.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[_SAID] = os.path.join(folder, "said")
+        _launch(arguments, ranks, max_restarts, module)
+
+
+def _launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,14 +52,16 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
     flags = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
         # A second SIGINT ends this process, and with it the ranks. torchrun would wait for them again.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise SignalException("SIGINT", signal.SIGINT)
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # The ranks say what happens.
+        raise SignalException(signal.Signals(number).name, signal.Signals(number))
 
-    signal.signal(signal.SIGINT, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     # Without "--", torchrun would read --log as an abbreviation of its own flags.
-    flags += ["--signals-to-handle=SIGTERM,SIGHUP,SIGQUIT", "--module", "--", module]
+    flags += ["--signals-to-handle=SIGQUIT", "--module", "--", module]
     try:
         run.run(run.get_args_parser().parse_args([*flags, *arguments]))
     except ChildFailedError as error:
@@ -58,9 +71,16 @@ def launch(arguments: Sequence[str], ranks: int, max_restarts: int, module: str 
         first = codes[0] if codes else 1
         sys.exit(128 - first if first < 0 else first)  # The code of a killed rank is minus its signal.
     except SignalException as error:
-        raise Stopped(
-            f"{error.sigval.name}: the ranks saved what they could; use --resume to continue", error.sigval
-        ) from None
+        name, said = error.sigval.name, os.path.exists(os.environ[_SAID])
+        text = "" if said else f"{name}: the ranks saved what they could; use --resume to continue"
+        raise Stopped(text, error.sigval) from None
+
+
+def tell_launcher() -> None:
+    """Tell the process that launched the ranks, if there is one, that this rank has said why it ends."""
+    if path := os.environ.get(_SAID):
+        with contextlib.suppress(OSError):
+            Path(path).touch()
 
 
 def is_torchrun_worker() -> bool:

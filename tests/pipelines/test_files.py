@@ -191,6 +191,8 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     write_bytes(pipe, b"new")
     assert os.read(reader, 10) == b"new" and pipe.is_fifo() and names(tmp_path) == ["pipe"]
     os.close(reader)
+    with pytest.raises(OSError, match="No such device"):  # Nothing reads it.
+        write_bytes(pipe, b"new")
 
 
 LOCKING = """

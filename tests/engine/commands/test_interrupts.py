@@ -43,6 +43,10 @@ def test_an_interrupt_is_one_line_with_the_advice_for_the_command(line, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run_with_exit_codes(interrupted, line.split())
     assert (ended.value.code, capsys.readouterr().err) == (130, f"remixmatch: {LINES[line]}\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.run_with_exit_codes(lambda argv: signal.raise_signal(signal.SIGTERM), line.split())
+    assert (ended.value.code, capsys.readouterr().err) == (143, f"remixmatch: {LINES[line]}\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def descendants(pid):
@@ -59,6 +63,7 @@ def descendants(pid):
     [
         ("ablate digits-40 --time-only", 2, LINES["ablate digits-40"]),
         ("reproduce digits --out here", 1, "repeat the command to resume them"),
+        ("train digits-40 --out here --quiet --gpus 2", 2, RESUME),
     ],
 )
 def test_ctrl_c_in_a_terminal_ends_all_processes_and_prints_one_line(line, children, said, tmp_path):
