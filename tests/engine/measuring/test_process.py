@@ -45,7 +45,7 @@ def project(tmp_path):
 
 
 def start(folder, *arguments, **environment):
-    variables = os.environ | {"JOB": str(folder.parent / "job")} | environment
+    variables = os.environ | {"JOB": str(folder.parent / "job"), "PYTHONSAFEPATH": ""} | environment
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True)
 
 
