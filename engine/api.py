@@ -84,14 +84,14 @@ class Model:
             (N, L) float32, in the order of the images.
 
         Raises:
-            TypeError: `images` has none of these types.
+            TypeError: `images` has none of these types, or `batch` is no integer.
             ValueError: An array or a tensor has another shape or dtype, or `batch` is less than 1.
-            UserError: An image or a folder cannot be read, or a folder has no images.
+            UserError: An image, an open file or a folder cannot be read, or a folder has no images.
         """
         from engine.inference.inputs import each_image
         from engine.inference.predict import classify
 
-        if batch < 1:
+        if (batch := convert("batch", int, batch)) < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         predicted = classify(self._network, each_image(images), self.side, self._device, batch)
         rows = [probabilities for _, probabilities in predicted]

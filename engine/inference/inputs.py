@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.errors import UserError
 from engine.inference.predict import Source, find_images
+from pipelines.files import first_line
 
 _ACCEPTED = (
     "a path of an image or a folder, the content of an image file (bytes or a file open in binary mode), a PIL image, "
@@ -29,21 +32,26 @@ def each_image(images: Any) -> Iterator[Source]:
     Raises:
         TypeError: The type is not accepted.
         ValueError: An array or a tensor has a shape or a dtype that is not accepted.
-        UserError: A folder has no images or cannot be read.
+        UserError: A folder has no images, or a folder or an open file cannot be read.
     """
-    if _is_list(images):
-        for each in images:
-            yield from _one_or_more(each)
-    else:
-        yield from _one_or_more(images)
+    images = _without_array(images)
+    for each in images if _is_list(images) else [images]:
+        yield from _one_or_more(_without_array(each))
+
+
+def _without_array(images: Any) -> Any:
+    """Return the element of an array without dimensions, such as a path; anything else unchanged."""
+    return images.item() if isinstance(images, np.ndarray) and images.ndim == 0 else images
 
 
 def _is_list(images: Any) -> bool:
     """Return whether these are several inputs; the elements of an array of objects or strings are inputs, too."""
-    if hasattr(images, "__array__") and not isinstance(images, (Image.Image, torch.Tensor)):
-        return np.asarray(images).dtype.kind in "OU"
-    single = (str, bytes, bytearray, memoryview, torch.Tensor, Mapping, Set)
-    return isinstance(images, Iterable) and not isinstance(images, single) and not hasattr(images, "read")
+    # Strings of numpy are str or bytes, and have __array__.
+    if isinstance(images, (str, bytes, bytearray, memoryview, Image.Image, torch.Tensor, Mapping, Set)):
+        return False
+    if hasattr(images, "__array__"):
+        return np.asarray(images).dtype.kind in "OSTU"
+    return isinstance(images, Iterable) and not hasattr(images, "read")
 
 
 def _one_or_more(images: Any) -> Iterator[Source]:
@@ -60,12 +68,24 @@ def _one_or_more(images: Any) -> Iterator[Source]:
     elif hasattr(images, "__array__") and not _is_list(images):
         yield from _from_array(np.asarray(images))
     elif hasattr(images, "read"):
-        content = images.read()
-        if not isinstance(content, bytes):
-            raise TypeError("an image file must be open in binary mode: open(path, 'rb')")
-        yield content
+        yield _content(images)
     else:
         raise TypeError(f"images must be {_ACCEPTED}; got {type(images).__name__}")
+
+
+def _content(file: Any) -> bytes:
+    """Return what remains to be read of an open file."""
+    if getattr(file, "closed", False):
+        raise UserError("an image file is closed; give its path, or close the file later")
+    try:
+        content = file.read()
+    except (UnicodeDecodeError, io.UnsupportedOperation):
+        content = ""  # It is open as text, or for writing.
+    except (OSError, ValueError) as error:
+        raise UserError(f"an open image file cannot be read ({first_line(error, 100)})") from None
+    if not isinstance(content, bytes):
+        raise TypeError("an image file must be open in binary mode: open(path, 'rb')")
+    return content
 
 
 def _from_array(array: np.ndarray) -> Iterator[Source]:

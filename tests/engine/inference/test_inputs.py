@@ -1,5 +1,6 @@
 """Images that `Model.predict` takes: every form of the same image gives the same probabilities as its file."""
 
+import errno
 import io
 
 import numpy as np
@@ -55,10 +56,20 @@ class OtherArray:
         return self.array
 
 
+class BrokenFile(io.BytesIO):
+    """An open file on a broken disk."""
+
+    def read(self, size=-1):
+        raise OSError(errno.EIO, "Input/output error")
+
+
 FORMS = {
     "path": lambda image, path: path,
     "text": lambda image, path: str(path),
+    "text of numpy": lambda image, path: np.array([str(path)])[0],
+    "array without dimensions": lambda image, path: np.array(str(path)),
     "bytes": lambda image, path: path.read_bytes(),
+    "bytes of numpy": lambda image, path: np.bytes_(path.read_bytes()),
     "bytearray": lambda image, path: bytearray(path.read_bytes()),
     "buffer": lambda image, path: io.BytesIO(path.read_bytes()),
     "opened": lambda image, path: Image.open(path),
@@ -90,7 +101,11 @@ def test_mixed_forms_keep_their_order(model, colors, files, of_files):
     for several in (tuple(given), iter(given), (each for each in given)):
         np.testing.assert_allclose(model.predict(several), of_files[rows], atol=1e-6)
     np.testing.assert_allclose(model.predict(folder), of_files, atol=1e-6)
-    np.testing.assert_allclose(model.predict(np.array([str(path) for path in files])), of_files, atol=1e-6)
+    for kind in (str, object, np.dtypes.StringDType()):
+        paths = np.array([str(path) for path in files], dtype=kind)
+        np.testing.assert_allclose(model.predict(paths), of_files, atol=1e-6)
+    contents = np.array([path.read_bytes() for path in files])
+    np.testing.assert_allclose(model.predict(contents), of_files, atol=1e-6)
 
 
 def test_images_of_the_networks_size_are_unchanged(model, images, expected):
@@ -215,5 +230,25 @@ def test_an_unreadable_image_is_named(model, colors, files, tmp_path):
     with pytest.raises(UserError, match="no image file in"):
         (tmp_path / "folder").mkdir()
         model.predict(tmp_path / "folder")
+
+
+def test_the_number_of_images_in_a_batch_is_an_integer(model, files, of_files):
+    np.testing.assert_allclose(model.predict(files, batch=np.int64(2)), of_files, atol=1e-6)
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         model.predict(files, batch=0)
+    for given, shown in (("3", "'3'"), (2.5, "2.5"), (True, "True"), (None, "None")):
+        with pytest.raises(TypeError, match=f"^batch must be an integer, got {shown}$"):
+            model.predict(files, batch=given)
+
+
+def test_open_files_that_cannot_be_read(model, files, tmp_path):
+    with open(files[0], "rb") as closed:
+        pass
+    with pytest.raises(UserError, match="an image file is closed; give its path, or close the file"):
+        model.predict(closed)
+    with pytest.raises(UserError, match=r"^an open image file cannot be read \(.*Input/output error\)$"):
+        model.predict([BrokenFile()])
+    with open(files[0], encoding="utf-8") as text, open(tmp_path / "new", "wb") as writable:
+        for given in (text, writable):
+            with pytest.raises(TypeError, match="must be open in binary mode"):
+                model.predict(given)
