@@ -24,7 +24,7 @@ from pipelines.files import some
 TABLE = "labels.csv"
 PARTS = ("train", "test", "unlabeled")
 # Labels of unlabeled images, in lower case.
-UNLABELED = ("", "?", "-1", "nan", "none", "null", "na", "n/a", "unlabeled", "unlabelled")
+UNLABELED = ("", "?", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "unlabeled", "unlabelled")
 _SEPARATORS = ",;\t| "
 _SAMPLE = 100  # Lines from which the separator and the columns are determined.
 _LABEL = ("label", "labels", "class", "classname", "target", "category", "y")

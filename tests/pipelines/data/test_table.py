@@ -66,7 +66,7 @@ def read(root, text, files=FILES):
         re.sub(r"([^,\n]+)", r"  \1  ", PLAIN),
         PLAIN.replace("\n", ",,,\n") + ",,\n\n ,\n",
         PLAIN.replace("b.png,\n", "b.png\n"),
-        *(PLAIN.replace("b.png,", f"b.png,{word}") for word in ("NaN", "nan", "None", "?", "-1", "N/A")),
+        *(PLAIN.replace("b.png,", f"b.png,{word}") for word in ("NaN", "nan", "None", "?", "-1", "-1.0", "N/A")),
         PLAIN.replace("cat\n", "cat,TRAIN\n").replace(",test", ", Test "),
         "cat,photos/001.jpg\ndog,photos/002.JPG\n,more/a b.png\ndog,more/4.png,test\n",
         "label,file,part\ncat,photos/001.jpg\ndog,photos/002.JPG\n,more/a b.png\ndog,more/4.png,test\n",
@@ -167,7 +167,7 @@ def test_the_examples_in_the_documentation(tmp_path):
         Entry("photos/002.jpg", "", "train"),
     ]
     assert read(tmp_path, lines, files) == expected
-    for word in ("?", "-1", "NaN", "NA", "N/A", "None", "null", "unlabeled"):
+    for word in ("?", "-1", "-1.0", "NaN", "NA", "N/A", "None", "null", "unlabeled"):
         assert f"`{word}`" in page
         assert read(tmp_path, lines.replace("002.jpg,", f"002.jpg,{word}"), files) == expected
     header = re.search(r"a header such as `(.*?)`", page).group(1)
