@@ -118,13 +118,17 @@ def train(
 
             - a prepared folder of images;
             - a data set in the style of torchvision, whose items are (image, label), or of Hugging Face, whose items
-              are mappings with `image` and `label`; or a tuple (train, test) of two of these;
+              are mappings with `image` and `label`;
+            - several of these, as a tuple (train, test), or as a mapping with `train` and optionally `unlabeled` and
+              `test`; `unlabeled` may also hold images alone;
             - arrays, as a mapping or an object with `train_images` and `train_labels`, and optionally `test_images`,
-              `test_labels` and `classes` (names); or as tuples (images, labels).
+              `test_labels` and `classes`; or as tuples (images, labels), each in place of a data set above.
 
             Images may have the forms that `Model.predict` accepts, without random transforms: they are read once.
-            Labels are numbers from 0, or names; -1, None and NaN stand for unknown ones. Without test images, a fifth
-            of the labeled images of each class is held out.
+            Labels are names, or numbers from 0 without gaps; -1, None and NaN stand for unknown ones. Each class needs
+            a labeled training image. `classes` holds their names in order, or maps names to numbers or numbers to
+            names. The numbers of a data set refer to its own names if it has some, or else to those of the training
+            data. Without test images, a fifth of the labeled images of each class is held out.
         out: The run's folder; by default runs/PRESET-seedN.
         resume: Resume the run in `out`.
         ablate: Names of ablations, see `engine.config.methods`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 from collections import Counter
@@ -20,6 +19,7 @@ from engine.errors import UserError
 from engine.inference.inputs import each_image
 from engine.inference.predict import Source, read_image
 from pipelines.data.cache import DataSet
+from pipelines.data.pixels import DecodeError, content, dimensions
 from pipelines.data.splits import hold_out
 from pipelines.data.table import UNLABELED
 from pipelines.files import some
@@ -28,9 +28,10 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classe
 _PARTS = ("train", "unlabeled", "test")
 _IMAGE, _LABEL = ("image", "img"), ("label", "labels", "fine_label")
 _MEASURED = 1000  # Images from which the size is determined.
+_ANY = 8  # Size if none of them can be read, which is reported later.
 _ACCEPTED = (
     "a folder; train_images, train_labels and maybe test_images, test_labels and classes, as a mapping or an object; a "
-    "data set of (image, label) or of mappings with 'image' and 'label'; or a tuple (train, test)"
+    "data set of (image, label) or of mappings with 'image' and 'label'; or a tuple (train, test) or (images, labels)"
 )
 
 
@@ -64,18 +65,13 @@ def python_data_set(data: Any, size: int | None = None) -> DataSet:
     """
     if size is not None:
         check_size(size, "size")
-    parts = _parts(data)
+    parts = {name: part for name, part in _parts(data).items() if part.count or name == "train"}
     images: dict[str, np.ndarray] = {}
     given: dict[str, list[int | str | None]] = {}
     for name, part in parts.items():
         images[name], given[name] = _read(name, part, size)
         size = images[name].shape[1]
-    classes = _class_names(next((part.classes for part in parts.values() if part.classes), ()), given)
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = {
-        name: np.array([-1 if v is None else numbers[v] if isinstance(v, str) else v for v in values], dtype=np.int64)
-        for name, values in given.items()
-    }
+    classes, labels = _classes(parts, given)
     train_images, train_labels = images["train"], labels["train"]
     if "unlabeled" in images:
         train_images = np.concatenate([train_images, images["unlabeled"]])
@@ -105,7 +101,7 @@ def _parts(data: Any) -> dict[str, _Part]:
             for name in ("train", "test")
             if fields[f"{name}_images"] is not None
         }
-        names = _names(fields["classes"])
+        names = _names("classes", fields["classes"])
         return {name: _array_part(name, images, labels, names) for name, (images, labels) in given.items()}
     if isinstance(data, Mapping):
         _check_keys(data, _PARTS)
@@ -126,25 +122,41 @@ def _check_keys(data: Any, known: Sequence[str]) -> None:
 
 def _is_arrays(data: tuple[Any, Any]) -> bool:
     """Return whether this is one array of images and one of labels."""
-    return getattr(data[0], "ndim", 0) >= 3
+    return getattr(data[0], "ndim", 0) >= 3 and getattr(data[1], "ndim", 0) < 3
 
 
 def _part(name: str, data: Any) -> _Part:
-    if isinstance(data, tuple) and len(data) == 2 and _is_arrays(data):
-        return _array_part(name, *data)
-    indexed = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if isinstance(data, (str, bytes, Mapping)) or not (indexed or isinstance(data, Iterable)):
-        raise UserError(f"data must be {_ACCEPTED}; the part '{name}' is of type {type(data).__name__}")
-    rows = data if indexed else list(data)
+    if isinstance(data, tuple) and len(data) == 2:
+        if isinstance(data[1], (str, int, float)) or getattr(data[1], "shape", None) == ():
+            raise UserError(
+                f"data: the part '{name}' is a single (image, label); a tuple of two is (train, test) or "
+                "(images, labels), so give several pairs as a list"
+            )
+        if _is_arrays(data):
+            if name != "unlabeled":
+                return _array_part(name, *data)
+            data = data[0]
+    rows = _listed(f"the part '{name}'", data)
     examples = (_example(name, index, rows[index]) for index in range(len(rows)))
     return _Part(len(rows), examples, _names_of(data))
 
 
 def _array_part(name: str, images: Any, labels: Any, classes: tuple[str, ...] = ()) -> _Part:
-    if labels is None or len(images) != len(labels):
-        count = "no" if labels is None else len(labels)
-        raise UserError(f"data: the part '{name}' has {len(images)} images, but {count} labels; -1 stands for unknown")
+    images = _listed(f"the array of {name} images", images)
+    labels = [] if labels is None else _listed(f"the array of {name} labels", labels)
+    if len(images) != len(labels):
+        raise UserError(
+            f"data: the part '{name}' has {len(images)} images, but {len(labels) or 'no'} labels; -1 stands for unknown"
+        )
     return _Part(len(images), zip(images, labels, strict=True), classes)
+
+
+def _listed(what: str, values: Any) -> Any:
+    """Return images, labels or examples as something with a length and indices."""
+    indexed = hasattr(values, "__len__") and hasattr(values, "__getitem__") and getattr(values, "shape", None) != ()
+    if isinstance(values, (str, bytes, Mapping)) or not (indexed or isinstance(values, Iterable)):
+        raise UserError(f"data must be {_ACCEPTED}; {what} is of type {type(values).__name__}")
+    return values if indexed else list(values)
 
 
 def _example(name: str, index: int, row: Any) -> tuple[Any, Any]:
@@ -157,25 +169,59 @@ def _example(name: str, index: int, row: Any) -> tuple[Any, Any]:
                 f"{', '.join(_IMAGE)} and one of {', '.join(_LABEL)}"
             )
         return image, row[label] if label else None
-    if not isinstance(row, Sequence) or len(row) != 2:
+    pair = isinstance(row, Sequence) and not isinstance(row, (str, bytes))
+    if name == "unlabeled":
+        return row[0] if pair and row else row, None
+    if not pair or len(row) != 2:
         raise UserError(f"data: {name} example {index} must be (image, label) or a mapping, got {type(row).__name__}")
     return row[0], row[1]
 
 
 def _names_of(data: Any) -> tuple[str, ...]:
-    """Return the class names that a data set comes with, or the one that it is a part of."""
+    """Return the class names of a data set, of the one that it is a part of, or of all those that it joins."""
     features = getattr(data, "features", None)
     if isinstance(features, Mapping):
-        return next((_names(getattr(features[key], "names", None)) for key in _LABEL if key in features), ())
-    if names := _names(getattr(data, "classes", None)):
-        return names
-    return _names_of(data.dataset) if hasattr(data, "dataset") else ()
+        names = next((getattr(features[key], "names", None) for key in _LABEL if key in features), None)
+        return _names("the names of the labels", names)
+    names = getattr(data, "classes", None)
+    if isinstance(names, Iterable):  # It may also be a number or a method.
+        return _names("classes", names)
+    if hasattr(data, "dataset"):
+        return _names_of(data.dataset)
+    joined = getattr(data, "datasets", ())
+    several = {_names_of(each) for each in joined} if isinstance(joined, (list, tuple)) else set()
+    return several.pop() if len(several) == 1 else ()
 
 
-def _names(given: Any) -> tuple[str, ...]:
-    if given is None or isinstance(given, str) or not isinstance(given, Iterable):
+def _names(what: str, given: Any) -> tuple[str, ...]:
+    """Return class names given as a list in order, or as a mapping between names and numbers."""
+    if given is None:
         return ()
-    return tuple(str(name[0] if isinstance(name, tuple) else name) for name in given)  # A tuple holds synonyms.
+    if isinstance(given, (str, bytes, set, frozenset)) or not isinstance(given, Iterable):
+        raise UserError(
+            f"data: {what} must be names in order, or a mapping of names to numbers, got {type(given).__name__}"
+        )
+    if not isinstance(given, Mapping):
+        return tuple(map(_name, given))
+    orders = set()
+    for indices, names in ((given.values(), given.keys()), (given.keys(), given.values())):
+        by_index = {_index(index): name for index, name in zip(indices, names, strict=True)}
+        if by_index.keys() == set(range(len(given))):
+            orders.add(tuple(_name(by_index[index]) for index in range(len(given))))
+    if len(orders) != 1:
+        raise UserError(f"data: {what} must map names to the numbers 0 to {len(given) - 1}, or these numbers to names")
+    return orders.pop()
+
+
+def _name(given: Any) -> str:
+    """Return a class name as text; integers may be floating-point numbers."""
+    given = given[0] if isinstance(given, tuple) else given  # A tuple holds synonyms.
+    return str(int(given)) if isinstance(given, (float, np.floating)) and given.is_integer() else str(given)
+
+
+def _index(given: Any) -> int | None:
+    """Return the number of a class, which JSON writes as text if it is a key; None if this is no number."""
+    return int(name) if (name := _name(given)).isdecimal() else None
 
 
 def _read(name: str, part: _Part, size: int | None) -> tuple[np.ndarray, list[int | str | None]]:
@@ -193,7 +239,8 @@ def _read(name: str, part: _Part, size: int | None) -> tuple[np.ndarray, list[in
         first = list(itertools.islice(each, _MEASURED))
         if not first:
             raise UserError(f"data: the part '{name}' has no images")
-        size = Counter(_side(f"{name} image {index}", source) for index, source in first).most_common(1)[0][0]
+        sides = [side for _, source in first if (side := _side(source))]
+        size = Counter(sides or [_ANY]).most_common(1)[0][0]
         check_size(size, "data: the most common side of the images")
         each = itertools.chain(first, each)
     images = np.empty((part.count, size, size, 3), dtype=np.uint8)
@@ -214,14 +261,13 @@ def _source(name: str, image: Any) -> Source:
     return sources[0]
 
 
-def _side(name: str, source: Source) -> int:
+def _side(source: Source) -> int:
+    """Return the shorter side of an image, in pixels; 0 if it cannot be read."""
     if isinstance(source, Image.Image):
         return min(source.size)
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as image:
-            return min(image.size)
-    except OSError as error:
-        raise UserError(f"data: {name} cannot be read as an image ({error.strerror or 'unknown format'})") from None
+    with contextlib.suppress(OSError, DecodeError):
+        return min(dimensions(content(source) if isinstance(source, Path) else source))
+    return 0
 
 
 def _plain_label(name: str, label: Any) -> int | str | None:
@@ -239,23 +285,60 @@ def _plain_label(name: str, label: Any) -> int | str | None:
     return number if number >= 0 else None
 
 
-def _class_names(names: tuple[str, ...], given: Mapping[str, Sequence[int | str | None]]) -> tuple[str, ...]:
-    """Return the names of the classes, after checking all labels against them."""
-    labels = {part: [label for label in values if label is not None] for part, values in given.items()}
-    kinds = {type(label) for values in labels.values() for label in values}
+def _classes(
+    parts: Mapping[str, _Part], given: Mapping[str, Sequence[int | str | None]]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Return the names of the classes, and the labels of each part, (N,) int64, -1 for unlabeled images.
+
+    The number of a label refers to the names of its own part, or else to those of the first part that has names.
+    """
+    kinds = {type(label) for labels in given.values() for label in labels if label is not None}
     if len(kinds) > 1:
         raise UserError("data: labels must be all numbers or all names")
-    if not labels["train"]:
+    present = {label for label in given["train"] if label is not None}
+    if not present:
         raise UserError("data: no training image has a label")
-    if kinds == {int}:
-        names = names or tuple(map(str, range(max(map(int, labels["train"])) + 1)))
-        allowed: set[Any] = set(range(len(names)))
-    else:
-        names = names or tuple(sorted(set(map(str, labels["train"]))))
-        allowed = set(names)
-    if len(set(names)) < max(len(names), 2):
-        raise UserError(f"data: there must be at least two classes with different names, got {some(names)}")
-    for part, values in labels.items():
-        if strange := [label for label in values if label not in allowed]:
-            raise UserError(f"data: label {strange[0]!r} of the part '{part}' is none of the {len(names)} classes")
-    return names
+    names = next((part.classes for part in parts.values() if part.classes), ())
+    classes = parts["train"].classes or names or _present_classes(present)
+    if len(set(classes)) < max(len(classes), 2):
+        raise UserError(f"data: there must be at least two classes with different names, got {some(classes)}")
+    named = {name: _named(name, labels, parts[name].classes or names) for name, labels in given.items()}
+    numbers = {name: number for number, name in enumerate(classes)}
+    distinct = {part: {label for label in labels if label is not None} for part, labels in named.items()}
+    for part, labels in distinct.items():
+        if strange := sorted(labels - numbers.keys()):
+            raise UserError(
+                f"data: labels of the part '{part}' are none of the {len(classes)} training classes: {some(strange)}"
+            )
+    if missing := [name for name in classes if name not in distinct["train"]]:
+        raise UserError(
+            f"data: classes without labeled training images: {some(missing)}; add some, or leave out these classes"
+        )
+    return classes, {
+        part: np.array([-1 if label is None else numbers[label] for label in labels], dtype=np.int64)
+        for part, labels in named.items()
+    }
+
+
+def _present_classes(present: set[int | str]) -> tuple[str, ...]:
+    """Return the names of classes whose names are not given, from the labels of the training images."""
+    numbers = sorted(label for label in present if isinstance(label, int))
+    if not numbers:
+        return tuple(sorted(map(str, present)))
+    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise([-1, *numbers]) if high > low + 1]
+    if gaps:
+        missing = some([f"{first} to {last}" if last > first else f"{first}" for first, last in gaps])
+        raise UserError(
+            f"data: classes without labeled training images: {missing}; number the classes from 0 without gaps, or "
+            "give names as labels"
+        )
+    return tuple(map(str, numbers))
+
+
+def _named(part: str, labels: Sequence[int | str | None], names: tuple[str, ...]) -> list[str | None]:
+    """Return labels as names; without names, numbers as text."""
+    if strange := [label for label in labels if isinstance(label, int) and names and label >= len(names)]:
+        raise UserError(f"data: label {strange[0]} of the part '{part}' is none of the {len(names)} classes")
+    return [
+        names[label] if isinstance(label, int) and names else None if label is None else str(label) for label in labels
+    ]

@@ -1,6 +1,7 @@
 """Data sets given in Python: arrays, torchvision's and Hugging Face's style, and runs on them."""
 
 import io
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import FakeData
 
 from engine import api
@@ -87,6 +88,8 @@ FORMS = {
     "mappings": (rows(LABELS), rows([1, 0], first=50)),
     "fine_label": (rows([0, 1, None, 1, None, 0], "fine_label", "image"), rows([1, 0], "labels", first=50)),
     "named splits": {"train": rows(LABELS), "test": rows([1, 0], first=50)},
+    "labels as pandas writes them": (pairs([0.0, 1.0, "-1.0", 1.0, "-1", 0.0]), pairs([1.0, 0.0], 50)),
+    "classes as floating-point numbers": arrays() | {"classes": np.array([0.0, 1.0], np.float32)},
     "names as labels": (pairs(["0", "1", "?", "1", "", "0"]), pairs(["1", "0"], 50)),
 }  # fmt: skip
 
@@ -109,13 +112,112 @@ def test_unlabeled_images_follow_the_training_images():
 
 def test_class_names_come_with_the_data():
     assert python_data_set((rows(LABELS, names=["cat", "dog"]), rows([1, 0]))).classes == ("cat", "dog")
-    assert python_data_set(arrays() | {"classes": ["cat", "dog", "unseen"]}).classes == ("cat", "dog", "unseen")
+    assert python_data_set(arrays() | {"classes": ["cat", "dog"]}).classes == ("cat", "dog")
     named = python_data_set((pairs(["b", "a", None]), pairs(["b"])))
     assert named.classes == ("a", "b") and named.train_labels.tolist() == [1, 0, -1]
     given = python_data_set(
         arrays() | {"train_labels": list("yxxyxy"), "test_labels": ["x", "y"], "classes": ["y", "x"]}
     )
     assert given.classes == ("y", "x") and given.train_labels.tolist() == [0, 1, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {"dog": 1, "cat": 0},
+        {1: "dog", 0: "cat"},
+        {"1": "dog", "0": "cat"},
+        {"dog": np.int64(1), "cat": 0.0},
+        {"cat": 0, "dog": 1}.keys(),
+        np.array(["cat", "dog"]),
+    ],
+)
+def test_classes_in_any_form(classes):
+    data = python_data_set(arrays() | {"classes": classes})
+    assert data.classes == ("cat", "dog") and data.train_labels.tolist() == LABELS
+
+
+def test_a_mapping_of_numbers_to_numbers_names_the_classes():
+    assert python_data_set(arrays() | {"classes": {0: 7, 1: 3}}).classes == ("7", "3")
+    assert python_data_set(arrays() | {"classes": {"7": 1, "3": 0}}).classes == ("3", "7")
+
+
+def test_each_part_numbers_its_own_classes():
+    """Three classes; the test part lacks one and has another order."""
+    train = rows([0, 1, 2, 0, 2, 1], names=["cat", "cow", "dog"])
+    data = python_data_set((train, rows([1, 0, 0], names=["dog", "cat"])))
+    assert data.classes == ("cat", "cow", "dog")
+    assert data.train_labels.tolist() == [0, 1, 2, 0, 2, 1] and data.test_labels.tolist() == [0, 2, 2]
+    assert python_data_set((train, rows([2, 0]))).test_labels.tolist() == [2, 0], "the names of the training part"
+    unnamed = python_data_set((rows([0, 1, 2]), rows([1], names=["cat", "cow", "dog"])))
+    assert unnamed.classes == ("cat", "cow", "dog") and unnamed.test_labels.tolist() == [1]
+    more = python_data_set((train, rows([1], names=["bee", "cow"])))
+    assert more.test_labels.tolist() == [1], "a test class without images does not matter"
+    with pytest.raises(UserError, match=r"labels of the part 'test' are none of the 3 training classes: bee$"):
+        python_data_set((train, rows([1, 0], names=["bee", "cow"])))
+
+
+def test_joined_data_sets_keep_the_names_that_they_share():
+    cats, pets = rows([0, 0], names=["cat", "dog"]), rows([1, 1], names=["cat", "dog"])
+    assert python_data_set(ConcatDataset([cats, Subset(pets, [0, 1])])).classes == ("cat", "dog")
+    assert python_data_set(ConcatDataset([cats, rows([1, 1], names=["cat", "cow"])])).classes == ("0", "1")
+
+
+def test_an_empty_test_part_is_no_test_part():
+    expected = python_data_set({"train_images": images(6), "train_labels": LABELS})
+    empty = {"test_images": images(0), "test_labels": np.array([], int)}
+    for data in (
+        {"train_images": images(6), "train_labels": LABELS} | empty,
+        {"train_images": images(6), "train_labels": LABELS} | empty | {"test_labels": None},
+        {"train": pairs(LABELS), "test": []},
+        (pairs(LABELS), iter([])),
+    ):
+        made = python_data_set(data)
+        assert made.held_out == 2 and made.test_labels.tolist() == [0, 1]
+        np.testing.assert_array_equal(made.test_images, expected.test_images)
+        np.testing.assert_array_equal(made.train_images, expected.train_images)
+
+
+def test_unlabeled_images_need_no_label():
+    tensors = torch.from_numpy(images(2, first=20)).movedim(-1, 1)
+    for given in (
+        images(2, first=20),
+        list(images(2, first=20)),
+        images(2, first=20)[..., 0],
+        tensors,
+        TensorDataset(tensors),
+        (images(2, first=20), None),
+        [image for image, _ in pairs([0, 0], 20)],
+        tuple(image for image, _ in pairs([0, 0], 20)),
+        (image for image in images(2, first=20)),
+        [{"image": image} for image in images(2, first=20)],
+    ):
+        data = python_data_set({"train": pairs([0, 1]), "unlabeled": given, "test": pairs([1, 0])})
+        assert levels(data.train_images) == [0, 1, 20, 21] and data.train_labels.tolist() == [0, 1, -1, -1]
+
+
+def test_paths_in_arrays(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for path, image in zip(paths, images(6), strict=True):
+        Image.fromarray(image).save(path)
+    for given in (np.array(list(map(str, paths))), np.array(paths), [np.array(str(path)) for path in paths]):
+        data = python_data_set(arrays() | {"train_images": given})
+        assert levels(data.train_images) == [0, 1, 2, 3, 4, 5]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    Image.fromarray(images(1, 40)[0]).save(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for second, reason in (
+        ("pipe.png", r"cannot be read as an image \(a pipe, socket or device instead of a file\)"),
+        ("missing.png", "no such file"),
+    ):
+        given = {"train_images": [tmp_path / "0.png", tmp_path / second], "train_labels": [0, 1]}
+        with pytest.raises(UserError, match=f"^data: train image 1:? {reason}$"):
+            python_data_set(given)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(UserError, match=r"train image 0 cannot be read as an image \(more than 1400 pixels"):
+        python_data_set([(tmp_path / "0.png", 0), (tmp_path / "0.png", 1)])
 
 
 def test_torchvision_data_sets_and_their_subsets():
@@ -191,14 +293,36 @@ def test_images_of_other_sizes_are_read_like_files(tmp_path, monkeypatch):
         (pairs([None, -1]), "no training image has a label"),
         (pairs([0, 0]), "there must be at least two classes with different names, got 0"),
         (pairs([0, 1]), "no test images, and no class has two labeled images to hold one out"),
-        ((pairs([0, 1]), pairs([1, 2])), "label 2 of the part 'test' is none of the 2 classes"),
+        ((pairs([0, 1]), pairs([1, 2])), "labels of the part 'test' are none of the 2 training classes: 2$"),
         ((pairs([0, 1]), pairs([1, -1])), "test image 1 has no label"),
+        (pairs([1, 2]), "classes without labeled training images: 0; number the classes from 0 without gaps"),
+        (pairs([0, 1, 255, 3]), "classes without labeled training images: 2, 4 to 254; number"),
+        (pairs([0, 1, 2**40]), "classes without labeled training images: 2 to 1099511627775; number"),
+        (pairs([0, 2**70]), "classes without labeled training images: 1 to 1180591620717411303423; number"),
+        (arrays() | {"classes": ["cat", "dog", "unseen"]}, "labeled training images: unseen; add some, or leave out"),
+        (rows([0, 1], names=["a", "b", "c"]), "classes without labeled training images: c; add some"),
+        ((rows([0, 1], names=["a", "b"]), rows([2], names=["b", "a"])), "label 2 of the part 'test' is none of the 2"),
+        ((pairs("ab"), pairs("acbd")), "labels of the part 'test' are none of the 2 training classes: c, d$"),
+        (arrays() | {"classes": {"cat", "dog"}}, "classes must be names in order, or a mapping .*, got set$"),
+        (arrays() | {"classes": "cat dog"}, "classes must be names in order, or a mapping .*, got str$"),
+        (arrays() | {"classes": 2}, "classes must be names in order, or a mapping .*, got int$"),
+        (arrays() | {"classes": {"cat": 1, "dog": 2}}, "classes must map names to the numbers 0 to 1, or these"),
+        (arrays() | {"classes": {"cat": 0, "dog": 0}}, "classes must map names to the numbers 0 to 1, or these"),
+        (arrays() | {"classes": {0: 1, 1: 2, 2: 0}}, "classes must map names to the numbers 0 to 2, or these"),
+        (rows([0, 1], names={"a", "b"}), "the names of the labels must be names in order, .*, got set$"),
+        ((pairs([0])[0], pairs([1])[0]), r"'train' is a single \(image, label\); a tuple of two is \(train, test\) or"),
+        (((images(1)[0], 0), (images(1)[0], 1)), r"'train' is a single \(image, label\); a tuple of two is"),
+        ((images(1)[0], np.int64(0)), r"'train' is a single \(image, label\); a tuple of two is"),
+        ((images(4), images(2)), r"train example 0 must be \(image, label\) or a mapping, got ndarray"),
+        (["ab", "cd"], r"train example 0 must be \(image, label\) or a mapping, got str"),
+        ({"train_images": "pets", "train_labels": [0, 1, 0, 1]}, "the array of train images is of type str$"),
+        ({"train_images": images(2), "train_labels": 3}, "the array of train labels is of type int$"),
         (arrays() | {"classes": ["cat"]}, "at least two classes with different names, got cat"),
         (arrays() | {"classes": ["cat", "cat"]}, "at least two classes with different names, got cat, cat"),
         (arrays() | {"train_images": images(6) / 255.0}, "train image 0: images must be uint8, .* got float64"),
         ([(images(4), torch.tensor([0, 1, 0, 1]))], "train image 0 must be a single image, got 4; give the data set"),
         ([], "the part 'train' has no images"),
-        ([(b"nothing", 0)], r"data: train image 0 cannot be read as an image \(unknown format\)"),
+        ([(b"nothing", 0)], r"data: train image 0 cannot be read as an image \(unknown image format\)"),
         ((images(4, 6), [0, 1, 0, 1]), "most common side of the images must be from 8 to 1024 pixels, got 6"),
     ],
 )  # fmt: skip
@@ -265,7 +389,8 @@ def test_the_example_in_the_documentation(given, monkeypatch):
     monkeypatch.setattr(api, "train", lambda preset, data, out, size=None: made.append(python_data_set(data, size)))
     names = {"train_set": given[0], "test_set": given[1], "images": images(6, 32), "labels": LABELS}
     exec(code, names)
-    assert [(len(data.train_images), data.sides, data.held_out) for data in made] == [(16, (8, 8), 0), (4, (32, 32), 2)]
+    found = [(len(data.train_images), data.sides, data.held_out) for data in made]
+    assert found == [(16, (8, 8), 0), (4, (32, 32), 2), (22, (8, 8), 0)]
 
 
 def test_contents_of_files_are_measured():
