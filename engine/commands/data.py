@@ -240,7 +240,12 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     for one, other in made.duplicates[:_SHOWN]:
         log.warning(f"{one} and {other} are the same image, once for training and once for testing")
     if made.duplicates:
-        log.warning(f"{len(made.duplicates)} images are used for both training and testing")
+        log.warning(f"{_images(len(made.duplicates))} used for both training and testing")
+    kinds = {file: made.listing.classes[label] for file, label in made.listing.train}
+    for one, other in made.conflicts[:_SHOWN]:
+        log.warning(f"{one} ({kinds[one]}) and {other} ({kinds[other]}) are the same image in two classes")
+    if made.conflicts:
+        log.warning(f"{_images(len(made.conflicts))} also in another class")
     if made.strays:
         log.warning(
             f"skipped {len(made.strays)} image files outside train/CLASS/, test/CLASS/ and unlabeled/: "
@@ -253,6 +258,10 @@ def _prepare_folder(root: Path, options: PrepareOptions) -> None:
     print(f"{root} is ready in {made.cache}: {_sizes(cache.open_cache(made.cache, ''))}")
     where = f" --data-dir {shlex.quote(str(options.data_dir))}" if options.data_dir else ""
     print(f"train on it: remixmatch train folder --data {shlex.quote(options.name)}{where}")
+
+
+def _images(number: int) -> str:
+    return "1 image is" if number == 1 else f"{number} images are"
 
 
 def _decoder(wanted: str) -> str:

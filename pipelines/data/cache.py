@@ -23,7 +23,7 @@ import numpy as np
 from pipelines.files import PARTIAL, Locked, lock, sync_to_disk
 
 FORMAT = "remixmatch-cache-1"
-_DESCRIPTION, _KEY = "cache.json", "made-from"
+DESCRIPTION, _KEY = "cache.json", "made-from"
 _OPTIONAL = ("unlabeled", "folds")
 _flag = ""  # The --data-dir flag of this process, repeated in the commands that messages suggest.
 
@@ -122,7 +122,7 @@ def writing(folder: Path, key: str = "") -> Iterator[Path]:
                 kept.write_text(key, encoding="utf-8")
             try:
                 yield temporary
-                if not (temporary / _DESCRIPTION).exists():
+                if not (temporary / DESCRIPTION).exists():
                     raise RuntimeError(f"{folder} was not finished")
                 kept.unlink()
                 for path in [*temporary.iterdir(), temporary]:
@@ -199,7 +199,12 @@ def finish(
         "format": FORMAT, "name": name, "classes": list(classes), "class_order": list(class_order),
         "source": dict(source or {}), "files": files,
     }  # fmt: skip
-    (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    (folder / DESCRIPTION).write_text(as_text(description), encoding="utf-8")
+
+
+def as_text(description: Mapping[str, Any]) -> str:
+    """Return the content of cache.json."""
+    return json.dumps(description, indent=1) + "\n"
 
 
 def read_description(folder: Path, command: str) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def read_description(folder: Path, command: str) -> dict[str, Any]:
     Raises:
         DataError: The cache is missing, damaged, or has another format.
     """
-    path = folder / _DESCRIPTION
+    path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         found = str(description.get("format", "")) if isinstance(description, dict) else ""

@@ -9,7 +9,6 @@ class is held out.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -24,16 +23,18 @@ import numpy as np
 from pipelines.data import cache
 from pipelines.data.cache import DataError, DataSet
 from pipelines.data.decode import DecodingProcess, decode
-from pipelines.data.image_files import describe_left_out, find_files
+from pipelines.data.image_files import describe_left_out, find_files, real_files
 from pipelines.data.jpegs import BATCH
 from pipelines.data.splits import hold_out
+from pipelines.data.stamps import contents_of, digest_of, replaced_files, stamps_of
 from pipelines.data.table import TABLE, read_table
-from pipelines.files import some
+from pipelines.files import some, write_text
 
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
 # Version of the rules that turn files into images, labels and parts; a cache of another version is out of date.
-# Version 1 recorded neither its number nor the targets of links.
-_RULES = 2
+# Version 1 recorded neither its number nor the targets of links. Up to version 2, a file behind several links was read
+# several times, labels such as 1.0 were names, and the gray levels of some TIFF files were inverted.
+_RULES = 3
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,6 +65,7 @@ class Prepared:
         listing: Files of the folder.
         unreadable: Skipped files and the reasons.
         duplicates: Pairs of a training file and a test file with the same image.
+        conflicts: Pairs of training files of different classes with the same image.
         strays: Image files outside train/CLASS, unlabeled and test/CLASS.
         left_out: Descriptions of all other files.
         remarks: Files that were not decoded as usual, and how, see `pipelines.data.decode.decode`.
@@ -76,10 +78,15 @@ class Prepared:
     strays: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     remarks: tuple[tuple[str, str], ...] = ()
+    conflicts: tuple[tuple[str, str], ...] = ()
 
 
-def scan(root: Path) -> Listing:
-    """List the files of a folder.
+def scan(root: Path, rules: int = _RULES) -> Listing:
+    """List the files of a folder. Of several links to one file in one part, only the first is listed.
+
+    Args:
+        root: The folder.
+        rules: Version of the rules, see `_RULES`.
 
     Raises:
         DataError: The folder cannot be read, or does not have the structure described in the module docstring.
@@ -87,7 +94,9 @@ def scan(root: Path) -> Listing:
     try:
         if not root.is_dir():
             raise DataError(f"{root} is not a folder")
-        train, test = _from_table(root) if os.path.lexists(root / TABLE) else _from_folders(root)
+        train, test = _from_table(root, rules) if os.path.lexists(root / TABLE) else _from_folders(root)
+        if rules > 2:
+            train, test = _once(root, train, test)
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
     classes = tuple(sorted({label for _, label in train if label}))
@@ -132,12 +141,39 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
     return parts["train"] + unlabeled, parts["test"]
 
 
-def _from_table(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    entries = read_table(root, _images(root, root))
+def _from_table(root: Path, rules: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    entries = read_table(root, _images(root, root), as_written=rules <= 2)
     train, test = (
         [(each.file, each.label) for each in entries if (each.part == "test") is is_test] for is_test in (False, True)
     )
     return train, test
+
+
+def _once(
+    root: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Leave out further paths of a file within a part, and a file without a label if another path gives it one.
+
+    Raises:
+        DataError: Two paths of a file have different labels.
+    """
+    paths = real_files(root, [file for file, _ in (*train, *test)])
+    labeled: dict[str, tuple[str, str]] = {}
+    for path, (file, label) in zip(paths, (*train, *test), strict=True):
+        before, known = labeled.setdefault(path, (file, label)) if label else ("", "")
+        if known != label:
+            raise DataError(
+                f"{root}: {before} ({known}) and {file} ({label}) are the same file under two labels; delete one of "
+                "them, or correct its label"
+            )
+    parts = []
+    for entries, places in ((train, paths[: len(train)]), (test, paths[len(train) :])):
+        first: dict[str, tuple[str, str]] = {}
+        for path, (file, label) in zip(places, entries, strict=True):
+            if path not in first or (label and not first[path][1]):
+                first[path] = (file, label)
+        parts.append(list(first.values()))
+    return parts[0], parts[1]
 
 
 def _images(root: Path, folder: Path) -> list[str]:
@@ -181,12 +217,14 @@ def prepare(
         DataError: The folder is invalid, too few of its images can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
-    stamps, (strays, left_out) = _stamps(root, listing), _unused(root, listing)
+    stamps, (strays, left_out) = stamps_of(root, _files(listing), _RULES), _unused(root, listing)
     key = _key(_RULES, size, device, stamps, listing)
-    if not again and (made := _made_before(folder, listing, key, strays, left_out)):
+    description = {} if again else _description(folder)
+    contents = contents_of(root, stamps, description.get("source", {}), progress)
+    if made := _made_before(folder, description, listing, key, contents, strays, left_out):
         return made
 
-    earlier, noted = ({}, {}) if again else _images_before(folder, size, device, stamps)
+    earlier, noted = _images_before(folder, description.get("source", {}), size, device, stamps, contents)
 
     def decoded(files: Sequence[str], note: Callable[[int, str], None]) -> Iterator[tuple[int, np.ndarray | str]]:
         new = [index for index, name in enumerate(files) if name not in earlier]
@@ -197,10 +235,14 @@ def prepare(
                 note(index, noted[name])
             yield index, earlier[name] if name in earlier else next(rest)[1]
 
-    with cache.writing(folder, key) as temporary, DecodingProcess() as process:
+    # Without the times of change, an interrupted preparation would keep images that have been replaced since.
+    with (
+        cache.writing(folder, key + digest_of(json.dumps(contents).encode())) as temporary,
+        DecodingProcess() as process,
+    ):
         unreadable: list[tuple[str, str]] = []
         remarks: list[tuple[str, str]] = []
-        digests: dict[str, list[bytes]] = {}
+        digests: dict[str, list[str]] = {}
         kept: dict[str, list[tuple[str, int]]] = {}
         for part, pairs in (("train", listing.train), ("test", listing.test)):
             bad, changed = _decode_part(decoded, temporary, part, [file for file, _ in pairs], size, progress)
@@ -217,9 +259,10 @@ def prepare(
             cache.shorten(temporary, f"{part}_images", len(labels))
             cache.save(temporary, f"{part}_labels", labels)
             images = np.load(temporary / f"{part}_images.npy", mmap_mode="r")
-            digests[part] = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
-        first = {content: kept["train"][index][0] for index, content in enumerate(digests["train"])}
-        duplicates = [(first[c], kept["test"][index][0]) for index, c in enumerate(digests["test"]) if c in first]
+            digests[part] = [digest_of(image.tobytes()) for image in images]
+        first = {pixels: kept["train"][index][0] for index, pixels in enumerate(digests["train"])}
+        duplicates = [(first[d], kept["test"][index][0]) for index, d in enumerate(digests["test"]) if d in first]
+        conflicts = _conflicts(digests["train"], kept["train"])
         for journal in temporary.glob("*.journal"):
             journal.unlink()
         source = {
@@ -228,49 +271,87 @@ def prepare(
             "decoder": device,
             "rules": _RULES,
             "stamps": stamps,
+            "contents": contents,
             "listing": _plain(listing),
             "held_out": listing.held_out,
             "key": key,
             "unreadable": unreadable,
             "twins": duplicates,
+            "conflicts": conflicts,
             "remarks": remarks,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(folder, listing, tuple(unreadable), tuple(duplicates), strays, left_out, tuple(remarks))
+    return Prepared(
+        folder, listing, tuple(unreadable), tuple(duplicates), strays, left_out, tuple(remarks), tuple(conflicts)
+    )
+
+
+def _conflicts(digests: Sequence[str], pairs: Sequence[tuple[str, int]]) -> list[tuple[str, str]]:
+    """Return pairs of labeled files with the same image and different classes."""
+    first: dict[str, tuple[str, int]] = {}
+    found = []
+    for pixels, (file, label) in zip(digests, pairs, strict=True):
+        if label >= 0 and first.setdefault(pixels, (file, label))[1] != label:
+            found.append((first[pixels][0], file))
+    return found
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Return the description of an existing cache; an empty one if there is none or it is damaged."""
+    try:
+        return cache.read_description(folder, "")
+    except DataError:
+        return {}
 
 
 def _made_before(
-    folder: Path, listing: Listing, key: str, strays: tuple[str, ...], left_out: tuple[str, ...]
+    folder: Path,
+    description: dict[str, Any],
+    listing: Listing,
+    key: str,
+    contents: Mapping[str, Sequence[Any]],
+    strays: tuple[str, ...],
+    left_out: tuple[str, ...],
 ) -> Prepared | None:
-    """Return the result of an earlier call with the same key, or None if there is none or its cache is damaged."""
-    try:
-        source = cache.read_description(folder, "")["source"]
-    except DataError:
+    """Return the result of an earlier call with the same key and contents, or None if there is none."""
+    source = description.get("source", {})
+    if source.get("key") != key or replaced_files(source, contents):
         return None
-    if source.get("key") != key:
-        return None
-    unreadable, duplicates, remarks = (
-        tuple((one, other) for one, other in source.get(name, ())) for name in ("unreadable", "twins", "remarks")
+    if source.get("contents") != contents:  # Other times of change: without these, the files are read every time.
+        write_text(
+            folder / cache.DESCRIPTION, cache.as_text({**description, "source": {**source, "contents": contents}})
+        )
+    unreadable, duplicates, remarks, conflicts = (
+        tuple((one, other) for one, other in source.get(name, ()))
+        for name in ("unreadable", "twins", "remarks", "conflicts")
     )
-    return Prepared(folder, listing, unreadable, duplicates, strays, left_out, remarks)
+    return Prepared(folder, listing, unreadable, duplicates, strays, left_out, remarks, conflicts)
 
 
 def _images_before(
-    folder: Path, size: int, device: str, stamps: Mapping[str, str]
+    folder: Path,
+    source: Mapping[str, Any],
+    size: int,
+    device: str,
+    stamps: Mapping[str, str],
+    contents: Mapping[str, Sequence[Any]],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the images of an existing cache whose files have not changed, memory-mapped, and remarks on them."""
     images: dict[str, np.ndarray] = {}
     try:
-        source = cache.read_description(folder, "")["source"]
         if (source.get("rules"), source["size"], source["decoder"]) != (_RULES, size, device):
             return {}, {}
+        replaced = replaced_files(source, contents)
         unreadable = {file for file, _ in source["unreadable"]}
         for part, pairs in zip(("train", "test"), source["listing"][1:], strict=True):
             stored = np.asarray(np.load(folder / f"{part}_images.npy", mmap_mode="r"))
             files = [file for file, _ in pairs if file not in unreadable]
-            before = zip(files, stored, strict=True)
-            images |= {file: image for file, image in before if stamps.get(file) == source["stamps"][file]}
-    except (DataError, OSError, ValueError, KeyError):  # There is no cache, or it is damaged.
+            images |= {
+                file: image
+                for file, image in zip(files, stored, strict=True)
+                if stamps.get(file) == source["stamps"][file] and file not in replaced
+            }
+    except (OSError, ValueError, KeyError):  # There is no cache, or it is damaged.
         return {}, {}
     return images, {file: remark for file, remark in source.get("remarks", ()) if file in images}
 
@@ -334,33 +415,14 @@ def _decode_part(
     return bad, remarks
 
 
+def _files(listing: Listing) -> list[str]:
+    return [file for file, _ in (*listing.train, *listing.test)]
+
+
 def _unused(root: Path, listing: Listing) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return unused image files, for example because a folder's name is misspelled, and describe all other files."""
-    used = [file for file, _ in (*listing.train, *listing.test)]
-    rest = find_files(root).without(root, [*used, TABLE])
+    rest = find_files(root).without(root, [*_files(listing), TABLE])
     return rest.images, tuple(describe_left_out(rest))
-
-
-def _stamps(root: Path, listing: Listing, rules: int = _RULES) -> dict[str, str]:
-    """Return size, modification time and, behind links, the target of every file.
-
-    A broken link has the stamp "", and is reported when it is decoded.
-    """
-    real_folder, start = functools.cache(os.path.realpath), os.path.realpath(root)
-    stamps = {}
-    for file, _ in (*listing.train, *listing.test):
-        path = os.path.join(root, file)
-        try:
-            status = os.stat(path)
-        except OSError:
-            stamps[file] = ""
-            continue
-        stamps[file] = f"{status.st_size} {status.st_mtime_ns}"
-        folder, name = os.path.split(path)
-        target = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
-        if rules > 1 and target != os.path.join(start, file):
-            stamps[file] += f" {target}"
-    return stamps
 
 
 def _key(rules: int, size: int, device: str, stamps: Mapping[str, str], listing: Listing) -> str:
@@ -400,9 +462,12 @@ def open_folder(root: Path, earlier_rules: bool = False) -> DataSet:
 
 def _changes(root: Path, source: Mapping[str, Any]) -> list[str]:
     """Describe what has changed in a folder since it was prepared; empty if nothing has."""
-    listing, rules = scan(root), source.get("rules", 1)
-    stamps = _stamps(root, listing, rules)
-    if source.get("key") == _key(rules, source["size"], source.get("decoder", "cpu"), stamps, listing):
+    rules = source.get("rules", 1)
+    listing = scan(root, rules)
+    stamps = stamps_of(root, _files(listing), rules)
+    replaced = replaced_files(source, contents_of(root, stamps, source) if "contents" in source else {})
+    key = _key(rules, source["size"], source.get("decoder", "cpu"), stamps, listing)
+    if source.get("key") == key and not replaced:
         return []
     changes = []
     for name in sorted(source["stamps"].keys() | stamps.keys()):
@@ -410,7 +475,7 @@ def _changes(root: Path, source: Mapping[str, Any]) -> list[str]:
             changes.append(f"{name} was added")
         elif name not in stamps:
             changes.append(f"{name} was removed")
-        elif source["stamps"][name] != stamps[name]:
+        elif source["stamps"][name] != stamps[name] or name in replaced:
             changes.append(f"{name} was modified")
     if "listing" in source:
         before, now = _places(*source["listing"]), _places(*_plain(listing))

@@ -38,10 +38,10 @@ class Found:
 
     def without(self, folder: Path, used: Sequence[str]) -> Found:
         """Return the files below the same folder that are not used, even under another path through a link."""
-        paths = set(real_paths(folder, used))
+        paths = set(real_files(folder, used))
 
         def unused(names: Sequence[str]) -> Iterator[bool]:
-            return (path not in paths for path in real_paths(folder, names))
+            return (path not in paths for path in real_files(folder, names))
 
         named = [name for name, _ in self.left_out]
         return Found(
@@ -153,3 +153,11 @@ def real_paths(root: Path, names: Iterable[str]) -> list[str]:
     resolve = functools.cache(os.path.realpath)
     places = (os.path.split(root / name) for name in names)
     return [os.path.join(resolve(folder), name) for folder, name in places]
+
+
+def real_files(root: Path, names: Iterable[str]) -> list[str]:
+    """Return the absolute path of each file without any links; broken links are kept."""
+    return [
+        os.path.realpath(path) if os.path.islink(path) and os.path.exists(path) else path
+        for path in real_paths(root, names)
+    ]

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.data.cache import DataError
-from pipelines.data.image_files import real_paths
+from pipelines.data.image_files import real_files
 from pipelines.files import some
 
 TABLE = "labels.csv"
 PARTS = ("train", "test", "unlabeled")
 # Labels of unlabeled images, in lower case.
 UNLABELED = ("", "?", "-1", "-1.0", "nan", "none", "null", "na", "n/a", "unlabeled", "unlabelled")
+_WHOLE = re.compile(r"-?[0-9]+\.0*")  # A whole number with a point.
 _SEPARATORS = ",;\t| "
 _SAMPLE = 100  # Lines from which the separator and the columns are determined.
 _LABEL = ("label", "labels", "class", "classname", "target", "category", "y")
@@ -54,12 +55,14 @@ class _Line:
     cells: list[str]
 
 
-def read_table(root: Path, images: Sequence[str]) -> list[Entry]:
+def read_table(root: Path, images: Sequence[str], as_written: bool = False) -> list[Entry]:
     """Read the table of a folder.
 
     Args:
         root: The folder.
         images: Relative paths of its image files.
+        as_written: Keep labels such as 1.0, which pandas writes for whole numbers if some are missing. By default they
+            become 1 if all labels are of this kind.
 
     Returns:
         An entry for every image.
@@ -80,23 +83,34 @@ def read_table(root: Path, images: Sequence[str]) -> list[Entry]:
     if broken := [line.number for line in lines if any("\n" in cell for cell in line.cells)]:
         raise DataError(f"{path}, line {broken[0]} has a quote that is not closed; close or delete it")
     columns, lines = _columns(path, lines, files)
+    labels = [_cell(line, columns, "label") for line in lines]
+    whole = not as_written and all(_WHOLE.fullmatch(label) or label.lower() in UNLABELED for label in labels)
     entries: list[Entry] = []
     first: dict[str, int] = {}
     for line in lines:
-        cells = {kind: line.cells[place] if place < len(line.cells) else "" for kind, place in columns.items()}
-        file = files.find(cells["file"])
+        named, label = _cell(line, columns, "file"), _cell(line, columns, "label")
+        file = files.find(named)
         if file is None:
-            raise DataError(f"{path}, line {line.number}: {files.missing(cells['file'])}")
+            raise DataError(f"{path}, line {line.number}: {files.missing(named)}")
         if file in first:
             raise DataError(f"{path} lists {file} twice, in lines {first[file]} and {line.number}; keep one of them")
         first[file] = line.number
-        entries.append(_entry(f"{path}, line {line.number}", file, cells.get("label", ""), cells.get("part", "")))
-    names = dict(zip(real_paths(root, images), images, strict=True))  # A table may name files through links.
-    if extra := sorted(names[path] for path in names.keys() - real_paths(root, list(first))):
+        label = label.partition(".")[0] if whole else label
+        unlabeled = label.lower() in UNLABELED and not (as_written and label == "-1.0")
+        part = _cell(line, columns, "part")
+        entries.append(_entry(f"{path}, line {line.number}", file, "" if unlabeled else label, part))
+    names = dict(zip(real_files(root, images), images, strict=True))  # A table may name files through links.
+    if extra := sorted(names[path] for path in names.keys() - real_files(root, list(first))):
         raise DataError(
             f"{path} does not list all image files; missing: {some(extra)}; add them, without a label if it is unknown"
         )
     return sorted(entries, key=lambda entry: entry.file)
+
+
+def _cell(line: _Line, columns: dict[str, int], kind: str) -> str:
+    """Return the cell of a line in a column; "" if there is none."""
+    place = columns.get(kind, len(line.cells))
+    return line.cells[place] if place < len(line.cells) else ""
 
 
 def _text(path: Path) -> str:
@@ -253,7 +267,6 @@ def _named_columns(where: str, header: list[str], words: list[str], file: int) -
 
 
 def _entry(where: str, file: str, label: str, part: str) -> Entry:
-    label = "" if label.lower() in UNLABELED else label
     part = part.lower() or "train"
     if part not in PARTS:
         raise DataError(f"{where}: part '{part}' of {file} must be train, test, unlabeled or empty")

@@ -315,6 +315,51 @@ def test_linked_folders_are_part_of_the_data_set(pets, tmp_path):
     )
 
 
+def test_one_file_under_two_labels_raises(pets):
+    (pets / "train/dog/also").symlink_to("../cat")
+    words = (
+        r"train/cat/nested 3/x.png \(cat\) and train/dog/also/nested 3/x.png \(dog\) are the same file under two labels"
+    )
+    with pytest.raises(DataError, match=words):
+        scan(pets)
+    (pets / "train/dog/also").unlink()
+    (pets / "test/cat/link.png").symlink_to(pets / "train/dog/0.png")
+    with pytest.raises(DataError, match=r"train/dog/0.png \(dog\) and test/cat/link.png \(cat\) are the same file"):
+        scan(pets)
+
+
+def test_a_file_behind_several_links_is_read_once(pets):
+    (pets / "unlabeled/everything").symlink_to("../train")
+    (pets / "train/dog/again.png").symlink_to("0.png")
+    (pets / "unlabeled/five.png").symlink_to(pets / "unlabeled/5.png")
+    for number in range(2):
+        (pets / f"unlabeled/lost{number}.png").symlink_to("nowhere.png")
+    made = prepare(pets, 8)
+    assert numbers(open_folder(pets).train_images) == [3, 4, 0, 1, 2, 5, 6, 7, 8] and made.strays == ()
+    assert [file for file, _ in made.unreadable] == ["unlabeled/lost0.png", "unlabeled/lost1.png"]
+
+
+def test_one_file_under_two_labels_in_a_table_raises(tmp_path, data_dir):
+    root = tmp_path / "pets"
+    for number in range(4):
+        put(root, f"cat/{number}.png", number)
+    (root / "alias").symlink_to("cat")
+    lines = [f"cat/{number}.png,{'ab'[number % 2]}" for number in range(4)]
+    (root / "labels.csv").write_text("\n".join([*lines, "alias/0.png,b"]))
+    with pytest.raises(DataError, match=r"alias/0.png \(b\) and cat/0.png \(a\) are the same file under two labels"):
+        scan(root)
+    (root / "labels.csv").write_text("\n".join([*lines, "alias/0.png,"]))
+    listing = scan(root)
+    assert sorted((*listing.train, *listing.test)) == [(f"cat/{number}.png", number % 2) for number in range(4)]
+
+
+def test_equal_images_in_two_classes_are_reported(pets):
+    put(pets, "train/dog/copy.png", 3)
+    put(pets, "unlabeled/copy.png", 3)
+    conflicts = (("train/cat/nested 3/x.png", "train/dog/copy.png"),)
+    assert prepare(pets, 8).conflicts == conflicts == prepare(pets, 8).conflicts
+
+
 def test_a_table_may_name_files_through_links(tmp_path, data_dir):
     root = tmp_path / "pets"
     for number in range(4):

@@ -8,9 +8,11 @@ import shutil
 import pytest
 from PIL import Image
 
-from pipelines.data import folder
+from pipelines.data import folder, stamps
 from pipelines.data.cache import DataError
-from pipelines.data.folder import cache_of, open_folder, prepare
+from pipelines.data.decode import decode
+from pipelines.data.folder import cache_of, open_folder, prepare, scan
+from pipelines.data.pixels import content
 
 
 def put(path, level):
@@ -125,6 +127,65 @@ def test_changed_folders_are_noticed(sorted_pets, harm, words):
         open_folder(sorted_pets)
 
 
+def swap(root):
+    """Exchange two images of one size and one time."""
+    one, other = root / "train/cat/cat0.bmp", root / "train/dog/dog0.bmp"
+    one.rename(root / "between")
+    other.rename(one)
+    (root / "between").rename(other)
+
+
+def test_images_replaced_by_others_of_equal_size_and_time_are_noticed(sorted_pets, monkeypatch):
+    assert open_folder(sorted_pets).train_images[:, 0, 0, 0].tolist() == [0, 1, 2, 10, 11, 12, 60, 61]
+    swap(sorted_pets)
+    with pytest.raises(DataError, match=r"\(train/cat/cat0.bmp was modified, train/dog/dog0.bmp was modified\); run"):
+        open_folder(sorted_pets)
+    decoded = []
+    monkeypatch.setattr(folder, "decode", lambda files, *more: decoded.extend(files) or decode(files, *more))
+    prepare(sorted_pets, 8)
+    assert [path.name for path in decoded] == ["cat0.bmp", "dog0.bmp"]
+    assert open_folder(sorted_pets).train_images[:, 0, 0, 0].tolist() == [10, 1, 2, 0, 11, 12, 60, 61]
+
+
+def test_an_interrupted_preparation_does_not_keep_replaced_images(sorted_pets):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(sorted_pets, 8, interrupted, again=True)
+    swap(sorted_pets)
+    prepare(sorted_pets, 8, again=True)
+    assert open_folder(sorted_pets).train_images[:, 0, 0, 0].tolist() == [10, 1, 2, 0, 11, 12, 60, 61]
+
+
+def test_other_permissions_are_no_change_and_the_files_are_read_once(sorted_pets, monkeypatch):
+    for path in sorted_pets.rglob("*.bmp"):
+        path.chmod(0o600)
+    read = []
+    monkeypatch.setattr(stamps, "content", lambda path: read.append(path) or content(path))
+    monkeypatch.setattr(folder, "decode", None)
+    assert len(open_folder(sorted_pets).train_images) == 8 and len(read) == 10
+    prepare(sorted_pets, 8)
+    assert len(read) == 20
+    prepare(sorted_pets, 8)
+    assert len(open_folder(sorted_pets).train_images) == 8 and len(read) == 20, "the new times have been recorded"
+
+
+def test_runs_on_links_and_labels_as_the_second_version_read_them_can_go_on(listed_pets, monkeypatch):
+    """Links to listed images were images of their own, and 1.0 a class."""
+    table = listed_pets / "labels.csv"
+    (listed_pets / "again.bmp").symlink_to("cat0.bmp")
+    table.write_text(table.read_text().replace("cat,", "0.0,").replace("dog,", "1.0,") + "again.bmp,1.0,\n")
+    with pytest.raises(DataError, match="under two labels"):
+        prepare(listed_pets, 8)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(folder, "scan", lambda root, rules=2: scan(root, 2))
+        earlier.setattr(folder, "_RULES", 2)
+        prepare(listed_pets, 8)
+    data = open_folder(listed_pets, earlier_rules=True)
+    assert data.classes == ("0.0", "1.0") and data.train_images[0, 0, 0, 0] == 0 and data.train_labels[0] == 1
+
+
 def test_a_link_to_another_file_of_equal_size_and_time_is_noticed(sorted_pets, tmp_path):
     link = sorted_pets / "unlabeled/link.bmp"
     for number in range(2):
@@ -179,6 +240,7 @@ def as_first_version(root):
     source = description["source"]
     listing = source.pop("listing")
     del source["rules"]
+    del source["contents"]
     content = ["remixmatch-cache-1", source["size"], "cpu", source["stamps"], listing]
     source["key"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path.write_text(json.dumps(description))

@@ -11,6 +11,7 @@ from pipelines.data.table import Entry, read_table
 from tests.pages import ROOT
 
 FILES = ("photos/001.jpg", "photos/002.JPG", "more/a b.png", "more/4.png")
+NUMBERED = "photos/001.jpg,{}\nphotos/002.JPG,{}\nmore/a b.png,{}\nmore/4.png,{}\n"
 EXPECTED = [
     Entry("more/4.png", "dog", "test"),
     Entry("more/a b.png", "", "train"),
@@ -172,3 +173,18 @@ def test_the_examples_in_the_documentation(tmp_path):
         assert read(tmp_path, lines.replace("002.jpg,", f"002.jpg,{word}"), files) == expected
     header = re.search(r"a header such as `(.*?)`", page).group(1)
     assert read(tmp_path, f"{header};part\n" + lines.replace(",", ";"), files) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [
+        (("0.0", "1.0", "", "-1.0"), ["", "", "0", "1"]),
+        (("10.0", "2.", "nan", "NaN"), ["", "", "10", "2"]),
+        (("0.0", "1.5", "", "-1.0"), ["", "", "0.0", "1.5"]),
+        (("0.0", "cat", "", "-1.0"), ["", "", "0.0", "cat"]),
+        (("1", "1.0", "", "2"), ["2", "", "1", "1.0"]),
+    ],
+)
+def test_whole_numbers_that_pandas_writes_with_a_point_are_whole(root, written, labels):
+    """A column of whole numbers becomes one of floats if one is missing."""
+    assert [entry.label for entry in read(root, NUMBERED.format(*written))] == labels
