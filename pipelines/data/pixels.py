@@ -32,10 +32,15 @@ _TURNS = {
 }
 # Tags of TIFF files.
 _BITS_PER_SAMPLE = 258
+_PHOTOMETRIC = 262  # 0 if the smallest value is white.
 _PLANAR_CONFIGURATION = 284
 _GDAL_NODATA = 42113  # The value of pixels without data.
-# Usual values of pixels without data in files that do not declare one.
-_NO_DATA = (-9999.0, -99999.0, -32768.0, float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
+# Usual values of pixels without data in files that do not declare one. Each number is also meant as float32.
+_NO_DATA = (
+    *(-9999.0, -99999.0, -32768.0, -32767.0, 65535.0, 1e20, -1e20, -3.4e38, -3.40282e38, -3.402823e38),
+    *(float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)),
+)
+_WHITE = 65535.0  # Also the largest value of 16 bits: only left out from gray images with several other values.
 _SIXTEEN_BITS = re.compile(r"(LA|RGB|RGBA|RGBX);16[BLN]")
 _SWAPPED = {"B": "L", "L": "B", "N": "B" if np.little_endian else "L"}
 _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}  # Photographs of many phones.
@@ -173,7 +178,9 @@ def _decoded(opened: Image.Image) -> tuple[Image.Image, str]:
     image, remark = opened, ""
     if values is not None:
         kind = f"mode {mode}" if values.shape[-1] == 1 else "16 bits per channel"
-        image, remark = _stretched(values, opened.info.get("transparency"), _declared_no_data(opened), kind)
+        # PIL inverts only values of up to 8 bits.
+        inverted = values.shape[-1] == 1 and getattr(opened, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+        image, remark = _stretched(values, opened.info.get("transparency"), _declared_no_data(opened), kind, inverted)
     if image.mode in ("La", "RGBa"):  # Multiplied by alpha already.
         image = image.convert(image.mode.upper())
     if image.mode != "LAB" and ("A" in image.getbands() or "transparency" in image.info):
@@ -268,7 +275,9 @@ def _declared_no_data(image: Image.Image) -> float | None:
         return None
 
 
-def _stretched(values: np.ndarray, transparent: Any, no_data: float | None, kind: str) -> tuple[Image.Image, str]:
+def _stretched(
+    values: np.ndarray, transparent: Any, no_data: float | None, kind: str, inverted: bool
+) -> tuple[Image.Image, str]:
     """Stretch the finite values of an image to 0 to 255.
 
     Args:
@@ -276,6 +285,7 @@ def _stretched(values: np.ndarray, transparent: Any, no_data: float | None, kind
         transparent: Value or color of transparent pixels, as in PIL's `info`; None if there is none.
         no_data: Value of pixels without data, or None if the file declares none.
         kind: Description of the values for the remark.
+        inverted: Whether the smallest value is white.
 
     Returns:
         The image in a mode that PIL converts to RGB, and the remark. Pixels without a value are black.
@@ -289,16 +299,17 @@ def _stretched(values: np.ndarray, transparent: Any, no_data: float | None, kind
     valid = np.isfinite(values)
     used = valid if alpha is None or not alpha.any() else valid & (alpha > 0)[..., None]
     low, high = _range(values, used)
-    markers = (
-        _NO_DATA if no_data is None else (float(values.dtype.type(no_data)) if values.dtype.kind == "f" else no_data,)
-    )
+    markers: tuple[float, ...] = _NO_DATA if no_data is None else (no_data,)
+    if values.dtype.kind == "f":
+        markers = tuple(float(values.dtype.type(marker)) for marker in markers)
     for marker in (low, high):
         if marker in markers:
             inside = used & (values != marker)
             least, most = _range(values, inside)
             # An undeclared marker is farther from all other values than these are from each other.
             gap = max(least - marker, marker - most)
-            if no_data is not None or (least <= most and gap > most - least):
+            several = least < most and values.shape[-1] == 1
+            if no_data is not None or (least <= most and gap > most - least and (several or marker != _WHITE)):
                 valid, used, low, high = valid & (values != marker), inside, least, most
     if low > high:
         raise DecodeError("no pixel has a value")
@@ -309,6 +320,8 @@ def _stretched(values: np.ndarray, transparent: Any, no_data: float | None, kind
         block = np.where(np.isposinf(values[part]), high, np.where(valid[part], values[part], low)).astype(np.float64)
         block = (np.clip(block, low, high) - low) * (255.0 / ((high - low) or 1.0))
         pixels[part] = block.round().astype(np.uint8)
+    if inverted:
+        pixels = np.where(valid | np.isinf(values), 255 - pixels, 0).astype(np.uint8)
     missing = int((~valid).any(-1).sum())
     remark = f"values stretched to 0 to 255: {kind}, {low:g} to {high:g}"
     remark += f", pixels without a value: {missing}" if missing else ""

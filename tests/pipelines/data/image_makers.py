@@ -122,3 +122,23 @@ def saved(image, suffix, **options):
     Image.init()
     image.save(content, Image.registered_extensions()[suffix], **options)
     return content.getvalue()
+
+
+def tiff_gray(values, kind, order="<", photometric=1):
+    """Return an uncompressed TIFF file with one line of gray pixels of a numpy type.
+
+    Args:
+        values: The values.
+        kind: Name of their type.
+        order: Byte order, "<" or ">".
+        photometric: 1 if the smallest value is black, 0 if it is white.
+    """
+    content = np.array(values, kind).astype(np.dtype(kind).newbyteorder(order)).tobytes()
+    sample = {"u": 1, "i": 2, "f": 3}[np.dtype(kind).kind]
+    tags = {
+        256: len(values), 257: 1, 258: 8 * np.dtype(kind).itemsize, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1,
+        279: len(content), 339: sample,
+    }  # fmt: skip
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(content))
+    return start + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)

@@ -18,7 +18,7 @@ from engine.inference.predict import read_image
 from pipelines.data import decode as decoding
 from pipelines.data.decode import decode
 from pipelines.data.pixels import DecodeError, formats, placed, resized, rgb, suffixes
-from tests.pipelines.data.image_makers import CARRIERS, exif, png16, ppm16, saved, tiff16, upright
+from tests.pipelines.data.image_makers import CARRIERS, exif, png16, ppm16, saved, tiff16, tiff_gray, upright
 from tests.processes import ROOT
 
 # Documented bounds: inside, within three pixels of the border, and on average.
@@ -210,7 +210,8 @@ def test_finite_values_are_stretched():
     assert gray(content_of([[0.5, 1, 1.5]])) == ([[0, 128, 255]], said + "0.5 to 1.5")
     assert gray(content_of([[0.5, nan, 1.5]])) == ([[0, 0, 255]], said + "0.5 to 1.5, pixels without a value: 1")
     assert gray(content_of([[-inf, 2, 3, inf]])) == ([[0, 0, 255, 255]], said + "2 to 3, pixels without a value: 2")
-    for marker in (-9999, -32768, np.finfo(np.float32).min, np.finfo(np.float32).max):
+    ends = np.finfo(np.float32).min, np.finfo(np.float32).max
+    for marker in (-9999, -32768, -32767, 65535, 1e20, -1e20, -3.4e38, -3.40282e38, -3.402823e38, *ends):
         assert gray(content_of([[marker, 2, 3, 4]]))[0] == [[0, 0, 128, 255]], marker
     assert gray(content_of([[-9999, 2, 20_000]]))[0] == [[0, 85, 255]], "-9999 is one of the values"
     assert gray(content_of([[7, 7, 7]])) == ([[0, 0, 0]], said + "7 to 7")
@@ -224,6 +225,38 @@ def test_a_declared_value_of_pixels_without_data_is_left_out():
     values = np.array([[0, 1, 2, 4]], np.float32)
     content = saved(Image.fromarray(values), ".tif", tiffinfo={42113: "0"})
     assert gray(content)[0] == [[0, 0, 85, 255]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "marker", "others", "expected"),
+    [
+        ("int16", -32767, (-1, 32767), [[0, 127, 255]]),
+        ("int16", -32768, (-1, 32767), [[0, 127, 255]]),
+        ("uint16", 65535, (0, 40_000), [[255, 0, 156]]),
+        ("uint16", 65535, (0, 0), [[255, 0, 0]]),
+    ],
+)
+def test_usual_marks_of_missing_data_in_integers_are_left_out_if_they_are_far_away(kind, marker, others, expected):
+    assert gray(tiff_gray([marker, 2, 3, 4], kind))[0] == [[0, 0, 128, 255]]
+    assert gray(tiff_gray([marker, *others], kind))[0] == expected
+
+
+def test_white_is_no_mark_of_missing_data_in_colors():
+    image, _ = rgb(png16(np.array([[[65535, 65535, 65535], [100, 0, 300]]], np.uint16)))
+    assert np.asarray(image)[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [("uint8", "<"), ("uint8", ">"), ("uint16", "<"), ("float32", "<"), ("float32", ">")]
+)
+def test_the_smallest_value_of_a_tiff_may_be_white(kind, order):
+    values = [0, 51, 255]
+    for photometric, expected in ((1, [[0, 51, 255]]), (0, [[255, 204, 0]])):
+        assert gray(tiff_gray(values, kind, order, photometric))[0] == expected
+    if kind == "float32":
+        values = [np.nan, 51, 0, 255, -np.inf, np.inf, -9999]
+        expected = [[0, 204, 255, 0, 255, 0, 0]]
+        assert gray(tiff_gray(values, kind, order, 0))[0] == expected, "pixels without a value are black"
 
 
 def test_integers_of_every_depth_are_stretched():
