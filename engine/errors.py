@@ -73,6 +73,11 @@ def out_of_memory(error: BaseException) -> str:
     return next((line[:160] for line in lines if _NO_MEMORY.search(line)), "")
 
 
+def printable(text: str) -> str:
+    """Return text on one line: names from files may contain line breaks and other control characters; tabs remain."""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+
+
 def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> UserError:
     """Return the error for an unknown name, with a suggestion.
 
@@ -82,7 +87,7 @@ def unknown(kind: str, name: str, known: Iterable[str], listed: str = "") -> Use
         known: All names.
         listed: Where all names are listed, if they are too many for a message.
     """
-    return UserError(f"unknown {kind} '{name}'; {suggestion(name, known, listed)}")
+    return UserError(f"unknown {kind} '{printable(name)[:80]}'; {suggestion(name, known, listed)}")
 
 
 def suggestion(name: str, known: Iterable[str], listed: str = "") -> str:

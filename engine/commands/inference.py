@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse
-from engine.errors import Incomplete, UserError
+from engine.errors import Incomplete, UserError, printable
 from engine.runs.identity import changed_test_parts
 from engine.runs.setup import open_data
 from pipelines.data.cache import set_data_dir
@@ -110,7 +109,7 @@ def evaluate(argv: list[str]) -> None:
     print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(labels)} images, loss {loss:.4f}")
     absent = recalls.count(None)
     print(f"balanced accuracy {balanced:.2f} %" + (f"; {absent} classes have no test images" if absent else ""))
-    print(*map(_printable, confusion.recall_table(matrix, data.classes)), sep="\n")
+    print(*map(printable, confusion.recall_table(matrix, data.classes)), sep="\n")
 
 
 def predict(argv: list[str]) -> None:
@@ -143,7 +142,7 @@ def predict(argv: list[str]) -> None:
             named = [(trained.classes[number], float(values[number])) for number in predict.ranked(values, options.top)]
             if not options.json:
                 listed = ", ".join(f"{name} {p:.3f}" for name, p in named)
-                print(_printable(f"{path}: {named[0][0]}  ({listed})"))
+                print(printable(f"{path}: {named[0][0]}  ({listed})"))
                 continue
             if options.top is None:
                 named = list(zip(trained.classes, map(float, values), strict=True))
@@ -166,7 +165,7 @@ def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[s
     )
     shown = [f"{name} {count}" for count, name in counts if count]
     more = f", and {len(shown) - 20} other classes" if len(shown) > 20 else ""
-    log.info(_printable(f"predicted classes: {', '.join(shown[:20])}{more}"))
+    log.info(printable(f"predicted classes: {', '.join(shown[:20])}{more}"))
     if all(path.parent.name in classes for path in files):
         labels = np.array([classes.index(path.parent.name) for path in files])
         matrix = confusion.confusion_matrix(labels, predicted, len(classes))
@@ -175,12 +174,7 @@ def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[s
             f"balanced accuracy {confusion.balanced_accuracy(matrix):.2f} %"
         )
         for line in confusion.recall_table(matrix, classes):
-            log.info(_printable(line))
-
-
-def _printable(text: str) -> str:
-    """Return text on one line: names of files and classes may contain line breaks and other control characters."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+            log.info(printable(line))
 
 
 def export(argv: list[str]) -> None:

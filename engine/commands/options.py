@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -44,7 +44,7 @@ class ConfigurationOptions:
     """The configuration as a whole."""
 
     config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """YAML file, or the config.json of a run, with settings that replace those of the preset; flags override it."""
+    """YAML file, config.json of a run, or - for stdin: settings that replace the preset's; flags override them."""
     steps_scale: float = 1.0
     """Scale steps, ramp, intervals, and the windows of EMA and batch norm together; their own flags override it."""
     print_config: bool = False
@@ -121,6 +121,7 @@ def parse_train(
     help: Mapping[str, str] | None = None,
     others: Mapping[str, Any] | None = None,
     begun: Config | None = None,
+    read: Callable[[Path], Mapping[str, Any]] = read_config,
 ) -> TrainOptions:
     """Parse flags that override a configuration.
 
@@ -135,6 +136,7 @@ def parse_train(
         others: Defaults of further groups of flags, or a replacement of `FolderOptions` as "folder".
         begun: Configuration of the run that is resumed, which the flags override instead; --steps-scale still scales
             the preset, so that the same flags give the same run.
+        read: Function that reads the file of --config, see `read_config`.
 
     Raises:
         UserError: Invalid flags, or an invalid file of --config.
@@ -155,7 +157,7 @@ def parse_train(
     options = parsed(begun or base)
     given = _given_fields(argv[1:])
     overall = options.others.get("configuration", ConfigurationOptions())
-    values = read_config(overall.config) if overall.config else {}
+    values = dict(read(overall.config)) if overall.config else {}
     if values.pop("preset", base.preset) != base.preset:
         raise UserError(f"--config {overall.config} is of another preset than {base.preset}; leave out the preset")
     method = options.config.method

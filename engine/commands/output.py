@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from engine.errors import printable
+
 PACKAGES = (
     "engine",
     "pipelines",
@@ -16,10 +18,10 @@ PACKAGES = (
 
 
 class _Formatter(logging.Formatter):
-    """Formats each message as one line. Warnings and errors start with "remixmatch: "."""
+    """Formats each message as one line without control characters. Warnings and errors start with "remixmatch: "."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = " ".join(record.getMessage().splitlines())
+        text = printable(" ".join(record.getMessage().splitlines()))
         return f"remixmatch: {text}" if record.levelno >= logging.WARNING else text
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from pipelines.data.cache import set_data_dir
 
 log = logging.getLogger(__name__)
 
+_Read = Callable[[Path], Mapping[str, Any]]  # See `read_config`.
+
 
 def main(argv: list[str]) -> None:
     """Entry point of `remixmatch train`.
@@ -42,22 +45,27 @@ def main(argv: list[str]) -> None:
     """
     texts = {name: _summarize(config) for name, config in presets.PRESETS.items()}
     more = "'remixmatch train digits-40 --help' lists all flags with the defaults of that preset."
-    argv = _with_preset(argv)
+    read = functools.cache(read_config)  # A pipe can be read only once.
+    argv = _with_preset(argv, read)
     if show_usage_if_asked(argv, "preset", "train PRESET [flags]", texts, more):
         return
     ranges.enter("set up")
-    options = _parse(argv)
+    parse = functools.partial(_parse, argv, read=read)
+    options = parse()
     if options.folder.quiet:
         show_warnings_only()
     ranks = options.ranks
     check_ranks(ranks)
     set_data_dir(options.source.data_dir)
     if options.others["configuration"].print_config:
-        _print_config(argv, options)
+        _print_config(parse, options)
         return
+    file = options.others["configuration"].config
+    if file and _uses_torchrun(options) and not (file.is_file() or file.is_dir()):
+        raise UserError(f"--config {file} must be a file and not a pipe, since each rank reads it")
     launch.die_with_parent()
     # A single process sets up before it imports torch; with several ranks, rank 0 does it for all.
-    setup = None if launch.is_torchrun_worker() else _set_up(argv, options, options.folder.resume)
+    setup = None if launch.is_torchrun_worker() else _set_up(parse, options, options.folder.resume)
 
     ranges.enter("import")
     with gc_paused():
@@ -76,7 +84,7 @@ def main(argv: list[str]) -> None:
         if setup is None:
             # After a restart, ranks on other machines than the failed one do not know that they were restarted.
             resume = options.folder.resume or any(collectives.all_gather_object(launch.restarted()))
-            setup = run.share(lambda: _set_up(argv, options, resume))
+            setup = run.share(lambda: _set_up(parse, options, resume))
         summary = run.train(setup, options.folder.quiet, ranks.timeout, ranks.check_ranks)
     except RuntimeError as error:
         if lost := collectives.lost(error):
@@ -92,27 +100,29 @@ def _uses_torchrun(options: TrainOptions) -> bool:
     return options.ranks.gpus > 1 or options.ranks.max_restarts > 0
 
 
-def _set_up(argv: list[str], options: TrainOptions, resume: bool) -> RunSetup:
+def _set_up(parse: Callable[..., TrainOptions], options: TrainOptions, resume: bool) -> RunSetup:
     """Set up a run. When resuming, flags override the configuration the run was started with, not the preset.
 
     Raises:
         UserError: The data or folder does not fit the run.
     """
+    # If this process launches ranks, the first of them reports.
+    report = launch.is_torchrun_worker() or not _uses_torchrun(options)
     folder = options.folder.out or default_folder(options.config, resume)
     if begun := _begun(options, folder, resume):
         # A copied config.json must not send metrics to a server: only --log on this command line does.
         online = begun.log in CLIENTS
-        options = _parse(argv, dataclasses.replace(begun, log="tensorboard") if online else begun)
-        if online and options.config.log != begun.log:
+        options = parse(dataclasses.replace(begun, log="tensorboard") if online else begun)
+        if report and online and options.config.log != begun.log:
             log.warning(f"{folder} was logged to {begun.log}; to continue there, add --log {begun.log}")
-    elif options.folder.resume and (launch.is_torchrun_worker() or not _uses_torchrun(options)):
+    elif report and options.folder.resume:
         log.info(f"no run in {folder}; starting a new one")
     ranks = launch.world_size_from_env(options.ranks.gpus)
     setup = setup_run(options.config, folder, resume, ranks, options.source.class_prior)
-    if options.config.network == "auto":
+    if report and options.config.network == "auto":
         height, width = setup.data.sides
         log.info(f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels")
-    if not begun and (warning := too_short(setup.config)):
+    if report and not begun and (warning := too_short(setup.config)):
         log.warning(warning)
     return setup
 
@@ -131,11 +141,12 @@ def _begun(options: TrainOptions, folder: Path, resume: bool) -> Config | None:
     return begun
 
 
-def _parse(argv: Sequence[str], begun: Config | None = None) -> TrainOptions:
-    return parse_train(argv, presets.preset(argv[0]), others={"configuration": ConfigurationOptions()}, begun=begun)
+def _parse(argv: Sequence[str], begun: Config | None = None, read: _Read = read_config) -> TrainOptions:
+    others = {"configuration": ConfigurationOptions()}
+    return parse_train(argv, presets.preset(argv[0]), others=others, begun=begun, read=read)
 
 
-def _with_preset(argv: list[str]) -> list[str]:
+def _with_preset(argv: list[str], read: _Read) -> list[str]:
     """Return the arguments with the preset of the file of --config, if they begin with a flag.
 
     Raises:
@@ -143,20 +154,20 @@ def _with_preset(argv: list[str]) -> list[str]:
     """
     if not argv or not argv[0].startswith("-"):
         return argv
-    for word, following in itertools.pairwise([*argv, ""]):
+    for word, following in reversed(list(itertools.pairwise([*argv, ""]))):  # The last of two equal flags wins.
         flag, equal, value = word.partition("=")
         if flag == "--config" and (path := value if equal else following):
-            if preset := read_config(Path(path)).get("preset"):
+            if preset := read(Path(path)).get("preset"):
                 return [preset, *argv]
             raise UserError(f"--config {path} names no preset: remixmatch train PRESET --config {shlex.quote(path)}")
     return argv
 
 
-def _print_config(argv: Sequence[str], options: TrainOptions) -> None:
+def _print_config(parse: Callable[..., TrainOptions], options: TrainOptions) -> None:
     """Print the configuration with the sources of its values. The data is opened only if a value depends on it."""
     folder = options.folder.out or default_folder(options.config, options.folder.resume)
     if begun := _begun(options, folder, options.folder.resume):
-        options = _parse(argv, begun)
+        options = parse(begun)
     config, sources = options.config, dict(options.sources)
     validate(config, launch.world_size_from_env(options.ranks.gpus))
     if config.network == "auto" or config.max_shift < 0 or options.source.class_prior:

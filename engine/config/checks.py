@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.config.config import Config
 from engine.config.methods import METHODS
+from engine.config.values import shown
 from engine.errors import UserError, unknown
 from pipelines.data.cache import DataSet
 from pipelines.data.datasets import DATASETS
@@ -30,7 +31,7 @@ MIN_WIDTH, MIN_WIDTH_LARGE, LARGE_SIDE = 8, 16, 96
 def check_seed(seed: int, flag: str = "--seed") -> None:
     """Raise UserError if a seed is not allowed: torch and numpy's legacy generator use 32 bits of a seed."""
     if not 0 <= seed < 2**32:
-        raise UserError(f"{flag} must be from 0 to {2**32 - 1}, got {seed}")
+        raise UserError(f"{flag} must be from 0 to {2**32 - 1}, got {shown(seed)}")
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -52,7 +53,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
     for name, bound in minimum.items():
         if not getattr(config, name) >= bound:
-            raise UserError(f"{_flag(name)} must be at least {bound}, got {getattr(config, name)}")
+            raise UserError(f"{_flag(name)} must be at least {bound}, got {shown(getattr(config, name))}")
     if not config.backbone and config.network not in ("wide-resnet", "auto"):
         raise UserError(f"--network must be wide-resnet, timm:NAME or auto, got '{config.network}'")
     if config.backbone and config.bn != "joint":
@@ -65,20 +66,20 @@ def validate(config: Config, ranks: int = 1) -> None:
         raise UserError("--pretrained and --weights are mutually exclusive")
     if config.width < MIN_WIDTH:
         raise UserError(
-            f"--width must be at least {MIN_WIDTH}, got {config.width}: with fewer channels torch computes wrong "
-            "gradients or crashes on CPUs"
+            f"--width must be at least {MIN_WIDTH}, got {shown(config.width)}: with fewer channels torch computes "
+            "wrong gradients or crashes on CPUs"
         )
     for name in ("temperature", "lr"):
         if not getattr(config, name) > 0:
-            raise UserError(f"{_flag(name)} must be more than 0, got {getattr(config, name)}")
+            raise UserError(f"{_flag(name)} must be more than 0, got {shown(getattr(config, name))}")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{_flag(name)} must be finite, got {value}")
         if isinstance(value, int) and value >= 2**63:
-            raise UserError(f"{_flag(name)} must be less than 2^63, got {value}")
+            raise UserError(f"{_flag(name)} must be less than 2^63, got {shown(value)}")
     for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold"):
         if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{_flag(name)} must be between 0 and 1, got {getattr(config, name)}")
+            raise UserError(f"{_flag(name)} must be between 0 and 1, got {shown(getattr(config, name))}")
     _check_method(config)
     _check_log(config.log)
     check_name(config.dataset)
@@ -156,7 +157,7 @@ def check_name(name: str) -> None:
 def check_size(size: int, name: str) -> None:
     """Raise UserError if images cannot have this size, in pixels; `name` is what the user calls it."""
     if not 8 <= size <= 1024:
-        raise UserError(f"{name} must be from 8 to 1024 pixels, got {size}")
+        raise UserError(f"{name} must be from 8 to 1024 pixels, got {shown(size)}")
 
 
 def resolve(config: Config, data: DataSet) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -16,7 +17,9 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from engine.config.config import SECTIONS, Config, convert_fields, field_types
-from engine.errors import UserError
+from engine.config.methods import METHODS
+from engine.config.presets import preset
+from engine.errors import UserError, printable, unknown
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -25,7 +28,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read fields of a configuration from a YAML or JSON file, such as the config.json of a run.
 
     Args:
-        path: The file, or the folder of a run. Names of fields may be written with hyphens, as flags are.
+        path: The file, the folder of a run, or "-" for standard input. Names of fields may be written with hyphens, as
+            flags are.
 
     Returns:
         Values of the fields that the file contains.
@@ -35,8 +39,13 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     path = path / "config.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        return convert_fields(_fields(text))
+        with open(0 if str(path) == "-" else path, encoding="utf-8-sig", closefd=str(path) != "-") as file:
+            values = convert_fields(_fields(file.read()))
+        if "preset" in values:
+            preset(values["preset"])
+        if "method" in values and values["method"] not in METHODS:
+            raise unknown("method", values["method"], METHODS)
+        return values
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--config {path} cannot be read ({reason})") from None
@@ -52,11 +61,13 @@ def read_config(path: Path) -> dict[str, Any]:
 def _fields(text: str) -> dict[str, Any]:
     """Return the entries of a YAML mapping, with plain words converted according to the field that they belong to."""
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_unique)
+    except UserError:
+        raise
     except (ValueError, RecursionError):
         values = None
     if isinstance(values, dict):
-        return {name.replace("-", "_"): value for name, value in values.items()}
+        return values
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None:
         return {}
@@ -64,10 +75,23 @@ def _fields(text: str) -> dict[str, Any]:
         raise UserError("must map names of fields to values, such as 'steps: 1000'")
     found: dict[str, Any] = {}
     for key, node in root.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"line {key.start_mark.line + 1} has a list or a mapping where the name of a field belongs")
         name = str(key.value).replace("-", "_")
         if name in found:
-            raise UserError(f"line {key.start_mark.line + 1} gives {name} again")
+            raise UserError(f"line {key.start_mark.line + 1} gives {printable(name)} again")
         found[name] = _value(name, field_types().get(name), node)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a JSON object, with names as fields are written; raise UserError if two are equal."""
+    found: dict[str, Any] = {}
+    for given, value in pairs:
+        name = given.replace("-", "_")
+        if name in found:
+            raise UserError(f"gives {printable(name)} again")
+        found[name] = value
     return found
 
 
@@ -87,10 +111,16 @@ def _value(name: str, hint: Any, node: yaml.Node) -> Any:
     if hint is bool:
         return _BOOLS.get(text.lower(), text)
     kind = hint if hint in (int, float) else type(get_args(hint)[0]) if get_args(hint) else str
-    if kind is int and len(text.lstrip("+-")) > 1 and text.lstrip("+-").startswith("0"):
-        raise UserError(f"{name} must not begin with 0, which some YAML readers take for octal; got {text}")
+    if kind not in (int, float):
+        return text
+    if re.fullmatch(r"[+-]?0[0-9_]+", text):
+        raise UserError(f"{name} must not begin with 0, which some YAML readers take for octal; got {text[:80]}")
+    if re.fullmatch(r"[+-]?0[xob]\w*", text, re.IGNORECASE):
+        raise UserError(f"{name} must be a decimal number, got {text[:80]}")
+    if kind is float and re.fullmatch(r"[+-]?\.(inf|nan)", text, re.IGNORECASE):
+        text = text.replace(".", "")  # YAML's words for them.
     try:
-        return kind(text) if kind in (int, float) else text
+        return kind(text)
     except ValueError:
         return text
 
@@ -107,7 +137,7 @@ def config_yaml(config: Config, sources: Mapping[str, str]) -> str:
         lines += [f"\n# {section}"] if section else []
         for field in dataclasses.fields(Config):
             if field.metadata.get("section", "") == section:
-                source = f"  # {sources[field.name]}" if field.name in sources else ""
+                source = f"  # {printable(sources[field.name])}" if field.name in sources else ""
                 lines.append(f"{field.name}: {_inline(getattr(config, field.name))}{source}")
     return "\n".join(lines) + "\n"
 

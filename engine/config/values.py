@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from engine.errors import nearest_hint
+from engine.errors import nearest_hint, printable
 
 _KINDS = {
     bool: ("true or false", "true or false"),
@@ -50,12 +50,13 @@ def must_be(name: str, hint: Any, given: str, quoted: bool = True) -> str:
         given: The value as text.
         quoted: Whether the value is text, which is shown in quotes.
     """
-    shown, hint = f"'{given}'" if quoted else given, _without_none(hint)
+    hint, text = _without_none(hint), _shortened(printable(given))
+    text = f"'{text}'" if quoted else text
     if get_origin(hint) is not Literal:
-        return f"{name} must be {allowed(hint)}, got {shown}"
+        return f"{name} must be {allowed(hint)}, got {text}"
     # Short words are all alike: gpu is meant as cuda, but is near to cpu.
     near = nearest_hint(given, map(str, get_args(hint))) if quoted and len(given) > 3 else ""
-    return f"{name} must be {allowed(hint)}; got {shown}{near}"
+    return f"{name} must be {allowed(hint)}; got {text}{near}"
 
 
 def convert(name: str, hint: Any, value: Any) -> Any:
@@ -73,17 +74,23 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         TypeError: The value has another type, or is not one of the allowed ones. The message says so in one line.
     """
     try:
-        converted = _convert(hint, value.item() if _is_scalar(value) else value)
+        converted = _convert(hint, value)
     except OverflowError:  # An integer that is larger than any float.
         converted = None
     if converted is None:
-        raise TypeError(must_be(name, hint, value if isinstance(value, str) else _shown(value), isinstance(value, str)))
+        raise TypeError(must_be(name, hint, value if isinstance(value, str) else shown(value), isinstance(value, str)))
     return converted
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a value in one short line."""
-    text = " ".join(repr(value).split())
+    try:
+        return _shortened(" ".join(repr(value).split()))
+    except ValueError:  # Python does not write integers of more than 4300 digits.
+        return "a number of thousands of digits"
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -94,6 +101,7 @@ def _is_scalar(value: Any) -> bool:
 
 def _convert(hint: Any, value: Any) -> Any:
     """Return the converted value, or None if it is not allowed."""
+    value = value.item() if _is_scalar(value) else value
     if get_origin(hint) is Literal:
         return next((each for each in get_args(hint) if type(each) is type(value) and each == value), None)
     if get_origin(hint) is tuple:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 
 import pytest
 import yaml
@@ -33,6 +35,10 @@ def file(tmp_path):
         ("w_u: 2", dict(w_u=2.0)),
         ("eval-every: 5  # as the flag is written", dict(eval_every=5)),
         ("flip: no\nalign: True\ntune: off", dict(flip=False, align=True, tune=False)),
+        ("lr: .inf", dict(lr=math.inf)),
+        ("lr: -.INF", dict(lr=-math.inf)),
+        ("lr: 0.5e-1", dict(lr=0.05)),
+        ("lr: 0", dict(lr=0.0)),
         ("log: none", dict(log="none")),
         ("dataset: 5", dict(dataset="5")),
         ("weights: no", dict(weights="no")),
@@ -65,6 +71,11 @@ def test_types_come_from_the_fields(file, text, expected):
         ('{"k": true}', ": k must be an integer, got True"),
         ("steps: 1e3", ": steps must be an integer, got '1e3'"),
         ("steps: 0600", ": steps must not begin with 0, which some YAML readers take for octal; got 0600"),
+        ("lr: 010", ": lr must not begin with 0, which some YAML readers take for octal; got 010"),
+        ("class_distribution: [010]", ": class_distribution must not begin with 0, which"),
+        ("steps: 0x10", ": steps must be a decimal number, got 0x10"),
+        ("seed: -0o17", ": seed must be a decimal number, got -0o17"),
+        ("steps: .inf", ": steps must be an integer, got '.inf'"),
         ("steps: 12:30", ": steps must be an integer, got '12:30'"),
         ("steps:", ": steps must be an integer, got None"),
         ("seed: {a: 1}", ": seed must be an integer, got {}"),
@@ -77,6 +88,18 @@ def test_types_come_from_the_fields(file, text, expected):
         ("class_distribution: &a [*a]", ": class_distribution must be numbers, got [[]]"),
         ("steps: 3\nk: 2\nsteps: 4", ": line 3 gives steps again"),
         ("eval-every: 3\neval_every: 4", ": line 2 gives eval_every again"),
+        ('{"steps": 3, "steps": 4}', ": gives steps again"),
+        ('{"bn-momentum": 0.5,\n\t"bn_momentum": 0.2}', ": gives bn_momentum again"),
+        ("k: 3\n? [steps]\n: 4", ": line 2 has a list or a mapping where the name of a field belongs"),
+        ("? {steps: 3}\n: 4", ": line 1 has a list or a mapping where"),
+        ("method: fixmach", ": unknown method 'fixmach'; did you mean fixmatch"),
+        ("preset: digits-4", ": unknown preset 'digits-4'; did you mean digits-40"),
+        (f"seed: {'1' * 5000}", f": seed must be an integer, got '{'1' * 77}...'"),
+        (f'{{"seed": {"1" * 5000}}}', f": seed must be an integer, got '{'1' * 77}...'"),
+        (f'{{"lr": {"1" * 400}}}', f": lr must be a number, got {'1' * 77}..."),
+        ('steps: "\\e[31m"', r": steps must be an integer, got '\x1b[31m'"),
+        ('"\\e[31m": 3', r": unknown configuration field '\x1b[31m'; "),
+        ('{"a\\nb": 3, "a\\nb": 4}', r": gives a\nb again"),
         ("- steps", ": must map names of fields to values, such as 'steps: 1000'"),
         ("steps", ": must map names of fields to values, such as 'steps: 1000'"),
         ("k: 3\nsteps: [", ", line 2: not YAML (expected the node content, but found '<stream end>')"),
@@ -127,6 +150,42 @@ def test_the_printed_configuration_can_be_given_back(file, capsys, elsewhere):
     assert Config(**read_config(path)) == expected and expected != preset("svhn-250")
     assert Config(**read_config(file(printed(capsys, "--config", path), "again.yaml"))) == expected
     assert Config(**read_config(file(printed(capsys, "svhn-250", f"--config={path}"), "again.yaml"))) == expected
+
+
+def test_pipes_and_standard_input_are_read_once(file, capsys, elsewhere):
+    content = b"preset: digits-10\nlr: 0.5\n"
+    saved = os.dup(0)
+    try:
+        for name in ("/dev/fd/{}", "-"):
+            reader, writer = os.pipe()
+            os.write(writer, content)
+            os.close(writer)
+            os.dup2(reader, 0)
+            found = printed(capsys, "--config", name.format(reader))
+            os.close(reader)
+            assert "preset: digits-10  #" in found and f"lr: 0.5  # --config {name.format(reader)}\n" in found
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+    with pytest.raises(SystemExit):
+        main(["train", "digits-40", "--config", "/dev/null", "--gpus", "2"])
+    assert capsys.readouterr().err == (
+        "remixmatch: --config /dev/null must be a file and not a pipe, since each rank reads it\n"
+    )
+
+
+def test_the_last_of_two_files_names_the_preset(file, capsys, elsewhere):
+    first, last = file("preset: digits-10", "a.yaml"), file("preset: digits-40\nk: 3", "b.yaml")
+    assert "preset: digits-40  #" in printed(capsys, "--config", first, "--config", last)
+
+
+def test_messages_have_no_control_characters(file, capsys, elsewhere):
+    with pytest.raises(SystemExit):
+        printed(capsys, "digits-40", "--config", file('dataset: "a\\e[31m\\nb"'))
+    assert r"unknown data set 'a\x1b[31m\nb'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        printed(capsys, "digits-40", "--config", "no\x1b[31m.yaml")
+    assert r"--config no\x1b[31m.yaml cannot be read" in capsys.readouterr().err
 
 
 def sources(text):

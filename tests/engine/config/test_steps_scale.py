@@ -1,10 +1,11 @@
 """Length of training: --steps-scale, and the warning for runs that are too short."""
 
 import dataclasses
+import functools
 
 import pytest
 
-from engine.commands.train import _parse
+from engine.commands.train import _parse, _set_up
 from engine.config.presets import PRESETS, preset
 from engine.config.scaling import scaled, too_short
 from engine.errors import UserError
@@ -89,6 +90,20 @@ def test_short_runs_are_described_with_their_numbers_and_the_fix():
 def test_bounds_of_the_warning(changes, said):
     warning = too_short(dataclasses.replace(preset("fashion-100-small"), **changes))
     assert (f": {said}; " in warning) if said else warning == ""
+
+
+def test_only_one_of_the_processes_that_set_up_a_run_warns(tmp_path, caplog, monkeypatch):
+    argv = ["digits-40", "--steps", "2", "--gpus", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
+    parse = functools.partial(_parse, argv)
+    _set_up(parse, parse(), False)
+    assert caplog.messages == [], "the launcher"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    _set_up(parse, parse(), False)
+    assert len(caplog.messages) == 1, "a rank"
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    parse = functools.partial(_parse, [*argv, "--gpus", "1"])
+    _set_up(parse, parse(), False)
+    assert len(caplog.messages) == 2, "a single process"
 
 
 @pytest.mark.parametrize("changes", [dict(steps=1), dict(preset="deleted", steps=100), dict(ema_decay=1.0),
