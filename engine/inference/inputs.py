@@ -62,6 +62,8 @@ def _one_or_more(images: Any) -> Iterator[Source]:
     elif isinstance(images, (bytes, bytearray, memoryview)):
         yield bytes(images)
     elif isinstance(images, Image.Image):
+        if not all(images.size):
+            raise ValueError(f"images have no pixels, got {images.size}")
         yield images
     elif isinstance(images, torch.Tensor):
         yield from _from_tensor(images)

@@ -99,7 +99,7 @@ def _parts(data: Any) -> dict[str, _Part]:
         given = {
             name: (fields[f"{name}_images"], fields[f"{name}_labels"])
             for name in ("train", "test")
-            if fields[f"{name}_images"] is not None
+            if fields[f"{name}_images"] is not None or fields[f"{name}_labels"] is not None
         }
         names = _names("classes", fields["classes"])
         return {name: _array_part(name, images, labels, names) for name, (images, labels) in given.items()}
@@ -127,7 +127,7 @@ def _is_arrays(data: tuple[Any, Any]) -> bool:
 
 def _part(name: str, data: Any) -> _Part:
     if isinstance(data, tuple) and len(data) == 2:
-        if isinstance(data[1], (str, int, float)) or getattr(data[1], "shape", None) == ():
+        if isinstance(data[1], (int, float)) or _is_single(data[1]):
             raise UserError(
                 f"data: the part '{name}' is a single (image, label); a tuple of two is (train, test) or "
                 "(images, labels), so give several pairs as a list"
@@ -153,10 +153,15 @@ def _array_part(name: str, images: Any, labels: Any, classes: tuple[str, ...] = 
 
 def _listed(what: str, values: Any) -> Any:
     """Return images, labels or examples as something with a length and indices."""
-    indexed = hasattr(values, "__len__") and hasattr(values, "__getitem__") and getattr(values, "shape", None) != ()
-    if isinstance(values, (str, bytes, Mapping)) or not (indexed or isinstance(values, Iterable)):
+    indexed = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+    if _is_single(values) or isinstance(values, Mapping) or not (indexed or isinstance(values, Iterable)):
         raise UserError(f"data must be {_ACCEPTED}; {what} is of type {type(values).__name__}")
     return values if indexed else list(values)
+
+
+def _is_single(value: Any) -> bool:
+    """Return whether this is text, bytes or an array without dimensions, although it seems to be iterable."""
+    return isinstance(value, (str, bytes)) or getattr(value, "shape", None) == ()
 
 
 def _example(name: str, index: int, row: Any) -> tuple[Any, Any]:
@@ -197,7 +202,7 @@ def _names(what: str, given: Any) -> tuple[str, ...]:
     """Return class names given as a list in order, or as a mapping between names and numbers."""
     if given is None:
         return ()
-    if isinstance(given, (str, bytes, set, frozenset)) or not isinstance(given, Iterable):
+    if _is_single(given) or isinstance(given, (set, frozenset)) or not isinstance(given, Iterable):
         raise UserError(
             f"data: {what} must be names in order, or a mapping of names to numbers, got {type(given).__name__}"
         )

@@ -205,6 +205,7 @@ def test_other_types_are_rejected(model, given):
         (np.zeros((9, 9, 2), np.uint8), ValueError, ["an array must be (H, W), ", "got (9, 9, 2)"]),
         (np.zeros((1, 1, 9, 9, 3), np.uint8), ValueError, ["an array must be (H, W), ", "got (1, 1, 9, 9, 3)"]),
         (np.zeros((0, 9, 3), np.uint8), ValueError, ["no pixels"]),
+        (Image.new("RGB", (9, 0)), ValueError, ["images have no pixels, got (9, 0)"]),
         (
             torch.zeros((2, 9, 9, 3), dtype=torch.uint8),
             ValueError,
