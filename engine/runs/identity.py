@@ -87,7 +87,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the differences between the data of two split.json; what only one of them records is not compared."""
     found = [name for key, name in _RECORDED.items() if key in before and before[key] != now[key]]
     old = before.get("data")
-    for part, name in changed_parts(old if isinstance(old, dict) else {}, now["data"], now["data"]):
+    changed = changed_parts(old if isinstance(old, dict) else {}, now["data"], now["data"])
+    for part, name in changed:
+        if part == "training labels" != name and any(other == "unlabeled images" for other, _ in changed):
+            continue  # Another number of images has another number of labels.
         included, rest = _REST.get(part, ("", part))
         if included not in found:
             found.append(name.replace(part, rest))

@@ -81,7 +81,12 @@ def setup_run(
     if class_prior:
         config = dataclasses.replace(config, class_distribution=read_prior(class_prior, data.classes))
     split = check_data(config, data)
-    resumed = check_folder(config, folder, resume) if folder else False
+    try:
+        resumed = check_folder(config, folder, resume) if folder else False
+    except UserError:
+        if folder and resume:  # The size of the images decides other settings, which are not the cause.
+            _check_same_size(config, data, folder)
+        raise
     setup = RunSetup(config, data, split, folder, resumed)
     if folder:
         _check_same_data(setup, folder)
@@ -125,6 +130,18 @@ def write_run_files(setup: RunSetup) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SPLIT, checked_json(setup.identity))
     write_text(folder / "config.json", config_json(setup.config))
+
+
+def _check_same_size(config: Config, data: DataSet, folder: Path) -> None:
+    """Raise UserError if a run was started with images of another size."""
+    before = read_split(folder)
+    sides = tuple(before.get("sides", data.sides))
+    if before.get("dataset") == config.dataset and sides != data.sides:
+        was, now = (f"{width}x{height}" for height, width in (sides, data.sides))
+        raise UserError(
+            f"{folder} was started with different data; these differ: size of the images; restore them ({was} pixels; "
+            f"now {now}), or start a new run with another --out"
+        )
 
 
 def _check_same_data(setup: RunSetup, folder: Path) -> None:

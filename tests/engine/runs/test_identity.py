@@ -94,6 +94,29 @@ def test_hidden_labels_matter_where_they_are_evaluated(data, tmp_path):
         assert identity.differences(before, now) == (["hidden labels"] if matter else [])
 
 
+def test_another_size_of_the_images_is_the_cause_of_other_settings(data, tmp_path):
+    """The largest shift is an eighth of the size unless it is given."""
+    config = dataclasses.replace(settings(), max_shift=-1)
+    write_run_files(setup_run(config, tmp_path, data=data))
+    larger = {name: getattr(data, name).repeat(3, 1).repeat(3, 2) for name in ("train_images", "test_images")}
+    words = r"these differ: size of the images; restore them \(8x8 pixels; now 24x24\), or start a new run"
+    with pytest.raises(UserError, match=words):
+        setup_run(config, tmp_path, resume=True, data=dataclasses.replace(data, **larger))
+    with pytest.raises(UserError, match="started with another configuration: seed"):
+        setup_run(dataclasses.replace(config, seed=9), tmp_path, resume=True, data=data)
+
+
+def test_an_unlabeled_image_more_changes_no_label(data, tmp_path):
+    write_run_files(setup_run(settings(), tmp_path, data=data))
+    more = dataclasses.replace(
+        data,
+        train_images=np.concatenate([data.train_images, data.train_images[:1] + 50]),
+        train_labels=np.append(data.train_labels, -1),
+    )
+    with pytest.raises(UserError, match=r"these differ: unlabeled images \(8 -> 9\); restore"):
+        setup_run(settings(), tmp_path, resume=True, data=more)
+
+
 def test_equally_many_other_unlabeled_images_are_noticed(data, tmp_path):
     write_run_files(setup_run(settings(), tmp_path, data=dataclasses.replace(data, unlabeled=np.arange(2, 8))))
     with pytest.raises(UserError, match="these differ: unlabeled images; restore"):
