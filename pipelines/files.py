@@ -203,7 +203,7 @@ def read_json(path: Path, kind: Any = None) -> dict[str, Any]:
         kind: What the object must be like, see `fits`.
     """
     try:
-        content = json.loads(_read_file(path))
+        content = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, dict) or (kind is not None and not fits(content, kind)):
@@ -224,7 +224,7 @@ def read_json_lines(path: Path, valid: Callable[[Any], bool]) -> list[dict[str, 
         OSError: The file exists but cannot be read. Treating it as empty could lead to overwriting it.
     """
     try:
-        text = _read_file(path).decode("utf-8", errors="replace")
+        text = read_file(path).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
     records, damaged = [], 0
@@ -242,7 +242,7 @@ def read_json_lines(path: Path, valid: Callable[[Any], bool]) -> list[dict[str, 
     return records
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """Read a file; raise OSError, instead of waiting, if it is a FIFO or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 from engine.config.values import convert
 from engine.errors import UserError, unknown
+from pipelines.files import read_file
 
 # Sections of the command-line help, in order.
 SECTIONS = {
@@ -419,15 +420,17 @@ def load_config(path: Path) -> Config:
     """Load a configuration that `config_json` has written.
 
     Raises:
-        UserError: The file is missing, is not JSON, or comes from a different version of the engine.
+        UserError: The file is missing, cannot be read, is not JSON, or comes from a different version of the engine.
     """
     check_run_folder(path.parent)
     try:
-        return parse_config(path.read_text(encoding="utf-8"), path)
+        return parse_config(read_file(path).decode("utf-8"), path)
     except FileNotFoundError:
         inside = sorted(path.parent.glob(f"*/{path.name}"))
         hint = f"give the folder of one run, for example {inside[0].parent}" if inside else f"{path.name} is missing"
         raise UserError(f"{path.parent} holds no run; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a configuration of this version ({error})") from None
 

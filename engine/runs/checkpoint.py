@@ -205,6 +205,8 @@ def load_newest(
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a file written by `save`; if that fails, raise any exception."""
+    if not path.is_file():  # Opening a pipe would wait forever.
+        raise ValueError("not a regular file")
     with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
         damaged = archive.testzip()
     if damaged:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import os
 import re
 import unicodedata
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from pipelines.data.cache import DataError
 from pipelines.data.image_files import real_files
-from pipelines.files import some
+from pipelines.files import read_file, some
 
 TABLE = "labels.csv"
 PARTS = ("train", "test", "unlabeled")
@@ -71,7 +72,8 @@ def read_table(root: Path, images: Sequence[str], as_written: bool = False) -> l
         DataError: The table cannot be read, or does not list every image once with a valid label and part.
     """
     path = root / TABLE
-    files, text = _Files(root, images), _text(path)
+    files = _Files(root, images)
+    text = _without_comments(_text(path), files)
     declared = re.match(r"sep=(.)\n", text)  # Written for Excel.
     separator = declared.group(1) if declared else _separator(text, files)
     try:
@@ -82,6 +84,25 @@ def read_table(root: Path, images: Sequence[str], as_written: bool = False) -> l
         raise DataError(f"{path} is empty; write one line per image: file,label")
     if broken := [line.number for line in lines if any("\n" in cell for cell in line.cells)]:
         raise DataError(f"{path}, line {broken[0]} has a quote that is not closed; close or delete it")
+    try:
+        entries = _entries(path, lines, files, as_written)
+    except DataError as error:
+        if separator != " ":
+            raise
+        raise DataError(
+            f"{error}; the columns are separated by spaces: use commas, semicolons, tabs or vertical bars if names "
+            "contain spaces"
+        ) from None
+    names = dict(zip(real_files(root, images), images, strict=True))  # A table may name files through links.
+    if extra := sorted(names[path] for path in names.keys() - real_files(root, [entry.file for entry in entries])):
+        raise DataError(
+            f"{path} does not list all image files; missing: {some(extra)}; add them, without a label if it is unknown"
+        )
+    return sorted(entries, key=lambda entry: entry.file)
+
+
+def _entries(path: Path, lines: list[_Line], files: _Files, as_written: bool) -> list[Entry]:
+    """Return the entries in the lines of a table; see `read_table`."""
     columns, lines = _columns(path, lines, files)
     labels = [_cell(line, columns, "label") for line in lines]
     whole = not as_written and all(_WHOLE.fullmatch(label) or label.lower() in UNLABELED for label in labels)
@@ -99,12 +120,7 @@ def read_table(root: Path, images: Sequence[str], as_written: bool = False) -> l
         unlabeled = label.lower() in UNLABELED and not (as_written and label == "-1.0")
         part = _cell(line, columns, "part")
         entries.append(_entry(f"{path}, line {line.number}", file, "" if unlabeled else label, part))
-    names = dict(zip(real_files(root, images), images, strict=True))  # A table may name files through links.
-    if extra := sorted(names[path] for path in names.keys() - real_files(root, list(first))):
-        raise DataError(
-            f"{path} does not list all image files; missing: {some(extra)}; add them, without a label if it is unknown"
-        )
-    return sorted(entries, key=lambda entry: entry.file)
+    return entries
 
 
 def _cell(line: _Line, columns: dict[str, int], kind: str) -> str:
@@ -116,7 +132,7 @@ def _cell(line: _Line, columns: dict[str, int], kind: str) -> str:
 def _text(path: Path) -> str:
     """Return the text of a file in UTF-8 or UTF-16, with or without a byte order mark."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
     encoding = "UTF-8-sig"
@@ -131,7 +147,23 @@ def _text(path: Path) -> str:
         raise DataError(
             f"{path}, line {number} is not valid {encoding.removesuffix('-sig')}; save the table as UTF-8"
         ) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        number = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{path}, line {number} contains a NUL character; delete it, or save the table as UTF-8 again")
+    return text
+
+
+def _without_comments(text: str, files: _Files) -> str:
+    """Empty the lines that begin with #, except for those that name a file or, as a header, the column of labels."""
+    lines = text.split("\n")
+    for place, line in enumerate(lines):
+        if line.startswith("#"):
+            cells = [_unquoted(cell) for cell in re.split(r"[,;\t|]", line)]
+            header = len(cells) > 1 and any(_word(cell) in _LABEL for cell in cells)
+            if not header and not any(files.find(cell) for cell in (*cells, *line.split())):
+                lines[place] = ""
+    return "\n".join(lines)
 
 
 class _Files:
@@ -188,13 +220,17 @@ def _stem(name: str) -> str:
 
 def _separator(text: str, files: _Files) -> str:
     """Return the separator with which a cell of most lines names a file, or else with which most have several cells."""
-    sample = "\n".join(text.split("\n", _SAMPLE)[:_SAMPLE])
+    lines = text.split("\n")
+    chosen = set(range(min(len(lines), _SAMPLE)))
+    for candidate in _SEPARATORS:  # The first lines may have a single cell each.
+        chosen |= set(itertools.islice((place for place, line in enumerate(lines) if candidate in line), _SAMPLE))
+    sample = "\n".join(lines[place] for place in sorted(chosen))
     best, separator = (-1, -1), _SEPARATORS[0]
     for candidate in _SEPARATORS:
         with contextlib.suppress(csv.Error):
-            lines = _split(sample, candidate)
-            named = sum(any(files.find(cell) for cell in line.cells) for line in lines)
-            if (score := (named, sum(len(line.cells) > 1 for line in lines))) > best:
+            rows = _split(sample, candidate)
+            named = sum(any(files.find(cell) for cell in row.cells) for row in rows)
+            if (score := (named, sum(len(row.cells) > 1 for row in rows))) > best:
                 best, separator = score, candidate
     return separator
 
@@ -228,7 +264,7 @@ def _columns(path: Path, lines: list[_Line], files: _Files) -> tuple[dict[str, i
             matches[place] += files.find(cell) is not None
     file = matches.index(max(matches))
     header = lines[0].cells + [""] * (width - len(lines[0].cells))
-    words = [re.sub(r"[^a-z]", "", cell.lower()) for cell in header]
+    words = [_word(cell) for cell in header]
     # Without a dot or a slash, this is no file, but the name of a column.
     is_name = any(word in _LABEL for word in words) or not re.search(r"[./\\]", header[file])
     if is_name and files.find(header[file]) is None:
@@ -241,6 +277,10 @@ def _columns(path: Path, lines: list[_Line], files: _Files) -> tuple[dict[str, i
         )
     rest = [place for place in range(width) if place != file]
     return {"file": file} | dict(zip(("label", "part"), rest, strict=False)), lines
+
+
+def _word(cell: str) -> str:
+    return re.sub(r"[^a-z]", "", cell.lower())
 
 
 def _named_columns(where: str, header: list[str], words: list[str], file: int) -> dict[str, int]:

@@ -36,7 +36,7 @@ def test_missing_folder_and_empty_folder(tmp_path):
     assert checkpoint.load_newest(tmp_path) is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "foreign", "text", "pipe"])
 def test_damaged_and_foreign_files_fall_back_to_the_previous_checkpoint(tmp_path, caplog, damage):
     checkpoint.save(tmp_path, 1, content(1), keep=3)
     newest = checkpoint.save(tmp_path, 2, content(2), keep=3)
@@ -47,6 +47,9 @@ def test_damaged_and_foreign_files_fall_back_to_the_previous_checkpoint(tmp_path
         newest.write_bytes(b"")
     elif damage == "flipped":  # one byte in the middle of the tensor
         newest.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :])
+    elif damage == "pipe":
+        newest.unlink()
+        os.mkfifo(newest)
     elif damage == "foreign":
         torch.save({"model": torch.zeros(3)}, newest)
     else:

@@ -188,3 +188,52 @@ def test_the_examples_in_the_documentation(tmp_path):
 def test_whole_numbers_that_pandas_writes_with_a_point_are_whole(root, written, labels):
     """A column of whole numbers becomes one of floats if one is missing."""
     assert [entry.label for entry in read(root, NUMBERED.format(*written))] == labels
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# my labels\n" + PLAIN,
+        "#\n# cats, dogs; and a label\nfile,label,part\n" + PLAIN.replace("more/4", "# checked\nmore/4"),
+        "#file,label,part\n" + PLAIN,
+        "#label,file,part\ncat,photos/001.jpg\ndog,photos/002.JPG\n,more/a b.png\ndog,more/4.png,test\n",
+    ],
+)
+def test_lines_that_begin_with_a_hash_are_comments_or_a_header(root, text):
+    assert read(root, text) == EXPECTED
+
+
+def test_names_may_begin_with_a_hash(root):
+    for name in ("#1.png", "# 2.png"):
+        (root / name).write_bytes(b"image")
+    for separator in ",;":
+        text = (PLAIN + "#1.png,cat\n# 2.png,dog\n").replace(",", separator)
+        labels = {entry.file: entry.label for entry in read(root, text, (*FILES, "#1.png", "# 2.png"))}
+        assert (labels["#1.png"], labels["# 2.png"]) == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["{}.png", "a b {}.png"])
+def test_the_first_separator_may_be_late(tmp_path, name):
+    files = [name.format(number) for number in range(111)]
+    for file in files:
+        (tmp_path / file).write_bytes(b"image")
+    entries = read(tmp_path, "\n".join(files) + ";a\n", files)
+    assert {entry.file for entry in entries if entry.label} == {files[-1]} and len(entries) == 111
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            PLAIN.replace(",", " "),
+            r"labels.csv, line 3: .*: use commas, semicolons, tabs or vertical bars if names cont",
+        ),
+        ("1.png big dog\n", "line 1: part 'dog' of 1.png must be .* or vertical bars if names contain spaces$"),
+        (PLAIN.replace("dog,test", "d\0g,test"), "labels.csv, line 4 contains a NUL character; delete it, or save"),
+        (PLAIN.replace("photos/002", "photos/0\x0002"), "labels.csv, line 2 contains a NUL character"),
+    ],
+)
+def test_spaces_as_separators_and_characters_of_damaged_files_are_named(root, text, words):
+    (root / "1.png").write_bytes(b"image")
+    with pytest.raises(DataError, match=words):
+        read(root, text, (*FILES, "1.png"))
