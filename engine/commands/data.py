@@ -18,7 +18,7 @@ import tyro
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import FOLDER, check_seed, check_size, folder_name
 from engine.config.config import load_config
-from engine.errors import UserError, near_names, nearest_hint, unknown
+from engine.errors import UserError, near_names, nearest_hint, printable, unknown
 from engine.runs.setup import open_data
 from pipelines.data import cache
 from pipelines.data.cache import DataSet
@@ -297,7 +297,7 @@ def _list(options: ListOptions) -> None:
             continue
         try:
             root = Path(cache.read_description(path, prepare_command(Path("FOLDER")))["name"].removeprefix(FOLDER))
-            print(f"{root}: {_sizes(open_folder(root))}")
+            print(printable(f"{root}: {_sizes(open_folder(root))}"))
         except cache.DataError as error:
             print(error)
 
@@ -318,7 +318,7 @@ def _info(options: InfoOptions) -> None:
     print(_sizes(data))
     print(f"\n{'class':24} {'labeled':>9} {'test':>9}")
     for c, label in enumerate(data.classes):
-        print(f"{label:24} {int((data.train_labels == c).sum()):9} {int((data.test_labels == c).sum()):9}")
+        print(f"{printable(label):24} {int((data.train_labels == c).sum()):9} {int((data.test_labels == c).sum()):9}")
     mean, deviation = _moments(data.train_images)
     shown = [" ".join(f"{value:.1f}" for value in values) for values in (mean, deviation)]
     print(f"\nmean of the training images per channel {shown[0]}, standard deviation {shown[1]} (0 to 255)")
@@ -353,6 +353,8 @@ def _draw(data: DataSet, path: Path) -> None:
 def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
     if rule not in RULES:
         raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{nearest_hint(rule, RULES)}")
+    if rule == "all" and labels:
+        raise UserError("--rule all uses every label; leave out --labels, or give another rule")
     check_seed(seed)
     try:
         return RULES[rule](data, labels, seed)
@@ -377,7 +379,8 @@ def _split(options: SplitOptions) -> None:
         return
     print(" ".join(map(str, indices.tolist())))
     counts = np.bincount(data.train_labels[indices], minlength=len(data.classes))
-    print("labels per class: " + ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True)))
+    per_class = ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
+    print(printable(f"labels per class: {per_class}"))
     print(f"SHA-256 of the indices {content['sha256']}\nSHA-256 of the images {content['images_sha256']}")
 
 
@@ -400,7 +403,8 @@ def _check_split(options: CheckSplitOptions) -> None:
         raise UserError(
             f"{path} contains index {max(given)}, but {data.name} has only {len(data.train_images)} training images"
         )
-    expected = _labeled_indices(options.rule, data, options.labels or len(given), seed)
+    labels = options.labels or (0 if options.rule == "all" else len(given))
+    expected = _labeled_indices(options.rule, data, labels, seed)
     result = compare(expected, given)
     compared = f"rule {options.rule}, {len(expected)} labels of {data.name}, seed {seed}"
     if result.same:

@@ -47,7 +47,7 @@ class PredictOptions:
     json: bool = False
     """Print one JSON object per line."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """CSV file to write instead of printing: file, class, and one probability per class."""
+    """CSV file to write instead of printing: file, class, and one probability per class; - for standard output."""
     top: int | None = None
     """Print or write only this number of classes, the most probable first."""
     batch: int = 256
@@ -108,7 +108,8 @@ def evaluate(argv: list[str]) -> None:
         return
     print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(labels)} images, loss {loss:.4f}")
     absent = recalls.count(None)
-    print(f"balanced accuracy {balanced:.2f} %" + (f"; {absent} classes have no test images" if absent else ""))
+    without = f"; {absent} {'class has' if absent == 1 else 'classes have'} no test images" if absent else ""
+    print(f"balanced accuracy {balanced:.2f} %{without}")
     print(*map(printable, confusion.recall_table(matrix, data.classes)), sep="\n")
 
 
@@ -117,26 +118,32 @@ def predict(argv: list[str]) -> None:
     options: PredictOptions = parse(PredictOptions, "predict", argv)
     from engine.inference import predict
     from engine.inference.trained import load_ema_model
+    from pipelines.data.image_files import describe_remarks
 
     for flag, value in (("batch", options.batch), ("top", options.top)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, got {value}")
+    if options.json and options.csv:
+        raise UserError("--json prints and --csv writes the result; leave one of them out")
     files = predict.find_images(options.images)
     trained = load_ema_model(options.dir)
     skip = len(files) > 1  # Otherwise the reason is the only message.
     warn = len(files) <= options.batch  # A message per file would hide the results of many.
+    remarks: list[tuple[str, str]] = []
+    note = None if warn else lambda name, remark: remarks.append((name, remark))
     found: dict[int, int] = {}  # Predicted class of each file that could be read.
 
     def rows() -> Iterator[tuple[Path, np.ndarray]]:
         for number, values in predict.classify(
-            trained.network, files, trained.sides[0], trained.device, options.batch, skip, warn
+            trained.network, files, trained.sides[0], trained.device, options.batch, skip, warn, note
         ):
             found[number] = int(values.argmax())
             yield files[number], values
 
     if options.csv:
-        if predict.write_csv(options.csv, trained.classes, rows(), options.top):
-            print(f"{options.csv}: {len(found)} of {len(files)} images")
+        place = Path("/dev/stdout") if str(options.csv) == "-" else options.csv
+        if predict.write_csv(place, trained.classes, rows(), options.top) and place.parent != Path("/dev"):
+            print(f"{place}: {len(found)} of {len(files)} images")
     else:
         for path, values in rows():
             named = [(trained.classes[number], float(values[number])) for number in predict.ranked(values, options.top)]
@@ -148,6 +155,8 @@ def predict(argv: list[str]) -> None:
                 named = list(zip(trained.classes, map(float, values), strict=True))
             best = trained.classes[int(values.argmax())]
             print(json.dumps({"image": str(path), "class": best, "probabilities": dict(named)}))
+    for line in describe_remarks(remarks):
+        log.warning(line)
     if not found:
         raise UserError("no image could be read")
     if len(found) > 1:

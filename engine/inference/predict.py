@@ -7,7 +7,7 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 Source: TypeAlias = Path | bytes | Image.Image  # One image: a file, the content of a file, or a decoded image.
 
 
-def read_image(source: Source, side: int, warn: bool = True, name: str = "") -> np.ndarray:
+def read_image(
+    source: Source, side: int, warn: bool = True, name: str = "", note: Callable[[str, str], None] | None = None
+) -> np.ndarray:
     """Read an image as input for the network.
 
     Apply the EXIF orientation, blend transparency with black, convert to RGB, resize the shorter side and crop the
@@ -38,6 +40,7 @@ def read_image(source: Source, side: int, warn: bool = True, name: str = "") -> 
         side: Side of the network's input, in pixels.
         warn: Whether to warn about changes.
         name: What messages call the image, by default its path.
+        note: Called with the name and the remark if the range of values is changed, instead of a warning.
 
     Returns:
         (side, side, 3) uint8.
@@ -52,7 +55,9 @@ def read_image(source: Source, side: int, warn: bool = True, name: str = "") -> 
         raise UserError(f"{name}: no such file") from None
     except (OSError, DecodeError) as error:
         raise UserError(f"{name} cannot be read as an image ({error})") from None
-    if warn and changed:
+    if note and changed:
+        note(name, changed)
+    elif warn and changed:
         log.warning(f"{name}: {changed}")
     if warn and image.size != (side, side):
         log.warning(f"{name}: {image.size[0]}x{image.size[1]} pixels, resized to {side}x{side}")
@@ -92,6 +97,7 @@ def classify(
     batch: int,
     skip: bool = False,
     warn: bool = False,
+    note: Callable[[str, str], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield class probabilities of images, with one decoded image and one batch of resized ones in memory at a time.
 
@@ -103,6 +109,7 @@ def classify(
         batch: Number of images in a batch.
         skip: Leave out images that cannot be read, with a warning.
         warn: Whether to warn about images that are changed by reading them.
+        note: See `read_image`.
 
     Yields:
         Index of each image, in order, and its probabilities, (L,) float32.
@@ -115,7 +122,7 @@ def classify(
         for number, source in enumerate(sources):
             name = str(source) if isinstance(source, Path) else f"images[{number}]"
             try:
-                yield number, read_image(source, side, warn, name)
+                yield number, read_image(source, side, warn, name, note)
             except UserError as error:
                 if not skip:
                     raise

@@ -1,6 +1,7 @@
 """`remixmatch data`, the paper's presets, and training on a folder from `prepare` to `predict`."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -510,3 +511,43 @@ def test_summary_reports_held_out_test_images(capsys, photos, tmp_path):
     output = say(capsys, "train", "folder", "--data", photos, "--out", "run", *QUICK)
     assert "tested on 2 held-out labeled images" in output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_test_images"] == 2
+
+
+def test_names_of_classes_are_printed_on_one_line(capsys, tmp_path):
+    for part, name in itertools.product(("train", "test"), ("two\nlines", "red\x1b[31m")):
+        (tmp_path / "odd" / part / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9), (len(name), len(part), 0)).save(tmp_path / "odd" / part / name / "a.png")
+    say(capsys, "data", "prepare", "odd", "--size", 8)
+    table = say(capsys, "data", "info", "odd").split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in table] == ["class", r"red\x1b[31m", r"two\nlines"]
+    assert r"labels per class: red\x1b[31m 1, two\nlines 1" in say(capsys, "data", "split", "odd", "--rule", "all")
+
+
+def test_labels_are_not_silently_ignored(capsys):
+    words = "--rule all uses every label; leave out --labels, or give another rule"
+    assert words in fails(capsys, "data", "split", "digits", "--labels", 3, "--rule", "all")
+    (Path.cwd() / "indices.txt").write_text("0\n1\n")
+    for arguments, code in ((("--labels", 2), 2), ((), 1)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["data", "check-split", "indices.txt", "--data", "digits", "--rule", "all", *map(str, arguments)])
+        assert ended.value.code == code
+
+
+def test_equal_images_in_two_classes_are_a_warning(capsys, photos):
+    one, other = sorted(photos.glob("train/*"))[:2]
+    shutil.copy(sorted(one.iterdir())[0], other / "copy.png")
+    capsys.readouterr()
+    cli.main(["data", "prepare", str(photos), "--size", "16"])
+    first = f"train/{one.name}/{sorted(one.iterdir())[0].name} ({one.name})"
+    err = capsys.readouterr().err
+    assert f"{first} and train/{other.name}/copy.png ({other.name}) are the same image in two classes\n" in err
+    assert "1 image is also in another class\n" in err
+
+
+def test_a_pipe_in_place_of_the_table_does_not_wait(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    os.mkfifo(photos / "labels.csv")
+    for arguments in (("prepare", photos, "--size", 16), ("info", photos)):
+        assert "labels.csv cannot be read (not a regular file)" in fails(capsys, "data", *arguments)
+    assert "labels.csv cannot be read (not a regular file)" in say(capsys, "data", "list")

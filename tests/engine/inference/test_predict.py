@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from engine.commands import main as cli
 from engine.config.presets import preset
 from engine.errors import UserError
 from engine.inference import predict
+from tests.processes import ROOT
 
 
 @pytest.fixture
@@ -324,3 +327,40 @@ def test_the_api_reports_errors_like_the_command_line(trained, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         load(tmp_path)
     assert preset("digits-40").steps == 2500, "presets do not change"
+
+
+def test_remarks_on_many_files_are_summarized(trained, tmp_path, capsys):
+    for number in range(5):
+        deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * (100 + number)
+        Image.fromarray(deep).save(tmp_path / f"{number}.png")
+    cli.main(["predict", str(trained), str(tmp_path), "--batch", "2"])
+    names = f"{tmp_path}/0.png, {tmp_path}/1.png, {tmp_path}/2.png and 2 more"
+    told = capsys.readouterr().err
+    assert f"remixmatch: 5 files: values stretched to 0 to 255 ({names})\n" in told and "resized" not in told
+    cli.main(["predict", str(trained), str(tmp_path), "--batch", "5"])
+    told = capsys.readouterr().err
+    assert told.count(": values stretched to 0 to 255: mode I;16, 0 to ") == 5 and "5 files" not in told
+
+
+def test_a_csv_goes_to_standard_output_for_a_dash(trained, tmp_path, images):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "engine.commands.main", "predict", trained, "a.png", "--csv", "-", "--top", "1"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    head, row = ended.stdout.splitlines()
+    assert head == "file,class,probability" and row.startswith("a.png,") and not (tmp_path / "-").exists()
+
+
+def test_two_forms_of_output_are_refused(trained, tmp_path, capsys):
+    assert exit_code("predict", trained, tmp_path, "--json", "--csv", "out.csv") == 2
+    assert "--json prints and --csv writes the result; leave one of them out" in capsys.readouterr().err
+
+
+def test_a_pipe_in_place_of_the_configuration_does_not_wait(tmp_path, images, capsys):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run/config.json")
+    for arguments in (("predict", tmp_path / "run", tmp_path / "a.png"), ("eval", tmp_path / "run")):
+        assert exit_code(*arguments) == 2
+        assert "run/config.json cannot be read (not a regular file)\n" in capsys.readouterr().err
