@@ -136,7 +136,8 @@ def train(
             side of the first 1000 training images.
         steps_scale: Scale steps, ramp, intervals, and the windows of EMA and batch norm together; fields that are given
             override it.
-        progress: Show progress on a terminal or in a notebook, or as a line now and then on stderr.
+        progress: Show progress on a terminal or in a notebook, or as a line now and then on stderr. Warnings are logged
+            in any case.
         callback: Called with the step and the metrics of each new line of metrics.jsonl, between two steps. Every
             `log_every` steps there are two lines: losses and the other metrics of the step; and throughput. Each
             evaluation adds one with test_accuracy and test_loss. An exception that it raises ends the training and
@@ -152,6 +153,11 @@ def train(
     fields, progress = convert_fields(fields), _argument("progress", bool, progress)
     if callback is not None and not callable(callback):
         raise UserError(f"callback must be a function of step and metrics, got {type(callback).__name__}")
+    for name, folder in (("out", out), ("data", data)):
+        if folder == "":
+            raise UserError(f"{name} must name a folder, got ''")
+    if size is not None and (data is None or isinstance(data, (str, os.PathLike))):
+        raise UserError("size requires images given in Python (data); the images of a data set keep their size")
     config = find_preset(preset)
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])

@@ -8,17 +8,21 @@ from typing import Any
 
 from engine.config.config import Config
 from engine.config.presets import PRESETS
+from engine.config.values import shown
 from engine.errors import UserError
 
 # Fields that --steps-scale changes.
 SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
+MAX_SCALE = 1_000_000
 MIN_SPANS = 5  # Spans of an average after which its initial value, with a weight of exp(-5), no longer matters.
 
 
 def check_scale(scale: float) -> None:
     """Raise UserError if steps cannot be scaled by this factor."""
-    if not (math.isfinite(scale) and scale > 0):
+    if not scale > 0:
         raise UserError(f"--steps-scale must be more than 0, got {scale}")
+    if scale > MAX_SCALE:
+        raise UserError(f"--steps-scale must be at most {MAX_SCALE}, got {scale}")
 
 
 def lengths(config: Config) -> dict[str, Any]:
@@ -34,11 +38,16 @@ def scaled(config: Config, scale: float) -> Config:
     weights at the end of a short rehearsal. The learning rate stays the same.
 
     Raises:
-        UserError: See `check_scale`.
+        UserError: See `check_scale`; or a value is not allowed even without the scale.
     """
     check_scale(scale)
     if scale == 1:
         return config
+    for name in SCALED:
+        most = 1 if name in ("ema_decay", "bn_momentum") else 2**63
+        if not 0 <= getattr(config, name) <= most:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} must be from 0 to {most} to be scaled, got {shown(getattr(config, name))}")
     whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
     return dataclasses.replace(
         config,
@@ -53,18 +62,30 @@ def scaled(config: Config, scale: float) -> Config:
 
 def too_short(config: Config) -> str:
     """Return a warning if a run ends before its ramp, or within a few spans of one of its averages; "" otherwise."""
-    reasons = _unfinished(config)
-    if not reasons:
+    needed = _unfinished(config)
+    if not needed:
         return ""
-    fix = "use more --steps, or a shorter --ramp-kimg, --ema-decay and --bn-momentum"
-    if preset := PRESETS.get(config.preset):
-        scale = config.steps / preset.steps
+    most = max(needed.values())
+    fix = f"use at least --steps {math.ceil(most)}" if most < math.inf else "change these flags"
+    preset = PRESETS.get(config.preset)
+    if preset and (scale := config.steps / preset.steps) < 1:
         # Settings that differ from the preset's have flags, which override the scale.
         kept = {name: value for name, value in lengths(config).items() if value != getattr(preset, name)}
         advised = dataclasses.replace(config, **lengths(scaled(preset, scale)) | kept | {"steps": config.steps})
-        if scale < 1 and not _unfinished(advised):
-            fix = f"use --steps-scale {scale:.3g} instead of --steps {config.steps} to scale them with the steps"
-    return f"the run ends after {config.steps} steps: {', '.join(reasons)}; {fix}"
+        if not _unfinished(advised):
+            fix = f"use --steps-scale {scale:.3g} instead of --steps {config.steps}, which scales these, too"
+        elif kept.keys() == {"steps"}:
+            fix = f"use --steps-scale instead of --steps, which scales these, too; or {fix.removeprefix('use ')}"
+    *others, last = [f"{name} (--{flag}: {_counted(count)})" for (name, flag), count in needed.items()]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    few = f"{_counted(config.steps)} {'is' if config.steps == 1 else 'are'}"
+    return f"{few} too few for {listed}; {fix}"
+
+
+def _counted(steps: float) -> str:
+    if steps == math.inf:
+        return "no number of steps is enough"
+    return "1 step" if math.ceil(steps) == 1 else f"{math.ceil(steps)} steps"
 
 
 def ramp_steps(config: Config) -> float:
@@ -72,14 +93,9 @@ def ramp_steps(config: Config) -> float:
     return config.ramp_kimg * 1024 / config.batch if config.unlabeled and (config.w_u or config.w_u1) else 0.0
 
 
-def _unfinished(config: Config) -> list[str]:
-    """Describe what takes longer than the run."""
-    reasons = []
-    ramp = ramp_steps(config)
-    if config.steps < ramp:
-        reasons.append(f"before the ramp of the unlabeled losses ({ramp:.0f} steps)")
-    for average, weight in (("EMA", 1 - config.ema_decay), ("batch norm statistics", config.bn_momentum)):
-        span = 1 / weight if weight > 0 else math.inf
-        if config.steps < MIN_SPANS * span:
-            reasons.append(f"within {config.steps / span:.2g} spans of the {average} ({span:.0f} steps each)")
-    return reasons
+def _unfinished(config: Config) -> dict[tuple[str, str], float]:
+    """Return what takes longer than the run, with its flag, and the steps that it takes."""
+    needed = {("the ramp", "ramp-kimg"): ramp_steps(config)}
+    averages = {("the EMA", "ema-decay"): 1 - config.ema_decay, ("batch norm", "bn-momentum"): config.bn_momentum}
+    needed |= {name: MIN_SPANS / weight if weight > 0 else math.inf for name, weight in averages.items()}
+    return {name: count for name, count in needed.items() if config.steps < count}

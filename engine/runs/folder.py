@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from engine.config.checks import check_seed
 from engine.config.config import RESUMABLE, Config, changed_fields, load_config
 from engine.config.presets import PRESETS
 from engine.errors import UserError
@@ -31,7 +32,11 @@ def default_folder(config: Config, resume: bool) -> Path:
     """Return the default folder of a run: `runs/PRESET-seedN`, or `runs/PRESET-METHOD-seedN` for another method.
 
     Repetitions get a number appended. When resuming, return the newest existing one.
+
+    Raises:
+        UserError: The seed is not allowed.
     """
+    check_seed(config.seed)
     another = config.preset in PRESETS and PRESETS[config.preset].method != config.method
     name = f"{config.preset}{f'-{config.method}' if another else ''}-seed{config.seed}"
     folders = [RUNS / name]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import pytest
 
@@ -43,10 +45,35 @@ def test_resuming_with_the_same_flags_gives_the_same_run():
     assert (other.steps, other.ramp_kimg, other.batch) == (500, 0.8, 8), "a different run, which --resume refuses"
 
 
-@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
-def test_invalid_scales(scale):
-    with pytest.raises(UserError, match=f"^--steps-scale must be more than 0, got {scale}"):
+@pytest.mark.parametrize(
+    ("scale", "bound"),
+    [("0", "more than 0"), ("-1", "more than 0"), ("nan", "more than 0"), ("inf", "at most 1000000"),
+     ("1e+308", "at most 1000000")],
+)  # fmt: skip
+def test_invalid_scales(scale, bound):
+    with pytest.raises(UserError, match=f"^--steps-scale must be {bound}, got {re.escape(scale)}"):
         parsed("digits-40", "--steps-scale", scale)
+
+
+def test_the_smallest_and_the_largest_scale():
+    config = parsed("digits-40", "--steps-scale", "5e-324")
+    assert (config.steps, config.eval_every, config.ema_decay, config.bn_momentum) == (1, 1, 0, 1)
+    assert parsed("digits-40", "--steps-scale", "1e6").steps == 2_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=10**400), "--steps must be from 0 to 9223372036854775808 to be scaled, got 1000"),
+        (dict(bn_momentum=2.0), "--bn-momentum must be from 0 to 1 to be scaled, got 2.0"),
+        (dict(ema_decay=-0.5), "--ema-decay must be from 0 to 1 to be scaled, got -0.5"),
+        (dict(ramp_kimg=math.inf), "--ramp-kimg must be from 0 to"),
+    ],
+)
+def test_values_that_cannot_be_scaled(changes, message):
+    with pytest.raises(UserError) as caught:
+        scaled(dataclasses.replace(preset("digits-40"), **changes), 0.3)
+    assert str(caught.value).startswith(message) and len(str(caught.value)) < 200
 
 
 def test_presets_are_long_enough_at_any_scale():
@@ -63,11 +90,10 @@ def test_the_recipe_for_a_cpu_is_long_enough():
 
 def test_short_runs_are_described_with_their_numbers_and_the_fix():
     small = preset("fashion-100-small")
-    # The ramp is 64 * 1024 / 32 steps, a span of the EMA 1 / 0.001, and one of batch norm 1 / 0.01.
+    # The ramp is 64 * 1024 / 32 steps; 5 spans of the EMA are 5 / 0.001, and of batch norm 5 / 0.01.
     assert too_short(dataclasses.replace(small, steps=400)) == (
-        "the run ends after 400 steps: before the ramp of the unlabeled losses (2048 steps), "
-        "within 0.4 spans of the EMA (1000 steps each), within 4 spans of the batch norm statistics (100 steps each); "
-        "use --steps-scale 0.05 instead of --steps 400 to scale them with the steps"
+        "400 steps are too few for the ramp (--ramp-kimg: 2048 steps), the EMA (--ema-decay: 5000 steps) and batch "
+        "norm (--bn-momentum: 500 steps); use --steps-scale 0.05 instead of --steps 400, which scales these, too"
     )
     advised = parsed("fashion-100-small", "--steps-scale", "0.05")
     assert advised.steps == 400 and too_short(advised) == ""
@@ -76,20 +102,20 @@ def test_short_runs_are_described_with_their_numbers_and_the_fix():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(steps=2047, ema_decay=0.99), "before the ramp of the unlabeled losses (2048 steps)"),
+        (dict(steps=2047, ema_decay=0.99), "the ramp (--ramp-kimg: 2048 steps)"),
         (dict(steps=2048, ema_decay=0.99), ""),
         (dict(steps=2047, ema_decay=0.99, method="supervised"), ""),
         (dict(steps=2047, ema_decay=0.99, w_u=0.0, w_u1=0.0), ""),
         (dict(steps=5000), ""),
-        (dict(steps=4999), "within 5 spans of the EMA (1000 steps each)"),
+        (dict(steps=4999), "the EMA (--ema-decay: 5000 steps)"),
         (dict(steps=500, ema_decay=0.0, ramp_kimg=0.0), ""),
-        (dict(steps=499, ema_decay=0.0, ramp_kimg=0.0), "within 5 spans of the batch norm statistics (100 steps each)"),
-        (dict(ema_decay=1.0), "within 0 spans of the EMA (inf steps each)"),
+        (dict(steps=499, ema_decay=0.0, ramp_kimg=0.0), "batch norm (--bn-momentum: 500 steps)"),
+        (dict(ema_decay=1.0), "the EMA (--ema-decay: no number of steps is enough)"),
     ],
 )
 def test_bounds_of_the_warning(changes, said):
     warning = too_short(dataclasses.replace(preset("fashion-100-small"), **changes))
-    assert (f": {said}; " in warning) if said else warning == ""
+    assert (f"are too few for {said}; " in warning) if said else warning == ""
 
 
 def test_only_one_of_the_processes_that_set_up_a_run_warns(tmp_path, caplog, monkeypatch):
@@ -106,8 +132,20 @@ def test_only_one_of_the_processes_that_set_up_a_run_warns(tmp_path, caplog, mon
     assert len(caplog.messages) == 2, "a single process"
 
 
-@pytest.mark.parametrize("changes", [dict(steps=1), dict(preset="deleted", steps=100), dict(ema_decay=1.0),
-                                     dict(steps=600, ema_decay=0.999)])  # fmt: skip
-def test_the_fix_of_a_run_that_scaling_cannot_help(changes):
-    config = dataclasses.replace(preset("digits-40"), **changes)
-    assert too_short(config).endswith("; use more --steps, or a shorter --ramp-kimg, --ema-decay and --bn-momentum")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(steps=1),
+            "1 step is too few for the ramp (--ramp-kimg: 256 steps), the EMA (--ema-decay: 500 steps) and batch norm "
+            "(--bn-momentum: 250 steps); use --steps-scale instead of --steps, which scales these, too; or at least "
+            "--steps 500",
+        ),
+        (dict(preset="deleted", steps=100), "; use at least --steps 500"),
+        (dict(ema_decay=1.0), "(--ema-decay: no number of steps is enough); change these flags"),
+        (dict(ema_decay=1.0, steps=10**12), "(--ema-decay: no number of steps is enough); change these flags"),
+        (dict(steps=600, ema_decay=0.999), "600 steps are too few for the EMA (--ema-decay: 5000 steps); use at least"),
+    ],
+)
+def test_the_fix_of_a_run_that_scaling_cannot_help(changes, message):
+    assert message in too_short(dataclasses.replace(preset("digits-40"), **changes))

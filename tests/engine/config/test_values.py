@@ -30,6 +30,7 @@ from engine.errors import UserError
         ("class_distribution", np.array([0.25, 0.75]), (0.25, 0.75)),
         ("class_distribution", torch.tensor([0.25, 0.75]), (0.25, 0.75)),
         ("class_distribution", [np.float64(1)], (1.0,)),
+        ("class_distribution", [torch.tensor(0.25), np.array(0.75)], (0.25, 0.75)),
         ("class_distribution", (), ()),
     ],
 )
@@ -71,6 +72,19 @@ def test_values_are_converted(field, value, expected):
         (dict(class_distribution={"a": 1}), "class_distribution must be numbers, got {'a': 1}"),
         (dict(lr=float("nan")), "--lr must be more than 0, got nan"),
         (dict(w_rot=float("inf")), "--w-rot must be finite, got inf"),
+        (dict(seed=10**5000), "--seed must be less than 2^63, got a number of thousands of digits"),
+        (dict(seed=10**5000, out=None), "--seed must be from 0 to 4294967295, got a number of thousands of digits"),
+        (dict(seed=10**400, out=None), "--seed must be from 0 to 4294967295, got 1000"),
+        (dict(steps=10**5000), "--steps must be less than 2^63, got a number of thousands of digits"),
+        (dict(batch=-(10**5000)), "--batch must be at least 1, got a number of thousands of digits"),
+        (dict(lr=10**5000), "lr must be a number, got a number of thousands of digits"),
+        (dict(class_distribution=[10**5000]), "class_distribution must be numbers, got a number of thousands"),
+        (dict(mode="a\x1b[31m\n" + 500 * "b"), r"mode must be one of auto, eager, compile, graph; got 'a\x1b[31m\nbbb"),
+        (dict(steps_scale=1e308), "--steps-scale must be at most 1000000, got 1e+308"),
+        (dict(size=32), "size requires images given in Python (data)"),
+        (dict(size=32, data="folder"), "size requires images given in Python (data)"),
+        (dict(data=""), "data must name a folder, got ''"),
+        (dict(out=""), "out must name a folder, got ''"),
         (dict(steps=2**63), "--steps must be less than 2^63, got 9223372036854775808"),
         (dict(method="fixmach"), "unknown method 'fixmach'; did you mean fixmatch"),
         (dict(ablate="k=3"), "unknown ablation 'k=3'"),
@@ -83,7 +97,8 @@ def test_values_are_converted(field, value, expected):
         (dict(preset=None), "preset must be text, got None"),
     ],
 )
-def test_train_refuses_other_values_in_one_line(tmp_path, given, message):
+def test_train_refuses_other_values_in_one_line(tmp_path, monkeypatch, given, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         train(**{"preset": "digits-40", "out": tmp_path / "run", **given})
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value) and len(str(caught.value)) < 200

@@ -189,7 +189,7 @@ def test_a_client_added_on_resume_receives_all_metrics(tmp_path, alone, client):
     assert rows == merged(folder) and rows[-1][0] == 9 and rows[-1][1].keys() >= {"loss", "test_accuracy"}
     assert config["steps"] == 9 and config["preset"] == "digits-40"
     short, *said = log.read_text().splitlines()
-    assert short.startswith("remixmatch: the run ends after 6 steps: ")
+    assert short.startswith("remixmatch: 6 steps are too few for ")
     assert len(said) == 2 and all(line.startswith("digits-40 seed 0: test accuracy") for line in said)
 
 
