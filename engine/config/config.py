@@ -416,6 +416,10 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"no folder '{folder}'")
 
 
+# Fields that every version has written.
+_WRITTEN = frozenset({"preset", "dataset", "seed", "steps"})
+
+
 def load_config(path: Path) -> Config:
     """Load a configuration that `config_json` has written.
 
@@ -449,6 +453,8 @@ def parse_config(text: str, path: Path) -> Config:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise UserError("not a JSON object")
+        if missing := _WRITTEN - values.keys():
+            raise UserError(f"it lacks {', '.join(sorted(missing))}")
         return Config(**convert_fields(values))
-    except (json.JSONDecodeError, UserError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a configuration of this version ({error})") from None

@@ -94,6 +94,9 @@ def test_plans_use_the_configured_ctaugment(tiny):
         assert (spec.ctaugment, spec.side) == (ctaugment, 16)
 
 
+WHOLE = '{"preset": "digits-40", "dataset": "digits", "seed": 0, "steps": 3}'
+
+
 def test_configuration_round_trips_through_its_file(tmp_path):
     config = dataclasses.replace(preset("digits-10"), lr=0.0031, seed=7, class_distribution=(0.1,) * 10)
     path = tmp_path / "config.json"
@@ -103,12 +106,24 @@ def test_configuration_round_trips_through_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"steps": 3, "color": 1}', "[1]", '{"k": "x"}', '{"lr": null}', '{"flip": "no"}']
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "not a JSON object"),
+        ("{}", "it lacks dataset, preset, seed, steps"),
+        ('{"preset": "digits-40", "seed": 0, "steps": 3}', "it lacks dataset"),
+        (WHOLE.replace("}", ', "color": 1}'), "unknown configuration field 'color'"),
+        (WHOLE.replace("}", ', "k": "x"}'), "k must be an integer, got 'x'"),
+        (WHOLE.replace("}", ', "lr": null}'), "lr must be a number, got None"),
+        (WHOLE.replace("}", ', "flip": "no"}'), "flip must be true or false, got 'no'"),
+        (WHOLE.replace("3}", f"{'3' * 5000}}}"), "Exceeds the limit"),
+        ("[" * 100_000, "maximum recursion depth"),
+    ],
 )
-def test_invalid_configuration_files(tmp_path, text):
+def test_invalid_configuration_files(tmp_path, text, reason):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="is not a configuration of this version"):
+    with pytest.raises(UserError, match=rf"is not a configuration of this version \({reason}"):
         load_config(path)
     with pytest.raises(UserError, match=r"no folder '.*/elsewhere'"):
         load_config(tmp_path / "elsewhere" / "config.json")

@@ -185,7 +185,9 @@ def test_a_damaged_split_is_made_again(copy, caplog):
     assert caplog.messages == [f"{path} is missing or damaged; it is made again from the data as they are now"]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b'{"preset": 3}'])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"\xff", b"[]", b"{}", b'{"preset": 3}', b'{"preset": "digits-40", "seed": 0}']
+)
 def test_a_damaged_configuration_is_restored_from_the_newest_checkpoint(made, copy, image, capsys, content):
     path, whole = copy / "config.json", (made / "config.json").read_bytes()
     path.unlink()
@@ -199,6 +201,29 @@ def test_a_damaged_configuration_is_restored_from_the_newest_checkpoint(made, co
         setup_run(run_config(copy), copy)
     code, _, err = command(capsys, "train", "digits-40", "--out", copy, "--resume", "--quiet")
     assert code == 0 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop"])
+def test_a_configuration_that_is_no_file_is_read_from_the_newest_checkpoint(copy, image, capsys, kind):
+    path, newest = copy / "config.json", checkpoint.list_checkpoints(copy / CHECKPOINTS)[-1]
+    whole = path.read_bytes()
+    path.unlink()
+    path.mkdir() if kind == "folder" else path.symlink_to(path)
+    said = f"remixmatch: config.json of {copy} is missing or damaged; using the configuration in {newest}\n"
+    for words in users(copy, image):
+        assert command(capsys, *words)[::2] == (0, said)
+        checkpoint._saved_config.cache_clear()  # As in another process.
+    code, _, err = command(capsys, "train", "digits-40", "--out", copy, "--resume", "--quiet")
+    if kind == "loop":
+        assert code == 0 and path.read_bytes() == whole
+    else:
+        assert code == 2 and err.startswith(said) and len(err.splitlines()) == 2
+        assert f"cannot write {path} (Is a directory)" in err
+    newest.parent.rename(copy / "elsewhere")
+    path.unlink() if kind == "loop" else path.rmdir()
+    path.mkdir()
+    code, _, err = command(capsys, "eval", copy)
+    assert (code, err) == (2, f"remixmatch: {path} is not a configuration of this version (Is a directory)\n")
 
 
 def test_a_configuration_of_a_later_version_is_not_cut_down(copy):
