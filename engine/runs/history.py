@@ -7,6 +7,7 @@ views as images, so that a report needs neither the data nor the network. Nothin
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ import numpy as np
 from engine.config.config import Config
 from pipelines.ctaugment import BINS, NAMES
 from pipelines.data.cache import DataSet
-from pipelines.files import atomic_write, fits, read_json_lines, write_text
+from pipelines.files import atomic_write, fits, read_file, read_json_lines, write_text
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def _small(images: np.ndarray) -> np.ndarray:
 def read_results(folder: Path) -> dict[str, np.ndarray] | None:
     """Return the arrays written by `save_results`; None if they are missing or damaged, as in an unfinished run."""
     try:
-        with np.load(folder / RESULTS, allow_pickle=False) as found:
+        with np.load(io.BytesIO(read_file(folder / RESULTS)), allow_pickle=False) as found:
             arrays = {name: found[name] for name in _ARRAYS}
     except Exception:  # damaged files raise all kinds of errors
         return None

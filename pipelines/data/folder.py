@@ -32,9 +32,9 @@ from pipelines.files import some, write_text
 
 SAVE_SECONDS = 1.0  # Minimum time between saves of decoded images.
 # Version of the rules that turn files into images, labels and parts; a cache of another version is out of date.
-# Version 1 recorded neither its number nor the targets of links. Up to version 2, a file behind several links was read
-# several times, labels such as 1.0 were names, and the gray levels of some TIFF files were inverted.
-_RULES = 3
+# Version 1 recorded neither its number nor the targets of links. It read files behind several links several times, took
+# labels such as 1.0 as names, and read values of more than 8 bits differently.
+_RULES = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,7 +95,7 @@ def scan(root: Path, rules: int = _RULES) -> Listing:
         if not root.is_dir():
             raise DataError(f"{root} is not a folder")
         train, test = _from_table(root, rules) if os.path.lexists(root / TABLE) else _from_folders(root)
-        if rules > 2:
+        if rules > 1:
             train, test = _once(root, train, test)
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be read ({error.strerror or error})") from None
@@ -142,7 +142,7 @@ def _from_folders(root: Path) -> tuple[list[tuple[str, str]], list[tuple[str, st
 
 
 def _from_table(root: Path, rules: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    entries = read_table(root, _images(root, root), as_written=rules <= 2)
+    entries = read_table(root, _images(root, root), as_written=rules < 2)
     train, test = (
         [(each.file, each.label) for each in entries if (each.part == "test") is is_test] for is_test in (False, True)
     )

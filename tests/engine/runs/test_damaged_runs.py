@@ -223,7 +223,7 @@ def test_a_configuration_that_is_no_file_is_read_from_the_newest_checkpoint(copy
     path.unlink() if kind == "loop" else path.rmdir()
     path.mkdir()
     code, _, err = command(capsys, "eval", copy)
-    assert (code, err) == (2, f"remixmatch: {path} is not a configuration of this version (Is a directory)\n")
+    assert (code, err) == (2, f"remixmatch: {path} cannot be read (not a regular file)\n")
 
 
 def test_a_configuration_of_a_later_version_is_not_cut_down(copy):

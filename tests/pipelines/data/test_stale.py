@@ -171,7 +171,7 @@ def test_other_permissions_are_no_change_and_the_files_are_read_once(sorted_pets
     assert len(open_folder(sorted_pets).train_images) == 8 and len(read) == 20, "the new times have been recorded"
 
 
-def test_runs_on_links_and_labels_as_the_second_version_read_them_can_go_on(listed_pets, monkeypatch):
+def test_runs_on_links_and_labels_as_the_first_version_read_them_can_go_on(listed_pets, monkeypatch):
     """Links to listed images were images of their own, and 1.0 a class."""
     table = listed_pets / "labels.csv"
     (listed_pets / "again.bmp").symlink_to("cat0.bmp")
@@ -179,8 +179,8 @@ def test_runs_on_links_and_labels_as_the_second_version_read_them_can_go_on(list
     with pytest.raises(DataError, match="under two labels"):
         prepare(listed_pets, 8)
     with monkeypatch.context() as earlier:
-        earlier.setattr(folder, "scan", lambda root, rules=2: scan(root, 2))
-        earlier.setattr(folder, "_RULES", 2)
+        earlier.setattr(folder, "scan", lambda root, rules=1: scan(root, 1))
+        earlier.setattr(folder, "_RULES", 1)
         prepare(listed_pets, 8)
     data = open_folder(listed_pets, earlier_rules=True)
     assert data.classes == ("0.0", "1.0") and data.train_images[0, 0, 0, 0] == 0 and data.train_labels[0] == 1
