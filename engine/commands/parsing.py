@@ -120,10 +120,14 @@ def _tidy_help(options: Any) -> None:
 
 
 def _check_values(flags: Mapping[str, Any], argv: Sequence[str], usage: str) -> None:
-    """Raise UserError if a flag that takes any number of values has none, which tyro accepts."""
+    """Raise UserError if a flag that takes any number of values has none, or a path is empty; tyro accepts both."""
     words = list(itertools.takewhile("--".__ne__, argv))
     for word, following in itertools.pairwise([*words, "--"]):
-        hint = flags.get(word.replace("_", "-"))
+        flag, equal, value = word.partition("=")
+        hint = flags.get(flag.replace("_", "-"))
+        # An empty path, as from a shell variable that is not set, would mean the current folder.
+        if flag.startswith("--") and hint and allowed(hint) == "a path" and not (value if equal else following):
+            raise UserError(f"{flag} needs a value: a path (see '{usage}')")
         if word.startswith("--") and following.startswith("--") and get_args(hint)[-1:] == (...,):
             raise UserError(f"{word} needs a value: one or more {allowed(hint)} (see '{usage}')")
 
