@@ -75,6 +75,10 @@ COMMANDS = {
         "bench.cli:main",
         "run a benchmark: remixmatch bench NAME [flags]; 'remixmatch bench --help' lists them",
     ),
+    "completion": (
+        "engine.commands.completion:main",
+        "print a script that completes command lines in bash: remixmatch completion bash",
+    ),
     "version": (
         "engine.commands.version:main",
         "print the version",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from engine.commands.parsing import DataDir, parse
+from engine.commands.parsing import DataDir, flags_of, parse
 from engine.config import methods
 from engine.config.checks import folder_name
 from engine.config.config import SECTIONS, Config, changes
@@ -143,8 +143,7 @@ def parse_train(
     """
 
     def parsed(config: Config) -> TrainOptions:
-        groups = {"folder": FolderOptions(), "ablations": AblationOptions(), "source": SourceOptions()}
-        groups |= {"ranks": RankOptions(), **(others or {})}
+        groups = _groups(others)
         kind = _options(config, groups, text, help or {})
         flags = parse(kind, f"{command} {argv[0]}" if argv[0] else f"train {config.preset}", list(argv[1:]))
         values = {name: value for section in SECTIONS for name, value in vars(getattr(flags, section)).items()}
@@ -184,6 +183,17 @@ def parse_train(
     if options.source.data:
         sources["dataset"] = "--data"
     return dataclasses.replace(options, sources=sources)
+
+
+def train_flags() -> dict[str, Any]:
+    """Return the type of each flag of `remixmatch train`."""
+    return flags_of(_options(Config(), _groups({"configuration": ConfigurationOptions()}), "", {}))
+
+
+def _groups(others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the defaults of the groups of flags that are no fields; `others` adds to them or replaces them."""
+    groups = {"folder": FolderOptions(), "ablations": AblationOptions(), "source": SourceOptions()}
+    return {**groups, "ranks": RankOptions(), **(others or {})}
 
 
 class _Layers:

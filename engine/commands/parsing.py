@@ -89,7 +89,7 @@ def parse(options: type, command: str, argv: list[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-    usage, flags = f"remixmatch {command} --help", _flags(options)
+    usage, flags = f"remixmatch {command} --help", flags_of(options)
     if parsed is not None:
         _check_values(flags, argv, usage)
         return parsed
@@ -205,7 +205,7 @@ def _given(flag: str, argv: Sequence[str]) -> list[str]:
     return values
 
 
-def _flags(options: Any) -> dict[str, Any]:
+def flags_of(options: Any) -> dict[str, Any]:
     """Return the type of each flag of a dataclass, including nested dataclasses."""
     flags: dict[str, Any] = {}
     positional = get_args(tyro.conf.Positional[int])[1]

@@ -27,6 +27,7 @@ LINES = {
     "report run": "interrupted",
     "bench throughput": "interrupted",
     "doctor": "interrupted",
+    "completion bash": "interrupted",
     "version": "interrupted",
 }
 
