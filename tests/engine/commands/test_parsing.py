@@ -84,7 +84,7 @@ def needs_argument(command):
         ("train digits-40 --stem-channels 4", "--stem-channels must be one of 3, 8; got '4'"),
         ("train digits-40 --seed", "--seed needs a value: an integer"),
         ("train digits-40 --device", "--device needs a value: one of auto, cpu, cuda"),
-        ("train digits-40 --out= --k 1", "--out needs a value: a path (see .*)"),
+        ("train digits-40 --out= --steps 0", "--out needs a value: a path (see .*)"),
         ("train digits-40 --data=", "--data needs a value: a path (see .*)"),
         ("export run --out=", "--out needs a value: a path (see .*)"),
         ("train digits-40 --seed --resume", "--seed needs a value: an integer"),
