@@ -21,7 +21,7 @@ def stamps_of(root: Path, files: Sequence[str], rules: int) -> dict[str, str]:
     Args:
         root: The folder.
         files: Paths relative to it.
-        rules: Version of the rules of `pipelines.data.folder`; the first one records no targets.
+        rules: Version of the rules, see `pipelines.data.listing.RULES`; the first one records no targets.
 
     Returns:
         A stamp for every file. A broken link has the stamp "", and is reported when it is decoded.

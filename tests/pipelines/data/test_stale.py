@@ -180,7 +180,7 @@ def test_runs_on_links_and_labels_as_the_first_version_read_them_can_go_on(liste
         prepare(listed_pets, 8)
     with monkeypatch.context() as earlier:
         earlier.setattr(folder, "scan", lambda root, rules=1: scan(root, 1))
-        earlier.setattr(folder, "_RULES", 1)
+        earlier.setattr(folder, "RULES", 1)
         prepare(listed_pets, 8)
     data = open_folder(listed_pets, earlier_rules=True)
     assert data.classes == ("0.0", "1.0") and data.train_images[0, 0, 0, 0] == 0 and data.train_labels[0] == 1
@@ -224,7 +224,7 @@ def test_a_folder_behind_a_link_and_a_copied_folder_are_the_same(sorted_pets, tm
 
 
 def test_other_rules_require_another_preparation(sorted_pets, monkeypatch):
-    monkeypatch.setattr(folder, "_RULES", folder._RULES + 1)
+    monkeypatch.setattr(folder, "RULES", folder.RULES + 1)
     words = r"was prepared by another version of the engine, which reads some images differently; run: .* --size 8$"
     with pytest.raises(DataError, match=words):
         open_folder(sorted_pets)
