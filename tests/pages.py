@@ -46,7 +46,10 @@ def commands():
 
 
 def examples():
-    """Return the Python examples: code blocks that do not quote the source."""
+    """Return the Python examples that run as they are: code blocks that do not quote the source.
+
+    Code that needs the reader's own data is marked as `py` instead of `python`.
+    """
     quoted = {quote.code for text in TEXTS.values() for quote in hooks.quotes(text)}
     python = [code for text in TEXTS.values() for language, code in blocks(text) if language == "python"]
     return [code for code in python if code not in quoted]

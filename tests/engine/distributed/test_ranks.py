@@ -195,6 +195,7 @@ def test_a_rank_that_cannot_handle_a_signal_exits_with_a_message():
     script = (
         "import ctypes, os, signal, threading\nfrom engine.distributed import watchdog as module\n"
         "module.SIGNAL_TIMEOUT = 1.0\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # Under nohup it would be ignored.
         "stop, system = module.StopRequest(), ctypes.CDLL(None)\n"
         "mutex, condition = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)\n"
         "def ask():\n    system.pthread_mutex_lock(mutex)\n    os.kill(os.getpid(), signal.SIGHUP)\n"

@@ -388,7 +388,7 @@ def test_folders_may_be_given_as_before(tmp_path, monkeypatch):
 
 def test_the_example_in_the_documentation(given, monkeypatch):
     page = (ROOT / "docs/own-images.md").read_text(encoding="utf-8")
-    (code,) = [code for language, code in blocks(page) if language == "python"]
+    (code,) = [code for language, code in blocks(page) if language == "py"]
     made = []
     monkeypatch.setattr(api, "train", lambda preset, data, out, size=None: made.append(python_data_set(data, size)))
     names = {"train_set": given[0], "test_set": given[1], "images": images(6, 32), "labels": LABELS}
