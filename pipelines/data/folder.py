@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,20 @@ def prepare(
         DataError: The folder is invalid, too few of its images can be read, or the cache cannot be written.
     """
     listing, folder = scan(root), cache_of(root)
-    stamps, (strays, left_out) = stamps_of(root, listing.files, RULES), unused_files(root, listing)
+    (stamps, times), (strays, left_out) = stamps_of(root, listing.files, RULES), unused_files(root, listing)
     key = _key(RULES, size, device, stamps, listing)
     description = {} if again else _description(folder)
-    contents = contents_of(root, stamps, description.get("source", {}), progress)
-    if made := _made_before(folder, description, listing, key, contents, strays, left_out):
-        return made
+    before = description.get("source", {})
+    contents = contents_of(root, stamps, times, before, progress)
+    replaced = replaced_files(before, contents)
+    if before.get("key") == key and not replaced:
+        if before.get("contents") != contents:  # Other times of change: without these, the files are read every time.
+            renewed = {**description, "source": {**before, "contents": contents}}
+            write_text(folder / cache.DESCRIPTION, cache.as_text(renewed))
+        return _prepared(folder, listing, before, strays, left_out)
 
-    earlier, noted = _images_before(folder, description.get("source", {}), size, device, stamps, contents)
+    unchanged = {file for file, stamp in stamps.items() if stamp == before.get("stamps", {}).get(file)} - replaced
+    earlier, noted = _images_before(folder, before, size, device, unchanged)
 
     def decoded(files: Sequence[str], note: Callable[[int, str], None]) -> Iterator[tuple[int, np.ndarray | str]]:
         new = [index for index, name in enumerate(files) if name not in earlier]
@@ -149,9 +155,7 @@ def prepare(
             "remarks": remarks,
         }
         cache.finish(temporary, f"folder:{root.resolve()}", listing.classes, (), source)
-    return Prepared(
-        folder, listing, tuple(unreadable), tuple(duplicates), strays, left_out, tuple(remarks), tuple(conflicts)
-    )
+    return _prepared(folder, listing, source, strays, left_out)
 
 
 def _conflicts(digests: Sequence[str], pairs: Sequence[tuple[str, int]]) -> list[tuple[str, str]]:
@@ -172,23 +176,10 @@ def _description(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _made_before(
-    folder: Path,
-    description: dict[str, Any],
-    listing: Listing,
-    key: str,
-    contents: Mapping[str, Sequence[Any]],
-    strays: tuple[str, ...],
-    left_out: tuple[str, ...],
-) -> Prepared | None:
-    """Return the result of an earlier call with the same key and contents, or None if there is none."""
-    source = description.get("source", {})
-    if source.get("key") != key or replaced_files(source, contents):
-        return None
-    if source.get("contents") != contents:  # Other times of change: without these, the files are read every time.
-        write_text(
-            folder / cache.DESCRIPTION, cache.as_text({**description, "source": {**source, "contents": contents}})
-        )
+def _prepared(
+    folder: Path, listing: Listing, source: Mapping[str, Any], strays: tuple[str, ...], left_out: tuple[str, ...]
+) -> Prepared:
+    """Return the result of a preparation from the source in the description of its cache."""
     unreadable, duplicates, remarks, conflicts = (
         tuple((one, other) for one, other in source.get(name, ()))
         for name in ("unreadable", "twins", "remarks", "conflicts")
@@ -197,28 +188,18 @@ def _made_before(
 
 
 def _images_before(
-    folder: Path,
-    source: Mapping[str, Any],
-    size: int,
-    device: str,
-    stamps: Mapping[str, str],
-    contents: Mapping[str, Sequence[Any]],
+    folder: Path, source: Mapping[str, Any], size: int, device: str, unchanged: Collection[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the images of an existing cache whose files have not changed, memory-mapped, and remarks on them."""
     images: dict[str, np.ndarray] = {}
     try:
         if (source.get("rules"), source["size"], source["decoder"]) != (RULES, size, device):
             return {}, {}
-        replaced = replaced_files(source, contents)
         unreadable = {file for file, _ in source["unreadable"]}
         for part, pairs in zip(("train", "test"), source["listing"][1:], strict=True):
             stored = np.asarray(np.load(folder / f"{part}_images.npy", mmap_mode="r"))
             files = [file for file, _ in pairs if file not in unreadable]
-            images |= {
-                file: image
-                for file, image in zip(files, stored, strict=True)
-                if stamps.get(file) == source["stamps"][file] and file not in replaced
-            }
+            images |= {file: image for file, image in zip(files, stored, strict=True) if file in unchanged}
     except (OSError, ValueError, KeyError):  # There is no cache, or it is damaged.
         return {}, {}
     return images, {file: remark for file, remark in source.get("remarks", ()) if file in images}
@@ -322,8 +303,8 @@ def _changes(root: Path, source: Mapping[str, Any]) -> list[str]:
     """Describe what has changed in a folder since it was prepared; empty if nothing has."""
     rules = source.get("rules", 1)
     listing = scan(root, rules)
-    stamps = stamps_of(root, listing.files, rules)
-    replaced = replaced_files(source, contents_of(root, stamps, source) if "contents" in source else {})
+    stamps, times = stamps_of(root, listing.files, rules)
+    replaced = replaced_files(source, contents_of(root, stamps, times, source) if "contents" in source else {})
     key = _key(rules, source["size"], source.get("decoder", "cpu"), stamps, listing)
     if source.get("key") == key and not replaced:
         return []
