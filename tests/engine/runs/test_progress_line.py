@@ -18,12 +18,20 @@ from tests.terminals import ROOT, on_terminal
 VALUES = {"test %": 75.6, "loss": 1.25, "loss_x": 0.5, "loss_u": 0.7, "loss_u1": 0.3, "loss_rot": 0.2}
 
 
+# Steps of a line that is drawn in another process.
+DRAWN = """
+import sys
+from engine.runs.progress import ProgressLine
+line = ProgressLine({steps})
+line.start(0, images_per_step=100)
+line.advance(2)
+line.close()
+"""
+
+
 @pytest.fixture
-def clock(monkeypatch):
-    """Replace the clock by one that tests move, in seconds."""
-    moved = SimpleNamespace(now=50.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: moved.now))
-    return moved
+def clock(replace_clock):
+    return replace_clock(progress, "monotonic", 50.0)
 
 
 def texts(line, width):
@@ -158,14 +166,7 @@ line.close()
 
 
 def test_a_dumb_terminal_and_a_file_get_plain_lines():
-    script = """
-import sys
-from engine.runs.progress import ProgressLine
-line = ProgressLine(2)
-line.start(0, images_per_step=100)
-line.advance(2)
-line.close()
-"""
+    script = DRAWN.format(steps=2)
     printed = on_terminal(script, TERM="dumb")
     assert re.fullmatch(r"step 2/2  0 s left  .*\r\n", printed) and "\x1b" not in printed
     # Colors forced by CI do not turn a file into a terminal.
@@ -175,13 +176,7 @@ line.close()
 
 
 def test_no_color_leaves_out_colors():
-    script = """
-from engine.runs.progress import ProgressLine
-line = ProgressLine(4)
-line.start(0, images_per_step=100)
-line.advance(2)
-line.close()
-"""
+    script = DRAWN.format(steps=4)
     assert "\x1b[" in on_terminal(script) and re.search(r"\x1b\[[0-9;]+m", on_terminal(script))
     printed = on_terminal(script, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]+m", printed) and "2/4 ━━━━━" in printed

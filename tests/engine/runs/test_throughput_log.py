@@ -1,7 +1,6 @@
 """Throughput in the metrics: values by hand, with a clock that only the tests move."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import run
 from engine.method.losses import LOSSES
 from engine.runs import throughput
-from engine.runs.progress import ProgressLine, read_metrics
+from engine.runs.progress import THROUGHPUT, ProgressLine, read_metrics
 from engine.runs.setup import setup_run
-from engine.runs.throughput import THROUGHPUT, Throughput
+from engine.runs.throughput import Throughput
 from engine.training import trainer
 from engine.training.step import METRICS
 from tests.pages import TEXTS
@@ -20,11 +19,8 @@ from tests.processes import repeatable_metrics
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """Replace the clock of the throughput by one that tests move, in seconds."""
-    moved = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: moved.now))
-    return moved
+def clock(replace_clock):
+    return replace_clock(throughput, "perf_counter", 100.0)
 
 
 def test_steps_on_a_cpu_end_when_they_were_launched(clock, monkeypatch):

@@ -339,12 +339,17 @@ def test_a_file_behind_several_links_is_read_once(pets):
     assert [file for file, _ in made.unreadable] == ["unlabeled/lost0.png", "unlabeled/lost1.png"]
 
 
+def table_of_linked_folder(root, folder, link, named):
+    """Make four images in a folder with a link to it, and return the lines of a table that names them by either."""
+    for number in range(4):
+        put(root, f"{folder}/{number}.png", number)
+    (root / link).symlink_to(folder)
+    return [f"{named}/{number}.png,{'ab'[number % 2]}" for number in range(4)]
+
+
 def test_one_file_under_two_labels_in_a_table_raises(tmp_path, data_dir):
     root = tmp_path / "pets"
-    for number in range(4):
-        put(root, f"cat/{number}.png", number)
-    (root / "alias").symlink_to("cat")
-    lines = [f"cat/{number}.png,{'ab'[number % 2]}" for number in range(4)]
+    lines = table_of_linked_folder(root, "cat", "alias", named="cat")
     (root / "labels.csv").write_text("\n".join([*lines, "alias/0.png,b"]))
     with pytest.raises(DataError, match=r"alias/0.png \(b\) and cat/0.png \(a\) are the same file under two labels"):
         scan(root)
@@ -362,10 +367,7 @@ def test_equal_images_in_two_classes_are_reported(pets):
 
 def test_a_table_may_name_files_through_links(tmp_path, data_dir):
     root = tmp_path / "pets"
-    for number in range(4):
-        put(root, f"store/{number}.png", number)
-    (root / "images").symlink_to("store")
-    lines = [f"images/{number}.png,{'ab'[number % 2]}" for number in range(4)]
+    lines = table_of_linked_folder(root, "store", "images", named="images")
     (root / "labels.csv").write_text("\n".join(lines))
     made = prepare(root, 8)
     assert made.strays == () == made.left_out and len(made.listing.train) + len(made.listing.test) == 4
