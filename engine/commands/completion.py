@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
 
 import tyro
 
@@ -12,7 +11,7 @@ from engine.commands.data import SUBCOMMANDS
 from engine.commands.options import train_flags
 from engine.commands.parsing import parse
 from engine.config.presets import PRESETS
-from engine.config.values import allowed
+from engine.config.values import allowed, choices
 from engine.errors import unknown
 
 # COMP_WORDS are the words of the command line, and COMP_CWORD is the number of the one to complete. Without a match,
@@ -56,8 +55,10 @@ def main(argv: list[str]) -> None:
     from engine.commands.main import COMMANDS
 
     flags = train_flags()
-    choices = {flag: get_args(hint) for flag, hint in flags.items() if hint and allowed(hint).startswith("one of ")}
-    choices |= {flag: () for flag, hint in flags.items() if hint and allowed(hint) == "a path"}
-    values = [f'        {flag}) words="{" ".join(map(str, each))}" ;;' for flag, each in choices.items()]
+    # Without words, bash completes the names of files.
+    valued = {
+        flag: choices(hint) for flag, hint in flags.items() if choices(hint) or (hint and allowed(hint) == "a path")
+    }
+    values = [f'        {flag}) words="{" ".join(map(str, each))}" ;;' for flag, each in valued.items()]
     lists: dict[str, Iterable[str]] = dict(commands=COMMANDS, presets=PRESETS, data=SUBCOMMANDS, flags=flags)
     print(SCRIPT.format(values="\n".join(values), **{name: " ".join(each) for name, each in lists.items()}), end="")

@@ -174,7 +174,7 @@ def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[s
     )
     shown = [f"{name} {count}" for count, name in counts if count]
     more = f", and {len(shown) - 20} other classes" if len(shown) > 20 else ""
-    log.info(printable(f"predicted classes: {', '.join(shown[:20])}{more}"))
+    log.info(f"predicted classes: {', '.join(shown[:20])}{more}")
     if all(path.parent.name in classes for path in files):
         labels = np.array([classes.index(path.parent.name) for path in files])
         matrix = confusion.confusion_matrix(labels, predicted, len(classes))
@@ -183,7 +183,7 @@ def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[s
             f"balanced accuracy {confusion.balanced_accuracy(matrix):.2f} %"
         )
         for line in confusion.recall_table(matrix, classes):
-            log.info(printable(line))
+            log.info(line)
 
 
 def export(argv: list[str]) -> None:

@@ -23,11 +23,17 @@ _KINDS = {
 }
 
 
+def choices(hint: Any) -> tuple[Any, ...]:
+    """Return the values of a Literal, which may be optional; () for any other type."""
+    hint = _without_none(hint)
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
 def allowed(hint: Any) -> str:
     """Describe the values of a type: "an integer", "one of a, b"."""
     hint = _without_none(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if choices(hint):
+        return f"one of {', '.join(map(str, choices(hint)))}"
     if get_origin(hint) is tuple:
         first, *rest = get_args(hint)
         count = "" if rest == [...] else f"{1 + len(rest)} "
@@ -50,12 +56,12 @@ def must_be(name: str, hint: Any, given: str, quoted: bool = True) -> str:
         given: The value as text.
         quoted: Whether the value is text, which is shown in quotes.
     """
-    hint, text = _without_none(hint), _shortened(printable(given))
+    text = _shortened(printable(given))
     text = f"'{text}'" if quoted else text
-    if get_origin(hint) is not Literal:
+    if not choices(hint):
         return f"{name} must be {allowed(hint)}, got {text}"
     # Short words are all alike: gpu is meant as cuda, but is near to cpu.
-    near = nearest_hint(given, map(str, get_args(hint))) if quoted and len(given) > 3 else ""
+    near = nearest_hint(given, map(str, choices(hint))) if quoted and len(given) > 3 else ""
     return f"{name} must be {allowed(hint)}; got {text}{near}"
 
 
@@ -102,8 +108,8 @@ def _is_scalar(value: Any) -> bool:
 def _convert(hint: Any, value: Any) -> Any:
     """Return the converted value, or None if it is not allowed."""
     value = value.item() if _is_scalar(value) else value
-    if get_origin(hint) is Literal:
-        return next((each for each in get_args(hint) if type(each) is type(value) and each == value), None)
+    if choices(hint):
+        return next((each for each in choices(hint) if type(each) is type(value) and each == value), None)
     if get_origin(hint) is tuple:
         values = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(values, list | tuple):

@@ -28,6 +28,7 @@ from engine.report import charts
 from engine.report.charts import Chart
 from engine.report.reading import REFERENCE, Found, RunData
 from engine.runs.headline import MEDIAN_OF
+from engine.runs.progress import THROUGHPUT
 
 MANY = 8  # with more runs, show fewer images, and draw one line per group
 LOSSLESS_SIDE = 32  # images up to this side in pixels are PNGs
@@ -155,12 +156,11 @@ def _facts(run: RunData) -> list[tuple[str, str, str]]:
 
 def _speed_facts(run: RunData) -> list[tuple[str, str, str]]:
     """Return facts about the throughput in a run's metrics; none for runs of earlier versions."""
-    names = ("step_ms", "images_per_second", "memory_mib", "lr")
-    rows = [row for row in run.metrics if row.keys() >= set(names)]
-    if not rows:
+    found = {name: run.series(name)[1] for name in THROUGHPUT}
+    if not all(found.values()):
         return []
-    milliseconds, images = (median(row[name] for row in rows) for name in names[:2])
-    memory, lr = max(row["memory_mib"] for row in rows), rows[-1]["lr"]
+    milliseconds, memory, lr = median(found["step_ms"]), max(found["memory_mib"]), found["lr"][-1]
+    images = median(found["images_per_second"])
     words = f"median; {images:,.0f} images/s, peak memory {memory:,.0f} MiB, learning rate {lr:g}"
     facts = [("Step", f"{milliseconds:,.2f} ms", words)]
     if not run.done:

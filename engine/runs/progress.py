@@ -23,6 +23,7 @@ from pipelines.files import fits, read_json_lines, write_text
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+THROUGHPUT = ("images_per_second", "step_ms", "memory_mib", "lr")  # See `engine.runs.throughput`.
 FLUSH_SECONDS = 30.0  # between writes to the logger
 
 REDRAWS = 1.0  # of the progress line, per second

@@ -138,10 +138,7 @@ def _check_same_size(config: Config, data: DataSet, folder: Path) -> None:
     sides = tuple(before.get("sides", data.sides))
     if before.get("dataset") == config.dataset and sides != data.sides:
         was, now = (f"{width}x{height}" for height, width in (sides, data.sides))
-        raise UserError(
-            f"{folder} was started with different data; these differ: size of the images; restore them ({was} pixels; "
-            f"now {now}), or start a new run with another --out"
-        )
+        raise _other_data(folder, "size of the images", f"restore them ({was} pixels; now {now})")
 
 
 def _check_same_data(setup: RunSetup, folder: Path) -> None:
@@ -150,7 +147,11 @@ def _check_same_data(setup: RunSetup, folder: Path) -> None:
     if setup.resumed and not before:
         log.warning(f"{folder / SPLIT} is missing or damaged; it is made again from the data as they are now")
     if before and (found := differences(before, setup.identity)):
-        raise UserError(
-            f"{folder} was started with different data; these differ: {', '.join(found)}; restore them, or start a new "
-            "run with another --out"
-        )
+        raise _other_data(folder, ", ".join(found))
+
+
+def _other_data(folder: Path, differing: str, fix: str = "restore them") -> UserError:
+    return UserError(
+        f"{folder} was started with different data; these differ: {differing}; {fix}, or start a new run with another "
+        "--out"
+    )

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from engine.measuring.process import peak_memory
-
-THROUGHPUT = ("images_per_second", "step_ms", "memory_mib", "lr")
+from engine.runs.progress import THROUGHPUT
 
 
 class Throughput:
