@@ -1,0 +1,314 @@
+"""Batch norm, leaky ReLU, convolution and residual addition as one operator that reads each activation once.
+
+A pre-activation network (Zagoruyko & Komodakis, 2016) is a chain of these layers. As separate operators each layer
+passes over its activations six times: statistics, normalization, convolution, and the addition. This operator computes
+`y = conv(leaky_relu(batch_norm(x))) + residual` in one pass, and the statistics of y, for the next layer's batch norm,
+in the same pass. `kernels/convolution.py` has the Triton kernels.
+
+The three operators of a layer, for bfloat16 or float16 activations (N, C, H, W) in torch.channels_last:
+
+- `norm_act_conv`: y, and the statistics of each tile of y;
+- `norm_act_conv_input_grad`: the gradient before the leaky ReLU, and both sums of batch norm's backward per tile;
+- `norm_act_conv_weight_grad`: the weight gradient of each split of the pixels.
+
+Sums over tiles and splits are taken by the caller in a fixed order, so that results are bitwise deterministic. With
+torch.compile these sums, and batch norm's gradient, fuse with the operations around them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from kernels import convolution
+
+SLOPE = 0.1  # Of the leaky ReLU.
+
+
+class Moments(NamedTuple):
+    """Statistics of the channels of a batch: mean and biased variance, (C,) float32 each."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Tilings(NamedTuple):
+    """Tilings of a layer's three kernels; see `convolution.tilings`. () runs cuDNN on stored activations instead."""
+
+    forward: tuple[int, ...]
+    input_grad: tuple[int, ...] = ()
+    weight_grad: tuple[int, ...] = ()
+
+
+def norm_act_conv(
+    x: Tensor,
+    moments: Moments,
+    gamma: Tensor,
+    beta: Tensor,
+    epsilon: float,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    tilings: Tilings,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Compute `conv(leaky_relu(batch_norm(x))) + residual` and the statistics of the result.
+
+    The padding is `(taps - 1) / 2`. The gradient treats `moments` as the statistics of x, like batch norm in training.
+
+    Args:
+        x: (N, C, H, W) bfloat16 or float16 in torch.channels_last.
+        moments: The statistics to normalize with.
+        gamma: (C,) float32, batch norm's weight.
+        beta: (C,) float32, batch norm's bias.
+        epsilon: Added to the variance.
+        weight: (O, C, taps, taps), of the dtype of x in torch.channels_last; taps is 1 or 3.
+        residual: (N, O, H / stride, W / stride), like x, or None.
+        stride: 1 or 2.
+        tilings: Tilings of the kernels, each supported for this shape.
+        statistics: Whether to compute the statistics.
+
+    Returns:
+        y, (N, O, H / stride, W / stride) like x. And (T, 2, O) float32 for `merge_moments`: mean and sum of squared
+        deviations of each of T tiles with equally many pixels, sample by sample. Empty without statistics.
+    """
+    rstd = torch.rsqrt(moments.var + epsilon)
+    return torch.ops.remixmatch.norm_act_conv(
+        x, moments.mean, rstd, gamma, beta, weight, residual, stride, statistics, *tilings
+    )
+
+
+def merge_moments(partial: Tensor, pixels: int) -> Moments:
+    """Merge the statistics of tiles with equally many pixels into those of all: (T, 2, C) float32 to two (C,).
+
+    Args:
+        partial: Mean and sum of squared deviations of each tile.
+        pixels: Number of pixels of all tiles.
+    """
+    means, deviations = partial.unbind(1)
+    mean = means.mean(0)
+    between = (means - mean).square().sum(0) * (pixels // len(partial))
+    return Moments(mean, (deviations.sum(0) + between) / pixels)
+
+
+def activate(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Compute `leaky_relu(batch_norm(x))` in float32 and round it to the dtype of x."""
+    scale = (gamma * rstd)[:, None, None]
+    return F.leaky_relu((x.float() - mean[:, None, None]) * scale + beta[:, None, None], SLOPE).to(x.dtype)
+
+
+def norm_act_conv_reference(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    statistics: bool,
+    forward_tiling: Sequence[int],
+    input_grad_tiling: Sequence[int],
+    weight_grad_tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Compute the operator `norm_act_conv` in plain PyTorch on any device, as its reference implementation."""
+    y = F.conv2d(activate(x, mean, rstd, gamma, beta).float(), weight.float(), None, stride, weight.shape[2] // 2)
+    y = (y if residual is None else y + residual.float()).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    tiles = _tiles(y.shape, forward_tiling) if statistics else 0
+    if not tiles:
+        return y, mean.new_empty(0, 2, y.shape[1])
+    tiled = _split_tiles(y.float(), forward_tiling)
+    means = tiled.mean(1)
+    return y, torch.stack([means, (tiled - means[:, None]).square().sum(1)], 1)
+
+
+def norm_act_conv_input_grad_reference(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    stride: int,
+    tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradient before the leaky ReLU, and its sums, in plain PyTorch on any device.
+
+    Returns:
+        g, (N, C, H, W) like x: the gradient of batch norm's result. And (T, 2, C) float32: the sums of g and of
+        g * (x - mean) over each tile of x.
+    """
+    size, padding = list(x.shape), weight.shape[2] // 2
+    g = conv2d_input(size, weight.float(), grad.float(), stride, padding)
+    return leaky_relu_grad(g, x, mean, rstd, gamma, beta, tiling)
+
+
+def leaky_relu_grad(
+    activation_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tiling: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient before the leaky ReLU and its sums, from the one after; see the input gradient."""
+    centered = x.float() - mean[:, None, None]
+    positive = centered * (gamma * rstd)[:, None, None] + beta[:, None, None] > 0
+    g = torch.where(positive, activation_grad.float(), SLOPE * activation_grad.float()).to(x.dtype)
+    g = g.contiguous(memory_format=torch.channels_last)
+    rounded = g.float()
+    sums = [_split_tiles(values, tiling).sum(1) for values in (rounded, rounded * centered)]
+    return g, torch.stack(sums, 1)
+
+
+def norm_act_conv_weight_grad_reference(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    taps: int,
+    stride: int,
+    tiling: Sequence[int],
+) -> Tensor:
+    """Compute the weight gradient of each split of the pixels in plain PyTorch on any device.
+
+    Returns:
+        (S, O, C, taps, taps) float32, each in torch.channels_last; the gradient is the sum over S.
+    """
+    size = (grad.shape[1], x.shape[1], taps, taps)
+    activated = activate(x, mean, rstd, gamma, beta).float()
+    whole = conv2d_weight(activated, size, grad.float(), stride, taps // 2)
+    partial = _empty_weight_grad(grad, x, mean, rstd, gamma, beta, taps, stride, tiling).zero_()
+    partial[0] = whole  # Only the sum is specified.
+    return partial
+
+
+def _tiles(shape: Sequence[int], tiling: Sequence[int]) -> int:
+    """Return the number of tiles of a (N, C, H, W) result: BLOCK_M pixels of a row times ROWS rows each."""
+    samples, _, height, width = shape
+    return samples * width // tiling[0] * (height // tiling[1]) if len(tiling) else 1
+
+
+def _split_tiles(values: Tensor, tiling: Sequence[int]) -> Tensor:
+    """Split (N, C, H, W) into the tiles of a kernel's result: (T, pixels, C)."""
+    _, channels, height, _ = values.shape
+    if not len(tiling):
+        return values.permute(0, 2, 3, 1).reshape(1, -1, channels)
+    block, rows = tiling[:2]
+    by_row = values.permute(0, 3, 2, 1).reshape(-1, block, height // rows, rows, channels)  # Samples and columns first.
+    return by_row.transpose(1, 2).reshape(-1, block * rows, channels)
+
+
+def _empty_result(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    statistics: bool,
+    forward_tiling: Sequence[int],
+    input_grad_tiling: Sequence[int],
+    weight_grad_tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, x.shape[3] // stride)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, mean.new_empty(_tiles(shape, forward_tiling) if statistics else 0, 2, weight.shape[0])
+
+
+def _empty_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    stride: int,
+    tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), mean.new_empty(_tiles(x.shape, tiling), 2, x.shape[1])
+
+
+def _empty_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    taps: int,
+    stride: int,
+    tiling: Sequence[int],
+) -> Tensor:
+    memory = mean.new_empty(tiling[0], grad.shape[1], taps, taps, x.shape[1])
+    return memory.permute(0, 1, 4, 2, 3)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, mean, rstd, gamma, beta, weight, residual, stride, _, _, input_grad_tiling, weight_grad_tiling = inputs
+    ctx.save_for_backward(x, mean, rstd, gamma, beta, weight)
+    ctx.stride, ctx.has_residual = stride, residual is not None
+    ctx.input_grad_tiling, ctx.weight_grad_tiling = list(input_grad_tiling), list(weight_grad_tiling)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, gamma, beta, weight = ctx.saved_tensors
+    norm, taps = (mean, rstd, gamma, beta), weight.shape[2]
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    library_passes = [not ctx.input_grad_tiling, not ctx.weight_grad_tiling, False]
+    if any(library_passes):
+        by_library = torch.ops.aten.convolution_backward(
+            grad, activate(x, *norm), weight, None, [ctx.stride] * 2, [taps // 2] * 2, [1, 1], False, [0, 0], 1,
+            library_passes,
+        )  # fmt: skip
+    if ctx.weight_grad_tiling:
+        partial = torch.ops.remixmatch.norm_act_conv_weight_grad(
+            grad, x, *norm, taps, ctx.stride, ctx.weight_grad_tiling
+        )
+        weight_grad = partial.sum(0).to(weight.dtype)
+    else:
+        weight_grad = by_library[1]
+    if ctx.input_grad_tiling:
+        g, sums = torch.ops.remixmatch.norm_act_conv_input_grad(
+            grad, x, *norm, weight, ctx.stride, ctx.input_grad_tiling
+        )
+    else:
+        g, sums = leaky_relu_grad(by_library[0], x, *norm, [])
+    # Batch norm's gradient (Ioffe & Szegedy, 2015, section 3).
+    beta_grad, centered_sum = sums.sum(0).unbind(0)  # (C,)
+    pixels = x.numel() // x.shape[1]
+    normalized_part = (x.float() - mean[:, None, None]) * (rstd.square() * centered_sum / pixels)[:, None, None]
+    x_grad = (gamma * rstd)[:, None, None] * (g.float() - (beta_grad / pixels)[:, None, None] - normalized_part)
+    residual_grad = grad if ctx.has_residual else None
+    return (
+        x_grad.to(x.dtype), None, None, rstd * centered_sum, beta_grad, weight_grad, residual_grad,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+# See kernels/assemble.py for why this does not use `triton_op`.
+for _name, _launch, _reference, _empty in (
+    ("norm_act_conv", convolution.launch_forward, norm_act_conv_reference, _empty_result),
+    (
+        "norm_act_conv_input_grad",
+        convolution.launch_input_grad,
+        norm_act_conv_input_grad_reference,
+        _empty_input_grad,
+    ),
+    (
+        "norm_act_conv_weight_grad",
+        convolution.launch_weight_grad,
+        norm_act_conv_weight_grad_reference,
+        _empty_weight_grad,
+    ),
+):
+    torch.library.define(f"remixmatch::{_name}", torch.library.infer_schema(_reference, mutates_args=()))
+    torch.library.impl(f"remixmatch::{_name}", "cuda", _launch)
+    torch.library.impl(f"remixmatch::{_name}", "cpu", _reference)
+    torch.library.register_fake(f"remixmatch::{_name}", _empty)
+torch.library.register_autograd("remixmatch::norm_act_conv", _backward, setup_context=_setup_context)
