@@ -1,8 +1,26 @@
-"""Triton kernels of `norm_act_conv`: direct convolutions that keep their halo on chip."""
+"""Triton kernels of `norm_act_conv`: direct convolutions that read each activation once from memory.
 
-from typing import NamedTuple
+A program computes BLOCK_M consecutive positions of (sample, column) in one row of the images, then in the next row, and
+so on. A row of the input is loaded and activated once per program and column offset, and contributes to three rows of
+the result, which are kept in registers: `_rows_kernel`. The overlapping loads of the column offsets hit the L1 cache.
+Convolutions with a stride of 2 or 1x1 weights reuse less and use `_taps_kernel`, which loads the input once per tap.
 
+Channels are powers of two and at least 16. Offsets are 32-bit integers. Padding is (taps - 1) / 2 zeros after the
+activation.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+_SLOPE = tl.constexpr(0.1)  # Of the leaky ReLU; see `norm_act_conv.SLOPE`.
+_DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_LARGEST = 2**31  # Elements.
+_PROGRAMS = 256  # Enough to occupy a large GPU.
 
 
 class Shape(NamedTuple):
@@ -17,37 +35,545 @@ class Shape(NamedTuple):
     stride: int
 
 
-def tilings(shape: Shape, which: str) -> list[tuple[int, ...]]:
+def tilings(shape: Shape, which: str, capability: int = 90) -> list[tuple[int, ...]]:
     """Return the tilings to choose from for one kernel, the one to use without measurements first.
+
+    Compiled ahead of time, none of them spills registers.
 
     Args:
         shape: Shape of the convolution.
         which: "forward", "input_grad" or "weight_grad".
+        capability: Compute capability of the GPU, such as 90.
 
     Returns:
         Tilings for the operators of `kernels.norm_act_conv`; empty if the kernel does not support the shape.
-        A tiling of "forward" or "input_grad" starts with two numbers that divide its result into tiles of equally many
-        pixels: BLOCK_M consecutive positions of (sample, column), times ROWS rows. Of "weight_grad", it starts with the
-        number of splits.
+        "forward", "input_grad": (BLOCK_M, ROWS, BLOCK_O, BLOCK_C, warps, stages). The first two divide the result into
+        tiles of equally many pixels; BLOCK_O and BLOCK_C are numbers of channels of the result and of the input.
+        "weight_grad": (SPLITS, BLOCK_M, ROWS, BLOCK_O, BLOCK_C, STACK, warps, stages).
     """
-    channels = shape.inputs, shape.outputs
-    if any(count < 16 or count & (count - 1) for count in channels) or shape.height % (2 * shape.stride):
+    samples, inputs, height, width, outputs, taps, stride = shape
+    largest = samples * height * width * max(inputs, outputs)
+    channels_fit = all(count >= 16 and count & (count - 1) == 0 for count in (inputs, outputs))
+    if not channels_fit or taps not in (1, 3) or height % stride or width % stride or largest >= _LARGEST:
         return []
-    stride = 1 if which == "input_grad" else shape.stride
-    columns, height = shape.samples * shape.width // stride, shape.height // stride
+    # Rows and positions that the tiles divide: those of the result, or of y for a gradient with stride 2.
+    height, positions = height // stride, samples * (width // stride)
     if which == "weight_grad":
-        return [(64,)]
-    rows = next(rows for rows in (8, 6, 4, 3, 2, 1) if height % rows == 0)
-    return [(block, rows) for block in (128, 64) if columns % block == 0]
+        return _weight_grad_tilings(shape, height, positions, capability)
+    parities = 1
+    if which == "input_grad":
+        if taps == 1 and stride == 2:
+            return []  # Three quarters of the gradient are zeros.
+        inputs, outputs, parities = outputs, inputs, stride**2
+    if outputs <= 32 and inputs <= 32:
+        choices = [(64, outputs, inputs, 4, 1), (128, outputs, inputs, 8, 1), (64, outputs, inputs, 4, 2)]
+    elif capability < 90:  # Accumulators and operands share the registers.
+        block_c = inputs if inputs <= 64 else 32
+        choices = [(64, min(outputs, 32), block_c, 8, stages) for stages in (1, 2)]
+    elif inputs <= 64:
+        block_o = min(outputs, 64)
+        choices = [(64, block_o, inputs, 8, 1), (128, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
+    else:
+        choices = [(128, min(outputs, 64), 64, 8, 1)]
+    found: list[tuple[int, ...]] = []
+    for block_m, block_o, block_c, warps, stages in choices:
+        if positions % block_m == 0:
+            rows = _rows(height, positions // block_m * (outputs // block_o) * parities)
+            found.append((block_m, rows, block_o, block_c, warps, stages))
+    return found
 
 
-def launch_forward(*arguments) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+def _weight_grad_tilings(shape: Shape, height: int, positions: int, capability: int) -> list[tuple[int, ...]]:
+    block_c = min(shape.inputs, 32)
+    if shape.taps == 3 and shape.stride == 1 and (shape.outputs <= 32 or capability < 90):
+        choices = [(128, min(shape.outputs, 32), 4, 8, 1), (64, min(shape.outputs, 32), 4, 4, 1)]
+        choices += [(128, min(shape.outputs, 32), 4, 8, 2)]
+    else:
+        block_o = min(shape.outputs, 64 if capability >= 90 else 32)
+        choices = [(64, block_o, 1, 8, 1), (32, block_o, 1, 8, 1), (64, block_o, 1, 8, 2)]
+    found: list[tuple[int, ...]] = []
+    for block_m, block_o, stack, warps, stages in choices:
+        if positions % block_m == 0:
+            blocks = shape.outputs // block_o * (shape.inputs // block_c)
+            rows = _rows(height, positions // block_m * blocks // 2)
+            splits = min(positions // block_m * (height // rows), max(_PROGRAMS // 2 // blocks, 1))
+            found.append((splits, block_m, rows, block_o, block_c, stack, warps, stages))
+    return found
 
 
-def launch_input_grad(*arguments) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError
+def _rows(height: int, parallel: int) -> int:
+    """Return the most rows of a tile, a divisor of the height, that leave enough programs."""
+    divisors = [rows for rows in range(1, height + 1) if height % rows == 0]
+    enough = [rows for rows in divisors if parallel * (height // rows) >= _PROGRAMS]
+    return max(enough, default=1)
 
 
-def launch_weight_grad(*arguments) -> Tensor:
-    raise NotImplementedError
+@triton.jit
+def _scale_and_shift(mean, rstd, gamma, beta, channels):
+    """Return batch norm as scale and shift: (1, BLOCK) each."""
+    scale = tl.load(gamma + channels) * tl.load(rstd + channels)
+    return scale[None, :], (tl.load(beta + channels) - tl.load(mean + channels) * scale)[None, :]
+
+
+@triton.jit
+def _load(at, inside, scale, shift, ACTIVATE: tl.constexpr, DOT: tl.constexpr):
+    """Load an operand of a dot product, activated: zero outside of the image."""
+    value = tl.load(at, mask=inside, other=0.0)
+    if ACTIVATE:
+        # Two products instead of a selection, which would be done on unpacked 16-bit values.
+        one = inside.to(tl.float32)
+        normalized = value.to(tl.float32) * scale + shift
+        value = tl.maximum(normalized * one, normalized * (one * _SLOPE)).to(at.dtype.element_ty)
+    return value.to(DOT)
+
+
+@triton.jit
+def _weight(kept, at, tap: tl.constexpr, TAP: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
+    """Return the weights of a tap, which are kept on chip if they fit."""
+    if KEPT:
+        return kept[tap]
+    else:
+        return tl.load(at + tap * TAP).to(DOT)
+
+
+@triton.jit
+def _store(acc, at, result, other, mean, scale, shift, o, HAS_OTHER: tl.constexpr, BACKWARD: tl.constexpr):
+    """Store a row of the result and return the two values per element that are summed.
+
+    Forward, `other` is the residual to add, and the values are y and its square. Backward it is x, and the values are
+    the gradient g before the leaky ReLU and g * (x - mean).
+    """
+    if BACKWARD:
+        x = tl.load(other + at).to(tl.float32)
+        first = tl.where(x * scale + shift > 0, acc, acc * _SLOPE)
+        second = first * (x - tl.load(mean + o)[None, :])
+    else:
+        first = acc
+        if HAS_OTHER:
+            first += tl.load(other + at).to(tl.float32)
+        second = first * first
+    tl.store(result + at, first.to(result.dtype.element_ty))
+    return first, second
+
+
+@triton.jit
+def _store_sums(partial, tile, o, first, second, C_OUT: tl.constexpr, COUNT: tl.constexpr, BACKWARD: tl.constexpr):
+    """Store the two sums of a tile, forward as mean and sum of squared deviations."""
+    if not BACKWARD:
+        mean = first / COUNT
+        second -= first * mean
+        first = mean
+    tl.store(partial + tile * (2 * C_OUT) + o, first)
+    tl.store(partial + tile * (2 * C_OUT) + C_OUT + o, second)
+
+
+@triton.jit
+def _rows_kernel(
+    x,  # (N, H, W, C_IN): the input, or the gradient of y
+    mean,  # batch norm's parameters: forward of x, (C_IN,); backward of the result, (C_OUT,)
+    rstd,
+    gamma,
+    beta,
+    weight,  # (outputs, 3, 3, inputs) of the forward convolution
+    other,  # (N, H, W, C_OUT): the residual, or the layer's input
+    result,  # (N, H, W, C_OUT)
+    partial,  # (T, 2, C_OUT)
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    SUMS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LATE_SUMS: tl.constexpr,
+):
+    # A 3x3 convolution with stride 1. Row r of the input contributes to rows r - 1, r and r + 1 of the result; `above`,
+    # `level` and `below` are their sums so far. Backward is the same with mirrored weights.
+    tile = tl.program_id(0)
+    m = tile // (H // ROWS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tile % (H // ROWS) * ROWS
+    column = m % W
+    pixel = (m // W * (H * W) + column)[:, None]
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    inputs = x + pixel * C_IN + c[None, :]
+    at = pixel * C_OUT + o[None, :]
+    has_left, anywhere, has_right = (column > 0)[:, None], (column >= 0)[:, None], (column < W - 1)[:, None]
+    if BACKWARD:
+        weights = weight + c[:, None] * (9 * C_OUT) + o[None, :] + 8 * C_OUT
+        out_scale, out_shift = _scale_and_shift(mean, rstd, gamma, beta, o)
+        scale, shift = out_scale, out_shift
+    else:
+        weights = weight + o[None, :] * (9 * C_IN) + c[:, None]
+        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
+        out_scale, out_shift = scale, shift
+    TAP: tl.constexpr = -C_OUT if BACKWARD else C_IN  # Between the weights of two taps.
+    CHUNK: tl.constexpr = BLOCK_C * (9 * C_OUT if BACKWARD else 1)  # Between those of two blocks of channels.
+    kept = ()
+    if BLOCK_C == C_IN:
+        for tap in tl.static_range(9):
+            kept += (tl.load(weights + tap * TAP).to(DOT),)  # They stay in shared memory.
+
+    above = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    level = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    first = tl.zeros([BLOCK_M, BLOCK_O] if LATE_SUMS else [BLOCK_O], tl.float32)
+    second = tl.zeros([BLOCK_M, BLOCK_O] if LATE_SUMS else [BLOCK_O], tl.float32)
+    for r in range(tl.maximum(first_row - 1, 0), first_row + ROWS + 1):
+        below = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+        in_image = r < H
+        left, center, right = has_left & in_image, anywhere & in_image, has_right & in_image
+        for block in range(C_IN // BLOCK_C):
+            if BLOCK_C < C_IN and not BACKWARD:
+                scale, shift = _scale_and_shift(mean, rstd, gamma, beta, block * BLOCK_C + c)
+            for kx in tl.static_range(3):
+                inside = left if kx == 0 else (center if kx == 1 else right)
+                offset = r * (W * C_IN) + (kx - 1) * C_IN + block * BLOCK_C
+                value = _load(inputs + offset, inside, scale, shift, not BACKWARD, DOT)
+                at_block = weights + block * CHUNK
+                above = tl.dot(value, _weight(kept, at_block, 6 + kx, TAP, BLOCK_C == C_IN, DOT), above)
+                level = tl.dot(value, _weight(kept, at_block, 3 + kx, TAP, BLOCK_C == C_IN, DOT), level)
+                below = tl.dot(value, _weight(kept, at_block, kx, TAP, BLOCK_C == C_IN, DOT), below)
+        if r > first_row:
+            to = at + (r - 1) * (W * C_OUT)
+            added = _store(above, to, result, other, mean, out_scale, out_shift, o, HAS_OTHER, BACKWARD)
+            if SUMS:
+                first += added[0] if LATE_SUMS else tl.sum(added[0], 0)
+                second += added[1] if LATE_SUMS else tl.sum(added[1], 0)
+        above = level
+        level = below
+    if SUMS:
+        if LATE_SUMS:
+            first = tl.sum(first, 0)
+            second = tl.sum(second, 0)
+        _store_sums(partial, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
+
+
+@triton.jit
+def _taps_kernel(
+    x,  # (N, IN_H, IN_W, C_IN): the input, or the gradient of y
+    mean,  # batch norm's parameters: forward of x, (C_IN,); backward of the result, (C_OUT,)
+    rstd,
+    gamma,
+    beta,
+    weight,  # (outputs, TAPS, TAPS, inputs) of the forward convolution
+    other,  # (N, OUT_H, OUT_W, C_OUT): the residual, or the layer's input
+    result,  # (N, OUT_H, OUT_W, C_OUT)
+    partial,  # (T, 2, C_OUT)
+    IN_H: tl.constexpr,
+    IN_W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
+    SUMS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # Any convolution, tap by tap. Backward with stride 2, a pixel's taps depend on the parity of its row and column:
+    # the third axis of the grid is that parity.
+    H: tl.constexpr = IN_H if BACKWARD else IN_H // STRIDE  # Of the tiles: the smaller side.
+    W: tl.constexpr = IN_W if BACKWARD else IN_W // STRIDE
+    OUT: tl.constexpr = STRIDE if BACKWARD else 1  # Distance of a tile's pixels in the result, and in the input.
+    IN: tl.constexpr = 1 if BACKWARD else STRIDE
+    tile = tl.program_id(0)
+    m = tile // (H // ROWS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tile % (H // ROWS) * ROWS
+    column = m % W
+    sample = m // W
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.arange(0, BLOCK_C)
+    row_parity = tl.program_id(2) // OUT
+    column_parity = tl.program_id(2) % OUT
+    at = ((sample * (H * OUT) + row_parity) * (W * OUT) + column * OUT + column_parity)[:, None] * C_OUT + o[None, :]
+    if BACKWARD:
+        weights = weight + c[:, None] * (TAPS * TAPS * C_OUT) + o[None, :]
+        out_scale, out_shift = _scale_and_shift(mean, rstd, gamma, beta, o)
+        scale, shift = out_scale, out_shift
+    else:
+        weights = weight + o[None, :] * (TAPS * TAPS * C_IN) + c[:, None]
+        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
+        out_scale, out_shift = scale, shift
+    TAP: tl.constexpr = C_OUT if BACKWARD else C_IN  # Between the weights of two taps.
+    CHUNK: tl.constexpr = BLOCK_C * (TAPS * TAPS * C_OUT if BACKWARD else 1)  # Between those of two blocks of channels.
+    # Tap t of an axis has weight first + t * STEP and reads the input at offset + t * DIRECTION.
+    SPARSE: tl.constexpr = BACKWARD and TAPS == 3 and STRIDE == 2
+    STEP: tl.constexpr = 2 if SPARSE else 1
+    DIRECTION: tl.constexpr = -1 if BACKWARD else 1
+    if SPARSE:
+        row_taps, row_first, row_offset = 1 + row_parity, 1 - row_parity, row_parity
+        column_taps, column_first, column_offset = 1 + column_parity, 1 - column_parity, column_parity
+    else:
+        row_taps, row_first, row_offset = TAPS, 0, TAPS // 2 if BACKWARD else -(TAPS // 2)
+        column_taps, column_first, column_offset = row_taps, row_first, row_offset
+
+    first = tl.zeros([BLOCK_O], tl.float32)
+    second = tl.zeros([BLOCK_O], tl.float32)
+    for row in range(first_row, first_row + ROWS):
+        acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+        for ty in range(row_taps):
+            in_row = tl.zeros_like(column) + (row * IN + row_offset + ty * DIRECTION)
+            for tx in range(column_taps):
+                in_column = column * IN + column_offset + tx * DIRECTION
+                inside = ((in_column >= 0) & (in_column < IN_W) & (in_row >= 0) & (in_row < IN_H))[:, None]
+                inputs = x + ((sample * IN_H + in_row) * IN_W + in_column)[:, None] * C_IN + c[None, :]
+                tap = (row_first + ty * STEP) * TAPS + column_first + tx * STEP
+                for block in range(C_IN // BLOCK_C):
+                    if BLOCK_C < C_IN and not BACKWARD:
+                        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, block * BLOCK_C + c)
+                    value = _load(inputs + block * BLOCK_C, inside, scale, shift, not BACKWARD, DOT)
+                    acc = tl.dot(value, tl.load(weights + tap * TAP + block * CHUNK).to(DOT), acc)
+        to = at + row * (OUT * W * OUT * C_OUT)
+        added = _store(acc, to, result, other, mean, out_scale, out_shift, o, HAS_OTHER, BACKWARD)
+        if SUMS:
+            first += tl.sum(added[0], 0)
+            second += tl.sum(added[1], 0)
+    if SUMS:
+        tile = tile * (OUT * OUT) + tl.program_id(2)
+        _store_sums(partial, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
+
+
+@triton.jit
+def _weight_grad_rows_kernel(
+    grad,  # (N, H, W, C_OUT)
+    x,  # (N, H, W, C_IN)
+    mean,  # (C_IN,)
+    rstd,  # (C_IN,)
+    gamma,  # (C_IN,)
+    beta,  # (C_IN,)
+    partial,  # (SPLITS, C_OUT, 3, 3, C_IN)
+    tiles,  # Number of tiles that are divided among the splits.
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STACK: tl.constexpr,
+):
+    # A 3x3 convolution with stride 1. Row r of the input meets rows r + 1, r and r - 1 of the gradient. With STACK = 4
+    # these are stacked along the channels (the fourth is empty), so that the matrix instructions have enough rows.
+    GROUPS: tl.constexpr = 1 if STACK == 4 else 3
+    split = tl.program_id(0)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    stacked = tl.arange(0, STACK * BLOCK_O)
+    ky = stacked // BLOCK_O
+    o = tl.program_id(1) * BLOCK_O + stacked % BLOCK_O
+    scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
+    sums = ()
+    for _ in tl.static_range(3 * GROUPS):
+        sums += (tl.zeros([STACK * BLOCK_O, BLOCK_C], tl.float32),)
+    for tile in range(split, tiles, SPLITS):
+        m = tile // (H // ROWS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_row = tile % (H // ROWS) * ROWS
+        column = m % W
+        pixel = (m // W * (H * W) + column)[:, None]
+        inputs = x + pixel * C_IN + c[None, :]
+        grads = grad + pixel * C_OUT + (o - ky * (W * C_OUT))[None, :]
+        left, anywhere, right = (column > 0)[:, None], (column >= 0)[:, None], (column < W - 1)[:, None]
+        for r in range(tl.maximum(first_row - 1, 0), tl.minimum(first_row + ROWS + 1, H)):
+            transposed = ()
+            for group in tl.static_range(GROUPS):
+                h = (r + 1 - group - ky)[None, :]
+                in_tile = (h >= first_row) & (h < first_row + ROWS) & (ky < 3)[None, :]
+                value = tl.load(grads + (r + 1 - group) * (W * C_OUT), mask=anywhere & in_tile, other=0.0)
+                transposed += (tl.trans(value.to(DOT)),)
+            updated = ()
+            for kx in tl.static_range(3):
+                inside = left if kx == 0 else (anywhere if kx == 1 else right)
+                value = _load(inputs + (r * W + kx - 1) * C_IN, inside, scale, shift, True, DOT)
+                for group in tl.static_range(GROUPS):
+                    updated += (tl.dot(transposed[group], value, sums[kx * GROUPS + group]),)
+            sums = updated
+    for kx in tl.static_range(3):
+        for group in tl.static_range(GROUPS):
+            row = (split * C_OUT + o) * 9 + (group + ky) * 3 + kx
+            tl.store(partial + row[:, None] * C_IN + c[None, :], sums[kx * GROUPS + group], mask=(ky < 3)[:, None])
+
+
+@triton.jit
+def _weight_grad_taps_kernel(
+    grad,  # (N, H, W, C_OUT)
+    x,  # (N, H * STRIDE, W * STRIDE, C_IN)
+    mean,  # (C_IN,)
+    rstd,  # (C_IN,)
+    gamma,  # (C_IN,)
+    beta,  # (C_IN,)
+    partial,  # (SPLITS, C_OUT, TAPS, TAPS, C_IN)
+    tiles,  # Number of tiles that are divided among the splits.
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    TAPS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # Any convolution: a row of the gradient meets the input of every tap.
+    PAD: tl.constexpr = TAPS // 2
+    split = tl.program_id(0)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
+    sums = ()
+    for _ in tl.static_range(TAPS * TAPS):
+        sums += (tl.zeros([BLOCK_O, BLOCK_C], tl.float32),)
+    for tile in range(split, tiles, SPLITS):
+        m = tile // (H // ROWS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_row = tile % (H // ROWS) * ROWS
+        column = m % W
+        sample = m // W
+        grads = grad + (sample * (H * W) + column)[:, None] * C_OUT + o[None, :]
+        for row in range(first_row, first_row + ROWS):
+            transposed = tl.trans(tl.load(grads + row * (W * C_OUT)).to(DOT))
+            updated = ()
+            for tap in tl.static_range(TAPS * TAPS):
+                in_row = tl.zeros_like(column) + (row * STRIDE + tap // TAPS - PAD)
+                in_column = column * STRIDE + tap % TAPS - PAD
+                inside = ((in_column >= 0) & (in_column < W * STRIDE) & (in_row >= 0) & (in_row < H * STRIDE))[:, None]
+                pixel = (sample * (H * STRIDE) + in_row) * (W * STRIDE) + in_column
+                value = _load(x + pixel[:, None] * C_IN + c[None, :], inside, scale, shift, True, DOT)
+                updated += (tl.dot(transposed, value, sums[tap]),)
+            sums = updated
+    for tap in tl.static_range(TAPS * TAPS):
+        row = (split * C_OUT + o) * (TAPS * TAPS) + tap
+        tl.store(partial + row[:, None] * C_IN + c[None, :], sums[tap])
+
+
+def launch_forward(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    statistics: bool,
+    forward_tiling: Sequence[int],
+    input_grad_tiling: Sequence[int],
+    weight_grad_tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of `norm_act_conv`."""
+    _check_layout(x, weight, residual)
+    samples, _, height, width = x.shape
+    y = torch.empty(
+        (samples, weight.shape[0], height // stride, width // stride),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    partial = _launch(x, (mean, rstd, gamma, beta), weight, residual, y, stride, False, statistics, forward_tiling)
+    return y, partial
+
+
+def launch_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    stride: int,
+    tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel of `norm_act_conv_input_grad`."""
+    _check_layout(grad, x, weight)
+    g = torch.empty_like(x)
+    return g, _launch(grad, (mean, rstd, gamma, beta), weight, x, g, stride, True, True, tiling)
+
+
+def _launch(
+    x: Tensor,
+    norm: tuple[Tensor, ...],
+    weight: Tensor,
+    other: Tensor | None,
+    result: Tensor,
+    stride: int,
+    backward: bool,
+    sums: bool,
+    tiling: Sequence[int],
+) -> Tensor:
+    """Launch the kernel of a result, and return the sums of its tiles: (T, 2, O) float32."""
+    block_m, rows, block_o, block_c, warps, stages = tiling
+    channels = result.shape[1]
+    samples, _, height, width = (x if backward else result).shape  # The smaller of the two.
+    tiles = samples * width // block_m * (height // rows)
+    parities = stride**2 if backward else 1
+    partial = x.new_empty(tiles * parities if sums else 0, 2, channels, dtype=torch.float32)
+    sizes: dict[str, Any] = {
+        "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "HAS_OTHER": other is not None, "SUMS": sums,
+        "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    taps = weight.shape[2]
+    arguments = (x, *norm, weight, result if other is None else other, result, partial)
+    grid = (tiles, channels // block_o)
+    if taps == 3 and stride == 1:
+        # Up to 32 registers of a thread hold sums; more would be spilled.
+        late = block_m * block_o <= 16 * 32 * warps
+        _rows_kernel[grid](*arguments, H=height, W=width, LATE_SUMS=late, **sizes)
+    else:
+        _taps_kernel[(*grid, parities)](*arguments, IN_H=x.shape[2], IN_W=x.shape[3], TAPS=taps, STRIDE=stride, **sizes)
+    return partial
+
+
+def launch_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    taps: int,
+    stride: int,
+    tiling: Sequence[int],
+) -> Tensor:
+    """Launch the kernel of `norm_act_conv_weight_grad`."""
+    _check_layout(grad, x)
+    splits, block_m, rows, block_o, block_c, stack, warps, stages = tiling
+    samples, outputs, height, width = grad.shape
+    inputs = x.shape[1]
+    partial = x.new_empty(splits, outputs, taps, taps, inputs, dtype=torch.float32)
+    sizes: dict[str, Any] = {
+        "H": height, "W": width, "C_IN": inputs, "C_OUT": outputs, "DOT": _dot_type(x), "SPLITS": splits,
+        "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    grid = (splits, outputs // block_o, inputs // block_c)
+    arguments = (grad, x, mean, rstd, gamma, beta, partial, samples * width // block_m * (height // rows))
+    if taps == 3 and stride == 1:
+        _weight_grad_rows_kernel[grid](*arguments, STACK=stack, **sizes)
+    else:
+        _weight_grad_taps_kernel[grid](*arguments, TAPS=taps, STRIDE=stride, **sizes)
+    return partial.permute(0, 1, 4, 2, 3)
+
+
+def _check_layout(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"expected torch.channels_last, got strides {tensor.stride()} for {tuple(tensor.shape)}")
+
+
+def _dot_type(x: Tensor) -> tl.dtype:
+    """Return the dtype of a dot product's operands; Triton's interpreter is wrong for bfloat16."""
+    return tl.float32 if triton.knobs.runtime.interpret else _DOT[x.dtype]

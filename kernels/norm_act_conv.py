@@ -73,7 +73,8 @@ def norm_act_conv(
 
     Returns:
         y, (N, O, H / stride, W / stride) like x. And (T, 2, O) float32 for `merge_moments`: mean and sum of squared
-        deviations of each of T tiles with equally many pixels, sample by sample. Empty without statistics.
+        deviations of each of T tiles with equally many pixels, sample by sample, before y is rounded to its dtype.
+        Empty without statistics.
     """
     rstd = torch.rsqrt(moments.var + epsilon)
     return torch.ops.remixmatch.norm_act_conv(
@@ -116,13 +117,13 @@ def norm_act_conv_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the operator `norm_act_conv` in plain PyTorch on any device, as its reference implementation."""
     y = F.conv2d(activate(x, mean, rstd, gamma, beta).float(), weight.float(), None, stride, weight.shape[2] // 2)
-    y = (y if residual is None else y + residual.float()).to(x.dtype).contiguous(memory_format=torch.channels_last)
-    tiles = _tiles(y.shape, forward_tiling) if statistics else 0
-    if not tiles:
-        return y, mean.new_empty(0, 2, y.shape[1])
-    tiled = _split_tiles(y.float(), forward_tiling)
+    y = y if residual is None else y + residual.float()
+    rounded = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    if not statistics:
+        return rounded, mean.new_empty(0, 2, y.shape[1])
+    tiled = _split_tiles(y, forward_tiling)
     means = tiled.mean(1)
-    return y, torch.stack([means, (tiled - means[:, None]).square().sum(1)], 1)
+    return rounded, torch.stack([means, (tiled - means[:, None]).square().sum(1)], 1)
 
 
 def norm_act_conv_input_grad_reference(
@@ -153,11 +154,9 @@ def leaky_relu_grad(
     """Return the gradient before the leaky ReLU and its sums, from the one after; see the input gradient."""
     centered = x.float() - mean[:, None, None]
     positive = centered * (gamma * rstd)[:, None, None] + beta[:, None, None] > 0
-    g = torch.where(positive, activation_grad.float(), SLOPE * activation_grad.float()).to(x.dtype)
-    g = g.contiguous(memory_format=torch.channels_last)
-    rounded = g.float()
-    sums = [_split_tiles(values, tiling).sum(1) for values in (rounded, rounded * centered)]
-    return g, torch.stack(sums, 1)
+    g = torch.where(positive, activation_grad.float(), SLOPE * activation_grad.float())
+    sums = [_split_tiles(values, tiling).sum(1) for values in (g, g * centered)]
+    return g.to(x.dtype).contiguous(memory_format=torch.channels_last), torch.stack(sums, 1)
 
 
 def norm_act_conv_weight_grad_reference(
