@@ -8,7 +8,7 @@ import pytest
 from interpreter import Interpreter
 from triton.runtime.jit import JITFunction
 
-from kernels import assemble, augment, guess
+from kernels import assemble, augment, convolution, guess
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +46,9 @@ def recorded_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launch]:
 
             return record
 
-    for module, name in ((guess, "_guess_kernel"), (assemble, "_assemble_kernel"), (augment, "_augment_kernel")):
-        monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
+    for module in (guess, assemble, augment, convolution):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
 
     def launch(launcher: Callable[..., Any], *args: Any) -> Launch:
         launches.clear()

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from kernels.assemble import launch_assemble_batch
 from kernels.augment import launch_augment_views
+from kernels.convolution import Shape, launch_forward, launch_input_grad, launch_weight_grad, tilings
 from kernels.guess import launch_guess_labels
 
 ARCHITECTURES = (80, 90, 100)
@@ -162,3 +163,59 @@ def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys)
     assert registers * 32 * launch.options["num_warps"] * (6 if height == 32 else 3) <= 65_536
     # Like PIL, the kernel rounds after the product and after the sum.
     assert "fma.rn" not in compiled.asm["ptx"]
+
+
+LAYERS = {  # The training pass of the paper's step, K = 8 and B = 64.
+    "32-32": Shape(768, 32, 32, 32, 32, 3, 1),
+    "16-32": Shape(768, 16, 32, 32, 32, 3, 1),
+    "16-32, 1x1": Shape(768, 16, 32, 32, 32, 1, 1),
+    "32-64, stride 2": Shape(768, 32, 32, 32, 64, 3, 2),
+    "64-64": Shape(768, 64, 16, 16, 64, 3, 1),
+    "64-128, stride 2": Shape(768, 64, 16, 16, 128, 3, 2),
+    "128-128": Shape(768, 128, 8, 8, 128, 3, 1),
+    "256-256": Shape(512, 256, 12, 12, 256, 3, 1),
+}
+
+
+def convolution_launch(recorded_launch, shape, which, tiling):
+    """Record the launch of a kernel of `norm_act_conv` with a residual and statistics."""
+    samples, inputs, height, width, outputs, taps, stride = shape
+
+    def activations(channels, scale=1):
+        sizes = (samples, channels, height // scale, width // scale)
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    x, y = activations(inputs), activations(outputs, stride)
+    weight = torch.empty(outputs, inputs, taps, taps, dtype=torch.bfloat16, device="meta")
+    weight = weight.to(memory_format=torch.channels_last)
+    norm = [torch.empty(inputs, device="meta") for _ in range(4)]
+    if which == "forward":
+        return recorded_launch(launch_forward, x, *norm, weight, y, stride, True, tiling, (), ())
+    if which == "input_grad":
+        return recorded_launch(launch_input_grad, y, x, *norm, weight, stride, tiling)
+    return recorded_launch(launch_weight_grad, y, x, *norm, taps, stride, tiling)
+
+
+@pytest.mark.parametrize("which", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize(
+    ("layer", "architecture"),
+    [
+        # A compilation takes many seconds, so the others are for `make test-long`.
+        pytest.param(layer, architecture, marks=() if (layer, architecture) == ("32-32", 90) else pytest.mark.long)
+        for layer in LAYERS
+        for architecture in ARCHITECTURES
+    ],
+)
+def test_convolution(layer, architecture, which, recorded_launch, tmp_path, capsys):
+    found = tilings(LAYERS[layer], which, architecture)
+    assert found
+    for tiling in found:
+        launch = convolution_launch(recorded_launch, LAYERS[layer], which, tiling)
+        compiled = compile_launch(launch, architecture)
+        title = f"{which} {layer} {tiling}, sm_{architecture}"
+        registers, code = assert_no_spill(compiled, launch, title, tmp_path, capsys)
+        assert registers * 32 * launch.options["num_warps"] <= 65_536
+        assert compiled.metadata.shared <= {80: 163, 90: 227, 100: 227}[architecture] * 1024
+        if architecture == 90:
+            assert "HGMMA" in code
+        assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code  # Activations are loaded 16 bytes at a time.
