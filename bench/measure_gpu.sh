@@ -5,7 +5,7 @@
 #
 # Order: the GPU tests, while the steps timed later are compiled into torch's cache; the captured step at K = 8 and other
 # K; a profile by kind of kernel and by named range (OUT_FOLDER/profile); the baseline step and its variants; plain PyTorch
-# and USB; kernels, convolutions and views, last those of DALI's operators. The report at the end compares predictions
+# and USB; kernels, convolutions and views; starts with all of cuDNN's plans and with ten; DALI's operators. The report at the end compares predictions
 # with measurements.
 #
 # Records go to OUT_FOLDER/NAME.jsonl and output to OUT_FOLDER/NAME.log. A part that fails or times out does not stop the
@@ -98,14 +98,21 @@ else
   bench throughput 90 --k 8 1 16 2 4 --modes graph --views "${views[@]}"
   profile 50 --k 8
   bench variants 150 --k 8 ${before[@]+"${before[@]}"} --variants "Inductor's defaults" "read threshold alone" \
-    "combined kernels alone" "one stream" "8 input channels" "combined kernels, blocks of their own" "cuDNN by rule"
+    "combined kernels alone" "one stream" "8 input channels" "combined kernels, blocks of their own" "cuDNN by rule" \
+    "ten cuDNN plans"
   bench baseline 60 --k 8
   bench kernels 60
   bench convolutions 35
+  part convolutions-heuristic 25 "$python" -m bench convolutions --out "$out/convolutions.jsonl" --heuristic
   bench pipelines 50 --backends torchvision dali-cpu-1 dali-cpu fused kornia triton-augment
   # The cost of --deterministic, relative to the same case above.
   part deterministic 30 "$python" -m bench throughput --out "$out/throughput.jsonl" --deterministic \
     --k 8 --modes graph --views "${views[0]}"
+  # What timing all of cuDNN's plans adds to the start of a run.
+  for plans in 0 10; do
+    part "start-$plans" 60 "$python" -m bench start --out "$out/start.jsonl" --preset cifar10-250 --repeats 2 \
+      --flags="--dataset noise-32 --split balanced --cudnn-plans $plans"
+  done
   if [[ $dali ]]; then
     # The graph of DALI's operators: alone at three sizes, and in the step, where its cost is what the step waits for it.
     part dali-step 60 "$python" -m bench throughput --out "$out/throughput.jsonl" --k 8 1 16 --modes graph --views fused dali-graph

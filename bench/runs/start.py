@@ -6,6 +6,7 @@ first step. `--help`, which loads only the options, is timed as well.
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class StartOptions:
     """Number of starts; the median is reported."""
     preset: str = "digits-40"
     """Preset to train."""
+    flags: str = ""
+    """More flags of `remixmatch train` as one word, such as --flags="--cudnn-plans 10"."""
 
 
 def main(options: StartOptions) -> None:
@@ -40,22 +43,23 @@ def main(options: StartOptions) -> None:
     """
     records.check_numbers(options, repeats=1)
     device = bench_device()
-    starts = [start(options.preset) for _ in range(options.repeats)]
+    flags = shlex.split(options.flags)
+    starts = [start(options.preset, *flags) for _ in range(options.repeats)]
     row = {f"{name}_seconds": median(each[name] for each in starts) for name in (*PARTS, "start", "cpu", "help")}
-    BENCH.write(options.out, "start", device, preset=options.preset, repeats=options.repeats, **row)
+    case = {"preset": options.preset} | ({"flags": options.flags} if flags else {})
+    BENCH.write(options.out, "start", device, **case, repeats=options.repeats, **row)
 
 
-def start(preset: str) -> dict[str, float]:
-    """Start a run once.
+def start(preset: str, *flags: str) -> dict[str, float]:
+    """Start a run once, with further flags of `remixmatch train`.
 
     Returns:
         Seconds of each of PARTS; "start", their sum; "cpu", the CPU time of the process; "help", the time of `--help`.
     """
     with TemporaryDirectory() as folder:
         begin = time.time()
-        cpu, *ends = map(
-            float, output("bench.runs.start_worker", "train", preset, "--out", f"{folder}/run", "--quiet").split()
-        )
+        command = ["train", preset, *flags, "--out", f"{folder}/run", "--quiet"]
+        cpu, *ends = map(float, output("bench.runs.start_worker", *command).split())
     parts = [end - start for start, end in zip([begin, *ends], ends, strict=False)]
     asked = time.time()
     output("engine", "train", preset, "--help")
@@ -69,9 +73,10 @@ BENCH = Bench(
     quick="--repeats 1",
     tables={
         "start": Table(
-            key=("preset",),
+            key=("preset", "flags"),
             columns={
                 "preset": "{preset}",
+                "flags": "{flags}",
                 "command to first step, s": "{start_seconds:.2f}",
                 "interpreter": "{python_seconds:.2f}",
                 "options, data, folder": "{options_seconds:.2f}",

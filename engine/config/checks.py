@@ -47,7 +47,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     minimum = {
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
-        "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1,
+        "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "cudnn_plans": 0,
         "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0,
     }  # fmt: skip
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}

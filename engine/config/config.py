@@ -283,6 +283,11 @@ class Config:
         "Make GPU runs bit-identical: kernels are chosen by heuristic instead of by timing, and none uses atomic "
         "additions. Without it cuDNN benchmarks its kernels, which is faster. CPU runs do not need it.",
     )
+    cudnn_plans: int = _execution(
+        0,
+        "On a GPU, number of plans that cuDNN times for each convolution at the start of a run to choose the fastest, "
+        "in the order of its heuristic; 0 times all, 10 is torch's default. With --deterministic none is timed.",
+    )
     stem_channels: Literal[3, 8] = _execution(
         3,
         "Input channels of a Wide ResNet. 8 adds five channels of zeros, so that cuDNN may use tensor cores in the "

@@ -72,7 +72,7 @@ class TimedSteps:
         setup = setup_run(config)
         config, data, split = setup.config, setup.data, setup.split
         chosen = dataclasses.replace(Execution.pick(config, data.train_images.shape), **(execution or {}))
-        set_numerics(config.deterministic, chosen.cudnn_benchmark)
+        set_numerics(config.deterministic, chosen.cudnn_plans)
         keep_freed_memory(chosen.device)
         feed = Feed(config, data, split, chosen)
         state = make_state(config, len(data.classes), chosen.device, data.sides)

@@ -40,7 +40,7 @@ class Execution:
         resident: Whether the training images are stored on the device.
         inductor: Options of Inductor on a GPU; None for INDUCTOR.
         concurrent: Whether independent passes run concurrently on a GPU.
-        cudnn_benchmark: Whether cuDNN chooses its kernels by measuring them.
+        cudnn_plans: See `set_numerics`.
     """
 
     device: torch.device
@@ -50,7 +50,7 @@ class Execution:
     resident: bool = True
     inductor: Mapping[str, Any] | None = None
     concurrent: bool = True
-    cudnn_benchmark: bool = True
+    cudnn_plans: int | None = 0
 
     @classmethod
     def pick(cls, config: Config, shape: tuple[int, ...]) -> Execution:
@@ -66,7 +66,7 @@ class Execution:
             pick_mode(config, device),
             pick_views(config, device, (shape[1], shape[2])),
             pick_resident(config, device, math.prod(shape)),
-            cudnn_benchmark=not config.deterministic,
+            cudnn_plans=None if config.deterministic else config.cudnn_plans,
         )
 
 
@@ -175,7 +175,7 @@ def keep_freed_memory(device: torch.device) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
-def set_numerics(deterministic: bool, cudnn_benchmark: bool | None = None) -> None:
+def set_numerics(deterministic: bool, cudnn_plans: int | None = 10) -> None:
     """Set determinism, cuDNN's choice of kernels and TF32 for the whole process.
 
     TF32 is always disabled. cuDNN uses it by default, also in evaluation, and it keeps only 10 of the 23 mantissa bits
@@ -183,13 +183,15 @@ def set_numerics(deterministic: bool, cudnn_benchmark: bool | None = None) -> No
 
     Args:
         deterministic: Make runs with the same inputs on the same machine bit-identical: no kernels with atomic
-            additions, and none that cuDNN or Inductor chooses by timing. Otherwise cuDNN chooses by timing, which is
-            faster.
-        cudnn_benchmark: Whether cuDNN chooses its kernels by timing; None for `not deterministic`.
+            additions, and none that cuDNN or Inductor chooses by timing.
+        cudnn_plans: Number of plans that cuDNN times for each direction of a convolution to choose the fastest, in the
+            order of its heuristic; 0 for all, None to choose by heuristic alone. The default is torch's. It has no
+            effect on a convolution that has already run, or with `deterministic`.
     """
     # The older of torch's two interfaces. Once the newer one is used, torch's compiler cannot read the setting.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not deterministic if cudnn_benchmark is None else cudnn_benchmark
+    torch.backends.cudnn.benchmark = cudnn_plans is not None and not deterministic
+    torch.backends.cudnn.benchmark_limit = 10 if cudnn_plans is None else cudnn_plans
     torch.backends.cudnn.deterministic = deterministic
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # No such memory is read.
     if deterministic:

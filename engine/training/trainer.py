@@ -71,7 +71,7 @@ class Trainer:
         self.config, self.data, self.progress = config, data, progress
         self.folder = setup.folder or Path()
         self.execution = Execution.pick(config, data.train_images.shape)
-        set_numerics(config.deterministic)
+        set_numerics(config.deterministic, self.execution.cudnn_plans)
         keep_freed_memory(self.execution.device)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(collectives.ranks())

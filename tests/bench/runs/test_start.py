@@ -13,9 +13,10 @@ from engine.measuring import records
 
 def test_a_start_is_timed_by_part(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    start.main(start.StartOptions(out=out, repeats=1))
+    start.main(start.StartOptions(out=out, repeats=1, flags="--cudnn-plans 10"))
     (row,) = records.read(out)
     assert (row["bench"], row["preset"], row["repeats"]) == ("start", "digits-40", 1)
+    assert row["flags"] == "--cudnn-plans 10"
     parts = [row[f"{part}_seconds"] for part in PARTS]
     assert min(parts) > 0 and sum(parts) == pytest.approx(row["start_seconds"])
     assert row["cpu_seconds"] > 0 and row["help_seconds"] > 0
@@ -27,6 +28,8 @@ def test_invalid_starts():
         start.main(start.StartOptions(repeats=0))
     with pytest.raises(RuntimeError, match="exit code 2: remixmatch: unknown preset 'digits-4'"):
         start.start("digits-4")
+    with pytest.raises(RuntimeError, match="exit code 2: remixmatch: --cudnn-plans must be at least 0, got -1"):
+        start.start("digits-40", "--cudnn-plans", "-1")
 
 
 @pytest.mark.parametrize("step", [["exchange", "assemble", "metrics"], ["replay"]], ids=["eager", "captured"])

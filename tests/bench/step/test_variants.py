@@ -109,7 +109,7 @@ def test_every_shape_and_pass_is_timed(tmp_path, monkeypatch):
     few = {Shape(3, 16, 32, 3, 1): 1, Shape(32, 64, 32, 1, 2): 1}
     monkeypatch.setattr("bench.step.convolutions.shapes", lambda: few)
     out = tmp_path / "convolutions.jsonl"
-    convolutions.main(ConvolutionsOptions(out=out, rows=2, repeats=1, by_rule=False))
+    convolutions.main(ConvolutionsOptions(out=out, rows=2, repeats=1))
     written = records.read(out)
     assert [record["pass"] for record in written] == [*convolutions.PASSES] * 3
     strided = written[3]
@@ -128,13 +128,15 @@ def test_cudnn_stays_enabled(monkeypatch):
     seen = []
 
     def measure(functions, *args, **kwargs):
-        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32))
+        cudnn = torch.backends.cudnn
+        seen.append((cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.allow_tf32))
         return {}
 
     monkeypatch.setattr("bench.step.convolutions.measure", measure)
     monkeypatch.setattr("bench.step.convolutions.ceilings", lambda device: Ceilings(1e10, 1e12))
-    list(convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), [True, False], 1))
-    assert seen == [(True, True, False), (True, False, False)]
+    for benchmark in (True, False):
+        list(convolutions._time(Shape(3, 16, 8, 3, 1), 2, torch.device("cpu"), benchmark, 1))
+    assert seen == [(True, True, 0, False), (True, False, 0, False)]
 
 
 def test_predictions_are_compared_with_measurements():

@@ -13,7 +13,7 @@ from engine import run
 from engine.inference.trained import load_ema_model
 from engine.runs.setup import setup_run
 from engine.training import execution, trainer
-from engine.training.execution import compiler, set_numerics
+from engine.training.execution import Execution, compiler, set_numerics
 from tests.processes import ROOT, final_state
 
 
@@ -44,6 +44,19 @@ def test_deterministic_sets_all_libraries():
         assert config.deterministic == deterministic
         if deterministic:
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_cudnn_times_all_plans_in_training_only(tiny, tmp_path):
+    cudnn = torch.backends.cudnn
+    run.train(setup_run(tiny(), tmp_path), quiet=True)
+    assert (cudnn.benchmark, cudnn.benchmark_limit) == (True, 0), "torch takes 0 for all"
+    load_ema_model(tmp_path)
+    assert (cudnn.benchmark, cudnn.benchmark_limit) == (True, 10)
+    for flags, wanted in (({"cudnn_plans": 5}, (True, 5)), ({"cudnn_plans": 5, "deterministic": True}, (False, 10))):
+        config = tiny(**flags)
+        set_numerics(config.deterministic, Execution.pick(config, (1, 8, 8, 3)).cudnn_plans)
+        assert (cudnn.benchmark, cudnn.benchmark_limit) == wanted
+    assert torch.cuda.is_available() or not torch.cuda.is_initialized()
 
 
 def options_for(config, device, monkeypatch):
