@@ -79,11 +79,32 @@ Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Value
     if (!schema.returns()[r].alias_info()) each_tensor(results[r], add);
   auto tensor = [&](size_t i) { return given[i].toTensor(); };
   const std::string& name = schema.name();
-  if (name == "aten::convolution")
-    cost.flops = 2 * results[0].toTensor().numel() * (tensor(1).numel() / tensor(1).size(0));
+  // Adds a pass of a convolution with a square kernel, in which each output is a sum of `terms` products.
+  int64_t passes = 0;
+  auto convolution = [&](const Tensor& input, const Tensor& output, int64_t side, int64_t terms) {
+    ++passes;
+    cost.flops += 2 * output.numel() * terms;
+    const int64_t stride = (input.size(2) + output.size(2) - 1) / output.size(2);
+    std::ostringstream shape;
+    for (int64_t i = 0; i < 4; ++i) shape << input.size(i) << ' ';
+    shape << output.size(1) << ' ' << side << ' ' << stride << ' ' << passes;
+    cost.shape = shape.str();
+  };
+  auto with_weight = [&](const Tensor& input, const Tensor& output, const Tensor& weight) {
+    convolution(input, output, weight.size(2), weight.numel() / weight.size(0));
+  };
+  if (name == "aten::convolution") with_weight(tensor(0), results[0].toTensor(), tensor(1));
   if (name == "aten::convolution_backward")  // Gradients of input and weight, if requested.
     for (size_t r = 0; r < 2; ++r)
-      if (results[r].toTensor().defined()) cost.flops += 2 * tensor(0).numel() * (tensor(2).numel() / tensor(2).size(0));
+      if (results[r].toTensor().defined()) with_weight(tensor(1), tensor(0), tensor(2));
+  // Fused convolutions: (x, scale, shift, weight, ...); gradients (grad, x, scale, shift, center, weight, ...) and
+  // (grad, x, scale, shift, taps, ...).
+  if (name == "remixmatch::norm_act_conv") with_weight(tensor(0), results[0].toTensor(), tensor(3));
+  if (name == "remixmatch::norm_act_conv_input_grad") with_weight(tensor(1), tensor(0), tensor(5));
+  if (name == "remixmatch::norm_act_conv_weight_grad") {
+    const int64_t side = given[4].toInt();
+    convolution(tensor(1), tensor(0), side, tensor(1).size(1) * side * side);
+  }
   if (name == "aten::mm" || name == "aten::addmm") {
     const size_t first = name == "aten::addmm";
     cost.flops = 2 * tensor(first).numel() * tensor(first + 1).size(1);
@@ -304,7 +325,7 @@ Tensor& copy(Tensor& self, const Tensor& source, bool non_blocking) {
   C10_CUDA_CHECK(emulated_enqueue(c10::cuda::getCurrentCUDAStream().stream(), "aten::copy_", [to, from] {
     const at::AutoDispatchBelowADInplaceOrView below;
     Tensor(to).copy_(from);
-  }, {bytes_of(self) + bytes_of(source), 0}));
+  }, {bytes_of(self) + bytes_of(source), 0, ""}));
   return self;
 }
 

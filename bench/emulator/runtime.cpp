@@ -309,7 +309,8 @@ cudaError_t enqueue(Stream* stream, const char* name, std::function<void()> work
     if (stream == &s.legacy && capture->mode == cudaStreamCaptureModeGlobal)
       return invalidate(name, *capture, cudaErrorStreamCaptureImplicit);
   if (s.recording)
-    s.launches.push_back(std::string(name) + "\t" + std::to_string(cost.bytes) + "\t" + std::to_string(cost.flops));
+    s.launches.push_back(std::string(name) + "\t" + std::to_string(cost.bytes) + "\t" + std::to_string(cost.flops) +
+                         "\t" + cost.shape);
   if (emulated_idle()) work = nullptr;
   if (stream->capture) {
     if (stream->capture->invalid) return fail(cudaErrorStreamCaptureInvalidated);
@@ -629,7 +630,7 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
   return flags & cudaGraphUserObjectMove ? cudaUserObjectRelease(object, 1) : cudaSuccess;
 }
 
-// Recorded launches: name, bytes and operations separated by tabs. Marks have only a name.
+// Recorded launches: name, bytes, operations and shape separated by tabs. Marks have only a name.
 
 void emulated_record() {
   Lock lock(state().lock);
@@ -637,7 +638,7 @@ void emulated_record() {
   state().recording = true;
 }
 int emulated_launch(const char* name, size_t bytes, cudaStream_t stream) {  // For kernels that are not torch operators.
-  return emulated_enqueue(stream, name, nullptr, {bytes, 0});
+  return emulated_enqueue(stream, name, nullptr, {bytes, 0, ""});
 }
 void emulated_mark(const char* name) {  // Adds a mark between launches.
   Lock lock(state().lock);

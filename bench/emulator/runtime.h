@@ -5,13 +5,16 @@
 
 #include <cstddef>
 #include <functional>
+#include <string>
 
 // Whether nothing is computed: work is only recorded, and memory is not poisoned.
 bool emulated_idle();
 
-// Cost of a launch: bytes read and written, and floating-point operations of convolutions and matrix products.
+// Cost of a launch: bytes read and written, and floating-point operations of convolutions and matrix products. Of
+// convolutions also the shape, separated by spaces: N, C, H, W of the input, O, side of the kernel, stride, passes.
 struct Cost {
   size_t bytes = 0, flops = 0;
+  std::string shape;
 };
 
 // Enqueues work on a stream. The device's thread runs it later, or a capture records it. The name is for messages.

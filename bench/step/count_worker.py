@@ -72,8 +72,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             "cubins": whether to compile the kernels.
 
     Returns:
-        "launches": part, name, bytes and flops of each launch of a step, in order; "graph_bytes": Inductor's own total
-        for all graphs that it compiles; with "cubins", "kernels": registers and spills of every candidate by name.
+        "launches": the fields of `bench.step.step_model.Launch` of each launch of a step, in order; "graph_bytes":
+        Inductor's own total for all graphs that it compiles; with "cubins", "kernels": registers and spills of every
+        candidate by name.
     """
     config = Config(**request["config"] | {"class_distribution": ()})
     _emulate_capability(request["capability"])
@@ -158,8 +159,9 @@ def _capture(config: Config, sides: list[int], classes: int, options: dict[str, 
         if line.startswith(f"{_PART} "):
             part = line.removeprefix(f"{_PART} ")
             continue
-        name, size, flops = line.split("\t")
-        launches.append({"part": part, "name": name, "bytes": int(size), "flops": int(flops)})
+        name, size, flops, shape = line.split("\t")
+        sizes = [int(number) for number in shape.split()]
+        launches.append({"part": part, "name": name, "bytes": int(size), "flops": int(flops), "shape": sizes})
     return launches
 
 
