@@ -13,17 +13,15 @@ import ctypes
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.step.issue import resources
 from engine.config.config import Config
 from engine.training import ranges
 from engine.training.cuda_graph import make_step
@@ -193,20 +191,6 @@ def _usage(kernel: _Kernel) -> list[dict[str, Any]]:
         binary = compiled.kernel.asm["cubin"]
         usage.append({"warps": candidate.num_warps, **resources(binary)})
     return usage
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return the registers of a compiled kernel and its spilled bytes, which are stack and local memory."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(tool), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": usage["REG"], "spilled_bytes": usage["STACK"] + usage["LOCAL"]}
 
 
 if __name__ == "__main__":

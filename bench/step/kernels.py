@@ -107,7 +107,7 @@ def assemble_case(size: Size, device: torch.device) -> KernelCase:
     spec = PlanSpec(size.batch, size.k, 10 * size.batch, 20 * size.batch, max_shift=4, flip=True)
     plan = make_plan(spec, 0, 0, ctaugment.initial_weights())
     own = rank_plan(BatchLayout.for_rank(spec, 1, 0, 1, 1), plan, plan.labeled % size.classes)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     inputs, views = len(own.source), size.batch * spec.blocks
 
     def arguments() -> Sequence[Any]:

@@ -104,7 +104,7 @@ class Kernel:
         l2_bytes: Bytes loaded and stored through L2.
         flops: Floating-point operations.
         share: Share of the matrix-product rate.
-        count: Number of kernels, of which the further ones need next to nothing.
+        count: Number of kernels. What the others need is included in the first, except their constant time.
     """
 
     kind: str

@@ -1,0 +1,140 @@
+"""Issue slots counted in hand-written SASS, occupancy by hand, and the bounds of real kernels compiled for an H100."""
+
+import pytest
+import torch
+import triton
+
+from bench.step import issue
+from bench.step.issue import H100, IssueOptions, Loop, issue_bound, loops, occupancy, parse, path, record
+from engine.errors import UserError
+from engine.measuring import records
+from kernels.guess import launch_guess_labels
+
+# A loop over rows around a loop over channels with a branch in it, and a second loop that is left from its middle.
+SASS = """
+\tcode for sm_90a
+\t\tFunction : kernel
+\t.headerflags\t@"EF_CUDA_SM90"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;               /* 0x00000a00ff017b82 */
+                                                                        /* 0x000fe20000000800 */
+        /*0010*/                   S2R R0, SR_TID.X ;                   /* 0x0000000000007919 */
+        /*0020*/                   LDG.E.128 R4, desc[UR8][R2.64] ;     /* 0x000000080204d981 */
+        /*0030*/                   LDS R6, [R7] ;                       /* 0x0000000007067984 */
+        /*0040*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0050*/              @!P1 BRA 0x80 ;
+        /*0060*/                   MUFU.EX2 R8, R8 ;
+        /*0070*/                   MUFU.RCP R8, R8 ;
+        /*0080*/               @P0 BRA 0x30 ;
+        /*0090*/                   STS.128 [R9], R4 ;
+        /*00a0*/                   BRA.U UP0, 0x20 ;
+        /*00b0*/                   ISETP.GE.AND P0, PT, R0, 0x20, PT ;
+        /*00c0*/               @P0 BRA 0xf0 ;
+        /*00d0*/                   STL [R1], R4 ;
+        /*00e0*/                   BRA 0xb0 ;
+        /*00f0*/               @P2 EXIT ;
+        /*0100*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0110*/                   STG.E desc[UR8][R2.64], R4 ;
+        /*0120*/                   EXIT ;
+        /*0130*/                   BRA 0x130;
+        /*0140*/                   NOP;
+"""
+
+
+def test_loops_are_found_outermost_first():
+    instructions = parse(SASS)
+    assert [one.address for one in instructions] == list(range(0, 0x150, 0x10))
+    assert instructions[4].name == "HGMMA.64x32x16.F32.BF16" and instructions[5].target == 0x80
+    assert [one.address for one in instructions if one.conditional] == [0x50, 0x80, 0xA0, 0xC0, 0xF0]
+    assert loops(instructions) == [Loop(0x20, 0xA0, 0), Loop(0x30, 0x80, 1), Loop(0xB0, 0xE0, 0)]
+    with pytest.raises(ValueError, match="several functions"):
+        parse(SASS + SASS)
+
+
+def test_the_longest_path_is_counted_with_trips():
+    counts = path(parse(SASS), (3, 5, 7))
+    # Two instructions, then three rows of a load, five channels of six and a store with a branch; seven trips of the
+    # second loop's test and body; four at the end.
+    assert counts.total() == 2 + 3 * (1 + 5 * 6 + 2) + 7 * 4 + 4
+    assert (counts["matrix"], counts["special"], counts["local"], counts["synchronization"]) == (15, 30, 7, 1)
+    assert counts["shared"] == 15 + 3 and counts["global"] == 3 + 1
+    assert path(parse(SASS), lambda found: [1 + loop.depth for loop in found])["matrix"] == 2
+    with pytest.raises(ValueError, match=r"expected trips of 3 loops, got 2; loops: 0x20 to 0xa0 in 0 loops, 0x30"):
+        path(parse(SASS), (1, 1))
+
+
+def test_the_longer_of_two_branches_is_counted():
+    sass = """
+        /*0000*/              @!P0 BRA 0x40 ;
+        /*0010*/                   FADD R1, R1, R1 ;
+        /*0020*/                   EXIT ;
+        /*0030*/                   NOP ;
+        /*0040*/                   MUFU.EX2 R8, R8 ;
+        /*0050*/                   FADD R1, R1, R1 ;
+        /*0060*/                   EXIT ;
+    """
+    assert path(parse(sass), ()) == {"other": 3, "special": 1}
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "blocks"),
+    [
+        (32, 4, 0, 16),  # 64 warps
+        (120, 4, 0, 4),  # 4 warps of 3840 registers a block
+        (121, 4, 0, 4),  # 3872 registers are allocated as 4096
+        (129, 4, 0, 3),  # 4128 as 4352
+        (42, 8, 0, 5),  # 1344 as 1536
+        (16, 1, 0, 32),  # blocks
+        (32, 4, 99 * 1024, 2),  # 100 of 228 KiB
+        (255, 8, 228 * 1024, 0),
+    ],
+)
+def test_occupancy(registers, warps, shared, blocks):
+    assert occupancy(registers, warps, shared, H100) == blocks
+
+
+def guess(classes):
+    logits, history = torch.zeros(64, classes), torch.zeros(128, classes)
+    return record(launch_guess_labels, logits, history, torch.tensor(0), torch.zeros(classes), 0.5)
+
+
+def test_a_launch_is_recorded_and_compiled():
+    launch = guess(10)
+    assert launch.grid == (1,) and launch.options == {"num_warps": 4} and launch.arguments["ALIGN"] is True
+    bound = issue_bound(launch, ())
+    assert 0 < bound.registers <= 255 and bound.spilled_bytes == 0 and bound.warps == 4 * bound.blocks > 0
+    total = sum(bound.instructions.values())
+    assert bound.instructions["special"] > 0 and bound.issue_seconds == pytest.approx(4 * total / (132 * 4 * 1.755e9))
+    read_and_written = 2 * 64 * 10 * 4 + 128 * 10 * 4 + 10 * 4 + 8
+    assert bound.bytes_seconds == pytest.approx(read_and_written / 3e12)
+    assert issue_bound(launch, (), moved=3000).bytes_seconds == pytest.approx(1e-9)
+    with pytest.raises(ValueError, match="bool launched 0 kernels, expected one"):
+        record(bool)
+
+
+@triton.jit
+def _rows(x, rows, channels):
+    for row in range(rows):
+        for channel in range(channels):
+            at = x + row * channels + channel
+            triton.language.store(at, triton.language.load(at) + 1)
+
+
+def test_loops_of_a_compiled_kernel_nest():
+    def launch(x):
+        _rows[(5,)](x, 32, 64, num_warps=2)
+
+    compiled = issue.compile_launch(record(launch, torch.zeros(2048)), 90)
+    found = loops(parse(issue.disassemble(compiled.asm["cubin"])))
+    assert {loop.depth for loop in found} == {0, 1}
+
+
+def test_kernels_are_listed(tmp_path, capsys):
+    out = tmp_path / "issue.jsonl"
+    issue.main(IssueOptions(out=out, kernels=("guess_labels", "assemble_batch")))
+    first, second = records.read(out)
+    assert (first["kernel"], second["kernel"]) == ("guess_labels", "assemble_batch")
+    assert second["waves"] == pytest.approx(2688 / (second["blocks"] * 132)) and "bfloat16" in second["shape"]
+    assert second["bytes_us"] == pytest.approx(7_692_824 / 3e6) and second["issue_us"] > 0
+    assert "kernel: assemble_batch; " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--kernels: unknown kernel 'guess'"):
+        issue.main(IssueOptions(kernels=("guess",)))
