@@ -157,14 +157,16 @@ def _store(acc, at, result, other, mean, scale, shift, o, HAS_OTHER: tl.constexp
 
 
 @triton.jit
-def _store_sums(partial, tile, o, first, second, C_OUT: tl.constexpr, COUNT: tl.constexpr, BACKWARD: tl.constexpr):
+def _store_sums(
+    partial, tiles, tile, o, first, second, C_OUT: tl.constexpr, COUNT: tl.constexpr, BACKWARD: tl.constexpr
+):
     """Store the two sums of a tile, forward as mean and sum of squared deviations."""
     if not BACKWARD:
         mean = first / COUNT
         second -= first * mean
         first = mean
-    tl.store(partial + tile * (2 * C_OUT) + o, first)
-    tl.store(partial + tile * (2 * C_OUT) + C_OUT + o, second)
+    tl.store(partial + o * tiles + tile, first)
+    tl.store(partial + (C_OUT + o) * tiles + tile, second)
 
 
 @triton.jit
@@ -177,7 +179,8 @@ def _rows_kernel(
     weight,  # (outputs, 3, 3, inputs) of the forward convolution
     other,  # (N, H, W, C_OUT): the residual, or the layer's input
     result,  # (N, H, W, C_OUT)
-    partial,  # (T, 2, C_OUT)
+    partial,  # (2, C_OUT, T)
+    tiles,  # T
     H: tl.constexpr,
     W: tl.constexpr,
     C_IN: tl.constexpr,
@@ -250,7 +253,7 @@ def _rows_kernel(
         if LATE_SUMS:
             first = tl.sum(first, 0)
             second = tl.sum(second, 0)
-        _store_sums(partial, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
+        _store_sums(partial, tiles, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
 
 
 @triton.jit
@@ -263,7 +266,8 @@ def _taps_kernel(
     weight,  # (outputs, TAPS, TAPS, inputs) of the forward convolution
     other,  # (N, OUT_H, OUT_W, C_OUT): the residual, or the layer's input
     result,  # (N, OUT_H, OUT_W, C_OUT)
-    partial,  # (T, 2, C_OUT)
+    partial,  # (2, C_OUT, T)
+    tiles,  # T
     IN_H: tl.constexpr,
     IN_W: tl.constexpr,
     C_IN: tl.constexpr,
@@ -339,7 +343,7 @@ def _taps_kernel(
             second += tl.sum(added[1], 0)
     if SUMS:
         tile = tile * (OUT * OUT) + tl.program_id(2)
-        _store_sums(partial, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
+        _store_sums(partial, tiles, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
 
 
 @triton.jit
@@ -513,20 +517,20 @@ def _launch(
     sums: bool,
     tiling: Sequence[int],
 ) -> Tensor:
-    """Launch the kernel of a result, and return the sums of its tiles: (T, 2, O) float32."""
+    """Launch the kernel of a result, and return the sums of its tiles: (T, 2, O) float32, with tiles innermost."""
     block_m, rows, block_o, block_c, warps, stages = tiling
     channels = result.shape[1]
     samples, _, height, width = (x if backward else result).shape  # The smaller of the two.
     tiles = samples * width // block_m * (height // rows)
     parities = stride**2 if backward else 1
-    partial = x.new_empty(tiles * parities if sums else 0, 2, channels, dtype=torch.float32)
+    partial = x.new_empty(2, channels, tiles * parities if sums else 0, dtype=torch.float32)
     sizes: dict[str, Any] = {
         "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "HAS_OTHER": other is not None, "SUMS": sums,
         "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
         "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     taps = weight.shape[2]
-    arguments = (x, *norm, weight, result if other is None else other, result, partial)
+    arguments = (x, *norm, weight, result if other is None else other, result, partial, tiles * parities)
     grid = (tiles, channels // block_o)
     if taps == 3 and stride == 1:
         # Up to 32 registers of a thread hold sums; more would be spilled.
@@ -534,7 +538,7 @@ def _launch(
         _rows_kernel[grid](*arguments, H=height, W=width, LATE_SUMS=late, **sizes)
     else:
         _taps_kernel[(*grid, parities)](*arguments, IN_H=x.shape[2], IN_W=x.shape[3], TAPS=taps, STRIDE=stride, **sizes)
-    return partial
+    return partial.permute(2, 0, 1)
 
 
 def launch_weight_grad(

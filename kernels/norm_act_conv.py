@@ -74,7 +74,7 @@ def norm_act_conv(
     Returns:
         y, (N, O, H / stride, W / stride) like x. And (T, 2, O) float32 for `merge_moments`: mean and sum of squared
         deviations of each of T tiles with equally many pixels, sample by sample, before y is rounded to its dtype.
-        Empty without statistics.
+        Empty without statistics. Its memory is that of a contiguous (2, O, T), as for the sums of the input gradient.
     """
     rstd = torch.rsqrt(moments.var + epsilon)
     return torch.ops.remixmatch.norm_act_conv(
@@ -120,10 +120,10 @@ def norm_act_conv_reference(
     y = y if residual is None else y + residual.float()
     rounded = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     if not statistics:
-        return rounded, mean.new_empty(0, 2, y.shape[1])
+        return rounded, _empty_partial(mean, 0, y.shape[1])
     tiled = _split_tiles(y, forward_tiling)
     means = tiled.mean(1)
-    return rounded, torch.stack([means, (tiled - means[:, None]).square().sum(1)], 1)
+    return rounded, _by_channel(means, (tiled - means[:, None]).square().sum(1))
 
 
 def norm_act_conv_input_grad_reference(
@@ -155,8 +155,8 @@ def leaky_relu_grad(
     centered = x.float() - mean[:, None, None]
     positive = centered * (gamma * rstd)[:, None, None] + beta[:, None, None] > 0
     g = torch.where(positive, activation_grad.float(), SLOPE * activation_grad.float())
-    sums = [_split_tiles(values, tiling).sum(1) for values in (g, g * centered)]
-    return g.to(x.dtype).contiguous(memory_format=torch.channels_last), torch.stack(sums, 1)
+    sums = _by_channel(*(_split_tiles(values, tiling).sum(1) for values in (g, g * centered)))
+    return g.to(x.dtype).contiguous(memory_format=torch.channels_last), sums
 
 
 def norm_act_conv_weight_grad_reference(
@@ -189,6 +189,19 @@ def _tiles(shape: Sequence[int], tiling: Sequence[int]) -> int:
     return samples * width // tiling[0] * (height // tiling[1]) if len(tiling) else 1
 
 
+def _by_channel(*partial: Tensor) -> Tensor:
+    """Stack two (T, C) results of tiles to (T, 2, C) in the memory layout of (2, C, T); see `_empty_partial`."""
+    return torch.stack([one.T for one in partial]).permute(2, 0, 1)
+
+
+def _empty_partial(like: Tensor, tiles: int, channels: int) -> Tensor:
+    """Return memory for two numbers of each tile and channel: (T, 2, C), with tiles innermost.
+
+    torch.compile sums over the innermost dimension with a single kernel, and over others with two or more.
+    """
+    return like.new_empty(2, channels, tiles).permute(2, 0, 1)
+
+
 def _split_tiles(values: Tensor, tiling: Sequence[int]) -> Tensor:
     """Split (N, C, H, W) into the tiles of a kernel's result: (T, pixels, C)."""
     _, channels, height, _ = values.shape
@@ -215,7 +228,7 @@ def _empty_result(
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, x.shape[3] // stride)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, mean.new_empty(_tiles(shape, forward_tiling) if statistics else 0, 2, weight.shape[0])
+    return y, _empty_partial(mean, _tiles(shape, forward_tiling) if statistics else 0, weight.shape[0])
 
 
 def _empty_input_grad(
@@ -229,7 +242,7 @@ def _empty_input_grad(
     stride: int,
     tiling: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), mean.new_empty(_tiles(x.shape, tiling), 2, x.shape[1])
+    return torch.empty_like(x), _empty_partial(mean, _tiles(x.shape, tiling), x.shape[1])
 
 
 def _empty_weight_grad(
@@ -269,7 +282,7 @@ def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         partial = torch.ops.remixmatch.norm_act_conv_weight_grad(
             grad, x, *norm, taps, ctx.stride, ctx.weight_grad_tiling
         )
-        weight_grad = partial.sum(0).to(weight.dtype)
+        weight_grad = partial.sum(0).to(weight.dtype).contiguous(memory_format=torch.channels_last)
     else:
         weight_grad = by_library[1]
     if ctx.input_grad_tiling:
@@ -278,16 +291,57 @@ def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         )
     else:
         g, sums = leaky_relu_grad(by_library[0], x, *norm, [])
-    # Batch norm's gradient (Ioffe & Szegedy, 2015, section 3).
+    x_grad, gamma_grad, beta_grad = batch_norm_grad(g, sums, x, mean, rstd, gamma)
+    residual_grad = grad if ctx.has_residual else None
+    return (
+        x_grad, None, None, gamma_grad, beta_grad, weight_grad, residual_grad,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+def batch_norm_grad(
+    g: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, gamma and beta from that of batch norm's result (Ioffe & Szegedy, 2015, section 3).
+
+    Args:
+        g: (N, C, H, W), the gradient of batch norm's result.
+        sums: (T, 2, C) float32, the sums of g and of g * (x - mean) over each tile.
+        x: (N, C, H, W), batch norm's input.
+        mean: (C,) float32, the mean of x.
+        rstd: (C,) float32, the reciprocal of its standard deviation.
+        gamma: (C,) float32, batch norm's weight.
+    """
     beta_grad, centered_sum = sums.sum(0).unbind(0)  # (C,)
     pixels = x.numel() // x.shape[1]
     normalized_part = (x.float() - mean[:, None, None]) * (rstd.square() * centered_sum / pixels)[:, None, None]
     x_grad = (gamma * rstd)[:, None, None] * (g.float() - (beta_grad / pixels)[:, None, None] - normalized_part)
-    residual_grad = grad if ctx.has_residual else None
-    return (
-        x_grad.to(x.dtype), None, None, rstd * centered_sum, beta_grad, weight_grad, residual_grad,
-        None, None, None, None, None,
-    )  # fmt: skip
+    return x_grad.to(x.dtype), rstd * centered_sum, beta_grad
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean, rstd, gamma, beta)
+        return activate(x, mean, rstd, gamma, beta)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, gamma, beta = ctx.saved_tensors
+        g, sums = leaky_relu_grad(grad, x, mean, rstd, gamma, beta, [])
+        x_grad, gamma_grad, beta_grad = batch_norm_grad(g, sums, x, mean, rstd, gamma)
+        return x_grad, None, None, gamma_grad, beta_grad
+
+
+def norm_act(x: Tensor, moments: Moments, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
+    """Compute `leaky_relu(batch_norm(x))` for layers that do not use `norm_act_conv`; see there for the arguments."""
+    return _NormAct.apply(x, moments.mean, torch.rsqrt(moments.var + epsilon), gamma, beta)
+
+
+def moments_of(x: Tensor) -> Moments:
+    """Return the statistics of (N, C, H, W) activations that no `norm_act_conv` has made, without gradient."""
+    var, mean = torch.var_mean(x.detach().float(), (0, 2, 3), correction=0)
+    return Moments(mean, var)
 
 
 # See kernels/assemble.py for why this does not use `triton_op`.
