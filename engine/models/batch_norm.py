@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.distributed import collectives
 
-_BN_EPS = 1e-3
+BN_EPS = 1e-3
 
 
 class BatchNorm(nn.Module):
@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
             stats_samples: Number of first samples, in whole groups, that update the running statistics; None for all.
         """
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, _BN_EPS)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, BN_EPS)
         counted = x.shape[0] if stats_samples is None else stats_samples
         separate = track and counted < x.shape[0]
         over_ranks = self.over_ranks and collectives.ranks() > 1
@@ -59,9 +59,9 @@ class BatchNorm(nn.Module):
                 # Called to update the running statistics; a compiler removes the rest. torch.var_mean takes ten times
                 # as long on a CPU.
                 with torch.no_grad():
-                    F.batch_norm(x[:counted], mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
+                    F.batch_norm(x[:counted], mean, var, self.weight, self.bias, True, self.momentum, BN_EPS)
                 mean = var = None
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, _BN_EPS)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, BN_EPS)
         at_least_single = x.to(torch.promote_types(x.dtype, torch.float32))
         grouped = at_least_single.unflatten(0, (-1, self.group_size or x.shape[0]))  # (G, n, C, H, W)
         mean, var = _moments(grouped)
@@ -82,7 +82,7 @@ class BatchNorm(nn.Module):
                 unbiased = tracked[1].mean(0).flatten() * (count / (count - 1))
                 self.running_mean.lerp_(tracked[0].mean(0).flatten(), self.momentum)
                 self.running_var.lerp_(unbiased, self.momentum)
-        scale = torch.rsqrt(var + _BN_EPS) * self.weight[:, None, None]
+        scale = torch.rsqrt(var + BN_EPS) * self.weight[:, None, None]
         shift = self.bias[:, None, None] - mean * scale
         return (grouped * scale + shift).flatten(0, 1).to(x.dtype)
 

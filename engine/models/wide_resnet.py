@@ -7,11 +7,13 @@ It follows Zagoruyko & Komodakis (2016) with the details of Oliver et al. (2018)
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.models import fused
 from engine.models.batch_norm import BatchNorm
 
 _SLOPE = 0.1
@@ -112,7 +114,12 @@ class WideResNet(TwoHeadNetwork):
         bn_momentum: Momentum of batch norm; see `BatchNorm`.
         group_size: See `BatchNorm`.
         over_ranks: See `BatchNorm`.
+
+    Attributes:
+        tilings: Tilings of fused convolutions for some kinds of passes; see `engine.models.fused`. Empty without.
     """
+
+    tilings: Mapping[fused.Pass | None, tuple[fused.BlockTilings, ...]]
 
     def __init__(
         self,
@@ -126,6 +133,7 @@ class WideResNet(TwoHeadNetwork):
         over_ranks: bool = False,
     ) -> None:
         super().__init__()
+        self.tilings = {}
         self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.body = nn.ModuleList()
         channels = 16
@@ -160,11 +168,16 @@ class WideResNet(TwoHeadNetwork):
         Returns:
             (N, L) class logits and (N, 4) rotation logits.
         """
-        if zeros := images.shape[1] - self.stem.in_channels:
-            x = F.conv2d(images, F.pad(self.stem.weight, (0, 0, 0, 0, 0, zeros)), padding=1)
-        else:
-            x = self.stem(images)
+        if self.tilings and (tilings := self.tilings.get(fused.pass_of(self, images))):
+            return fused.forward(self, images, tilings, track, stats_samples)
+        x = self.first_convolution(images)
         for block in self.body:
             x = block(x, track, stats_samples)
         features = F.leaky_relu(self.norm(x, track, stats_samples), _SLOPE).mean((2, 3))
         return self.head(features), self.rotation_head(features)
+
+    def first_convolution(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) images to (N, 16, H, W); see `forward`."""
+        if zeros := images.shape[1] - self.stem.in_channels:
+            return F.conv2d(images, F.pad(self.stem.weight, (0, 0, 0, 0, 0, zeros)), padding=1)
+        return self.stem(images)
