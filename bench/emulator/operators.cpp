@@ -162,6 +162,18 @@ Values convolve_first_sample(const c10::OperatorHandle& op, Values arguments) {
   return results;
 }
 
+// Returns results on the meta device, which computes nothing, of an operator that has an implementation for it.
+Values meta_results(const c10::OperatorHandle& op, const Values& arguments) {
+  torch::jit::Stack stack;
+  for (const auto& value : arguments)
+    stack.push_back(map_tensors(value, [](const Tensor& t) {
+      return at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta));
+    }));
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.callBoxed(&stack);
+  return stack;
+}
+
 // Returns results with the right sizes, strides and types. These do not depend on values, so zeros are used, once.
 const Values& results_like(const c10::OperatorHandle& op, const Values& given, const std::vector<size_t>& resized) {
   static auto* known = new std::unordered_map<std::string, Values>;
@@ -180,6 +192,12 @@ const Values& results_like(const c10::OperatorHandle& op, const Values& given, c
   {
     const std::lock_guard<std::mutex> guard(*lock);
     if (const auto found = known->find(key.str()); found != known->end()) return found->second;
+  }
+  if (op.schema().name().rfind("remixmatch::", 0) == 0 && op.hasKernelForDispatchKey(DispatchKey::Meta)) {
+    Values results = meta_results(op, given);
+    for (size_t i : resized) results.push_back(given[i]);
+    const std::lock_guard<std::mutex> guard(*lock);
+    return known->emplace(key.str(), std::move(results)).first->second;
   }
   Values zeros;
   for (const auto& value : given)

@@ -294,6 +294,14 @@ class Config:
         "first convolution: 1.1 % less time per step, measured on an H100.",
         counted=True,
     )
+    convolutions: Literal["auto", "cudnn", "triton"] = _execution(
+        "auto",
+        "Kernels of a Wide ResNet's convolutions on a GPU: 'cudnn'; 'triton', which also compute batch norm, leaky "
+        "ReLU and residual addition, for every shape that they support; or 'auto', whichever is faster for each layer, "
+        "measured when training starts. auto is cudnn with --deterministic, with --bn split or sync, in fp32 and fp64, "
+        "for timm models, and on a CPU.",
+        counted=True,
+    )
     tune: bool = _execution(
         False,
         "On a GPU, let Inductor try more variants of every kernel (coordinate descent), which takes minutes at the "

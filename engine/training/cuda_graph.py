@@ -16,6 +16,7 @@ from engine.config.config import Config
 from engine.distributed import collectives
 from engine.method.batch_layout import BatchLayout
 from engine.training import ranges
+from engine.training.convolutions import choose_convolutions
 from engine.training.execution import Execution
 from engine.training.state import TrainState
 from engine.training.step import Step, StepOutput
@@ -38,6 +39,9 @@ def make_step(
         execution: The mode and precision of the step.
         example: Returns an input with the shapes of all steps; called if the step is captured.
     """
+    if execution.convolutions != "cudnn":
+        _, height, width, _ = example().views.shape
+        choose_convolutions(config, state, layout, execution, (height, width))
     compiled = execution.mode != "eager"
     make = partial(Step, config, state, layout, execution.precision, compiled, execution.inductor, execution.concurrent)
     return CapturedStep(make, example()) if execution.mode == "graph" else make()

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 
 from engine.config.config import Config
 from engine.errors import UserError
@@ -41,6 +42,7 @@ class Execution:
         inductor: Options of Inductor on a GPU; None for INDUCTOR.
         concurrent: Whether independent passes run concurrently on a GPU.
         cudnn_plans: See `set_numerics`.
+        convolutions: "cudnn", "triton", or "measured": the faster of them for each layer.
     """
 
     device: torch.device
@@ -51,6 +53,7 @@ class Execution:
     inductor: Mapping[str, Any] | None = None
     concurrent: bool = True
     cudnn_plans: int | None = 0
+    convolutions: str = "cudnn"
 
     @classmethod
     def pick(cls, config: Config, shape: tuple[int, ...]) -> Execution:
@@ -67,6 +70,7 @@ class Execution:
             pick_views(config, device, (shape[1], shape[2])),
             pick_resident(config, device, math.prod(shape)),
             cudnn_plans=None if config.deterministic else config.cudnn_plans,
+            convolutions=pick_convolutions(config, device),
         )
 
 
@@ -138,6 +142,29 @@ def pick_resident(config: Config, device: torch.device, images: int) -> bool:
     if device.type != "cuda" or config.resident != "auto":
         return config.resident != "host"
     return 2 * images <= torch.cuda.mem_get_info(device)[0]
+
+
+def pick_convolutions(config: Config, device: torch.device) -> str:
+    """Return the kernels of the network's convolutions: "cudnn", "triton", or "measured".
+
+    Raises:
+        UserError: The requested kernels do not support the device or another setting.
+    """
+    if config.convolutions == "cudnn":
+        return "cudnn"
+    required = {
+        "a GPU": device.type == "cuda",
+        "a Wide ResNet": not config.backbone,
+        "--bn joint": config.bn == "joint",
+        "--precision bf16 or fp16": pick_precision(config, device) in (torch.bfloat16, torch.float16),
+    }
+    missing = [requirement for requirement, fulfilled in required.items() if not fulfilled]
+    if config.convolutions == "triton":
+        if missing:
+            raise UserError(f"--convolutions triton requires {', '.join(missing)}")
+        return "triton"
+    # What is chosen by measurement may differ between runs, and with it the rounding of results.
+    return "cudnn" if missing or config.deterministic or not has_triton() else "measured"
 
 
 def compiler(config: Config, device: torch.device, inductor: Mapping[str, Any] | None = None) -> Callable[[Any], Any]:

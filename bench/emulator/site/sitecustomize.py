@@ -4,10 +4,12 @@ import ctypes
 import os
 
 import torch
+import torch.utils._triton
 
 import kernels.assemble
 import kernels.augment
-import kernels.guess  # noqa: F401  (these three modules register operators)
+import kernels.guess
+import kernels.norm_act_conv  # noqa: F401  (these four modules register operators)
 
 ctypes.CDLL(f"{os.environ['EMULATOR']}/operators.so").emulate_operators(b"remixmatch")
 if not os.environ.get("EMULATED_IDLE"):
@@ -18,6 +20,8 @@ if not os.environ.get("EMULATED_IDLE"):
         return compile_with_inductor(model, backend="aot_eager", **others)
 
     torch.compile = without_inductor  # type: ignore[assignment]
+    # Without Triton, nothing is chosen by timing its kernels.
+    torch.utils._triton.has_triton = lambda **options: False  # type: ignore[assignment]
 
 # CUPTI uses the driver, which is not emulated, so device activity cannot be profiled.
 torch.profiler.supported_activities = lambda: {torch.profiler.ProfilerActivity.CPU}
