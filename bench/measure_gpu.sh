@@ -98,8 +98,7 @@ else
   bench throughput 90 --k 8 1 16 2 4 --modes graph --views "${views[@]}"
   profile 50 --k 8
   bench variants 150 --k 8 ${before[@]+"${before[@]}"} --variants "Inductor's defaults" "read threshold alone" \
-    "combined kernels alone" "one stream" "8 input channels" "combined kernels, blocks of their own" "cuDNN by rule" \
-    "ten cuDNN plans"
+    "one stream" "8 input channels" "cuDNN by rule" "ten cuDNN plans" "cuDNN convolutions" "Triton convolutions"
   bench baseline 60 --k 8
   bench kernels 60
   bench convolutions 35

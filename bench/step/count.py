@@ -115,6 +115,8 @@ class CountOptions:
     """Compute capability of the GPU."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the networks."""
+    convolutions: Literal["cudnn", "triton"] = "cudnn"
+    """Kernels of the convolutions; triton uses the operators of kernels/norm_act_conv.py for all supported shapes."""
     side: int = 0
     """Side of the images in pixels; by default that of the preset's data set."""
     classes: int = 0
@@ -166,7 +168,7 @@ def main(options: CountOptions) -> None:
 
 def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
     """Return the configuration of each case, with the record fields that name its method or ablation."""
-    base = dataclasses.replace(preset(options.preset), precision=options.precision)
+    base = dataclasses.replace(preset(options.preset), precision=options.precision, convolutions=options.convolutions)
     if options.batch:
         base = dataclasses.replace(base, batch=options.batch)
     named: list[tuple[dict[str, str], Config]] = [
@@ -174,6 +176,8 @@ def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
         *(({"ablate": name}, ablate(base, name)) for name in options.ablate),
     ]
     named = named or [({}, base)]
+    if options.convolutions != "cudnn":
+        named = [({**varied, "convolutions": options.convolutions}, config) for varied, config in named]
     cases = [(varied, dataclasses.replace(config, k=k)) for varied, config in named for k in options.k or (config.k,)]
     for _, config in cases:
         validate(config)
@@ -269,12 +273,20 @@ def _read_budget(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a budget ({error})") from None
 
 
+def _is_case(budgeted: Mapping[str, Any], case: Mapping[str, Any]) -> bool:
+    return {key: value for key, value in budgeted.items() if key != "parts"} == dict(case)
+
+
+def _sort_key(case: Mapping[str, Any]) -> list[Any]:
+    return [case["preset"], case["target"], case["k"], case.get("convolutions", "")]
+
+
 def write_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Mapping[str, int]]) -> None:
     """Add a case's counts to a budget, replacing earlier ones of the same case."""
     budget = _read_budget(path)
-    others = [other for other in budget["cases"] if any(other[key] != value for key, value in case.items())]
+    others = [other for other in budget["cases"] if not _is_case(other, case)]
     parts = {part: {name: counts[name] for name in _BUDGETED} for part, counts in counted.items()}
-    cases = sorted([*others, {**case, "parts": parts}], key=lambda case: [case["preset"], case["target"], case["k"]])
+    cases = sorted([*others, {**case, "parts": parts}], key=_sort_key)
     content = {"torch": torch.__version__.split("+")[0], "cases": cases}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -288,7 +300,7 @@ def compare_budget(path: Path, case: Mapping[str, Any], counted: Mapping[str, Ma
         counted: `Count.by_part` of the case.
     """
     budget = _read_budget(path)
-    same = [other for other in budget["cases"] if all(other[key] == value for key, value in case.items())]
+    same = [other for other in budget["cases"] if _is_case(other, case)]
     if not same:
         return [f"{path} has no budget for {case}; add it with --update"]
     lines = []
@@ -309,7 +321,7 @@ BENCH = Bench(
     quick=None,  # It builds the emulated device and compiles the paper's step: a minute.
     tables={
         "count": Table(
-            key=("preset", "method", "ablate", "k", "batch", "target", "precision"),
+            key=("preset", "method", "ablate", "k", "batch", "target", "precision", "convolutions"),
             source="Counted",
             columns={
                 "preset": "{preset}",
@@ -319,6 +331,7 @@ BENCH = Bench(
                 "B": "{batch}",
                 "target": "{target}",
                 "precision": "{precision}",
+                "convolutions": "{convolutions}",
                 "launches": "{launches}",
                 "Triton": "{triton}",
                 "libraries": "{library}",

@@ -1,10 +1,10 @@
 """`remixmatch bench variants`: the captured step with each optimization toggled (interleaved), plus a profile.
 
 A variant is the same step with one setting changed (Inductor options, a single stream, 8 input channels, cuDNN's
-choice of kernels), or the step of an earlier checkout (`--before FOLDER`). Each variant is compiled in its own
-process, several at a time. Then their samples are interleaved, with nothing else running on the device. A record has
-the median time and the median over rounds of the ratio to the baseline. Finally the baseline is profiled: time by kind
-of kernel, and gaps in which the device is idle.
+heuristic or its first ten plans, all convolutions by cuDNN or by Triton), or the step of an earlier checkout
+(`--before FOLDER`). Each variant is compiled in its own process, several at a time. Then their samples are interleaved,
+with nothing else running on the device. A record has the median time and the median over rounds of the ratio to the
+baseline. Finally the baseline is profiled: time by kind of kernel, and gaps in which the device is idle.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ VARIANTS = {
     "8 input channels": Variant(config={"stem_channels": 8}),
     "cuDNN by rule": Variant(execution={"cudnn_plans": None}),
     "ten cuDNN plans": Variant(execution={"cudnn_plans": 10}),
+    "cuDNN convolutions": Variant(execution={"convolutions": "cudnn"}),
+    "Triton convolutions": Variant(execution={"convolutions": "triton"}),
     "tuned": Variant(config={"tune": True}),
 }
 
@@ -149,7 +151,7 @@ def _started(
 BENCH = Bench(
     options=VariantsOptions,
     main=main,
-    quick=None,  # It compiles ten variants, each in its own process.
+    quick=None,  # It compiles twelve variants, each in its own process.
     tables={
         "variants": Table(
             key=("k", "batch", "variant"),

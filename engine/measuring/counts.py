@@ -22,7 +22,8 @@ IMAGES = {
 def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[str, Any] | None:
     """Return the newest record of `bench count` for a step, or None. The user's records take precedence.
 
-    Counts are of the compiled step on one rank with one micro-batch.
+    Counts are of the compiled step on one rank with one micro-batch. `--convolutions auto` depends on the device, and
+    is taken for cudnn.
 
     Args:
         config: Configuration of the step.
@@ -31,6 +32,8 @@ def counted(config: Config, precision: str, images: tuple[int, int]) -> Mapping[
     """
     if config.micro_batches > 1:
         return None
+    if config.convolutions == "auto":
+        config = dataclasses.replace(config, convolutions="cudnn")
     counts = [
         count for path in (records.RESULTS / "count.jsonl", records.OUT / "count.jsonl") for count in records.read(path)
     ]
@@ -50,4 +53,5 @@ def configuration(record: Mapping[str, Any]) -> Config:
         config = methods.with_method(config, record["method"])
     if "ablate" in record:
         config = methods.ablate(config, record["ablate"])
-    return dataclasses.replace(config, k=record["k"], batch=record["batch"])
+    kernels = record.get("convolutions", "cudnn")
+    return dataclasses.replace(config, k=record["k"], batch=record["batch"], convolutions=kernels)

@@ -364,6 +364,8 @@ def _counted(config: Config, execution: Execution, images: tuple[int, int]) -> M
     """Return what `bench count` counted for each range of the same step; empty if it was not counted."""
     if execution.mode == "eager" or config.micro_batches_of(collectives.ranks()) > 1:
         return {}
+    if execution.convolutions == "measured":  # No count has this device's choice.
+        return {}
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     row = counted(config, names.get(execution.precision, ""), images)
     return row["parts"] if row else {}

@@ -24,16 +24,30 @@ CASE = {"preset": "cifar10-250", "k": 8, "batch": 64, "target": "sm_90", "precis
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("k", [8, pytest.param(1, marks=pytest.mark.long)])
-def test_the_step_is_within_its_budget(k):
+@pytest.mark.parametrize(
+    ("k", "convolutions"),
+    [
+        (8, "cudnn"),
+        (8, "triton"),
+        pytest.param(1, "cudnn", marks=pytest.mark.long),
+        pytest.param(1, "triton", marks=pytest.mark.long),
+    ],
+)
+def test_the_step_is_within_its_budget(k, convolutions):
     """If a change of the counts is intended, update `bench/budget.json` with `bench count --budget FILE --update`."""
     budget = json.loads(BUDGET.read_text())
     if budget["torch"] != torch.__version__.split("+")[0]:
         pytest.skip(f"the budget is for torch {budget['torch']}, installed is {torch.__version__}")
-    config = dataclasses.replace(preset("cifar10-250"), k=k, precision="bf16")
+    config = dataclasses.replace(preset("cifar10-250"), k=k, precision="bf16", convolutions=convolutions)
     counted = count.count(config, "sm_90", (32, 10)).by_part()
-    assert count.compare_budget(BUDGET, CASE | {"k": k}, counted) == []
+    case = CASE | {"k": k} | ({} if convolutions == "cudnn" else {"convolutions": convolutions})
+    assert count.compare_budget(BUDGET, case, counted) == []
     networks = [counted[part] for part in count.NETWORKS]
+    if convolutions == "triton":
+        assert sum(part[kind] for part in counted.values() for kind in count.KINDS) <= 330
+        assert sum(part["bytes"] for part in counted.values()) <= {8: 9.7e9, 1: 4.8e9}[k]
+        assert sum(part["library"] for part in networks) <= 30, "only stem, strided shortcuts and heads are cuDNN's"
+        return
     if k == 8:
         assert counted["backward"]["bytes"] <= 6.6e9 and sum(part["bytes"] for part in networks) <= 12.3e9
     assert sum(part["triton"] for part in networks) <= 340
@@ -67,6 +81,7 @@ def test_counts_are_reproducible_and_depend_on_inductor_options(tmp_path):
     case = CASE | {"preset": "digits-40", "k": 1, "target": "sm_80"}
     count.write_budget(path, case, one.by_part())
     assert count.compare_budget(path, case, other.by_part()) == []
+    assert "has no budget for" in count.compare_budget(path, case | {"convolutions": "triton"}, other.by_part())[0]
     changed = count.count(config, "sm_80", (16, 10), {"combo_kernels": False})
     lines = count.compare_budget(path, case, changed.by_part())
     assert len(changed.launches) > len(one.launches)
