@@ -40,6 +40,8 @@ def test_a_convolution_loads_its_input_once_per_tap_and_tile_of_channels():
         "weight gradients": pytest.approx((2 * 8 * 72 * 2 + 2 * y) / 4e9),
         "input gradients": pytest.approx((2 * 640 * 9 + x) / 4e9),
     }
+    both = kernels(Launch("backward", "aten::convolution_backward", 2 * x + y + 2 * w, 2 * flops, (*shape, 2)))
+    assert [kernel.count for kernel in both] == [2, 1], "cuDNN adds parts of a weight gradient in a second kernel"
     assert list(seconds("aten::convolution_backward", x + y + 2 * w, flops, (*shape, 1), fast)) == ["weight gradients"]
     slow = Device("made up", 1e15, 1e9, "", 0, 1e15)
     assert seconds("aten::convolution", x + y + w, flops, (*shape, 1), slow) == {
