@@ -104,7 +104,7 @@ def test_variants_of_the_h100():
 
 
 def test_issue_slots():
-    assemble, augment = (newest("issue", kernel=kernel) for kernel in ("assemble_batch", "augment_views"))
+    assemble, augment = (newest("runs/issue", kernel=kernel) for kernel in ("assemble_batch", "augment_views"))
     text = " ".join(page("h100").split())
     said = re.search(r"([\d.]+) us for `assemble_batch`, whose bytes take ([\d.]+), and at most (\d+) us", text)
     agree(said.groups(), [assemble["issue_us"], assemble["bytes_us"], augment["issue_us"]])

@@ -55,6 +55,7 @@ class Gpu:
         multiprocessors: Their number.
         hertz: Clock of the multiprocessors.
         copy_bytes_per_second: Rate of a large copy.
+        matmul_flops_per_second: Rate of a large bf16 matrix product.
         shared_bytes: Shared memory of a multiprocessor.
     """
 
@@ -62,6 +63,7 @@ class Gpu:
     multiprocessors: int
     hertz: float
     copy_bytes_per_second: float
+    matmul_flops_per_second: float
     shared_bytes: int
 
     schedulers = 4
@@ -72,7 +74,8 @@ class Gpu:
 
 
 # Clock: maximum boost of the H100 PCIe (NVIDIA's product brief). An SXM module may run faster, at up to 1.98 GHz.
-H100 = Gpu(90, 132, 1.755e9, 3.0e12, 228 * 1024)
+# Both rates are measured (docs/measurements/h100.md).
+H100 = Gpu(90, 132, 1.755e9, 3.0e12, 798e12, 228 * 1024)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class IssueBound:
         waves: Blocks of the launch per block that the GPU runs at the same time.
         instructions: Instructions of a warp, by the names of CLASSES and OTHER.
         issue_seconds: Time to issue the instructions of all warps.
+        matrix_seconds: Time of their matrix instructions at the rate of a large matrix product.
         bytes_seconds: Time to move the bytes.
     """
 
@@ -145,6 +149,7 @@ class IssueBound:
     waves: float
     instructions: Mapping[str, int]
     issue_seconds: float
+    matrix_seconds: float
     bytes_seconds: float
 
 
@@ -260,8 +265,8 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     ]
 
 
-def path(instructions: Sequence[Instruction], trips: Trips) -> Counter[str]:
-    """Count the instructions of the longest path by class.
+def longest_path(instructions: Sequence[Instruction], trips: Trips) -> Counter[str]:
+    """Count the instructions of the longest path by name.
 
     Args:
         instructions: Those of a kernel.
@@ -313,9 +318,28 @@ def path(instructions: Sequence[Instruction], trips: Trips) -> Counter[str]:
     counts: Counter[str] = Counter()
     taken: int | None = 0
     while taken is not None:
-        counts[_class(instructions[taken].name)] += repeats[taken]
+        counts[instructions[taken].name] += repeats[taken]
         taken = choice[taken]
     return counts
+
+
+def by_class(counts: Mapping[str, int]) -> Counter[str]:
+    """Return the counts of instructions by the names of CLASSES and OTHER."""
+    classes: Counter[str] = Counter()
+    for name, count in counts.items():
+        classes[_class(name)] += count
+    return classes
+
+
+def matrix_flops(counts: Mapping[str, int]) -> int:
+    """Return the operations of a warp's HMMA (Ampere) and HGMMA (Hopper) instructions, including those on padding."""
+    flops = 0
+    for name, count in counts.items():
+        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):  # Four warps together.
+            flops += 2 * math.prod(map(int, shape.groups())) // 4 * count
+        elif shape := re.match(r"HMMA\.(16)(8)(8|16)\b", name):
+            flops += 2 * math.prod(map(int, shape.groups())) * count
+    return flops
 
 
 def _class(name: str) -> str:
@@ -354,7 +378,7 @@ def issue_bound(launch: KernelLaunch, trips: Trips, moved: int | None = None, gp
     """
     compiled = compile_launch(launch, gpu.architecture)
     cubin = compiled.asm["cubin"]
-    counts = path(parse(disassemble(cubin)), trips)
+    counts = longest_path(parse(disassemble(cubin)), trips)
     usage = resources(cubin)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     blocks = occupancy(usage["registers"], warps, shared, gpu)
@@ -370,8 +394,9 @@ def issue_bound(launch: KernelLaunch, trips: Trips, moved: int | None = None, gp
         blocks,
         blocks * warps,
         programs / (blocks * gpu.multiprocessors) if blocks else math.inf,
-        dict(counts),
+        dict(by_class(counts)),
         programs * warps * counts.total() / rate,
+        programs * warps * matrix_flops(counts) / gpu.matmul_flops_per_second,
         moved / gpu.copy_bytes_per_second,
     )
 
@@ -416,7 +441,8 @@ def main(options: IssueOptions) -> None:
             fields = {
                 **dataclasses.asdict(bound), "instructions": sum(bound.instructions.values()),
                 **{kind: bound.instructions.get(kind, 0) for kind in (*CLASSES, OTHER)},
-                "issue_us": 1e6 * bound.issue_seconds, "bytes_us": 1e6 * bound.bytes_seconds,
+                "issue_us": 1e6 * bound.issue_seconds, "matrix_us": 1e6 * bound.matrix_seconds,
+                "bytes_us": 1e6 * bound.bytes_seconds,
             }  # fmt: skip
             BENCH.write(options.out, "issue", torch.device("cpu"), kernel=name, shape=case.shape, **fields)
     failures.finish()
@@ -442,6 +468,7 @@ BENCH = Bench(
                 "instructions of a warp": "{instructions}",
                 **{kind: f"{{{kind}}}" for kind in CLASSES},
                 "issue slots, us": "{issue_us:.2f}",
+                "matrix instructions, us": "{matrix_us:.2f}",
                 "bytes, us": "{bytes_us:.2f}",
             },
         ),

@@ -3,9 +3,22 @@
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 from bench.step import issue
-from bench.step.issue import H100, IssueOptions, Loop, issue_bound, loops, occupancy, parse, path, record
+from bench.step.issue import (
+    H100,
+    IssueOptions,
+    Loop,
+    by_class,
+    issue_bound,
+    longest_path,
+    loops,
+    matrix_flops,
+    occupancy,
+    parse,
+    record,
+)
 from engine.errors import UserError
 from engine.measuring import records
 from kernels.guess import launch_guess_labels
@@ -51,15 +64,19 @@ def test_loops_are_found_outermost_first():
 
 
 def test_the_longest_path_is_counted_with_trips():
-    counts = path(parse(SASS), (3, 5, 7))
+    names = longest_path(parse(SASS), (3, 5, 7))
+    counts = by_class(names)
     # Two instructions, then three rows of a load, five channels of six and a store with a branch; seven trips of the
     # second loop's test and body; four at the end.
     assert counts.total() == 2 + 3 * (1 + 5 * 6 + 2) + 7 * 4 + 4
     assert (counts["matrix"], counts["special"], counts["local"], counts["synchronization"]) == (15, 30, 7, 1)
     assert counts["shared"] == 15 + 3 and counts["global"] == 3 + 1
-    assert path(parse(SASS), lambda found: [1 + loop.depth for loop in found])["matrix"] == 2
+    # 15 products of 64 x 32 x 16, each by four warps.
+    assert names["HGMMA.64x32x16.F32.BF16"] == 15 and matrix_flops(names) == 15 * 2 * 64 * 32 * 16 / 4
+    assert matrix_flops({"HMMA.16816.F32.BF16": 2, "FADD": 9}) == 2 * 2 * 16 * 8 * 16
+    assert by_class(longest_path(parse(SASS), lambda found: [1 + loop.depth for loop in found]))["matrix"] == 2
     with pytest.raises(ValueError, match=r"expected trips of 3 loops, got 2; loops: 0x20 to 0xa0 in 0 loops, 0x30"):
-        path(parse(SASS), (1, 1))
+        longest_path(parse(SASS), (1, 1))
 
 
 def test_the_longer_of_two_branches_is_counted():
@@ -72,7 +89,7 @@ def test_the_longer_of_two_branches_is_counted():
         /*0050*/                   FADD R1, R1, R1 ;
         /*0060*/                   EXIT ;
     """
-    assert path(parse(sass), ()) == {"other": 3, "special": 1}
+    assert by_class(longest_path(parse(sass), ())) == {"other": 3, "special": 1}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +133,7 @@ def _rows(x, rows, channels):
     for row in range(rows):
         for channel in range(channels):
             at = x + row * channels + channel
-            triton.language.store(at, triton.language.load(at) + 1)
+            tl.store(at, tl.load(at) + 1)
 
 
 def test_loops_of_a_compiled_kernel_nest():
@@ -126,6 +143,23 @@ def test_loops_of_a_compiled_kernel_nest():
     compiled = issue.compile_launch(record(launch, torch.zeros(2048)), 90)
     found = loops(parse(issue.disassemble(compiled.asm["cubin"])))
     assert {loop.depth for loop in found} == {0, 1}
+
+
+@triton.jit
+def _product(a, b, c):
+    rows, columns, terms = tl.arange(0, 64), tl.arange(0, 32), tl.arange(0, 64)
+    left = tl.load(a + rows[:, None] * 64 + terms[None, :])
+    right = tl.load(b + terms[:, None] * 32 + columns[None, :])
+    tl.store(c + rows[:, None] * 32 + columns[None, :], tl.dot(left, right))
+
+
+@pytest.mark.parametrize(("architecture", "name"), [(80, "HMMA"), (90, "HGMMA")])
+def test_operations_of_a_compiled_product(architecture, name):
+    a, b = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64, 32, dtype=torch.bfloat16)
+    launch = record(lambda: _product[(1,)](a, b, torch.zeros(64, 32), num_warps=4))
+    names = longest_path(parse(issue.disassemble(issue.compile_launch(launch, architecture).asm["cubin"])), ())
+    assert any(one.startswith(name) for one in names)
+    assert 4 * matrix_flops(names) == 2 * 64 * 32 * 64
 
 
 def test_kernels_are_listed(tmp_path, capsys):
