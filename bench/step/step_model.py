@@ -39,7 +39,7 @@ FORWARD, WEIGHT, INPUT = "forward convolutions", "weight gradients", "input grad
 REDUCTIONS, POINTWISE, OTHERS = "reductions", "pointwise kernels", "others"
 KERNELS = (FORWARD, WEIGHT, INPUT, REDUCTIONS, POINTWISE, OTHERS)
 
-_FUSED_KERNELS = {FUSED: FORWARD, f"{FUSED}_weight_grad": WEIGHT, f"{FUSED}_input_grad": INPUT}
+_FUSED_GRADIENTS = {f"{FUSED}_weight_grad": WEIGHT, f"{FUSED}_input_grad": INPUT}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def kernels(launch: Launch) -> list[Kernel]:
     if launch.name in ("aten::convolution", "aten::convolution_backward"):
         return _convolution(launch)
     if launch.name.startswith(FUSED):
-        return [Kernel(_FUSED_KERNELS[launch.name], launch.bytes, launch.bytes, launch.flops, FUSED_SHARE)]
+        kind = _FUSED_GRADIENTS.get(launch.name, FORWARD)
+        return [Kernel(kind, launch.bytes, launch.bytes, launch.flops, FUSED_SHARE)]
     kind = OTHERS
     if launch.name.startswith("triton "):
         reduces = launch.name.startswith(("triton triton_red", "triton triton_per"))

@@ -53,6 +53,7 @@ def test_a_fused_convolution_takes_its_bytes_operations_or_issue_slots():
     shape = (2, 8, 4, 4, 80, 3, 1, 1)
     for name, kind in (
         ("", "forward convolutions"),
+        ("_eval", "forward convolutions"),
         ("_weight_grad", "weight gradients"),
         ("_input_grad", "input gradients"),
     ):
