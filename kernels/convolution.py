@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     stride: int
 
 
-def tilings(shape: Shape, which: str, capability: int = 90) -> list[tuple[int, ...]]:
+def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tuple[int, ...]]:
     """Return the tilings to choose from for one kernel, the one to use without measurements first.
 
     Compiled ahead of time, none of them spills registers.
@@ -43,7 +43,7 @@ def tilings(shape: Shape, which: str, capability: int = 90) -> list[tuple[int, .
     Args:
         shape: Shape of the convolution.
         which: "forward", "input_grad" or "weight_grad".
-        capability: Compute capability of the GPU, such as 90.
+        capability: Compute capability of the GPU, such as 90; None for that of the current one.
 
     Returns:
         Tilings for the operators of `kernels.norm_act_conv`; empty if the kernel does not support the shape.
@@ -56,25 +56,28 @@ def tilings(shape: Shape, which: str, capability: int = 90) -> list[tuple[int, .
     channels_fit = all(count >= 16 and count & (count - 1) == 0 for count in (inputs, outputs))
     if not channels_fit or taps not in (1, 3) or height % stride or width % stride or largest >= _LARGEST:
         return []
+    # Matrix instructions of a warp group read an operand from shared memory; those of a warp need more registers.
+    wide = 90 <= (_capability() if capability is None else capability) < 120
     # Rows and positions that the tiles divide: those of the result, or of y for a gradient with stride 2.
     height, positions = height // stride, samples * (width // stride)
     if which == "weight_grad":
-        return _weight_grad_tilings(shape, height, positions, capability)
+        return _weight_grad_tilings(shape, height, positions, wide)
     parities = 1
     if which == "input_grad":
         if taps == 1 and stride == 2:
             return []  # Three quarters of the gradient are zeros.
         inputs, outputs, parities = outputs, inputs, stride**2
     if outputs <= 32 and inputs <= 32:
-        choices = [(64, outputs, inputs, 4, 1), (128, outputs, inputs, 8, 1), (64, outputs, inputs, 4, 2)]
-    elif capability < 90:  # Accumulators and operands share the registers.
+        choices = [(64, outputs, inputs, 4, 1), (64, outputs, inputs, 4, 2)]
+        choices += [(128, 32, 32, 8, 1)] if outputs == inputs == 32 else []
+    elif not wide:
         block_c = inputs if inputs <= 64 else 32
         choices = [(64, min(outputs, 32), block_c, 8, stages) for stages in (1, 2)]
     elif inputs <= 64:
         block_o = min(outputs, 64)
         choices = [(64, block_o, inputs, 8, 1), (128, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
     else:
-        choices = [(128, min(outputs, 64), 64, 8, 1)]
+        choices = [(128, min(outputs, 64), 64 if inputs <= 128 else 32, 8, 1)]
     found: list[tuple[int, ...]] = []
     for block_m, block_o, block_c, warps, stages in choices:
         if positions % block_m == 0:
@@ -83,22 +86,36 @@ def tilings(shape: Shape, which: str, capability: int = 90) -> list[tuple[int, .
     return found
 
 
-def _weight_grad_tilings(shape: Shape, height: int, positions: int, capability: int) -> list[tuple[int, ...]]:
-    block_c = min(shape.inputs, 32)
-    if shape.taps == 3 and shape.stride == 1 and (shape.outputs <= 32 or capability < 90):
-        choices = [(128, min(shape.outputs, 32), 4, 8, 1), (64, min(shape.outputs, 32), 4, 4, 1)]
-        choices += [(128, min(shape.outputs, 32), 4, 8, 2)]
+def _weight_grad_tilings(shape: Shape, height: int, positions: int, wide: bool) -> list[tuple[int, ...]]:
+    """Return tilings for the weight gradient.
+
+    Each program writes its own sums. Small blocks of channels need fewer splits to occupy the GPU, so that fewer sums
+    are written, but the activations are read more often, mostly from L2.
+    """
+    narrow, broad = 16, min(shape.inputs, 32 if wide else 16)
+    block_o = min(shape.outputs, 64 if wide else 32)
+    if shape.taps == 1:
+        choices = [(64, broad, 1, 4, 1), (64, broad, 1, 4, 2)]
+    elif shape.stride == 1 and block_o <= 32:
+        choices = [(64, narrow, 4, 4, 1), (64, narrow, 4, 4, 2)]
+        choices += [(128, broad, 4, 8, 1), (128, broad, 4, 8, 2)] if shape.inputs > 16 else []
     else:
-        block_o = min(shape.outputs, 64 if capability >= 90 else 32)
-        choices = [(64, block_o, 1, 8, 1), (32, block_o, 1, 8, 1), (64, block_o, 1, 8, 2)]
+        choices = [(64, narrow, 1, 8, 1), (64, broad, 1, 8, 1), (64, broad, 1, 8, 2)]
     found: list[tuple[int, ...]] = []
-    for block_m, block_o, stack, warps, stages in choices:
+    for block_m, block_c, stack, warps, stages in dict.fromkeys(choices):
         if positions % block_m == 0:
             blocks = shape.outputs // block_o * (shape.inputs // block_c)
             rows = _rows(height, positions // block_m * blocks // 2)
             splits = min(positions // block_m * (height // rows), max(_PROGRAMS // 2 // blocks, 1))
             found.append((splits, block_m, rows, block_o, block_c, stack, warps, stages))
     return found
+
+
+def _capability() -> int:
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _rows(height: int, parallel: int) -> int:

@@ -97,12 +97,12 @@ Cost cost_of(const c10::FunctionSchema& schema, const Values& given, const Value
   if (name == "aten::convolution_backward")  // Gradients of input and weight, if requested.
     for (size_t r = 0; r < 2; ++r)
       if (results[r].toTensor().defined()) with_weight(tensor(1), tensor(0), tensor(2));
-  // Fused convolutions: (x, scale, shift, weight, ...); gradients (grad, x, scale, shift, center, weight, ...) and
-  // (grad, x, scale, shift, taps, ...).
-  if (name == "remixmatch::norm_act_conv") with_weight(tensor(0), results[0].toTensor(), tensor(3));
-  if (name == "remixmatch::norm_act_conv_input_grad") with_weight(tensor(1), tensor(0), tensor(5));
+  // Fused convolutions: (x, mean, rstd, gamma, beta, weight, ...); gradients (grad, x, mean, rstd, gamma, beta, ...)
+  // continue with the weight or the number of taps.
+  if (name == "remixmatch::norm_act_conv") with_weight(tensor(0), results[0].toTensor(), tensor(5));
+  if (name == "remixmatch::norm_act_conv_input_grad") with_weight(tensor(1), tensor(0), tensor(6));
   if (name == "remixmatch::norm_act_conv_weight_grad") {
-    const int64_t side = given[4].toInt();
+    const int64_t side = given[6].toInt();
     convolution(tensor(1), tensor(0), side, tensor(1).size(1) * side * side);
   }
   if (name == "aten::mm" || name == "aten::addmm") {

@@ -216,6 +216,6 @@ def test_convolution(layer, architecture, which, recorded_launch, tmp_path, caps
         registers, code = assert_no_spill(compiled, launch, title, tmp_path, capsys)
         assert registers * 32 * launch.options["num_warps"] <= 65_536
         assert compiled.metadata.shared <= {80: 163, 90: 227, 100: 227}[architecture] * 1024
-        if architecture == 90:
+        if architecture == 90 and LAYERS[layer].taps == 3:
             assert "HGMMA" in code
         assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code  # Activations are loaded 16 bytes at a time.
