@@ -282,7 +282,8 @@ def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         partial = torch.ops.remixmatch.norm_act_conv_weight_grad(
             grad, x, *norm, taps, ctx.stride, ctx.weight_grad_tiling
         )
-        weight_grad = partial.sum(0).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        # With the strides of the weight, also those of dimensions of size 1, which DistributedDataParallel compares.
+        weight_grad = torch.empty_like(weight).copy_(partial.sum(0))
     else:
         weight_grad = by_library[1]
     if ctx.input_grad_tiling:

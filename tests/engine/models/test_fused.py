@@ -138,8 +138,7 @@ def test_a_fused_training_pass_is_as_exact_as_todays(form, first, width):
     for name, value in results.items():
         allowed = 1.3 * error(today[name], exact[name]) + (1e-3 if "running" in name else 2e-2)
         assert error(value, exact[name]) < allowed, name
-        assert value.dtype == today[name].dtype
-        assert value.ndim < 4 or value.is_contiguous(memory_format=torch.channels_last), name
+        assert value.dtype == today[name].dtype and value.stride() == today[name].stride(), name
     assert any(not torch.equal(value, today[name]) for name, value in results.items())
 
 
