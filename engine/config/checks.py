@@ -103,6 +103,11 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--bn sync needs all images of a step at once, but --micro-batches {micro_batches} trains them one after "
             "another; use --bn joint or --bn split"
         )
+    if config.guess_pass == "joint" and config.unlabeled and micro_batches > ranks:
+        raise UserError(
+            "--guess-pass joint needs all pseudo-labels of a step after its first forward pass, but --micro-batches "
+            f"{micro_batches} trains them one after another; use --guess-pass separate"
+        )
     if config.bn == "split":
         if config.bn_groups % micro_batches or config.batch % config.bn_groups:
             raise UserError(

@@ -97,6 +97,12 @@ class Config:
         "Source of the pseudo-label: 'anchor', the prediction for u_weak; or 'mean', the mean prediction over all "
         "views of the image.",
     )
+    guess_pass: Literal["separate", "joint"] = _method(
+        "separate",
+        "Forward pass that makes the pseudo-labels: 'separate', one of its own, whose views are normalized on their "
+        "own and do not update the running statistics; or 'joint', the training pass, whose batch norm then includes "
+        "these views, unmixed. They enter no loss in either. Joint needs one micro-batch per rank.",
+    )
     temperature: float = _method(0.5, "Sharpening temperature T.")
     hard_labels: bool = _method(
         False, "Use the most probable class as a one-hot pseudo-label, instead of sharpening the distribution."

@@ -71,8 +71,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},
 }
 
-# Section 4.3 of the paper, with settings from the scripts of the authors' code. The last five are ours: two more
-# components, and the authors' code where it differs from the paper.
+# Section 4.3 of the paper, with settings from the scripts of the authors' code. The last six are ours: two more
+# components, the authors' code where it differs from the paper, and pseudo-labels from the training pass.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": dict(k=1),
     "k=2": dict(k=2),
@@ -93,6 +93,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "bn-split": dict(bn="split"),
     "bn-stats-pool": dict(bn_stats="pool"),
     "ctaugment-code": dict(ctaugment="code"),
+    "joint-guess": dict(guess_pass="joint"),
 }
 
 

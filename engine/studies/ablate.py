@@ -49,7 +49,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "losses": ("no-rotation", "no-premixup", "no-mixup", "l2"),
     "alignment": ("no-alignment",),
     "augmentation": ("no-strong", "no-weak", "randaugment", "ctaugment-code"),
-    "guess": ("mean-guess", "weak-only"),
+    "guess": ("mean-guess", "weak-only", "joint-guess"),
     "averages": ("no-ema", "bn-split", "bn-stats-pool"),
 }
 assert sorted(name for names in AXES.values() for name in names) == sorted(ABLATIONS)

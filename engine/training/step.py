@@ -99,7 +99,11 @@ class Step:
         self.class_weights, self.rotation_weights = on_device(layout.class_weights), on_device(layout.rotation_weights)
         self.accumulation_steps = layout.accumulation_steps  # M / R
         guess_inputs, probe_inputs = layout.guess_order.size // layout.ranks, len(layout.probe_order) // layout.ranks
-        self.pass_sizes = len(layout.target_index), guess_inputs, probe_inputs
+        trained_inputs = len(layout.target_index)
+        # The inputs that pseudo-labels are made from follow the training inputs, so one pass can include both.
+        self.joint_guesses = guess_inputs if config.guess_pass == "joint" else 0
+        guess_inputs -= self.joint_guesses
+        self.pass_sizes = trained_inputs + self.joint_guesses, guess_inputs, probe_inputs
         # The pool comes first in every micro-batch. timm models do not have this argument.
         pool_inputs = len(layout.pool) // layout.accumulation_steps
         self.stats_options = {"stats_samples": pool_inputs} if config.bn_stats == "pool" else {}
@@ -170,7 +174,7 @@ class Step:
         trained, weak, probes = inputs.split(self.pass_sizes)
 
         # 2. Label guessing q = softmax(f(u_weak)) (3.1), and CTAugment's probes f_ema(x_probe) (3.2.2). Only the logits
-        # are computed here, without gradient and concurrently with the training pass.
+        # are computed here, without gradient and concurrently with the training pass. A joint guess is part of that.
         probe_logits = guess_logits = None
         if len(probes):
             with _on(self.probe_stream):
@@ -186,12 +190,15 @@ class Step:
         new_stats: list[Tensor] = []
         saved_stats = None if self.one_pass else state.network.running_statistics()
         accumulated = self.accumulation_steps
-        rotations = data.rotations[: len(trained)].chunk(accumulated)
+        rotations = data.rotations[: len(data.target_index)].chunk(accumulated)
         for number, micro_batch in enumerate(trained.chunk(accumulated)):
             with self._without_sync(number + 1 < accumulated):
                 ranges.enter("forward")
                 with self.autocast:
                     logits, rotation_logits = self.train_model(micro_batch, **self.stats_options)
+                if self.joint_guesses:
+                    # No loss uses these logits. Batch norm's gradient still passes through their inputs' activations.
+                    guess_logits = logits.detach()[-self.joint_guesses :]
 
                 # 4. Targets, for all micro-batches at once, just before the first loss needs them: distribution
                 # alignment q~ = Normalize(q p(y) / p~(y)) (3.1), sharpening Normalize(q~^(1/T)), and mixup with the
@@ -288,6 +295,8 @@ class Step:
         self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the loss and its terms for one micro-batch; see `engine.method.losses.total_loss`."""
+        if self.joint_guesses:
+            logits, rotation_logits = logits[: len(targets)], rotation_logits[: len(targets)]
         shares = self.class_weights, self.rotation_weights
         samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares)
         return total_loss(samples, ramp_up(self.config, self.state.step))

@@ -17,7 +17,8 @@ from engine.config.presets import PRESETS, preset
 # ReMixMatch, section 4: T, mixup's Beta, the loss weights, K, Adam's learning rate, weight decay and the EMA. The ramp
 # and the batch norm momentum are those of the authors' code.
 REMIXMATCH = dict(
-    k=8, batch=64, mu=1, anchor="trained", guess="anchor", temperature=0.5, hard_labels=False, threshold=0.0,
+    k=8, batch=64, mu=1, anchor="trained", guess="anchor", guess_pass="separate", temperature=0.5, hard_labels=False,
+    threshold=0.0,
     align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
     w_rot=0.5, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper", labeled_augment="strong",
     anchor_augment="weak",
@@ -73,6 +74,7 @@ ABLATED = {
     "weak-only": dict(augment="none", guess="mean"), "mean-guess": dict(guess="mean"),
     "no-mixup": dict(mixup_alpha=0.0), "no-ema": dict(ema_decay=0.0), "bn-split": dict(bn="split"),
     "bn-stats-pool": dict(bn_stats="pool"), "ctaugment-code": dict(ctaugment="code"),
+    "joint-guess": dict(guess_pass="joint"),
 }  # fmt: skip
 
 
