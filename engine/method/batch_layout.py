@@ -29,6 +29,8 @@ nothing has no probes. Without unlabeled data only x_strong and x_probe are left
 FixMatch, or absent, as in MixMatch, where pseudo-labels come from u_1, ..., u_K. With mu unlabeled images per labeled
 image, every unlabeled block above stands for mu blocks of B.
 
+With `guess_pass = "joint"` u_weak is in the training pass, after its other inputs, which needs no other order.
+
 Gradient accumulation. The global batch is split into M micro-batches, where M is a multiple of R. Micro-batch m has the
 images m, m + M, m + 2 M, ... of every block and is trained by rank m mod R. So rank r has the images r, r + R, ...
 whatever M is. The inputs of a rank with two micro-batches are, with || between two forward passes:

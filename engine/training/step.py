@@ -174,7 +174,7 @@ class Step:
         trained, weak, probes = inputs.split(self.pass_sizes)
 
         # 2. Label guessing q = softmax(f(u_weak)) (3.1), and CTAugment's probes f_ema(x_probe) (3.2.2). Only the logits
-        # are computed here, without gradient and concurrently with the training pass. A joint guess is part of that.
+        # are computed here, without gradient and concurrently with the training pass, unless it makes the guess.
         probe_logits = guess_logits = None
         if len(probes):
             with _on(self.probe_stream):

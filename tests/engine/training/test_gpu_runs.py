@@ -56,10 +56,16 @@ def test_a_captured_run_equals_an_eager_run(one, tmp_path, patch):
     assert_close(one, train(tmp_path / "graph", 1, *STEPS, "--mode", "graph", patch=patch))
 
 
-@pytest.mark.parametrize("method", ["mixmatch", "fixmatch", "supervised"])
-def test_captured_runs_of_other_methods_equal_eager_runs(tmp_path, method):
-    """These have no probes, no u_weak in the pool, two unlabeled images per labeled one, or none."""
-    flags = ("--method", method, "--mu", 2 if method == "fixmatch" else 1, "--steps", 10, "--mode")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "mixmatch"), ("--method", "fixmatch", "--mu", 2), ("--method", "supervised"),
+        ("--ablate", "joint-guess", "--bn", "joint"),
+    ],
+)  # fmt: skip
+def test_captured_runs_of_other_methods_equal_eager_runs(tmp_path, flags):
+    """These have no probes, no u_weak in the pool, two unlabeled images per labeled one, none, or one pass for all."""
+    flags = (*flags, "--steps", 10, "--mode")
     assert_close(train(tmp_path / "eager", 0, *flags, "eager"), train(tmp_path / "graph", 1, *flags, "graph"))
 
 
@@ -91,9 +97,11 @@ def test_two_gpus_equal_one(one, tmp_path, mode):
 
 
 @needs_two
-def test_synchronized_batch_norm_is_batch_norm_over_the_global_batch(tmp_path):
-    joint = train(tmp_path / "joint", 1, *STEPS, "--bn", "joint", "--mode", "eager")
-    assert_close(joint, train(tmp_path / "sync", 2, *STEPS, "--bn", "sync"))
+@pytest.mark.parametrize("guess_pass", ["separate", "joint"])
+def test_synchronized_batch_norm_is_batch_norm_over_the_global_batch(tmp_path, guess_pass):
+    flags = (*STEPS, "--guess-pass", guess_pass)
+    joint = train(tmp_path / "joint", 1, *flags, "--bn", "joint", "--mode", "eager")
+    assert_close(joint, train(tmp_path / "sync", 2, *flags, "--bn", "sync"))
 
 
 @needs_two
