@@ -289,6 +289,22 @@ def test_twenty_seeds_of_digits():
     agree(numbers(five), [mean(blind.values()), stdev(blind.values())])
 
 
+def test_counts_of_a_joint_guess():
+    text = " ".join(page("compiled-step").partition("**A joint guess**")[2].partition("\n\n")[0].split())
+    for k in (8, 1):
+        separate = [row for row in rows("count") if row["preset"] == "cifar10-250" and row["k"] == k]
+        joint = [row for row in separate if row.get("ablate") == "joint-guess"][-1]
+        separate = [row for row in separate if not row.keys() & {"ablate", "method"}][-1]
+        (said,) = re.findall(
+            rf"K = {k}: (\d+) launches, ([\d.]+) GB and ([\d.]+) ms \((\d+), ([\d.]+), ([\d.]+)\)", text
+        )
+        wanted = [(row["launches"], row["bytes"] / 1e9, row["predicted_ms_h100"]) for row in (joint, separate)]
+        agree(said, [*wanted[0], *wanted[1]])
+        if k == 8:
+            (added,) = re.findall(r"([\d.]+) GB of it", text)
+            agree([added], [(joint["parts"]["backward"]["bytes"] - separate["parts"]["backward"]["bytes"]) / 1e9])
+
+
 def test_runs_of_the_h100_at_the_presets_own_size():
     runs = [row for row in rows("ablate") if row["bench"] == "reproduce" and row["device"] == H100]
     assert len(runs) == 26 and {row["steps"] for row in runs} == {8000}
