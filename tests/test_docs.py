@@ -13,7 +13,8 @@ from bench import registry
 from engine.commands.main import COMMANDS
 from tests.pages import ROOT, TEXTS, blocks, hooks, inline, lines
 
-SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights", "make_plan", "_mix_and_rotate")
+SHOWN = ("Step", "guess_labels_reference", "bin_probabilities", "update_weights", "make_plan")
+SHOWN += ("assemble_batch_reference",)
 
 
 # Attributes that a browser fetches automatically, by element.
