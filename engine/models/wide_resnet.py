@@ -7,7 +7,8 @@ It follows Zagoruyko & Komodakis (2016) with the details of Oliver et al. (2018)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,15 @@ from engine.models.batch_norm import BatchNorm
 _SLOPE = 0.1
 # oneDNN's gradients of a 1x1 convolution with a stride are wrong, or end the process, with fewer input channels.
 _STRIDED_CHANNELS = 16
+
+
+def _activation(group_size: int | None, over_ranks: bool) -> Callable[[Tensor], Tensor]:
+    """Return the leaky ReLU that follows a `BatchNorm` with these arguments.
+
+    It overwrites its input, which no gradient needs. Batch norm over groups or ranks is an exception: its result is a
+    view, whose gradient autograd would copy.
+    """
+    return partial(F.leaky_relu, negative_slope=_SLOPE, inplace=group_size is None and not over_ranks)
 
 
 class ResidualBlock(nn.Module):
@@ -36,6 +46,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.activate_first = activate_first
+        self.activate = _activation(group_size, over_ranks)
         self.norm1 = BatchNorm(inputs, momentum, group_size, over_ranks)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm2 = BatchNorm(outputs, momentum, group_size, over_ranks)
@@ -45,13 +56,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, track: bool, stats_samples: int | None = None) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride); see `BatchNorm.forward` for the arguments."""
-        activated = F.leaky_relu(self.norm1(x, track, stats_samples), _SLOPE)
+        activated = self.activate(self.norm1(x, track, stats_samples))
         residual = self.conv1(activated)
-        residual = self.conv2(F.leaky_relu(self.norm2(residual, track, stats_samples), _SLOPE))
+        residual = self.conv2(self.activate(self.norm2(residual, track, stats_samples)))
         skip = activated if self.activate_first else x
         if self.shortcut is not None:
             skip = self.shortcut(skip[..., :: self.step, :: self.step] if self.step > 1 else skip)
-        return skip + residual
+        return residual.add_(skip)  # No gradient needs the result of a convolution.
 
 
 class TwoHeadNetwork(nn.Module):
@@ -72,7 +83,8 @@ class TwoHeadNetwork(nn.Module):
     @torch.no_grad()
     def running_statistics(self) -> Tensor:
         """Return the running statistics of all batch norms, concatenated."""
-        return torch.cat(self._statistics()) if self._statistics() else next(self.parameters()).new_empty(0)
+        buffers = self._statistics()
+        return torch.cat(buffers) if buffers else next(self.parameters()).new_empty(0)
 
     @torch.no_grad()
     def set_running_statistics(self, statistics: Tensor) -> None:
@@ -87,9 +99,12 @@ class TwoHeadNetwork(nn.Module):
         if buffers := self._statistics():
             torch._foreach_copy_(buffers, other._statistics())
 
+    @cached_property
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
+
     def _statistics(self) -> list[Tensor]:
-        norms = [module for module in self.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
-        return [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
+        return [buffer for norm in self._norms for buffer in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
 
 
 def initialize_linear(layer: nn.Linear, generator: torch.Generator) -> None:
@@ -145,6 +160,7 @@ class WideResNet(TwoHeadNetwork):
                 self.body.append(ResidualBlock(channels, outputs, stride, first, bn_momentum, group_size, over_ranks))
                 channels = outputs
         self.norm = BatchNorm(channels, bn_momentum, group_size, over_ranks)
+        self.activate = _activation(group_size, over_ranks)
         self.head = nn.Linear(channels, classes)
         self.rotation_head = nn.Linear(channels, 4)
         self._initialize(torch.Generator().manual_seed(seed))
@@ -173,7 +189,7 @@ class WideResNet(TwoHeadNetwork):
         x = self.first_convolution(images)
         for block in self.body:
             x = block(x, track, stats_samples)
-        features = F.leaky_relu(self.norm(x, track, stats_samples), _SLOPE).mean((2, 3))
+        features = self.activate(self.norm(x, track, stats_samples)).mean((2, 3))
         return self.head(features), self.rotation_head(features)
 
     def first_convolution(self, images: Tensor) -> Tensor:

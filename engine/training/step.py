@@ -109,6 +109,8 @@ class Step:
         self.stats_options = {"stats_samples": pool_inputs} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
+        # Listed once, since walking the modules takes longer than averaging the parameters of a small network.
+        self.parameters, self.ema_parameters = list(state.network.parameters()), list(state.ema_model.parameters())
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.assemble_dtype = torch.float32 if full else precision
@@ -132,7 +134,7 @@ class Step:
         self.one_pass = self.accumulation_steps == 1 and collectives.ranks() == 1
         self.loss_gradient = torch.tensor(1 / self.accumulation_steps, device=device)
         if collectives.grouped():
-            gradient_bytes = sum(p.nbytes for p in state.network.parameters() if p.requires_grad)
+            gradient_bytes = sum(p.nbytes for p in self.parameters if p.requires_grad)
             self.train_model = DistributedDataParallel(
                 self.train_model,
                 # DDP's static graph does not support no_sync(), which gradient accumulation uses.
@@ -243,7 +245,7 @@ class Step:
                 stats, mean_losses, stop = reduced.split([len(new_stats[0]), len(LOSSES), 1])
                 state.network.set_running_statistics(stats)
             state.ema_model.copy_running_statistics(state.network)
-            self.update_ema(list(state.ema_model.parameters()), list(state.network.parameters()), 0)
+            self.update_ema(self.ema_parameters, self.parameters, 0)
 
             # 8. Results: the metrics, CTAugment's omega for its bin weights (3.2.2), and p(y) for the next step (3.1).
             ranges.enter("metrics")

@@ -47,6 +47,27 @@ def test_initial_weights():
     assert not torch.equal(other["stem.weight"], same["stem.weight"])
 
 
+def test_running_statistics_of_a_converted_copy():
+    network = WideResNet(4, scales=1, blocks=1, width=16)
+    before = network.running_statistics()
+    other = copy.deepcopy(network).double()
+    other.norm.running_mean.fill_(3.0)
+    assert torch.equal(network.running_statistics(), before)
+    assert other.running_statistics().dtype == torch.float64
+    assert (other.running_statistics() == 3).sum() == 16
+
+
+@pytest.mark.parametrize("bn", [(None, False), (2, False)], ids=["joint", "split"])
+def test_a_block_keeps_its_input(bn):
+    """The activation overwrites the result of batch norm, which must not be the block's input."""
+    block = ResidualBlock(16, 16, 1, False, 0.1, *bn)
+    x = torch.randn(4, 16, 6, 6)
+    for training in (True, False):
+        kept = x.clone()
+        block.train(training)(x, track=False).sum().backward()
+        assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize("inputs", [3, 8, 16])
 @pytest.mark.parametrize("side", [7, 8])
 def test_the_shortcut_is_a_strided_convolution(inputs, side):
