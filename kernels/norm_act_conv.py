@@ -152,11 +152,18 @@ def leaky_relu_grad(
     activation_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor, tiling: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient before the leaky ReLU and its sums, from the one after; see the input gradient."""
-    centered = x.float() - mean[:, None, None]
-    positive = centered * (gamma * rstd)[:, None, None] + beta[:, None, None] > 0
-    g = torch.where(positive, activation_grad.float(), SLOPE * activation_grad.float())
+    g, centered = _leaky_relu_grad(activation_grad, x, mean, rstd, gamma, beta)
     sums = _by_channel(*(_split_tiles(values, tiling).sum(1) for values in (g, g * centered)))
     return g.to(x.dtype).contiguous(memory_format=torch.channels_last), sums
+
+
+def _leaky_relu_grad(
+    activation_grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient before the leaky ReLU, and x - mean, in float32."""
+    centered = x.float() - mean[:, None, None]
+    positive = centered * (gamma * rstd)[:, None, None] + beta[:, None, None] > 0
+    return activation_grad.float() * torch.where(positive, 1.0, SLOPE), centered
 
 
 def norm_act_conv_weight_grad_reference(
@@ -329,7 +336,8 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, gamma, beta = ctx.saved_tensors
-        g, sums = leaky_relu_grad(grad, x, mean, rstd, gamma, beta, [])
+        g, centered = _leaky_relu_grad(grad, x, mean, rstd, gamma, beta)
+        sums = torch.stack([g.sum((0, 2, 3)), (g * centered).sum((0, 2, 3))])[None]
         x_grad, gamma_grad, beta_grad = batch_norm_grad(g, sums, x, mean, rstd, gamma)
         return x_grad, None, None, gamma_grad, beta_grad
 

@@ -134,9 +134,11 @@ def choose_convolutions(
     """
     assert isinstance(state.network, WideResNet) and isinstance(state.ema_model, WideResNet)
     parts = layout.accumulation_steps
+    guesses = layout.guess_order.size // layout.ranks // parts
+    joint = config.guess_pass == "joint"
     sizes = {
-        "train": len(layout.target_index) // parts,
-        "guess": layout.guess_order.size // layout.ranks // parts,
+        "train": len(layout.target_index) // parts + (guesses if joint else 0),
+        "guess": 0 if joint else guesses,
         "eval": len(layout.probe_order) // layout.ranks // parts,
     }
     passes = [Pass(mode, samples, *sides) for mode, samples in sizes.items() if samples]
