@@ -57,11 +57,12 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
     if not channels_fit or taps not in (1, 3) or height % stride or width % stride or largest >= _LARGEST:
         return []
     # Matrix instructions of a warp group read an operand from shared memory; those of a warp need more registers.
-    wide = 90 <= (_capability() if capability is None else capability) < 120
+    capability = _capability() if capability is None else capability
+    wide = 90 <= capability < 120
     # Rows and positions that the tiles divide: those of the result, or of y for a gradient with stride 2.
     height, positions = height // stride, samples * (width // stride)
     if which == "weight_grad":
-        return _weight_grad_tilings(shape, height, positions, wide)
+        return _weight_grad_tilings(shape, height, positions, wide, capability)
     parities = 1
     if which == "input_grad":
         if taps == 1 and stride == 2:
@@ -86,7 +87,9 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
     return found
 
 
-def _weight_grad_tilings(shape: Shape, height: int, positions: int, wide: bool) -> list[tuple[int, ...]]:
+def _weight_grad_tilings(
+    shape: Shape, height: int, positions: int, wide: bool, capability: int
+) -> list[tuple[int, ...]]:
     """Return tilings for the weight gradient.
 
     Each program writes its own sums. Small blocks of channels need fewer splits to occupy the GPU, so that fewer sums
@@ -100,7 +103,8 @@ def _weight_grad_tilings(shape: Shape, height: int, positions: int, wide: bool) 
         choices = [(64, narrow, 4, 4, 1), (64, narrow, 4, 4, 2)]
         choices += [(128, broad, 4, 8, 1), (128, broad, 4, 8, 2)] if shape.inputs > 16 else []
     else:
-        choices = [(64, narrow, 1, 8, 1), (64, broad, 1, 8, 1), (64, broad, 1, 8, 2)]
+        choices = [(64, narrow, 1, 8, 1)] if capability < 100 else []  # It spills on later ones.
+        choices += [(64, broad, 1, 8, 1), (64, broad, 1, 8, 2)]
     found: list[tuple[int, ...]] = []
     for block_m, block_c, stack, warps, stages in dict.fromkeys(choices):
         if positions % block_m == 0:

@@ -116,7 +116,8 @@ def norm_act_conv_reference(
     weight_grad_tiling: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute the operator `norm_act_conv` in plain PyTorch on any device, as its reference implementation."""
-    y = F.conv2d(activate(x, mean, rstd, gamma, beta).float(), weight.float(), None, stride, weight.shape[2] // 2)
+    with torch.autocast(x.device.type, enabled=False):  # Like the kernel, the convolution sums in float32.
+        y = F.conv2d(activate(x, mean, rstd, gamma, beta).float(), weight.float(), None, stride, weight.shape[2] // 2)
     y = y if residual is None else y + residual.float()
     rounded = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     if not statistics:
