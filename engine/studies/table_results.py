@@ -172,7 +172,7 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
     """
     from engine.measuring import records
 
-    known = {row.get("cell") for row in records.read(path)}
+    known = {row.get("cell") for row in records.read(path) if row["bench"] == "reproduce"}
     count = 0
     for entry in entries:
         each = status(out, entry.job)
