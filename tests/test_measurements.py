@@ -5,6 +5,7 @@ from functools import cache
 from statistics import mean, median, stdev
 
 import pytest
+from scipy.stats import t as student
 
 from bench.registry import find
 from engine.measuring import records
@@ -287,6 +288,28 @@ def test_twenty_seeds_of_digits():
     agree(numbers(twenty), [mean(found.values()), stdev(found.values())])
     (five,) = re.findall(r"more digits seeds, run once with nothing changed\s+after, have (.+?) %", page("accuracy"))
     agree(numbers(five), [mean(blind.values()), stdev(blind.values())])
+
+
+@pytest.mark.parametrize(("preset", "first"), [("digits-40", 0), ("fashion-100-small", 1)])
+def test_errors_of_a_joint_guess(preset, first):
+    runs = {(row["row"], row["seed"]): row for row in rows("runs/joint") if row["preset"] == preset}
+    lines = re.findall(rf"^\| `{preset}` \| (.*?) \| (\d+) \|(.*)\|$", page("accuracy"), re.MULTILINE)
+    assert [metric for metric, *_ in lines] == ["last evaluation", "median of the last 20"]
+    for (_, count, line), metric in zip(lines, ("test_accuracy", "median_last_20"), strict=True):
+        seeds = range(first, first + int(count))
+        assert runs.keys() == {(name, seed) for name in ("remixmatch", "joint-guess") for seed in seeds}
+        separate, joint = ([100 - runs[name, seed][metric] for seed in seeds] for name in ("remixmatch", "joint-guess"))
+        differences = [b - a for a, b in zip(separate, joint, strict=True)]
+        half = student.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
+        middle = mean(differences)
+        wanted = [mean(separate), stdev(separate), mean(joint), stdev(joint), middle, middle - half, middle + half]
+        agree(numbers(line), wanted)
+    seconds = [
+        sum(row["cpu_seconds"] for (name, _), row in runs.items() if name == wanted)
+        for wanted in ("remixmatch", "joint-guess")
+    ]
+    said = re.findall(r"took ([\d.]+) and ([\d.]+) times the CPU time", " ".join(page("accuracy").split()))
+    agree([said[0][first]], [seconds[1] / seconds[0]])
 
 
 def test_counts_of_a_joint_guess():
