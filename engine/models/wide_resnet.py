@@ -7,8 +7,8 @@ It follows Zagoruyko & Komodakis (2016) with the details of Oliver et al. (2018)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,14 @@ _SLOPE = 0.1
 _STRIDED_CHANNELS = 16
 
 
-def _activation(group_size: int | None, over_ranks: bool) -> Callable[[Tensor], Tensor]:
-    """Return the leaky ReLU that follows a `BatchNorm` with these arguments.
+def _activate(norm: BatchNorm, x: Tensor, track: bool, stats_samples: int | None) -> Tensor:
+    """Apply batch norm and leaky ReLU.
 
-    It overwrites its input, which no gradient needs. Batch norm over groups or ranks is an exception: its result is a
-    view, whose gradient autograd would copy.
+    On a CPU the leaky ReLU overwrites the result of batch norm, which no gradient needs. With statistics over groups or
+    ranks it does not: their result is a view, whose gradient autograd would copy.
     """
-    return partial(F.leaky_relu, negative_slope=_SLOPE, inplace=group_size is None and not over_ranks)
+    overwrite = not (x.is_cuda or norm.group_size or norm.over_ranks)
+    return F.leaky_relu(norm(x, track, stats_samples), _SLOPE, inplace=overwrite)
 
 
 class ResidualBlock(nn.Module):
@@ -46,7 +47,6 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.activate_first = activate_first
-        self.activate = _activation(group_size, over_ranks)
         self.norm1 = BatchNorm(inputs, momentum, group_size, over_ranks)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm2 = BatchNorm(outputs, momentum, group_size, over_ranks)
@@ -56,13 +56,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, track: bool, stats_samples: int | None = None) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride); see `BatchNorm.forward` for the arguments."""
-        activated = self.activate(self.norm1(x, track, stats_samples))
+        activated = _activate(self.norm1, x, track, stats_samples)
         residual = self.conv1(activated)
-        residual = self.conv2(self.activate(self.norm2(residual, track, stats_samples)))
+        residual = self.conv2(_activate(self.norm2, residual, track, stats_samples))
         skip = activated if self.activate_first else x
         if self.shortcut is not None:
             skip = self.shortcut(skip[..., :: self.step, :: self.step] if self.step > 1 else skip)
-        return residual.add_(skip)  # No gradient needs the result of a convolution.
+        # On a CPU in place, too: no gradient needs the result of a convolution.
+        return skip + residual if x.is_cuda else residual.add_(skip)
 
 
 class TwoHeadNetwork(nn.Module):
@@ -160,7 +161,6 @@ class WideResNet(TwoHeadNetwork):
                 self.body.append(ResidualBlock(channels, outputs, stride, first, bn_momentum, group_size, over_ranks))
                 channels = outputs
         self.norm = BatchNorm(channels, bn_momentum, group_size, over_ranks)
-        self.activate = _activation(group_size, over_ranks)
         self.head = nn.Linear(channels, classes)
         self.rotation_head = nn.Linear(channels, 4)
         self._initialize(torch.Generator().manual_seed(seed))
@@ -189,7 +189,7 @@ class WideResNet(TwoHeadNetwork):
         x = self.first_convolution(images)
         for block in self.body:
             x = block(x, track, stats_samples)
-        features = self.activate(self.norm(x, track, stats_samples)).mean((2, 3))
+        features = _activate(self.norm, x, track, stats_samples).mean((2, 3))
         return self.head(features), self.rotation_head(features)
 
     def first_convolution(self, images: Tensor) -> Tensor:
