@@ -56,7 +56,8 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
     channels_fit = all(count >= 16 and count & (count - 1) == 0 for count in (inputs, outputs))
     if not channels_fit or taps not in (1, 3) or height % stride or width % stride or largest >= _LARGEST:
         return []
-    # Matrix instructions of a warp group read an operand from shared memory; those of a warp need more registers.
+    # Matrix instructions of a warp group read an operand from shared memory. Those of a warp need more registers, and
+    # warps divide only the rows of a tile, 16 at least.
     capability = _capability() if capability is None else capability
     wide = 90 <= capability < 120
     # Rows and positions that the tiles divide: those of the result, or of y for a gradient with stride 2.
@@ -72,8 +73,7 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
         choices = [(64, outputs, inputs, 4, 1), (64, outputs, inputs, 4, 2)]
         choices += [(128, 32, 32, 8, 1)] if outputs == inputs == 32 else []
     elif not wide:
-        block_c = inputs if inputs <= 64 else 32
-        choices = [(64, min(outputs, 32), block_c, 8, stages) for stages in (1, 2)]
+        choices = [(128, min(outputs, 32), min(inputs, 32), 8, 1)]
     elif inputs <= 64:
         block_o = min(outputs, 64)
         choices = [(64, block_o, inputs, 8, 1), (128, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
@@ -98,10 +98,12 @@ def _weight_grad_tilings(
     narrow, broad = 16, min(shape.inputs, 32 if wide else 16)
     block_o = min(shape.outputs, 64 if wide else 32)
     if shape.taps == 1:
-        choices = [(64, broad, 1, 4, 1), (64, broad, 1, 4, 2)]
+        choices = [(64, broad, 1, 2, 1), (64, broad, 1, 2, 2)]
     elif shape.stride == 1 and block_o <= 32:
         choices = [(64, narrow, 4, 4, 1), (64, narrow, 4, 4, 2)]
         choices += [(128, broad, 4, 8, 1), (128, broad, 4, 8, 2)] if shape.inputs > 16 else []
+    elif not wide:
+        choices = [(64, narrow, 1, 2, 1)]
     else:
         choices = [(64, narrow, 1, 8, 1)] if capability < 100 else []  # It spills on later ones.
         choices += [(64, broad, 1, 8, 1), (64, broad, 1, 8, 2)]
