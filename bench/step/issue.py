@@ -3,9 +3,12 @@
 No GPU is needed: a kernel is launched up to Triton's compiler, and its SASS is disassembled. Each scheduler of a
 multiprocessor issues one instruction of a warp per cycle, so the time of a launch is at least its warps' instructions
 divided by the schedulers' rate. Instructions are those of the longest path: every loop (a branch backward) takes as
-many trips as its caller says, and of two branches forward the longer one is taken. So a kernel whose warps take shorter
-paths needs less, and one whose threads diverge needs more. Called subroutines, such as the slow path of a division, are
-not counted. Next to it is the bound of bytes, at the copy bandwidth of an H100.
+many trips as its caller says, on average over the programs, and of two branches forward the longer one is taken. So a
+kernel whose warps take shorter paths needs less, and one whose threads diverge needs more. Called subroutines, such as
+the slow path of a division, are not counted. Next to it is the bound of bytes, at the copy bandwidth of an H100.
+
+The kernels of convolutions, `--kernels convolution_forward convolution_input_grad convolution_weight_grad`, are those
+of the paper's training pass with K = 8 and B = 64, each with its first tiling. Masked rows are counted.
 
 To analyze another kernel, call `issue_bound(record(launcher, *arguments), trips)`; if the number of trips is wrong, the
 error lists the loops of its machine code.
@@ -17,7 +20,7 @@ import dataclasses
 import math
 import re
 import subprocess
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ from bench.step.kernels import BATCH_SIZES, GUESS_SIZES, KERNELS, Size
 from engine.measuring import records
 from kernels.assemble import launch_assemble_batch
 from kernels.augment import launch_augment_views
+from kernels.convolution import Shape, launch_forward, launch_input_grad, launch_weight_grad, tilings
 from kernels.guess import launch_guess_labels
 
 # Classes of instructions by the beginnings of their names. The first match counts.
@@ -121,7 +125,7 @@ class Loop:
     depth: int
 
 
-Trips = Sequence[int] | Callable[[Sequence[Loop]], Sequence[int]]
+Trips = Sequence[float] | Callable[[Sequence[Loop]], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class IssueBound:
     blocks: int
     warps: int
     waves: float
-    instructions: Mapping[str, int]
+    instructions: Mapping[str, float]
     issue_seconds: float
     matrix_seconds: float
     bytes_seconds: float
@@ -265,12 +269,12 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     ]
 
 
-def longest_path(instructions: Sequence[Instruction], trips: Trips) -> Counter[str]:
+def longest_path(instructions: Sequence[Instruction], trips: Trips) -> dict[str, float]:
     """Count the instructions of the longest path by name.
 
     Args:
         instructions: Those of a kernel.
-        trips: Trips of each of `loops` whenever it is entered, or a function that returns them.
+        trips: Mean number of trips of each of `loops` whenever it is entered, or a function that returns them.
 
     Raises:
         ValueError: The number of trips is not that of the loops.
@@ -309,13 +313,13 @@ def longest_path(instructions: Sequence[Instruction], trips: Trips) -> Counter[s
         math.prod(trip for trip, loop in zip(trips, found, strict=True) if within(one.address, loop))
         for one in instructions
     ]
-    longest = [0] * len(instructions)
+    longest = [0.0] * len(instructions)
     choice: list[int | None] = [None] * len(instructions)
     for place in reversed(range(len(instructions))):
         choice[place] = max(successors(place), key=lambda after: longest[after], default=None)
         after = choice[place]
         longest[place] = repeats[place] + (0 if after is None else longest[after])
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     taken: int | None = 0
     while taken is not None:
         counts[instructions[taken].name] += repeats[taken]
@@ -323,20 +327,20 @@ def longest_path(instructions: Sequence[Instruction], trips: Trips) -> Counter[s
     return counts
 
 
-def by_class(counts: Mapping[str, int]) -> Counter[str]:
+def by_class(counts: Mapping[str, float]) -> dict[str, float]:
     """Return the counts of instructions by the names of CLASSES and OTHER."""
-    classes: Counter[str] = Counter()
+    classes: dict[str, float] = defaultdict(float)
     for name, count in counts.items():
         classes[_class(name)] += count
     return classes
 
 
-def matrix_flops(counts: Mapping[str, int]) -> int:
+def matrix_flops(counts: Mapping[str, float]) -> float:
     """Return the operations of a warp's HMMA (Ampere) and HGMMA (Hopper) instructions, including those on padding."""
-    flops = 0
+    flops = 0.0
     for name, count in counts.items():
         if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", name):  # Four warps together.
-            flops += 2 * math.prod(map(int, shape.groups())) // 4 * count
+            flops += 2 * math.prod(map(int, shape.groups())) / 4 * count
         elif shape := re.match(r"HMMA\.(16)(8)(8|16)\b", name):
             flops += 2 * math.prod(map(int, shape.groups())) * count
     return flops
@@ -368,8 +372,8 @@ def issue_bound(launch: KernelLaunch, trips: Trips, moved: int | None = None, gp
 
     Args:
         launch: A recorded launch.
-        trips: Trips of each loop in the machine code whenever it is entered, outer loops first; or a function that
-            returns them for the result of `loops`.
+        trips: Mean number of trips of each loop in the machine code whenever it is entered, outer loops first; or a
+            function that returns them for the result of `loops`.
         moved: Bytes read and written; by default those of all tensor arguments, once each.
         gpu: The GPU to compile for.
 
@@ -395,7 +399,7 @@ def issue_bound(launch: KernelLaunch, trips: Trips, moved: int | None = None, gp
         blocks * warps,
         programs / (blocks * gpu.multiprocessors) if blocks else math.inf,
         dict(by_class(counts)),
-        programs * warps * counts.total() / rate,
+        programs * warps * sum(counts.values()) / rate,
         programs * warps * matrix_flops(counts) / gpu.matmul_flops_per_second,
         moved / gpu.copy_bytes_per_second,
     )
@@ -415,6 +419,72 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], Size, Trips]] = {
 }
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of a network: its shape, whether a residual is added, and whether it computes statistics."""
+
+    shape: Shape
+    residual: bool = False
+    statistics: bool = True
+
+    def __str__(self) -> str:
+        _, inputs, height, width, outputs, taps, stride = self.shape
+        return f"{inputs}->{outputs} {height}x{width}, {taps}x{taps}/{stride}" + ", residual" * self.residual
+
+
+# Of the paper's training pass. The first convolution of a block has no residual, the shortcut no statistics.
+LAYERS = (
+    Layer(Shape(768, 16, 32, 32, 32, 3, 1)),
+    Layer(Shape(768, 16, 32, 32, 32, 1, 1), statistics=False),
+    Layer(Shape(768, 32, 32, 32, 32, 3, 1), residual=True),
+    Layer(Shape(768, 32, 32, 32, 64, 3, 2)),
+    Layer(Shape(768, 64, 16, 16, 64, 3, 1), residual=True),
+    Layer(Shape(768, 64, 16, 16, 128, 3, 2)),
+    Layer(Shape(768, 128, 8, 8, 128, 3, 1), residual=True),
+)
+CONVOLUTIONS = {f"convolution_{which}": which for which in ("forward", "input_grad", "weight_grad")}
+
+
+def record_convolution(layer: Layer, which: str, tiling: Sequence[int]) -> KernelLaunch:
+    """Return the launch of a kernel of `norm_act_conv` in bfloat16; see `kernels.convolution.tilings`."""
+    samples, inputs, height, width, outputs, taps, stride = layer.shape
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    x, y = empty(samples, inputs, height, width), empty(samples, outputs, height // stride, width // stride)
+    weight = empty(outputs, inputs, taps, taps)
+    norm = [torch.empty(inputs, device="meta") for _ in range(4)]
+    if which == "forward":
+        residual = torch.empty_like(y) if layer.residual else None
+        return record(launch_forward, x, *norm, weight, residual, stride, layer.statistics, tiling, (), ())
+    if which == "input_grad":
+        return record(launch_input_grad, y, x, *norm, weight, stride, tiling)
+    return record(launch_weight_grad, y, x, *norm, taps, stride, tiling)
+
+
+def convolution_trips(launch: KernelLaunch) -> Trips:
+    """Return the mean trips of the loops of a kernel in kernels/convolution.py, from the outermost to the innermost.
+
+    Loops of one trip are no loops in the machine code, and the innermost ones may be unrolled.
+    """
+    a = launch.arguments
+    name, rows, blocks = launch.kernel.__name__, a["ROWS"], a["C_IN"] / a["BLOCK_C"]
+    per_split = a["tiles"] / launch.grid[0]
+    if name == "_rows_kernel":  # One row more on each side, except above the image.
+        trips = [rows + 2 - rows / a["H"], blocks]
+    elif name == "_weight_grad_rows_kernel":  # Nor below the image.
+        trips = [per_split, rows + 2 - 2 * rows / a["H"]]
+    elif name == "_weight_grad_taps_kernel":
+        trips = [per_split, rows]
+    else:
+        # The gradient with stride 2 has one or two of three taps along each axis, by the parity of a pixel.
+        sparse = a["BACKWARD"] and a["TAPS"] == 3 and a["STRIDE"] == 2
+        trips = [rows, *[1.5 if sparse else a["TAPS"]] * 2, blocks]
+    trips = [count for count in trips if count != 1]
+    return lambda found: [trips[loop.depth] for loop in found]
+
+
 @dataclass
 class IssueOptions:
     """Analyze the machine code of each kernel at the size of a training step."""
@@ -422,7 +492,8 @@ class IssueOptions:
     out: Path = records.OUT / "issue.jsonl"
     """File to append the records to."""
     kernels: tuple[str, ...] = tuple(LAUNCHERS)
-    """Kernels to analyze."""
+    """Kernels to analyze: guess_labels, assemble_batch, augment_views, convolution_forward, convolution_input_grad,
+    convolution_weight_grad."""
 
 
 def main(options: IssueOptions) -> None:
@@ -431,21 +502,38 @@ def main(options: IssueOptions) -> None:
     Raises:
         UserError: A kernel is unknown.
     """
-    records.check_choices(options, kernels=LAUNCHERS)
+    records.check_choices(options, kernels=(*LAUNCHERS, *CONVOLUTIONS))
     failures = records.Failures()
     for name in options.kernels:
+        if name in CONVOLUTIONS:
+            for layer in LAYERS:
+                with failures.part(f"{name}, {layer}"):
+                    _analyze_convolution(name, layer, options.out)
+            continue
         launcher, size, trips = LAUNCHERS[name]
         with failures.part(name):
             case = KERNELS[name][0](size, torch.device("meta"))  # On a CPU it would be in float32.
             bound = issue_bound(record(launcher, *case.arguments()), trips, case.moved)
-            fields = {
-                **dataclasses.asdict(bound), "instructions": sum(bound.instructions.values()),
-                **{kind: bound.instructions.get(kind, 0) for kind in (*CLASSES, OTHER)},
-                "issue_us": 1e6 * bound.issue_seconds, "matrix_us": 1e6 * bound.matrix_seconds,
-                "bytes_us": 1e6 * bound.bytes_seconds,
-            }  # fmt: skip
-            BENCH.write(options.out, "issue", torch.device("cpu"), kernel=name, shape=case.shape, **fields)
+            _write(options.out, bound, kernel=name, shape=case.shape)
     failures.finish()
+
+
+def _analyze_convolution(name: str, layer: Layer, out: Path) -> None:
+    tiling = tilings(layer.shape, CONVOLUTIONS[name], H100.architecture)[0]
+    launch = record_convolution(layer, CONVOLUTIONS[name], tiling)
+    bound = issue_bound(launch, convolution_trips(launch))
+    case = {"kernel": name, "shape": str(layer), "sizes": layer.shape, "tiling": tiling}
+    _write(out, bound, **case, warps_of_block=launch.options["num_warps"], programs=math.prod(launch.grid))
+
+
+def _write(out: Path, bound: IssueBound, **case: Any) -> None:
+    fields = {
+        **dataclasses.asdict(bound), "instructions": round(sum(bound.instructions.values())),
+        **{kind: round(bound.instructions.get(kind, 0)) for kind in (*CLASSES, OTHER)},
+        "issue_us": 1e6 * bound.issue_seconds, "matrix_us": 1e6 * bound.matrix_seconds,
+        "bytes_us": 1e6 * bound.bytes_seconds,
+    }  # fmt: skip
+    BENCH.write(out, "issue", torch.device("cpu"), **case, **fields)
 
 
 BENCH = Bench(

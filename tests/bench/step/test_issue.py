@@ -8,9 +8,11 @@ import triton.language as tl
 from bench.step import issue
 from bench.step.issue import (
     H100,
+    LAYERS,
     IssueOptions,
     Loop,
     by_class,
+    convolution_trips,
     issue_bound,
     longest_path,
     loops,
@@ -18,9 +20,11 @@ from bench.step.issue import (
     occupancy,
     parse,
     record,
+    record_convolution,
 )
 from engine.errors import UserError
 from engine.measuring import records
+from kernels.convolution import tilings
 from kernels.guess import launch_guess_labels
 
 # A loop over rows around a loop over channels with a branch in it, and a second loop that is left from its middle.
@@ -68,7 +72,7 @@ def test_the_longest_path_is_counted_with_trips():
     counts = by_class(names)
     # Two instructions, then three rows of a load, five channels of six and a store with a branch; seven trips of the
     # second loop's test and body; four at the end.
-    assert counts.total() == 2 + 3 * (1 + 5 * 6 + 2) + 7 * 4 + 4
+    assert sum(counts.values()) == 2 + 3 * (1 + 5 * 6 + 2) + 7 * 4 + 4
     assert (counts["matrix"], counts["special"], counts["local"], counts["synchronization"]) == (15, 30, 7, 1)
     assert counts["shared"] == 15 + 3 and counts["global"] == 3 + 1
     # 15 products of 64 x 32 x 16, each by four warps.
@@ -160,6 +164,38 @@ def test_operations_of_a_compiled_product(architecture, name):
     names = longest_path(parse(issue.disassemble(issue.compile_launch(launch, architecture).asm["cubin"])), ())
     assert any(one.startswith(name) for one in names)
     assert 4 * matrix_flops(names) == 2 * 64 * 32 * 64
+
+
+@pytest.mark.parametrize(
+    ("layer", "which", "excess"),
+    [
+        ("16->32 32x32, 3x3/1", "forward", 33 / 32),  # The row below the image.
+        ("16->32 32x32, 3x3/1", "weight_grad", (18 + 16) / 2 / 16 * 4 / 3),  # Half of the tiles, and an empty stack.
+        ("32->64 32x32, 3x3/2", "input_grad", 1),
+    ],
+)
+def test_operations_of_a_convolution_are_those_of_its_shape(layer, which, excess):
+    (layer,) = (one for one in LAYERS if str(one) == layer)
+    samples, inputs, height, width, outputs, taps, stride = layer.shape
+    launch = record_convolution(layer, which, tilings(layer.shape, which, 90)[0])
+    assert launch.arguments["ROWS"] == {"forward": 32, "weight_grad": 16, "input_grad": 16}[which]
+    bound = issue_bound(launch, convolution_trips(launch))
+    products = samples * (height // stride) * (width // stride) * inputs * outputs * taps**2
+    assert bound.matrix_seconds == pytest.approx(2 * products * excess / H100.matmul_flops_per_second)
+    x, y = 2 * samples * inputs * height * width, 2 * samples * outputs * height * width // stride**2
+    sums = sum(value.nbytes for name, value in launch.arguments.items() if name == "partial")
+    least = {"forward": x + y, "weight_grad": x + y, "input_grad": 2 * x + y}[which] + sums
+    assert 0 < bound.bytes_seconds * H100.copy_bytes_per_second - least < 50_000, "weights and parameters"
+
+
+def test_convolutions_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(issue, "LAYERS", LAYERS[1:2])
+    out = tmp_path / "issue.jsonl"
+    issue.main(IssueOptions(out=out, kernels=("convolution_forward",)))
+    (one,) = records.read(out)
+    assert (one["kernel"], one["shape"]) == ("convolution_forward", "16->32 32x32, 1x1/1")
+    assert one["tiling"] == [64, 32, 32, 16, 4, 1] and (one["programs"], one["warps_of_block"]) == (384, 4)
+    assert one["waves"] == pytest.approx(384 / 132 / one["blocks"]) and one["spilled_bytes"] == 0
 
 
 def test_kernels_are_listed(tmp_path, capsys):
