@@ -27,7 +27,7 @@ import torch
 from bench.emulator.run import environment
 from bench.registry import Bench, Table, markdown_table
 from bench.step import throughput
-from bench.step.step_model import KERNELS, NETWORKS, Device, Launch, Prediction, predict
+from bench.step.step_model import FUSED, KERNELS, NETWORKS, Device, Launch, Prediction, predict
 from engine.config.checks import validate
 from engine.config.config import Config
 from engine.config.methods import ablate, with_method
@@ -40,6 +40,7 @@ from engine.training.ranges import PARTS
 
 BUDGET = Path(__file__).parents[1] / "budget.json"
 _BUDGETED = (*KINDS, "bytes")
+_SHARES = (0.3, 0.5, 0.8)  # Of the matrix-product rate, for fused convolutions.
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class CountOptions:
     """Side of the images in pixels; by default that of the preset's data set."""
     classes: int = 0
     """Number of classes; by default that of the preset's data set."""
+    issue: Path | None = None
+    """Records of `bench issue`; predicts the time with the issue-slot bounds of fused convolutions as well."""
     cubins: bool = False
     """Compile all configurations of every generated kernel and report registers and spills. Takes minutes."""
     budget: Path | None = None
@@ -138,6 +141,7 @@ def main(options: CountOptions) -> None:
     if options.update and not options.budget:
         raise UserError("--update requires --budget FILE")
     differences: list[str] = []
+    issue = read_issue(options.issue) if options.issue else {}
     for varied, config in _configs(options):
         counted = count(config, options.target, _images(config, options), cubins=options.cubins)
         case = {
@@ -151,6 +155,11 @@ def main(options: CountOptions) -> None:
             by_part = {**times.kernels, **times.parts}
             fields[f"predicted_ms_{name}"] = 1e3 * times.step
             fields[f"predicted_parts_ms_{name}"] = {part: 1e3 * seconds for part, seconds in by_part.items()}
+            if options.convolutions == "triton":
+                shares = {str(share): predict(counted.launches, device, fused_share=share) for share in _SHARES}
+                fields[f"predicted_ms_{name}_by_share"] = {share: 1e3 * one.step for share, one in shares.items()}
+            if issue:
+                fields[f"predicted_ms_{name}_with_issue"] = 1e3 * predict(counted.launches, device, issue).step
         BENCH.write(
             options.out, "count", torch.device("cpu"), **case, launches=len(counted.launches), **counted.total(),
             **fields, parts=counted.by_part(), **_measured(config),
@@ -182,6 +191,16 @@ def _configs(options: CountOptions) -> list[tuple[dict[str, str], Config]]:
     for _, config in cases:
         validate(config)
     return cases
+
+
+def read_issue(path: Path) -> dict[tuple[str, tuple[int, ...]], float]:
+    """Return the issue-slot times in seconds of fused convolutions; see `predict`."""
+    times = {}
+    for row in records.read(path):
+        if row["kernel"].startswith("convolution_"):
+            name = FUSED + row["kernel"].removeprefix("convolution").removesuffix("_forward")
+            times[name, (*row["sizes"], 1)] = row["issue_seconds"]
+    return times
 
 
 def _images(config: Config, options: CountOptions) -> tuple[int, int]:

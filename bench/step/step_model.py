@@ -138,13 +138,13 @@ class Prediction:
     parts: Mapping[str, float]
 
 
-def kernels(launch: Launch) -> list[Kernel]:
-    """Return the kernels of a launch."""
+def kernels(launch: Launch, fused_share: float = FUSED_SHARE) -> list[Kernel]:
+    """Return the kernels of a launch; see `predict`."""
     if launch.name in ("aten::convolution", "aten::convolution_backward"):
         return _convolution(launch)
     if launch.name.startswith(FUSED):
         kind = _FUSED_GRADIENTS.get(launch.name, FORWARD)
-        return [Kernel(kind, launch.bytes, launch.bytes, launch.flops, FUSED_SHARE)]
+        return [Kernel(kind, launch.bytes, launch.bytes, launch.flops, fused_share)]
     kind = OTHERS
     if launch.name.startswith("triton "):
         reduces = launch.name.startswith(("triton triton_red", "triton triton_per"))
@@ -176,7 +176,10 @@ def _convolution(launch: Launch) -> list[Kernel]:
 
 
 def predict(
-    launches: Iterable[Launch], device: Device, issue: Mapping[tuple[str, tuple[int, ...]], float] | None = None
+    launches: Iterable[Launch],
+    device: Device,
+    issue: Mapping[tuple[str, tuple[int, ...]], float] | None = None,
+    fused_share: float = FUSED_SHARE,
 ) -> Prediction:
     """Predict the time of a step on a device.
 
@@ -184,12 +187,13 @@ def predict(
         launches: The launches of the step.
         device: The device.
         issue: Issue-slot time in seconds of fused convolutions, by name and shape; see `bench.step.issue`.
+        fused_share: Share of the matrix-product rate that fused convolutions reach.
     """
     alone: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     count = 0
     for launch in launches:
         least = KERNEL_SECONDS + (issue or {}).get((launch.name, launch.shape), 0)
-        for kernel in kernels(launch):
+        for kernel in kernels(launch, fused_share):
             alone[launch.part][kernel.kind] += max(kernel.seconds(device), least)
             count += kernel.count
     parts = {part: sum(times.values()) for part, times in alone.items()}

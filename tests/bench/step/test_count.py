@@ -138,6 +138,21 @@ def test_writes_records_a_table_and_a_budget(tmp_path, monkeypatch, capsys):
         count.main(CountOptions(out=out, k=(4,), batch=32, budget=budget))
 
 
+def test_predictions_of_fused_convolutions_vary_their_rate_and_take_their_issue_slots(tmp_path, monkeypatch):
+    name, sizes = "remixmatch::norm_act_conv", (768, 16, 32, 32, 32, 3, 1)
+    launches = [Launch("forward", name + end, 10**8, 10**11, (*sizes, 1)) for end in ("", "_weight_grad")]
+    monkeypatch.setattr("bench.step.count.count", lambda *given, **named: Count(tuple(launches)))
+    out, issue = tmp_path / "count.jsonl", tmp_path / "issue.jsonl"
+    for kernel, seconds in (("convolution_forward", 7e-3), ("guess_labels", 1), ("convolution_weight_grad", 2e-3)):
+        records.append(issue, {"kernel": kernel, "sizes": sizes, "issue_seconds": seconds})
+    count.main(CountOptions(out=out, k=(8,), convolutions="triton", issue=issue))
+    (one,) = records.read(out)
+    shares = one["predicted_ms_h100_by_share"]
+    assert list(shares) == ["0.3", "0.5", "0.8"] and shares["0.5"] == one["predicted_ms_h100"]
+    assert shares["0.3"] - shares["0.5"] == pytest.approx(2 * 1e14 * (1 / 0.3 - 1 / 0.5) / 798e12)
+    assert one["predicted_ms_h100_with_issue"] == pytest.approx(7 + 2, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -61,6 +61,9 @@ def test_a_fused_convolution_takes_its_bytes_operations_or_issue_slots():
         assert seconds(FUSED + name, 5000, 10**8, shape) == {kind: pytest.approx(1e-5 / FUSED_SHARE)}
     launch = Launch("backward", FUSED, 5000, 1000, shape)
     assert predict([launch], DEVICE).step == pytest.approx(5e-6 + KERNEL_SECONDS + GAP_SECONDS)
+    assert kernels(launch, 0.25)[0].share == 0.25
+    slow, fast = (predict([Launch("backward", FUSED, 5000, 10**9, shape)], DEVICE, fused_share=s) for s in (0.2, 0.4))
+    assert slow.step - fast.step == pytest.approx(1e-4 * (1 / 0.2 - 1 / 0.4))
     bound = predict([launch], DEVICE, {(FUSED, shape): 7e-6})
     assert bound.step == pytest.approx(7e-6 + KERNEL_SECONDS + GAP_SECONDS)
     assert launch.kind == "operator" and launch.least == 5000
