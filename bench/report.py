@@ -74,18 +74,20 @@ def predictions(counts: Sequence[Row], measured: Sequence[Row]) -> list[str]:
         for row in counts
         if row["preset"].startswith("cifar10-") and "method" not in row and row.get("ablate", "k=").startswith("k=")
     ]
-    newest = {(row["k"], row["batch"]): row for row in papers}
+    newest = {(row["k"], row["batch"], row.get("convolutions", "cudnn")): row for row in papers}
     for row in measured:
+        fused = row.get("variant") == "Triton convolutions"
         captured = row.get("variant") == "baseline" or (row.get("mode") == "graph" and row.get("views") == "synthetic")
-        count = newest.get((row["k"], row["batch"]))
-        if not captured or count is None:
+        count = newest.get((row["k"], row["batch"], "triton" if fused else "cudnn"))
+        if not (captured or fused) or count is None:
             continue
-        for device in (name.removeprefix("predicted_ms_") for name in count if name.startswith("predicted_ms_")):
+        name = row["variant"] if fused else row["bench"]
+        for device in (field.removeprefix("predicted_ms_") for field in count if field.startswith("predicted_ms_")):
             if device.upper() in row["device"].upper():
                 predicted, found = count[f"predicted_ms_{device}"], row["step_ms"]
                 lines.append(
-                    f"K = {row['k']}, B = {row['batch']}, {row['device']} ({row['bench']}): predicted {predicted:.2f} "
-                    f"ms, measured {found:.2f} ms, {found / predicted:.2f} times as long"
+                    f"K = {row['k']}, B = {row['batch']}, {row['device']} ({name}): predicted {predicted:.2f} ms, "
+                    f"measured {found:.2f} ms, {found / predicted:.2f} times as long"
                 )
     return lines
 

@@ -124,10 +124,15 @@ def test_counts_and_their_predictions(k):
     assert abs(predicted[0] / step(k, "synthetic")["step_ms"] - 1) < 0.048
 
 
+def paper_count(k, **case):
+    """Return the newest count of the paper's step, with cuDNN's convolutions unless the case says otherwise."""
+    named = {"ablate", "method", "convolutions"} - case.keys()
+    found = [row for row in rows("count") if row["preset"] == "cifar10-250" and not named & row.keys()]
+    return [row for row in found if row["k"] == k and case.items() <= row.items()][-1]
+
+
 def test_modeled_parts_of_the_step():
-    count = [row for row in rows("count") if row["preset"] == "cifar10-250" and row["k"] == 8 and "method" not in row][
-        -1
-    ]
+    count = paper_count(8)
     ranges = newest("runs/profile", H100)["ranges"]
     kinds = {row["kind"]: row["ms"] for row in rows("replay") if row["device"] == H100}
     modeled = count["predicted_parts_ms_h100"] | {"step": count["predicted_ms_h100"]}
@@ -153,6 +158,69 @@ def test_modeled_parts_of_the_step():
         assert abs(ratio - 1) < (0.14 if part == "forward" else 0.101), name
     gradients = ("forward convolutions", "weight gradients", "input gradients")
     assert sum(modeled[name] for name in gradients) == pytest.approx(kinds["convolutions, products"], rel=0.02)
+
+
+def test_the_fused_step_is_predicted():
+    text = page("compiled-step").partition("**The fused step, predicted.**")[2].partition("**Issue slots**")[0]
+    for k in (8, 1):
+        fused, today = paper_count(k, convolutions="triton"), paper_count(k)
+        wanted = [count for row in (fused, today) for count in (row["launches"], row["bytes"] / 1e9)]
+        agree(cells(text, f"fused step, K = {k}"), [wanted[place] for place in (0, 2, 1, 3)])
+    fused, today = paper_count(8, convolutions="triton"), paper_count(8)
+    parts, modeled = (row["predicted_parts_ms_h100"] | {"step": row["predicted_ms_h100"]} for row in (fused, today))
+    names = {"pseudo-labels, 64 samples": "guess", "probes, 64 samples": "probes"}
+    names |= {"forward pass": "forward", "backward pass": "backward"}
+    lines = re.findall(r"^\| (\w[^|]+) \|(.*)\|$", table(text, "| fused, predicted | today, modeled |"), re.MULTILINE)
+    assert len(lines) == 10
+    for name, line in lines:
+        agree(numbers(line), [each[names.get(name, name)] for each in (parts, modeled)])
+    shares, said = fused["predicted_ms_h100_by_share"], " ".join(text.split())
+    (found,) = re.findall(
+        r"with 0\.3 .*? takes ([\d.]+) ms, with 0\.8 it takes ([\d.]+) ms.*? it is ([\d.]+) ms inst", said
+    )
+    agree(found, [shares["0.3"], shares["0.8"], fused["predicted_ms_h100_with_issue"]])
+    backward = fused["parts"]["backward"]
+    agree(re.findall(r"pass moves ([\d.]+) GB", said), [(backward["bytes"] - backward["least_bytes"]) / 1e9])
+    # The log has them as first written.
+    log = " ".join(page("log").partition("## 2026-11-30")[2].partition("\n\n- ")[0].split())
+    names = {"pseudo-labels": "guess", "forward pass": "forward", "backward pass": "backward"}
+    found = re.findall(r"([a-z-]+(?: [a-z]+)?) (\d\.\d\d)(?=[,;.])", log)
+    assert len(found) == 10
+    agree([value for _, value in found], [parts[names.get(name, name)] for name, _ in found])
+    one = paper_count(1, convolutions="triton")
+    found = re.search(
+        r"On an H200 ([\d.]+)\. At K = 1, ([\d.]+) and ([\d.]+)\. .* step is ([\d.]+) and ([\d.]+) on", log
+    )
+    wanted = [fused["predicted_ms_h200"], one["predicted_ms_h100"], one["predicted_ms_h200"]]
+    agree(found.groups(), [*wanted, shares["0.3"], shares["0.8"]])
+
+
+def test_issue_slots_of_the_convolutions():
+    text = page("compiled-step")
+    lines = re.findall(r"^\| (\w[^|]+), (\d+->\d+ [^|]+) \|(.*)\|$", text, re.MULTILINE)
+    ratios, excess = {}, {}
+    for which, layer, line in lines:
+        kernel = f"convolution_{which.replace(' gradient', '_grad')}"
+        row = [row for row in rows("runs/issue") if row["kernel"] == kernel]
+        row = [one for one in row if one["shape"].removesuffix(", residual") == layer][-1]
+        ratios[which, layer] = row["issue_us"] / row["bytes_us"]
+        names = ("registers", "warps_of_block", "spilled_bytes", "shared_bytes", "blocks", "waves")
+        wanted = [*(row[name] for name in names), row["issue_us"], row["matrix_us"], row["bytes_us"]]
+        agree(numbers(line), [*wanted, ratios[which, layer]])
+        samples, inputs, height, width, outputs, taps, stride = row["sizes"]
+        flops = 2 * samples * height * width // stride**2 * inputs * outputs * taps**2
+        excess[which, layer] = row["matrix_seconds"] * 798e12 / flops
+        assert row["spilled_bytes"] == 0
+        if which == "weight gradient":
+            assert row["programs"] == 128 and row["waves"] <= 0.485
+    assert len(lines) == 21
+    narrow = [ratio for (_, layer), ratio in ratios.items() if layer.startswith(("16->32", "32->32"))]
+    agree(re.findall(r"ratio is at most ([\d.]+)", text), [max(narrow)])
+    agree(re.findall(r"with stride 2 \(([\d.]+)\)", text), [ratios["input gradient", "32->64 32x32, 3x3/2"]])
+    agree(re.findall(r"of up to ([\d.]+)\.", text), [max(ratios.values())])
+    for which in ("forward", "input gradient"):
+        agree(re.findall(r"compute ([\d.]+) times\s+the products", text), [excess[which, "128->128 8x8, 3x3/1"]])
+        assert excess[which, "64->64 16x16, 3x3/1"] == pytest.approx(9.5 / 8 * 15 / 9)
 
 
 @pytest.mark.parametrize("name", ["FixMatch", "UDA", "MixMatch", "pseudo-label"])
@@ -315,9 +383,11 @@ def test_errors_of_a_joint_guess(preset, first):
 def test_counts_of_a_joint_guess():
     text = " ".join(page("compiled-step").partition("**A joint guess**")[2].partition("\n\n")[0].split())
     for k in (8, 1):
-        separate = [row for row in rows("count") if row["preset"] == "cifar10-250" and row["k"] == k]
-        joint = [row for row in separate if row.get("ablate") == "joint-guess"][-1]
-        separate = [row for row in separate if not row.keys() & {"ablate", "method"}][-1]
+        joint = newest("count", preset="cifar10-250", k=k, ablate="joint-guess")
+        assert "predicted_parts_ms_h100" not in joint, "the page says that the earlier model made both predictions"
+        found = [row for row in rows("count") if row["preset"] == "cifar10-250" and row["k"] == k]
+        found = [row for row in found if "predicted_parts_ms_h100" not in row and not row.keys() & {"method", "ablate"}]
+        separate = found[-1]
         (said,) = re.findall(
             rf"K = {k}: (\d+) launches, ([\d.]+) GB and ([\d.]+) ms \((\d+), ([\d.]+), ([\d.]+)\)", text
         )

@@ -186,7 +186,9 @@ def predicted_hours(config: Config, gpu: str, rows: Sequence[Mapping[str, Any]])
         return None
     known: dict[str, dict[int, float]] = {}  # Milliseconds per step by method and samples; later records win.
     for row in rows:
-        if row.get("bench") == "count" and row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
+        if row.get("bench") != "count" or "convolutions" in row:  # Only the fused step names them.
+            continue
+        if row["preset"] == "cifar10-250" and f"predicted_ms_{gpu}" in row:
             counted = with_method(PRESETS[row["preset"]], row.get("method", REMIXMATCH))
             counted = ablate(counted, row["ablate"]) if "ablate" in row else counted
             counted = dataclasses.replace(counted, k=row["k"], batch=row["batch"])
