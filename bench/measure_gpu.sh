@@ -3,10 +3,10 @@
 #
 #   [BEFORE=CHECKOUT] bench/measure_gpu.sh OUT_FOLDER [--small]
 #
-# Order: the GPU tests, while the steps timed later are compiled into torch's cache; the captured step at K = 8 and other
-# K; a profile by kind of kernel and by named range (OUT_FOLDER/profile); the baseline step and its variants; plain PyTorch
-# and USB; kernels, convolutions and views; starts with all of cuDNN's plans and with ten; DALI's operators. The report at the end compares predictions
-# with measurements.
+# Order: a start that times convolutions while the GPU is quiet; the GPU tests, while the steps timed later are compiled
+# into torch's cache; the captured step at K = 8 and other K; a profile by kind of kernel and by named range
+# (OUT_FOLDER/profile); the baseline step and its variants; plain PyTorch and USB; kernels, convolutions and views; starts
+# with all of cuDNN's plans and with ten; DALI's operators. The report at the end compares predictions with measurements.
 #
 # Records go to OUT_FOLDER/NAME.jsonl and output to OUT_FOLDER/NAME.log. A part that fails or times out does not stop the
 # others and is listed at the end.
@@ -83,9 +83,13 @@ if [[ $small ]]; then
   bench scaling 60 --ranks 1 --rounds 1 --repeats 1 --steps 1 --batch 2 --views synthetic
   bench baseline 60 --repeats 1 --k 1 --steps 1 --batch 2 --workers 1
 else
-  # Compile each K in its own process, at the same time.
   warm_up=$(mktemp -d)
   trap 'rm -rf "$warm_up"' EXIT
+  # The first start on a quiet GPU: times of convolutions are cached, and everything after this relies on them. Eager steps
+  # of all K need no compilation.
+  part quiet-start 150 "$python" -m bench throughput --k 8 1 16 2 4 --modes eager --views synthetic --repeats 1 --steps 1 \
+    --out "$warm_up/quiet.jsonl"
+  # Compile each K in its own process, at the same time.
   compiled=()
   for k in 8 1 16 2 4; do
     timeout --kill-after=3 150 "$python" -m bench throughput --k "$k" --modes graph --views synthetic --repeats 1 --steps 1 \
@@ -101,7 +105,7 @@ else
     "one stream" "8 input channels" "cuDNN by rule" "ten cuDNN plans" "cuDNN convolutions" "Triton convolutions"
   bench baseline 60 --k 8
   bench kernels 60
-  bench convolutions 35
+  bench convolutions 60
   part convolutions-heuristic 25 "$python" -m bench convolutions --out "$out/convolutions.jsonl" --heuristic
   bench pipelines 50 --backends torchvision dali-cpu-1 dali-cpu fused kornia triton-augment
   # The cost of --deterministic, relative to the same case above.

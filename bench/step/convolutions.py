@@ -6,6 +6,10 @@ bf16, channels-last, with the fastest of all cuDNN's plans as in training, or wi
 process can only do one of them, since torch keeps the plan of a convolution that has run. The bound is the larger of
 two times: each tensor's bytes once at copy bandwidth, and the operations at the matrix-product rate, both measured in
 the same run. The tensors of the smaller shapes fit into a large GPU's cache.
+
+On a GPU, the Triton kernels of `kernels.norm_act_conv` are timed beside them where they support the shape: passes named
+"triton", each with its fastest tiling of all. They also normalize and activate the input, and compute the sums of batch norm,
+but add no residual; their bound counts their own tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from bench.registry import Bench, Table, quartiles
 from engine.measuring import records
 from engine.measuring.timing import bench_device, ceilings, measure
 from engine.models.wide_resnet import WideResNet
+from engine.training import convolutions
+from kernels import convolution
+from pipelines.files import first_line
 
 PASSES = ("forward", "input gradient", "weight gradient")
 
@@ -89,9 +96,57 @@ def main(options: ConvolutionsOptions) -> None:
     counts = shapes()
     stem = next(iter(counts))
     for shape, count in [*counts.items(), (Shape(8, stem.outputs, stem.side, stem.taps, stem.stride), 0)]:
+        case = {"shape": str(shape), "in_network": count, "rows": rows}
         for fields in _time(shape, rows, device, not options.heuristic, options.repeats):
-            case = {"shape": str(shape), "in_network": count, "rows": rows}
             BENCH.write(options.out, "convolutions", device, **case, **fields)
+        for fields in time_fused(shape, rows, device, options.repeats) if cuda and not options.heuristic else ():
+            BENCH.write(options.out, "convolutions", device, **case, **fields)
+
+
+def time_fused(shape: Shape, rows: int, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the record fields of each kernel of `norm_act_conv` that supports a convolution, with its fastest tiling.
+
+    On a CPU the kernels are their references.
+    """
+    sizes = convolution.Shape(rows, shape.inputs, shape.side, shape.side, shape.outputs, shape.taps, shape.stride)
+    layer = convolutions.Layer(sizes, "train")
+    if not convolution.tilings(sizes, "forward"):
+        return
+    working: dict[str, Callable[[], Any]] = {}
+    for name, function in convolutions.functions(layer, torch.bfloat16, device):
+        if name.endswith(convolutions.LIBRARY):
+            continue
+        try:
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # For example too little shared memory.
+            print(f"{shape}: {name} does not work: {first_line(error)}")
+        else:
+            working[name] = function
+    timings = measure(working, device, repeats, queued=True)
+    limit = ceilings(device)
+    x, y = (2 * count for count in (rows * shape.inputs * shape.side**2, _outputs(sizes)))
+    weights = shape.outputs * shape.inputs * shape.taps**2
+    flops = _outputs(sizes) * 2 * weights // shape.outputs
+    read = {"forward": x + 2 * weights, "input_grad": x + y + 2 * weights, "weight_grad": x + y}
+    for which, title in zip(convolutions.PASSES, PASSES, strict=True):
+        own = {name: timing for name, timing in timings.items() if name.split()[0] == which}
+        if not own:
+            continue
+        name = min(own, key=lambda name: own[name].seconds)
+        made = working[name]()
+        moved = read[which] + sum(one.nbytes for one in (made if isinstance(made, tuple) else (made,)))
+        floor = max(moved / limit.copy_bytes_per_second, flops / limit.matmul_flops_per_second)
+        yield {
+            "pass": f"triton {title}", "tiling": name.partition(" ")[2], "tilings": len(own),
+            **quartiles("microseconds", 1e6 * np.array(own[name].samples)),
+            "bytes": moved, "flops": flops, "floor_microseconds": 1e6 * floor, "floor_ratio": own[name].seconds / floor,
+        }  # fmt: skip
+
+
+def _outputs(shape: convolution.Shape) -> int:
+    return shape.samples * shape.outputs * (shape.height // shape.stride) * (shape.width // shape.stride)
 
 
 def _time(shape: Shape, rows: int, device: torch.device, benchmark: bool, repeats: int) -> Iterator[dict[str, Any]]:
@@ -143,6 +198,7 @@ BENCH = Bench(
                 "batch": "{rows}",
                 "pass": "{pass}",
                 "cudnn.benchmark": "{benchmark}",
+                "tiling": "{tiling}",
                 "time, us": "{microseconds:.1f}",
                 "roofline bound, us": "{floor_microseconds:.1f}",
                 "ratio to bound": "{floor_ratio:.2f}",
