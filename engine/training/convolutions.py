@@ -14,11 +14,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,6 +46,7 @@ from pipelines.files import checked_json, first_line, read_json, write_text
 
 log = logging.getLogger(__name__)
 
+Found = dict[str, list[tuple[int, ...]]]
 Timer = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, float]]
 NetworkTilings = dict[Pass | None, tuple[BlockTilings, ...]]
 PASSES = ("forward", "input_grad", "weight_grad")
@@ -128,7 +133,8 @@ def choose_convolutions(
         config: The run's configuration.
         state: The training state.
         layout: This rank's batch layout.
-        execution: `convolutions` is "triton", which takes the first tiling of each kernel, or "measured".
+        execution: `convolutions` is "triton", which takes the first tiling of each kernel that works on the device, or
+            "measured".
         sides: (H, W) of the images.
         timer: Returns the seconds that each function takes; by default `engine.measuring.timing.measure`.
     """
@@ -146,20 +152,32 @@ def choose_convolutions(
     network = state.network
 
     def choose() -> NetworkTilings:
-        times = None if execution.convolutions == "triton" else Times(execution.device, execution.precision, timer)
+        device, dtype = execution.device, execution.precision
         try:
-            return choose_tilings(network, passes, stats_samples, times, parts)
+            if execution.convolutions == "triton":
+                first = partial(first_working, dtype, device)
+                return choose_tilings(network, passes, stats_samples, None, parts, first)
+            return choose_tilings(network, passes, stats_samples, Times(device, dtype, timer), parts)
         except Exception as error:  # Training is possible without.
             log.warning(f"using cuDNN's convolutions: choosing others failed ({first_line(error)})")
             log.debug("traceback", exc_info=True)
             return {}
+        finally:
+            if device.type == "cuda":  # What was measured is no part of the run's memory.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
 
     tilings = collectives.run_on_rank_0(choose)
     state.network.tilings = state.ema_model.tilings = tilings
 
 
 def choose_tilings(
-    network: WideResNet, passes: list[Pass], stats_samples: int | None, times: Times | None, parts: int = 1
+    network: WideResNet,
+    passes: list[Pass],
+    stats_samples: int | None,
+    times: Times | None,
+    parts: int = 1,
+    first: Callable[[Layer, Found], Found] | None = None,
 ) -> NetworkTilings:
     """Choose the tilings of every layer in some passes of a network. Passes without any are omitted.
 
@@ -169,6 +187,7 @@ def choose_tilings(
         stats_samples: See `WideResNet.forward`, in training.
         times: Measured times; None takes the first tiling of each kernel.
         parts: Number of times that a step runs each pass, for the log.
+        first: Narrows down a layer's tilings, before the first one is taken, without measured times.
     """
     begin = time.perf_counter()
     result: NetworkTilings = {}
@@ -176,13 +195,14 @@ def choose_tilings(
     saved = 0.0
     for one in passes:
         counted = stats_samples if one.mode == "train" else None
+        choose = cache(partial(_choose, times=times, stats_samples=counted, first=first))
         blocks = []
         for shapes in fused.shapes(network, *one[1:]):
-            first = [Layer(shapes.conv1, one.mode)] if shapes.conv1 else []
-            first += [Layer(shapes.shortcut, one.mode, second=True)] if shapes.shortcut else []
+            both: tuple[Layer, ...] = (Layer(shapes.conv1, one.mode),) if shapes.conv1 else ()
+            both += (Layer(shapes.shortcut, one.mode, second=True),) if shapes.shortcut else ()
             # Convolutions of the same activations use the operator together, or none does.
-            second = [Layer(shapes.conv2, one.mode, residual=True)] if shapes.conv2 else []
-            chosen, chosen_second = (_choose(group, times, counted) for group in (first, second))
+            second = (Layer(shapes.conv2, one.mode, residual=True),) if shapes.conv2 else ()
+            chosen, chosen_second = choose(both), choose(second)
             each = [*chosen, *chosen_second]
             conv1, shortcut = [*(choice.tilings for choice in chosen), None, None][:2]
             blocks.append(BlockTilings(conv1, chosen_second[0].tilings if second else None, shortcut))
@@ -200,7 +220,7 @@ def choose_tilings(
     return result
 
 
-def candidates(layer: Layer, stats_samples: int | None) -> dict[str, list[tuple[int, ...]]]:
+def candidates(layer: Layer, stats_samples: int | None) -> Found:
     """Return the tilings to choose from for each pass of a layer.
 
     Args:
@@ -214,14 +234,53 @@ def candidates(layer: Layer, stats_samples: int | None) -> dict[str, list[tuple[
     return found
 
 
-def _choose(layers: list[Layer], times: Times | None, stats_samples: int | None) -> list[Choice]:
+def first_working(dtype: torch.dtype, device: torch.device, layer: Layer, tilings: Found) -> Found:
+    """Return the first tiling of each pass that works on a device.
+
+    Args:
+        dtype: Dtype of the activations.
+        device: The device.
+        layer: The layer.
+        tilings: Tilings to choose from, see `candidates`.
+    """
+    every = dict(functions(layer, dtype, device))
+    found = {}
+    for which, choices in tilings.items():
+        working = (tiling for tiling in choices if _works(layer, name(which, tiling), every, device))
+        found[which] = list(itertools.islice(working, 1))
+    return found
+
+
+def _works(layer: Layer, each: str, every: Mapping[str, Callable[[], Any]], device: torch.device) -> bool:
+    """Call a kernel, which compiles it, and return whether it works. Being out of memory is no fault of the kernel."""
+    cuda = device.type == "cuda"
+    try:
+        with torch.cuda.device(device) if cuda else contextlib.nullcontext():  # Each thread has its own.
+            every[each]()
+            if cuda:
+                torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # For example too little shared memory; Triton has many kinds.
+        log.debug(f"{layer}: {each} does not work ({first_line(error)})")
+        return False
+    return True
+
+
+def _choose(
+    layers: Sequence[Layer],
+    times: Times | None,
+    stats_samples: int | None,
+    first: Callable[[Layer, Found], Found] | None = None,
+) -> list[Choice]:
     """Choose tilings for layers of the same input: for all of them or for none."""
     choices = []
     for layer in layers:
         found = candidates(layer, stats_samples)
         if times is None:
-            first = [found.get(which, [])[:1] for which in PASSES]
-            choices.append(Choice(Tilings(*(each[0] if each else () for each in first)) if first[0] else None))
+            found = first(layer, found) if first else found
+            taken = [found.get(which, [])[:1] for which in PASSES]
+            choices.append(Choice(Tilings(*(each[0] if each else () for each in taken)) if taken[0] else None))
         else:
             choices.append(cheapest(layer, found, times.of(layer), times.copy_bytes_per_second, times.dtype.itemsize))
     if any(choice.tilings is None for choice in choices):
@@ -325,7 +384,11 @@ class Times:
             with contextlib.suppress(OSError):  # Without a lock, times may be less exact.
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = self.path.with_suffix(".lock").open("wb")
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.info("convolutions: waiting for another process, which measures them")
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._seconds |= self._read()
 
     def save(self) -> None:
@@ -340,15 +403,14 @@ class Times:
             self._lock.close()
 
     def _measure(self, layer: Layer) -> dict[str, float]:
-        working = {}
-        for each, function in functions(layer, self.dtype, self.device):
-            try:
-                function()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                working[each] = function
-            except Exception as error:  # For example too little shared memory; Triton has many kinds.
-                log.debug(f"{layer}: {each} does not work ({first_line(error)})")
+        every = dict(functions(layer, self.dtype, self.device))
+        library = [name(which) for which in layer.passes]
+        ours = [each for each in every if each not in library]
+        # Compiling a kernel takes a second, most of it without Python's lock. cuDNN's own timing must not be disturbed.
+        with ThreadPoolExecutor() as threads:
+            work = list(threads.map(lambda each: _works(layer, each, every, self.device), ours))
+        working = {each: every[each] for each in library}
+        working |= {each: every[each] for each, works in zip(ours, work, strict=True) if works}
         return dict(self.timer(working))
 
     def _time(self, functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
@@ -359,11 +421,12 @@ class Times:
 def functions(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield name and function of every kernel of a layer, on tensors of its shapes."""
     s = layer.shape
-    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
     def random(*sizes: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(sizes, generator=generator, device=device).mul_(scale)
-        return values.to(dtype, memory_format=torch.channels_last)
+        count = math.prod(sizes)
+        values = noise.repeat(math.ceil(count / len(noise)))[:count].view(sizes).mul_(scale)
+        return values.contiguous(memory_format=torch.channels_last)
 
     x = random(s.samples, s.inputs, s.height, s.width)
     weight = random(s.outputs, s.inputs, s.taps, s.taps, scale=(s.inputs * s.taps**2) ** -0.5)

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -163,6 +164,69 @@ def test_a_kernel_that_fails_is_skipped(monkeypatch, caplog):
     assert "forward 16 2 does not work (out of resource: shared memory)" in caplog.text
 
 
+def test_kernels_are_compiled_at_once(monkeypatch):
+    offer(monkeypatch)
+    both = threading.Barrier(2)
+
+    def forward(x, *others):
+        both.wait(timeout=20)
+        return (x, x)
+
+    monkeypatch.setattr(torch.ops.remixmatch, "norm_act_conv", forward)
+    times = Times(CPU, BF16, lambda functions: dict.fromkeys(functions, 1.0))
+    assert times.of(CONV1._replace(mode="eval")).keys() == {"forward cudnn", "forward 32 2", "forward 16 2"}
+
+
+@pytest.mark.parametrize("failing", ["norm_act_conv", "cudnn"])
+def test_being_out_of_memory_is_not_cached(monkeypatch, cache, failing):
+    offer(monkeypatch)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError
+
+    if failing == "cudnn":
+        monkeypatch.setattr(convolutions.F, "conv2d", fail)
+    else:
+        monkeypatch.setattr(torch.ops.remixmatch, failing, fail)
+    times = Times(CPU, BF16, lambda functions: {name: function() and 1.0 for name, function in functions.items()})
+    with pytest.raises(torch.OutOfMemoryError):
+        times.of(CONV1._replace(mode="eval"))
+    times.save()
+    assert not list(cache.glob("*.json"))
+
+
+def test_dtypes_have_times_of_their_own(monkeypatch):
+    offer(monkeypatch)
+    for dtype in (BF16, torch.float16):
+        times = Times(CPU, dtype, timer({}))
+        assert times.of(CONV1) and times.measured == 1
+        times.save()
+
+
+def test_triton_takes_the_first_tilings_that_work(monkeypatch):
+    offer(monkeypatch)
+    called = []
+
+    def forward(x, mean, rstd, gamma, beta, weight, residual, stride, statistics, tiling, *others):
+        called.append(x.shape)
+        if tuple(tiling) == (32, 2):
+            raise RuntimeError("out of resource: shared memory")
+        return (x, x)
+
+    def fail(*arguments):
+        raise RuntimeError("out of resource: registers")
+
+    monkeypatch.setattr(torch.ops.remixmatch, "norm_act_conv", forward)
+    monkeypatch.setattr(torch.ops.remixmatch, "norm_act_conv_weight_grad", fail)
+    first = partial(convolutions.first_working, BF16, CPU)
+    passes = [one._replace(samples=4) for one in PASSES[:1]]
+    deep = WideResNet(3, scales=1, blocks=3, width=16)
+    found = choose_tilings(deep, passes, None, None, first=first)[passes[0]]
+    only = Tilings((16, 2), (16, 4), ())
+    assert found[1] == found[2] == (only, only, None)
+    assert len(called) == 4, "each layer is tried once"
+
+
 def test_times_are_cached(monkeypatch, cache, caplog):
     offer(monkeypatch)
     seconds, seen = {"forward 16 2": 0.5}, []
@@ -227,8 +291,10 @@ def run(monkeypatch):
     )  # fmt: skip
     how = SimpleNamespace(convolutions="measured", device=CPU, precision=BF16)
 
-    def choose_for(timer, bn_stats="all"):
-        convolutions.choose_convolutions(Config(bn_stats=bn_stats), state, layout, how, (8, 8), timer)
+    def choose_for(timer, bn_stats="all", **changes):
+        config = Config(bn_stats=bn_stats, guess_pass=changes.pop("guess_pass", "separate"))
+        one = SimpleNamespace(**vars(layout) | changes)
+        convolutions.choose_convolutions(config, state, one, how, (8, 8), timer)
         return state
 
     return choose_for
@@ -241,6 +307,16 @@ def test_both_networks_of_a_run_get_the_tilings_of_a_micro_batch(monkeypatch, ru
     # The second block has 4 columns, so that its tiles of 16 pixels are 4 samples; the pool has 2 of each micro-batch.
     second = run(timer({"forward 16 2": 0.1}), "pool").network.tilings[PASSES[0]][1]
     assert second == (None, None, None)
+
+
+def test_passes_of_several_ranks_and_of_a_joint_guess(monkeypatch, run):
+    """The orders of guesses and probes are those of all ranks."""
+    offer(monkeypatch)
+    faster = timer({"forward 16 2": 0.1})
+    ranks = run(faster, ranks=2, guess_order=np.zeros((2, 4)), probe_order=range(8))
+    assert list(ranks.network.tilings) == PASSES
+    joint = run(faster, guess_pass="joint")
+    assert list(joint.network.tilings) == [Pass("train", 6, 8, 8), PASSES[2]]
 
 
 def test_an_unexpected_failure_leaves_cudnn(monkeypatch, run, caplog):
