@@ -25,11 +25,20 @@ _STRIDED_CHANNELS = 16
 def _activate(norm: BatchNorm, x: Tensor, track: bool, stats_samples: int | None) -> Tensor:
     """Apply batch norm and leaky ReLU.
 
-    On a CPU the leaky ReLU overwrites the result of batch norm, which no gradient needs. With statistics over groups or
-    ranks it does not: their result is a view, whose gradient autograd would copy.
+    Where `_overwrites` allows it, the leaky ReLU overwrites the result of batch norm, which no gradient needs. With
+    statistics over groups or ranks it does not: their result is a view, whose gradient autograd would copy.
     """
-    overwrite = not (x.is_cuda or norm.group_size or norm.over_ranks)
+    overwrite = _overwrites(norm, x) and not (norm.group_size or norm.over_ranks)
     return F.leaky_relu(norm(x, track, stats_samples), _SLOPE, inplace=overwrite)
+
+
+def _overwrites(norm: BatchNorm, x: Tensor) -> bool:
+    """Return whether activations are overwritten: on a CPU, in training.
+
+    Hooks see wrong values otherwise, and full backward hooks do not allow it, which is how activations of a trained
+    network are inspected.
+    """
+    return norm.training and not x.is_cuda
 
 
 class ResidualBlock(nn.Module):
@@ -62,8 +71,8 @@ class ResidualBlock(nn.Module):
         skip = activated if self.activate_first else x
         if self.shortcut is not None:
             skip = self.shortcut(skip[..., :: self.step, :: self.step] if self.step > 1 else skip)
-        # On a CPU in place, too: no gradient needs the result of a convolution.
-        return skip + residual if x.is_cuda else residual.add_(skip)
+        # In place, too: no gradient needs the result of a convolution.
+        return residual.add_(skip) if _overwrites(self.norm2, x) else skip + residual
 
 
 class TwoHeadNetwork(nn.Module):

@@ -79,6 +79,19 @@ def test_the_shortcut_is_a_strided_convolution(inputs, side):
     torch.testing.assert_close(block(x, track=False), expected)
 
 
+def test_hooks_of_a_trained_network_see_what_layers_return():
+    network, seen, gradients = WideResNet(3, 1, 2, 16).eval(), [], []
+    for layer in (network.body[0].conv2, network.body[1].norm2, network.norm):
+        layer.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+        layer.register_full_backward_hook(lambda *arguments: gradients.append(arguments))
+    images = torch.randn(2, 3, 8, 8)
+    network(images)[0].sum().backward()
+    with torch.no_grad():
+        network(images)
+    assert len(seen) == 6 and len(gradients) == 3
+    assert all(torch.equal(output, before) for output, before in seen)
+
+
 def test_one_pass_over_groups_equals_a_pass_per_group():
     """Compares outputs, gradients and running statistics."""
     torch.manual_seed(0)
