@@ -215,12 +215,17 @@ def test_other_layouts_are_refused():
         Shape(3, 32, 32, 32, 32, 3, 1),  # 96 positions.
         Shape(64, 32, 32, 32, 32, 5, 1),
         Shape(64, 32, 33, 32, 32, 3, 2),
-        Shape(2**17, 32, 32, 32, 32, 3, 1),  # Offsets exceed 32 bits.
+        Shape(2**16, 32, 32, 32, 32, 3, 1),  # Offsets exceed 32 bits.
+        Shape(2**15, 32, 32, 32, 64, 3, 1),  # Those of the result.
+        Shape(4, 16, 32, 16, 32, 3, 2),  # 32 positions in the smaller image.
     ],
     ids=str,
 )
 def test_unsupported_shapes(shape):
-    assert tilings(shape, "forward") == []
+    assert all(tilings(shape, which) == [] for which in ("forward", "input_grad", "weight_grad"))
+    assert tilings(Shape(2**16 - 2, 32, 32, 32, 32, 3, 1), "forward")
+    pointwise = Shape(64, 32, 32, 32, 64, 1, 2)
+    assert tilings(pointwise, "forward") and tilings(pointwise, "input_grad") == []
 
 
 @pytest.mark.parametrize("by_library", [False, True])
