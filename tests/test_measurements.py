@@ -383,11 +383,7 @@ def test_errors_of_a_joint_guess(preset, first):
 def test_counts_of_a_joint_guess():
     text = " ".join(page("compiled-step").partition("**A joint guess**")[2].partition("\n\n")[0].split())
     for k in (8, 1):
-        joint = newest("count", preset="cifar10-250", k=k, ablate="joint-guess")
-        assert "predicted_parts_ms_h100" not in joint, "the page says that the earlier model made both predictions"
-        found = [row for row in rows("count") if row["preset"] == "cifar10-250" and row["k"] == k]
-        found = [row for row in found if "predicted_parts_ms_h100" not in row and not row.keys() & {"method", "ablate"}]
-        separate = found[-1]
+        joint, separate = paper_count(k, ablate="joint-guess"), paper_count(k)
         (said,) = re.findall(
             rf"K = {k}: (\d+) launches, ([\d.]+) GB and ([\d.]+) ms \((\d+), ([\d.]+), ([\d.]+)\)", text
         )
