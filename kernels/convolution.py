@@ -20,7 +20,8 @@ from torch import Tensor
 _SLOPE = tl.constexpr(0.1)  # Of the leaky ReLU; see `norm_act_conv.SLOPE`.
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LARGEST = 2**31  # Elements.
-_PROGRAMS = 256  # Enough to occupy a large GPU.
+_MULTIPROCESSORS = 132  # Of a large GPU; others run the same tilings.
+_PROGRAMS = 128  # Of a weight gradient: about one per multiprocessor, since each writes its own sums.
 
 
 class Shape(NamedTuple):
@@ -76,13 +77,15 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
         choices = [(128, min(outputs, 32), min(inputs, 32), 8, 1)]
     elif inputs <= 64:
         block_o = min(outputs, 64)
-        choices = [(64, block_o, inputs, 8, 1), (128, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
+        choices = [(64, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
+        # With 64 positions, the warps of a chain of sums compute some of them twice.
+        choices.insert(0 if stride == 1 else 1, (128, block_o, inputs, 8, 1))
     else:
         choices = [(128, min(outputs, 64), 64 if inputs <= 128 else 32, 8, 1)]
     found: list[tuple[int, ...]] = []
     for block_m, block_o, block_c, warps, stages in choices:
         if positions % block_m == 0:
-            rows = _rows(height, positions // block_m * (outputs // block_o) * parities)
+            rows = _rows(height, positions // block_m * (outputs // block_o) * parities, warps)
             found.append((block_m, rows, block_o, block_c, warps, stages))
     return found
 
@@ -111,8 +114,14 @@ def _weight_grad_tilings(
     for block_m, block_c, stack, warps, stages in dict.fromkeys(choices):
         if positions % block_m == 0:
             blocks = shape.outputs // block_o * (shape.inputs // block_c)
-            rows = _rows(height, positions // block_m * blocks // 2)
-            splits = min(positions // block_m * (height // rows), max(_PROGRAMS // 2 // blocks, 1))
+            columns = positions // block_m
+            # The most rows that leave a tile for every program.
+            rows = max(
+                rows
+                for rows in range(1, height + 1)
+                if height % rows == 0 and (rows == 1 or columns * blocks * (height // rows) >= 4 * _PROGRAMS)
+            )
+            splits = min(columns * (height // rows), max(_PROGRAMS // blocks, 1))
             found.append((splits, block_m, rows, block_o, block_c, stack, warps, stages))
     return found
 
@@ -124,11 +133,20 @@ def _capability() -> int:
     return 10 * major + minor
 
 
-def _rows(height: int, parallel: int) -> int:
-    """Return the most rows of a tile, a divisor of the height, that leave enough programs."""
-    divisors = [rows for rows in range(1, height + 1) if height % rows == 0]
-    enough = [rows for rows in divisors if parallel * (height // rows) >= _PROGRAMS]
-    return max(enough, default=1)
+def _rows(height: int, parallel: int, warps: int) -> int:
+    """Return the rows of a tile, a divisor of the height, with which a large GPU takes the fewest steps.
+
+    A program also loads the rows above and below its tile, so large tiles do less work in total. But the last wave, the
+    programs that the GPU runs at once, should be full.
+
+    Args:
+        height: Rows of the result.
+        parallel: Number of programs per row of tiles.
+        warps: Warps of a program. Registers limit a multiprocessor to about 12.
+    """
+    at_once = _MULTIPROCESSORS * max(12 // warps, 1)
+    divisors = [rows for rows in range(height, 0, -1) if height % rows == 0]
+    return min(divisors, key=lambda rows: -(-parallel * (height // rows) // at_once) * (rows + 2))
 
 
 @triton.jit
