@@ -7,6 +7,7 @@ those of the networks, to save time; kernels treat all rows but the first and th
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.convolution import Shape, launch_forward, launch_input_grad, launch_weight_grad, tilings
 from kernels.norm_act_conv import Moments, Tilings, merge_moments, norm_act_conv
@@ -199,6 +200,45 @@ def test_no_statistics_no_residual(interpreter):
     assert error(y, layer.y) < 1e-3 and partial.shape == (0, 2, 32)
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(64, 32, 32, 32, 32, 3, 1),
+        Shape(48, 64, 28, 16, 128, 3, 2),
+        Shape(64, 16, 8, 8, 32, 1, 1),
+        Shape(64, 16, 1, 1, 16, 3, 1),
+    ],
+    ids=str,
+)
+def test_results_have_the_layout_that_torch_compile_expects(shape, statistics, recorded_launch):
+    samples, inputs, height, width, outputs, taps, stride = shape
+
+    def activations(*sizes):
+        return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    x, grad = (
+        activations(samples, inputs, height, width),
+        activations(samples, outputs, height // stride, width // stride),
+    )
+    weight, norm = activations(outputs, inputs, taps, taps), [torch.empty(inputs, device="meta") for _ in range(4)]
+    forward, input_grad, weight_grad = (tilings(shape, which)[0] for which in ("forward", "input_grad", "weight_grad"))
+    ours, launched = torch.ops.remixmatch, []
+    for launcher, operator, arguments in (
+        (launch_forward, ours.norm_act_conv, (x, *norm, weight, None, stride, statistics, forward, (), ())),
+        (launch_input_grad, ours.norm_act_conv_input_grad, (grad, x, *norm, weight, stride, input_grad)),
+        (launch_weight_grad, ours.norm_act_conv_weight_grad, (grad, x, *norm, taps, stride, weight_grad)),
+    ):
+        launched.clear()
+        recorded_launch(lambda launcher=launcher, arguments=arguments: launched.append(launcher(*arguments)))
+        expected = operator(*arguments)
+        both = zip(
+            *((each,) if isinstance(each, torch.Tensor) else each for each in (launched[0], expected)), strict=True
+        )
+        for one, other in both:
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
 def test_other_layouts_are_refused():
     layer = Layer(Shape(4, 16, 2, 16, 32, 3, 1), torch.float16)
     with pytest.raises(ValueError, match="channels_last"):
@@ -250,3 +290,20 @@ def test_gradients_of_the_layer(shape, by_library):
         assert leaf.grad.dtype == leaf.dtype
         assert error(leaf.grad, reference.grad) < 5e-3
     assert not partial.requires_grad
+
+
+def test_gradients_are_given_to_the_kernels_in_channels_last():
+    layer, seen = Layer(Shape(8, 16, 4, 8, 32, 3, 2), torch.bfloat16), []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "norm_act_conv_" in function.name():
+                seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            return function(*args, **(kwargs or {}))
+
+    x, chosen = layer.x.requires_grad_(), Tilings((16, 2), (16, 2), (3,))
+    norm = layer.moments, layer.gamma, layer.beta, EPSILON
+    found, _ = norm_act_conv(x, *norm, layer.weight.requires_grad_(), None, 2, chosen)
+    with See():
+        found.backward(layer.grad.contiguous())
+    assert seen == [True, True]
