@@ -111,7 +111,7 @@ class _Layers:
     """
 
     def __init__(self, dtype: torch.dtype, training: bool, track: bool, stats_samples: int | None) -> None:
-        self.dtype, self.training, self.track = dtype, training, track and training
+        self.dtype, self.training, self.track = dtype, training, track
         self.stats_samples = stats_samples
 
     def measure(self, values: Tensor) -> _Activations:
