@@ -9,6 +9,7 @@ from scipy.stats import t as student
 
 from bench.registry import find
 from engine.measuring import records
+from kernels import convolution
 from tests.pages import TEXTS, agrees
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -179,6 +180,9 @@ def test_the_fused_step_is_predicted():
         r"with 0\.3 .*? takes ([\d.]+) ms, with 0\.8 it takes ([\d.]+) ms.*? it is ([\d.]+) ms inst", said
     )
     agree(found, [shares["0.3"], shares["0.8"], fused["predicted_ms_h100_with_issue"]])
+    found = convolution.tilings(convolution.Shape(768, 32, 32, 32, 32, 3, 1), "weight_grad", 90)
+    sums = {tiling[4]: tiling[0] * 4 * 32 * 32 * 9 / 1e6 for tiling in found}  # By BLOCK_C.
+    agree(re.search(r"([\d.]+) MB instead of ([\d.]+) for 32 channels", said).groups(), [sums[16], sums[32]])
     backward = fused["parts"]["backward"]
     agree(re.findall(r"pass moves ([\d.]+) GB", said), [(backward["bytes"] - backward["least_bytes"]) / 1e9])
     # The log has them as first written.

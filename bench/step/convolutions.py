@@ -8,8 +8,8 @@ two times: each tensor's bytes once at copy bandwidth, and the operations at the
 the same run. The tensors of the smaller shapes fit into a large GPU's cache.
 
 On a GPU, the Triton kernels of `kernels.norm_act_conv` are timed beside them where they support the shape: passes named
-"triton", each with its fastest tiling of all. They also normalize and activate the input, and compute the sums of batch
-norm, but add no residual; their bound counts their own tensors.
+"triton", each with the fastest of its tilings. They also do the work of batch norm and leaky ReLU around a convolution,
+here without a residual; their bound counts their own tensors.
 """
 
 from __future__ import annotations
