@@ -112,3 +112,16 @@ def test_every_committed_record_says_how_it_was_measured():
     for path in records.RESULTS.glob("*.jsonl"):
         for line in path.read_text().splitlines():
             assert {"bench", "device", "versions", "commit", "command", "date"} <= json.loads(line).keys(), path
+
+
+def test_the_fused_step_is_compared_with_its_own_prediction():
+    case = {"preset": "cifar10-250", "k": 8, "batch": 64}
+    counts = [{**case, "predicted_ms_h100": 8.0}, {**case, "convolutions": "triton", "predicted_ms_h100": 5.0}]
+    measured = [
+        {"bench": "variants", "variant": name, "k": 8, "batch": 64, "device": "NVIDIA H100", "step_ms": milliseconds}
+        for name, milliseconds in (("baseline", 8.8), ("Triton convolutions", 6.0), ("one stream", 9.0))
+    ]
+    assert report.predictions(counts, measured) == [
+        "K = 8, B = 64, NVIDIA H100 (variants): predicted 8.00 ms, measured 8.80 ms, 1.10 times as long",
+        "K = 8, B = 64, NVIDIA H100 (Triton convolutions): predicted 5.00 ms, measured 6.00 ms, 1.20 times as long",
+    ]
