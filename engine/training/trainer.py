@@ -174,7 +174,7 @@ class Trainer:
         try:
             with self._stop.listening(), watching as watchdog:
                 if self.execution.mode != "eager":
-                    log.info("compiling the step: about a minute the first time, less with torch's cache")
+                    log.info("compiling the step: a minute or two the first time, less with torch's cache")
                 self.begin()
                 self.progress.start(self.step, self.feed.images_per_step)  # Started here to exclude the compile time.
                 self.throughput.start(self.step)
