@@ -492,8 +492,7 @@ class IssueOptions:
     out: Path = records.OUT / "issue.jsonl"
     """File to append the records to."""
     kernels: tuple[str, ...] = tuple(LAUNCHERS)
-    """Kernels to analyze: guess_labels, assemble_batch, augment_views, convolution_forward, convolution_input_grad,
-    convolution_weight_grad."""
+    """Kernels to analyze; convolution_forward, convolution_input_grad and convolution_weight_grad take longer."""
 
 
 def main(options: IssueOptions) -> None:

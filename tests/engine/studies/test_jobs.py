@@ -89,7 +89,7 @@ def test_the_hash_covers_every_field_that_can_change_results(field):
     changed = dataclasses.replace(base, **{field: other()})
     same = {
         *("device", "mode", "views", "resident", "deterministic", "stem_channels", "tune", "view_steps", "prefetch"),
-        *("view_threads", "log_every", "checkpoint_every", "keep", "log", "cudnn_plans"),
+        *("view_threads", "log_every", "checkpoint_every", "keep", "log", "cudnn_plans", "convolutions"),
     }
     assert (digest(changed) == digest(base)) == (field in same)
 

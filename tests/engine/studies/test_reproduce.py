@@ -136,7 +136,7 @@ def test_a_killed_rehearsal_of_the_ablations_is_resumed(made_up_cifar, tmp_path,
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = ["ablation", "--steps-scale", "0.002", "--workers", "2", "--out", str(out), *SMALL]
     found = entries("ablation", *SMALL[1:], steps_scale=0.002)
-    assert len(found) == 19 and {entry.job.config.steps for entry in found} == {20}
+    assert len(found) == 20 and {entry.job.config.steps for entry in found} == {20}
 
     def states():
         return [status(out, entry.job).state for entry in found]
@@ -170,13 +170,13 @@ def test_a_killed_rehearsal_of_the_ablations_is_resumed(made_up_cifar, tmp_path,
         if state == "done"
     }
     begun = [entry for entry in found if claims_of(out, entry) and entry.job.name not in before]
-    assert 4 <= len(before) < 19 and begun, states()
+    assert 4 <= len(before) < 20 and begun, states()
     saved = {entry.job.name: min(checkpoints(entry)).stat().st_mtime_ns for entry in begun if checkpoints(entry)}
     assert saved
 
     process = start(log, *words)
     assert process.wait(SECONDS) == 0, log.read_text()
-    assert states() == ["done"] * 19, log.read_text()
+    assert states() == ["done"] * 20, log.read_text()
     for entry in found:
         folder, claims = out / entry.job.name, claims_of(out, entry)
         # No job was lost or done twice.
@@ -192,7 +192,7 @@ def test_a_killed_rehearsal_of_the_ablations_is_resumed(made_up_cifar, tmp_path,
             assert "starting from step 0" not in (folder / "log.txt").read_text()
     text = (out / "table.md").read_text()
     assert "REHEARSAL with 20 steps instead of 1,048,576; settings changed from the presets: " in text.splitlines()[0]
-    assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 19
+    assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 20
     assert "(one seed)" in text and "Not in the table" not in text
 
 
