@@ -63,7 +63,8 @@ def descendants(pid):
     ("line", "children", "said"),
     [
         ("ablate digits-40 --time-only", 2, LINES["ablate digits-40"]),
-        ("reproduce digits --out here", 1, "repeat the command to resume them"),
+        # The second line is that of an interrupt before the first job is waited for, as on a busy machine.
+        ("reproduce digits --out here", 1, ("repeat the command to resume them", LINES["reproduce digits"])),
         ("train digits-40 --out here --quiet --gpus 2", 2, RESUME),
     ],
 )
@@ -79,10 +80,12 @@ def test_ctrl_c_in_a_terminal_ends_all_processes_and_prints_one_line(line, child
         assert len(started) == children
         time.sleep(0.5)  # They are importing, when Python would print a traceback.
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     announced, _, last = err.rpartition("remixmatch: ")
-    assert process.returncode == 130 and last.endswith(f"{said}\n") and last.count("\n") == 1, err
+    endings = (said,) if isinstance(said, str) else said
+    assert process.returncode == 130 and last.endswith(tuple(f"{each}\n" for each in endings)), err
+    assert last.count("\n") == 1, err
     assert announced.count("\n") <= 1 and "Traceback" not in announced, "the command may say what it will do"
     assert not [each for each in started if Path(f"/proc/{each}").exists()]
