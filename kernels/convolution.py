@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SLOPE = tl.constexpr(0.1)  # Of the leaky ReLU; see `norm_act_conv.SLOPE`.
+SLOPE = 0.1  # Of the leaky ReLU.
+
+_SLOPE = tl.constexpr(SLOPE)
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LARGEST = 2**31  # Elements.
 _MULTIPROCESSORS = 132  # Of a large GPU; others run the same tilings.
@@ -158,6 +160,33 @@ def _scale_and_shift(mean, rstd, gamma, beta, channels):
 
 
 @triton.jit
+def _parameters(
+    weight,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    c,
+    o,
+    TAPS: tl.constexpr,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Return pointers to the weights of the first of TAPS taps, (BLOCK_C, BLOCK_O), and batch norm's scale and shift.
+
+    Batch norm is that of the input in a forward pass, and that of the result in a backward pass.
+    """
+    if BACKWARD:
+        weights = weight + c[:, None] * (TAPS * C_OUT) + o[None, :]
+        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, o)
+    else:
+        weights = weight + o[None, :] * (TAPS * C_IN) + c[:, None]
+        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
+    return weights, scale, shift
+
+
+@triton.jit
 def _load(at, inside, scale, shift, ACTIVATE: tl.constexpr, DOT: tl.constexpr):
     """Load an operand of a dot product, activated: zero outside of the image."""
     value = tl.load(at, mask=inside, other=0.0)
@@ -249,14 +278,9 @@ def _rows_kernel(
     inputs = x + pixel * C_IN + c[None, :]
     at = pixel * C_OUT + o[None, :]
     has_left, anywhere, has_right = (column > 0)[:, None], (column >= 0)[:, None], (column < W - 1)[:, None]
+    weights, scale, shift = _parameters(weight, mean, rstd, gamma, beta, c, o, 9, C_IN, C_OUT, BACKWARD)
     if BACKWARD:
-        weights = weight + c[:, None] * (9 * C_OUT) + o[None, :] + 8 * C_OUT
-        out_scale, out_shift = _scale_and_shift(mean, rstd, gamma, beta, o)
-        scale, shift = out_scale, out_shift
-    else:
-        weights = weight + o[None, :] * (9 * C_IN) + c[:, None]
-        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
-        out_scale, out_shift = scale, shift
+        weights += 8 * C_OUT  # The last tap first.
     TAP: tl.constexpr = -C_OUT if BACKWARD else C_IN  # Between the weights of two taps.
     CHUNK: tl.constexpr = BLOCK_C * (9 * C_OUT if BACKWARD else 1)  # Between those of two blocks of channels.
     kept = ()
@@ -285,7 +309,7 @@ def _rows_kernel(
                 below = tl.dot(value, _weight(kept, at_block, kx, TAP, BLOCK_C == C_IN, DOT), below)
         if r > first_row:
             to = at + (r - 1) * (W * C_OUT)
-            added = _store(above, to, result, other, mean, out_scale, out_shift, o, HAS_OTHER, BACKWARD)
+            added = _store(above, to, result, other, mean, scale, shift, o, HAS_OTHER, BACKWARD)
             if SUMS:
                 first += added[0] if LATE_SUMS else tl.sum(added[0], 0)
                 second += added[1] if LATE_SUMS else tl.sum(added[1], 0)
@@ -341,14 +365,7 @@ def _taps_kernel(
     row_parity = tl.program_id(2) // OUT
     column_parity = tl.program_id(2) % OUT
     at = ((sample * (H * OUT) + row_parity) * (W * OUT) + column * OUT + column_parity)[:, None] * C_OUT + o[None, :]
-    if BACKWARD:
-        weights = weight + c[:, None] * (TAPS * TAPS * C_OUT) + o[None, :]
-        out_scale, out_shift = _scale_and_shift(mean, rstd, gamma, beta, o)
-        scale, shift = out_scale, out_shift
-    else:
-        weights = weight + o[None, :] * (TAPS * TAPS * C_IN) + c[:, None]
-        scale, shift = _scale_and_shift(mean, rstd, gamma, beta, c)
-        out_scale, out_shift = scale, shift
+    weights, scale, shift = _parameters(weight, mean, rstd, gamma, beta, c, o, TAPS * TAPS, C_IN, C_OUT, BACKWARD)
     TAP: tl.constexpr = C_OUT if BACKWARD else C_IN  # Between the weights of two taps.
     CHUNK: tl.constexpr = BLOCK_C * (TAPS * TAPS * C_OUT if BACKWARD else 1)  # Between those of two blocks of channels.
     # Tap t of an axis has weight first + t * STEP and reads the input at offset + t * DIRECTION.
@@ -379,7 +396,7 @@ def _taps_kernel(
                     value = _load(inputs + block * BLOCK_C, inside, scale, shift, not BACKWARD, DOT)
                     acc = tl.dot(value, tl.load(weights + tap * TAP + block * CHUNK).to(DOT), acc)
         to = at + row * (OUT * W * OUT * C_OUT)
-        added = _store(acc, to, result, other, mean, out_scale, out_shift, o, HAS_OTHER, BACKWARD)
+        added = _store(acc, to, result, other, mean, scale, shift, o, HAS_OTHER, BACKWARD)
         if SUMS:
             first += tl.sum(added[0], 0)
             second += tl.sum(added[1], 0)
@@ -504,6 +521,71 @@ def _weight_grad_taps_kernel(
         tl.store(partial + row[:, None] * C_IN + c[None, :], sums[tap])
 
 
+def _tiles(shape: Sequence[int], tiling: Sequence[int]) -> int:
+    """Return the number of tiles of a (N, C, H, W) result: BLOCK_M pixels of a row times ROWS rows each."""
+    samples, _, height, width = shape
+    return samples * width // tiling[0] * (height // tiling[1]) if len(tiling) else 1
+
+
+def empty_partial(like: Tensor, tiles: int, channels: int) -> Tensor:
+    """Return memory for two numbers of each tile and channel: (T, 2, C), with tiles innermost.
+
+    torch.compile sums over the innermost dimension with a single kernel, and over others with two or more.
+    """
+    return like.new_empty(2, channels, tiles).permute(2, 0, 1)
+
+
+def empty_result(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    statistics: bool,
+    forward_tiling: Sequence[int],
+    input_grad_tiling: Sequence[int],
+    weight_grad_tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Return memory for the results of `norm_act_conv`; also its fake implementation."""
+    shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, x.shape[3] // stride)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, empty_partial(mean, _tiles(shape, forward_tiling) if statistics else 0, weight.shape[0])
+
+
+def empty_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    stride: int,
+    tiling: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Return memory for the results of `norm_act_conv_input_grad`; also its fake implementation."""
+    return torch.empty_like(x), empty_partial(mean, _tiles(x.shape, tiling), x.shape[1])
+
+
+def empty_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    taps: int,
+    stride: int,
+    tiling: Sequence[int],
+) -> Tensor:
+    """Return memory for the results of `norm_act_conv_weight_grad`; also its fake implementation."""
+    memory = mean.new_empty(tiling[0], grad.shape[1], taps, taps, x.shape[1])
+    return memory.permute(0, 1, 4, 2, 3)
+
+
 def launch_forward(
     x: Tensor,
     mean: Tensor,
@@ -520,14 +602,11 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `norm_act_conv`."""
     _check_layout(x, weight, residual)
-    samples, _, height, width = x.shape
-    y = torch.empty(
-        (samples, weight.shape[0], height // stride, width // stride),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    partial = _launch(x, (mean, rstd, gamma, beta), weight, residual, y, stride, False, statistics, forward_tiling)
+    y, partial = empty_result(
+        x, mean, rstd, gamma, beta, weight, residual, stride, statistics,
+        forward_tiling, input_grad_tiling, weight_grad_tiling,
+    )  # fmt: skip
+    _launch(x, (mean, rstd, gamma, beta), weight, residual, y, partial, stride, False, forward_tiling)
     return y, partial
 
 
@@ -544,8 +623,9 @@ def launch_input_grad(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `norm_act_conv_input_grad`."""
     _check_layout(grad, x, weight)
-    g = torch.empty_like(x)
-    return g, _launch(grad, (mean, rstd, gamma, beta), weight, x, g, stride, True, True, tiling)
+    g, partial = empty_input_grad(grad, x, mean, rstd, gamma, beta, weight, stride, tiling)
+    _launch(grad, (mean, rstd, gamma, beta), weight, x, g, partial, stride, True, tiling)
+    return g, partial
 
 
 def _launch(
@@ -554,33 +634,29 @@ def _launch(
     weight: Tensor,
     other: Tensor | None,
     result: Tensor,
+    partial: Tensor,
     stride: int,
     backward: bool,
-    sums: bool,
     tiling: Sequence[int],
-) -> Tensor:
-    """Launch the kernel of a result, and return the sums of its tiles: (T, 2, O) float32, with tiles innermost."""
+) -> None:
+    """Launch the kernel of a result, with the sums of its tiles if `partial` is not empty."""
     block_m, rows, block_o, block_c, warps, stages = tiling
-    channels = result.shape[1]
-    samples, _, height, width = (x if backward else result).shape  # The smaller of the two.
-    tiles = samples * width // block_m * (height // rows)
-    parities = stride**2 if backward else 1
-    partial = x.new_empty(2, channels, tiles * parities if sums else 0, dtype=torch.float32)
+    _, channels, height, width = result.shape
+    tiles, parities = _tiles(result.shape, tiling), stride**2 if backward else 1
     sizes: dict[str, Any] = {
-        "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "HAS_OTHER": other is not None, "SUMS": sums,
-        "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
-        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+        "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "HAS_OTHER": other is not None,
+        "SUMS": len(partial) > 0, "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o,
+        "BLOCK_C": block_c, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     taps = weight.shape[2]
-    arguments = (x, *norm, weight, result if other is None else other, result, partial, tiles * parities)
-    grid = (tiles, channels // block_o)
+    arguments = (x, *norm, weight, result if other is None else other, result, partial, tiles)
+    grid = (tiles // parities, channels // block_o)
     if taps == 3 and stride == 1:
         # Up to 32 registers of a thread hold sums; more would be spilled.
         late = block_m * block_o <= 16 * 32 * warps
         _rows_kernel[grid](*arguments, H=height, W=width, LATE_SUMS=late, **sizes)
     else:
         _taps_kernel[(*grid, parities)](*arguments, IN_H=x.shape[2], IN_W=x.shape[3], TAPS=taps, STRIDE=stride, **sizes)
-    return partial.permute(2, 0, 1)
 
 
 def launch_weight_grad(
@@ -599,7 +675,7 @@ def launch_weight_grad(
     splits, block_m, rows, block_o, block_c, stack, warps, stages = tiling
     samples, outputs, height, width = grad.shape
     inputs = x.shape[1]
-    partial = x.new_empty(splits, outputs, taps, taps, inputs, dtype=torch.float32)
+    partial = empty_weight_grad(grad, x, mean, rstd, gamma, beta, taps, stride, tiling)
     sizes: dict[str, Any] = {
         "H": height, "W": width, "C_IN": inputs, "C_OUT": outputs, "DOT": _dot_type(x), "SPLITS": splits,
         "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
@@ -611,7 +687,7 @@ def launch_weight_grad(
         _weight_grad_rows_kernel[grid](*arguments, STACK=stack, **sizes)
     else:
         _weight_grad_taps_kernel[grid](*arguments, TAPS=taps, STRIDE=stride, **sizes)
-    return partial.permute(0, 1, 4, 2, 3)
+    return partial
 
 
 def _check_layout(*tensors: Tensor | None) -> None:

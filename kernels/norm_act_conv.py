@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kernels import convolution
-
-SLOPE = 0.1  # Of the leaky ReLU.
+from kernels.convolution import SLOPE, empty_input_grad, empty_partial, empty_result, empty_weight_grad
 
 
 class Moments(NamedTuple):
@@ -121,7 +120,7 @@ def norm_act_conv_reference(
     y = y if residual is None else y + residual.float()
     rounded = y.to(x.dtype).contiguous(memory_format=torch.channels_last)
     if not statistics:
-        return rounded, _empty_partial(mean, 0, y.shape[1])
+        return rounded, empty_partial(mean, 0, y.shape[1])
     tiled = _split_tiles(y, forward_tiling)
     means = tiled.mean(1)
     return rounded, _by_channel(means, (tiled - means[:, None]).square().sum(1))
@@ -186,28 +185,14 @@ def norm_act_conv_weight_grad_reference(
     size = (grad.shape[1], x.shape[1], taps, taps)
     activated = activate(x, mean, rstd, gamma, beta).float()
     whole = conv2d_weight(activated, size, grad.float(), stride, taps // 2)
-    partial = _empty_weight_grad(grad, x, mean, rstd, gamma, beta, taps, stride, tiling).zero_()
+    partial = empty_weight_grad(grad, x, mean, rstd, gamma, beta, taps, stride, tiling).zero_()
     partial[0] = whole  # Only the sum is specified.
     return partial
 
 
-def _tiles(shape: Sequence[int], tiling: Sequence[int]) -> int:
-    """Return the number of tiles of a (N, C, H, W) result: BLOCK_M pixels of a row times ROWS rows each."""
-    samples, _, height, width = shape
-    return samples * width // tiling[0] * (height // tiling[1]) if len(tiling) else 1
-
-
 def _by_channel(*partial: Tensor) -> Tensor:
-    """Stack two (T, C) results of tiles to (T, 2, C) in the memory layout of (2, C, T); see `_empty_partial`."""
+    """Stack two (T, C) results of tiles to (T, 2, C) in the memory layout of (2, C, T); see `empty_partial`."""
     return torch.stack([one.T for one in partial]).permute(2, 0, 1)
-
-
-def _empty_partial(like: Tensor, tiles: int, channels: int) -> Tensor:
-    """Return memory for two numbers of each tile and channel: (T, 2, C), with tiles innermost.
-
-    torch.compile sums over the innermost dimension with a single kernel, and over others with two or more.
-    """
-    return like.new_empty(2, channels, tiles).permute(2, 0, 1)
 
 
 def _split_tiles(values: Tensor, tiling: Sequence[int]) -> Tensor:
@@ -218,54 +203,6 @@ def _split_tiles(values: Tensor, tiling: Sequence[int]) -> Tensor:
     block, rows = tiling[:2]
     by_row = values.permute(0, 3, 2, 1).reshape(-1, block, height // rows, rows, channels)  # Samples and columns first.
     return by_row.transpose(1, 2).reshape(-1, block * rows, channels)
-
-
-def _empty_result(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    statistics: bool,
-    forward_tiling: Sequence[int],
-    input_grad_tiling: Sequence[int],
-    weight_grad_tiling: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, x.shape[3] // stride)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, _empty_partial(mean, _tiles(shape, forward_tiling) if statistics else 0, weight.shape[0])
-
-
-def _empty_input_grad(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    weight: Tensor,
-    stride: int,
-    tiling: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _empty_partial(mean, _tiles(x.shape, tiling), x.shape[1])
-
-
-def _empty_weight_grad(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    taps: int,
-    stride: int,
-    tiling: Sequence[int],
-) -> Tensor:
-    memory = mean.new_empty(tiling[0], grad.shape[1], taps, taps, x.shape[1])
-    return memory.permute(0, 1, 4, 2, 3)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -356,18 +293,18 @@ def moments_of(x: Tensor) -> Moments:
 
 # See kernels/assemble.py for why this does not use `triton_op`.
 for _name, _launch, _reference, _empty in (
-    ("norm_act_conv", convolution.launch_forward, norm_act_conv_reference, _empty_result),
+    ("norm_act_conv", convolution.launch_forward, norm_act_conv_reference, empty_result),
     (
         "norm_act_conv_input_grad",
         convolution.launch_input_grad,
         norm_act_conv_input_grad_reference,
-        _empty_input_grad,
+        empty_input_grad,
     ),
     (
         "norm_act_conv_weight_grad",
         convolution.launch_weight_grad,
         norm_act_conv_weight_grad_reference,
-        _empty_weight_grad,
+        empty_weight_grad,
     ),
 ):
     torch.library.define(f"remixmatch::{_name}", torch.library.infer_schema(_reference, mutates_args=()))

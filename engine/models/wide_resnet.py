@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from engine.models import fused
 from engine.models.batch_norm import BatchNorm
+from kernels.convolution import SLOPE
 
-_SLOPE = 0.1
 # oneDNN's gradients of a 1x1 convolution with a stride are wrong, or end the process, with fewer input channels.
 _STRIDED_CHANNELS = 16
 
@@ -29,7 +29,7 @@ def _activate(norm: BatchNorm, x: Tensor, track: bool, stats_samples: int | None
     statistics over groups or ranks it does not: their result is a view, whose gradient autograd would copy.
     """
     overwrite = _overwrites(norm, x) and not (norm.group_size or norm.over_ranks)
-    return F.leaky_relu(norm(x, track, stats_samples), _SLOPE, inplace=overwrite)
+    return F.leaky_relu(norm(x, track, stats_samples), SLOPE, inplace=overwrite)
 
 
 def _overwrites(norm: BatchNorm, x: Tensor) -> bool:
