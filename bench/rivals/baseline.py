@@ -24,13 +24,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ from pipelines.data.datasets import NOISE_32
 
 ENGINE = "engine"
 DATA = ("real", "synthetic")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ class BaselineOptions:
     """DataLoader workers; by default one per core. usb and torchssl have another one for labeled images."""
     parts: bool = True
     """Also time the forward and backward passes alone."""
+    mode: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How the engine's step runs; see --mode of 'remixmatch train'."""
+    augment: Literal["ctaugment", "randaugment"] = "ctaugment"
+    """The engine's strong augmentation; randaugment has no probes, which the rivals do not have either."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """Clock without a GPU: wall, or cpu, the process's CPU time, which other processes affect less."""
 
 
 class SettledViews:
@@ -222,6 +230,7 @@ def make_rival(
 
 def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) -> TimedTrainer:
     """Make the engine: one step, captured on a GPU, with a feed for each kind of views. They end with `closing`."""
+    config = dataclasses.replace(config, mode=options.mode, augment=options.augment)
     set_up = TimedSteps.begin(config, "synthetic")
     set_up.feed.end()
     config, state, execution, data = set_up.config, set_up.state, set_up.feed.execution, set_up.feed.data
@@ -235,10 +244,13 @@ def make_engine(config: Config, options: BaselineOptions, closing: ExitStack) ->
     if execution.mode == "eager":
         half = execution.precision.itemsize < 4
         autocast = torch.autocast(execution.device.type, execution.precision if half else None, enabled=half)
-        probe_and_guess = [(state.ema_model, config.batch), (state.network, config.batch)]
+        forward = [(state.network, config.batch)]  # The pseudo-labels; with CTAugment, there are also probes.
+        if config.augment == "ctaugment":
+            forward.append((state.ema_model, config.batch))
         trained = [set_up.feed.images_per_step]
-        steps["networks"] = network_passes(state.network, probe_and_guess, trained, data.sides, autocast)
+        steps["networks"] = network_passes(state.network, forward, trained, data.sides, autocast)
     facts = {"precision": str(execution.precision).removeprefix("torch."), "mode": execution.mode}
+    facts["augment"] = config.augment
     return TimedTrainer(
         ENGINE, config, facts, steps, list(feeds.values()), lambda data, *timed: step_metrics(cases[data], *timed)
     )
@@ -346,12 +358,12 @@ def _compare(
         for trainer in trainers
         if kind in trainer.steps
     }
-    timings = measure(functions, device, options.repeats, warm_up=1)
+    timings = measure(functions, device, options.repeats, warm_up=1, clock=CLOCKS[options.clock])
     for data in options.data:
         for trainer in trainers:
             own = {kind: timings[name] for kind in kinds if (name := _name(trainer, kind)) in timings}
             fields: dict[str, Any] = {"trainer": trainer.name, "k": trainer.config.k, "batch": trainer.config.batch}
-            fields |= {"data": data, "samples": options.repeats, "steps": steps} | trainer.facts
+            fields |= {"data": data, "samples": options.repeats, "steps": steps, "clock": options.clock} | trainer.facts
             fields |= trainer.metrics(data, own[data], steps) | _parts(own, data, steps)
             if trainer is rival:
                 fields["workers"] = options.workers if data == "real" else 0
@@ -389,10 +401,13 @@ BENCH = Bench(
     quick="--repeats 1 --k 1 --steps 1 --batch 2 --workers 1",
     tables={
         "baseline": Table(
-            key=("trainer", "beside", "k", "batch", "data", "precision"),
+            key=("trainer", "beside", "k", "batch", "data", "precision", "mode", "augment", "clock"),
             columns={
                 "trainer": "{trainer}",
                 "compared with": "{beside}",
+                "mode": "{mode}",
+                "augmentation": "{augment}",
+                "clock": "{clock}",
                 "K": "{k}",
                 "B": "{batch}",
                 "views": "{data}",

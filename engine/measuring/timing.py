@@ -45,11 +45,12 @@ def measure(
     repeats: int = 20,
     warm_up: int = 3,
     queued: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions with interleaved repeats, so that slow phases of the machine affect all of them alike.
 
     On a GPU, CUDA events measure the time up to the function's last kernel on the current stream. On a CPU, this is the
-    wall-clock time.
+    wall-clock time, or that of another clock.
 
     Args:
         functions: Functions to call, by name.
@@ -58,6 +59,7 @@ def measure(
         warm_up: Number of calls of each before the first sample, at least 1, for compilation, allocation and caches.
         queued: On a GPU, block the device until all calls of a sample are launched, so that the time of short kernels
             excludes launch overhead. This has no effect on functions that wait for the device.
+        clock: Returns the time on a CPU in seconds; `time.process_time` leaves out what other processes take.
 
     Returns:
         One `Timing` per name.
@@ -76,7 +78,7 @@ def measure(
     for _ in range(repeats):
         for name, function in functions.items():
             blocker = 1.5 * host[name] * calls[name] + 1e-4 if queued else 0.0
-            samples[name].append(sample(function, device, calls[name], blocker))
+            samples[name].append(sample(function, device, calls[name], blocker, clock))
     timings = {}
     for name, times in samples.items():
         median, low, high = np.percentile(times, (50, 25, 75)).tolist()
@@ -99,7 +101,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def sample(function: Callable[[], Any], device: torch.device, calls: int, blocker: float = 0.0) -> float:
+def sample(
+    function: Callable[[], Any],
+    device: torch.device,
+    calls: int,
+    blocker: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Return seconds per call, averaged over consecutive calls.
 
     Args:
@@ -107,12 +115,13 @@ def sample(function: Callable[[], Any], device: torch.device, calls: int, blocke
         device: Device on which it runs.
         calls: Number of calls, at least 1.
         blocker: Seconds for which a GPU is blocked first, so that it does not wait for the host.
+        clock: See `measure`.
     """
     if device.type != "cuda":
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
             function()
-        return (time.perf_counter() - begin) / calls
+        return (clock() - begin) / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     if blocker:

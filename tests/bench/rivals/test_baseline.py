@@ -105,7 +105,7 @@ def test_records_contain_medians_of_interleaved_samples(tmp_path, monkeypatch, c
         "engine K=4 real": (2.0, 2.0, 2.0),
     }
 
-    def measure(functions, device, repeats, warm_up):
+    def measure(functions, device, repeats, warm_up, clock):
         assert list(functions) == list(seconds) and repeats == 3
         return {name: Timing(*np.percentile(s, (50, 25, 75)), 0.0, s) for name, s in seconds.items()}
 
@@ -127,6 +127,22 @@ def test_parts_and_data_are_optional(tmp_path):
     assert [record["trainer"] for record in written] == ["torchssl", "engine"]
     assert {record["data"] for record in written} == {"synthetic"}
     assert not any("networks_ms" in record or "views_ms" in record for record in written)
+
+
+def test_the_engine_without_probes_in_cpu_time(tmp_path, monkeypatch):
+    passes, clocks = [], []
+    measure, network_passes = baseline.measure, baseline.network_passes
+    monkeypatch.setattr(
+        baseline, "measure", lambda *a, clock, **k: clocks.append(clock) or measure(*a, clock=clock, **k)
+    )
+    monkeypatch.setattr(baseline, "network_passes", lambda *a: passes.append(len(a[1])) or network_passes(*a))
+    run(tmp_path, rivals=("plain",), data=("synthetic",))
+    written = run(tmp_path, rivals=("plain",), data=("synthetic",), augment="randaugment", clock="cpu", mode="eager")
+    plain_record, engine = written[-2:]
+    assert passes == [1, 2, 1, 1]  # Plain and engine, with and without the probes.
+    assert clocks == [time.perf_counter, time.process_time]
+    assert [written[i]["clock"] for i in (1, 3)] == ["wall", "cpu"] and plain_record["clock"] == "cpu"
+    assert engine["augment"] == "randaugment" and written[1]["augment"] == "ctaugment" and engine["mode"] == "eager"
 
 
 def test_a_rivals_sample_ends_with_nothing_pending(monkeypatch):
