@@ -267,11 +267,23 @@ def test_steps_of_a_cpu():
 )
 def test_baselines(start, trainer, beside, k):
     case = {"trainer": trainer, "k": k} | ({"beside": beside} if beside else {})
-    real, ready = (newest("baseline", **case, data=data) for data in ("real", "synthetic"))
+    real, ready = (newest("baseline", "EPYC", **case, data=data) for data in ("real", "synthetic"))
     wanted = [real["networks_ms"], real["rest_ms"], real["views_ms"], real["step_ms"]]
     if beside:
         for row in (ready, real):
             wanted += [row["engine_ratio"], row["engine_ratio_low"], row["engine_ratio_high"]]
+    agree(numbers(" ".join(cells(page("cpu"), start))), wanted)
+
+
+@pytest.mark.parametrize("augment", ["ctaugment", "randaugment"])
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_baselines_with_equal_work(mode, augment):
+    case = {"beside": "plain", "mode": mode, "augment": augment, "clock": "cpu"}
+    wanted = []
+    for k in (1, 8):
+        row = newest("baseline", **case, k=k)
+        wanted += [row["engine_ratio"], row["engine_ratio_low"], row["engine_ratio_high"]]
+    start = f"{'compiled' if mode == 'compile' else mode}, {'with' if augment == 'ctaugment' else 'without'} probes"
     agree(numbers(" ".join(cells(page("cpu"), start))), wanted)
 
 
