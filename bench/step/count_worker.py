@@ -142,7 +142,7 @@ def _capture(config: Config, sides: list[int], classes: int, options: dict[str, 
     execution = dataclasses.replace(Execution.pick(config, images.shape), inductor=INDUCTOR | options)
     set_numerics(config.deterministic)
     feed = Feed(config, data, np.arange(config.labels), execution)
-    state = make_state(config, classes, execution.device, data.sides)
+    state = make_state(config, classes, execution.device, data.sides, feed.spec.unlabeled_images)
 
     def mark(part: str) -> None:
         _runtime.emulated_mark(f"{_PART} {part}".encode())

@@ -12,7 +12,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 
 from engine.config.config import Config
-from engine.config.methods import METHODS
+from engine.config.methods import METHODS, contradiction
 from engine.config.values import shown
 from engine.errors import UserError, unknown
 from pipelines.data.cache import DataSet
@@ -48,7 +48,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "cudnn_plans": 0,
-        "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0,
+        "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0, "dash_epoch_kimg": 0,
     }  # fmt: skip
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
     for name, bound in minimum.items():
@@ -77,7 +77,7 @@ def validate(config: Config, ranks: int = 1) -> None:
             raise UserError(f"{_flag(name)} must be finite, got {value}")
         if isinstance(value, int) and value >= 2**63:
             raise UserError(f"{_flag(name)} must be less than 2^63, got {shown(value)}")
-    for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold"):
+    for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold", "threshold_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must be between 0 and 1, got {shown(getattr(config, name))}")
     _check_method(config)
@@ -127,6 +127,8 @@ def _check_method(config: Config) -> None:
     """Raise UserError if settings of the method contradict each other."""
     if config.method not in METHODS:
         raise unknown("method", config.method, METHODS)
+    if problem := contradiction(config):
+        raise UserError(problem)
     if config.anchor == "none" and config.guess == "anchor":
         raise UserError("--anchor none requires --guess mean (there is no weak view to label)")
     if config.anchor == "guess-only" and config.guess == "mean":

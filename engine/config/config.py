@@ -112,6 +112,21 @@ class Config:
         "Leave out of the loss all pseudo-labels whose largest probability, before sharpening, is below this value; "
         "0 keeps all.",
     )
+    threshold_decay: float = _method(
+        0.999,
+        "Decay of the running averages that FreeMatch's thresholds and SoftMatch's weights are made from.",
+        counted=False,
+    )
+    flex_warmup: bool = _method(
+        True,
+        "FlexMatch: keep thresholds low while most unlabeled images have not had a confident prediction yet.",
+    )
+    dash_epoch_kimg: float = _method(
+        64.0,
+        "Dash: length of an epoch in kimg (1024 labeled images). Its first 10 epochs train on labeled images alone; "
+        "then its threshold decays every 9 epochs.",
+        counted=False,
+    )
     align: bool = _method(True, "Apply distribution alignment to pseudo-labels.")
     class_distribution: tuple[float, ...] = _method(
         (),
@@ -134,6 +149,7 @@ class Config:
         0.5, "Weight of the cross-entropy of u_1, one strong view without mixup; 0 removes it from the batch."
     )
     w_rot: float = _method(0.5, "Weight of the rotation loss; 0 removes rotated images from the batch.")
+    w_fair: float = _method(0.0, "Weight of FreeMatch's fairness loss, which makes the mean prediction less uneven.")
     ramp_kimg: float = _method(
         1024.0,
         "Length of the linear ramp of w_u and w_u1 from 0, in kimg (1024 labeled images); 0 starts at full weight.",

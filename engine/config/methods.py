@@ -19,7 +19,20 @@ _ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # A single loss term on unla
 
 # MixMatch: arXiv 1905.02249, with the weight of the L2 loss for CIFAR-10. FixMatch: arXiv 2001.07685. UDA:
 # arXiv 1904.12848, with the temperature, threshold and mu of the comparison by FixMatch's authors, and without training
-# signal annealing. Pseudo-labeling: Lee 2013, as in Oliver et al. 2018.
+# signal annealing. Pseudo-labeling: Lee 2013, as in Oliver et al. 2018. FlexMatch: arXiv 2110.08263. Dash:
+# arXiv 2109.00650. FreeMatch: arXiv 2205.07246, with the fairness weight of the authors' configurations. SoftMatch:
+# arXiv 2301.10921. These four are FixMatch with other thresholds or weights, see engine/method/adaptive_targets.py.
+_FIXMATCH = dict(
+    k=1,
+    mu=7,
+    anchor="guess-only",
+    hard_labels=True,
+    threshold=0.95,
+    w_u=1.0,
+    labeled_augment="weak",
+    **_ONE_TERM,
+    **_NO_MIXUP,
+)
 METHODS: dict[str, dict[str, Any]] = {
     "remixmatch": {},
     "mixmatch": dict(
@@ -32,17 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
         labeled_augment="weak",
         **_ONE_TERM,
     ),
-    "fixmatch": dict(
-        k=1,
-        mu=7,
-        anchor="guess-only",
-        hard_labels=True,
-        threshold=0.95,
-        w_u=1.0,
-        labeled_augment="weak",
-        **_ONE_TERM,
-        **_NO_MIXUP,
-    ),
+    "fixmatch": _FIXMATCH,
     "uda": dict(
         k=1,
         mu=7,
@@ -68,8 +71,21 @@ METHODS: dict[str, dict[str, Any]] = {
         mixup_alpha=0.0,
         **_ONE_TERM,
     ),
+    "flexmatch": _FIXMATCH,
+    "dash": {**_FIXMATCH, "hard_labels": False, "threshold": 0.0},
+    "freematch": {**_FIXMATCH, "threshold": 0.0, "w_fair": 0.001},
+    "softmatch": {**_FIXMATCH, "threshold": 0.0},
     "supervised": {},
 }
+
+# Settings that a method computes itself or depends on, so that any other value contradicts it.
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "dash": ("threshold", "hard_labels", "unlabeled_loss"),
+    "freematch": ("threshold", "unlabeled_loss"),
+    "softmatch": ("threshold", "align", "unlabeled_loss"),
+}
+# Settings that only one method has.
+ONLY_FOR: dict[str, str] = {"flex_warmup": "flexmatch", "w_fair": "freematch"}
 
 # Section 4.3 of the paper, with settings from the scripts of the authors' code. The last six are ours: two more
 # components, the authors' code where it differs from the paper, and pseudo-labels from the training pass.
@@ -107,6 +123,37 @@ def with_method(config: Config, method: str) -> Config:
     if method == "mixmatch" and config.dataset.startswith("svhn"):
         changes["w_u"] = MIXMATCH_SVHN_W_U
     return dataclasses.replace(config, method=method, **changes)  # type: ignore[arg-type]
+
+
+def contradiction(config: Config) -> str:
+    """Return what is wrong with a setting that the method determines, or that only another method has; "" if nothing.
+
+    The method must be a known one.
+    """
+    own = with_method(config, config.method)
+    for name in OWN_SETTINGS.get(config.method, ()):
+        if (value := getattr(config, name)) != getattr(own, name):
+            return f"--method {config.method} sets its own {_flag(name)}; leave out {_given(name, value)}"
+    for name, method in ONLY_FOR.items():
+        if config.method != method and (value := getattr(config, name)) != getattr(Config(), name):
+            return f"{_given(name, value)} requires --method {method}, got {config.method}"
+    return ""
+
+
+def uses_some(config: Config) -> bool:
+    """Return whether pseudo-labels have weights, so that a step may use only some of them."""
+    return config.threshold > 0 or "threshold" in OWN_SETTINGS.get(config.method, ())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _given(name: str, value: Any) -> str:
+    """Return the words of a command line that give a value to a setting."""
+    if isinstance(value, bool):
+        return _flag(name if value else f"no-{name}")
+    return f"{_flag(name)} {value:g}" if isinstance(value, float) else f"{_flag(name)} {value}"
 
 
 def ablate(config: Config, *names: str) -> Config:

@@ -12,7 +12,11 @@ from engine.config.values import shown
 from engine.errors import UserError
 
 # Fields that --steps-scale changes.
-SCALED = ("steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum")
+SCALED = (
+    "steps", "ramp_kimg", "dash_epoch_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay",
+    "threshold_decay", "bn_momentum",
+)  # fmt: skip
+FRACTIONS = ("ema_decay", "threshold_decay", "bn_momentum")  # Those that are from 0 to 1.
 MAX_SCALE = 1_000_000
 MIN_SPANS = 5  # Spans of an average after which its initial value, with a weight of exp(-5), no longer matters.
 
@@ -33,9 +37,10 @@ def lengths(config: Config) -> dict[str, Any]:
 def scaled(config: Config, scale: float) -> Config:
     """Scale the number of steps, the ramp, and all intervals that are counted in steps.
 
-    The number of evaluations stays the same, so the median is over as many. The EMA and the running statistics of batch
-    norm average over the same share of the training; an EMA over 1 000 steps would still be dominated by the initial
-    weights at the end of a short rehearsal. The learning rate stays the same.
+    The number of evaluations stays the same, so the median is over as many. The EMA, the thresholds of FreeMatch and
+    SoftMatch, and the running statistics of batch norm average over the same share of the training; an EMA over 1 000
+    steps would still be dominated by the initial weights at the end of a short rehearsal. The learning rate stays the
+    same.
 
     Raises:
         UserError: See `check_scale`; or a value is not allowed even without the scale.
@@ -44,7 +49,7 @@ def scaled(config: Config, scale: float) -> Config:
     if scale == 1:
         return config
     for name in SCALED:
-        most = 1 if name in ("ema_decay", "bn_momentum") else 2**63
+        most = 1 if name in FRACTIONS else 2**63
         if not 0 <= getattr(config, name) <= most:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be from 0 to {most} to be scaled, got {shown(getattr(config, name))}")
@@ -53,8 +58,10 @@ def scaled(config: Config, scale: float) -> Config:
         config,
         steps=max(1, round(config.steps * scale)),
         ramp_kimg=config.ramp_kimg * scale,
+        dash_epoch_kimg=config.dash_epoch_kimg * scale,
         # After a given share of the steps, the initial value keeps the same weight in the average.
         ema_decay=config.ema_decay ** (1 / scale),
+        threshold_decay=config.threshold_decay ** (1 / scale),
         bn_momentum=1 - (1 - config.bn_momentum) ** (1 / scale),
         **whole,  # type: ignore[arg-type]
     )

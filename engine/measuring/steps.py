@@ -75,7 +75,7 @@ class TimedSteps:
         set_numerics(config.deterministic, chosen.cudnn_plans)
         keep_freed_memory(chosen.device)
         feed = Feed(config, data, split, chosen)
-        state = make_state(config, len(data.classes), chosen.device, data.sides)
+        state = make_state(config, len(data.classes), chosen.device, data.sides, feed.spec.unlabeled_images)
         execute = make_step(config, state, feed.layout, chosen, feed.example)
         count = feed.layout.view_count * config.view_steps
         feed.begin(0, SyntheticViews(count, data.sides, chosen.device) if views == "synthetic" else None)

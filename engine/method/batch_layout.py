@@ -81,6 +81,7 @@ class BatchLayout:
         rotation_index: (U / R,) position of each rotated u_1 in the plan's `rotations`.
         class_weights: (3, n) float32, weight of each input in the means loss_x, loss_u and loss_u1.
         rotation_weights: (n,) float32, weight of each input in the mean loss_rot.
+        carries_images: Whether the plan of a step says which unlabeled images it has.
     """
 
     spec: PlanSpec
@@ -100,6 +101,7 @@ class BatchLayout:
     rotation_index: np.ndarray
     class_weights: np.ndarray
     rotation_weights: np.ndarray
+    carries_images: bool
 
     @classmethod
     def for_rank(
@@ -112,6 +114,7 @@ class BatchLayout:
         unmixed: bool = True,
         rotated: bool = True,
         mean_guess: bool = False,
+        carries_images: bool = False,
     ) -> BatchLayout:
         """Lay out the batch of one rank.
 
@@ -124,6 +127,7 @@ class BatchLayout:
             unmixed: Whether to train on u_1 unmixed.
             rotated: Whether to train on the rotated u_1.
             mean_guess: Whether pseudo-labels are made from all unlabeled views of the pool instead of u_weak alone.
+            carries_images: Whether the plan of a step says which unlabeled images it has.
         """
         batch, blocks = spec.batch, spec.pool_blocks
         per_group, accumulation_steps = batch // bn_groups, micro_batches // ranks
@@ -203,6 +207,7 @@ class BatchLayout:
             rotation_index=rotation_index.reshape(-1) if rotated else rotation_index[:0].reshape(-1),
             class_weights=weights[:3],
             rotation_weights=weights[3],
+            carries_images=carries_images,
         )
 
     @property
@@ -235,6 +240,8 @@ class RankPlan:
         rotations: (N,) int64, rotation in units of 90 degrees.
         target_index: (n M / R,) int64, target of each training input, an index into [labels (B); pseudo-labels (U)].
         partner_target_index: (n M / R,) int64, target of its partner; outside the pool its own.
+        images: (U,) int64, positions of the unlabeled images of the global batch in the unlabeled set; empty unless the
+            layout carries them.
         labels: (B,) int64, classes of the labeled images of the global batch.
     """
 
@@ -244,6 +251,7 @@ class RankPlan:
     rotations: np.ndarray
     target_index: np.ndarray
     partner_target_index: np.ndarray
+    images: np.ndarray
     labels: np.ndarray
 
 
@@ -274,5 +282,6 @@ def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> Rank
         rotations=rotations,
         target_index=layout.target_index,
         partner_target_index=partner_target_index,
+        images=plan.unlabeled if layout.carries_images else plan.unlabeled[:0],
         labels=labels,
     )

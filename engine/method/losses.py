@@ -32,6 +32,7 @@ class Samples:
         rotations: (n,) int64, in units of 90 degrees.
         shares: (3, n) float32, weights of each sample in the means over X', U' and u_1.
         rotation_shares: (n,) float32, weights in the mean over the rotated u_1.
+        fair_target: (L,) float32, distribution that the fairness term compares with; None without this term.
         log_p: (n, L) float32, log-probabilities of the classes.
         mixed_labeled: (), mean cross-entropy of X'.
         mixed_unlabeled: (), mean cross-entropy of U'.
@@ -45,6 +46,7 @@ class Samples:
     rotations: Tensor
     shares: Tensor
     rotation_shares: Tensor
+    fair_target: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.log_p = F.log_softmax(self.logits.float(), dim=-1)
@@ -78,6 +80,23 @@ def rotation(samples: Samples) -> Tensor:
     return -(samples.rotation_shares * log_p.sum(-1)).sum()
 
 
+def fairness(samples: Samples) -> Tensor:
+    """Return FreeMatch's fairness loss of the unlabeled samples whose pseudo-label is used (equations 9 to 11).
+
+    It is minus the cross-entropy between `fair_target` and the mean prediction divided by the histogram of predicted
+    classes, both normalized to sum to 1. Classes that no sample is predicted as have no gradient and count as 0.
+    """
+    assert samples.fair_target is not None, "the method has a fair target if w_fair is not 0"
+    p = samples.log_p.exp()
+    weights = (samples.shares[1] * samples.targets.sum(-1))[:, None]  # (n, 1), 0 where no pseudo-label is used.
+    histogram = (weights * F.one_hot(p.argmax(-1), p.shape[1])).sum(0)
+    present = histogram > 0
+    ratio = (weights * p).sum(0) / torch.where(present, histogram, 1.0)
+    ratio = torch.where(present, ratio, 0.0)
+    ratio = ratio / ratio.sum().clamp(min=torch.finfo(ratio.dtype).tiny)
+    return (samples.fair_target * torch.where(present, ratio, 1.0).log()).sum()
+
+
 class Term(NamedTuple):
     """A term of the loss.
 
@@ -100,6 +119,7 @@ TERMS: dict[str, Term] = {
     "loss_u": Term(unlabeled, lambda c: c.w_u, ramped=True),
     "loss_u1": Term(unmixed, lambda c: c.w_u1, ramped=True),
     "loss_rot": Term(rotation, lambda c: c.w_rot),
+    "loss_fair": Term(fairness, lambda c: c.w_fair),
 }
 LOSSES = ("loss", *TERMS)
 

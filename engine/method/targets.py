@@ -2,7 +2,7 @@
 
 `Targets` turns the logits of a step into targets (U, L) and weights (U,). Its buffers are the state of the method.
 Registering a buffer is all it takes: buffers are saved in checkpoints, compared between ranks, and restored after the
-warm-up of a CUDA graph. A method with a different rule is a subclass, registered in TARGETS under the method's name.
+warm-up of a CUDA graph. A method with a different rule is a subclass, registered in `engine.method.registry`.
 """
 
 from __future__ import annotations
@@ -24,46 +24,64 @@ class Targets(nn.Module):
     Args:
         config: The run's configuration.
         classes: L.
+        unlabeled_images: Size of the unlabeled set.
 
     Attributes:
+        uses_images: Whether `forward` needs the positions of the images. A step only carries them if it does.
         p_model_history: (128, L) float32, batch means of q in the last 128 steps. Their mean is p~(y).
         label_marginal: (L,) float32, p(y): a running average, or the given class distribution.
         selects: Whether `select` makes the targets, from predictions that are aligned but not sharpened.
     """
 
+    uses_images = False
     p_model_history: Tensor
     label_marginal: Tensor
 
-    def __init__(self, config: Config, classes: int) -> None:
+    def __init__(self, config: Config, classes: int, unlabeled_images: int = 0) -> None:
         super().__init__()
         self.config = config
         self.selects = config.hard_labels or config.threshold > 0
         self.register_buffer("p_model_history", torch.full((P_MODEL_STEPS, classes), 1.0 / classes))
         self.register_buffer("label_marginal", torch.tensor(config.class_distribution or [1.0 / classes] * classes))
 
-    def forward(self, logits: Tensor, step: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Make the pseudo-labels of a step and update the history of p~(y).
+    def forward(
+        self, logits: Tensor, step: Tensor, images: Tensor | None = None, labeled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Make the pseudo-labels of a step and update the state of the method.
 
         Args:
             logits: (g, U, L) float32 over all ranks, of u_weak (g = 1) or of all g views of an image.
             step: () int64, number of steps done.
+            images: (U,) int64 over all ranks, position of each image in the unlabeled set, if the class `uses_images`.
+            labeled: (B, L) float32 over all ranks, logits of the labeled images, if the class uses them.
 
         Returns:
             Targets (U, L) float32, one distribution per image. All K + 1 views of an image share it: this is
             augmentation anchoring. And weights (U,), float32 or bool, or None if all are 1.
         """
-        c = self.config
+        q = self.guess(logits, step)
+        return self.select(q) if self.selects else (q, None)
+
+    def guess(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Predict the class of each image, and update the history of p~(y).
+
+        Args:
+            logits: See `forward`, also for the next.
+            step: () int64.
+
+        Returns:
+            (U, L) float32, one distribution per image: aligned if `align` is set, and sharpened unless `selects`.
+        """
         # guess_labels applies softmax, which maps the log of a sum of predictions to their mean.
         q = logits[0] if len(logits) == 1 else logits.log_softmax(-1).logsumexp(0)  # (U, L)
-        targets = guess_labels(
+        return guess_labels(
             q,
             self.p_model_history,
             step % P_MODEL_STEPS,
             self.label_marginal,
-            1.0 if self.selects else c.temperature,
-            c.align,
+            1.0 if self.selects else self.config.temperature,
+            self.config.align,
         )
-        return self.select(targets) if self.selects else (targets, None)
 
     def select(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Turn aligned predictions into targets and weights, shaped like the results of `forward`.
@@ -80,10 +98,20 @@ class Targets(nn.Module):
             targets = sharpened / sharpened.sum(-1, keepdim=True)
         return targets, (largest >= c.threshold)[:, 0]
 
-    def observe_labels(self, one_hot: Tensor) -> None:
-        """Update p(y) with the labels of a finished step, (B, L) float32 over all ranks."""
+    def observe(self, one_hot: Tensor, losses: Tensor) -> None:
+        """Update the state at the end of a step; here p(y).
+
+        Args:
+            one_hot: (B, L) float32 over all ranks, the labels of the step.
+            losses: (len(LOSSES),) float32 in the order of `engine.method.losses.LOSSES`, means over all ranks.
+        """
         if not self.config.class_distribution:
             self.label_marginal.lerp_(one_hot.mean(0), 1 - self.config.marginal_decay)
+
+    @property
+    def fair_target(self) -> Tensor | None:
+        """The class distribution that the fairness term compares with, (L,) float32; None for other methods."""
+        return None
 
     @torch.no_grad()
     def predict(self, logits: Tensor) -> Tensor:
@@ -108,12 +136,3 @@ class Targets(nn.Module):
     def p_model(self) -> Tensor:
         """The marginal p~(y) of the model's predictions, (L,) float32."""
         return self.p_model_history.mean(0)
-
-
-# Methods with targets of their own, by name. All others use `Targets`.
-TARGETS: dict[str, type[Targets]] = {}
-
-
-def make_targets(config: Config, classes: int) -> Targets:
-    """Make the targets of the configured method."""
-    return TARGETS.get(config.method, Targets)(config, classes)

@@ -22,6 +22,7 @@ from altair import VEGALITE_VERSION
 from PIL import Image
 
 from engine.config.config import changed_fields
+from engine.config.methods import uses_some
 from engine.config.presets import command
 from engine.errors import UserError
 from engine.report import charts
@@ -240,11 +241,11 @@ def _guesses(run: RunData) -> Section:
         points[f"pseudo-labels at step {last['step']:,}"] = last["guesses"]["bins"]
     if run.results:
         points["EMA model, test images"] = intervals(run.results)
-    used = {"used": _percents(run, "guesses_used")} if run.config.threshold else {}
+    used = {"used": _percents(run, "guesses_used")} if uses_some(run.config) else {}
     return Section("Pseudo-labels", [
         charts.lines("Pseudo-labels over time", "%", series, note, (0, 100)),
         charts.calibration(points),
-        charts.lines("Pseudo-labels above the threshold", "%", used),
+        charts.lines("Pseudo-labels used", "%", used),
     ])  # fmt: skip
 
 

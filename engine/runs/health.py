@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from engine.config.config import Config
+from engine.config.methods import uses_some
 from kernels.guess import EPSILON
 from pipelines.data.cache import take_images
 
@@ -224,7 +225,7 @@ class Health:
         pseudo-labels count; see `_unused`.
         """
         c = self.config
-        if c.hard_labels or c.threshold:
+        if c.hard_labels or uses_some(c):
             return ""
         sharp = (label_marginal if c.align else p_model) ** (1 / c.temperature)
         same = sharp.max() / sharp.sum()

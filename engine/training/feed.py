@@ -24,6 +24,7 @@ from engine.distributed import collectives
 from engine.errors import UserError, out_of_memory
 from engine.imports import gc_paused
 from engine.method.batch_layout import BatchLayout, RankPlan, rank_plan
+from engine.method.registry import targets_class
 from engine.training import ranges
 from engine.training.execution import Execution
 from engine.training.step import METRICS, StepOutput
@@ -76,6 +77,7 @@ def rank_layout(config: Config, spec: PlanSpec, rank: int, ranks: int) -> BatchL
         unmixed=config.w_u1 > 0,
         rotated=config.w_rot > 0,
         mean_guess=config.guess == "mean",
+        carries_images=targets_class(config.method).uses_images,
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.config import Config
-from engine.method.targets import Targets, make_targets
+from engine.method.registry import make_targets
+from engine.method.targets import Targets
 from engine.models.build import make_network
 from engine.models.wide_resnet import TwoHeadNetwork
 from engine.training.optimizers import OPTIMIZERS, load_optimizer
@@ -100,8 +101,22 @@ def decayed_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
     return decayed, [p for p in network.parameters() if p.ndim <= 1]
 
 
-def make_state(config: Config, classes: int, device: torch.device, sides: tuple[int, int] = (32, 32)) -> TrainState:
-    """Make the state before the first step: f_ema equals f, and the marginals are uniform."""
+def make_state(
+    config: Config,
+    classes: int,
+    device: torch.device,
+    sides: tuple[int, int] = (32, 32),
+    unlabeled_images: int = 0,
+) -> TrainState:
+    """Make the state before the first step: f_ema equals f, and the marginals are uniform.
+
+    Args:
+        config: The run's configuration.
+        classes: L.
+        device: The device of all tensors.
+        sides: Height and width of the images.
+        unlabeled_images: Size of the unlabeled set, which FlexMatch remembers a class for each image of.
+    """
     network = make_network(config, classes, device, sides)
     ema_model = make_network(config, classes, device, sides, trained=True).eval().requires_grad_(False)
     ema_model.load_state_dict(network.state_dict())
@@ -116,6 +131,6 @@ def make_state(config: Config, classes: int, device: torch.device, sides: tuple[
         ema_model=ema_model,
         optimizer=OPTIMIZERS[config.optimizer](groups, config.lr, device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        targets=make_targets(config, classes).to(device),
+        targets=make_targets(config, classes, unlabeled_images).to(device),
         step=torch.zeros((), dtype=torch.int64, device=device),
     )

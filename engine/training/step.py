@@ -286,7 +286,8 @@ class Step:
         state = self.state
         known = pseudo_labels = F.one_hot(data.labels, state.network.head.out_features).float()  # (B, L)
         if logits is not None:
-            pseudo_labels, weights = state.targets(logits[self.guess_order].float(), state.step)  # (U, L), (U,)
+            images = data.images if state.targets.uses_images else None
+            pseudo_labels, weights = state.targets(logits[self.guess_order].float(), state.step, images)  # (U, L), (U,)
             if weights is not None:
                 pseudo_labels = pseudo_labels * weights[:, None]
             known = torch.cat([known, pseudo_labels])
@@ -300,13 +301,14 @@ class Step:
         if self.joint_guesses:
             logits, rotation_logits = logits[: len(targets)], rotation_logits[: len(targets)]
         shares = self.class_weights, self.rotation_weights
-        samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares)
+        fair_target = self.state.targets.fair_target
+        samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares, fair_target)
         return total_loss(samples, ramp_up(self.config, self.state.step))
 
     def finish(
         self, losses: Tensor, stop: Tensor, probe_logits: Tensor | None, pseudo_labels: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Update p(y), count the step, and compute metrics and omega; see `StepOutput`.
+        """Update the method's state, count the step, and compute metrics and omega; see `StepOutput`.
 
         Args:
             losses: (len(LOSSES),) float32, means over the global batch.
@@ -321,12 +323,14 @@ class Step:
         if probe_logits is not None:
             omega = 1 - (probe_logits[self.probe_order].float().softmax(-1) - one_hot).abs().sum(-1) / 2  # (B,)
         alignment_gap = (state.targets.label_marginal - state.targets.p_model).abs().sum() / 2
-        used = pseudo_labels.sum(-1).mean()
+        weights = pseudo_labels.sum(-1)
+        used = weights.mean()
         confidence = pseudo_labels.amax(-1).mean()
         if state.targets.selects:  # Mean over the pseudo-labels that are used.
             confidence = confidence / used.clamp(min=1e-9)
+            used = used / weights.amax().clamp(min=1)  # Dash's weights have a mean of 1.
         metrics = torch.stack([confidence, used, alignment_gap, omega.mean() if len(omega) else used.new_zeros(())])
-        state.targets.observe_labels(one_hot)
+        state.targets.observe(one_hot, losses)
         state.step.add_(1)
         return torch.cat([losses, metrics, stop]).float(), omega
 

@@ -29,6 +29,7 @@ class StepInput:
         rotations: (N,) int64.
         target_index: (n M / R,) int64.
         partner_target_index: (n M / R,) int64.
+        images: (U,) int64; empty unless the targets use the positions of the images.
         labels: (B,) int64.
         stop: (1,) float32, 1 if this rank was requested to stop. The step averages it over the ranks, so that all of
             them stop after the same step.
@@ -42,6 +43,7 @@ class StepInput:
     rotations: Tensor
     target_index: Tensor
     partner_target_index: Tensor
+    images: Tensor
     labels: Tensor
     stop: Tensor
 

@@ -75,7 +75,9 @@ class Trainer:
         keep_freed_memory(self.execution.device)
         self.feed = Feed(config, data, split, self.execution, self._log_step)
         self.micro_batches = config.micro_batches_of(collectives.ranks())
-        self.state: TrainState = make_state(config, len(data.classes), self.execution.device, data.sides)
+        self.state: TrainState = make_state(
+            config, len(data.classes), self.execution.device, data.sides, self.feed.spec.unlabeled_images
+        )
         self.identity = run_identity(config)
         self.saver = checkpoint.Saver(
             self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), asdict(config)

@@ -3,32 +3,47 @@
 import re
 from pathlib import Path
 
-from engine.config.config import Config
+from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, with_method
 
 TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
-def shown(value):
+def table(last):
+    """Return the rows of the table whose first column is the method and whose last has this heading."""
+    (rows,) = re.findall(rf"^\| method \|.* {last} \|\n\| ---.*\n((?:\|.*\n)+)", TEXT, re.M)
+    cells = [line.strip("| ").split(" | ") for line in rows.splitlines()]
+    return {name: rest for name, *rest in cells}
+
+
+def flag(name, value):
+    dashed = name.replace("_", "-")
     if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {value:g}" if isinstance(value, float) else f"--{dashed} {value}"
 
 
-def test_the_table_of_methods():
-    (table,) = re.findall(r"^\| field \|.*\n\| ---.*\n((?:\|.*\n)+)", TEXT, re.M)
-    (heading,) = re.findall(r"^\| field \| (.*) \|$", TEXT, re.M)
-    methods = heading.split(" | ")
-    assert methods == list(METHODS)
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    fields = [name.strip("`") for name, *_ in rows]
-    assert {field for changes in METHODS.values() for field in changes} <= set(fields)
-    for field, (_, *cells) in zip(fields, rows, strict=True):
-        for method, cell in zip(methods, cells, strict=True):
-            if cell != "-":  # Supervised training has no unlabeled images.
-                assert cell == shown(getattr(with_method(Config(), method), field)), (field, method)
-            else:
-                assert method == "supervised"
+def test_the_table_of_settings():
+    rows = table("settings that differ from remixmatch")
+    assert list(rows) == list(METHODS)
+    for method, (cell,) in rows.items():
+        differing = changes(Config(), with_method(Config(), method), {"method"})
+        assert set(re.findall(r"`([^`]*)`", cell)) == {flag(name, new) for name, (_, new) in differing.items()}, method
+
+
+def test_the_table_of_rules():
+    rows = table("unlabeled loss")
+    assert list(rows) == list(METHODS)
+    for method, (_, align, pseudo_label, threshold, _, views, loss) in rows.items():
+        c = with_method(Config(), method)
+        if not c.unlabeled:
+            continue
+        assert (align == "to p(y)") == c.align and pseudo_label.endswith("hard") == (c.hard_labels or method == "dash")
+        assert ("sharpened" in pseudo_label) != c.hard_labels
+        assert threshold.startswith(f"{c.threshold:g}" if c.threshold else ("none", "on the loss", "running"))
+        assert ("mixup" in views) == (c.mixup_alpha > 0) and ("K strong" in views) == (c.augment != "none")
+        assert ("squared" in loss, "KL" in loss) == (c.unlabeled_loss == "l2", c.unlabeled_loss == "kl")
+        assert ("fairness" in loss, "rotation" in loss) == (c.w_fair > 0, c.w_rot > 0)
 
 
 def test_every_ablation_is_explained():

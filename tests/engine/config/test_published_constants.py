@@ -1,8 +1,9 @@
 """Every constant of the methods and presets against the values that the papers publish.
 
 Written from the papers, not from the code: MixMatch (arXiv 1905.02249), ReMixMatch (arXiv 1911.09785), UDA (arXiv
-1904.12848), FixMatch (arXiv 2001.07685), pseudo-labeling (Lee 2013), and Oliver et al. 2018 (arXiv 1804.09170). All
-methods share ReMixMatch's network, optimizer and EMA, so that only the methods differ.
+1904.12848), FixMatch (arXiv 2001.07685), pseudo-labeling (Lee 2013), Oliver et al. 2018 (arXiv 1804.09170), FlexMatch
+(arXiv 2110.08263), Dash (arXiv 2109.00650), FreeMatch (arXiv 2205.07246) and SoftMatch (arXiv 2301.10921). All methods
+share ReMixMatch's network, optimizer and EMA, so that only the methods differ.
 """
 
 import dataclasses
@@ -18,16 +19,21 @@ from engine.config.presets import PRESETS, preset
 # and the batch norm momentum are those of the authors' code.
 REMIXMATCH = dict(
     k=8, batch=64, mu=1, anchor="trained", guess="anchor", guess_pass="separate", temperature=0.5, hard_labels=False,
-    threshold=0.0,
+    threshold=0.0, threshold_decay=0.999, flex_warmup=True, dash_epoch_kimg=64.0,
     align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
-    w_rot=0.5, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper", labeled_augment="strong",
-    anchor_augment="weak",
+    w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper",
+    labeled_augment="strong", anchor_augment="weak",
 )  # fmt: skip
 SHARED = dict(
     lr=0.002, weight_decay=0.02, ema_decay=0.999, bn_momentum=0.001, width=32, blocks=4, scales=3, bn="joint",
     bn_stats="all", max_shift=4, flip=True, lag=8, network="wide-resnet", pretrained=False, weights="",
 )  # fmt: skip
 NO_EXTRAS = dict(align=False, w_u1=0.0, w_rot=0.0)  # Only ReMixMatch has these terms.
+# FixMatch: tau = 0.95, lambda_u = 1, mu = 7, B = 64, hard labels; no ramp and no mixup.
+FIXMATCH = dict(
+    k=1, mu=7, anchor="guess-only", hard_labels=True, threshold=0.95, w_u=1.0, ramp_kimg=0.0, mixup_alpha=0.0,
+    augment="ctaugment", labeled_augment="weak", **NO_EXTRAS,
+)  # fmt: skip
 PUBLISHED = {
     "remixmatch": {},
     "supervised": {},
@@ -35,9 +41,15 @@ PUBLISHED = {
     # ramped up linearly.
     "mixmatch": dict(k=2, anchor="none", guess="mean", temperature=0.5, mixup_alpha=0.75, unlabeled_loss="l2", w_u=75.0,
                      augment="none", labeled_augment="weak", **NO_EXTRAS),
-    # FixMatch: tau = 0.95, lambda_u = 1, mu = 7, B = 64, hard labels; no ramp and no mixup.
-    "fixmatch": dict(k=1, mu=7, anchor="guess-only", hard_labels=True, threshold=0.95, w_u=1.0, ramp_kimg=0.0,
-                     mixup_alpha=0.0, augment="ctaugment", labeled_augment="weak", **NO_EXTRAS),
+    "fixmatch": FIXMATCH,
+    # FlexMatch: FixMatch's tau of 0.95 is the largest threshold of a class, with warm-up.
+    "flexmatch": FIXMATCH,
+    # Dash: T = 0.5 until rho reaches its minimum. An epoch is 1 024 steps of 64 images: 64 kimg.
+    "dash": FIXMATCH | dict(hard_labels=False, threshold=0.0, temperature=0.5),
+    # FreeMatch: averages with a decay of 0.999; the weight of the fairness loss is that of the authors' configurations.
+    "freematch": FIXMATCH | dict(threshold=0.0, w_fair=0.001),
+    # SoftMatch: averages with a decay of 0.999; no threshold.
+    "softmatch": FIXMATCH | dict(threshold=0.0),
     # UDA: T = 0.4, a confidence threshold of 0.8, lambda = 1, RandAugment and the KL divergence; mu as in FixMatch.
     "uda": dict(k=1, mu=7, anchor="guess-only", temperature=0.4, threshold=0.8, unlabeled_loss="kl", w_u=1.0,
                 ramp_kimg=0.0, mixup_alpha=0.0, augment="randaugment", labeled_augment="weak", **NO_EXTRAS),

@@ -25,8 +25,11 @@ def test_steps_scale_changes_everything_that_is_counted_in_steps():
     # (0.999^4, 1 - 0.99^4)
     assert config.ema_decay == pytest.approx(0.996005996001, abs=1e-12)
     assert config.bn_momentum == pytest.approx(0.03940399, abs=1e-12)
-    rest = dict(steps=8000, ramp_kimg=64.0, eval_every=400, log_every=100, checkpoint_every=1000)
-    assert dataclasses.replace(config, ema_decay=0.999, bn_momentum=0.01, **rest) == preset("fashion-100-small")
+    assert config.threshold_decay == pytest.approx(0.96059601, abs=1e-12)  # 0.99^4
+    assert config.dash_epoch_kimg == 1.0
+    rest = dict(steps=8000, ramp_kimg=64.0, eval_every=400, log_every=100, checkpoint_every=1000, dash_epoch_kimg=4.0)
+    averages = dict(ema_decay=0.999, threshold_decay=0.99, bn_momentum=0.01)
+    assert dataclasses.replace(config, **averages, **rest) == preset("fashion-100-small")
 
 
 def test_flags_override_the_scale_which_applies_to_the_method_and_ablations():

@@ -57,14 +57,14 @@ def losses_by_name(config, ramp):
 def test_losses(tiny, kind, loss_u):
     config = tiny(unlabeled_loss=kind, w_u=1.5, w_u1=0.5, w_rot=0.25)
     found = losses_by_name(config, 0.5)
-    expected = {"loss_x": LOSS_X, "loss_u": loss_u, "loss_u1": LOSS_U1, "loss_rot": LOSS_ROT}
+    expected = {"loss_x": LOSS_X, "loss_u": loss_u, "loss_u1": LOSS_U1, "loss_rot": LOSS_ROT, "loss_fair": 0.0}
     expected["loss"] = LOSS_X + 0.5 * (1.5 * loss_u + 0.5 * LOSS_U1) + 0.25 * LOSS_ROT
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def finished(bench, pseudo_labels, probe_logits=None):
     """Return the metrics that a step ends with, by name, and omega."""
-    losses = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    losses = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     labels = torch.from_numpy(bench.labels)
     metrics, omega = bench.step.finish(losses, torch.tensor([0.5]), probe_logits, torch.tensor(pseudo_labels), labels)
     found = dict(zip(METRICS, metrics.tolist(), strict=True))

@@ -118,10 +118,10 @@ def reference(bench):
         loss_u1 = cross_entropy(logits[pool : pool + batch], torch.tensor(pseudo_labels).float())
         loss_rot = F.cross_entropy(rotation_logits[pool + batch :], torch.tensor(plan.rotations))
         loss = loss_x + c.w_u * ramp * loss_u + c.w_u1 * ramp * loss_u1 + c.w_rot * loss_rot
-        terms = [loss, loss_x, loss_u, loss_u1, loss_rot]
+        terms = [loss, loss_x, loss_u, loss_u1, loss_rot, torch.zeros(())]
     else:
         loss = cross_entropy(network(images)[0], targets)
-        terms = [loss, loss, torch.zeros(()), torch.zeros(()), torch.zeros(())]
+        terms = [loss, loss, *[torch.zeros(())] * 4]
     expected["losses"] = [t.item() for t in terms]
 
     # Update: decoupled weight decay, and Adam's first step written out. Then the exponential moving average.
