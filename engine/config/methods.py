@@ -130,7 +130,7 @@ def contradiction(config: Config) -> str:
 
     The method must be a known one.
     """
-    own = with_method(config, config.method)
+    own = with_method(Config(), config.method)
     for name in OWN_SETTINGS.get(config.method, ()):
         if (value := getattr(config, name)) != getattr(own, name):
             return f"--method {config.method} sets its own {_flag(name)}; leave out {_given(name, value)}"

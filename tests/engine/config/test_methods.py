@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from engine.api import train
+from engine.commands.main import main
 from engine.commands.options import parse_train
 from engine.config import methods
 from engine.config.checks import validate
 from engine.config.config import load_config
-from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
+from engine.config.methods import ABLATIONS, METHODS, OWN_SETTINGS, ablate, with_method
 from engine.config.presets import PRESETS, preset
 from engine.errors import UserError
 from engine.method.batch_layout import rank_plan
@@ -54,7 +55,7 @@ class Bench:
         self.config = config
         self.plan = make_plan(spec, 0, START, initial_weights())
         self.labels = np.random.default_rng(1).integers(CLASSES, size=config.batch)
-        state = make_state(config, CLASSES, CPU)
+        state = make_state(config, CLASSES, CPU, unlabeled_images=spec.unlabeled_images)
         for p in [*state.network.parameters(), *state.ema_model.parameters()]:
             p.data += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
         state.targets.p_model_history.copy_(torch.rand(128, CLASSES, generator=rng).softmax(-1))
@@ -101,11 +102,12 @@ class Bench:
     def ramp(self):
         return min(1.0, START * self.config.batch / 1024 / 1.0)
 
-    def assert_same(self, network, loss_x, loss_u, loss_u1=0.0, loss_rot=0.0, loss=None):
+    def assert_same(self, network, loss_x, loss_u, loss_u1=0.0, loss_rot=0.0, loss=None, loss_fair=0.0):
         """Compare the losses and the gradient of every parameter."""
         loss.backward()
-        expected = [float(torch.as_tensor(each).detach()) for each in (loss, loss_x, loss_u, loss_u1, loss_rot)]
-        found = [self.metrics[name] for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")]
+        losses = loss, loss_x, loss_u, loss_u1, loss_rot, loss_fair
+        expected = [float(torch.as_tensor(each).detach()) for each in losses]
+        found = [self.metrics[name] for name in ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot", "loss_fair")]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
         for (name, mine), theirs in zip(self.state.network.named_parameters(), network.parameters(), strict=True):
             expected = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
@@ -157,6 +159,41 @@ def test_fixmatch_matches_equations_3_and_4_of_its_paper(config_of, k, mu, thres
     assert bench.metrics["guesses_used"] == pytest.approx(float(mask.mean()))
     assert bench.metrics["confidence"] == pytest.approx(float(mask.any()))
     assert bench.omega.shape == bench.labels.shape
+
+
+@pytest.mark.parametrize(("k", "mu"), [(1, 3), (3, 2)])
+@pytest.mark.parametrize("method", ["flexmatch", "dash", "freematch", "softmatch"])
+def test_methods_that_adapt_the_threshold_use_targets_and_weights_of_their_own(config_of, method, k, mu):
+    """tests/engine/method/test_adaptive_targets.py compares the targets and weights with the papers."""
+    own = {"freematch": dict(w_fair=0.5), "dash": dict(dash_epoch_kimg=1 / 1024)}.get(method, {})
+    bench = Bench(config_of(method, k=k, mu=mu, **own))
+    u_weak, *u_strong = bench.u
+    before = bench.before.targets.state_dict()
+    targets, weights = bench.before.targets(
+        bench.guess(u_weak).log().float()[None], bench.before.step, torch.tensor(bench.plan.unlabeled)
+    )
+    network = bench.network()
+    logits = network(torch.cat([bench.x, *u_strong]))[0]
+    loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
+    of_views = logits[len(bench.x) :].chunk(k)
+    loss_u = sum((weights * cross_entropy(view, targets.double())).mean() for view in of_views) / k
+    loss, loss_fair = loss_x + loss_u, 0.0
+    if method == "freematch":
+        used = weights.double().repeat(k)[:, None]
+        p = logits[len(bench.x) :].softmax(-1)
+        histogram = (used * F.one_hot(p.argmax(-1), CLASSES)).sum(0)
+        present = histogram > 0
+        ratio = (used * p).sum(0)[present] / histogram[present]
+        loss_fair = (bench.before.targets.fair_target[present] * (ratio / ratio.sum()).log()).sum()
+        loss = loss + 0.5 * loss_fair
+    bench.assert_same(network, loss_x, loss_u, loss=loss, loss_fair=loss_fair)
+    for name, value in bench.before.targets.state_dict().items():
+        if name not in ("p_model_history", "label_marginal"):
+            torch.testing.assert_close(bench.state.targets.state_dict()[name], value, msg=name)
+    if method != "softmatch":
+        assert bench.metrics["guesses_used"] == pytest.approx(float((weights > 0).float().mean()))
+    assert bench.metrics["confidence"] <= 1 + 1e-5
+    assert before.keys() == bench.state.targets.state_dict().keys()
 
 
 @pytest.mark.parametrize(("k", "mu"), [(1, 2), (2, 1)])
@@ -306,11 +343,40 @@ def test_invalid_ablations(names, message):
         (dict(mu=0), "--mu must be at least 1"),
         (dict(mixup_alpha=-1.0), "--mixup-alpha must be at least 0"),
         (dict(bn_stats="pool", network="timm:resnet18"), "--bn-stats pool requires a Wide ResNet"),
+        (dict(flex_warmup=False), "^--no-flex-warmup requires --method flexmatch, got remixmatch$"),
+        (dict(w_fair=0.1), "^--w-fair 0.1 requires --method freematch, got remixmatch$"),
+        (dict(threshold_decay=1.5), "--threshold-decay must be between 0 and 1"),
+        (dict(dash_epoch_kimg=-1.0), "--dash-epoch-kimg must be at least 0"),
     ],
 )
 def test_contradicting_settings(tiny, changes, message):
     with pytest.raises(UserError, match=message):
         validate(tiny(**changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "message"),
+    [
+        ("freematch", ["--threshold", "0.9"], "--method freematch sets its own --threshold; leave out --threshold 0.9"),
+        ("softmatch", ["--align"], "--method softmatch sets its own --align; leave out --align"),
+        ("dash", ["--hard-labels"], "--method dash sets its own --hard-labels; leave out --hard-labels"),
+        ("softmatch", ["--unlabeled-loss", "kl"],
+         "--method softmatch sets its own --unlabeled-loss; leave out --unlabeled-loss kl"),
+        ("flexmatch", ["--unlabeled-loss", "l2"], "--threshold requires --unlabeled-loss cross-entropy or kl, got l2"),
+    ],
+)  # fmt: skip
+def test_settings_that_a_method_determines_itself(method, flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "digits-40", "--method", method, *flags])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"remixmatch: {message}\n"
+
+
+@pytest.mark.parametrize(("method", "names"), OWN_SETTINGS.items())
+def test_a_method_may_be_given_the_settings_it_determines(method, names):
+    config = with_method(preset("digits-40"), method)
+    validate(dataclasses.replace(config, **{name: getattr(config, name) for name in names}))
 
 
 def test_unknown_method_suggests_the_nearest():

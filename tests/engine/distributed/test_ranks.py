@@ -105,6 +105,24 @@ def test_two_ranks_equal_two_micro_batches_bitwise_with_other_methods_and_views(
     assert_same_bits(train(tmp_path / "one", 1, *flags), train(tmp_path / "two", 2, *flags))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        "flexmatch",
+        "freematch",
+        pytest.param("dash", marks=pytest.mark.long),
+        pytest.param("softmatch", marks=pytest.mark.long),
+    ],
+)
+def test_methods_with_a_state_resume_bitwise_on_another_number_of_ranks(tmp_path, method):
+    # Dash's first ten epochs, of a step each, train on labeled images alone.
+    flags = ("--method", method, "--mu", 2, "--k", 2, "--dash-epoch-kimg", 16 / 1024, "--blocks", 1, *TWO_MICRO_BATCHES)
+    whole = train(tmp_path / "whole", 1, *flags, "--steps", 12)
+    first = 5 if method != "dash" else 10
+    train(tmp_path / "run", 2, *flags, "--steps", first, "--check-ranks", 1)
+    assert_same_bits(whole, train(tmp_path / "run", 1, *flags, "--steps", 12, "--resume"))
+
+
 @pytest.mark.parametrize("statistics", ["all", "pool"])
 def test_synchronized_batch_norm_is_batch_norm_over_the_global_batch(tmp_path, statistics):
     flags = ("--bn-stats", statistics, "--bn-momentum", "0.1", "--steps", 10)

@@ -16,7 +16,9 @@ import torch
 from engine import run
 from engine.commands import main as cli
 from engine.config.config import load_config
+from engine.config.methods import with_method
 from engine.errors import UserError
+from engine.method.registry import make_targets
 from engine.runs import checkpoint
 from engine.runs.folder import CHECKPOINTS
 from engine.runs.progress import ProgressLine, read_metrics
@@ -124,6 +126,24 @@ def test_a_run_with_the_dali_graph_resumes_bit_identically(tiny, tmp_path):
     run.train(setup_run(config, tmp_path / "resumed", resume=True), quiet=True)
     whole, resumed = (repeatable_metrics(tmp_path / name) for name in ("whole", "resumed"))
     assert whole[-2:] == resumed[-2:] and [row["step"] for row in whole[-2:]] == [6, 6]
+
+
+@pytest.mark.parametrize("method", ["flexmatch", "dash", "freematch", "softmatch"])
+def test_a_run_of_a_method_with_a_state_resumes_bit_identically_from_any_step(tiny, tmp_path, method):
+    # Dash's first ten epochs, of a step each, train on labeled images alone.
+    config = dataclasses.replace(
+        with_method(tiny(), method), mu=2, k=2, steps=14, log_every=1, checkpoint_every=20, dash_epoch_kimg=1 / 1024
+    )
+    killed = int(np.random.default_rng().integers(1, 14))
+    for name, steps in (("whole", 14), ("resumed", killed), ("resumed", 14)):
+        config = dataclasses.replace(config, steps=steps)
+        run.train(setup_run(config, tmp_path / name, resume=name == "resumed"), quiet=True)
+    (_, whole), (_, resumed) = (final_state(tmp_path / name) for name in ("whole", "resumed"))
+    for name, value in whole["state"].items():
+        assert_same(value, resumed["state"][name], f"{name}, killed after step {killed}")
+    state, start = whole["state"], make_targets(config, 10, 1437).state_dict()
+    changed = {"flexmatch": "p_model_history", "dash": "rho_hat", "freematch": "threshold", "softmatch": "class_means"}
+    assert not torch.equal(state[changed[method]], start[changed[method]])
 
 
 def test_a_dali_that_cannot_run_is_one_line(tiny, tmp_path, monkeypatch):
