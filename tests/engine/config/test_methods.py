@@ -46,7 +46,7 @@ def config_of(tiny):
 class Bench:
     """One step of a method on random views, with its gradients and the inputs of a direct implementation."""
 
-    def __init__(self, config, precision=torch.float64, compiled=False):
+    def __init__(self, config, precision=torch.float64, compiled=False, **buffers):
         validate(config)
         rng = torch.Generator().manual_seed(3)
         images = np.zeros((60, 8, 8, 3), np.uint8)
@@ -60,6 +60,8 @@ class Bench:
             p.data += 0.3 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
         state.targets.p_model_history.copy_(torch.rand(128, CLASSES, generator=rng).softmax(-1))
         state.targets.label_marginal.copy_(torch.rand(CLASSES, generator=rng).softmax(-1))
+        for name, value in buffers.items():
+            getattr(state.targets, name).copy_(value)
         state.step.fill_(START)
         self.before = copy.deepcopy(state)
         views = torch.randint(0, 256, (config.batch * spec.blocks, 8, 8, 3), generator=rng, dtype=torch.uint8)
@@ -165,13 +167,25 @@ def test_fixmatch_matches_equations_3_and_4_of_its_paper(config_of, k, mu, thres
 @pytest.mark.parametrize("method", ["flexmatch", "dash", "freematch", "softmatch"])
 def test_methods_that_adapt_the_threshold_use_targets_and_weights_of_their_own(config_of, method, k, mu):
     """tests/engine/method/test_adaptive_targets.py compares the targets and weights with the papers."""
-    own = {"freematch": dict(w_fair=0.5), "dash": dict(dash_epoch_kimg=1 / 1024)}.get(method, {})
-    bench = Bench(config_of(method, k=k, mu=mu, **own))
+    own = {
+        "flexmatch": dict(threshold=0.45),
+        "freematch": dict(w_fair=0.5),
+        "dash": dict(dash_epoch_kimg=1 / 1024),
+    }.get(method, {})
+    # States with which some predictions are used and some are not.
+    buffers = {
+        "flexmatch": dict(confident_classes=torch.arange(60) % CLASSES),
+        "dash": dict(rho_hat=torch.tensor(2.0)),
+        "freematch": dict(threshold=torch.tensor(0.4)),
+        "softmatch": dict(confidence_mean=torch.tensor(0.6), confidence_variance=torch.tensor(0.01)),
+    }[method]
+    bench = Bench(config_of(method, k=k, mu=mu, **own), **buffers)
     u_weak, *u_strong = bench.u
     before = bench.before.targets.state_dict()
     targets, weights = bench.before.targets(
         bench.guess(u_weak).log().float()[None], bench.before.step, torch.tensor(bench.plan.unlabeled)
     )
+    assert weights.float().min() < 0.5 < weights.float().max(), "weights are only tested if they differ"
     network = bench.network()
     logits = network(torch.cat([bench.x, *u_strong]))[0]
     loss_x = F.cross_entropy(logits[: len(bench.x)], torch.tensor(bench.labels))
@@ -186,6 +200,7 @@ def test_methods_that_adapt_the_threshold_use_targets_and_weights_of_their_own(c
         ratio = (used * p).sum(0)[present] / histogram[present]
         loss_fair = (bench.before.targets.fair_target[present] * (ratio / ratio.sum()).log()).sum()
         loss = loss + 0.5 * loss_fair
+        assert abs(loss_fair) > 0.01
     bench.assert_same(network, loss_x, loss_u, loss=loss, loss_fair=loss_fair)
     for name, value in bench.before.targets.state_dict().items():
         if name not in ("p_model_history", "label_marginal"):
