@@ -76,7 +76,8 @@ class Config:
     # Method
     method: str = _method(
         "remixmatch",
-        "Method, which sets other flags; each of them can still be given (see engine/config/methods.py). "
+        "Method, which sets other flags; each of them can still be given, unless the method computes it itself (see "
+        "engine/config/methods.py). "
         "'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup.",
     )
     k: int = _method(
