@@ -78,6 +78,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "supervised": {},
 }
 
+# Epochs of Dash before unlabeled images are used, and between two decays of its threshold.
+DASH_WARM_UP, DASH_STAGE = 10, 9
+
 # Settings that a method computes itself or depends on, so that any other value contradicts it.
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "dash": ("threshold", "hard_labels", "unlabeled_loss"),
@@ -143,6 +146,11 @@ def contradiction(config: Config) -> str:
 def uses_some(config: Config) -> bool:
     """Return whether pseudo-labels have weights, so that a step may use only some of them."""
     return config.threshold > 0 or "threshold" in OWN_SETTINGS.get(config.method, ())
+
+
+def dash_epoch_steps(config: Config) -> int:
+    """Return the number of steps of an epoch of Dash."""
+    return max(1, round(config.dash_epoch_kimg * 1024 / config.batch))
 
 
 def _flag(name: str) -> str:

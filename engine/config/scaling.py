@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from engine.config.config import Config
+from engine.config.methods import DASH_WARM_UP, dash_epoch_steps
 from engine.config.presets import PRESETS
 from engine.config.values import shown
 from engine.errors import UserError
@@ -68,7 +69,7 @@ def scaled(config: Config, scale: float) -> Config:
 
 
 def too_short(config: Config) -> str:
-    """Return a warning if a run ends before its ramp, or within a few spans of one of its averages; "" otherwise."""
+    """Return a warning if a run ends before its ramp or warm-up, or within a few spans of an average; "" otherwise."""
     needed = _unfinished(config)
     if not needed:
         return ""
@@ -104,5 +105,9 @@ def _unfinished(config: Config) -> dict[tuple[str, str], float]:
     """Return what takes longer than the run, with its flag, and the steps that it takes."""
     needed = {("the ramp", "ramp-kimg"): ramp_steps(config)}
     averages = {("the EMA", "ema-decay"): 1 - config.ema_decay, ("batch norm", "bn-momentum"): config.bn_momentum}
+    if config.method in ("freematch", "softmatch"):
+        averages["the thresholds", "threshold-decay"] = 1 - config.threshold_decay
     needed |= {name: MIN_SPANS / weight if weight > 0 else math.inf for name, weight in averages.items()}
+    if config.method == "dash":
+        needed["the warm-up", "dash-epoch-kimg"] = DASH_WARM_UP * dash_epoch_steps(config)
     return {name: count for name, count in needed.items() if config.steps < count}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config.config import Config
+from engine.config.methods import DASH_STAGE, DASH_WARM_UP, dash_epoch_steps
 from engine.method.losses import LOSSES
 from engine.method.targets import Targets
 
@@ -74,7 +75,6 @@ class DashTargets(Targets):
     """
 
     C, GAMMA, MINIMUM = 1.0001, 1.27, 0.05
-    WARM_UP, STAGE = 10, 9  # Epochs.
 
     rho_hat: Tensor
     counted: Tensor
@@ -82,7 +82,7 @@ class DashTargets(Targets):
     def __init__(self, config: Config, classes: int, unlabeled_images: int = 0) -> None:
         super().__init__(config, classes, unlabeled_images)
         self.selects = True
-        self.epoch = epoch_steps(config)
+        self.epoch = dash_epoch_steps(config)
         self.register_buffer("rho_hat", torch.zeros(()))
         self.register_buffer("counted", torch.tensor(False))
 
@@ -91,10 +91,10 @@ class DashTargets(Targets):
     ) -> tuple[Tensor, Tensor | None]:
         """Make the pseudo-labels of a step; see `Targets.forward`."""
         q = self.guess(logits, step)
-        done = step - self.WARM_UP * self.epoch
+        done = step - DASH_WARM_UP * self.epoch
         self.counted.copy_((done >= -self.epoch) & (done < 0))
         # The integer division changes at the same steps on all devices.
-        stage = torch.div(done.clamp(min=0), self.STAGE * self.epoch, rounding_mode="floor")
+        stage = torch.div(done.clamp(min=0), DASH_STAGE * self.epoch, rounding_mode="floor")
         rho = self.C * self.rho_hat * torch.pow(self.GAMMA, -stage.float())
         largest, classes = q.max(-1, keepdim=True)
         sharpened = q.pow(1 / self.config.temperature)
@@ -108,11 +108,6 @@ class DashTargets(Targets):
         """Add the labeled loss to rho^ in the last epoch of the warm-up; see `Targets.observe`."""
         super().observe(one_hot, losses)
         self.rho_hat.add_(torch.where(self.counted, losses[LOSSES.index("loss_x")] / self.epoch, 0.0))
-
-
-def epoch_steps(config: Config) -> int:
-    """Return the number of steps of an epoch of Dash."""
-    return max(1, round(config.dash_epoch_kimg * 1024 / config.batch))
 
 
 class FreeMatchTargets(Targets):

@@ -26,7 +26,7 @@ def script():
         (["data", "pre"], ["prepare"]),
         (["train", "digits-40", "--bn-m"], ["--bn-momentum"]),
         (["train", "digits-40", "--print"], ["--print-config"]),
-        (["train", "digits-40", "--no-fl"], ["--no-flip"]),
+        (["train", "digits-40", "--no-fli"], ["--no-flip"]),
         (["train", "digits-40", "--device", ""], ["auto", "cpu", "cuda"]),
         (["train", "digits-40", "--k", "3", "--mode", "e"], ["eager"]),
         (["train", "digits-40", "--out", ""], []),

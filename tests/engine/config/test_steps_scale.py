@@ -114,8 +114,14 @@ def test_short_runs_are_described_with_their_numbers_and_the_fix():
         (dict(steps=500, ema_decay=0.0, ramp_kimg=0.0), ""),
         (dict(steps=499, ema_decay=0.0, ramp_kimg=0.0), "batch norm (--bn-momentum: 500 steps)"),
         (dict(ema_decay=1.0), "the EMA (--ema-decay: no number of steps is enough)"),
+        # An epoch of 4 kimg is 128 steps.
+        (dict(steps=1279, ema_decay=0.0, ramp_kimg=0.0, method="dash"), "the warm-up (--dash-epoch-kimg: 1280 steps)"),
+        (dict(steps=1280, ema_decay=0.0, ramp_kimg=0.0, method="dash"), ""),
+        (dict(steps=5000, threshold_decay=1 - 2**-11, method="softmatch"),
+         "the thresholds (--threshold-decay: 10240 steps)"),
+        (dict(steps=5000, threshold_decay=1 - 2**-11), ""),
     ],
-)
+)  # fmt: skip
 def test_bounds_of_the_warning(changes, said):
     warning = too_short(dataclasses.replace(preset("fashion-100-small"), **changes))
     assert (f"are too few for {said}; " in warning) if said else warning == ""

@@ -46,7 +46,10 @@ def test_a_rehearsal_has_the_same_number_of_evaluations(name, scale):
         assert config.steps == max(1, round(base.steps * scale)) and config.ramp_kimg == base.ramp_kimg * scale
         evaluations = math.ceil(config.steps / config.eval_every)
         assert evaluations >= min(20, config.steps)
-        changed = {"steps", "ramp_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay", "bn_momentum"}
+        changed = {
+            "steps", "ramp_kimg", "dash_epoch_kimg", "eval_every", "log_every", "checkpoint_every", "ema_decay",
+            "threshold_decay", "bn_momentum",
+        }  # fmt: skip
         assert dataclasses.replace(config, **{name: getattr(base, name) for name in changed}) == base
         assert min(config.eval_every, config.log_every, config.checkpoint_every) >= 1
     assert scaled(base, 1e-9).steps == 1 and scaled(base, 1) is base
