@@ -8,6 +8,7 @@ The views of a step are numbered in blocks. With B labeled images, mu B unlabele
     x_strong | u_weak | u_1 | ... | u_K | x_probe
 
 The first K + 2 blocks are the mixup pool (ReMixMatch, algorithm 1). The probes x_probe exist only if CTAugment learns.
+AdaMatch trains on two views of every labeled image: a block x_weak then follows x_strong.
 Methods without augmentation anchoring have no u_weak; others use it only for pseudo-labels, outside the pool. Without
 unlabeled data (`unlabeled_images=0`) only x_strong and x_probe remain. A block of mu B unlabeled images consists of mu
 consecutive blocks of B, so that all blocks are split across ranks in the same way.
@@ -25,7 +26,7 @@ import numpy as np
 from pipelines import ctaugment
 
 # One Philox stream per purpose, so that draws from one stream never affect another.
-_LABELED_ORDER, _UNLABELED_ORDER, _WEAK, _STRONG, _PROBE, _MIXUP, _ROTATION = range(7)
+_LABELED_ORDER, _UNLABELED_ORDER, _WEAK, _STRONG, _PROBE, _MIXUP, _ROTATION, _INTERPOLATION = range(8)
 OPS_PER_VIEW = 2
 
 
@@ -45,10 +46,11 @@ class PlanSpec:
         mu: Unlabeled images per step, in units of B.
         anchor: Whether u_weak is in the mixup pool, used only for pseudo-labels, or absent.
         anchor_augment: Augmentation of u_weak, from which the pseudo-label is computed.
-        labeled_augment: Augmentation of x_strong.
+        labeled_augment: Augmentation of x_strong; "both" adds the block x_weak.
         probes: Whether the plan has probes for CTAugment.
         ctaugment: "paper", or "code" for levels and effects as in the authors' code; see `pipelines.ctaugment`.
         side: min(H, W) of the images; used by cutout if `ctaugment` is "code".
+        interpolated_classes: L if logits of the labeled views are interpolated at random, else 0.
     """
 
     batch: int
@@ -62,15 +64,22 @@ class PlanSpec:
     mu: int = 1
     anchor: Literal["trained", "guess-only", "none"] = "trained"
     anchor_augment: Literal["weak", "none", "strong"] = "weak"
-    labeled_augment: Literal["strong", "weak", "none"] = "strong"
+    labeled_augment: Literal["strong", "weak", "none", "both"] = "strong"
     probes: bool = True
     ctaugment: Literal["paper", "code"] = "paper"
     side: int = 32
+    interpolated_classes: int = 0
+
+    @cached_property
+    def labeled_blocks(self) -> range:
+        """Blocks of the labeled images: x_strong, or x_strong and x_weak."""
+        return range(1 + (self.labeled_augment == "both"))
 
     @cached_property
     def anchor_blocks(self) -> range:
         """Blocks of u_weak: mu of them, or none."""
-        return range(1, 1 + self.mu) if self.unlabeled_images and self.anchor != "none" else range(1, 1)
+        first = self.labeled_blocks.stop
+        return range(first, first + self.mu if self.unlabeled_images and self.anchor != "none" else first)
 
     @cached_property
     def strong_blocks(self) -> range:
@@ -82,7 +91,7 @@ class PlanSpec:
     def pool_views(self) -> np.ndarray:
         """Blocks of the mixup pool in its order, starting with x_strong: int64."""
         anchor = self.anchor_blocks if self.anchor == "trained" else ()
-        return np.array([0, *anchor, *self.strong_blocks])
+        return np.array([*self.labeled_blocks, *anchor, *self.strong_blocks])
 
     @property
     def pool_blocks(self) -> int:
@@ -100,7 +109,7 @@ class PlanSpec:
         blocks = list(self.strong_blocks)
         if self.anchor_augment == "strong":
             blocks = [*self.anchor_blocks, *blocks]
-        if self.labeled_augment == "strong":
+        if self.labeled_augment in ("strong", "both"):
             blocks = [0, *blocks]
         first = np.array(blocks, dtype=np.int64) * self.batch
         return (first[:, None] + np.arange(self.batch)).reshape(-1)
@@ -157,6 +166,8 @@ class GlobalPlan:
             images.
         probe_ops: (B, 2) int64, transformations of the probes as drawn; empty without probes.
         probe_bins: (B, 2, 2) int64, their bins, -1 without such a parameter; empty without probes.
+        interpolation: (P_x, L) float32 in [0, 1), weights of the random logit interpolation for the P_x labeled views
+            of the pool; (0, 0) without it.
     """
 
     step: int
@@ -168,6 +179,7 @@ class GlobalPlan:
     rotations: np.ndarray
     probe_ops: np.ndarray
     probe_bins: np.ndarray
+    interpolation: np.ndarray
 
 
 class _NoSeed(np.random.SeedSequence):
@@ -262,15 +274,15 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
     unlabeled = np.empty(0, dtype=np.int64)
     if spec.unlabeled_images:
         unlabeled = drawn_images(seed, _UNLABELED_ORDER, step, spec.mu * batch, spec.unlabeled_images)
-    # The first block (x_strong) and the last (x_probe, if any) are labeled; the blocks in between are not.
-    end = batch * spec.strong_blocks.stop
+    # The first blocks (x_strong, x_weak) and the last (x_probe, if any) are labeled; the blocks in between are not.
+    first, end = batch * spec.labeled_blocks.stop, batch * spec.strong_blocks.stop
     image, is_labeled = np.empty(count, dtype=np.int64), np.zeros(count, dtype=bool)
-    image[:batch] = labeled
+    image[:first].reshape(-1, batch)[:] = labeled
     if spec.probes:
         image[end:] = labeled
-    is_labeled[:batch] = is_labeled[end:] = True
+    is_labeled[:first] = is_labeled[end:] = True
     if spec.unlabeled_images:
-        image[batch:end].reshape(-1, len(unlabeled))[:] = unlabeled
+        image[first:end].reshape(-1, len(unlabeled))[:] = unlabeled
 
     weak = stream(seed, _WEAK, step)
     shift = weak.integers(-spec.max_shift, spec.max_shift, size=(count, 2), dtype=np.int32, endpoint=True)
@@ -278,7 +290,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
     if spec.labeled_augment == "none":
         shift[:batch] = flip[:batch] = 0
     if spec.anchor_augment == "none":
-        anchor = slice(batch, batch * spec.anchor_blocks.stop)
+        anchor = slice(first, batch * spec.anchor_blocks.stop)
         shift[anchor] = flip[anchor] = 0
 
     ops = np.full((count, OPS_PER_VIEW), ctaugment.IDENTITY, dtype=np.int32)
@@ -303,6 +315,10 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
     lam, perm = np.ones(pool), np.arange(pool)
     if spec.mixup_alpha:
         lam, perm = mixup.beta(spec.mixup_alpha, spec.mixup_alpha, size=pool), mixup.permutation(pool)
+    interpolation = np.empty((0, 0), dtype=np.float32)
+    if spec.interpolated_classes:
+        shape = first, spec.interpolated_classes
+        interpolation = stream(seed, _INTERPOLATION, step).random(shape, dtype=np.float32)
     return GlobalPlan(
         step=step,
         labeled=labeled,
@@ -313,6 +329,7 @@ def make_plan(spec: PlanSpec, seed: int, step: int, weights: np.ndarray) -> Glob
         rotations=stream(seed, _ROTATION, step).permutation(np.arange(spec.mu * batch) % 4),
         probe_ops=probe_ops,
         probe_bins=probe_bins,
+        interpolation=interpolation,
     )
 
 

@@ -103,10 +103,10 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--bn sync needs all images of a step at once, but --micro-batches {micro_batches} trains them one after "
             "another; use --bn joint or --bn split"
         )
-    if config.guess_pass == "joint" and config.unlabeled and micro_batches > ranks:
+    if config.guess_pass != "separate" and config.unlabeled and micro_batches > ranks:
         raise UserError(
-            "--guess-pass joint needs all pseudo-labels of a step after its first forward pass, but --micro-batches "
-            f"{micro_batches} trains them one after another; use --guess-pass separate"
+            f"--guess-pass {config.guess_pass} needs all pseudo-labels of a step after its first forward pass, but "
+            f"--micro-batches {micro_batches} trains them one after another; use --guess-pass separate"
         )
     if config.bn == "split":
         if config.bn_groups % micro_batches or config.batch % config.bn_groups:
@@ -114,7 +114,7 @@ def validate(config: Config, ranks: int = 1) -> None:
                 f"--bn-groups must be a multiple of the {shares} and a divisor of --batch {config.batch}, "
                 f"got {config.bn_groups}"
             )
-        passes = 1 + config.mu * (config.k + (config.anchor == "trained"))
+        passes = 1 + (config.labeled_augment == "both") + config.mu * (config.k + (config.anchor == "trained"))
         if config.unlabeled and config.batch // config.bn_groups < passes:
             raise UserError(
                 f"--bn split needs at least {passes} images per group, so that each group has labeled and unlabeled "
@@ -133,6 +133,19 @@ def _check_method(config: Config) -> None:
         raise UserError("--anchor none requires --guess mean (there is no weak view to label)")
     if config.anchor == "guess-only" and config.guess == "mean":
         raise UserError("--guess mean requires --anchor trained or none (the mean is over the views trained on)")
+    if config.guess_pass == "trained" and config.unlabeled:
+        if config.anchor == "guess-only":
+            raise UserError("--guess-pass trained requires --anchor trained or none (u_weak is not trained on)")
+        if config.mixup_alpha:
+            raise UserError("--guess-pass trained requires --mixup-alpha 0 (pseudo-labels are of views without mixup)")
+    if config.guess_network == "ema" and config.guess_pass != "separate" and config.unlabeled:
+        raise UserError(f"--guess-network ema requires --guess-pass separate, got {config.guess_pass}")
+    if config.method == "pi-model" and config.k < 2:
+        raise UserError("--method pi-model requires --k 2 or more (it compares the views of an image), got 1")
+    if config.method == "adamatch" and config.labeled_augment == "strong":
+        raise UserError(
+            "--method adamatch requires --labeled-augment both, weak or none (it predicts weak views), got strong"
+        )
     if config.threshold and config.unlabeled_loss == "l2":
         raise UserError("--threshold requires --unlabeled-loss cross-entropy or kl, got l2")
     if config.bn_stats == "pool" and config.backbone:

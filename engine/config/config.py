@@ -98,11 +98,18 @@ class Config:
         "Source of the pseudo-label: 'anchor', the prediction for u_weak; or 'mean', the mean prediction over all "
         "views of the image.",
     )
-    guess_pass: Literal["separate", "joint"] = _method(
+    guess_pass: Literal["separate", "joint", "trained"] = _method(
         "separate",
         "Forward pass that makes the pseudo-labels: 'separate', one of its own, whose views are normalized on their "
-        "own and do not update the running statistics; or 'joint', the training pass, whose batch norm then includes "
-        "these views, unmixed. They enter no loss in either. Joint needs one micro-batch per rank.",
+        "own and do not update the running statistics; 'joint', the training pass, whose batch norm then includes "
+        "these views, unmixed; or 'trained', the training pass without more views: pseudo-labels are made from its "
+        "predictions for the views that it trains on, as in the Pi model, which requires --mixup-alpha 0. Views that "
+        "are only guessed from enter no loss. Joint and trained need one micro-batch per rank.",
+    )
+    guess_network: Literal["network", "ema"] = _method(
+        "network",
+        "Network that makes the pseudo-labels, in training mode: the one that is trained, or the EMA of its "
+        "parameters, as in Mean Teacher.",
     )
     temperature: float = _method(0.5, "Sharpening temperature T.")
     hard_labels: bool = _method(
@@ -111,7 +118,7 @@ class Config:
     threshold: float = _method(
         0.0,
         "Leave out of the loss all pseudo-labels whose largest probability, before sharpening, is below this value; "
-        "0 keeps all.",
+        "0 keeps all. In AdaMatch it is a multiple of the mean confidence in labeled images.",
     )
     threshold_decay: float = _method(
         0.999,
@@ -145,6 +152,11 @@ class Config:
         "Loss of the mixed unlabeled examples: cross-entropy; 'l2', the squared difference from the softmax, "
         "averaged over classes, as in MixMatch; or 'kl', the KL divergence, as in UDA.",
     )
+    interpolate_logits: bool = _method(
+        False,
+        "Random logit interpolation, as in AdaMatch: the logits of labeled images are a random mixture, drawn for each "
+        "logit, of those from the training pass and those from a further pass over the labeled images alone.",
+    )
     w_u: float = _method(1.5, "Weight of the loss of mixed unlabeled examples.")
     w_u1: float = _method(
         0.5, "Weight of the cross-entropy of u_1, one strong view without mixup; 0 removes it from the batch."
@@ -153,7 +165,12 @@ class Config:
     w_fair: float = _method(0.0, "Weight of FreeMatch's fairness loss, which makes the mean prediction less uneven.")
     ramp_kimg: float = _method(
         1024.0,
-        "Length of the linear ramp of w_u and w_u1 from 0, in kimg (1024 labeled images); 0 starts at full weight.",
+        "Length of the ramp of w_u and w_u1, in kimg (1024 labeled images); 0 starts at full weight.",
+    )
+    ramp: Literal["linear", "gaussian", "cosine"] = _method(
+        "linear",
+        "Shape of the ramp over its progress t from 0 to 1: linear, t; gaussian, exp(-5 (1 - t)^2), as in the Pi model "
+        "and Mean Teacher; or cosine, (1 - cos(pi t)) / 2, as in AdaMatch.",
     )
     mixup_alpha: float = _method(0.75, "Both parameters of mixup's Beta distribution; 0 disables mixup.")
 
@@ -181,8 +198,10 @@ class Config:
         "an even number of pixels; and levels drawn between neighboring bins. It is not known which of the two "
         "produced the paper's numbers.",
     )
-    labeled_augment: Literal["strong", "weak", "none"] = _augmentation(
-        "strong", "Augmentation of labeled training images; 'strong' is defined by --augment."
+    labeled_augment: Literal["strong", "weak", "none", "both"] = _augmentation(
+        "strong",
+        "Augmentation of labeled training images; 'strong' is defined by --augment, and 'both' trains on a strong and "
+        "a weak view of every image, as in AdaMatch.",
     )
     max_shift: int = _augmentation(
         4, "Largest translation of a weak view, in pixels; -1 for 1/8 of the images' shorter side."

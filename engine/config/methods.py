@@ -14,14 +14,23 @@ from engine.config.config import Config
 from engine.errors import UserError, unknown
 
 MIXMATCH_SVHN_W_U = 250.0  # Weight of the L2 loss on SVHN; 75 elsewhere.
+# Oliver et al. weigh the squared difference of two predictions with 20; its gradient passes through one of them. As in
+# the paper it passes through both here, which is twice the gradient; and the squared difference of two predictions is 4
+# times their mean squared difference from the mean of both.
+PI_MODEL_W_U = 20.0 / 2 * 4
+ADAMATCH_RAMP = 0.5  # Length of the ramp as a share of the preset's steps (AdaMatch, section 3.3).
 _NO_MIXUP = dict(mixup_alpha=0.0, ramp_kimg=0.0)
 _ONE_TERM = dict(align=False, w_u1=0.0, w_rot=0.0)  # A single loss term on unlabeled images.
+_CONSISTENCY = dict(temperature=1.0, ramp="gaussian", mixup_alpha=0.0, augment="none", labeled_augment="weak")
 
 # MixMatch: arXiv 1905.02249, with the weight of the L2 loss for CIFAR-10. FixMatch: arXiv 2001.07685. UDA:
 # arXiv 1904.12848, with the temperature, threshold and mu of the comparison by FixMatch's authors, and without training
 # signal annealing. Pseudo-labeling: Lee 2013, as in Oliver et al. 2018. FlexMatch: arXiv 2110.08263. Dash:
 # arXiv 2109.00650. FreeMatch: arXiv 2205.07246, with the fairness weight of the authors' configurations. SoftMatch:
 # arXiv 2301.10921. These four are FixMatch with other thresholds or weights, see engine/method/adaptive_targets.py.
+# Pi model: arXiv 1610.02242, and Mean Teacher: arXiv 1703.01780, with the papers' ramp and the weights of Oliver et al.
+# (arXiv 1804.09170), who trained this network. AdaMatch: arXiv 2106.04732, with the constants of the authors' code for
+# semi-supervised learning.
 _FIXMATCH = dict(
     k=1,
     mu=7,
@@ -75,6 +84,40 @@ METHODS: dict[str, dict[str, Any]] = {
     "dash": {**_FIXMATCH, "hard_labels": False, "threshold": 0.0},
     "freematch": {**_FIXMATCH, "threshold": 0.0, "w_fair": 0.001},
     "softmatch": {**_FIXMATCH, "threshold": 0.0},
+    "pi-model": dict(
+        k=2,
+        anchor="none",
+        guess="mean",
+        guess_pass="trained",
+        unlabeled_loss="l2",
+        w_u=PI_MODEL_W_U,
+        **_CONSISTENCY,
+        **_ONE_TERM,
+    ),
+    "mean-teacher": dict(
+        k=1,
+        anchor="guess-only",
+        guess_network="ema",
+        unlabeled_loss="l2",
+        w_u=8.0,
+        **_CONSISTENCY,
+        **_ONE_TERM,
+    ),
+    "adamatch": dict(
+        k=1,
+        mu=3,
+        anchor="guess-only",
+        hard_labels=True,
+        threshold=0.9,
+        interpolate_logits=True,
+        w_u=1.0,
+        ramp="cosine",
+        mixup_alpha=0.0,
+        labeled_augment="both",
+        align=True,
+        w_u1=0.0,
+        w_rot=0.0,
+    ),
     "supervised": {},
 }
 
@@ -86,6 +129,8 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "dash": ("threshold", "hard_labels", "unlabeled_loss"),
     "freematch": ("threshold", "unlabeled_loss"),
     "softmatch": ("threshold", "align", "unlabeled_loss"),
+    "pi-model": ("anchor", "guess", "guess_network", "temperature", "hard_labels", "unlabeled_loss"),
+    "mean-teacher": ("guess_network", "temperature", "hard_labels", "unlabeled_loss"),
 }
 # Settings that only one method has.
 ONLY_FOR: dict[str, str] = {"flex_warmup": "flexmatch", "w_fair": "freematch"}
@@ -125,6 +170,8 @@ def with_method(config: Config, method: str) -> Config:
     changes = dict(_named(METHODS, method, "method"))
     if method == "mixmatch" and config.dataset.startswith("svhn"):
         changes["w_u"] = MIXMATCH_SVHN_W_U
+    if method == "adamatch":
+        changes["ramp_kimg"] = ADAMATCH_RAMP * config.steps * config.batch / 1024
     return dataclasses.replace(config, method=method, **changes)  # type: ignore[arg-type]
 
 

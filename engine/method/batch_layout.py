@@ -29,7 +29,11 @@ nothing has no probes. Without unlabeled data only x_strong and x_probe are left
 FixMatch, or absent, as in MixMatch, where pseudo-labels come from u_1, ..., u_K. With mu unlabeled images per labeled
 image, every unlabeled block above stands for mu blocks of B.
 
-With `guess_pass = "joint"` u_weak is in the training pass, after its other inputs, which needs no other order.
+With `guess_pass = "joint"` u_weak is in the training pass, after its other inputs, which needs no other order. With
+`guess_pass = "trained"` pseudo-labels are made from the pool's own logits, and no inputs are added.
+
+AdaMatch trains on two views of every labeled image: a block x_weak follows x_strong in the plan and in the pool. Its
+rule for pseudo-labels also needs predictions of labeled images, so x_weak precedes u_weak among the guess's inputs.
 
 Gradient accumulation. The global batch is split into M micro-batches, where M is a multiple of R. Micro-batch m has the
 images m, m + M, m + 2 M, ... of every block and is trained by rank m mod R. So rank r has the images r, r + R, ...
@@ -71,6 +75,8 @@ class BatchLayout:
         pool: (P / R,) pool indices that this rank trains on, by micro-batch.
         guess_order: (g, U) positions of the logits of the g views that an image's pseudo-label is made from, in the
             logits of all ranks, concatenated rank by rank. g is 1 with an anchor. Empty without unlabeled data.
+        labeled_order: (B,) positions of the labeled images' logits, likewise, for rules that use them. Empty otherwise.
+        guess_inputs: Number of inputs of this rank that are predicted for `guess_order` and `labeled_order` alone.
         probe_order: (B,) positions of the probes' logits, likewise. Empty without probes.
         pool_views: (P,) view index of each pool view.
         pool_target_index: (P,) target of each pool view, as an index into [labels (B); pseudo-labels (U)].
@@ -79,6 +85,8 @@ class BatchLayout:
         mixed_index: (P / R,) positions of the views in `pool` among the inputs.
         rotated_index: (U / R,) positions of the rotated u_1 among the inputs. Empty without the rotation task.
         rotation_index: (U / R,) position of each rotated u_1 in the plan's `rotations`.
+        labeled_index: (n_x,) positions of the labeled views among the inputs of a micro-batch's training pass.
+        interpolation_index: (n_x M / R,) position of each of them in the plan's `interpolation`. Empty without it.
         class_weights: (3, n) float32, weight of each input in the means loss_x, loss_u and loss_u1.
         rotation_weights: (n,) float32, weight of each input in the mean loss_rot.
         carries_images: Whether the plan of a step says which unlabeled images it has.
@@ -91,6 +99,8 @@ class BatchLayout:
     images: np.ndarray
     pool: np.ndarray
     guess_order: np.ndarray
+    labeled_order: np.ndarray
+    guess_inputs: int
     probe_order: np.ndarray
     pool_views: np.ndarray
     pool_target_index: np.ndarray
@@ -99,6 +109,8 @@ class BatchLayout:
     mixed_index: np.ndarray
     rotated_index: np.ndarray
     rotation_index: np.ndarray
+    labeled_index: np.ndarray
+    interpolation_index: np.ndarray
     class_weights: np.ndarray
     rotation_weights: np.ndarray
     carries_images: bool
@@ -115,6 +127,8 @@ class BatchLayout:
         rotated: bool = True,
         mean_guess: bool = False,
         carries_images: bool = False,
+        labeled_guess: bool = False,
+        trained_guess: bool = False,
     ) -> BatchLayout:
         """Lay out the batch of one rank.
 
@@ -128,8 +142,12 @@ class BatchLayout:
             rotated: Whether to train on the rotated u_1.
             mean_guess: Whether pseudo-labels are made from all unlabeled views of the pool instead of u_weak alone.
             carries_images: Whether the plan of a step says which unlabeled images it has.
+            labeled_guess: Whether the rule for pseudo-labels uses predictions of the labeled images: of x_weak, or of
+                x_strong if there is no x_weak.
+            trained_guess: Whether pseudo-labels are made from the logits of the pool in the training pass.
         """
         batch, blocks = spec.batch, spec.pool_blocks
+        labeled_blocks, labeled_views = spec.labeled_blocks, batch * spec.labeled_blocks.stop
         per_group, accumulation_steps = batch // bn_groups, micro_batches // ranks
 
         def images_of(some_rank: int) -> np.ndarray:
@@ -147,10 +165,13 @@ class BatchLayout:
             """Return where the views of ascending blocks are in all ranks' concatenated `views_of`."""
             return np.argsort(np.concatenate([views_of(r, some_blocks).reshape(-1) for r in range(ranks)]))
 
-        images = images_of(rank)
-        t = images.reshape(-1, 1, per_group) // bn_groups  # (G / R, 1, B / G)
-        block = (np.arange(blocks)[:, None] - t) % blocks  # (G / R, pool blocks, B / G)
-        pool = (block * batch + images.reshape(-1, 1, per_group)).reshape(accumulation_steps, -1)
+        def pool_of(some_rank: int) -> np.ndarray:
+            """Return a rank's pool indices, one line per micro-batch: (M / R, P / M)."""
+            own = images_of(some_rank).reshape(-1, 1, per_group)
+            block = (np.arange(blocks)[:, None] - own // bn_groups) % blocks  # (G / R, pool blocks, B / G)
+            return (block * batch + own).reshape(accumulation_steps, -1)
+
+        images, pool = images_of(rank), pool_of(rank)
 
         views = rank_views(spec.blocks, batch, rank, ranks)
         position = np.full(batch * spec.blocks, -1)  # Of the rank's own views.
@@ -158,7 +179,11 @@ class BatchLayout:
 
         # Blocks of the views that pseudo-labels are made from, of u_1, and of the probes.
         unlabeled = np.arange(spec.mu) if spec.unlabeled_images else np.arange(0)
-        guess_blocks = spec.pool_views[1:] if mean_guess else np.array(spec.anchor_blocks, dtype=np.int64)
+        guess_blocks = np.array(spec.anchor_blocks, dtype=np.int64)
+        if mean_guess:
+            guess_blocks = spec.pool_views[labeled_blocks.stop :]
+        if labeled_guess and len(guess_blocks):
+            guess_blocks = np.insert(guess_blocks, 0, labeled_blocks[-1])
         u1_blocks = spec.strong_blocks.start + unlabeled
         probe_blocks = np.arange(spec.blocks)[spec.strong_blocks.stop :]
 
@@ -173,22 +198,36 @@ class BatchLayout:
         trained = np.concatenate([pool_views[pool], *(u1 for _ in extra_terms)], axis=1)
         positions = np.arange(trained.size).reshape(accumulation_steps, -1)
 
-        unlabeled_block = np.arange(batch * blocks) // batch - 1  # Of each pool view, -1 for the labeled ones.
+        # Of each pool view, negative for the labeled ones.
+        unlabeled_block = np.arange(batch * blocks) // batch - labeled_blocks.stop
         first_target = batch * np.where(unlabeled_block < 0, 0, 1 + unlabeled_block % spec.mu)
         pool_target_index = np.arange(batch * blocks) % batch + first_target
         u1_target_index = views_of(rank, 1 + unlabeled)  # Pseudo-labels follow the B labels.
         target_index = np.concatenate([pool_target_index[pool], *(u1_target_index for _ in extra_terms)], axis=1)
 
         # The loss term that each training input counts in, the same in every micro-batch: x, u, u_1, rotated u_1.
-        term = np.concatenate([np.where(pool[0] < batch, 0, 1), np.repeat(extra_terms, u1.shape[1])]).astype(np.int64)
+        of_pool = np.where(pool[0] < labeled_views, 0, 1)
+        term = np.concatenate([of_pool, np.repeat(extra_terms, u1.shape[1])]).astype(np.int64)
+        labeled_index = np.flatnonzero(term == 0)
+        interpolation_index = pool[:, labeled_index].reshape(-1)
         counts = np.bincount(term, minlength=4)
         weights = ((term == np.arange(4)[:, None]) / np.maximum(counts, 1)[:, None]).astype(np.float32)
-        forward_only = [views_of(rank, some_blocks).reshape(-1) for some_blocks in (guess_blocks, probe_blocks)]
+        guessed = np.arange(0) if trained_guess else guess_blocks
+        forward_only = [views_of(rank, some_blocks).reshape(-1) for some_blocks in (guessed, probe_blocks)]
         first_rotated = trained.shape[1] - (u1.shape[1] if rotated else 0)
         rotation_index = u1_target_index - batch
-        guess_order = np.empty((0, 0), np.int64)
+        guess_order, labeled_order = np.empty((0, 0), np.int64), np.empty(0, np.int64)
         if len(guess_blocks):
-            guess_order = order_of(guess_blocks).reshape(-1, batch * len(unlabeled))
+            if trained_guess:
+                in_pool = np.argsort(np.concatenate([pool_of(r).reshape(-1) for r in range(ranks)]))  # (P,)
+                blocks_in_pool = np.searchsorted(spec.pool_views, guess_blocks)
+                order = in_pool.reshape(blocks, batch)[blocks_in_pool]
+            else:
+                order = order_of(guess_blocks)
+            order = order.reshape(-1, batch)
+            if labeled_guess:
+                labeled_order, order = order[0], order[1:]
+            guess_order = order.reshape(-1, batch * len(unlabeled))
         return cls(
             spec=spec,
             ranks=ranks,
@@ -197,6 +236,8 @@ class BatchLayout:
             images=images,
             pool=pool.reshape(-1),
             guess_order=guess_order,
+            labeled_order=labeled_order,
+            guess_inputs=len(forward_only[0]),
             probe_order=order_of(probe_blocks),
             pool_views=pool_views,
             pool_target_index=pool_target_index,
@@ -205,6 +246,8 @@ class BatchLayout:
             mixed_index=positions[:, : pool.shape[1]].reshape(-1),
             rotated_index=positions[:, first_rotated:].reshape(-1),
             rotation_index=rotation_index.reshape(-1) if rotated else rotation_index[:0].reshape(-1),
+            labeled_index=labeled_index,
+            interpolation_index=interpolation_index if spec.interpolated_classes else interpolation_index[:0],
             class_weights=weights[:3],
             rotation_weights=weights[3],
             carries_images=carries_images,
@@ -243,6 +286,8 @@ class RankPlan:
         images: (U,) int64, positions of the unlabeled images of the global batch in the unlabeled set; empty unless the
             layout carries them.
         labels: (B,) int64, classes of the labeled images of the global batch.
+        interpolation: (n_x M / R, L) float32, weights of the random logit interpolation for the labeled training
+            inputs; (0, 0) without it.
     """
 
     source: np.ndarray
@@ -253,6 +298,7 @@ class RankPlan:
     partner_target_index: np.ndarray
     images: np.ndarray
     labels: np.ndarray
+    interpolation: np.ndarray
 
 
 def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> RankPlan:
@@ -284,4 +330,5 @@ def rank_plan(layout: BatchLayout, plan: GlobalPlan, labels: np.ndarray) -> Rank
         partner_target_index=partner_target_index,
         images=plan.unlabeled if layout.carries_images else plan.unlabeled[:0],
         labels=labels,
+        interpolation=plan.interpolation[layout.interpolation_index],
     )

@@ -6,6 +6,7 @@ list of the terms: metrics, logs and reports follow it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -125,8 +126,15 @@ LOSSES = ("loss", *TERMS)
 
 
 def ramp_up(config: Config, step: Tensor) -> Tensor | float:
-    """Return the ramp-up factor: linear from 0 to 1 over the first `ramp_kimg` * 1024 labeled images."""
-    return (step * (config.batch / (1024 * config.ramp_kimg))).clamp(max=1) if config.ramp_kimg else 1.0
+    """Return the ramp-up factor, which is 1 after `ramp_kimg` * 1024 labeled images; see `Config.ramp`."""
+    if not config.ramp_kimg:
+        return 1.0
+    progress = (step * (config.batch / (1024 * config.ramp_kimg))).clamp(max=1)
+    if config.ramp == "gaussian":
+        return (-5 * (1 - progress).square()).exp()
+    if config.ramp == "cosine":
+        return 0.5 - 0.5 * (math.pi * progress).cos()
+    return progress
 
 
 def total_loss(samples: Samples, ramp: Tensor | float) -> tuple[Tensor, Tensor]:

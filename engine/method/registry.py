@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.config.config import Config
+from engine.method.adamatch import AdaMatchTargets
 from engine.method.adaptive_targets import DashTargets, FlexMatchTargets, FreeMatchTargets, SoftMatchTargets
 from engine.method.targets import Targets
 
@@ -11,6 +12,7 @@ TARGETS: dict[str, type[Targets]] = {
     "flexmatch": FlexMatchTargets,
     "dash": DashTargets,
     "freematch": FreeMatchTargets,
+    "adamatch": AdaMatchTargets,
     "softmatch": SoftMatchTargets,
 }
 

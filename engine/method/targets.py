@@ -28,12 +28,14 @@ class Targets(nn.Module):
 
     Attributes:
         uses_images: Whether `forward` needs the positions of the images. A step only carries them if it does.
+        uses_labeled: Whether `forward` needs the logits of the labeled images. A step only predicts them if it does.
         p_model_history: (128, L) float32, batch means of q in the last 128 steps. Their mean is p~(y).
         label_marginal: (L,) float32, p(y): a running average, or the given class distribution.
         selects: Whether `select` makes the targets, from predictions that are aligned but not sharpened.
     """
 
     uses_images = False
+    uses_labeled = False
     p_model_history: Tensor
     label_marginal: Tensor
 
@@ -53,7 +55,7 @@ class Targets(nn.Module):
             logits: (g, U, L) float32 over all ranks, of u_weak (g = 1) or of all g views of an image.
             step: () int64, number of steps done.
             images: (U,) int64 over all ranks, position of each image in the unlabeled set, if the class `uses_images`.
-            labeled: (B, L) float32 over all ranks, logits of the labeled images, if the class uses them.
+            labeled: (B, L) float32 over all ranks, logits of the labeled images, if the class `uses_labeled`.
 
         Returns:
             Targets (U, L) float32, one distribution per image. All K + 1 views of an image share it: this is

@@ -82,13 +82,12 @@ class Backbone(TwoHeadNetwork):
             images: The images.
             track: Whether to update the running statistics of batch norm in training.
         """
-        untracked = self.training and not track
-        if untracked:
-            # The batch norm of other libraries always updates its statistics in training.
-            before = self.running_statistics()
-        features = self.body(images)
-        if untracked:
-            self.set_running_statistics(before)
+        if self.training and not track:
+            # The batch norm of other libraries always updates its statistics in training: here it updates copies.
+            copies = {name: buffer.clone() for name, buffer in self.body.named_buffers()}
+            features = torch.func.functional_call(self.body, copies, (images,))
+        else:
+            features = self.body(images)
         return self.head(features), self.rotation_head(features)
 
 

@@ -6,9 +6,11 @@ It follows Zagoruyko & Komodakis (2016) with the details of Oliver et al. (2018)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,11 @@ class TwoHeadNetwork(nn.Module):
         """Copy the running statistics of a network of the same architecture."""
         if buffers := self._statistics():
             torch._foreach_copy_(buffers, other._statistics())
+
+    def in_training_mode(self) -> Self:
+        """Return a network in training mode that shares all tensors with this one, whose mode does not change."""
+        tensors = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        return copy.deepcopy(self, tensors).train()  # type: ignore[arg-type]
 
     @cached_property
     def _norms(self) -> list[nn.Module]:

@@ -140,7 +140,7 @@ def choose_convolutions(
     """
     assert isinstance(state.network, WideResNet) and isinstance(state.ema_model, WideResNet)
     parts = layout.accumulation_steps
-    guesses = layout.guess_order.size // layout.ranks // parts
+    guesses = layout.guess_inputs // parts
     joint = config.guess_pass == "joint"
     sizes = {
         "train": len(layout.target_index) // parts + (guesses if joint else 0),
@@ -148,6 +148,8 @@ def choose_convolutions(
         "eval": len(layout.probe_order) // layout.ranks // parts,
     }
     passes = [Pass(mode, samples, *sides) for mode, samples in sizes.items() if samples]
+    if config.interpolate_logits:  # A training pass over the labeled samples alone.
+        passes.append(Pass("train", len(layout.labeled_index), *sides))
     stats_samples = len(layout.pool) // parts if config.bn_stats == "pool" else None
     network = state.network
 

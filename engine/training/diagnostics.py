@@ -45,8 +45,9 @@ def agreement(
 def guess_quality(state: TrainState, images: np.ndarray, labels: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Compute confidence and accuracy of the pseudo-labels, for reports only.
 
-    Pseudo-labels are made as in the step (`Targets.predict`), by f in training mode with its running statistics kept,
-    but from images without augmentation. With batch norm over ranks, all ranks must call this together.
+    Pseudo-labels are made as in the step (`Targets.predict`), by the same network in training mode with its running
+    statistics kept, but from images without augmentation. With batch norm over ranks, all ranks must call this
+    together.
 
     Args:
         state: The training state.
@@ -58,7 +59,7 @@ def guess_quality(state: TrainState, images: np.ndarray, labels: np.ndarray, dev
         "images": n; "accuracy" and "confidence": means, in 0..1; "bins": for ten equal intervals of confidence the
         number of pseudo-labels and the number of correct ones.
     """
-    logits = state.network(normalized(state.network, images, device), track=False)[0]
+    logits = state.guess_network()(normalized(state.network, images, device), track=False)[0]
     # A network that has diverged predicts NaN. The trainer reports that later.
     confidence, classes = state.targets.predict(logits).nan_to_num(0.0).cpu().max(-1)
     correct = classes.numpy() == labels

@@ -62,6 +62,7 @@ def plan_spec(config: Config, data: DataSet, split: np.ndarray) -> PlanSpec:
         probes=config.augment == "ctaugment",
         ctaugment=config.ctaugment,
         side=min(data.sides),
+        interpolated_classes=len(data.classes) if config.interpolate_logits else 0,
     )
 
 
@@ -78,6 +79,8 @@ def rank_layout(config: Config, spec: PlanSpec, rank: int, ranks: int) -> BatchL
         rotated=config.w_rot > 0,
         mean_guess=config.guess == "mean",
         carries_images=targets_class(config.method).uses_images,
+        labeled_guess=targets_class(config.method).uses_labeled,
+        trained_guess=config.guess_pass == "trained",
     )
 
 

@@ -44,6 +44,10 @@ class TrainState:
                 f"{type(self.targets).__name__}: buffer names {', '.join(sorted(taken))} are reserved; rename them"
             )
 
+    def guess_network(self) -> TwoHeadNetwork:
+        """Return the network that makes the pseudo-labels, in training mode: f, or one with the tensors of f_ema."""
+        return self.ema_model.in_training_mode() if self.targets.config.guess_network == "ema" else self.network
+
     @property
     def device(self) -> torch.device:
         """The device of all tensors."""

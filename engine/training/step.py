@@ -98,15 +98,16 @@ class Step:
         self.guess_order, self.probe_order = on_device(layout.guess_order), on_device(layout.probe_order)
         self.class_weights, self.rotation_weights = on_device(layout.class_weights), on_device(layout.rotation_weights)
         self.accumulation_steps = layout.accumulation_steps  # M / R
-        guess_inputs, probe_inputs = layout.guess_order.size // layout.ranks, len(layout.probe_order) // layout.ranks
+        self.labeled_order, self.labeled_index = on_device(layout.labeled_order), on_device(layout.labeled_index)
+        guess_inputs, probe_inputs = layout.guess_inputs, len(layout.probe_order) // layout.ranks
         trained_inputs = len(layout.target_index)
         # The inputs that pseudo-labels are made from follow the training inputs, so one pass can include both.
         self.joint_guesses = guess_inputs if config.guess_pass == "joint" else 0
         guess_inputs -= self.joint_guesses
         self.pass_sizes = trained_inputs + self.joint_guesses, guess_inputs, probe_inputs
         # The pool comes first in every micro-batch. timm models do not have this argument.
-        pool_inputs = len(layout.pool) // layout.accumulation_steps
-        self.stats_options = {"stats_samples": pool_inputs} if config.bn_stats == "pool" else {}
+        self.pool_inputs = len(layout.pool) // layout.accumulation_steps
+        self.stats_options = {"stats_samples": self.pool_inputs} if config.bn_stats == "pool" else {}
         self.mean = torch.tensor(state.network.mean, device=device)
         self.std = torch.tensor(state.network.std, device=device)
         # Listed once, since walking the modules takes longer than averaging the parameters of a small network.
@@ -124,8 +125,10 @@ class Step:
             if guess_inputs and config.bn != "sync":
                 self.guess_stream = torch.cuda.Stream(device)
         compile_ = compiler(config, device, inductor) if compiled else lambda function: function
-        self.guess_model: nn.Module = compile_(state.network)
-        self.train_model: nn.Module = self.guess_model
+        self.network: nn.Module = compile_(state.network)
+        self.train_model: nn.Module = self.network
+        guess_network = state.guess_network()
+        self.guess_model: nn.Module = self.network if guess_network is state.network else compile_(guess_network)
         self.ema_model: nn.Module = compile_(state.ema_model)
         self.make_targets = compile_(self.make_targets)  # type: ignore[method-assign]
         self.losses = compile_(self.losses)  # type: ignore[method-assign]
@@ -193,11 +196,17 @@ class Step:
         saved_stats = None if self.one_pass else state.network.running_statistics()
         accumulated = self.accumulation_steps
         rotations = data.rotations[: len(data.target_index)].chunk(accumulated)
+        weights = data.interpolation.chunk(accumulated) if c.interpolate_logits else [None] * accumulated
         for number, micro_batch in enumerate(trained.chunk(accumulated)):
             with self._without_sync(number + 1 < accumulated):
                 ranges.enter("forward")
                 with self.autocast:
                     logits, rotation_logits = self.train_model(micro_batch, **self.stats_options)
+                    # Random logit interpolation (AdaMatch, 3.3) adds a pass over the labeled samples alone, which
+                    # updates no running statistics. DistributedDataParallel need not know: its hooks see one gradient.
+                    alone = self.network(self._labeled(micro_batch), track=False)[0] if c.interpolate_logits else None
+                if c.guess_pass == "trained":
+                    guess_logits = logits.detach()[: self.pool_inputs]
                 if self.joint_guesses:
                     # No loss uses these logits. Batch norm's gradient still passes through their inputs' activations.
                     guess_logits = logits.detach()[-self.joint_guesses :]
@@ -217,7 +226,7 @@ class Step:
                 # accumulate over the micro-batches.
                 ranges.enter("losses")
                 mixed = targets.chunk(accumulated)[number]
-                loss, terms = self.losses(logits, rotation_logits, mixed, rotations[number])
+                loss, terms = self.losses(logits, rotation_logits, mixed, rotations[number], alone, weights[number])
                 ranges.enter("backward")
                 state.scaler.scale(loss).backward(self.loss_gradient)
             losses.append(terms)
@@ -257,6 +266,10 @@ class Step:
             logits = [network(part)[0] for part in inputs.chunk(self.accumulation_steps)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
+    def _labeled(self, inputs: Tensor) -> Tensor:
+        """Select the labeled samples of a micro-batch: (n, 3, H, W) to (n_x, 3, H, W)."""
+        return inputs.index_select(0, self.labeled_index).contiguous(memory_format=torch.channels_last)
+
     def _exchange(self, *logits: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gather the ranks' logits of probes and guess in one collective; each result is concatenated rank by rank."""
         present = [part for part in logits if part is not None]
@@ -275,8 +288,9 @@ class Step:
         """Make the pseudo-labels and mix all targets like the images (sections 3.1 and 3.2.1; MixMatch, 3.3).
 
         Args:
-            logits: (g U, L) over all ranks, concatenated rank by rank, of the g views that an image's pseudo-label is
-                made from. None without unlabeled data.
+            logits: Logits over all ranks, concatenated rank by rank, with those of the g views that an image's
+                pseudo-label is made from and, if the rule uses them, of the labeled images. None without unlabeled
+                data.
             data: The input of the step.
 
         Returns:
@@ -287,7 +301,9 @@ class Step:
         known = pseudo_labels = F.one_hot(data.labels, state.network.head.out_features).float()  # (B, L)
         if logits is not None:
             images = data.images if state.targets.uses_images else None
-            pseudo_labels, weights = state.targets(logits[self.guess_order].float(), state.step, images)  # (U, L), (U,)
+            labeled = logits[self.labeled_order].float() if len(self.labeled_order) else None  # (B, L)
+            guessed = logits[self.guess_order].float()  # (g, U, L)
+            pseudo_labels, weights = state.targets(guessed, state.step, images, labeled)  # (U, L), (U,)
             if weights is not None:
                 pseudo_labels = pseudo_labels * weights[:, None]
             known = torch.cat([known, pseudo_labels])
@@ -295,11 +311,30 @@ class Step:
         return lam * known[data.target_index] + (1 - lam) * known[data.partner_target_index], pseudo_labels
 
     def losses(
-        self, logits: Tensor, rotation_logits: Tensor, targets: Tensor, rotations: Tensor
+        self,
+        logits: Tensor,
+        rotation_logits: Tensor,
+        targets: Tensor,
+        rotations: Tensor,
+        alone: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss and its terms for one micro-batch; see `engine.method.losses.total_loss`."""
+        """Return the loss and its terms for one micro-batch; see `engine.method.losses.total_loss`.
+
+        Args:
+            logits: (n, L), or more with a joint guess.
+            rotation_logits: (n, 4), likewise.
+            targets: (n, L).
+            rotations: (n,) int64.
+            alone: (n_x, L), logits of the labeled samples from a pass over these alone.
+            weights: (n_x, L), weights of their other logits in the random interpolation.
+        """
         if self.joint_guesses:
             logits, rotation_logits = logits[: len(targets)], rotation_logits[: len(targets)]
+        if alone is not None and weights is not None:
+            logits = logits.float()
+            difference = alone.float() - logits.index_select(0, self.labeled_index)
+            logits = logits.index_add(0, self.labeled_index, (1 - weights) * difference)
         shares = self.class_weights, self.rotation_weights
         fair_target = self.state.targets.fair_target
         samples = Samples(self.config, logits, rotation_logits, targets, rotations, *shares, fair_target)

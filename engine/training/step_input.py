@@ -31,6 +31,7 @@ class StepInput:
         partner_target_index: (n M / R,) int64.
         images: (U,) int64; empty unless the targets use the positions of the images.
         labels: (B,) int64.
+        interpolation: (n_x M / R, L) float32.
         stop: (1,) float32, 1 if this rank was requested to stop. The step averages it over the ranks, so that all of
             them stop after the same step.
     """
@@ -45,6 +46,7 @@ class StepInput:
     partner_target_index: Tensor
     images: Tensor
     labels: Tensor
+    interpolation: Tensor
     stop: Tensor
 
     @classmethod

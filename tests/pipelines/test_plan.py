@@ -87,6 +87,8 @@ def slow_plan(spec, seed, step, weights):
     """Return all arrays of a plan, view by view: reference implementation from the docstring of pipelines.plan."""
     batch, unlabeled_batch = spec.batch, spec.mu * spec.batch
     blocks = [("x_strong", batch)]  # Name and number of views of each.
+    blocks += [("x_weak", batch)] if spec.labeled_augment == "both" else []
+    labeled_views = len(blocks) * batch
     if spec.unlabeled_images:
         blocks += [] if spec.anchor == "none" else [("u_weak", unlabeled_batch)]
         blocks += [("u", unlabeled_batch)] * spec.k
@@ -106,6 +108,8 @@ def slow_plan(spec, seed, step, weights):
     shift = weak.integers(-spec.max_shift, spec.max_shift, (views, 2), np.int32, endpoint=True)
     flip = weak.integers(2, size=views, dtype=np.int32) * spec.flip
     augment = {"u": "strong", "u_weak": spec.anchor_augment, "x_strong": spec.labeled_augment, "x_probe": "weak"}
+    if spec.labeled_augment == "both":
+        augment |= {"x_strong": "strong", "x_weak": "weak"}
     for view in range(views):
         if augment[names[view]] == "none":
             shift[view], flip[view] = 0, 0
@@ -135,6 +139,9 @@ def slow_plan(spec, seed, step, weights):
         "rotations": generator(seed, 6, step).permutation([number % 4 for number in range(unlabeled_batch)]),
         "probe_ops": probes[0],
         "probe_bins": probe_bins,
+        "interpolation": generator(seed, 7, step).random((labeled_views, spec.interpolated_classes), dtype=np.float32)
+        if spec.interpolated_classes
+        else np.zeros((0, 0), np.float32),
         "views.image": np.concatenate([labeled if name.startswith("x") else unlabeled for name, _ in blocks]),
         "views.labeled": np.array([name.startswith("x") for name in names]),
         "views.shift": shift,
@@ -168,6 +175,9 @@ def slow_plan(spec, seed, step, weights):
         dict(ctaugment="code"),
         dict(ctaugment="code", side=7, unlabeled_images=0),
         dict(ctaugment="code", side=96, augment=False),
+        dict(labeled_augment="both", anchor="guess-only", mu=3, mixup_alpha=0.0, interpolated_classes=7),
+        dict(labeled_augment="both", anchor_augment="none", interpolated_classes=2),
+        dict(labeled_augment="both", anchor="none", unlabeled_images=0, interpolated_classes=3),
     ],
 )
 def test_plan_matches_the_reference_implementation(changes):

@@ -2,8 +2,9 @@
 
 Written from the papers, not from the code: MixMatch (arXiv 1905.02249), ReMixMatch (arXiv 1911.09785), UDA (arXiv
 1904.12848), FixMatch (arXiv 2001.07685), pseudo-labeling (Lee 2013), Oliver et al. 2018 (arXiv 1804.09170), FlexMatch
-(arXiv 2110.08263), Dash (arXiv 2109.00650), FreeMatch (arXiv 2205.07246) and SoftMatch (arXiv 2301.10921). All methods
-share ReMixMatch's network, optimizer and EMA, so that only the methods differ.
+(arXiv 2110.08263), Dash (arXiv 2109.00650), FreeMatch (arXiv 2205.07246), SoftMatch (arXiv 2301.10921), the Pi model
+(arXiv 1610.02242), Mean Teacher (arXiv 1703.01780) and AdaMatch (arXiv 2106.04732). All methods share ReMixMatch's
+network, optimizer and EMA, so that only the methods differ.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from engine.config.presets import PRESETS, preset
 # ReMixMatch, section 4: T, mixup's Beta, the loss weights, K, Adam's learning rate, weight decay and the EMA. The ramp
 # and the batch norm momentum are those of the authors' code.
 REMIXMATCH = dict(
-    k=8, batch=64, mu=1, anchor="trained", guess="anchor", guess_pass="separate", temperature=0.5, hard_labels=False,
+    k=8, batch=64, mu=1, anchor="trained", guess="anchor", guess_pass="separate", guess_network="network",
+    interpolate_logits=False, ramp="linear", temperature=0.5, hard_labels=False,
     threshold=0.0, threshold_decay=0.999, flex_warmup=True, dash_epoch_kimg=64.0,
     align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
     w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper",
@@ -50,6 +52,18 @@ PUBLISHED = {
     "freematch": FIXMATCH | dict(threshold=0.0, w_fair=0.001),
     # SoftMatch: averages with a decay of 0.999; no threshold.
     "softmatch": FIXMATCH | dict(threshold=0.0),
+    # Pi model: two views and their predictions as they are; Oliver et al. weigh their squared difference with 20 and
+    # stop the gradient of one. With both gradients that is 10, and 40 for the squared difference from the mean.
+    "pi-model": dict(k=2, mu=1, anchor="none", guess="mean", guess_pass="trained", temperature=1.0, unlabeled_loss="l2",
+                     w_u=40.0, ramp="gaussian", mixup_alpha=0.0, augment="none", labeled_augment="weak", **NO_EXTRAS),
+    # Mean Teacher: the weight of Oliver et al. is 8.
+    "mean-teacher": dict(k=1, mu=1, anchor="guess-only", guess_network="ema", temperature=1.0, unlabeled_loss="l2",
+                         w_u=8.0, ramp="gaussian", mixup_alpha=0.0, augment="none", labeled_augment="weak",
+                         **NO_EXTRAS),
+    # AdaMatch: tau = 0.9, uratio = 3, weight 1 after a cosine ramp over half of the run, here 1000 steps of 64 images.
+    "adamatch": dict(k=1, mu=3, anchor="guess-only", hard_labels=True, threshold=0.9, interpolate_logits=True, w_u=1.0,
+                     ramp="cosine", ramp_kimg=31.25, mixup_alpha=0.0, labeled_augment="both", align=True, w_u1=0.0,
+                     w_rot=0.0),
     # UDA: T = 0.4, a confidence threshold of 0.8, lambda = 1, RandAugment and the KL divergence; mu as in FixMatch.
     "uda": dict(k=1, mu=7, anchor="guess-only", temperature=0.4, threshold=0.8, unlabeled_loss="kl", w_u=1.0,
                 ramp_kimg=0.0, mixup_alpha=0.0, augment="randaugment", labeled_augment="weak", **NO_EXTRAS),

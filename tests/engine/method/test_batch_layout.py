@@ -141,6 +141,21 @@ METHODS = {
     "mu": (dict(mu=2), dict()),
     "no u_1": (dict(), dict(unmixed=False)),
     "no rotation": (dict(), dict(rotated=False)),
+    "adamatch": (
+        dict(anchor="guess-only", mu=3, k=1, mixup_alpha=0.0, labeled_augment="both", interpolated_classes=5),
+        dict(unmixed=False, rotated=False, labeled_guess=True),
+    ),
+    "labeled guess": (dict(k=2, labeled_augment="weak", interpolated_classes=4), dict(labeled_guess=True)),
+    "both, mean guess": (dict(k=2, labeled_augment="both"), dict(mean_guess=True, labeled_guess=True)),
+    "pi-model": (
+        dict(anchor="none", k=3, mu=2, mixup_alpha=0.0, probes=False),
+        dict(unmixed=False, rotated=False, mean_guess=True, trained_guess=True),
+    ),
+    "trained anchor": (dict(mixup_alpha=0.0, mu=2), dict(trained_guess=True)),
+    "trained, labeled": (
+        dict(mixup_alpha=0.0, labeled_augment="both"),
+        dict(trained_guess=True, labeled_guess=True, unmixed=False),
+    ),
 }
 
 
@@ -153,23 +168,33 @@ def test_inputs_and_targets_of_other_methods(name, ranks, parts):
     plan = make_plan(spec, seed=0, step=0, weights=initial_weights())
     batch, unlabeled = spec.batch, spec.mu * spec.batch
     anchor = [] if spec.anchor == "none" else ["u_weak"]
-    views = [("x", i) for i in range(batch)]
+    labeled = ["x", "x_weak"] if spec.labeled_augment == "both" else ["x"]
+    views = [(block, i) for block in labeled for i in range(batch)]
     views += [(block, i) for block in anchor + [f"u_{k + 1}" for k in range(spec.k)] for i in range(unlabeled)]
     views += [("probe", i) for i in range(batch)] if spec.probes else []
     pool = [view for view in views if view[0] != "probe" and (view[0] != "u_weak" or spec.anchor == "trained")]
     known = [("x", i) for i in range(batch)] + [("u", i) for i in range(unlabeled)]
-    of_pool = [("x" if block == "x" else "u", i) for block, i in pool]
-    of_guess = [v for v in pool if v[0] != "x"] if options.get("mean_guess") else [v for v in views if v[0] == "u_weak"]
+    of_pool = [("x" if block in labeled else "u", i) for block, i in pool]
+    of_guess = [v for v in views if v[0] == "u_weak"]
+    if options.get("mean_guess"):
+        of_guess = [v for v in pool if v[0] not in labeled]
+    of_labeled = [v for v in views if v[0] == labeled[-1]] if options.get("labeled_guess") else []
 
     shares = [BatchLayout.for_rank(spec, parts, rank, ranks, parts, **options) for rank in range(ranks)]
     trained, guessed, probed = [], [], []
     for share in shares:
         step = rank_plan(share, plan, np.zeros(batch, np.int64))
         count = len(share.target_index)
-        own_guesses = len(of_guess) // ranks
+        own_guesses = share.guess_inputs
+        assert own_guesses == (0 if options.get("trained_guess") else (len(of_guess) + len(of_labeled)) // ranks)
         made = [views[index] for index in share.step_views(plan)]
         shown = [made[position] for position in step.source]
-        guessed += shown[count : count + own_guesses]
+        if options.get("trained_guess"):
+            if share.accumulation_steps > 1:
+                return  # One pass per rank is required.
+            guessed += shown[: len(share.pool)]
+        else:
+            guessed += shown[count : count + own_guesses]
         probed += shown[count + own_guesses :]
         for i, index in zip(share.mixed_index, share.pool, strict=True):
             partner = plan.perm[index]
@@ -186,7 +211,9 @@ def test_inputs_and_targets_of_other_methods(name, ranks, parts):
                 counted = micro_batch[weights > 0]
                 images = [shown[i][1] for i in counted]
                 if term in ("x", "u"):
-                    assert all((shown[i][0] == "x") == (term == "x") and i in share.mixed_index for i in counted)
+                    assert all((shown[i][0] in labeled) == (term == "x") and i in share.mixed_index for i in counted)
+                    if term == "x":
+                        np.testing.assert_array_equal(np.flatnonzero(weights), share.labeled_index)
                 elif options.get("unmixed" if term == "u_1" else "rotated", True):
                     assert {shown[i][0] for i in counted} == {"u_1"} and len(images) == unlabeled // parts
                     assert all(known[step.target_index[i]] == ("u", shown[i][1]) for i in counted)
@@ -201,11 +228,21 @@ def test_inputs_and_targets_of_other_methods(name, ranks, parts):
             size = own_guesses // share.accumulation_steps
             of_part = shown[count + part * size : count + (part + 1) * size]
             own = {known[target] for target in step.target_index.reshape(share.accumulation_steps, -1)[part]}
-            assert {("u", image) for _, image in of_part} == {each for each in own if each[0] == "u"}
+            if own_guesses:
+                own_images = {("x" if view in of_labeled else "u", view[1]) for view in of_part}
+                assert own_images == {each for each in own if each[0] == "u" or of_labeled}
+        if spec.interpolated_classes:
+            of_rank = share.labeled_index + np.arange(share.accumulation_steps)[:, None] * (count // len(micro_batches))
+            weights_of = dict(zip(pool, plan.interpolation, strict=False))  # The labeled views are first.
+            expected = [weights_of[shown[i]] for i in of_rank.reshape(-1)]
+            np.testing.assert_array_equal(step.interpolation, expected)
+        else:
+            assert step.interpolation.shape == (0, 0)
     assert sorted(trained) == sorted(pool)
     ordered = [[guessed[i] for i in of_view] for of_view in shares[0].guess_order]
     assert [view for of_view in ordered for view in of_view] == of_guess
     assert all([image for _, image in of_view] == list(range(unlabeled)) for of_view in ordered)
+    assert [guessed[i] for i in shares[0].labeled_order] == of_labeled
     assert [probed[i] for i in shares[0].probe_order] == [v for v in views if v[0] == "probe"]
 
 

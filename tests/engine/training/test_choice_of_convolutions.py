@@ -6,7 +6,6 @@ import threading
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -286,13 +285,14 @@ def run(monkeypatch):
     """Chooses for the networks of a run, whose passes are PASSES; returns the state."""
     state = SimpleNamespace(network=network(), ema_model=network())
     layout = SimpleNamespace(
-        accumulation_steps=2, ranks=1, target_index=range(8), guess_order=np.zeros((1, 4)), probe_order=range(4),
-        pool=range(4),
+        accumulation_steps=2, ranks=1, target_index=range(8), guess_inputs=4, probe_order=range(4),
+        pool=range(4), labeled_index=range(6),
     )  # fmt: skip
     how = SimpleNamespace(convolutions="measured", device=CPU, precision=BF16)
 
     def choose_for(timer, bn_stats="all", **changes):
-        config = Config(bn_stats=bn_stats, guess_pass=changes.pop("guess_pass", "separate"))
+        settings = {name: changes.pop(name) for name in ("guess_pass", "interpolate_logits") if name in changes}
+        config = Config(bn_stats=bn_stats, **settings)
         one = SimpleNamespace(**vars(layout) | changes)
         convolutions.choose_convolutions(config, state, one, how, (8, 8), timer)
         return state
@@ -310,13 +310,15 @@ def test_both_networks_of_a_run_get_the_tilings_of_a_micro_batch(monkeypatch, ru
 
 
 def test_passes_of_several_ranks_and_of_a_joint_guess(monkeypatch, run):
-    """The orders of guesses and probes are those of all ranks."""
+    """The order of the probes is that of all ranks."""
     offer(monkeypatch)
     faster = timer({"forward 16 2": 0.1})
-    ranks = run(faster, ranks=2, guess_order=np.zeros((2, 4)), probe_order=range(8))
+    ranks = run(faster, ranks=2, probe_order=range(8))
     assert list(ranks.network.tilings) == PASSES
     joint = run(faster, guess_pass="joint")
     assert list(joint.network.tilings) == [Pass("train", 6, 8, 8), PASSES[2]]
+    interpolated = run(faster, interpolate_logits=True)
+    assert list(interpolated.network.tilings) == [*PASSES, Pass("train", 6, 8, 8)]
 
 
 def test_an_unexpected_failure_leaves_cudnn(monkeypatch, run, caplog):

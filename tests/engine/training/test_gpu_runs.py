@@ -60,11 +60,12 @@ def test_a_captured_run_equals_an_eager_run(one, tmp_path, patch):
     "flags",
     [
         ("--method", "mixmatch"), ("--method", "fixmatch", "--mu", 2), ("--method", "supervised"),
-        ("--ablate", "joint-guess", "--bn", "joint"),
+        ("--ablate", "joint-guess", "--bn", "joint"), ("--method", "pi-model"), ("--method", "mean-teacher"),
+        ("--method", "adamatch", "--mu", 1),
     ],
 )  # fmt: skip
 def test_captured_runs_of_other_methods_equal_eager_runs(tmp_path, flags):
-    """These have no probes, no u_weak in the pool, two unlabeled images per labeled one, none, or one pass for all."""
+    """Other samples, fewer passes, or more: by the teacher beside the probes, and over the labeled images alone."""
     flags = (*flags, "--steps", 10, "--mode")
     assert_close(train(tmp_path / "eager", 0, *flags, "eager"), train(tmp_path / "graph", 1, *flags, "graph"))
 
