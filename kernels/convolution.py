@@ -199,6 +199,26 @@ def _load(at, inside, scale, shift, ACTIVATE: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
+def _correction(factor, offset, channels):
+    """Return the coefficients of y and of one in the gradient of y through its moments: (1, BLOCK) each."""
+    return tl.load(factor + channels)[None, :], tl.load(offset + channels)[None, :]
+
+
+@triton.jit
+def _load_corrected(grad, y, total, at, inside, factor, offset, stored, STORE: tl.constexpr, DOT: tl.constexpr):
+    """Load a gradient of y and add the one through its moments: zero outside of the image. Store the sum if `stored`.
+
+    A product with `inside` instead of a selection; see `_load`.
+    """
+    direct = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) * factor + direct + offset * inside.to(tl.float32)
+    value = value.to(total.dtype.element_ty)
+    if STORE:
+        tl.store(total + at, value, mask=inside & stored)
+    return value.to(DOT)
+
+
+@triton.jit
 def _weight(kept, at, tap: tl.constexpr, TAP: tl.constexpr, KEPT: tl.constexpr, DOT: tl.constexpr):
     """Return the weights of a tap, which are kept on chip if they fit."""
     if KEPT:
@@ -208,22 +228,26 @@ def _weight(kept, at, tap: tl.constexpr, TAP: tl.constexpr, KEPT: tl.constexpr, 
 
 
 @triton.jit
-def _store(acc, at, result, other, mean, scale, shift, o, HAS_OTHER: tl.constexpr, BACKWARD: tl.constexpr):
-    """Store a row of the result and return the two values per element that are summed.
+def _store(acc, at, result, added, layer_input, mean, scale, shift, o, BACKWARD: tl.constexpr):
+    """Store a row of the result, with `added` if it is not None, and return the two values per element that are summed.
 
-    Forward, `other` is the residual to add, and the values are y and its square. Backward it is x, and the values are
-    the gradient g before the leaky ReLU and g * (x - mean).
+    Forward they are y and its square. Backward they are the gradient g before the leaky ReLU and g * (x - mean), and
+    the result is the gradient of x, with the mean and the standard deviation held fixed.
     """
     if BACKWARD:
-        x = tl.load(other + at).to(tl.float32)
+        x = tl.load(layer_input + at).to(tl.float32)
         first = tl.where(x * scale + shift > 0, acc, acc * _SLOPE)
         second = first * (x - tl.load(mean + o)[None, :])
+        value = first * scale
+        if added is not None:
+            value += tl.load(added + at).to(tl.float32)
     else:
         first = acc
-        if HAS_OTHER:
-            first += tl.load(other + at).to(tl.float32)
+        if added is not None:
+            first += tl.load(added + at).to(tl.float32)
         second = first * first
-    tl.store(result + at, first.to(result.dtype.element_ty))
+        value = first
+    tl.store(result + at, value.to(result.dtype.element_ty))
     return first, second
 
 
@@ -248,7 +272,12 @@ def _rows_kernel(
     gamma,
     beta,
     weight,  # (outputs, 3, 3, inputs) of the forward convolution
-    other,  # (N, H, W, C_OUT): the residual, or the layer's input
+    added,  # (N, H, W, C_OUT), added to the result, or None
+    layer_input,  # (N, H, W, C_OUT), only backward
+    y,  # (N, H, W, C_IN) if the gradient of y is still to be corrected, only backward, or None
+    factor,  # (C_IN,), see `_correction`
+    offset,  # (C_IN,)
+    total,  # (N, H, W, C_IN): the corrected gradient of y
     result,  # (N, H, W, C_OUT)
     partial,  # (2, C_OUT, T)
     tiles,  # T
@@ -257,7 +286,6 @@ def _rows_kernel(
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     BACKWARD: tl.constexpr,
-    HAS_OTHER: tl.constexpr,
     SUMS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -275,7 +303,7 @@ def _rows_kernel(
     pixel = (m // W * (H * W) + column)[:, None]
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
-    inputs = x + pixel * C_IN + c[None, :]
+    source = pixel * C_IN + c[None, :]
     at = pixel * C_OUT + o[None, :]
     has_left, anywhere, has_right = (column > 0)[:, None], (column >= 0)[:, None], (column < W - 1)[:, None]
     weights, scale, shift = _parameters(weight, mean, rstd, gamma, beta, c, o, 9, C_IN, C_OUT, BACKWARD)
@@ -283,6 +311,8 @@ def _rows_kernel(
         weights += 8 * C_OUT  # The last tap first.
     TAP: tl.constexpr = -C_OUT if BACKWARD else C_IN  # Between the weights of two taps.
     CHUNK: tl.constexpr = BLOCK_C * (9 * C_OUT if BACKWARD else 1)  # Between those of two blocks of channels.
+    if y is not None and BLOCK_C == C_IN:
+        y_factor, y_offset = _correction(factor, offset, c)
     kept = ()
     if BLOCK_C == C_IN:
         for tap in tl.static_range(9):
@@ -292,6 +322,7 @@ def _rows_kernel(
     level = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     first = tl.zeros([BLOCK_M, BLOCK_O] if LATE_SUMS else [BLOCK_O], tl.float32)
     second = tl.zeros([BLOCK_M, BLOCK_O] if LATE_SUMS else [BLOCK_O], tl.float32)
+    own = tl.program_id(1) == 0  # One program stores the corrected gradient.
     for r in range(tl.maximum(first_row - 1, 0), first_row + ROWS + 1):
         below = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
         in_image = r < H
@@ -299,20 +330,26 @@ def _rows_kernel(
         for block in range(C_IN // BLOCK_C):
             if BLOCK_C < C_IN and not BACKWARD:
                 scale, shift = _scale_and_shift(mean, rstd, gamma, beta, block * BLOCK_C + c)
+            if y is not None and BLOCK_C < C_IN:
+                y_factor, y_offset = _correction(factor, offset, block * BLOCK_C + c)
             for kx in tl.static_range(3):
                 inside = left if kx == 0 else (center if kx == 1 else right)
-                offset = r * (W * C_IN) + (kx - 1) * C_IN + block * BLOCK_C
-                value = _load(inputs + offset, inside, scale, shift, not BACKWARD, DOT)
+                read = source + (r * (W * C_IN) + (kx - 1) * C_IN + block * BLOCK_C)
+                if y is not None:
+                    stored = own & (r >= first_row) & (r < first_row + ROWS)
+                    value = _load_corrected(x, y, total, read, inside, y_factor, y_offset, stored, kx == 1, DOT)
+                else:
+                    value = _load(x + read, inside, scale, shift, not BACKWARD, DOT)
                 at_block = weights + block * CHUNK
                 above = tl.dot(value, _weight(kept, at_block, 6 + kx, TAP, BLOCK_C == C_IN, DOT), above)
                 level = tl.dot(value, _weight(kept, at_block, 3 + kx, TAP, BLOCK_C == C_IN, DOT), level)
                 below = tl.dot(value, _weight(kept, at_block, kx, TAP, BLOCK_C == C_IN, DOT), below)
         if r > first_row:
             to = at + (r - 1) * (W * C_OUT)
-            added = _store(above, to, result, other, mean, scale, shift, o, HAS_OTHER, BACKWARD)
+            sums = _store(above, to, result, added, layer_input, mean, scale, shift, o, BACKWARD)
             if SUMS:
-                first += added[0] if LATE_SUMS else tl.sum(added[0], 0)
-                second += added[1] if LATE_SUMS else tl.sum(added[1], 0)
+                first += sums[0] if LATE_SUMS else tl.sum(sums[0], 0)
+                second += sums[1] if LATE_SUMS else tl.sum(sums[1], 0)
         above = level
         level = below
     if SUMS:
@@ -330,7 +367,12 @@ def _taps_kernel(
     gamma,
     beta,
     weight,  # (outputs, TAPS, TAPS, inputs) of the forward convolution
-    other,  # (N, OUT_H, OUT_W, C_OUT): the residual, or the layer's input
+    added,  # (N, OUT_H, OUT_W, C_OUT), added to the result, or None
+    layer_input,  # (N, OUT_H, OUT_W, C_OUT), only backward
+    y,  # (N, IN_H, IN_W, C_IN) if the gradient of y is still to be corrected, only backward, or None
+    factor,  # (C_IN,), see `_correction`
+    offset,  # (C_IN,)
+    total,  # (N, IN_H, IN_W, C_IN): the corrected gradient of y
     result,  # (N, OUT_H, OUT_W, C_OUT)
     partial,  # (2, C_OUT, T)
     tiles,  # T
@@ -341,7 +383,6 @@ def _taps_kernel(
     TAPS: tl.constexpr,
     STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr,
-    HAS_OTHER: tl.constexpr,
     SUMS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -378,6 +419,8 @@ def _taps_kernel(
     else:
         row_taps, row_first, row_offset = TAPS, 0, TAPS // 2 if BACKWARD else -(TAPS // 2)
         column_taps, column_first, column_offset = row_taps, row_first, row_offset
+    # The programs of even rows and columns read each pixel once; of these, one stores the corrected gradient.
+    own = (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
 
     first = tl.zeros([BLOCK_O], tl.float32)
     second = tl.zeros([BLOCK_O], tl.float32)
@@ -388,18 +431,23 @@ def _taps_kernel(
             for tx in range(column_taps):
                 in_column = column * IN + column_offset + tx * DIRECTION
                 inside = ((in_column >= 0) & (in_column < IN_W) & (in_row >= 0) & (in_row < IN_H))[:, None]
-                inputs = x + ((sample * IN_H + in_row) * IN_W + in_column)[:, None] * C_IN + c[None, :]
+                source = ((sample * IN_H + in_row) * IN_W + in_column)[:, None] * C_IN + c[None, :]
                 tap = (row_first + ty * STEP) * TAPS + column_first + tx * STEP
                 for block in range(C_IN // BLOCK_C):
                     if BLOCK_C < C_IN and not BACKWARD:
                         scale, shift = _scale_and_shift(mean, rstd, gamma, beta, block * BLOCK_C + c)
-                    value = _load(inputs + block * BLOCK_C, inside, scale, shift, not BACKWARD, DOT)
+                    if y is not None:
+                        y_factor, y_offset = _correction(factor, offset, block * BLOCK_C + c)
+                        read = source + block * BLOCK_C
+                        value = _load_corrected(x, y, total, read, inside, y_factor, y_offset, own, True, DOT)
+                    else:
+                        value = _load(x + source + block * BLOCK_C, inside, scale, shift, not BACKWARD, DOT)
                     acc = tl.dot(value, tl.load(weights + tap * TAP + block * CHUNK).to(DOT), acc)
         to = at + row * (OUT * W * OUT * C_OUT)
-        added = _store(acc, to, result, other, mean, scale, shift, o, HAS_OTHER, BACKWARD)
+        sums = _store(acc, to, result, added, layer_input, mean, scale, shift, o, BACKWARD)
         if SUMS:
-            first += tl.sum(added[0], 0)
-            second += tl.sum(added[1], 0)
+            first += tl.sum(sums[0], 0)
+            second += tl.sum(sums[1], 0)
     if SUMS:
         tile = tile * (OUT * OUT) + tl.program_id(2)
         _store_sums(partial, tiles, tile, o, first, second, C_OUT, BLOCK_M * ROWS, BACKWARD)
@@ -545,14 +593,12 @@ def empty_result(
     residual: Tensor | None,
     stride: int,
     statistics: bool,
-    forward_tiling: Sequence[int],
-    input_grad_tiling: Sequence[int],
-    weight_grad_tiling: Sequence[int],
+    tiling: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return memory for the results of `norm_act_conv`; also its fake implementation."""
     shape = (x.shape[0], weight.shape[0], x.shape[2] // stride, x.shape[3] // stride)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return y, empty_partial(mean, _tiles(shape, forward_tiling) if statistics else 0, weight.shape[0])
+    return y, empty_partial(mean, _tiles(shape, tiling) if statistics else 0, weight.shape[0])
 
 
 def empty_input_grad(
@@ -565,9 +611,14 @@ def empty_input_grad(
     weight: Tensor,
     stride: int,
     tiling: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+    skip_grad: Tensor | None = None,
+    y: Tensor | None = None,
+    factor: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return memory for the results of `norm_act_conv_input_grad`; also its fake implementation."""
-    return torch.empty_like(x), empty_partial(mean, _tiles(x.shape, tiling), x.shape[1])
+    total = grad.new_empty(0) if y is None else torch.empty_like(grad)
+    return torch.empty_like(x), empty_partial(mean, _tiles(x.shape, tiling), x.shape[1]), total
 
 
 def empty_weight_grad(
@@ -596,17 +647,12 @@ def launch_forward(
     residual: Tensor | None,
     stride: int,
     statistics: bool,
-    forward_tiling: Sequence[int],
-    input_grad_tiling: Sequence[int],
-    weight_grad_tiling: Sequence[int],
+    tiling: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `norm_act_conv`."""
     _check_layout(x, weight, residual)
-    y, partial = empty_result(
-        x, mean, rstd, gamma, beta, weight, residual, stride, statistics,
-        forward_tiling, input_grad_tiling, weight_grad_tiling,
-    )  # fmt: skip
-    _launch(x, (mean, rstd, gamma, beta), weight, residual, y, partial, stride, False, forward_tiling)
+    y, partial = empty_result(x, mean, rstd, gamma, beta, weight, residual, stride, statistics, tiling)
+    _launch(x, (mean, rstd, gamma, beta), weight, residual, None, (None,) * 4, y, partial, stride, tiling)
     return y, partial
 
 
@@ -620,36 +666,44 @@ def launch_input_grad(
     weight: Tensor,
     stride: int,
     tiling: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+    skip_grad: Tensor | None = None,
+    y: Tensor | None = None,
+    factor: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel of `norm_act_conv_input_grad`."""
-    _check_layout(grad, x, weight)
-    g, partial = empty_input_grad(grad, x, mean, rstd, gamma, beta, weight, stride, tiling)
-    _launch(grad, (mean, rstd, gamma, beta), weight, x, g, partial, stride, True, tiling)
-    return g, partial
+    _check_layout(grad, x, weight, skip_grad, y)
+    norm = mean, rstd, gamma, beta
+    x_grad, partial, total = empty_input_grad(grad, x, *norm, weight, stride, tiling, skip_grad, y)
+    correction = (y, factor, offset, None if y is None else total)
+    _launch(grad, norm, weight, skip_grad, x, correction, x_grad, partial, stride, tiling)
+    return x_grad, partial, total
 
 
 def _launch(
     x: Tensor,
     norm: tuple[Tensor, ...],
     weight: Tensor,
-    other: Tensor | None,
+    added: Tensor | None,
+    layer_input: Tensor | None,
+    correction: tuple[Tensor | None, ...],
     result: Tensor,
     partial: Tensor,
     stride: int,
-    backward: bool,
     tiling: Sequence[int],
 ) -> None:
     """Launch the kernel of a result, with the sums of its tiles if `partial` is not empty."""
+    backward = layer_input is not None
     block_m, rows, block_o, block_c, warps, stages = tiling
     _, channels, height, width = result.shape
     tiles, parities = _tiles(result.shape, tiling), stride**2 if backward else 1
     sizes: dict[str, Any] = {
-        "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "HAS_OTHER": other is not None,
-        "SUMS": len(partial) > 0, "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o,
-        "BLOCK_C": block_c, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
+        "C_IN": x.shape[1], "C_OUT": channels, "BACKWARD": backward, "SUMS": len(partial) > 0,
+        "DOT": _dot_type(x), "BLOCK_M": block_m, "ROWS": rows, "BLOCK_O": block_o, "BLOCK_C": block_c,
+        "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     taps = weight.shape[2]
-    arguments = (x, *norm, weight, result if other is None else other, result, partial, tiles)
+    arguments = (x, *norm, weight, added, layer_input, *correction, result, partial, tiles)
     grid = (tiles // parities, channels // block_o)
     if taps == 3 and stride == 1:
         # Up to 32 registers of a thread hold sums; more would be spilled.

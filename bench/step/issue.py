@@ -457,7 +457,7 @@ def record_convolution(layer: Layer, which: str, tiling: Sequence[int]) -> Kerne
     norm = [torch.empty(inputs, device="meta") for _ in range(4)]
     if which == "forward":
         residual = torch.empty_like(y) if layer.residual else None
-        return record(launch_forward, x, *norm, weight, residual, stride, layer.statistics, tiling, (), ())
+        return record(launch_forward, x, *norm, weight, residual, stride, layer.statistics, tiling)
     if which == "input_grad":
         return record(launch_input_grad, y, x, *norm, weight, stride, tiling)
     return record(launch_weight_grad, y, x, *norm, taps, stride, tiling)

@@ -92,6 +92,15 @@ def _shape(conv: nn.Conv2d, samples: int, height: int, width: int) -> Shape | No
     return Shape(samples, conv.in_channels, height, width, conv.out_channels, taps, stride)
 
 
+def folded(network: WideResNet) -> list[bool]:
+    """Return whether each block's result is used by one layer and its skip alone, so that its gradient is one tensor.
+
+    Elsewhere the gradients of a convolution and of a shortcut are added, in a pass that adds that of the statistics.
+    """
+    blocks = list(cast("Iterable[ResidualBlock]", network.body))
+    return [*(block.shortcut is None for block in blocks[1:]), False]
+
+
 class _Activations(NamedTuple):
     """(N, C, H, W) activations with their statistics in training mode, and those of the first samples."""
 
@@ -123,7 +132,7 @@ class _Layers:
 
     def _moments_of_first(self, values: Tensor) -> Moments | None:
         partly = self.stats_samples is not None and self.stats_samples < len(values)
-        return moments_of(values[: self.stats_samples]) if partly else None
+        return moments_of(values[: self.stats_samples].detach()) if partly else None
 
     def moments(self, norm: BatchNorm, x: _Activations) -> Moments:
         """Return the statistics that batch norm uses, and update its running statistics."""
@@ -156,35 +165,43 @@ class _Layers:
         tilings: Tilings,
         residual: Tensor | None = None,
         statistics: bool = True,
-    ) -> _Activations:
-        """Compute `conv(leaky_relu(norm(x))) + residual` with the operator, and its statistics if needed."""
+        folds: bool = False,
+        skips: bool = False,
+    ) -> tuple[_Activations, Tensor | None]:
+        """Compute `conv(leaky_relu(norm(x))) + residual` with the operator, and its statistics if needed.
+
+        Also returns x for a skip connection if `skips`; see `norm_act_conv`.
+        """
         weight, statistics = conv.weight.to(self.dtype), statistics and self.training
-        y, partial = norm_act_conv(
-            x.values, moments, norm.weight, norm.bias, BN_EPS, weight, residual, conv.stride[0], tilings, statistics
-        )
-        if not statistics:
-            return _Activations(y, None, None)
+        y, moments, partial, skip = norm_act_conv(
+            x.values, moments, norm.weight, norm.bias, BN_EPS, weight, residual, conv.stride[0], tilings, statistics,
+            folds, skips,
+        )  # fmt: skip
+        tracked, first = None, self.stats_samples
+        if moments is None:
+            return _Activations(y, None, None), skip
         samples, _, height, width = y.shape
-        moments, tracked = merge_moments(partial, samples * height * width), None
-        first = self.stats_samples
         if self.track and first is not None and first < samples:
             block = tilings.forward[0]
             assert not first * width % block, "these tilings are for other running statistics"
             tracked = merge_moments(partial[: len(partial) * first // samples], first * height * width)
-        return _Activations(y, moments, tracked)
+        return _Activations(y, moments, tracked), skip
 
-    def block(self, block: ResidualBlock, x: _Activations, tilings: BlockTilings) -> _Activations:
-        """Compute a residual block; see `ResidualBlock.forward`."""
+    def block(self, block: ResidualBlock, x: _Activations, tilings: BlockTilings, folds: bool) -> _Activations:
+        """Compute a residual block; see `ResidualBlock.forward`, and `norm_act_conv` for `folds`."""
         moments = self.moments(block.norm1, x)
+        skip: Tensor | None = x.values
         if tilings.conv1 is not None:
-            inner = self.fused(block.conv1, block.norm1, x, moments, tilings.conv1)
+            skips = block.shortcut is None
+            inner, skip = self.fused(block.conv1, block.norm1, x, moments, tilings.conv1, folds=True, skips=skips)
         else:
             activated = self.activate(block.norm1, x, moments)
             inner = self.convolve(block.conv1, activated)
         if block.shortcut is None:
-            skip = activated if block.activate_first else x.values
+            skip = activated if block.activate_first else skip
         elif tilings.shortcut is not None:
-            skip = self.fused(block.shortcut, block.norm1, x, moments, tilings.shortcut, statistics=False).values
+            other, _ = self.fused(block.shortcut, block.norm1, x, moments, tilings.shortcut, statistics=False)
+            skip = other.values
         elif block.activate_first:
             skip = block.shortcut(activated)
         else:
@@ -195,7 +212,7 @@ class _Layers:
             skip = F.conv2d(pixels, block.shortcut.weight)
         moments = self.moments(block.norm2, inner)
         if tilings.conv2 is not None:
-            return self.fused(block.conv2, block.norm2, inner, moments, tilings.conv2, skip)
+            return self.fused(block.conv2, block.norm2, inner, moments, tilings.conv2, skip, folds=folds)[0]
         return self.convolve(block.conv2, self.activate(block.norm2, inner, moments), skip)
 
 
@@ -213,7 +230,7 @@ def forward(
     """
     layers = _Layers(images.dtype, network.training, track, stats_samples)
     x = layers.measure(network.first_convolution(images))
-    for block, chosen in zip(cast("Iterable[ResidualBlock]", network.body), tilings, strict=True):
-        x = layers.block(block, x, chosen)
+    for block, chosen, folds in zip(network.body, tilings, folded(network), strict=True):
+        x = layers.block(block, x, chosen, folds)
     features = layers.activate(network.norm, x, layers.moments(network.norm, x)).mean((2, 3))
     return network.head(features), network.rotation_head(features)

@@ -190,7 +190,7 @@ def convolution_launch(recorded_launch, shape, which, tiling):
     weight = weight.to(memory_format=torch.channels_last)
     norm = [torch.empty(inputs, device="meta") for _ in range(4)]
     if which == "forward":
-        return recorded_launch(launch_forward, x, *norm, weight, y, stride, True, tiling, (), ())
+        return recorded_launch(launch_forward, x, *norm, weight, y, stride, True, tiling)
     if which == "input_grad":
         return recorded_launch(launch_input_grad, y, x, *norm, weight, stride, tiling)
     return recorded_launch(launch_weight_grad, y, x, *norm, taps, stride, tiling)

@@ -101,7 +101,7 @@ def run(interpreter, layer, which, tiling):
     """Run one kernel in the interpreter."""
     stride, taps = layer.shape.stride, layer.shape.taps
     if which == "forward":
-        arguments = (layer.x, *layer.norm, layer.weight, layer.residual, stride, True, tiling, (), ())
+        arguments = (layer.x, *layer.norm, layer.weight, layer.residual, stride, True, tiling)
         return interpreter(launch_forward, *arguments)
     if which == "input_grad":
         return interpreter(launch_input_grad, layer.grad, layer.x, *layer.norm, layer.weight, stride, tiling)
