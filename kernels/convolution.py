@@ -213,8 +213,8 @@ def _load_corrected(grad, y, total, at, inside, factor, offset, stored, STORE: t
     direct = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) * factor + direct + offset * inside.to(tl.float32)
     value = value.to(total.dtype.element_ty)
-    if STORE:
-        tl.store(total + at, value, mask=inside & stored)
+    if STORE and stored:
+        tl.store(total + at, value, mask=inside)
     return value.to(DOT)
 
 

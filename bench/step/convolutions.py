@@ -9,7 +9,7 @@ the same run. The tensors of the smaller shapes fit into a large GPU's cache.
 
 On a GPU, the Triton kernels of `kernels.norm_act_conv` are timed beside them where they support the shape: passes named
 "triton", each with the fastest of its tilings. They also do the work of batch norm and leaky ReLU around a convolution,
-here without a residual; their bound counts their own tensors.
+here without a residual and, for 3x3 weights, with the gradient of the statistics; their bound counts their own tensors.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def time_fused(shape: Shape, rows: int, device: torch.device, repeats: int) -> I
     On a CPU the kernels are their references.
     """
     sizes = convolution.Shape(rows, shape.inputs, shape.side, shape.side, shape.outputs, shape.taps, shape.stride)
-    layer = convolutions.Layer(sizes, "train")
+    layer = convolutions.Layer(sizes, "train", folds=shape.taps == 3)  # As most of the network's.
     if not convolution.tilings(sizes, "forward"):
         return
     working: dict[str, Callable[[], Any]] = {}
@@ -129,7 +129,8 @@ def time_fused(shape: Shape, rows: int, device: torch.device, repeats: int) -> I
     x, y = (2 * count for count in (rows * shape.inputs * shape.side**2, _outputs(sizes)))
     weights = shape.outputs * shape.inputs * shape.taps**2
     flops = _outputs(sizes) * 2 * weights // shape.outputs
-    read = {"forward": x + 2 * weights, "input_grad": x + y + 2 * weights, "weight_grad": x + y}
+    input_grad = x + (2 if layer.folds else 1) * y + 2 * weights
+    read = {"forward": x + 2 * weights, "input_grad": input_grad, "weight_grad": x + y}
     for which, title in zip(convolutions.PASSES, PASSES, strict=True):
         own = {name: timing for name, timing in timings.items() if name.split()[0] == which}
         if not own:

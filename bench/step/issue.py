@@ -421,7 +421,14 @@ LAUNCHERS: dict[str, tuple[Callable[..., Any], Size, Trips]] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of a network: its shape, whether a residual is added, and whether it computes statistics."""
+    """A convolution of a network: its shape, and what its kernels add to the shape's work.
+
+    Attributes:
+        shape: Shape of the convolution.
+        residual: Whether a tensor is added: a residual to y, or the gradient of a skip connection to that of x. In a
+            network these are two convolutions of the same shape.
+        statistics: Whether the statistics of y are computed, and their gradient is added to that of y.
+    """
 
     shape: Shape
     residual: bool = False
@@ -459,7 +466,9 @@ def record_convolution(layer: Layer, which: str, tiling: Sequence[int]) -> Kerne
         residual = torch.empty_like(y) if layer.residual else None
         return record(launch_forward, x, *norm, weight, residual, stride, layer.statistics, tiling)
     if which == "input_grad":
-        return record(launch_input_grad, y, x, *norm, weight, stride, tiling)
+        skip_grad = torch.empty_like(x) if layer.residual else None
+        correction = (torch.empty_like(y), *torch.empty(2, outputs, device="meta")) if layer.statistics else ()
+        return record(launch_input_grad, y, x, *norm, weight, stride, tiling, skip_grad, *correction)
     return record(launch_weight_grad, y, x, *norm, taps, stride, tiling)
 
 

@@ -92,13 +92,17 @@ def _shape(conv: nn.Conv2d, samples: int, height: int, width: int) -> Shape | No
     return Shape(samples, conv.in_channels, height, width, conv.out_channels, taps, stride)
 
 
-def folded(network: WideResNet) -> list[bool]:
-    """Return whether each block's result is used by one layer and its skip alone, so that its gradient is one tensor.
+def gradients(network: WideResNet) -> tuple[list[bool], list[bool]]:
+    """Return how the kernels of each block's input gradients add other gradients; see `norm_act_conv`.
 
-    Elsewhere the gradients of a convolution and of a shortcut are added, in a pass that adds that of the statistics.
+    Returns:
+        `folds` of the second convolution: the next block has no shortcut, so that its first convolution returns the
+        whole gradient of this block's result. A pass over gradients adds that of a shortcut, and can add that of the
+        statistics. `folds` of the first convolution is always true.
+        `skips` of the first convolution: the block has no shortcut.
     """
-    blocks = list(cast("Iterable[ResidualBlock]", network.body))
-    return [*(block.shortcut is None for block in blocks[1:]), False]
+    skips = [block.shortcut is None for block in cast("Iterable[ResidualBlock]", network.body)]
+    return [*skips[1:], False], skips
 
 
 class _Activations(NamedTuple):
@@ -187,12 +191,13 @@ class _Layers:
             tracked = merge_moments(partial[: len(partial) * first // samples], first * height * width)
         return _Activations(y, moments, tracked), skip
 
-    def block(self, block: ResidualBlock, x: _Activations, tilings: BlockTilings, folds: bool) -> _Activations:
-        """Compute a residual block; see `ResidualBlock.forward`, and `norm_act_conv` for `folds`."""
+    def block(
+        self, block: ResidualBlock, x: _Activations, tilings: BlockTilings, folds: bool, skips: bool
+    ) -> _Activations:
+        """Compute a residual block; see `ResidualBlock.forward`, and `gradients` for the last two arguments."""
         moments = self.moments(block.norm1, x)
         skip: Tensor | None = x.values
         if tilings.conv1 is not None:
-            skips = block.shortcut is None
             inner, skip = self.fused(block.conv1, block.norm1, x, moments, tilings.conv1, folds=True, skips=skips)
         else:
             activated = self.activate(block.norm1, x, moments)
@@ -230,7 +235,7 @@ def forward(
     """
     layers = _Layers(images.dtype, network.training, track, stats_samples)
     x = layers.measure(network.first_convolution(images))
-    for block, chosen, folds in zip(network.body, tilings, folded(network), strict=True):
-        x = layers.block(block, x, chosen, folds)
+    for block, chosen, folds, skips in zip(network.body, tilings, *gradients(network), strict=True):
+        x = layers.block(cast("ResidualBlock", block), x, chosen, folds, skips)
     features = layers.activate(network.norm, x, layers.moments(network.norm, x)).mean((2, 3))
     return network.head(features), network.rotation_head(features)

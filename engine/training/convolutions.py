@@ -41,7 +41,7 @@ from engine.training.execution import Execution
 from engine.training.state import TrainState
 from kernels import convolution, norm_act_conv
 from kernels.convolution import Shape
-from kernels.norm_act_conv import Moments, Tilings
+from kernels.norm_act_conv import Tilings
 from pipelines.files import checked_json, first_line, read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,16 @@ class Layer(NamedTuple):
         residual: Whether a residual is added to the result.
         second: Whether another convolution normalizes the same input: a shortcut of activations. Its result has no
             statistics.
+        folds: Whether the input gradient's kernel adds the gradient of the statistics; see `norm_act_conv`.
+        skips: Whether it also adds the gradient of a skip connection, likewise.
     """
 
     shape: Shape
     mode: str
     residual: bool = False
     second: bool = False
+    folds: bool = False
+    skips: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -115,8 +119,10 @@ def library_bytes(layer: Layer, itemsize: int) -> Library:
     normalization = x if layer.mode == "eval" and not layer.residual else 2 * x
     if layer.second:  # The other convolution pays for the normalization, and two gradients are added in either case.
         return Library(0, x, 0)
-    # The sums of batch norm's backward read the gradient and x.
-    return Library(normalization + addition, 2 * x, 2 * x)
+    # The sums of batch norm's backward read the gradient and x. Without the kernel, another pass reads the gradient of
+    # y and y, and writes the former, and such a pass before this layer reads the gradient of the skip connection.
+    input_grad = (3 if layer.skips else 2) * x + (3 * y if layer.folds else 0)
+    return Library(normalization + addition, input_grad, 2 * x)
 
 
 def choose_convolutions(
@@ -198,12 +204,13 @@ def choose_tilings(
     for one in passes:
         counted = stats_samples if one.mode == "train" else None
         choose = cache(partial(_choose, times=times, stats_samples=counted, first=first))
-        blocks = []
-        for shapes in fused.shapes(network, *one[1:]):
-            both: tuple[Layer, ...] = (Layer(shapes.conv1, one.mode),) if shapes.conv1 else ()
+        blocks, train = [], one.mode == "train"
+        for folds, skips, shapes in zip(*fused.gradients(network), fused.shapes(network, *one[1:]), strict=True):
+            first_layer = partial(Layer, mode=one.mode, folds=train, skips=train and skips)
+            both: tuple[Layer, ...] = (first_layer(shapes.conv1),) if shapes.conv1 else ()
             both += (Layer(shapes.shortcut, one.mode, second=True),) if shapes.shortcut else ()
             # Convolutions of the same activations use the operator together, or none does.
-            second = (Layer(shapes.conv2, one.mode, residual=True),) if shapes.conv2 else ()
+            second = (Layer(shapes.conv2, one.mode, residual=True, folds=train and folds),) if shapes.conv2 else ()
             chosen, chosen_second = choose(both), choose(second)
             each = [*chosen, *chosen_second]
             conv1, shortcut = [*(choice.tilings for choice in chosen), None, None][:2]
@@ -434,18 +441,20 @@ def functions(layer: Layer, dtype: torch.dtype, device: torch.device) -> Iterato
     weight = random(s.outputs, s.inputs, s.taps, s.taps, scale=(s.inputs * s.taps**2) ** -0.5)
     grad = random(s.samples, s.outputs, s.height // s.stride, s.width // s.stride)
     residual = torch.zeros_like(grad) if layer.residual else None
+    correction = (random(*grad.shape), *torch.ones(2, s.outputs, device=device)) if layer.folds else ()
+    skip_grad = random(*x.shape) if layer.skips else None
     mean, ones = torch.zeros(s.inputs, device=device), torch.ones(s.inputs, device=device)
-    norm, moments = (mean, ones, ones, mean), Moments(mean, ones)
+    norm = mean, ones, ones, mean
     statistics = layer.mode != "eval" and not layer.second
     fixed = (None, [s.stride] * 2, [s.taps // 2] * 2, [1, 1], False, [0, 0], 1)
     ours = torch.ops.remixmatch
 
     def forward(tiling: tuple[int, ...]) -> Callable[[], Any]:
-        arguments = (x, moments, ones, mean, 0.0, weight, residual, s.stride, Tilings(tiling), statistics)
-        return torch.no_grad()(lambda: norm_act_conv.norm_act_conv(*arguments))
+        return lambda: ours.norm_act_conv(x, *norm, weight, residual, s.stride, statistics, tiling)
 
     def input_grad(tiling: tuple[int, ...]) -> Callable[[], Any]:
-        return lambda: ours.norm_act_conv_input_grad(grad, x, *norm, weight, s.stride, tiling)
+        arguments = (grad, x, *norm, weight, s.stride, tiling, skip_grad, *correction)
+        return lambda: ours.norm_act_conv_input_grad(*arguments)
 
     def weight_grad(tiling: tuple[int, ...]) -> Callable[[], Any]:
         return lambda: ours.norm_act_conv_weight_grad(grad, x, *norm, s.taps, s.stride, tiling)

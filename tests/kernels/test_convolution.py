@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.step.issue import recorded
 from kernels.convolution import Shape, launch_forward, launch_input_grad, launch_weight_grad, tilings
-from kernels.norm_act_conv import Moments, Tilings, merge_moments, norm_act_conv
+from kernels.norm_act_conv import Moments, Tilings, merge_moments, moments_of, norm_act_conv
 
 EPSILON = 1e-3
 # (inputs, outputs, width, taps, stride) of every convolution of WRN-28-2 on 32x32 and WRN-37-2 on 96x96.
@@ -30,7 +31,11 @@ LAYERS = [
 
 
 class Layer:
-    """Inputs of a layer, and its results and gradients in float64 by autograd."""
+    """Inputs of a layer, and its results and gradients in float64 by autograd.
+
+    `grad` is the gradient of y with its mean and variance held fixed. `total` also has their part, from gradients
+    `mean_grad` and `var_grad`, and is what the other gradients follow from.
+    """
 
     def __init__(self, shape, dtype, residual=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +53,9 @@ class Layer:
         self.weight = activations(normal(outputs, inputs, taps, taps) / (taps * inputs**0.5))
         self.gamma, self.beta = 0.5 + torch.rand(inputs, generator=generator), normal(inputs)
         self.residual = activations(normal(*result)) if residual else None
-        self.grad = activations(normal(*result))
+        self.grad, self.skip_grad = activations(normal(*result)), activations(normal(*self.x.shape))
+        pixels = samples * (height // stride) * (width // stride)
+        self.mean_grad, self.var_grad = pixels * normal(outputs), pixels * normal(outputs) / 4
 
         x, weight = self.x.double(), self.weight.double().requires_grad_()
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
@@ -61,9 +68,17 @@ class Layer:
         self.y = F.conv2d(activated, weight, stride=stride, padding=taps // 2)
         if residual:
             self.y = self.y + self.residual.double()
-        self.y.backward(self.grad.double())
-        self.y = self.y.detach()
+        self.y.retain_grad()
+        y_mean = self.y.mean((0, 2, 3))
+        y_var = (self.y - y_mean[:, None, None]).square().mean((0, 2, 3))
+        through_moments = (y_mean * self.mean_grad.double()).sum() + (y_var * self.var_grad.double()).sum()
+        ((self.y * self.grad.double()).sum() + through_moments).backward()
+        self.total, self.y = self.y.grad, self.y.detach()
+        self.y_mean = y_mean.detach().float()
+        self.rounded_y, self.rounded_total = activations(self.y), activations(self.total)
         self.normalized_grad, self.weight_grad = normalized.grad, weight.grad
+        scale = (self.gamma.double() / (var + EPSILON).sqrt())[:, None, None]
+        self.x_grad = normalized.grad * scale + self.skip_grad.double()
         self.sums = torch.stack(
             [self.normalized_grad.sum((0, 2, 3)), (self.normalized_grad * (x - mean[:, None, None])).sum((0, 2, 3))]
         )
@@ -79,15 +94,20 @@ def error(values, exact):
 
 
 def todays_path(layer):
-    """Compute y, the gradient before the leaky ReLU, and the weight gradient by separate operators of torch."""
+    """Compute y, the gradients of y, x and the weight by separate operators of torch; see `Layer`."""
     stride, padding = layer.shape.stride, layer.shape.taps // 2
     weight = layer.weight.clone().requires_grad_()
     normalized = F.batch_norm(layer.x, None, None, layer.gamma, layer.beta, True, 0.0, EPSILON).requires_grad_()
     y = F.conv2d(F.leaky_relu(normalized, 0.1), weight, stride=stride, padding=padding)
     if layer.residual is not None:
         y = y + layer.residual
-    y.backward(layer.grad)
-    return y.detach(), normalized.grad, weight.grad
+    centered = layer.rounded_y.float() - layer.y_mean[:, None, None]
+    pixels = y.numel() // y.shape[1]
+    correction = (layer.mean_grad[:, None, None] + 2 * layer.var_grad[:, None, None] * centered) / pixels
+    total = (layer.grad.float() + correction).to(y.dtype)
+    y.backward(total)
+    x_grad = (normalized.grad.float() * (layer.gamma * layer.rstd)[:, None, None]).to(y.dtype) + layer.skip_grad
+    return y.detach(), total, x_grad, weight.grad
 
 
 def few_programs(tiling, rows):
@@ -97,15 +117,22 @@ def few_programs(tiling, rows):
     return (min(tiling[0], 2), tiling[1], rows, *tiling[3:])
 
 
-def run(interpreter, layer, which, tiling):
-    """Run one kernel in the interpreter."""
+def run(interpreter, layer, which, tiling, folds=True):
+    """Run one kernel in the interpreter. That of the input gradient computes the gradient of y if `folds`."""
     stride, taps = layer.shape.stride, layer.shape.taps
     if which == "forward":
         arguments = (layer.x, *layer.norm, layer.weight, layer.residual, stride, True, tiling)
         return interpreter(launch_forward, *arguments)
+    rounded = layer.rounded_total
     if which == "input_grad":
-        return interpreter(launch_input_grad, layer.grad, layer.x, *layer.norm, layer.weight, stride, tiling)
-    return interpreter(launch_weight_grad, layer.grad, layer.x, *layer.norm, taps, stride, tiling)
+        arguments = (layer.x, *layer.norm, layer.weight, stride, tiling, layer.skip_grad)
+        if not folds:
+            return interpreter(launch_input_grad, rounded, *arguments)
+        pixels = layer.y.numel() // len(layer.y_mean)
+        factor = 2 * layer.var_grad / pixels
+        offset = layer.mean_grad / pixels - factor * layer.y_mean
+        return interpreter(launch_input_grad, layer.grad, *arguments, layer.rounded_y, factor, offset)
+    return interpreter(launch_weight_grad, rounded, layer.x, *layer.norm, taps, stride, tiling)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +145,7 @@ def test_error_is_at_most_that_of_separate_operators(interpreter, layer):
     layer = Layer(
         Shape(samples, inputs, (4 if inputs < 64 else 2) * stride, width, outputs, taps, stride), torch.float16
     )
-    y, normalized_grad, weight_grad = todays_path(layer)
+    y, total, x_grad, weight_grad = todays_path(layer)
     results = {
         which: run(interpreter, layer, which, few_programs(tilings(layer.shape, which)[0], 2))
         for which in ("forward", "input_grad", "weight_grad")
@@ -128,8 +155,9 @@ def test_error_is_at_most_that_of_separate_operators(interpreter, layer):
     mean, var = merge_moments(partial, layer.y.numel() // outputs)
     assert error(mean, layer.y.mean((0, 2, 3))) < 1e-3
     assert error(var, layer.y.var((0, 2, 3), correction=0)) < 1e-3
-    g, sums = results["input_grad"]
-    assert error(g, layer.normalized_grad) <= 1.01 * error(normalized_grad, layer.normalized_grad)
+    found, sums, found_total = results["input_grad"]
+    assert error(found_total, layer.total) <= 1.01 * error(total, layer.total)
+    assert error(found, layer.x_grad) <= 1.01 * error(x_grad, layer.x_grad)
     assert error(sums.sum(0), layer.sums) < 1e-3
     assert error(results["weight_grad"].sum(0), layer.weight_grad) <= 1.01 * error(weight_grad, layer.weight_grad)
 
@@ -148,7 +176,7 @@ def test_error_is_at_most_that_of_separate_operators(interpreter, layer):
 )
 def test_every_tiling_computes_the_same(interpreter, shape, which):
     layer = Layer(shape, torch.float16, residual=False)
-    exact = {"forward": layer.y, "input_grad": layer.normalized_grad, "weight_grad": layer.weight_grad}[which]
+    exact = {"forward": layer.y, "input_grad": layer.x_grad, "weight_grad": layer.weight_grad}[which]
     every = {
         few_programs(tiling, rows)
         for capability in (80, 90)
@@ -161,6 +189,7 @@ def test_every_tiling_computes_the_same(interpreter, shape, which):
         assert error(found.sum(0) if which == "weight_grad" else found[0], exact) < 1e-3
         if which == "input_grad":
             assert error(found[1].sum(0), layer.sums) < 1e-3
+            assert error(found[2], layer.total) < 1e-3
 
 
 def test_statistics_are_those_of_tiles_in_the_order_of_samples(interpreter):
@@ -188,16 +217,28 @@ def test_bfloat16(interpreter):
     y, partial = run(interpreter, layer, "forward", (64, 2, 32, 32, 4, 1))
     assert y.dtype is torch.bfloat16 and partial.dtype is torch.float32
     assert error(y, layer.y) < 0.01
-    assert error(run(interpreter, layer, "input_grad", (64, 2, 32, 32, 4, 1))[0], layer.normalized_grad) < 0.01
+    for folds in (True, False):
+        x_grad, _, total = run(interpreter, layer, "input_grad", (64, 2, 32, 32, 4, 1), folds)
+        assert x_grad.dtype == total.dtype == torch.bfloat16 and error(x_grad, layer.x_grad) < 0.01
+        assert error(total, layer.total) < 0.01 if folds else not len(total)
     weight_grad = run(interpreter, layer, "weight_grad", (3, 128, 2, 32, 32, 4, 8, 1)).sum(0)
     assert error(weight_grad, layer.weight_grad) < 0.01
 
 
 def test_no_statistics_no_residual(interpreter):
     layer = Layer(Shape(4, 16, 2, 16, 32, 3, 1), torch.float16, residual=False)
-    arguments = (layer.x, *layer.norm, layer.weight, None, 1, False, (64, 2, 32, 16, 4, 1), (), ())
+    arguments = (layer.x, *layer.norm, layer.weight, None, 1, False, (64, 2, 32, 16, 4, 1))
     y, partial = interpreter(launch_forward, *arguments)
     assert error(y, layer.y) < 1e-3 and partial.shape == (0, 2, 32)
+
+
+@pytest.mark.parametrize("shape", [Shape(4, 16, 2, 16, 32, 3, 1), Shape(16, 16, 4, 8, 32, 3, 2)], ids=str)
+def test_an_input_gradient_alone(interpreter, shape):
+    """Without gradients of statistics or of a skip connection to add."""
+    layer = Layer(shape, torch.float16)
+    rounded, tiling = layer.rounded_total, (64, 2, 16, 32, 4, 1)
+    x_grad, _, total = interpreter(launch_input_grad, rounded, layer.x, *layer.norm, layer.weight, shape.stride, tiling)
+    assert error(x_grad, layer.x_grad - layer.skip_grad.double()) < 1e-3 and total.shape == (0,)
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -211,7 +252,7 @@ def test_no_statistics_no_residual(interpreter):
     ],
     ids=str,
 )
-def test_results_have_the_layout_that_torch_compile_expects(shape, statistics, recorded_launch):
+def test_results_have_the_layout_that_torch_compile_expects(shape, statistics):
     samples, inputs, height, width, outputs, taps, stride = shape
 
     def activations(*sizes):
@@ -223,17 +264,18 @@ def test_results_have_the_layout_that_torch_compile_expects(shape, statistics, r
     )
     weight, norm = activations(outputs, inputs, taps, taps), [torch.empty(inputs, device="meta") for _ in range(4)]
     forward, input_grad, weight_grad = (tilings(shape, which)[0] for which in ("forward", "input_grad", "weight_grad"))
-    ours, launched = torch.ops.remixmatch, []
+    correction = (x, grad, *torch.empty(2, outputs, device="meta")) if statistics else ()
+    ours = torch.ops.remixmatch
     for launcher, operator, arguments in (
-        (launch_forward, ours.norm_act_conv, (x, *norm, weight, None, stride, statistics, forward, (), ())),
-        (launch_input_grad, ours.norm_act_conv_input_grad, (grad, x, *norm, weight, stride, input_grad)),
+        (launch_forward, ours.norm_act_conv, (x, *norm, weight, None, stride, statistics, forward)),
+        (launch_input_grad, ours.norm_act_conv_input_grad, (grad, x, *norm, weight, stride, input_grad, *correction)),
         (launch_weight_grad, ours.norm_act_conv_weight_grad, (grad, x, *norm, taps, stride, weight_grad)),
     ):
-        launched.clear()
-        recorded_launch(lambda launcher=launcher, arguments=arguments: launched.append(launcher(*arguments)))
-        expected = operator(*arguments)
+        with recorded():
+            launched = launcher(*arguments)
         both = zip(
-            *((each,) if isinstance(each, torch.Tensor) else each for each in (launched[0], expected)), strict=True
+            *((each,) if isinstance(each, torch.Tensor) else each for each in (launched, operator(*arguments))),
+            strict=True,
         )
         for one, other in both:
             assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
@@ -269,9 +311,10 @@ def test_unsupported_shapes(shape):
 
 
 @pytest.mark.parametrize("by_library", [False, True])
+@pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("shape", [Shape(8, 16, 4, 8, 32, 3, 2), Shape(8, 16, 4, 8, 32, 1, 1)], ids=str)
-def test_gradients_of_the_layer(shape, by_library):
-    """The operator on a CPU, with all gradients, those through the statistics included."""
+def test_gradients_of_the_layer(shape, folds, by_library):
+    """The operator on a CPU, with all gradients: through the statistics of x and of y, and through a skip connection."""
     layer = Layer(shape, torch.bfloat16)
     leaves = [layer.x, layer.gamma, layer.beta, layer.weight, layer.residual]
     exact = [leaf.double().requires_grad_() for leaf in leaves]
@@ -279,13 +322,21 @@ def test_gradients_of_the_layer(shape, by_library):
     normalized = F.batch_norm(x, None, None, gamma, beta, True, 0.0, EPSILON)
     activated = torch.where(normalized > 0, normalized, 0.1 * normalized)
     y = F.conv2d(activated, weight, stride=shape.stride, padding=shape.taps // 2) + residual
-    y.backward(layer.grad.double())
+    y_mean = y.mean((0, 2, 3))
+    statistics = y_mean, (y - y_mean[:, None, None]).square().mean((0, 2, 3))
+    loss = (y * layer.grad.double()).sum() + (x * layer.skip_grad.double()).sum()
+    weights = layer.mean_grad, layer.var_grad
+    (loss + sum((each * w.double()).sum() for each, w in zip(statistics, weights, strict=True))).backward()
 
     x, gamma, beta, weight, residual = (leaf.detach().requires_grad_() for leaf in leaves)
     chosen = Tilings((16, 2), *((), ()) if by_library else ((16, 2), (3,)))
-    found, partial = norm_act_conv(x, layer.moments, gamma, beta, EPSILON, weight, residual, shape.stride, chosen)
-    found.backward(layer.grad)
+    arguments = (gamma, beta, EPSILON, weight, residual, shape.stride, chosen, True, folds, True)
+    found, moments, partial, skip = norm_act_conv(x, moments_of(x), *arguments)
+    loss = (found.float() * layer.grad).sum() + (skip.float() * layer.skip_grad).sum()
+    (loss + sum((each * w).sum() for each, w in zip(moments, weights, strict=True))).backward()
     assert error(found, y.detach()) < 4e-3
+    for each, reference in zip(moments, statistics, strict=True):
+        assert error(each.detach(), reference.detach()) < 4e-3
     for leaf, reference in zip((x, gamma, beta, weight, residual), exact, strict=True):
         assert leaf.grad.dtype == leaf.dtype
         assert error(leaf.grad, reference.grad) < 5e-3
@@ -303,7 +354,7 @@ def test_gradients_are_given_to_the_kernels_in_channels_last():
 
     x, chosen = layer.x.requires_grad_(), Tilings((16, 2), (16, 2), (3,))
     norm = layer.moments, layer.gamma, layer.beta, EPSILON
-    found, _ = norm_act_conv(x, *norm, layer.weight.requires_grad_(), None, 2, chosen)
+    found = norm_act_conv(x, *norm, layer.weight.requires_grad_(), None, 2, chosen).y
     with See():
         found.backward(layer.grad.contiguous())
     assert seen == [True, True]
