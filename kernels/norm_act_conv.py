@@ -284,9 +284,7 @@ class _NormActConv(torch.autograd.Function):
         skips: bool,
     ) -> tuple[Tensor, ...]:
         norm = mean, rstd, gamma, beta
-        y, partial = torch.ops.remixmatch.norm_act_conv(
-            x, *norm, weight, residual, stride, statistics, tilings.forward
-        )
+        y, partial = torch.ops.remixmatch.norm_act_conv(x, *norm, weight, residual, stride, statistics, tilings.forward)
         moments = merge_moments(partial, y.numel() // y.shape[1]) if statistics else ()
         ctx.save_for_backward(x, *norm, weight, *((y, moments[0]) if moments else ()))
         ctx.stride, ctx.tilings, ctx.has_residual = stride, tilings, residual is not None

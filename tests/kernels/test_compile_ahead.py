@@ -1,89 +1,41 @@
-"""Compile every kernel without a GPU, for all supported GPUs: no register spills, wide loads and stores.
-
-The tests compile the recorded launch and specialize its arguments as Triton would on a GPU, where the allocator
-aligns tensors to more than 16 bytes.
-"""
+"""Compile every kernel without a GPU, for all supported GPUs: no register spills, wide loads and stores."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 from packaging import version
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from bench.step.issue import Layer, compile_launch, disassemble, record, record_convolution, resources
 from kernels.assemble import launch_assemble_batch
 from kernels.augment import launch_augment_views
-from kernels.convolution import Shape, launch_forward, launch_input_grad, launch_weight_grad, tilings
+from kernels.convolution import Shape, tilings
 from kernels.guess import launch_guess_labels
 
 ARCHITECTURES = (80, 90, 100)
-POINTERS = {
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compile_launch(launch, architecture):
-    """Compile a recorded launch for compute capability `architecture` / 10."""
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        aligned = False
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], aligned = POINTERS[value.dtype], True
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options=launch.options)
-
-
-def disassemble(compiled, folder):
-    """Return the resource usage by name, and the machine code."""
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    usage, code = (
-        subprocess.run([CUOBJDUMP, option, binary], capture_output=True, text=True, check=True).stdout
-        for option in ("--dump-resource-usage", "-sass")
-    )
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, code
-
-
-def assert_no_spill(compiled, launch, title, folder, capsys, most=0):
+def assert_no_spill(compiled, launch, title, capsys, most=0):
     """Check that at most `most` registers are spilled, print a line, and return register count and machine code."""
-    usage, code = disassemble(compiled, folder)
+    usage, code = resources(compiled.asm["cubin"]), disassemble(compiled.asm["cubin"])
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     with capsys.disabled():
         print(
-            f"\n{title}: {usage['REG']} registers x {launch.options['num_warps']} warps, {spills} spills, "
+            f"\n{title}: {usage['registers']} registers x {launch.options['num_warps']} warps, {spills} spills, "
             f"{compiled.metadata.shared} bytes shared",
             end="",
         )
-    assert usage["STACK"] <= 4 * most and usage["LOCAL"] == 0 and spills <= most
-    return usage["REG"], code
+    assert usage["spilled_bytes"] <= 4 * most and spills <= most
+    return usage["registers"], code
 
 
 @pytest.mark.parametrize(
     ("batch", "classes", "architecture"),
     [(64, classes, architecture) for classes in (10, 1000) for architecture in ARCHITECTURES] + [(64, 100, 90)],
 )
-def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
-    launch = recorded_launch(
+def test_guess(batch, classes, architecture, capsys):
+    launch = record(
         launch_guess_labels,
         torch.zeros(batch, classes, dtype=torch.bfloat16),
         torch.zeros(128, classes),
@@ -92,7 +44,7 @@ def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
         0.5,
     )
     compiled = compile_launch(launch, architecture)
-    assert_no_spill(compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", tmp_path, capsys)
+    assert_no_spill(compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", capsys)
     ptx = compiled.asm["ptx"]
     # Histories with 100 and 1000 classes are read 128 bits at a time. 10 floats are not a multiple of 128 bits.
     assert ("ld.global.v4.b32" in ptx) == (classes > 10)
@@ -105,9 +57,9 @@ def test_guess(batch, classes, architecture, recorded_launch, tmp_path, capsys):
     + [(224, torch.bfloat16, 90), (32, torch.float32, 90)],
     ids=str,
 )
-def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
+def test_assemble(side, dtype, architecture, capsys):
     indices = torch.zeros(2, dtype=torch.int64)
-    launch = recorded_launch(
+    launch = record(
         launch_assemble_batch,
         torch.zeros(2, side, side, 3, dtype=torch.uint8),
         indices,
@@ -120,7 +72,7 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
     )
     compiled = compile_launch(launch, architecture)
     title = f"assemble {side} x {side} {str(dtype).removeprefix('torch.')}, sm_{architecture}"
-    registers, code = assert_no_spill(compiled, launch, title, tmp_path, capsys)
+    registers, code = assert_no_spill(compiled, launch, title, capsys)
     # With 96 registers, a multiprocessor (65 536 registers) runs 640 threads, which have 20 KB of loads in flight. An
     # H200 needs 16 KB: 2.15 TB/s of reads (and as much of writes), 132 multiprocessors, a latency of about 1 us.
     assert registers <= 96
@@ -130,11 +82,11 @@ def test_assemble(side, dtype, architecture, recorded_launch, tmp_path, capsys):
         assert "cvt.rn.bf16x2.f32" in compiled.asm["ptx"]  # Rounds to nearest.
 
 
-def test_assemble_with_eight_channels(recorded_launch, tmp_path, capsys):
+def test_assemble_with_eight_channels(capsys):
     indices, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     tensors = (views, indices, indices, torch.zeros(2), indices, torch.zeros(3), torch.ones(3))
-    launch = recorded_launch(launch_assemble_batch, *tensors, torch.bfloat16, 8)
-    registers, code = assert_no_spill(compile_launch(launch, 90), launch, "assemble, 8 channels", tmp_path, capsys)
+    launch = record(launch_assemble_batch, *tensors, torch.bfloat16, 8)
+    registers, code = assert_no_spill(compile_launch(launch, 90), launch, "assemble, 8 channels", capsys)
     assert registers <= 96 and "STG.E.128" in code
 
 
@@ -144,8 +96,8 @@ def test_assemble_with_eight_channels(recorded_launch, tmp_path, capsys):
     # A compilation takes seconds, so larger sides are compiled for one architecture each.
     + [(20, 31, 90), (128, 128, 80), (224, 224, 90), (256, 256, 100)],
 )
-def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys):
-    launch = recorded_launch(
+def test_augment(height, width, architecture, capsys):
+    launch = record(
         launch_augment_views,
         torch.zeros(2, height, width, 3, dtype=torch.uint8),
         torch.zeros(2, dtype=torch.int64),
@@ -158,7 +110,7 @@ def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys)
     title = f"augment {height} x {width}, sm_{architecture}"
     # Older compilers spill a few values outside the loops over pixels.
     most = 0 if version.parse(triton.__version__) >= version.parse("3.9") else 24
-    registers, _ = assert_no_spill(compiled, launch, title, tmp_path, capsys, most)
+    registers, _ = assert_no_spill(compiled, launch, title, capsys, most)
     # Six views of 32 x 32 fit on a multiprocessor, so all 704 views of a step are resident on an H200's 132.
     assert registers * 32 * launch.options["num_warps"] * (6 if height == 32 else 3) <= 65_536
     # Like PIL, the kernel rounds after the product and after the sum.
@@ -166,37 +118,18 @@ def test_augment(height, width, architecture, recorded_launch, tmp_path, capsys)
 
 
 LAYERS = {  # The training pass of the paper's step, K = 8 and B = 64.
-    "32-32": Shape(768, 32, 32, 32, 32, 3, 1),
-    "16-32": Shape(768, 16, 32, 32, 32, 3, 1),
-    "16-32, 1x1": Shape(768, 16, 32, 32, 32, 1, 1),
-    "32-64, stride 2": Shape(768, 32, 32, 32, 64, 3, 2),
-    "64-64": Shape(768, 64, 16, 16, 64, 3, 1),
-    "64-128, stride 2": Shape(768, 64, 16, 16, 128, 3, 2),
-    "128-128": Shape(768, 128, 8, 8, 128, 3, 1),
-    "256-256": Shape(512, 256, 12, 12, 256, 3, 1),
+    "32-32": Layer(Shape(768, 32, 32, 32, 32, 3, 1), residual=True),
+    "16-32": Layer(Shape(768, 16, 32, 32, 32, 3, 1)),
+    "16-32, 1x1": Layer(Shape(768, 16, 32, 32, 32, 1, 1), statistics=False),
+    "32-64, stride 2": Layer(Shape(768, 32, 32, 32, 64, 3, 2)),
+    "64-64": Layer(Shape(768, 64, 16, 16, 64, 3, 1), residual=True),
+    "64-128, stride 2": Layer(Shape(768, 64, 16, 16, 128, 3, 2)),
+    "128-128": Layer(Shape(768, 128, 8, 8, 128, 3, 1), residual=True),
+    "256-256": Layer(Shape(512, 256, 12, 12, 256, 3, 1), residual=True),
 }
 
 
-def convolution_launch(recorded_launch, shape, which, tiling):
-    """Record the launch of a kernel of `norm_act_conv` with a residual and statistics."""
-    samples, inputs, height, width, outputs, taps, stride = shape
-
-    def activations(channels, scale=1):
-        sizes = (samples, channels, height // scale, width // scale)
-        return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
-
-    x, y = activations(inputs), activations(outputs, stride)
-    weight = torch.empty(outputs, inputs, taps, taps, dtype=torch.bfloat16, device="meta")
-    weight = weight.to(memory_format=torch.channels_last)
-    norm = [torch.empty(inputs, device="meta") for _ in range(4)]
-    if which == "forward":
-        return recorded_launch(launch_forward, x, *norm, weight, y, stride, True, tiling)
-    if which == "input_grad":
-        return recorded_launch(launch_input_grad, y, x, *norm, weight, stride, tiling)
-    return recorded_launch(launch_weight_grad, y, x, *norm, taps, stride, tiling)
-
-
-@pytest.mark.parametrize("which", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("which", ["forward", "input_grad", "input_grad alone", "weight_grad"])
 @pytest.mark.parametrize(
     ("layer", "architecture"),
     [
@@ -206,16 +139,18 @@ def convolution_launch(recorded_launch, shape, which, tiling):
         for architecture in ARCHITECTURES
     ],
 )
-def test_convolution(layer, architecture, which, recorded_launch, tmp_path, capsys):
-    found = tilings(LAYERS[layer], which, architecture)
+def test_convolution(layer, architecture, which, capsys):
+    """The input gradient alone adds no other gradients."""
+    one, (which, *alone) = LAYERS[layer], which.split()
+    found = tilings(one.shape, which, architecture)
     assert found
     for tiling in found:
-        launch = convolution_launch(recorded_launch, LAYERS[layer], which, tiling)
+        launch = record_convolution(Layer(one.shape, statistics=False) if alone else one, which, tiling)
         compiled = compile_launch(launch, architecture)
         title = f"{which} {layer} {tiling}, sm_{architecture}"
-        registers, code = assert_no_spill(compiled, launch, title, tmp_path, capsys)
+        registers, code = assert_no_spill(compiled, launch, title, capsys)
         assert registers * 32 * launch.options["num_warps"] <= 65_536
         assert compiled.metadata.shared <= {80: 163, 90: 227, 100: 227}[architecture] * 1024
-        if architecture == 90 and LAYERS[layer].taps == 3:
+        if architecture == 90 and one.shape.taps == 3:
             assert "HGMMA" in code
         assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code  # Activations are loaded 16 bytes at a time.

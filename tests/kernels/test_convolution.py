@@ -314,7 +314,7 @@ def test_unsupported_shapes(shape):
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("shape", [Shape(8, 16, 4, 8, 32, 3, 2), Shape(8, 16, 4, 8, 32, 1, 1)], ids=str)
 def test_gradients_of_the_layer(shape, folds, by_library):
-    """The operator on a CPU, with all gradients: through the statistics of x and of y, and through a skip connection."""
+    """The operator on a CPU, with all gradients, also through the statistics of x and y and a skip connection."""
     layer = Layer(shape, torch.bfloat16)
     leaves = [layer.x, layer.gamma, layer.beta, layer.weight, layer.residual]
     exact = [leaf.double().requires_grad_() for leaf in leaves]

@@ -52,6 +52,9 @@ def test_bytes_of_the_passes_that_the_operator_saves():
     assert library_bytes(CONV1, 2) == (2 * X + Y, 2 * X, 2 * X)
     assert library_bytes(CONV2, 2) == (2 * X + 3 * Y, 2 * X, 2 * X)
     assert library_bytes(CONV1._replace(second=True), 2) == (0, X, 0)
+    # The gradient of y is read with y, and written with that of the statistics; that of a skip connection is read.
+    assert library_bytes(CONV2._replace(folds=True), 2) == (2 * X + 3 * Y, 2 * X + 3 * Y, 2 * X)
+    assert library_bytes(CONV1._replace(folds=True, skips=True), 2).input_grad == 3 * X + 3 * Y
     assert library_bytes(CONV1._replace(mode="guess"), 2).forward == 2 * X + Y
     assert library_bytes(CONV1._replace(mode="eval"), 2).forward == X
     assert library_bytes(CONV2._replace(mode="eval"), 2).forward == 2 * X + 3 * Y
@@ -120,6 +123,42 @@ def test_a_network_uses_the_faster_kernels(monkeypatch, caplog):
 def test_cudnn_is_used_where_it_is_as_fast(monkeypatch):
     offer(monkeypatch)
     assert choose({"forward 16 2": 0.97, "forward cudnn": 0.98}) == {}
+
+
+def test_gradients_that_each_layer_adds():
+    """The last block of a scale has no successor with a skip connection; the first has a shortcut."""
+    seen = []
+
+    def see(layer, tilings):
+        seen.append(layer)
+        return tilings
+
+    choose_tilings(WideResNet(3, scales=2, blocks=2, width=32), [Pass("train", 64, 8, 8)], None, None, first=see)
+    found = [(layer.shape.outputs, layer.residual, layer.second, layer.folds, layer.skips) for layer in seen]
+    assert found == [
+        (32, False, False, True, False), (32, False, True, False, False), (32, True, False, True, False),
+        (32, False, False, True, True), (32, True, False, False, False),
+        (64, False, False, True, False), (64, True, False, True, False),
+        (64, False, False, True, True), (64, True, False, False, False),
+    ]  # fmt: skip
+    seen.clear()
+    choose_tilings(WideResNet(3, scales=2, blocks=2, width=32), [Pass("guess", 64, 8, 8)], None, None, first=see)
+    assert seen and not any(layer.folds or layer.skips for layer in seen)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_gradients_are_timed_as_they_are_computed(monkeypatch, adds):
+    offer(monkeypatch)
+    seen = []
+    monkeypatch.setattr(torch.ops.remixmatch, "norm_act_conv_input_grad", lambda *arguments: seen.append(arguments))
+    dict(convolutions.functions(CONV1._replace(folds=adds, skips=adds), BF16, CPU))["input_grad 16 4"]()
+    ((grad, x, *_, skip_grad), *correction) = (seen[0][:10], *seen[0][10:])
+    assert x.shape == (2, 16, 8, 8) and grad.shape == (2, 32, 4, 4)
+    if adds:
+        y, factor, offset = correction
+        assert skip_grad.shape == x.shape and y.shape == grad.shape and factor.shape == offset.shape == (32,)
+    else:
+        assert skip_grad is None and not correction
 
 
 def test_convolutions_of_the_same_activations_use_the_operator_together():
@@ -223,7 +262,7 @@ def test_triton_takes_the_first_tilings_that_work(monkeypatch):
     found = choose_tilings(deep, passes, None, None, first=first)[passes[0]]
     only = Tilings((16, 2), (16, 4), ())
     assert found[1] == found[2] == (only, only, None)
-    assert len(called) == 4, "each layer is tried once"
+    assert len(called) == 6, "each of three layers is tried once"
 
 
 def test_times_are_cached(monkeypatch, cache, caplog):
