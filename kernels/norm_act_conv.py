@@ -184,9 +184,11 @@ def norm_act_conv_input_grad_reference(
         The gradient of x, (N, C, H, W) like x. (T, 2, C) float32: the sums of g and of g * (x - mean) over each tile of
         x, where g is the gradient of batch norm's result. And `grad + factor * y + offset`, like y; empty without y.
     """
-    total = grad.new_empty(0) if y is None else _corrected(grad, y, factor, offset)
+    total = grad.new_empty(0)
+    if y is not None and factor is not None and offset is not None:
+        grad = total = _corrected(grad, y, factor, offset)
     size, padding = list(x.shape), weight.shape[2] // 2
-    activation_grad = conv2d_input(size, weight.float(), (grad if y is None else total).float(), stride, padding)
+    activation_grad = conv2d_input(size, weight.float(), grad.float(), stride, padding)
     return *_norm_act_grad(activation_grad, x, mean, rstd, gamma, beta, skip_grad, tiling), total
 
 
@@ -294,7 +296,8 @@ class _NormActConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _, *others: Tensor) -> tuple[Tensor | None, ...]:
-        x, *norm, weight = ctx.saved_tensors[:6]
+        x, mean, rstd, gamma, beta, weight = ctx.saved_tensors[:6]
+        norm, taps = (mean, rstd, gamma, beta), weight.shape[2]
         grad = grad.contiguous(memory_format=torch.channels_last)
         skip_grad = others[-1].contiguous(memory_format=torch.channels_last) if ctx.skips else None
         correction: tuple[Tensor, ...] = ()
@@ -303,7 +306,6 @@ class _NormActConv(torch.autograd.Function):
             correction = y, *_correction(y, y_mean, *others[:2])
             if not (ctx.folds and ctx.tilings.input_grad):
                 grad, correction = _corrected(grad, *correction), ()
-        taps = weight.shape[2]
         if ctx.tilings.input_grad:
             x_grad, sums, total = torch.ops.remixmatch.norm_act_conv_input_grad(
                 grad, x, *norm, weight, ctx.stride, ctx.tilings.input_grad, skip_grad, *correction
@@ -325,7 +327,7 @@ class _NormActConv(torch.autograd.Function):
             # compares.
             weight_grad = torch.empty_like(weight).copy_(partial.sum(0))
         residual_grad = grad if ctx.has_residual else None
-        norm_grads = _norm_grads(sums, *norm[1:3])
+        norm_grads = _norm_grads(sums, rstd, gamma)
         return x_grad, *norm_grads, weight_grad, residual_grad, None, None, None, None, None
 
 
@@ -337,9 +339,9 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        x, *norm = ctx.saved_tensors
-        x_grad, sums = _norm_act_grad(grad, x, *norm)
-        return x_grad, *_norm_grads(sums, *norm[1:3])
+        x, mean, rstd, gamma, beta = ctx.saved_tensors
+        x_grad, sums = _norm_act_grad(grad, x, mean, rstd, gamma, beta)
+        return x_grad, *_norm_grads(sums, rstd, gamma)
 
 
 def norm_act(x: Tensor, moments: Moments, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:

@@ -177,19 +177,19 @@ class _Layers:
         Also returns x for a skip connection if `skips`; see `norm_act_conv`.
         """
         weight, statistics = conv.weight.to(self.dtype), statistics and self.training
-        y, moments, partial, skip = norm_act_conv(
+        y, its_moments, partial, skip = norm_act_conv(
             x.values, moments, norm.weight, norm.bias, BN_EPS, weight, residual, conv.stride[0], tilings, statistics,
             folds, skips,
         )  # fmt: skip
         tracked, first = None, self.stats_samples
-        if moments is None:
+        if its_moments is None:
             return _Activations(y, None, None), skip
         samples, _, height, width = y.shape
         if self.track and first is not None and first < samples:
             block = tilings.forward[0]
             assert not first * width % block, "these tilings are for other running statistics"
             tracked = merge_moments(partial[: len(partial) * first // samples], first * height * width)
-        return _Activations(y, moments, tracked), skip
+        return _Activations(y, its_moments, tracked), skip
 
     def block(
         self, block: ResidualBlock, x: _Activations, tilings: BlockTilings, folds: bool, skips: bool
