@@ -85,7 +85,9 @@ def tilings(shape: Shape, which: str, capability: int | None = None) -> list[tup
             choices.reverse()  # With fewer registers, twice as many warps run at the same time.
     elif inputs <= 64:
         block_o = min(outputs, 64)
-        choices = [(64, block_o, inputs, 8, 1), (64, block_o, inputs, 8, 2)]
+        choices = [(64, block_o, inputs, 8, 1)]
+        if stride == 1 or capability < 100:  # It spills on later ones.
+            choices += [(64, block_o, inputs, 8, 2)]
         # With 64 positions, the warps of a chain of sums compute some of them twice.
         choices.insert(0 if stride == 1 else 1, (128, block_o, inputs, 8, 1))
     else:
@@ -310,6 +312,7 @@ def _rows_kernel(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = tl.arange(0, BLOCK_C)
     source = pixel * C_IN + c[None, :]
+    inputs = x + source
     at = pixel * C_OUT + o[None, :]
     has_left, anywhere, has_right = (column > 0)[:, None], (column >= 0)[:, None], (column < W - 1)[:, None]
     weights, scale, shift = _parameters(weight, mean, rstd, gamma, beta, c, o, 9, C_IN, C_OUT, BACKWARD)
@@ -340,12 +343,13 @@ def _rows_kernel(
                 y_factor, y_offset = _correction(factor, offset, block * BLOCK_C + c)
             for kx in tl.static_range(3):
                 inside = left if kx == 0 else (center if kx == 1 else right)
-                read = source + (r * (W * C_IN) + (kx - 1) * C_IN + block * BLOCK_C)
+                distance = r * (W * C_IN) + (kx - 1) * C_IN + block * BLOCK_C
                 if y is not None:
                     stored = own & (r >= first_row) & (r < first_row + ROWS)
+                    read = source + distance
                     value = _load_corrected(x, y, total, read, inside, y_factor, y_offset, stored, kx == 1, DOT)
                 else:
-                    value = _load(x + read, inside, scale, shift, not BACKWARD, DOT)
+                    value = _load(inputs + distance, inside, scale, shift, not BACKWARD, DOT)
                 at_block = weights + block * CHUNK
                 above = tl.dot(value, _weight(kept, at_block, 6 + kx, TAP, BLOCK_C == C_IN, DOT), above)
                 level = tl.dot(value, _weight(kept, at_block, 3 + kx, TAP, BLOCK_C == C_IN, DOT), level)
