@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.models import fused
 from engine.models.batch_norm import BatchNorm
@@ -140,6 +141,26 @@ def test_a_fused_training_pass_is_as_exact_as_todays(form, first, width):
         assert error(value, exact[name]) < allowed, name
         assert value.dtype == today[name].dtype and value.stride() == today[name].stride(), name
     assert any(not torch.equal(value, today[name]) for name, value in results.items())
+
+
+def test_kernels_add_gradients_where_no_shortcut_does():
+    """Of the input gradients of four blocks, two with a shortcut: with that of the statistics, of a skip connection."""
+    network, images, weights = make(32)
+    network.tilings = tilings(network, FORMS["all"])
+    seen = []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.remixmatch.norm_act_conv_input_grad.default:
+                skip_grad, y = (*args[9:11], None, None)[:2]
+                seen.append((y is not None, skip_grad is not None))
+            return function(*args, **(kwargs or {}))
+
+    with See():
+        train(network, images, weights, FIRST)
+    # In the order of the backward pass. The first block's shortcut is last or last but one.
+    assert seen[:6] == [(False, False), (True, True), (True, False), (True, False), (False, False), (True, True)]
+    assert seen[6] == (True, False) and sorted(seen[7:]) == [(False, False), (True, False)]
 
 
 def test_running_variances_are_unbiased_and_of_the_first_samples():
