@@ -289,19 +289,22 @@ def rules(usb: Usb) -> Iterator[tuple[str, Rule, Rule]]:
     )
     yield "SoftMatch", engine_rule("softmatch", gaussian, threshold_decay=DECAY), softmatch(2, False)
 
-    def dash(batch: Batch) -> Result:
-        mask = rho.masking(reduced, batch.weak)
-        return Result(usb.targets(reduced, batch.weak, use_hard_label=reduced.use_hard_label, T=0.5), mask, rho.rho)
+    def dash(rho_hat: float) -> Rule:
+        # USB's counter selects the first stage at step 0. Here it follows a warm-up on labeled images.
+        algorithm = usb.algorithm(rho_init=torch.tensor(rho_hat), T=0.5, it=0, num_iter_per_epoch=1)
+        masking = usb.of("dash").DashThresholdingHook(0.05, 1.27, 1.0001)
+        masking.update(algorithm)
+        masking.rho, algorithm.it = torch.as_tensor(masking.rho), 1
+
+        def rule(batch: Batch) -> Result:
+            mask = masking.masking(algorithm, batch.weak)
+            targets = usb.targets(algorithm, batch.weak, use_hard_label=algorithm.use_hard_label, T=0.5)
+            return Result(targets, mask, masking.rho)
+
+        return rule
 
     for rho_hat, labels in ((1.0, "soft"), (0.01, "hard")):
-        # USB's counter selects the first stage at step 0. Here it follows a warm-up on labeled images.
-        reduced, rho = (
-            usb.algorithm(rho_init=torch.tensor(rho_hat), T=0.5, it=0, num_iter_per_epoch=1),
-            usb.of("dash").DashThresholdingHook(0.05, 1.27, 1.0001),
-        )
-        rho.update(reduced)
-        rho.rho, reduced.it = torch.as_tensor(rho.rho), 1
-        yield f"Dash, {labels} labels", dash_rule(rho_hat), dash
+        yield f"Dash, {labels} labels", dash_rule(rho_hat), dash(rho_hat)
 
     def adamatch(batch: Batch) -> Result:
         weak, labeled = batch.weak.softmax(-1), batch.labeled.softmax(-1)
