@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config.checks import validate
+from engine.config.checks import check_data, validate
 from engine.config.config import Config, changes
 from engine.config.presets import PRESETS, PUBLISHED
 from engine.distributed import collectives
@@ -58,7 +58,7 @@ def share(make: Callable[[], RunSetup]) -> RunSetup:
     if own:
         return own[0]
     try:
-        data = open_data(config.dataset, begun=rest[-1])
+        _, data = check_data(config, open_data(config.dataset, begun=rest[-1]))
     except UserError as error:
         raise RankError(str(error)) from error
     if changed := changed_parts(parts, fingerprint(data), parts):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,14 +17,16 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
-from engine.config.checks import FOLDER, check_seed, check_size, folder_name
-from engine.config.config import load_config
-from engine.errors import UserError, near_names, nearest_hint, printable, unknown
-from engine.runs.setup import open_data
+from engine.config.checks import FOLDER, check_size, folder_name
+from engine.config.config import Config, field_types, load_config
+from engine.config.presets import PRESETS, of_data_set
+from engine.config.values import choices
+from engine.errors import UserError, near_names, printable, unknown
+from engine.runs.setup import open_data, setup_run
 from pipelines.data import cache
 from pipelines.data.cache import DataSet
 from pipelines.data.datasets import DATASETS, PREPARED
-from pipelines.data.splits import RULES, compare, digest, image_digest, read_indices
+from pipelines.data.splits import compare, digest, read_indices
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ SUBCOMMANDS = {
     "prepare": "prepare a data set (downloaded if necessary) or a folder of your own images",
     "list": "list all data sets, and which of them are prepared",
     "info": "show image counts per class, mean and standard deviation, and sample images",
-    "split": "show which images a rule and a seed label",
+    "split": "show which images a preset, or a rule and a seed, label",
     "check-split": "compare the split of a run, or a list of indices, with a rule",
 }
 _SHOWN = 20  # Items shown of a long list.
@@ -87,42 +90,54 @@ class InfoOptions(_DataOptions):
     """Verify the checksums of the prepared files."""
 
 
-@dataclass
-class SplitOptions(_DataOptions):
-    """Show which images keep their label."""
-
-    name: Name = ""
-    """Name of a data set, or a prepared folder."""
-    labels: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(required, except with --rule all)")
-    ] = None
-    """Number of labeled images."""
-    seed: int = 1
-    """Seed of the split."""
-    rule: str = "paper"
-    """Rule that picks the labeled images: paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
-    json: bool = False
-    """Print a JSON object like the split.json of a run."""
+def _selection() -> list[tuple[str, Any, Any]]:
+    """Return the fields of the flags that decide which images are labeled, the same as those of `remixmatch train`."""
+    found: list[tuple[str, Any, Any]] = []
+    for each in dataclasses.fields(Config):
+        if each.metadata.get("section") == "data":
+            kind = field_types()[each.name]
+            metavar = "{" + ",".join(choices(kind)) + "}" if choices(kind) else None
+            hint = tyro.conf.arg(help=each.metadata["help"], metavar=metavar, help_behavior_hint="(default: see above)")
+            found.append((each.name, Annotated[kind | None, hint], field(default=None)))
+    return found
 
 
-@dataclass
-class CheckSplitOptions(_DataOptions):
-    """Compare a split with a rule. The exit code is 1 if they differ."""
+_FOLDER = Annotated[
+    Path | None,
+    tyro.conf.arg(metavar="DIR", help="Prepared folder of images, instead of --dataset.", help_behavior_hint=""),
+]
 
-    split: Annotated[
-        Path | None,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="SPLIT", help_behavior_hint="(required)"),
-    ] = None
-    """A run's folder, or a file of image indices: JSON, numpy, or one index per line."""
-    data: Annotated[str, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the run's)")] = ""
-    """Name of the data set, or a prepared folder."""
-    labels: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: as many as in SPLIT)")] = 0
-    """Number of labeled images."""
-    seed: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the run's, or 1)")] = None
-    """Seed of the rule."""
-    rule: str = "paper"
-    """Rule that picks the labeled images: paper, balanced, usb, torchssl, fixmatch-pytorch or all."""
+SplitOptions: Any = dataclasses.make_dataclass(
+    "SplitOptions",
+    [
+        ("name", Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME", help="Name of a preset, of a data "
+        "set, or a prepared folder.", help_behavior_hint="(required)")], field(default="")),
+        *_selection(),
+        ("data", _FOLDER, field(default=None)),
+        ("json", Annotated[bool, tyro.conf.arg(help="Print the content of a run's split.json.")], field(default=False)),
+    ],
+    bases=(_DataOptions,),
+    namespace={
+        "__doc__": "Show which images `remixmatch train PRESET` labels, and how many of each class.\n\n"
+        "Defaults are the preset's. Those of a data set are its presets', without --labels."
+    },
+)  # fmt: skip
+
+CheckSplitOptions: Any = dataclasses.make_dataclass(
+    "CheckSplitOptions",
+    [
+        ("given", Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="SPLIT", help="A run's folder, or "
+        "a file of image indices: JSON, numpy, or one index per line.", help_behavior_hint="(required)")],
+        field(default=None)),
+        *_selection(),
+        ("data", _FOLDER, field(default=None)),
+    ],
+    bases=(_DataOptions,),
+    namespace={
+        "__doc__": "Compare a split with the rule that chooses it. The exit code is 1 if they differ.\n\n"
+        "Defaults are the run's. Those of a file are its data set's, and as many labels as in the file."
+    },
+)  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -350,51 +365,65 @@ def _draw(data: DataSet, path: Path) -> None:
         raise UserError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _labeled_indices(rule: str, data: DataSet, labels: int, seed: int) -> np.ndarray:
-    if rule not in RULES:
-        raise UserError(f"--rule must be one of {', '.join(RULES)}; got '{rule}'{nearest_hint(rule, RULES)}")
-    if rule == "all" and labels:
-        raise UserError("--rule all uses every label; leave out --labels, or give another rule")
-    check_seed(seed)
-    try:
-        return RULES[rule](data, labels, seed)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def _configuration(base: Config, options: Any) -> Config:
+    """Return a configuration with the given flags applied, as in `remixmatch train`.
+
+    Raises:
+        UserError: Flags contradict each other.
+    """
+    given = {name: value for name, *_ in _selection() if (value := getattr(options, name)) is not None}
+    if options.data is not None:
+        if "dataset" in given:
+            raise UserError("--dataset and --data both name the images; leave out one of them")
+        given["dataset"] = folder_name(options.data)
+    config = dataclasses.replace(base, **given)
+    if config.split == "all" and "labels" in given:
+        raise UserError("--split all uses every label; leave out --labels, or give another --split")
+    return config
 
 
-def _split(options: SplitOptions) -> None:
-    data = open_data(data_name(options.name))
-    labels = options.labels
-    if labels is None and options.rule in RULES and options.rule != "all":
-        known = int((data.train_labels >= 0).sum())
-        raise UserError(f"--labels is required, from 1 to {known} (or --rule all)")
-    indices = _labeled_indices(options.rule, data, labels or 0, options.seed)
-    content = {
-        "dataset": data.name, "seed": options.seed, "labels": len(indices), "split": options.rule,
-        "train_rows": indices.tolist(), "sha256": digest(indices),
-        "images_sha256": image_digest(data.train_images, indices),
-    }  # fmt: skip
+def _split(options: Any) -> None:
+    name = options.name
+    if name in PRESETS:
+        config = _configuration(PRESETS[name], options)
+    else:
+        named = data_name(name)
+        if options.dataset is not None or options.data is not None:
+            raise UserError(f"--dataset and --data need a preset, and {name} is a data set")
+        config = _configuration(of_data_set(named), options)
+        if options.labels is None and config.split != "all" and not config.n1:
+            known = int((open_data(named).train_labels >= 0).sum())
+            raise UserError(f"--labels is required, from 1 to {known} (or --split all, or a preset instead of {name})")
+    setup = setup_run(config)
     if options.json:
-        print(json.dumps(content))
+        print(json.dumps(setup.identity))
         return
+    data, indices, content = setup.data, setup.split, setup.identity
     print(" ".join(map(str, indices.tolist())))
-    counts = np.bincount(data.train_labels[indices], minlength=len(data.classes))
-    per_class = ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
-    print(printable(f"labels per class: {per_class}"))
+    print(printable(f"labels per class: {_per_class(data, indices)}"))
+    if "unlabeled_per_class" in content:
+        print(printable(f"unlabeled images per class: {_per_class(data, data.unlabeled_indices)}"))
     print(f"SHA-256 of the indices {content['sha256']}\nSHA-256 of the images {content['images_sha256']}")
 
 
-def _check_split(options: CheckSplitOptions) -> None:
-    if options.split is None:
+def _per_class(data: DataSet, indices: np.ndarray) -> str:
+    labels = data.train_labels[indices]
+    counts = np.bincount(labels[labels >= 0], minlength=len(data.classes))
+    return ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
+
+
+def _check_split(options: Any) -> None:
+    path = options.given
+    if path is None:
         raise UserError("missing argument SPLIT: give a run's folder, or a file of image indices")
-    name, seed = options.data, options.seed
-    path = options.split
     if path.is_dir():
-        config = load_config(path / "config.json")
-        name, seed, path = name or config.dataset, config.seed if seed is None else seed, path / "split.json"
-    if not name:
-        raise UserError("--data is required to check a file; give the name of its data set")
-    data, seed = open_data(data_name(name)), 1 if seed is None else seed
+        base, path = dataclasses.replace(load_config(path / "config.json"), log="none"), path / "split.json"
+    elif options.dataset is None and options.data is None:
+        raise UserError("--dataset or --data is required to check a file; name its images")
+    else:
+        base = of_data_set(data_name(options.dataset) if options.dataset else folder_name(options.data))
+    config = _configuration(base, options)
+    data = open_data(config.dataset)
     try:
         given = read_indices(path)
     except ValueError as error:
@@ -403,10 +432,11 @@ def _check_split(options: CheckSplitOptions) -> None:
         raise UserError(
             f"{path} contains index {max(given)}, but {data.name} has only {len(data.train_images)} training images"
         )
-    labels = options.labels or (0 if options.rule == "all" else len(given))
-    expected = _labeled_indices(options.rule, data, labels, seed)
+    if options.labels is None:
+        config = dataclasses.replace(config, labels=len(given))
+    expected = setup_run(config, data=data).split
     result = compare(expected, given)
-    compared = f"rule {options.rule}, {len(expected)} labels of {data.name}, seed {seed}"
+    compared = f"rule {config.split}, {len(expected)} labels of {data.name}, seed {config.seed}"
     if result.same:
         print(f"identical to {compared}; SHA-256 {digest(expected)}")
         return

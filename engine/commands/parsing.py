@@ -30,6 +30,7 @@ DataDir = Annotated[
     ),
 ]
 
+RENAMED = {"--rule": "--split"}  # Flags of earlier versions.
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 
 
@@ -148,6 +149,8 @@ def _mistake(event: Any, flags: Mapping[str, Any], argv: Sequence[str], usage: s
     words = [word.partition("=")[0] for word in itertools.takewhile("--".__ne__, argv)]
     unknown = [word for word in words if word.startswith("--") and word.replace("_", "-") not in flags]
     unknown = unknown or [token for token in tokens if token.startswith("-") and token.partition("=")[0] in words]
+    if unknown and unknown[0].partition("=")[0] in RENAMED:
+        return f"{unknown[0].partition('=')[0]} is now {RENAMED[unknown[0].partition('=')[0]]} (see '{usage}')"
     if unknown:
         given = unknown[0].lstrip("-").partition("=")[0].replace("_", "-")
         near = nearest_hint(given, [flag[2:] for flag in flags], prefix="--")

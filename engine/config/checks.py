@@ -17,7 +17,7 @@ from engine.config.values import shown
 from engine.errors import UserError, unknown
 from pipelines.data.cache import DataSet
 from pipelines.data.datasets import DATASETS
-from pipelines.data.splits import RULES
+from pipelines.data.imbalance import choose
 
 CLIENTS = ("wandb", "trackio")  # Loggers that may send metrics to a server.
 FOLDER = "folder:"  # Prefix of the name of a data set that is a folder of images; the folder's path follows.
@@ -49,6 +49,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "cudnn_plans": 0,
         "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0, "dash_epoch_kimg": 0,
+        "n1": 0, "m1": 0,
     }  # fmt: skip
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
     for name, bound in minimum.items():
@@ -80,6 +81,11 @@ def validate(config: Config, ranks: int = 1) -> None:
     for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold", "threshold_decay"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{_flag(name)} must be between 0 and 1, got {shown(getattr(config, name))}")
+    for name, none in (("imbalance", ()), ("imbalance_labeled", (0,)), ("imbalance_unlabeled", (0,))):
+        if not (abs(getattr(config, name)) >= 1 or getattr(config, name) in none):
+            raise UserError(f"{_flag(name)} must be at least 1, or at most -1, got {shown(getattr(config, name))}")
+    if config.n1 and not config.class_ratios.of_labeled:
+        raise UserError("--n1 requires --imbalance or --imbalance-labeled; without them, --labels sets the labels")
     _check_method(config)
     _check_log(config.log)
     check_name(config.dataset)
@@ -222,7 +228,7 @@ def read_prior(path: Path, classes: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(prior[name] / total for name in classes)
 
 
-def check_data(config: Config, data: DataSet) -> np.ndarray:
+def check_data(config: Config, data: DataSet) -> tuple[np.ndarray, DataSet]:
     """Choose the training images that keep their label, and check the configuration against its data.
 
     Args:
@@ -230,15 +236,20 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
         data: Its data set.
 
     Returns:
-        Indices of training images, (labels,) int64; see `pipelines.data.splits`.
+        Indices of training images, (labels,) int64, see `pipelines.data.splits`; and the data set with the unlabeled
+        images of the run.
 
     Raises:
         UserError: The data set does not have what the configuration requires.
     """
     try:
-        split = RULES[config.split](data, config.labels, config.seed)
+        split, unlabeled = choose(data, config.split, config.labels, config.seed, config.class_ratios)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if unlabeled is not None:
+        data = dataclasses.replace(data, unlabeled=unlabeled)
+    if config.class_distribution and config.marginal != "running":
+        raise UserError(f"--marginal {config.marginal} and a given class distribution are mutually exclusive")
     if len(config.class_distribution) not in (0, len(data.classes)):
         raise UserError(
             f"--class-distribution needs {len(data.classes)} numbers, one per class, "
@@ -254,7 +265,7 @@ def check_data(config: Config, data: DataSet) -> np.ndarray:
         raise UserError(
             f"--max-shift must be less than the images' shorter side of {min(sides)} pixels, got {config.max_shift}"
         )
-    return split
+    return split, data
 
 
 def _flag(name: str) -> str:

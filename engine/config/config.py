@@ -20,6 +20,7 @@ from typing import Any, Literal, get_type_hints
 
 from engine.config.values import convert
 from engine.errors import UserError, unknown
+from pipelines.data.imbalance import Imbalance
 from pipelines.files import read_file
 
 # Sections of the command-line help, in order.
@@ -142,6 +143,12 @@ class Config:
         "labeled examples.",
         counted=False,
     )
+    marginal: Literal["running", "labels", "uniform"] = _method(
+        "running",
+        "p(y) without --class-distribution: 'running', the running marginal of the labeled examples; 'labels', the "
+        "class frequencies of all labeled images, from the first step on; or 'uniform'.",
+        counted=False,
+    )
     marginal_decay: float = _method(
         0.999,
         "Decay of the running label marginal p(y).",
@@ -184,6 +191,20 @@ class Config:
         "implementations do; or 'all', every image with a label.",
     )
     seed: int = _data(0, "Seed of the label split, the initial weights, and all random draws, below 2^32.")
+    imbalance: float = _data(
+        1.0,
+        "gamma: images of the first class per image of the last one, decaying exponentially in between, for labeled "
+        "and unlabeled images. A negative value reverses the order of the classes; 1 leaves them as they are.",
+    )
+    imbalance_labeled: float = _data(0.0, "gamma of the labeled images; 0 for that of --imbalance.")
+    imbalance_unlabeled: float = _data(0.0, "gamma of the unlabeled images; 0 for that of --imbalance.")
+    n1: int = _data(
+        0, "N_1: labeled images of the largest class, instead of --labels; 0 derives it from --labels. Needs a gamma."
+    )
+    m1: int = _data(
+        0,
+        "M_1: unlabeled images of the largest class, in addition to the labeled ones; 0 for as many as there are.",
+    )
 
     # Augmentation
     augment: Literal["ctaugment", "randaugment", "none"] = _augmentation(
@@ -401,6 +422,12 @@ class Config:
     def unlabeled(self) -> bool:
         """Whether the method uses unlabeled images."""
         return self.method != "supervised"
+
+    @property
+    def class_ratios(self) -> Imbalance:
+        """Class ratios of the training images."""
+        gammas = (self.imbalance_labeled or self.imbalance, self.imbalance_unlabeled or self.imbalance)
+        return Imbalance(*gammas, self.n1, self.m1)
 
     def micro_batches_of(self, ranks: int) -> int:
         """Return M, the number of micro-batches of a step over `ranks` ranks: at least one each."""

@@ -146,6 +146,13 @@ def preset(name: str) -> Config:
     raise unknown("preset", name, PRESETS)
 
 
+def of_data_set(name: str) -> Config:
+    """Return a configuration for a data set alone, with the split rule of its presets."""
+    known = "folder" if name.startswith("folder:") else name
+    rule = next((each.split for each in PRESETS.values() if each.dataset == known), Config().split)
+    return Config(dataset=name, split=rule, network="auto", max_shift=-1)
+
+
 def command(config: Config) -> list[str]:
     """Return the arguments of `remixmatch` that train exactly this configuration: `train PRESET --flag value ...`.
 

@@ -107,7 +107,7 @@ class Targets(nn.Module):
             one_hot: (B, L) float32 over all ranks, the labels of the step.
             losses: (len(LOSSES),) float32 in the order of `engine.method.losses.LOSSES`, means over all ranks.
         """
-        if not self.config.class_distribution:
+        if self.config.marginal == "running" and not self.config.class_distribution:
             self.label_marginal.lerp_(one_hot.mean(0), 1 - self.config.marginal_decay)
 
     @property

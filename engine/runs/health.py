@@ -81,6 +81,9 @@ class Health:
         self.chance = float(-(seen * np.log(seen)).sum())  # loss_x of the best constant prediction
         # The limit of p(y): the running average is partly uniform for its first thousands of steps.
         self.p_data = np.asarray(config.class_distribution or frequencies)
+        if config.marginal == "uniform":
+            self.p_data = np.full(len(frequencies), 1 / len(frequencies))
+        self.given = bool(config.class_distribution) or config.marginal == "uniform"
         ramp = config.ramp_kimg * 1024 / config.batch
         self.late = max(min(max(ramp, 1024), 16384, config.steps / 4), HOLD)
         memory = max(1 / max(1 - config.ema_decay, 1e-9), 1 / max(config.bn_momentum, 1e-9))
@@ -184,7 +187,7 @@ class Health:
             )
         lost = np.flatnonzero((self._ratio(p_model) > RATIO) & (p_data >= self._notable))
         # A given p(y) may be wrong for several classes; `_ratio_stuck` reports that.
-        if c.class_distribution or len(lost) < max(2, LOST_CLASSES * len(p_data)):
+        if self.given or len(lost) < max(2, LOST_CLASSES * len(p_data)):
             return ""
         names = ", ".join(self.classes[each] for each in lost[:5]) + (", ..." if len(lost) > 5 else "")
         return (
@@ -248,8 +251,8 @@ class Health:
             return ""
         worst = int(np.where(limit, np.abs(np.log(ratio)), -1).argmax())
         advice = (
-            "whether --class-distribution or --class-prior matches the images"
-            if self.config.class_distribution
+            "whether --class-distribution, --class-prior or --marginal matches the images"
+            if self.given
             else "the labels of this class; if the class frequencies of images and labels differ, set --class-prior"
         )
         return (

@@ -74,12 +74,31 @@ def describe(config: Config, data: DataSet, split: np.ndarray, before: Mapping[s
         "class_names": list(data.classes),
         "sides": list(data.sides),
         "data": parts,
+        **_class_counts(config, data, split),
     }
     unread = isinstance(old, dict) and old.get("unlabeled images") == parts["unlabeled images"]
     if not (unread and content["images_sha256"] and before.get("sha256") == indices):
         content["images_sha256"] = image_digest(data.train_images, split)
     if not config.unlabeled:  # Such a run uses only the labeled images, which are recorded on their own.
         del parts["unlabeled images"], parts["training labels"]
+    return content
+
+
+def _class_counts(config: Config, data: DataSet, split: np.ndarray) -> dict[str, Any]:
+    """Return the images per class and the unlabeled images, if their ratios are set; see `pipelines.data.imbalance`."""
+    ratios = config.class_ratios
+    if not (ratios.of_labeled or ratios.of_unlabeled):
+        return {}
+
+    def per_class(indices: np.ndarray) -> list[int]:
+        known = data.train_labels[indices]
+        return np.bincount(known[known >= 0], minlength=len(data.classes)).tolist()
+
+    content: dict[str, Any] = {"imbalance": [ratios.labeled, ratios.unlabeled], "labels_per_class": per_class(split)}
+    if config.unlabeled:
+        content["unlabeled_per_class"] = per_class(data.unlabeled_indices)
+        if data.unlabeled is not None:
+            content["unlabeled_rows"] = data.unlabeled.tolist()
     return content
 
 

@@ -33,7 +33,7 @@ class RunSetup:
 
     Attributes:
         config: Complete configuration; fields that depend on the data are resolved.
-        data: The data set named by `config`.
+        data: The data set named by `config`, with the unlabeled images of the run.
         split: (labels,) int64, indices of the labeled training images.
         folder: Folder of the run; None if nothing is saved.
         resumed: Whether the folder already contains this run.
@@ -80,7 +80,7 @@ def setup_run(
     config = resolve(config, data)
     if class_prior:
         config = dataclasses.replace(config, class_distribution=read_prior(class_prior, data.classes))
-    split = check_data(config, data)
+    split, data = check_data(config, data)
     try:
         resumed = check_folder(config, folder, resume) if folder else False
     except UserError:

@@ -19,7 +19,7 @@ from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, PublishedError, preset
 from engine.config.scaling import scaled
 from engine.errors import UserError, unknown
-from engine.runs.setup import setup_run
+from engine.runs.setup import open_data, setup_run
 from engine.studies.jobs import Job
 from pipelines.data.cache import DataSet
 
@@ -231,9 +231,10 @@ def with_data(entries: Sequence[Entry]) -> list[Entry]:
     found = []
     for entry in entries:
         try:
-            setup = setup_run(entry.job.config, data=opened.get(entry.job.config.dataset))
+            config = entry.job.config
+            opened[config.dataset] = opened.get(config.dataset) or open_data(config.dataset)
+            setup = setup_run(config, data=opened[config.dataset])
         except UserError as error:
             raise UserError(f"{entry.job.label}: {error}") from None
-        opened[setup.config.dataset] = setup.data
         found.append(dataclasses.replace(entry, job=dataclasses.replace(entry.job, config=setup.config)))
     return found

@@ -84,6 +84,8 @@ class Trainer:
         )
         self.timeout, self.check_ranks, self.callback = timeout, check_ranks, callback
         counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
+        if config.marginal == "labels":
+            self.state.targets.label_marginal.copy_(torch.from_numpy(counts / counts.sum()))
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)
         self.guessed = guessed_images(config, data, split, self.feed.images_per_step)
         self.throughput = Throughput(self.feed.images_per_step, config.lr, self.execution.device)

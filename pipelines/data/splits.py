@@ -40,14 +40,11 @@ def paper(data: DataSet, labeled: int, seed: int) -> np.ndarray:
         if seed >= len(data.folds):
             raise ValueError(f"--seed must select one of the published folds 0 to {len(data.folds) - 1}, got {seed}")
         return np.sort(data.folds[seed])
-    by_class = [np.flatnonzero(data.train_labels == c) for c in data.class_order or range(len(data.classes))]
+    orders = _paper_orders(data, seed)
+    by_class = [orders[c] for c in data.class_order or range(len(data.classes))]
     share = np.array([len(images) for images in by_class], dtype=np.float64)
     # For data sets with folds, the authors assume equally frequent classes.
     share = np.ones(len(by_class)) if data.folds else share / share.max()
-    if seed:
-        rng = _legacy_generator(seed)
-        for images in by_class:
-            rng.shuffle(images)
     taken = np.zeros(len(by_class), dtype=np.int64)
     chosen = []
     for _ in range(labeled):
@@ -84,10 +81,7 @@ def balanced(data: DataSet, labeled: int, seed: int) -> np.ndarray:
             f"--labels: a balanced split of {labeled} labels needs {each} images per class, but class {rarest} has "
             f"{counts.min()}; use at most {counts.min() * classes} labels"
         )
-    rng = stream(seed, _STREAM, 1)
-    return np.sort(
-        np.concatenate([rng.permutation(np.flatnonzero(data.train_labels == c))[:each] for c in range(classes)])
-    )
+    return np.sort(np.concatenate([images[:each] for images in _balanced_orders(data, seed)]))
 
 
 def usb(data: DataSet, labeled: int, seed: int) -> np.ndarray:
@@ -100,13 +94,8 @@ def usb(data: DataSet, labeled: int, seed: int) -> np.ndarray:
         ValueError: See `balanced`.
     """
     balanced(data, labeled, 0)  # Raises the same errors.
-    rng = _legacy_generator(seed)
-    chosen = []
-    for c in range(len(data.classes)):
-        images = np.flatnonzero(data.train_labels == c)
-        rng.shuffle(images)
-        chosen.append(images[: labeled // len(data.classes)])
-    return np.sort(np.concatenate(chosen))
+    each = labeled // len(data.classes)
+    return np.sort(np.concatenate([images[:each] for images in _usb_orders(data, seed)]))
 
 
 def everything(data: DataSet, labeled: int, seed: int) -> np.ndarray:
@@ -145,6 +134,29 @@ def hold_out(
     return kept, [labeled[index] for index in sorted(tested)]
 
 
+def _paper_orders(data: DataSet, seed: int) -> list[np.ndarray]:
+    """Return the images of each class in the order in which `paper` labels them; those of the source for seed 0."""
+    orders = [np.flatnonzero(data.train_labels == c) for c in range(len(data.classes))]
+    if seed:
+        rng = _legacy_generator(seed)
+        for c in data.class_order or range(len(data.classes)):
+            rng.shuffle(orders[c])
+    return orders
+
+
+def _balanced_orders(data: DataSet, seed: int) -> list[np.ndarray]:
+    rng = stream(seed, _STREAM, 1)
+    return [rng.permutation(np.flatnonzero(data.train_labels == c)) for c in range(len(data.classes))]
+
+
+def _usb_orders(data: DataSet, seed: int) -> list[np.ndarray]:
+    rng = _legacy_generator(seed)
+    orders = [np.flatnonzero(data.train_labels == c) for c in range(len(data.classes))]
+    for images in orders:
+        rng.shuffle(images)
+    return orders
+
+
 RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
     "balanced": balanced,
     "paper": paper,
@@ -152,6 +164,14 @@ RULES: dict[str, Callable[[DataSet, int, int], np.ndarray]] = {
     "torchssl": usb,
     "fixmatch-pytorch": usb,
     "all": everything,
+}
+# The images of each class in the order in which a rule labels them: functions of (data set, seed).
+ORDERS: dict[str, Callable[[DataSet, int], list[np.ndarray]]] = {
+    "balanced": _balanced_orders,
+    "paper": _paper_orders,
+    "usb": _usb_orders,
+    "torchssl": _usb_orders,
+    "fixmatch-pytorch": _usb_orders,
 }
 
 

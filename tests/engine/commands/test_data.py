@@ -95,8 +95,8 @@ def test_help_and_invalid_input(capsys, tmp_path):
     for command in ("info", "split", "prepare"):
         assert "unknown data set 'cifar-10'; did you mean cifar10" in fails(capsys, "data", command, "cifar-10")
         assert "unknown data set 'digit'; did you mean digits?" in fails(capsys, "data", command, "digit")
-    assert "--labels is required, from 1 to 1437 (or --rule all)" in fails(capsys, "data", "split", "digits")
-    papr = fails(capsys, "data", "split", "digits", "--rule", "papr")
+    assert "--labels is required, from 1 to 1437 (or --split all" in fails(capsys, "data", "split", "digits")
+    papr = fails(capsys, "data", "split", "digits", "--split", "papr")
     assert papr.endswith("; got 'papr'; did you mean paper?\n")
     assert "has no labeled images" in fails(capsys, "data", "prepare", "empty", "--size", 16)
     assert "no is not a folder" in fails(capsys, "train", "folder", "--data", "no")
@@ -129,13 +129,12 @@ def test_list_and_info(capsys, tmp_path):
 
 def test_splits_are_printed_and_checked(capsys, tmp_path):
     indices = RULES["paper"](digits(), 40, 3).tolist()
-    printed = json.loads(say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3, "--json"))
+    words = ["data", "split", "digits", "--labels", 40, "--seed", 3, "--split", "paper"]
+    printed = json.loads(say(capsys, *words, "--json"))
     assert printed["train_rows"] == indices and len(printed["sha256"]) == len(printed["images_sha256"]) == 64
-    assert say(capsys, "data", "split", "digits", "--labels", 40, "--seed", 3).splitlines()[0] == " ".join(
-        map(str, indices)
-    )
+    assert say(capsys, *words).splitlines()[0] == " ".join(map(str, indices))
     (tmp_path / "theirs.txt").write_text("\n".join(map(str, reversed(indices))))
-    check = ["data", "check-split", "theirs.txt", "--data", "digits"]
+    check = ["data", "check-split", "theirs.txt", "--split", "paper", "--dataset", "digits"]
     assert say(capsys, *check, "--seed", 3).startswith("identical to rule paper, 40 labels of digits, seed 3")
     (tmp_path / "theirs.txt").write_text("\n".join(map(str, [*indices[1:], 1436])))
     capsys.readouterr()
@@ -147,10 +146,15 @@ def test_splits_are_printed_and_checked(capsys, tmp_path):
     assert f"1 only in the rule: {indices[0]}\n1 only in theirs.txt: 1436\n" in output
     (tmp_path / "theirs.txt").write_text("1437")
     assert "contains index 1437, but digits has only 1437 training images" in fails(capsys, *check)
-    unknown = fails(capsys, "data", "split", "digits", "--labels", 40, "--rule", "papers")
-    assert "--rule must be one of balanced, paper" in unknown and "; got 'papers'" in unknown
-    assert "--labels: labels must be from 1 to 1437" in fails(capsys, "data", "split", "digits", "--labels", 0)
-    assert "--data is required" in fails(capsys, *check[:3])
+    unknown = fails(capsys, "data", "split", "digits", "--labels", 40, "--split", "papers")
+    assert "--split must be one of balanced, paper" in unknown and "; got 'papers'" in unknown
+    assert "--labels must be at least 1, got 0" in fails(capsys, "data", "split", "digits", "--labels", 0)
+    assert "--labels: labels must be from 1 to 1437" in fails(capsys, *words[:3], "--split", "paper", "--labels", 1438)
+    assert "--dataset or --data is required" in fails(capsys, *check[:3])
+    assert "--rule is now --split (see 'remixmatch data split --help')" in fails(capsys, *words, "--rule", "paper")
+    both = fails(capsys, "data", "split", "digits-40", "--dataset", "digits", "--data", "x")
+    assert "--dataset and --data both name the images" in both
+    assert "need a preset, and digits is a data set" in fails(capsys, *words, "--dataset", "cifar10")
 
 
 def test_split_of_a_run_is_checked(capsys, tmp_path):
@@ -159,7 +163,7 @@ def test_split_of_a_run_is_checked(capsys, tmp_path):
     assert written["split"] == "paper" and written["train_rows"] == RULES["paper"](digits(), 40, 2).tolist()
     assert say(capsys, "data", "check-split", "run").startswith("identical to rule paper, 40 labels of digits, seed 2")
     with pytest.raises(SystemExit):
-        cli.main(["data", "check-split", "run", "--rule", "balanced"])
+        cli.main(["data", "check-split", "run", "--split", "balanced"])
 
 
 def test_published_results_have_presets_and_paper_presets_use_the_paper_split():
@@ -392,7 +396,7 @@ def test_changed_folder_is_reported_with_the_command_to_prepare_it(capsys, photo
         ["eval", "run"],
         ["profile", "folder", "--data", photos],
         ["data", "info", photos],
-        ["data", "split", photos, "--rule", "all"],
+        ["data", "split", photos, "--split", "all"],
         ["data", "check-split", "run"],
     ]
     for command in commands:
@@ -520,17 +524,18 @@ def test_names_of_classes_are_printed_on_one_line(capsys, tmp_path):
     say(capsys, "data", "prepare", "odd", "--size", 8)
     table = say(capsys, "data", "info", "odd").split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in table] == ["class", r"red\x1b[31m", r"two\nlines"]
-    assert r"labels per class: red\x1b[31m 1, two\nlines 1" in say(capsys, "data", "split", "odd", "--rule", "all")
+    assert r"labels per class: red\x1b[31m 1, two\nlines 1" in say(capsys, "data", "split", "odd", "--split", "all")
 
 
 def test_labels_are_not_silently_ignored(capsys):
-    words = "--rule all uses every label; leave out --labels, or give another rule"
-    assert words in fails(capsys, "data", "split", "digits", "--labels", 3, "--rule", "all")
+    words = "--split all uses every label; leave out --labels, or give another --split"
+    assert words in fails(capsys, "data", "split", "digits", "--labels", 3, "--split", "all")
     (Path.cwd() / "indices.txt").write_text("0\n1\n")
     for arguments, code in ((("--labels", 2), 2), ((), 1)):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main(["data", "check-split", "indices.txt", "--data", "digits", "--rule", "all", *map(str, arguments)])
+            check = ["data", "check-split", "indices.txt", "--dataset", "digits", "--split", "all"]
+            cli.main([*check, *map(str, arguments)])
         assert ended.value.code == code
 
 
