@@ -140,8 +140,8 @@ def train(
             in any case.
         callback: Called with the step and the metrics of each new line of metrics.jsonl, between two steps. Every
             `log_every` steps there are two lines: losses and the other metrics of the step; and throughput. Each
-            evaluation adds one with test_accuracy and test_loss. An exception that it raises ends the training and
-            propagates; the current step is saved before, so that resume=True continues from there.
+            evaluation adds one with test_accuracy, test_loss, and the means of the recalls. An exception that it raises
+            ends the training and propagates; the current step is saved first, so that resume=True continues there.
         fields: Fields of `engine.config.Config`, such as seed=1 or steps=500. method="fixmatch" also sets the other
             fields of that method.
 

@@ -99,17 +99,18 @@ def evaluate(argv: list[str]) -> None:
     labels = data.test_labels
     accuracy, loss, predicted = measure(trained.network, data.test_images, labels, trained.device)
     matrix = confusion.confusion_matrix(labels, predicted.cpu().numpy(), len(data.classes))
-    balanced, recalls = confusion.balanced_accuracy(matrix), confusion.recalls(matrix)
+    recalls = confusion.recalls(matrix)
+    balanced, geometric = confusion.balanced_accuracy(recalls), confusion.geometric_mean(recalls)
     result = {"preset": config.preset, "images": len(labels), "test_accuracy": accuracy, "test_loss": loss}
     if options.json:
-        result |= {"balanced_accuracy": balanced, "classes": data.classes}
+        result |= {"balanced_accuracy": balanced, "geometric_mean": geometric, "classes": data.classes}
         result |= {"recall": dict(zip(data.classes, recalls, strict=True)), "confusion_matrix": matrix.tolist()}
         print(json.dumps(result))
         return
     print(f"{config.preset}: test accuracy {accuracy:.2f} % of {len(labels)} images, loss {loss:.4f}")
     absent = recalls.count(None)
     without = f"; {absent} {'class has' if absent == 1 else 'classes have'} no test images" if absent else ""
-    print(f"balanced accuracy {balanced:.2f} %{without}")
+    print(f"balanced accuracy {balanced:.2f} %, geometric mean of recalls {geometric:.2f} %{without}")
     print(*map(printable, confusion.recall_table(matrix, data.classes)), sep="\n")
 
 
@@ -178,9 +179,11 @@ def _summarize(files: Sequence[Path], predicted: np.ndarray, classes: Sequence[s
     if all(path.parent.name in classes for path in files):
         labels = np.array([classes.index(path.parent.name) for path in files])
         matrix = confusion.confusion_matrix(labels, predicted, len(classes))
+        recalls = confusion.recalls(matrix)
         log.info(
             f"compared with the names of the folders: accuracy {confusion.accuracy(matrix):.2f} %, "
-            f"balanced accuracy {confusion.balanced_accuracy(matrix):.2f} %"
+            f"balanced accuracy {confusion.balanced_accuracy(recalls):.2f} %, "
+            f"geometric mean of recalls {confusion.geometric_mean(recalls):.2f} %"
         )
         for line in confusion.recall_table(matrix, classes):
             log.info(line)

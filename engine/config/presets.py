@@ -113,6 +113,9 @@ _PRESETS: dict[str, Config] = {
     "stl10-1000-k1": _preset(_STL10, k=1),
     "fashion-100-small": _FASHION_SMALL,
     "fashion-100-small-supervised": _preset(_FASHION_SMALL, method="supervised"),
+    # N_1 = 200 labels of the first class, 20 and 2 of the last one; the unlabeled images have the same ratio.
+    "fashion-lt10-small": _preset(_FASHION_SMALL, labels=812, imbalance=10.0),
+    "fashion-lt100-small": _preset(_FASHION_SMALL, labels=492, imbalance=100.0),
     "fashion-100": _preset(_FASHION, labels=100),
     "fashion-250": _preset(_FASHION, labels=250),
     "fashion-1000": _preset(_FASHION, labels=1000),

@@ -1,4 +1,4 @@
-"""Confusion matrix of a classifier: accuracy, recall of each class, balanced accuracy, and a table of them."""
+"""Confusion matrix of a classifier: accuracy, recall of each class, their means, and a table of them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,24 @@ def accuracy(matrix: np.ndarray) -> float:
 
 def recalls(matrix: np.ndarray) -> list[float | None]:
     """Return the images of each class that are predicted correctly, in percent; None for a class without images."""
-    counts = zip(matrix.diagonal().tolist(), matrix.sum(1).tolist(), strict=True)
-    return [100.0 * correct / images if images else None for correct, images in counts]
+    return recalls_of(matrix.diagonal(), matrix.sum(1))
 
 
-def balanced_accuracy(matrix: np.ndarray) -> float:
+def recalls_of(correct: np.ndarray, images: np.ndarray) -> list[float | None]:
+    """Return the same from (L,) numbers of correctly predicted and of all images of each class."""
+    counts = zip(correct.tolist(), images.tolist(), strict=True)
+    return [100.0 * right / count if count else None for right, count in counts]
+
+
+def balanced_accuracy(found: Sequence[float | None]) -> float:
     """Return the mean recall of the classes that have images, in percent."""
-    return float(np.mean([recall for recall in recalls(matrix) if recall is not None]))
+    return float(np.mean([recall for recall in found if recall is not None]))
+
+
+def geometric_mean(found: Sequence[float | None]) -> float:
+    """Return the geometric mean of the recalls of the classes that have images, in percent; 0 if one of them is 0."""
+    known = np.array([recall for recall in found if recall is not None])
+    return float(np.exp(np.log(known).mean())) if known.all() else 0.0
 
 
 def recall_table(matrix: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.distributed import collectives
+from engine.inference.confusion import recalls_of
 from engine.models.wide_resnet import TwoHeadNetwork
 from kernels.assemble import assemble_batch
 
@@ -65,3 +66,17 @@ def evaluate(
         sums += torch.stack([right, F.cross_entropy(logits, truth[passed], reduction="sum").double()])
     right, loss = collectives.total(sums) / len(labels)
     return 100.0 * right.item(), loss.item(), predicted
+
+
+def class_recalls(predicted: Tensor, labels: np.ndarray, classes: int) -> list[float | None]:
+    """Return the recall of each class in percent over all ranks; None for a class without images.
+
+    Args:
+        predicted: (n,) int64, the classes that `evaluate` returned on this rank.
+        labels: (N,) int64, labels of all images.
+        classes: L.
+    """
+    own = labels[collectives.rank() :: collectives.ranks()]
+    correct = np.bincount(own[predicted.cpu().numpy() == own], minlength=classes)
+    total = collectives.total(torch.from_numpy(correct).to(predicted.device)).cpu().numpy()
+    return recalls_of(total, np.bincount(labels, minlength=classes))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import operator
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ LOSSLESS_SIDE = 32  # images up to this side in pixels are PNGs
 PIXELATED_SIDE = 48  # images up to this side in pixels are enlarged without smoothing
 MOST_LINES = 24  # in a chart
 INTERVALS = 10  # of confidence
+MOST_CLASSES = 20  # in a table of recalls
 
 T = TypeVar("T")
 Line = tuple[list[float], list[float]]  # steps and values
@@ -148,6 +150,9 @@ def _facts(run: RunData) -> list[tuple[str, str, str]]:
         other = "" if summary.get("same_settings_as_paper") else ", settings differ from the preset"
         apart = run.error(run.evaluations.median_first) - summary["paper_error"]
         facts.append(("Difference in error", f"{apart:+.2f} pp", paper + other))
+    if run.unequal and "balanced_accuracy" in summary:
+        words = f"geometric mean of recalls {summary['geometric_mean']:.2f} %"
+        facts.append(("Balanced accuracy", f"{summary['balanced_accuracy']:.2f} %", words))
     facts.append(("Data", c.dataset.rpartition("/")[2], f"{_labels(run):,} labels, seed {c.seed}"))
     facts.append(("Method", c.method, f"{c.architecture}, K = {c.k}, B = {c.batch}"))
     if run.done:
@@ -210,7 +215,16 @@ def _learning(run: RunData) -> Section:
         "strong view; rot: rotation task.",
     )  # fmt: skip
     test_loss = charts.lines("Test loss", "nats", {"EMA model": run.series("test_loss")}, best="lowest")
-    return Section("Accuracy and losses", [accuracy, losses, test_loss])
+    means = (
+        {
+            "balanced accuracy": run.series("balanced_accuracy"),
+            "geometric mean": run.series("geometric_mean"),
+        }
+        if run.unequal
+        else {}
+    )
+    recalls = charts.lines("Means of recalls", "%", means, "Arithmetic and geometric mean over the classes.", (0, 100))
+    return Section("Accuracy and losses", [accuracy, recalls, losses, test_loss])
 
 
 def _speed(run: RunData) -> Section:
@@ -533,7 +547,31 @@ def _results(found: Found) -> Section:
         parts.append(charts.dots("Differences in test error", "pp", drawn, text, note, zero=True))
     parts.append(Grid("All runs", head, rows, _error_note(medians, [run.evaluations.count for run in errors])))
     note = f"Not on this page: {'; '.join(found.left_out)}." if found.left_out else ""
-    return Section("Results", [*parts, _settings(runs)], note)
+    return Section("Results", [*parts, _recalls(runs), _settings(runs)], note)
+
+
+def _recalls(runs: Sequence[RunData]) -> Grid | None:
+    """Show the recall of each class and both means, over the runs of each group that has unequal classes."""
+    groups = _grouped((run.group, run) for run in runs if run.unequal and run.recalls)
+    names = list(dict.fromkeys(name for members in groups.values() for run in members for name in run.recalls))
+    shown = names if len(names) <= MOST_CLASSES else []
+
+    def over(members: Sequence[RunData], read: Callable[[RunData], Any]) -> str:
+        known = [value for run in members if (value := read(run)) is not None]
+        return f"{mean(known):.2f}" if known else ""
+
+    rows = [
+        [
+            group, len(members),
+            over(members, lambda run: run.summary.get("balanced_accuracy")),
+            over(members, lambda run: run.summary.get("geometric_mean")),
+            *(over(members, operator.methodcaller("recall", name)) for name in shown),
+        ]
+        for group, members in groups.items()
+    ]  # fmt: skip
+    head = ["group", "runs", "balanced accuracy, %", "geometric mean, %", *shown]
+    note = "Recall of each class at the last evaluation, in percent, mean over the runs of a group."
+    return Grid("Recall by class", head, rows, note) if rows else None
 
 
 def _settings(runs: Sequence[RunData]) -> Grid | None:

@@ -16,7 +16,7 @@ from engine.config.methods import with_method
 from engine.config.presets import PRESETS
 from engine.errors import UserError
 from engine.runs.folder import read_split, read_summary
-from engine.runs.headline import Evaluations, evaluations_of
+from engine.runs.headline import Evaluations, evaluations_of, unequal_classes
 from engine.runs.history import read_history, read_results
 from engine.runs.progress import METRICS, read_metrics
 from pipelines.files import read_json
@@ -68,6 +68,20 @@ class RunData:
     def evaluations(self) -> Evaluations:
         """Numbers of evaluations of a finished run."""
         return evaluations_of(self.summary, self.config)
+
+    @property
+    def recalls(self) -> dict[str, float | None]:
+        """Recall of each class at the last evaluation, in percent; {} if unfinished or of an earlier version."""
+        return self.summary.get("recall", {})
+
+    def recall(self, name: str) -> float | None:
+        """Return the recall of a class; None if it is unknown."""
+        return self.recalls.get(name)
+
+    @property
+    def unequal(self) -> bool:
+        """Whether classes are unequal; see `unequal_classes`."""
+        return unequal_classes(self.summary, self.config)
 
     def error(self, median_first: bool) -> float | None:
         """Test error in percent, the median over the last evaluations or the last; None if the run is unfinished."""

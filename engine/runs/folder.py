@@ -24,6 +24,7 @@ _SPLIT = {
 _SUMMARY = {
     "steps": int, "test_accuracy": float, "median_last_20": float, "train_seconds": float, "cpu_seconds?": float,
     "images_per_second?": float, "device": str, "versions": {str: str}, "commit?": str, "ranks?": int,
+    "balanced_accuracy?": float, "geometric_mean?": float, "recall?": {str: (float, None)},
     "evaluations?": int, "evaluations_after_ramp?": int, "paper_error?": float, "paper_deviation?": (float, None),
 }  # fmt: skip
 

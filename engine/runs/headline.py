@@ -64,6 +64,18 @@ def evaluations_of(summary: Mapping[str, Any], config: Config) -> Evaluations:
     return planned_evaluations(config, config.steps)
 
 
+def unequal_classes(summary: Mapping[str, Any], config: Config) -> bool:
+    """Return whether classes are unequal, in training or in the test set, so that the accuracy does not say enough.
+
+    Args:
+        summary: The run's summary.json, or {} for an unfinished run.
+        config: Its configuration.
+    """
+    ratios = config.class_ratios
+    apart = abs(summary.get("balanced_accuracy", 0.0) - summary.get("test_accuracy", 0.0))
+    return ratios.of_labeled or ratios.of_unlabeled or ("balanced_accuracy" in summary and apart > 1e-6)
+
+
 def shown_results(evaluations: Evaluations, last: float, middle: float) -> str:
     """Return both results of a run in words, the one that is reported first in front.
 

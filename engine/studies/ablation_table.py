@@ -119,6 +119,7 @@ def to_csv(
             "preset": name, "variant": entry.row, "seed": entry.seed, "cell": entry.job.digest,
             "error_median": 100 - done["median_last_20"] if done else "",
             "error_last": 100 - done["test_accuracy"] if done else "",
+            "balanced_accuracy": done.get("balanced_accuracy", ""), "geometric_mean": done.get("geometric_mean", ""),
             "steps": done.get("steps", ""), "train_seconds": done.get("train_seconds", ""),
             **{key: variant.cost.get(key, "") for key in _COST},
             **{key: variant.counts.get(key, "") for key in ("launches", "gigabytes")},
@@ -160,6 +161,9 @@ def markdown(title: str, variants: Sequence[AblationRow]) -> str:
         columns["GB"] = lambda each: _shown("{gigabytes:.2f}", each.counts)
     if trained:
         columns["error, %"] = lambda each: statistics.shown_spread(each.line.error)
+        if any(variant.line.balanced for variant in variants):
+            columns["balanced accuracy, %"] = lambda each: statistics.shown_spread(each.line.balanced)
+            columns["geometric mean of recalls, %"] = lambda each: statistics.shown_spread(each.line.geometric)
         columns["difference, pp (95 % CI)"] = lambda each: (
             f"({statistics.shown_difference(each.line.from_full)})"
             if noise.covers_difference(each)
@@ -186,6 +190,7 @@ def markdown(title: str, variants: Sequence[AblationRow]) -> str:
             "difference is within the noise."
         )
         words.append(noise.of_difference())
+        words += statistics.recall_table([variant.line for variant in variants])
     device = next((variant.cost["device"] for variant in variants if variant.cost), "")
     words.append(f"Timed on {device}." if device else "")
     return "\n\n".join([f"# {title}", table(list(columns), rows), *filter(None, words)]) + "\n"

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from engine.commands.options import TrainOptions, parse_train
 from engine.config.checks import validate
@@ -38,15 +38,21 @@ class PaperTable:
         presets: The presets it covers.
         rows: Methods, or the full method and its ablations; the full method comes first.
         seeds: Default seeds.
-        kind: Whether rows are methods or ablations.
+        kind: Whether rows are methods, ablations, or any of both and of VARIANTS.
     """
 
     text: str
     presets: tuple[str, ...]
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    kind: Literal["method", "ablation"] = "method"
+    kind: Literal["method", "ablation", "variant"] = "method"
 
+
+# Rows that are neither methods nor ablations.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "marginal=labels": dict(marginal="labels"),
+    "marginal=uniform": dict(marginal="uniform"),
+}
 
 TABLES = {
     "cifar10": PaperTable(
@@ -76,6 +82,12 @@ TABLES = {
     ),
     "fashion": PaperTable(
         "Fashion-MNIST at 16x16 with 100 labels, and baselines", ("fashion-100-small",), tuple(METHODS)
+    ),
+    "imbalance": PaperTable(
+        "Fashion-MNIST at 16x16 with unequal classes, ratios 10 and 100: what alignment aims at, and FixMatch",
+        ("fashion-lt10-small", "fashion-lt100-small"),
+        (REMIXMATCH, *VARIANTS, "no-alignment", "fixmatch"),
+        kind="variant",
     ),
 }  # fmt: skip
 
@@ -152,7 +164,9 @@ def make_entries(
     Raises:
         UserError: A row is unknown, a job's configuration is invalid, or flags make two jobs identical.
     """
-    allowed = METHODS if table.kind == "method" else {REMIXMATCH: {}, **ABLATIONS}
+    allowed = {
+        "method": METHODS, "ablation": {REMIXMATCH: {}, **ABLATIONS}, "variant": METHODS | ABLATIONS | VARIANTS,
+    }[table.kind]  # fmt: skip
     rows = rows or table.rows
     for row in rows:
         if row not in allowed:
@@ -164,8 +178,10 @@ def make_entries(
             for name in presets or table.presets:
                 whole = dataclasses.replace(preset(name), seed=seed)
                 base = whole
-                if table.kind == "method":
+                if table.kind != "ablation" and row in METHODS:
                     base = with_method(whole, row)
+                elif row in VARIANTS:
+                    base = dataclasses.replace(whole, **VARIANTS[row])
                 elif row != REMIXMATCH:
                     base = ablate(whole, row)
                     if base == whole:  # The ablation's K is the preset's.

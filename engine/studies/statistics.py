@@ -15,6 +15,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from engine.config.presets import PublishedError
+from engine.inference.confusion import geometric_mean
 from engine.measuring.markdown import table
 from engine.runs.headline import MEDIAN_OF, Evaluations
 
@@ -37,6 +38,7 @@ class Result:
         seconds: Training time, including evaluations; None if unknown. On a CPU this is the CPU time of all threads,
             because other work on the machine hardly affects it.
         evaluations: Its numbers of evaluations.
+        recalls: Recall of each class at the last evaluation, in percent, if classes are unequal; otherwise empty.
     """
 
     median: float
@@ -45,6 +47,7 @@ class Result:
     split: str
     seconds: float | None = None
     evaluations: Evaluations = ENOUGH
+    recalls: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ class Line:
         last_to_full: Like `to_full`, for the last evaluation.
         evaluations: The runs' numbers of evaluations, each the smallest.
         median_first: Whether the table shows the median first, and the differences of the medians.
+        balanced: Balanced accuracy of the last evaluation, in percent, over seeds; None if classes are equal.
+        geometric: Geometric mean of the recalls, likewise.
+        balanced_to_full: Difference in balanced accuracy from the full method.
+        recalls: Mean recall of each class over seeds, in percent.
     """
 
     row: str
@@ -118,6 +125,10 @@ class Line:
     last_to_full: Difference | None = None
     evaluations: Evaluations | None = None
     median_first: bool = True
+    balanced: Spread | None = None
+    geometric: Spread | None = None
+    balanced_to_full: Difference | None = None
+    recalls: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def error(self) -> Spread | None:
@@ -225,6 +236,8 @@ def line(
     medians, lasts = ({seed: getattr(run, name) for seed, run in runs.items()} for name in ("median", "last"))
     median, last = spread(list(medians.values())), spread(list(lasts.values()))
     counts = [run.evaluations for run in runs.values()]
+    balanced, of_full = _balanced(runs), _balanced(full or {})
+    recalls = [run.recalls for run in runs.values() if run.recalls]
     return Line(
         row=row,
         preset=preset,
@@ -242,7 +255,16 @@ def line(
         last_to_paper=last.mean - paper.error if last and paper else None,
         last_to_full=None if full is None else difference(lasts, {seed: run.last for seed, run in full.items()}),
         evaluations=Evaluations(min(e.count for e in counts), min(e.after_ramp for e in counts)) if counts else None,
+        balanced=spread(list(balanced.values())),
+        geometric=spread([geometric_mean(list(each.values())) for each in recalls]),
+        balanced_to_full=difference(balanced, of_full),
+        recalls={name: mean(each[name] for each in recalls) for name in (recalls[0] if recalls else ())},
     )
+
+
+def _balanced(runs: Mapping[int, Result]) -> dict[int, float]:
+    """Return the balanced accuracy by seed, of the runs with recalls."""
+    return {seed: mean(run.recalls.values()) for seed, run in runs.items() if run.recalls}
 
 
 def median_or_none(values: Sequence[float]) -> float | None:
@@ -266,17 +288,25 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
     ]
     compared = any(each.from_full for each in lines)
     signed = any(each.papers_difference is not None for each in lines)
+    unequal = any(each.balanced for each in lines)
     timed = any(each.seconds is not None for each in lines)
+    means: dict[str, Callable[[Line], str]] = {
+        "balanced accuracy, % (last)": lambda each: shown_spread(each.balanced),
+        "geometric mean of recalls, % (last)": lambda each: shown_spread(each.geometric),
+    }
     columns: dict[str, Callable[[Line], str]] = {
         "preset": lambda each: each.preset,
         "method": lambda each: each.row,
         "seeds": _seeds,
         **dict(errors if medians else reversed(errors)),
+        **(means if unequal else {}),
         "paper: error, %": lambda each: _paper(each.paper),
         "difference from paper, pp": lambda each: _shown("{:+.2f}", each.from_paper),
     }
     if compared:
         columns[f"difference from {full}, pp (95 % CI)"] = lambda each: shown_difference(each.from_full)
+    if compared and unequal:
+        columns["difference in balanced accuracy, pp (95 % CI)"] = lambda each: shown_difference(each.balanced_to_full)
     if signed:
         columns["difference in the paper, pp"] = lambda each: _shown("{:+.2f}", each.papers_difference)
         columns["sign"] = lambda each: each.sign
@@ -303,7 +333,27 @@ def markdown(title: str, lines: Sequence[Line], full: str, notes: Sequence[str] 
         )
     if timed:
         words.append("Minutes are the median over the runs; on a CPU they are CPU time of all threads.")
-    return "\n\n".join([f"# {title}", table(list(columns), rows), *words, *notes]) + "\n"
+    recalls = recall_table(lines)
+    return "\n\n".join([f"# {title}", table(list(columns), rows), *words, *recalls, *notes]) + "\n"
+
+
+MOST_CLASSES = 20  # in a table of recalls
+
+
+def recall_table(lines: Sequence[Line]) -> list[str]:
+    """Return a table of the mean recall of each class as Markdown paragraphs; none if all classes are equal."""
+    known = [each for each in lines if each.recalls]
+    names = list(dict.fromkeys(name for each in known for name in each.recalls))
+    if not known:
+        return []
+    note = (
+        "Balanced accuracy is the mean recall over classes; it equals the accuracy if the test set has equally many "
+        "images of each class. Recalls and their means are those of the last evaluation."
+    )
+    if len(names) > MOST_CLASSES:
+        return [note]
+    rows = [[each.preset, each.row, *(_shown("{:.1f}", each.recalls.get(name)) for name in names)] for each in known]
+    return [f"{note} Recall of each class, in percent, mean over seeds:", table(["preset", "method", *names], rows)]
 
 
 def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:

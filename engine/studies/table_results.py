@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.config.config import EXECUTION_FIELDS, changes
+from engine.config.config import EXECUTION_FIELDS, Config, changes
 from engine.config.presets import PRESETS, command, preset
 from engine.config.scaling import SCALED
 from engine.errors import UserError, cannot_write
 from engine.runs.folder import read_split
-from engine.runs.headline import evaluations_of
+from engine.runs.headline import evaluations_of, unequal_classes
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
 from engine.studies.paper_tables import (
@@ -117,6 +117,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
                 entry.job.config.split,
                 _seconds(each.summary),
                 evaluations_of(each.summary, entry.job.config),
+                _recalls(each.summary, entry.job.config),
             )
     ablation = TABLES[name].kind == "ablation"
     figures = PUBLISHED_ABLATIONS if ablation else PUBLISHED_ERRORS
@@ -134,6 +135,12 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
         for row in dict.fromkeys(entry.row for entry in entries if entry.preset == preset_name)
     ]
     return statistics.choose_first(lines)
+
+
+def _recalls(summary: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """Return the recalls of the classes with test images; empty if classes are equal, or recalls were not recorded."""
+    found = summary.get("recall", {}) if unequal_classes(summary, config) else {}
+    return {name: recall for name, recall in found.items() if recall is not None}
 
 
 def _seconds(summary: Mapping[str, Any]) -> float | None:
@@ -159,6 +166,7 @@ def _job_json(entry: Entry, each: Status, out: Path) -> dict[str, Any]:
 
 
 _SUMMED_UP = ("steps", "test_accuracy", "median_last_20", "train_seconds", "cpu_seconds")
+_RECALLS = ("balanced_accuracy", "geometric_mean", "recall")
 _EVALUATIONS = ("evaluations", "evaluations_after_ramp")  # Missing in summaries of earlier versions.
 
 
@@ -186,6 +194,7 @@ def collect(entries: Sequence[Entry], out: Path, path: Path) -> None:
             "seed": entry.seed,
             **{name: each.summary[name] for name in _SUMMED_UP},
             **{name: each.summary[name] for name in _EVALUATIONS if name in each.summary},
+            **({name: each.summary[name] for name in _RECALLS} if _recalls(each.summary, config) else {}),
             "cell": entry.job.digest,
             "changes": {
                 name: value

@@ -22,7 +22,8 @@ from engine.config.config import run_identity
 from engine.distributed import collectives
 from engine.distributed.watchdog import StopRequest, Watchdog
 from engine.errors import Stopped, UserError
-from engine.inference.evaluation import evaluate
+from engine.inference.confusion import balanced_accuracy, geometric_mean
+from engine.inference.evaluation import class_recalls, evaluate
 from engine.method.losses import LOSSES
 from engine.runs import checkpoint
 from engine.runs.folder import CHECKPOINTS
@@ -90,6 +91,7 @@ class Trainer:
         self.guessed = guessed_images(config, data, split, self.feed.images_per_step)
         self.throughput = Throughput(self.feed.images_per_step, config.lr, self.execution.device)
         self.accuracies: list[float] = []
+        self.recalls: list[float | None] = []  # of the last evaluation
         self.train_seconds = self.cpu_seconds = 0.0
         self.step = 0
         self.execute: Callable[[StepInput], StepOutput] | None = None
@@ -122,6 +124,7 @@ class Trainer:
         self.feed.policy.load_state_dict(_map_leaves(content["policy"], torch.Tensor, lambda t: t.numpy()))
         self.health.load_state_dict(content["health"])
         self.accuracies = list(content["accuracies"])
+        self.recalls = list(content.get("recalls", ()))  # missing in checkpoints of earlier versions
         self.train_seconds, self.cpu_seconds = content["train_seconds"], content["cpu_seconds"]
         self.step = newest.step
         return True
@@ -148,6 +151,7 @@ class Trainer:
             "policy": _map_leaves(self.feed.policy.state_dict(), np.ndarray, torch.from_numpy),
             "health": self.health.state_dict(),
             "accuracies": self.accuracies,
+            "recalls": self.recalls,
             "train_seconds": self.train_seconds,
             "cpu_seconds": self.cpu_seconds,
             "micro_batches": self.micro_batches,
@@ -285,13 +289,13 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate the EMA model, check the run's health, and add an entry to its history."""
-        accuracy, loss, _ = evaluate(
-            self.state.ema_model, self.data.test_images, self.data.test_labels, self.execution.device
-        )
+        labels = self.data.test_labels
+        accuracy, loss, predicted = evaluate(self.state.ema_model, self.data.test_images, labels, self.execution.device)
         self.accuracies.append(accuracy)
+        self.recalls = class_recalls(predicted, labels, len(self.data.classes))
         self._shown = {"test %": accuracy} | self._shown | {"test %": accuracy}  # The first item is shown first.
         self.progress.update(self.step, self._shown)
-        self._add_metrics(self.step, {"test_accuracy": accuracy, "test_loss": loss})
+        self._add_metrics(self.step, {"test_accuracy": accuracy, "test_loss": loss, **_recall_means(self.recalls)})
         marginals = torch.stack([self.state.targets.p_model, self.state.targets.label_marginal]).tolist()
         if self.health.due(self.step):
             self._check_health(*marginals)
@@ -345,6 +349,8 @@ class Trainer:
             "steps": self.step,
             "test_accuracy": self.accuracies[-1],
             "median_last_20": median_of_last(self.accuracies),
+            **_recall_means(self.recalls),
+            **({"recall": dict(zip(self.data.classes, self.recalls, strict=True))} if self.recalls else {}),
             "evaluations": len(self.accuracies),
             # Without that at the end of a shorter run that was given more steps.
             "evaluations_after_ramp": planned_evaluations(self.config, self.step).after_ramp,
@@ -352,6 +358,13 @@ class Trainer:
             "cpu_seconds": self.cpu_seconds,
             "images_per_second": self.step * self.feed.images_per_step / self.train_seconds,
         }
+
+
+def _recall_means(recalls: list[float | None]) -> dict[str, float]:
+    """Return both means of the recalls, in percent; empty if they are unknown."""
+    return (
+        {"balanced_accuracy": balanced_accuracy(recalls), "geometric_mean": geometric_mean(recalls)} if recalls else {}
+    )
 
 
 def _keep_run_files(setup: RunSetup) -> None:

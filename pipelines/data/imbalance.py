@@ -62,9 +62,11 @@ def counts_of_total(total: int, gamma: float, classes: int) -> np.ndarray:
     """Return the number of images of each class, (L,) int64, for their sum.
 
     N_1 is the largest number whose counts do not exceed the sum. The rest, less than L, go one at a time to the class
-    with the largest quotient of its ratio and its count + 1, the first one at a tie (D'Hondt's method). So the counts
+    with the largest quotient of its ratio and its count + 1, the larger one at a tie (D'Hondt's method). So the counts
     are those of a fractional N_1, and those of a whole N_1 for the sum of its counts.
     """
+    if gamma < 0:
+        return counts_of_total(total, -gamma, classes)[::-1]
     low, high = 0, total + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -115,7 +117,7 @@ def _labeled(data: DataSet, orders: list[np.ndarray], labels: int, imbalance: Im
         smallest = np.floor(abs(gamma) * ratios(gamma, classes) + _NEARLY)
         least = np.ceil(abs(gamma)) if imbalance.n1 else smallest.sum()
         raise ValueError(
-            f"{flag} {known} with imbalance {gamma:g} leaves class {data.classes[counts.argmin()]} without a label; "
+            f"{flag} {known} with imbalance {gamma:g} leaves {(counts == 0).sum()} of {classes} classes without a label; "
             f"use at least {least:.0f}"
         )
     for name, images, count in zip(data.classes, orders, counts, strict=True):

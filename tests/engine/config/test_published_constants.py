@@ -22,8 +22,8 @@ REMIXMATCH = dict(
     k=8, batch=64, mu=1, anchor="trained", guess="anchor", guess_pass="separate", guess_network="network",
     interpolate_logits=False, ramp="linear", temperature=0.5, hard_labels=False,
     threshold=0.0, threshold_decay=0.999, flex_warmup=True, dash_epoch_kimg=64.0,
-    align=True, class_distribution=(), marginal_decay=0.999, unlabeled_loss="cross-entropy", w_u=1.5, w_u1=0.5,
-    w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper",
+    align=True, class_distribution=(), marginal="running", marginal_decay=0.999, unlabeled_loss="cross-entropy",
+    w_u=1.5, w_u1=0.5, w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper",
     labeled_augment="strong", anchor_augment="weak",
 )  # fmt: skip
 SHARED = dict(
@@ -144,4 +144,5 @@ def test_presets_of_the_paper(name):
 
 def test_every_preset_is_the_papers_or_one_for_small_data():
     small = {"digits-40", "digits-10", "digits-40-supervised", "fashion-100-small", "fashion-100-small-supervised"}
-    assert PRESETS.keys() == PAPER_PRESETS.keys() | small | {"folder"}
+    unequal = {"fashion-lt10-small", "fashion-lt100-small"}
+    assert PRESETS.keys() == PAPER_PRESETS.keys() | small | unequal | {"folder"}

@@ -9,7 +9,14 @@ import torch
 
 from engine.commands import inference
 from engine.commands import main as cli
-from engine.inference.confusion import accuracy, balanced_accuracy, confusion_matrix, recall_table, recalls
+from engine.inference.confusion import (
+    accuracy,
+    balanced_accuracy,
+    confusion_matrix,
+    geometric_mean,
+    recall_table,
+    recalls,
+)
 from engine.inference.evaluation import evaluate
 from engine.inference.trained import load_ema_model
 from pipelines.data.datasets import digits
@@ -29,7 +36,9 @@ def test_recall_of_present_and_absent_classes():
     matrix = confusion_matrix(LABELS, PREDICTED, 3)
     assert recalls(matrix) == [75.0, 50.0, None]
     assert accuracy(matrix) == pytest.approx(100 * 4 / 6)
-    assert balanced_accuracy(matrix) == 62.5, "the mean of 75 and 50: emus are not in the test set"
+    assert balanced_accuracy(recalls(matrix)) == 62.5, "the mean of 75 and 50: emus are not in the test set"
+    assert geometric_mean(recalls(matrix)) == pytest.approx((75 * 50) ** 0.5)
+    assert geometric_mean([100.0, 0.0, 50.0]) == 0
 
 
 def test_table_of_few_classes():
@@ -62,7 +71,9 @@ def test_table_of_many_classes_has_those_with_the_lowest_recall():
 def test_eval_reports_what_the_network_predicts(trained, capsys):
     cli.main(["eval", str(trained), "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["test_accuracy"] == json.loads((trained / "summary.json").read_text())["test_accuracy"]
+    summary = json.loads((trained / "summary.json").read_text())
+    for name in ("test_accuracy", "recall", "balanced_accuracy", "geometric_mean"):
+        assert result[name] == summary[name]
     network, data = load_ema_model(trained).network, digits()
     with torch.no_grad():
         best = network(torch.from_numpy(data.test_images).permute(0, 3, 1, 2) / 127.5 - 1)[0].argmax(1).numpy()
@@ -72,6 +83,7 @@ def test_eval_reports_what_the_network_predicts(trained, capsys):
     assert list(result["recall"]) == result["classes"] == [str(label) for label in range(10)]
     assert list(result["recall"].values()) == pytest.approx(of_each)
     assert result["balanced_accuracy"] == pytest.approx(sum(of_each) / 10)
+    assert result["geometric_mean"] == pytest.approx(np.prod(of_each) ** 0.1)
     assert 100 * (best == data.test_labels).mean() == pytest.approx(result["test_accuracy"])
     twice = (np.concatenate([each, each]) for each in (data.test_images, data.test_labels))  # More than one batch.
     accuracy_of_both, _, predicted = evaluate(network, *twice, torch.device("cpu"))
@@ -79,7 +91,8 @@ def test_eval_reports_what_the_network_predicts(trained, capsys):
     cli.main(["eval", str(trained)])
     first, second, _, *rows = capsys.readouterr().out.splitlines()
     assert f"test accuracy {result['test_accuracy']:.2f} % of 360 images" in first
-    assert second == f"balanced accuracy {result['balanced_accuracy']:.2f} %"
+    means = result["balanced_accuracy"], result["geometric_mean"]
+    assert second == "balanced accuracy {:.2f} %, geometric mean of recalls {:.2f} %".format(*means)
     assert [row.split()[:3] for row in rows] == [[str(i), "36", f"{of_each[i]:.2f}"] for i in range(10)]
 
 

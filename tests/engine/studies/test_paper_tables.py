@@ -38,6 +38,29 @@ def test_tables_have_the_methods_and_seeds_of_the_paper():
     assert {entry.job.config.w_u for entry in mixmatch} == {250.0}
 
 
+def test_the_table_of_unequal_classes():
+    found = entries("imbalance")
+    assert len(found) == 2 * 5 * 5 and {entry.seed for entry in found} == {1, 2, 3, 4, 5}
+    assert {entry.row: (entry.job.config.method, entry.job.config.marginal, entry.job.config.align) for entry in found} == {
+        "remixmatch": ("remixmatch", "running", True), "marginal=labels": ("remixmatch", "labels", True),
+        "marginal=uniform": ("remixmatch", "uniform", True), "no-alignment": ("remixmatch", "running", False),
+        "fixmatch": ("fixmatch", "running", False),
+    }  # fmt: skip
+    # N_1 = 200 labels of the first class.
+    for entry in found:
+        config = entry.job.config
+        counts = [int(200 * config.imbalance ** (-k / 9) + 1e-9) for k in range(10)]
+        assert config.labels == sum(counts) and counts[-1] == 200 / config.imbalance
+        assert config.class_ratios.unlabeled == config.class_ratios.labeled == config.imbalance
+        other = dataclasses.replace(config, labels=100, imbalance=1.0, preset="fashion-100-small", seed=0)
+        assert other in [each.job.config for each in _alike()]
+
+
+def _alike():
+    """Return the same rows with equal classes."""
+    return entries("imbalance", presets=("fashion-100-small",), seeds=(0,))
+
+
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("scale", [0.01, 0.002])
 def test_a_rehearsal_has_the_same_number_of_evaluations(name, scale):

@@ -7,6 +7,7 @@ import sys
 import time
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torchvision import datasets as tv
@@ -16,7 +17,7 @@ from engine.runs.checkpoint import list_checkpoints
 from engine.runs.progress import read_metrics
 from engine.studies import jobs, reproduce
 from engine.studies.jobs import status
-from pipelines.data import sources
+from pipelines.data import cache, sources
 from pipelines.files import read_json
 from tests.engine.studies.made_jobs import entries
 from tests.pipelines.data.test_sources import cifar
@@ -194,6 +195,31 @@ def test_a_killed_rehearsal_of_the_ablations_is_resumed(made_up_cifar, tmp_path,
     assert "REHEARSAL with 20 steps instead of 1,048,576; settings changed from the presets: " in text.splitlines()[0]
     assert len([line for line in text.splitlines() if line.startswith("| cifar10-250 |")]) == 20
     assert "(one seed)" in text and "Not in the table" not in text
+
+
+def test_a_short_table_of_unequal_classes(tmp_path, monkeypatch, capsys):
+    """With made-up images in place of Fashion-MNIST, two steps and a quarter of the labels."""
+    folder = tmp_path / "data" / "fashion-mnist-16"
+    monkeypatch.setenv("REMIXMATCH_DATA", str(tmp_path / "data"))
+    with cache.writing(folder) as temporary:
+        for part, count in (("train", 1500), ("test", 40)):
+            images = cache.array(temporary, f"{part}_images", (count, 16, 16, 3))
+            images[:] = np.random.default_rng(count).integers(0, 256, images.shape)
+            cache.save(temporary, f"{part}_labels", np.arange(count) % 10)
+        cache.finish(temporary, "fashion-mnist-16", tuple("abcdefghij"))
+    small = ["--", *("--steps", "2", "--labels", "200", "--eval-every", "1", "--batch", "4", "--width", "8")]
+    out = tmp_path / "out"
+    words = ["imbalance", "--preset", "fashion-lt10-small", "--seeds", "1", "--workers", "2", "--out", str(out)]
+    reproduce.main([*words, *small, "--blocks", "1", "--device", "cpu"])
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out and "Not in the table" not in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| fashion-lt10-small")]
+    names = ["remixmatch", "marginal=labels", "marginal=uniform", "no-alignment", "fixmatch"]
+    assert [row[1] for row in rows] == names * 2 and "| preset | method | a | b | c |" in text
+    splits = [read_json(path) for path in out.glob("*/split.json")]
+    assert len(splits) == 5 and len({split["sha256"] for split in splits}) == 1
+    assert {split["labels_per_class"][0] for split in splits} == {50}
+    assert {split["unlabeled_per_class"][0] for split in splits} == {150}
 
 
 DIGITS = ["digits", "--seeds", "0", "--methods", "supervised"]

@@ -157,6 +157,58 @@ def test_a_table_is_compared_with_the_paper(tmp_path, capsys):
         reproduce.main([*words, "--from", str(path)])
 
 
+def test_tables_of_unequal_classes_have_recalls(tmp_path, capsys):
+    out = tmp_path / "out"
+    found = entries("imbalance", rows=("remixmatch", "marginal=uniform"), presets=("fashion-lt10-small",), seeds=(1, 2))
+    recalls = [(90.0, 40.0, None), (80.0, 50.0, None), (80.0, 60.0, None), (60.0, 70.0, None)]
+    for entry, of_each in zip(found, recalls, strict=True):
+        finish(out, entry, sum(of_each[:2]) / 2)
+        path = out / entry.job.name / "summary.json"
+        more = {
+            "recall": dict(zip(("cat", "dog", "emu"), of_each, strict=True)),
+            "balanced_accuracy": sum(of_each[:2]) / 2,
+            "geometric_mean": math.sqrt(of_each[0] * of_each[1]),
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    words = ["imbalance", "--methods", "remixmatch", "marginal=uniform", "--preset", "fashion-lt10-small"]
+    reproduce.main([*words, "--seeds", "1", "2", "--tables", "--out", str(out)])
+    text = (out / "table.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| fashion-lt10-small")]
+    # Jobs are sorted by seed, so a method has the first and the third.
+    assert rows[0].startswith("| fashion-lt10-small | remixmatch | 2 (1 2) |")
+    assert "| 67.50 ± 3.54 | 64.64 ± 6.57 |" in rows[0] and "| 65.00 ± 0.00 | 64.03 ± 1.10 |" in rows[1]
+    assert "difference in balanced accuracy, pp (95 % CI)" in text and "| -2.50 [-34.27, +29.27], n = 2 |" in rows[1]
+    assert rows[2:] == [
+        "| fashion-lt10-small | remixmatch | 85.0 | 50.0 |",
+        "| fashion-lt10-small | marginal=uniform | 70.0 | 60.0 |",
+    ]
+    kept = json.loads((out / "table.json").read_text())["lines"][0]
+    assert kept["recalls"] == {"cat": 85.0, "dog": 50.0} and kept["balanced"]["mean"] == 67.5
+    path = tmp_path / "rows.jsonl"
+    reproduce.main([*words, "--seeds", "1", "2", "--collect", str(path), "--out", str(out)])
+    assert records.read(path)[0]["recall"]["emu"] is None
+    reproduce.main([*words, "--seeds", "1", "2", "--from", str(path), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "table.md").read_text() == text
+
+
+def test_tables_of_equal_classes_have_no_recalls(tmp_path):
+    out = tmp_path / "out"
+    (entry,) = entries("digits", rows=("remixmatch",), seeds=(1,))
+    for apart, shown in ((0.0, False), (1.0, True)):  # Classes may also be unequal in the test set.
+        finish(out / str(apart), entry, 90.0)
+        path = out / str(apart) / entry.job.name / "summary.json"
+        more = {
+            "recall": {"cat": 90.0 - apart, "dog": 90.0},
+            "balanced_accuracy": 90 - apart / 2,
+            "geometric_mean": 9.0,
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+        words = ["digits", "--methods", "remixmatch", "--seeds", "1", "--tables", "--out", str(out / str(apart))]
+        reproduce.main(words)
+        text = (out / str(apart) / "table.md").read_text()
+        assert ("balanced accuracy" in text) == shown and ("| preset | method | cat | dog |" in text) == shown
+
+
 def test_ablations_are_compared_with_the_split_of_the_paper():
     found = entries("ablation")
     lines = table_results.make_lines("ablation", found, {})
