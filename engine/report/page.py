@@ -399,19 +399,23 @@ def _table(lines: Iterable[Any]) -> Section:
     found = [line for line in lines if isinstance(line, dict)]
     medians = all(line.get("median_first", True) for line in found)  # missing in tables of earlier versions
     counts = [line["evaluations"]["count"] for line in found if line.get("evaluations")]
+    unequal = any(line.get("balanced") for line in found)
     rows = []
     for line in found:
         difference = "to_full" if medians else "last_to_full"
         spread, last, paper, full = (line.get(name) or {} for name in ("median", "last", "paper", difference))
+        means = [line.get(name) or {} for name in ("balanced", "geometric")]
         interval = f" [{full['low']:+.2f}, {full['high']:+.2f}]" if full.get("low") is not None else ""
         rows.append([
             line.get("preset"), line.get("row"),
             f"{len(line.get('seeds', ()))} of {len(line.get('wanted', ()))}",
             *_in_order(medians, *(_pm(each.get("mean"), each.get("deviation")) for each in (spread, last))),
+            *(_pm(each.get("mean"), each.get("deviation")) for each in means if unequal),
             _pm(paper.get("error"), paper.get("deviation")),
             f"{full['mean']:+.2f}{interval}" if "mean" in full else "",
         ])  # fmt: skip
-    head = ["preset", "row", "seeds", *_in_order(medians, "error, %: median", "error, %: last evaluation"), "paper",
+    head = ["preset", "row", "seeds", *_in_order(medians, "error, %: median", "error, %: last evaluation"),
+            *(("balanced accuracy, %", "geometric mean of recalls, %") if unequal else ()), "paper",
             f"difference from {REFERENCE}, pp"]  # fmt: skip
     note = (
         "Test errors of the EMA model: mean ± sample standard deviation over seeds. "

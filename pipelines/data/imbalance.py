@@ -3,7 +3,7 @@
 Class k of L has N_k = N_1 * gamma^(-(k - 1) / (L - 1)) images, rounded down, so gamma is the ratio of the largest class
 to the smallest one (Cui et al. 2019, arXiv 1901.05555). Labeled and unlabeled images have a gamma each, and their own
 N_1 and M_1 (DARP, arXiv 2007.08844; CReST, arXiv 2102.09559; USB). A negative gamma reverses the order of the classes,
-as in USB. The unlabeled set contains the labeled images and M_k further ones, as in USB. The test set stays as it is.
+as in USB. The unlabeled set contains the labeled images and M_k further ones, as in USB. The test set does not change.
 
 Errors begin with the flag whose value is not allowed.
 """
@@ -88,7 +88,7 @@ def choose(
     Args:
         data: The data set.
         rule: Name of a rule, see `pipelines.data.splits.RULES`.
-        labels: Number of labels; ignored by rule all, and if the imbalance has an `n1`.
+        labels: Number of labels; ignored if the imbalance has an `n1`, or the rule is "all".
         seed: Seed of the rule.
         imbalance: Class ratios.
 
@@ -117,13 +117,13 @@ def _labeled(data: DataSet, orders: list[np.ndarray], labels: int, imbalance: Im
         smallest = np.floor(abs(gamma) * ratios(gamma, classes) + _NEARLY)
         least = np.ceil(abs(gamma)) if imbalance.n1 else smallest.sum()
         raise ValueError(
-            f"{flag} {known} with imbalance {gamma:g} leaves {(counts == 0).sum()} of {classes} classes without a label; "
-            f"use at least {least:.0f}"
+            f"{flag} {known} with imbalance {gamma:g} leaves {(counts == 0).sum()} of {classes} classes without a "
+            f"label; use at least {least:.0f}"
         )
     for name, images, count in zip(data.classes, orders, counts, strict=True):
         if len(images) < count:
             raise ValueError(
-                f"{flag} {known} with imbalance {gamma:g} needs {count} labeled images of class {name}, but there are "
+                f"{flag} {known} with imbalance {gamma:g} needs {count} labeled images of class {name}, which has "
                 f"{len(images)}; use less"
             )
     return np.sort(np.concatenate([images[:count] for images, count in zip(orders, counts, strict=True)]))

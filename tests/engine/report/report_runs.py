@@ -24,6 +24,7 @@ def make_run(
     steps=60,
     done=True,
     side=8,
+    recalls=(),
     **changes,
 ):
     """Write a run's folder with a final test error in percent; `changes` are fields of the configuration."""
@@ -59,6 +60,9 @@ def make_run(
         "median_last_20": 99.0 - error, "train_seconds": 75.0, "images_per_second": 1234.0, "ranks": 1,
         "versions": {"torch": "2.15.0"}, "device": "CPU, a machine", "commit": "0123456789ab",
     }  # fmt: skip
+    if recalls:
+        means = {"balanced_accuracy": float(np.mean(recalls)), "geometric_mean": float(np.prod(recalls) ** (1 / count))}
+        summary |= {"recall": dict(zip(classes, recalls, strict=True)), **means}
     (folder / "summary.json").write_text(json.dumps(summary))
     labels = np.arange(40 * count) % count
     images = rng.integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)

@@ -340,6 +340,37 @@ def test_many_runs_are_drawn_as_groups(tmp_path):
     assert len(data_of(chart.spec)[0]) == 6
 
 
+def grid(found, title):
+    """Return the table of that title in sections of a page."""
+    (grid,) = (
+        part for section in found for part in section.parts if isinstance(part, page.Grid) and part.title == title
+    )
+    return grid
+
+
+def test_recalls_of_unequal_classes(tmp_path):
+    for seed, row in ((0, (90.0, 80.0, 10.0)), (1, (70.0, 60.0, 20.0))):
+        make_run(tmp_path / f"unequal{seed}", seed=seed, recalls=row, error=40.0, imbalance=10.0)
+    make_run(tmp_path / "old", seed=2, imbalance=10.0)  # Of an earlier version, which recorded no recalls.
+    make_run(tmp_path / "equal", seed=0, recalls=(95.0,) * 3, method="fixmatch")
+    found = reading.read([tmp_path])
+    known = grid(page.compare(found), "Recall by class")
+    assert list(known.head) == ["group", "runs", "balanced accuracy, %", "geometric mean, %", "cat", "dog", "bird"]
+    ((_, *row),) = known.rows
+    geometric = ((90 * 80 * 10) ** (1 / 3) + (70 * 60 * 20) ** (1 / 3)) / 2
+    assert row == [2, "55.00", f"{geometric:.2f}", "80.00", "70.00", "15.00"]
+    seen = report(tmp_path, tmp_path / "unequal0")
+    assert (
+        "Balanced accuracy" in seen.words
+        and "60.00 %" in seen.words
+        and "geometric mean of recalls 41.60 %" in seen.words
+    )
+    assert "Balanced accuracy" not in report(tmp_path, tmp_path / "equal").words
+    lines = [{"row": "remixmatch", "preset": "p", "balanced": {"mean": 60.0, "deviation": 1.0}, "geometric": None}]
+    table = grid([page._table(lines)], "Errors over seeds")
+    assert "balanced accuracy, %" in table.head and "60.00 ± 1.00" in table.rows[0]
+
+
 def test_lines_over_runs_use_common_steps():
     assert page.over_runs([([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 7.0, 9.0])], max) == ([2, 3], [4.0, 7.0])
 

@@ -41,11 +41,13 @@ def test_tables_have_the_methods_and_seeds_of_the_paper():
 def test_the_table_of_unequal_classes():
     found = entries("imbalance")
     assert len(found) == 2 * 5 * 5 and {entry.seed for entry in found} == {1, 2, 3, 4, 5}
-    assert {entry.row: (entry.job.config.method, entry.job.config.marginal, entry.job.config.align) for entry in found} == {
+    kinds = {each.row: (each.base.method, each.base.marginal, each.base.align) for each in found}
+    assert kinds == {
         "remixmatch": ("remixmatch", "running", True), "marginal=labels": ("remixmatch", "labels", True),
         "marginal=uniform": ("remixmatch", "uniform", True), "no-alignment": ("remixmatch", "running", False),
         "fixmatch": ("fixmatch", "running", False),
     }  # fmt: skip
+    alike = [entry.job.config for entry in entries("imbalance", presets=("fashion-100-small",), seeds=(0,))]
     # N_1 = 200 labels of the first class.
     for entry in found:
         config = entry.job.config
@@ -53,12 +55,7 @@ def test_the_table_of_unequal_classes():
         assert config.labels == sum(counts) and counts[-1] == 200 / config.imbalance
         assert config.class_ratios.unlabeled == config.class_ratios.labeled == config.imbalance
         other = dataclasses.replace(config, labels=100, imbalance=1.0, preset="fashion-100-small", seed=0)
-        assert other in [each.job.config for each in _alike()]
-
-
-def _alike():
-    """Return the same rows with equal classes."""
-    return entries("imbalance", presets=("fashion-100-small",), seeds=(0,))
+        assert other in alike, "all else is as with equal classes"
 
 
 @pytest.mark.parametrize("name", TABLES)

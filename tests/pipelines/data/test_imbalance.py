@@ -11,7 +11,7 @@ from pipelines.data.splits import RULES
 
 
 def made(counts, unknown=0, seed=0):
-    """Return a data set of tiny images with so many of each class, in random order."""
+    """Return a data set of tiny images with N images of each class, in random order."""
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(-1, len(counts)), (unknown, *counts)))
     images = np.zeros((len(labels), 1, 1, 3), np.uint8)
     return DataSet("made up", tuple("abcdefghij"[: len(counts)]), images, labels, images[:1], labels[:1])
@@ -124,9 +124,9 @@ def test_equal_classes_are_those_of_the_rule():
     [
         (Imbalance(10, 10), 11, "--labels 11 with imbalance 10 leaves 1 of 4 classes without a label; use at least 17"),
         (Imbalance(10, 10, n1=9), 1, "--n1 9 with imbalance 10 leaves 1 of 4 classes without a label; use at least 10"),
-        (Imbalance(2, 2, n1=61), 1, "--n1 61 with imbalance 2 needs 61 labeled images of class a, but there are 60"),
+        (Imbalance(2, 2, n1=61), 1, "--n1 61 with imbalance 2 needs 61 labeled images of class a, which has 60"),
         (Imbalance(2, 2, m1=45), 50, "--m1 45 with imbalance 2 needs more images of class a .* use at most 43"),
-        (Imbalance(2, 2), 300, "--labels 300 with imbalance 2 needs 103 labeled images of class a, but there are 60"),
+        (Imbalance(2, 2), 300, "--labels 300 with imbalance 2 needs 103 labeled images of class a, which has 60"),
     ],
 )
 def test_impossible_counts_raise(imbalance, labels, words):
