@@ -375,6 +375,8 @@ def _configuration(base: Config, options: Any) -> Config:
     if options.data is not None:
         if "dataset" in given:
             raise UserError("--dataset and --data both name the images; leave out one of them")
+        if str(options.data) in DATASETS and not options.data.exists():
+            raise UserError(f"--data {options.data}: no such folder; --dataset {options.data} names the data set")
         given["dataset"] = folder_name(options.data)
     config = dataclasses.replace(base, **given)
     if config.split == "all" and "labels" in given:
@@ -387,6 +389,9 @@ def _split(options: Any) -> None:
     if name in PRESETS:
         config = _configuration(PRESETS[name], options)
     else:
+        near = near_names(name, [*PRESETS, *DATASETS])
+        if near and near[0] in PRESETS and not Path(name).exists():
+            raise unknown("preset", name, PRESETS)
         named = data_name(name)
         if options.dataset is not None or options.data is not None:
             raise UserError(f"--dataset and --data need a preset, and {name} is a data set")

@@ -154,6 +154,9 @@ def test_splits_are_printed_and_checked(capsys, tmp_path):
     assert "--rule is now --split (see 'remixmatch data split --help')" in fails(capsys, *words, "--rule", "paper")
     both = fails(capsys, "data", "split", "digits-40", "--dataset", "digits", "--data", "x")
     assert "--dataset and --data both name the images" in both
+    assert "unknown preset 'fashion-100-smal'; did you mean fash" in fails(capsys, *words[:2], "fashion-100-smal")
+    named = fails(capsys, *check[:3], "--data", "digits")
+    assert "--data digits: no such folder; --dataset digits names the data set" in named
     assert "need a preset, and digits is a data set" in fails(capsys, *words, "--dataset", "cifar10")
 
 
