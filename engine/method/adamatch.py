@@ -15,8 +15,8 @@ class AdaMatchTargets(Targets):
     128 steps for the unlabeled images, and with decay 0.999 for the labeled ones. Both include the current step.
 
     Attributes:
-        label_marginal: (L,) float32, running average of the predictions for labeled images, or the given class
-            distribution.
+        label_marginal: (L,) float32, running average of the predictions for labeled images, or the distribution that
+            --marginal or --class-distribution sets.
     """
 
     uses_labeled = True
@@ -29,7 +29,7 @@ class AdaMatchTargets(Targets):
         c = self.config
         q, of_labeled = logits.softmax(-1).mean(0), labeled.softmax(-1)  # (U, L), (B, L)
         self.p_model_history.index_copy_(0, (step % P_MODEL_STEPS).reshape(1), q.mean(0, keepdim=True))
-        if not c.class_distribution:
+        if self.runs_marginal:
             self.label_marginal.lerp_(of_labeled.mean(0), 1 - c.marginal_decay)
         if c.align:
             q = q * (self.label_marginal + EPSILON) / (self.p_model + EPSILON)

@@ -31,6 +31,7 @@ class Targets(nn.Module):
         uses_labeled: Whether `forward` needs the logits of the labeled images. A step only predicts them if it does.
         p_model_history: (128, L) float32, batch means of q in the last 128 steps. Their mean is p~(y).
         label_marginal: (L,) float32, p(y): a running average, or the given class distribution.
+        runs_marginal: Whether p(y) is a running average.
         selects: Whether `select` makes the targets, from predictions that are aligned but not sharpened.
     """
 
@@ -43,6 +44,7 @@ class Targets(nn.Module):
         super().__init__()
         self.config = config
         self.selects = config.hard_labels or config.threshold > 0
+        self.runs_marginal = config.marginal == "running" and not config.class_distribution
         self.register_buffer("p_model_history", torch.full((P_MODEL_STEPS, classes), 1.0 / classes))
         self.register_buffer("label_marginal", torch.tensor(config.class_distribution or [1.0 / classes] * classes))
 
@@ -107,7 +109,7 @@ class Targets(nn.Module):
             one_hot: (B, L) float32 over all ranks, the labels of the step.
             losses: (len(LOSSES),) float32 in the order of `engine.method.losses.LOSSES`, means over all ranks.
         """
-        if self.config.marginal == "running" and not self.config.class_distribution:
+        if self.runs_marginal:
             self.label_marginal.lerp_(one_hot.mean(0), 1 - self.config.marginal_decay)
 
     @property

@@ -23,8 +23,8 @@ REMIXMATCH = dict(
     interpolate_logits=False, ramp="linear", temperature=0.5, hard_labels=False,
     threshold=0.0, threshold_decay=0.999, flex_warmup=True, dash_epoch_kimg=64.0,
     align=True, class_distribution=(), marginal="running", marginal_decay=0.999, unlabeled_loss="cross-entropy",
-    w_u=1.5, w_u1=0.5, w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment", ctaugment="paper",
-    labeled_augment="strong", anchor_augment="weak",
+    w_u=1.5, w_u1=0.5, w_rot=0.5, w_fair=0.0, ramp_kimg=1024.0, mixup_alpha=0.75, augment="ctaugment",
+    ctaugment="paper", labeled_augment="strong", anchor_augment="weak",
 )  # fmt: skip
 SHARED = dict(
     lr=0.002, weight_decay=0.02, ema_decay=0.999, bn_momentum=0.001, width=32, blocks=4, scales=3, bn="joint",

@@ -60,9 +60,10 @@ def test_the_rule_for_pseudo_labels(changes):
     np.testing.assert_allclose(targets.p_model, np.mean(of_guesses, 0), atol=1e-6)
 
 
-def test_a_given_class_distribution_replaces_the_predictions_for_labeled_images():
-    p = (0.5, 0.2, 0.1, 0.1, 0.1)
-    targets = make_targets(dataclasses.replace(with_method(Config(), "adamatch"), class_distribution=p), CLASSES)
+@pytest.mark.parametrize("changes", [{"class_distribution": (0.5, 0.2, 0.1, 0.1, 0.1)}, {"marginal": "uniform"}])
+def test_a_given_class_distribution_replaces_the_predictions_for_labeled_images(changes):
+    targets = make_targets(dataclasses.replace(with_method(Config(), "adamatch"), **changes), CLASSES)
+    p = changes.get("class_distribution", np.full(CLASSES, 1 / CLASSES))
     targets(torch.randn(1, 6, CLASSES), torch.tensor(0), labeled=torch.randn(4, CLASSES))
     np.testing.assert_allclose(targets.label_marginal, p)
 
