@@ -141,7 +141,7 @@ def test_a_snapshot_restores_every_tensor_in_place(tiny):
 def test_a_packed_plan_is_one_buffer_of_aligned_parts(tiny):
     config = tiny(batch=5, k=2)
     spec = PlanSpec(config.batch, config.k, 40, 80, max_shift=1, flip=False)
-    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1)
+    layout = BatchLayout.for_rank(spec, 1, 0, 1, 1, carries_images=True)
     plan = rank_plan(layout, make_plan(spec, 0, 0, initial_weights()), np.arange(5))
     data = StepInput.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), plan, CPU)
     for name, array in vars(plan).items():

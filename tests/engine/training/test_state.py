@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.config.presets import preset
-from engine.method import targets
+from engine.method import registry
+from engine.method.targets import Targets
 from engine.training.state import make_state
 
 CPU = torch.device("cpu")
@@ -34,11 +35,11 @@ def test_the_rotation_head_is_trained_only_with_the_rotation_task(changes, train
 
 @pytest.mark.parametrize("name", ["step", "network", "optimizer", "scaler"])
 def test_buffers_cannot_have_reserved_names(name, monkeypatch):
-    class Named(targets.Targets):
-        def __init__(self, config, classes):
-            super().__init__(config, classes)
+    class Named(Targets):
+        def __init__(self, config, classes, unlabeled_images=0):
+            super().__init__(config, classes, unlabeled_images)
             self.register_buffer(name, torch.zeros(()))
 
-    monkeypatch.setitem(targets.TARGETS, "remixmatch", Named)
+    monkeypatch.setitem(registry.TARGETS, "remixmatch", Named)
     with pytest.raises(ValueError, match=f"Named: buffer names {name} are reserved"):
         state()
