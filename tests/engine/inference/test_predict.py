@@ -240,7 +240,8 @@ def test_summary_of_predictions(trained, tmp_path, images, expected, capsys):
     )
     right = 100 * (best[:6] == best[0]).mean()
     words = "compared with the names of the folders"
-    assert figures == f"{words}: accuracy {right:.2f} %, balanced accuracy {right:.2f} %"
+    means = f"balanced accuracy {right:.2f} %, geometric mean of recalls {right:.2f} %"
+    assert figures == f"{words}: accuracy {right:.2f} %, {means}"
     assert head.startswith("class  images") and row.split()[:3] == [str(best[0]), "6", f"{right:.2f}"]
     Image.fromarray(images[7]).save(tmp_path / "new" / "7.png")
     cli.main(["predict", str(trained), str(tmp_path / "new")])
