@@ -1,4 +1,4 @@
-"""Length of training: scale everything that is counted in steps, and recognize runs that are too short."""
+"""Length of training: samples per step, everything that is counted in steps, and runs that are too short."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ SCALED = (
 FRACTIONS = ("ema_decay", "threshold_decay", "bn_momentum")  # Those that are from 0 to 1.
 MAX_SCALE = 1_000_000
 MIN_SPANS = 5  # Spans of an average after which its initial value, with a weight of exp(-5), no longer matters.
+
+
+def trained_samples(config: Config) -> int:
+    """Return the number of samples the network trains on per step; a loss term of weight 0 adds none."""
+    labeled = 2 if config.labeled_augment == "both" else 1
+    if not config.unlabeled:
+        return config.batch * labeled
+    passes = config.k + sum([config.anchor == "trained", config.w_u1 > 0, config.w_rot > 0])
+    return config.batch * (labeled + config.mu * passes)
 
 
 def check_scale(scale: float) -> None:

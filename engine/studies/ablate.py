@@ -25,6 +25,7 @@ import tyro
 from engine.commands.parsing import parse, show_usage_if_asked
 from engine.config.config import Config
 from engine.config.methods import ABLATIONS
+from engine.config.scaling import trained_samples
 from engine.errors import UserError, cannot_write, unknown
 from engine.measuring import records
 from engine.measuring.counts import IMAGES, counted
@@ -32,7 +33,6 @@ from engine.measuring.step_worker import StepWorker, sample_interleaved
 from engine.runs.progress import duration
 from engine.studies import jobs, paper_tables, reproduce, table_results
 from engine.studies.ablation_table import AblationRow, markdown, to_csv
-from engine.studies.job_progress import trained_samples
 from engine.studies.paper_tables import REMIXMATCH, Entry
 from engine.training.execution import pick_device
 from pipelines.data.cache import set_data_dir

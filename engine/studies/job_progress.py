@@ -17,6 +17,7 @@ from rich.table import Table as Grid
 from engine.config.config import Config
 from engine.config.methods import ablate, with_method
 from engine.config.presets import PRESETS
+from engine.config.scaling import trained_samples
 from engine.runs.headline import evaluations_of, shown_results
 from engine.runs.progress import duration
 from engine.studies.jobs import STATES, Status
@@ -129,14 +130,6 @@ def counts(statuses: Sequence[Status]) -> str:
     """Return the number of jobs in each state, in words."""
     found = [each.state for each in statuses]
     return ", ".join(f"{found.count(state)} {state}" for state in STATES if state in found)
-
-
-def trained_samples(config: Config) -> int:
-    """Return the number of samples the network trains on per step; a loss term of weight 0 adds none."""
-    if not config.unlabeled:
-        return config.batch
-    passes = config.k + sum([config.anchor == "trained", config.w_u1 > 0, config.w_rot > 0])
-    return config.batch * (1 + config.mu * passes)
 
 
 def time_left(configs: Sequence[Config], statuses: Sequence[Status], workers: int) -> float | None:

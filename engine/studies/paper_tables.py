@@ -17,7 +17,7 @@ from engine.config.checks import validate
 from engine.config.config import Config, changes
 from engine.config.methods import ABLATIONS, METHODS, ablate, with_method
 from engine.config.presets import PUBLISHED, PublishedError, preset
-from engine.config.scaling import scaled
+from engine.config.scaling import scaled, trained_samples
 from engine.errors import UserError, unknown
 from engine.runs.setup import open_data, setup_run
 from engine.studies.jobs import Job
@@ -39,6 +39,7 @@ class PaperTable:
         rows: Methods, or the full method and its ablations; the full method comes first.
         seeds: Default seeds.
         kind: Whether rows are methods, ablations, or any of both and of VARIANTS.
+        equal_samples: Whether each run trains on as many samples as its method with K = 1, in fewer steps.
     """
 
     text: str
@@ -46,13 +47,20 @@ class PaperTable:
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     kind: Literal["method", "ablation", "variant"] = "method"
+    equal_samples: bool = False
 
 
 # Rows that are neither methods nor ablations.
-VARIANTS: dict[str, dict[str, Any]] = {
+MARGINALS: dict[str, dict[str, Any]] = {
     "marginal=labels": dict(marginal="labels"),
     "marginal=uniform": dict(marginal="uniform"),
 }
+K_OF_METHODS: dict[str, dict[str, Any]] = {
+    f"{method}-k{k}": dict(method=method, k=k)
+    for method in (REMIXMATCH, "fixmatch", "freematch", "softmatch")
+    for k in (1, 2, 4, 8)
+}
+VARIANTS = MARGINALS | K_OF_METHODS
 
 TABLES = {
     "cifar10": PaperTable(
@@ -86,8 +94,23 @@ TABLES = {
     "imbalance": PaperTable(
         "Fashion-MNIST at 16x16 with unequal classes, ratios 10 and 100: what alignment aims at, and FixMatch",
         ("fashion-lt10-small", "fashion-lt100-small"),
-        (REMIXMATCH, *VARIANTS, "no-alignment", "fixmatch"),
+        (REMIXMATCH, *MARGINALS, "no-alignment", "fixmatch"),
         kind="variant",
+    ),
+    "k": PaperTable(
+        "digits with K = 1, 2, 4 and 8 for four methods, equal steps",
+        ("digits-40",),
+        tuple(K_OF_METHODS),
+        (0, 1, 2, 3, 4),
+        kind="variant",
+    ),
+    "k-samples": PaperTable(
+        "the same with equal numbers of trained samples",
+        ("digits-40",),
+        tuple(K_OF_METHODS),
+        (0, 1, 2, 3, 4),
+        kind="variant",
+        equal_samples=True,
     ),
 }  # fmt: skip
 
@@ -109,6 +132,11 @@ PUBLISHED_ABLATIONS: dict[tuple[str, str], PublishedError] = {
         "no-alignment": 7.28, "l2": 17.28, "no-strong": 12.51, "no-weak": 29.36,
     }.items()
 }  # fmt: skip
+
+
+def compared_with(row: str) -> str:
+    """Return the row that a row's differences are taken from: the same method with K = 1, or ReMixMatch."""
+    return f"{K_OF_METHODS[row]['method']}-k1" if row in K_OF_METHODS else REMIXMATCH
 
 
 def papers_difference(row: str, k: int) -> float | None:
@@ -181,11 +209,15 @@ def make_entries(
                 if table.kind != "ablation" and row in METHODS:
                     base = with_method(whole, row)
                 elif row in VARIANTS:
-                    base = dataclasses.replace(whole, **VARIANTS[row])
+                    settings = VARIANTS[row]
+                    base = dataclasses.replace(with_method(whole, settings.get("method", REMIXMATCH)), **settings)
                 elif row != REMIXMATCH:
                     base = ablate(whole, row)
                     if base == whole:  # The ablation's K is the preset's.
                         continue
+                if table.equal_samples:
+                    single = dataclasses.replace(base, k=1)
+                    base = scaled(base, trained_samples(single) / trained_samples(base))
                 unseeded = dataclasses.replace(base, seed=_NO_SEED)
                 changed = dataclasses.replace(_with_flags(unseeded, tuple(flags)), seed=seed)
                 config = scaled(changed, steps_scale)

@@ -19,11 +19,13 @@ from engine.runs.headline import evaluations_of, unequal_classes
 from engine.studies import statistics
 from engine.studies.jobs import Status, status
 from engine.studies.paper_tables import (
+    K_OF_METHODS,
     PUBLISHED_ABLATIONS,
     PUBLISHED_ERRORS,
     REMIXMATCH,
     TABLES,
     Entry,
+    compared_with,
     papers_difference,
 )
 from pipelines.files import write_text
@@ -75,7 +77,8 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         commits = dict.fromkeys(each.commit or "unknown" for each in done)
         notes.append(f"Trained on {'; '.join(places)}; torch {', '.join(torches)}; commit {', '.join(commits)}.")
     head = title(name, entries, scale)
-    text = statistics.markdown(head, lines, REMIXMATCH, notes)
+    full = "K = 1" if any(entry.row in K_OF_METHODS for entry in entries) else REMIXMATCH
+    text = statistics.markdown(head, lines, full, notes)
     content = {
         "table": name,
         "title": head,
@@ -127,7 +130,7 @@ def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status])
             preset_name,
             sorted(wanted[preset_name, row]),
             runs[preset_name, row],
-            runs.get((preset_name, REMIXMATCH)) if row != REMIXMATCH else None,
+            runs.get((preset_name, compared_with(row))) if row != compared_with(row) else None,
             figures.get((preset_name, row)),
             papers_difference(row, preset(preset_name).k) if ablation else None,
         )

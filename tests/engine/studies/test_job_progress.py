@@ -7,9 +7,9 @@ import pytest
 
 from engine.config.methods import with_method
 from engine.config.presets import preset
+from engine.config.scaling import trained_samples
 from engine.measuring import records
 from engine.studies import job_progress, reproduce
-from engine.studies.job_progress import trained_samples
 from engine.studies.jobs import Status
 from tests.engine.studies.made_jobs import entries, finish
 from tests.terminals import on_terminal

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config.methods import ABLATIONS, METHODS
 from engine.config.scaling import scaled
-from engine.studies.paper_tables import TABLES
+from engine.studies.paper_tables import TABLES, compared_with
 from tests.engine.studies.made_jobs import entries
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -18,7 +18,7 @@ def test_the_first_seed_of_everything_precedes_the_second_of_anything(name):
     found = entries(name, seeds=(4, 7))
     assert [entry.seed for entry in found] == [4] * (len(found) // 2) + [7] * (len(found) // 2)
     first = found[: len(TABLES[name].presets)]
-    assert [entry.row for entry in first] == ["remixmatch"] * len(first), "the full method comes first"
+    assert {entry.row for entry in first} <= {"remixmatch", "remixmatch-k1"}, "the full method comes first"
     assert [entry.preset for entry in first] == list(TABLES[name].presets)
     assert len({entry.job.name for entry in found}) == len(found)
     for entry in found:
@@ -56,6 +56,24 @@ def test_the_table_of_unequal_classes():
         assert config.class_ratios.unlabeled == config.class_ratios.labeled == config.imbalance
         other = dataclasses.replace(config, labels=100, imbalance=1.0, preset="fashion-100-small", seed=0)
         assert other in alike, "all else is as with equal classes"
+
+
+def test_the_tables_over_k():
+    """At equal numbers of trained samples a run with a larger K has fewer steps and shorter averages."""
+    steps, samples = entries("k", seeds=(0,)), entries("k-samples", seeds=(0,))
+    assert [each.row for each in steps] == [each.row for each in samples]
+    assert {(each.base.method, each.base.k) for each in steps} == {
+        (method, k) for method in ("remixmatch", "fixmatch", "freematch", "softmatch") for k in (1, 2, 4, 8)
+    }
+    assert {each.base.steps for each in steps} == {2500}
+    found = {each.row: each.base for each in samples}
+    # Labeled images and mu K views of the unlabeled ones; ReMixMatch also trains on u_weak, u_1 and the rotated u_1.
+    for name, k, trained, of_one in (("fixmatch", 8, 57, 8), ("softmatch", 4, 29, 8), ("remixmatch", 8, 12, 5)):
+        config = found[f"{name}-k{k}"]
+        assert config.steps == round(2500 * of_one / trained) and found[f"{name}-k1"].steps == 2500
+        spans = [1 / (1 - one.ema_decay) / one.steps for one in (config, found[f"{name}-k1"])]
+        assert spans[0] == pytest.approx(spans[1], rel=0.1)
+    assert compared_with("freematch-k8") == "freematch-k1" and compared_with("no-alignment") == "remixmatch"
 
 
 @pytest.mark.parametrize("name", TABLES)

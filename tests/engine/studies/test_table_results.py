@@ -191,6 +191,19 @@ def test_tables_of_unequal_classes_have_recalls(tmp_path, capsys):
     assert (tmp_path / "again" / "table.md").read_text() == text
 
 
+def test_tables_over_k_compare_with_one_view(tmp_path):
+    out = tmp_path / "out"
+    found = entries("k", rows=("fixmatch-k1", "fixmatch-k4", "softmatch-k1", "softmatch-k4"), seeds=(1,))
+    for entry, accuracy in zip(found, (90.0, 92.0, 80.0, 79.0), strict=True):
+        finish(out, entry, accuracy)
+    reproduce.main(["k", "--methods", *(entry.row for entry in found), "--seeds", "1", "--tables", "--out", str(out)])
+    text = (out / "table.md").read_text()
+    rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| digits-40")}
+    assert "difference from K = 1, pp" in text
+    assert "| -2.00" in rows["fixmatch-k4"] and "| +1.00" in rows["softmatch-k4"]
+    assert not any(sign in rows["softmatch-k1"] for sign in ("| +", "| -"))
+
+
 def test_tables_of_equal_classes_have_no_recalls(tmp_path):
     out = tmp_path / "out"
     (entry,) = entries("digits", rows=("remixmatch",), seeds=(1,))
