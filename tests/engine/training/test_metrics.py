@@ -166,8 +166,9 @@ def test_agreement_is_the_share_of_equal_classes_and_that_of_chance():
 def test_the_quality_of_pseudo_labels():
     """Predictions of 0.75, 0.25; 0.45, 0.55; 1, 0; and 0.55, 0.45. The first and the third are correct."""
     predicted = torch.tensor([[0.75, 0.25], [0.45, 0.55], [1.0, 0.0], [0.55, 0.45]])
+    network = Brightness(1.0, 1.0, 1.0)
     state = SimpleNamespace(
-        network=Brightness(1.0, 1.0, 1.0), targets=SimpleNamespace(predict=lambda logits: predicted)
+        network=network, guess_network=lambda: network, targets=SimpleNamespace(predict=lambda logits: predicted)
     )
     found = guess_quality(state, colored(*[(0, 0, 0)] * 4), np.array([0, 0, 0, 1]), CPU)
     assert (
