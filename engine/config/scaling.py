@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from engine.config.config import Config
-from engine.config.methods import DASH_WARM_UP, dash_epoch_steps
+from engine.config.methods import DASH_WARM_UP, dash_epoch_steps, with_method
 from engine.config.presets import PRESETS
 from engine.config.values import shown
 from engine.errors import UserError
@@ -86,7 +86,8 @@ def too_short(config: Config) -> str:
     fix = f"use at least --steps {math.ceil(most)}" if most < math.inf else "change these flags"
     preset = PRESETS.get(config.preset)
     if preset and (scale := config.steps / preset.steps) < 1:
-        # Settings that differ from the preset's have flags, which override the scale.
+        preset = with_method(preset, config.method)
+        # Settings that differ from those of the preset and the method have flags, which override the scale.
         kept = {name: value for name, value in lengths(config).items() if value != getattr(preset, name)}
         advised = dataclasses.replace(config, **lengths(scaled(preset, scale)) | kept | {"steps": config.steps})
         if not _unfinished(advised):

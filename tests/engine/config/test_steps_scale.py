@@ -102,6 +102,13 @@ def test_short_runs_are_described_with_their_numbers_and_the_fix():
     assert advised.steps == 400 and too_short(advised) == ""
 
 
+@pytest.mark.parametrize("method", ["fixmatch", "adamatch"])
+def test_what_a_method_sets_does_not_count_as_a_flag_in_the_advice(method):
+    warning = too_short(parsed("digits-40", "--method", method, "--steps", "100"))
+    assert warning.endswith("; use --steps-scale 0.04 instead of --steps 100, which scales these, too")
+    assert too_short(parsed("digits-40", "--method", method, "--steps-scale", "0.04")) == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
