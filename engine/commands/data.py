@@ -414,7 +414,9 @@ def _split(options: Any) -> None:
 def _per_class(data: DataSet, indices: np.ndarray) -> str:
     labels = data.train_labels[indices]
     counts = np.bincount(labels[labels >= 0], minlength=len(data.classes))
-    return ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
+    unknown = int((labels < 0).sum())
+    listed = ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
+    return listed + (f"; {unknown} of unknown class" if unknown else "")
 
 
 def _check_split(options: Any) -> None:
@@ -423,6 +425,8 @@ def _check_split(options: Any) -> None:
         raise UserError("missing argument SPLIT: give a run's folder, or a file of image indices")
     if path.is_dir():
         base, path = dataclasses.replace(load_config(path / "config.json"), log="none"), path / "split.json"
+    elif not path.exists():
+        raise UserError(f"no run or file '{path}'")
     elif options.dataset is None and options.data is None:
         raise UserError("--dataset or --data is required to check a file; name its images")
     else:

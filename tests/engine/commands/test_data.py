@@ -146,6 +146,7 @@ def test_splits_are_printed_and_checked(capsys, tmp_path):
     assert f"1 only in the rule: {indices[0]}\n1 only in theirs.txt: 1436\n" in output
     (tmp_path / "theirs.txt").write_text("1437")
     assert "contains index 1437, but digits has only 1437 training images" in fails(capsys, *check)
+    assert "no run or file 'missing'" in fails(capsys, "data", "check-split", "missing")
     unknown = fails(capsys, "data", "split", "digits", "--labels", 40, "--split", "papers")
     assert "--split must be one of balanced, paper" in unknown and "; got 'papers'" in unknown
     assert "--labels must be at least 1, got 0" in fails(capsys, "data", "split", "digits", "--labels", 0)
@@ -405,6 +406,16 @@ def test_changed_folder_is_reported_with_the_command_to_prepare_it(capsys, photo
     for command in commands:
         assert f"{output} {photos} --size 16" in fails(capsys, *command)
     assert f"{output} {photos} --size 16" in say(capsys, "data", "list")
+
+
+def test_counts_per_class_include_unlabeled_images_of_unknown_class(capsys, photos):
+    say(capsys, "data", "prepare", photos, "--size", 16)
+    labels, unlabeled = say(capsys, "data", "split", "folder", "--data", photos, "--split", "balanced", "--labels", 4,
+                            "--imbalance-labeled", 1.5).splitlines()[1:3]  # fmt: skip
+    unknown = len(list((photos / "unlabeled").iterdir()))
+    assert labels.startswith("labels per class: ") and "unknown" not in labels
+    assert unknown and unlabeled.startswith("unlabeled images per class: ")
+    assert unlabeled.endswith(f"; {unknown} of unknown class")
 
 
 def test_eval_says_if_the_test_images_are_others_than_at_training(capsys, photos):
