@@ -43,6 +43,7 @@ from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.steps import VIEWS
 from engine.measuring.timing import bench_device
+from engine.method.losses import LOSSES
 from engine.training.execution import pick_mode
 from engine.training.state import make_state
 from pipelines.data.datasets import DATASETS
@@ -225,7 +226,7 @@ def step_collectives(config: Config) -> Collectives:
     network = make_state(config, classes, torch.device("cpu")).network
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     passes = 2 if config.unlabeled else 1  # Guess and probe.
-    metrics = 6  # Five losses and "stop"; other metrics are the same on all ranks.
+    metrics = len(LOSSES) + 1  # The losses and "stop"; other metrics are the same on all ranks.
     reduced = sum(b.numel() for b in network.buffers()) + metrics
     others = (
         Collective("logits", "all-gather", bytes_per_image=4 * classes * passes),

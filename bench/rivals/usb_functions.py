@@ -26,6 +26,7 @@ from engine.config.config import Config
 from engine.config.methods import DASH_WARM_UP, with_method
 from engine.method.losses import Samples, fairness, unlabeled
 from engine.method.registry import make_targets
+from pipelines.processes import python_environment
 
 PACKAGE = "semilearn==0.3.2"
 STEPS, UNLABELED, LABELED, CLASSES, IMAGES = 200, 56, 8, 10, 300
@@ -108,7 +109,7 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, PACKAGE]
-        subprocess.run(install, check=True)
+        subprocess.run(install, check=True, env=python_environment())
         sys.path.insert(0, folder)
         print("| rule | targets | weights | state or loss | differing weights, % |\n| --- | --- | --- | --- | --- |")
         with contextlib.redirect_stdout(sys.stderr):  # USB prints distributions.

@@ -11,6 +11,7 @@ from engine import run
 from engine.commands import main as cli
 from engine.errors import RankError, UserError
 from engine.inference.trained import load_ema_model
+from engine.method.losses import LOSSES
 from engine.runs.progress import read_metrics
 from engine.runs.setup import setup_run, write_run_files
 from engine.training.feed import plan_spec
@@ -123,7 +124,7 @@ def test_what_alignment_aims_at(tiny, tmp_path, marginal):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(trainer.health.p_data, frequencies if marginal != "uniform" else expected)
     one_hot = torch.eye(10)[:4]
-    trainer.state.targets.observe_labels(one_hot)
+    trainer.state.targets.observe(one_hot, torch.zeros(len(LOSSES)))
     moved = 0.999 * expected + 0.001 * one_hot.mean(0).numpy() if marginal == "running" else expected
     np.testing.assert_allclose(found.numpy(), moved, rtol=1e-6)
     assert make_state(config, 10, torch.device("cpu"), (16, 16)).targets.label_marginal.sum() == pytest.approx(1)
