@@ -148,8 +148,6 @@ def _check_method(config: Config) -> None:
         raise UserError(f"--guess-network ema requires --guess-pass separate, got {config.guess_pass}")
     if config.guess_network == "ema" and not config.ema_decay and config.unlabeled:
         raise UserError("--guess-network ema requires --ema-decay above 0; with 0, the EMA is the trained network")
-    if config.method == "pi-model" and config.guess_pass == "joint":
-        raise UserError("--method pi-model requires --guess-pass trained or separate, got joint")
     if config.method == "pi-model" and config.k < 2:
         raise UserError("--method pi-model requires --k 2 or more (it compares the views of an image), got 1")
     if config.method == "adamatch" and config.labeled_augment == "strong":

@@ -140,7 +140,6 @@ def test_ramps(tiny, shape):
         ("fixmatch", dict(guess_pass="trained"), "--guess-pass trained requires --anchor trained or none"),
         ("mean-teacher", dict(guess_pass="joint"), "--guess-network ema requires --guess-pass separate, got joint"),
         ("mean-teacher", dict(ema_decay=0.0), "--guess-network ema requires --ema-decay above 0"),
-        ("pi-model", dict(guess_pass="joint"), "--method pi-model requires --guess-pass trained or separate"),
     ],
 )
 def test_contradictions_are_reported(config_of, method, changes, message):
