@@ -72,6 +72,8 @@ def test_ctrl_c_in_a_terminal_ends_all_processes_and_prints_one_line(line, child
     process = subprocess.Popen(
         command(*line.split()), cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell starts background commands with SIGINT ignored, which the tests may have inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
