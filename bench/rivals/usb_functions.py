@@ -9,6 +9,7 @@ loss, and the share of weights that differ. docs/protocol.md explains the lines 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -136,20 +137,16 @@ def compare(ours: Rule, theirs: Rule) -> list[str]:
     return [f"{value:.0e}" if value else "0" for value in largest.tolist()] + [f"{100 * differing:.1f}"]
 
 
-def engine_rule(
-    method: str, state: Callable[[Any, Batch, Tensor], Tensor] | None = None, first: int = 0, **settings: Any
-) -> Rule:
+def engine_rule(method: str, state: Callable[[Any, Batch, Tensor], Tensor] | None = None, **settings: Any) -> Rule:
     """Return the engine's rule of a method.
 
     Args:
         method: The method.
         state: Computes the values to compare from (targets module, batch, weighted pseudo-labels); none by default.
-        first: Number of the first step.
         settings: Other settings.
     """
-    config = with_method(Config(batch=LABELED), method)
-    config = Config(**{**vars(config), **settings})
-    module, step = make_targets(config, CLASSES, IMAGES), torch.tensor(first)
+    config = dataclasses.replace(with_method(Config(batch=LABELED), method), **settings)
+    module, step = make_targets(config, CLASSES, IMAGES), torch.tensor(0)
 
     def rule(batch: Batch) -> Result:
         targets, weights = module(batch.weak[None], step, images=batch.images, labeled=batch.labeled)
@@ -158,14 +155,12 @@ def engine_rule(
         values = torch.zeros(()) if state is None else state(module, batch, targets * weights[:, None])
         return Result(targets, weights, values)
 
-    rule.module = module  # type: ignore[attr-defined]
     return rule
 
 
 def dash_rule(rho_hat: float) -> Rule:
     """Return the engine's rule of Dash in the first stage after the warm-up, with a given labeled loss."""
-    rule = engine_rule("dash", first=0)
-    module = rule.module  # type: ignore[attr-defined]
+    module: Any = make_targets(with_method(Config(batch=LABELED), "dash"), CLASSES, IMAGES)
     module.rho_hat.fill_(rho_hat)
 
     def first_stage(batch: Batch) -> Result:
@@ -182,9 +177,8 @@ def samples(module: Any, batch: Batch, targets: Tensor) -> Samples:
     shares = torch.zeros(3, UNLABELED)
     shares[1] = 1 / UNLABELED
     nothing = torch.zeros(UNLABELED, dtype=torch.int64)
-    fair_target = getattr(module, "fair_target", None)
     return Samples(
-        module.config, batch.strong, torch.zeros(UNLABELED, 4), targets, nothing, shares, shares[0], fair_target
+        module.config, batch.strong, torch.zeros(UNLABELED, 4), targets, nothing, shares, shares[0], module.fair_target
     )
 
 
@@ -201,15 +195,13 @@ def rules(usb: Usb) -> Iterator[tuple[str, Rule, Rule]]:
 
         def rule(batch: Batch) -> Result:
             mask = masking.masking(algorithm, batch.weak)
-            hard: dict[str, Any] = dict(use_hard_label=temperature is None, T=temperature or 1.0)
-            targets = usb.targets(algorithm, batch.weak, **hard)
+            targets = usb.targets(algorithm, batch.weak, use_hard_label=temperature is None, T=temperature or 1.0)
             return Result(targets, mask, usb.criterions.consistency_loss(batch.strong, targets, criterion, mask))
 
         return rule
 
     yield "FixMatch", engine_rule("fixmatch", loss), fixed(0.95, None)
-    soft: dict[str, Any] = dict(unlabeled_loss="cross-entropy")
-    yield "UDA, cross-entropy", engine_rule("uda", loss, **soft), fixed(0.8, 0.4)
+    yield "UDA, cross-entropy", engine_rule("uda", loss, unlabeled_loss="cross-entropy"), fixed(0.8, 0.4)
     yield "Mean Teacher", engine_rule("mean-teacher", loss), fixed(0.0, 1.0, "mse")
 
     def flexmatch(warm_up: bool) -> Rule:
@@ -229,15 +221,12 @@ def rules(usb: Usb) -> Iterator[tuple[str, Rule, Rule]]:
 
     def freematch(fair: bool, quantile: bool = False) -> Rule:
         algorithm = usb.algorithm(use_quantile=quantile, clip_thresh=False)
-        masking, entropy = (
-            usb.of("freematch").FreeMatchThresholdingHook(CLASSES, DECAY),
-            usb.of("freematch", "freematch").entropy_loss,
-        )
+        masking = usb.of("freematch").FreeMatchThresholdingHook(CLASSES, DECAY)
+        entropy = usb.of("freematch", "freematch").entropy_loss
 
         def rule(batch: Batch) -> Result:
             mask = masking.masking(algorithm, batch.weak)
-            state = torch.cat([masking.time_p[None], masking.p_model, masking.label_hist])
-            value = state
+            value = torch.cat([masking.time_p[None], masking.p_model, masking.label_hist])
             if fair:
                 logits = batch.strong.requires_grad_()
                 (value,) = torch.autograd.grad(entropy(mask, logits, masking.p_model, masking.label_hist)[0], logits)
@@ -264,12 +253,9 @@ def rules(usb: Usb) -> Iterator[tuple[str, Rule, Rule]]:
         freematch(True),
     )
 
-    def softmatch(sigmas: float, aligned_from_start: bool) -> Rule:
-        algorithm = usb.algorithm()
-        align, weighting = (
-            usb.hooks.DistAlignEMAHook(CLASSES, DECAY),
-            usb.of("softmatch").SoftMatchWeightingHook(CLASSES, sigmas, DECAY),
-        )
+    def softmatch(aligned_from_start: bool) -> Rule:
+        algorithm, align = usb.algorithm(), usb.hooks.DistAlignEMAHook(CLASSES, DECAY)
+        weighting = usb.of("softmatch").SoftMatchWeightingHook(CLASSES, momentum=DECAY)
         if aligned_from_start:
             align.p_model = torch.full((CLASSES,), 1 / CLASSES)
 
@@ -286,9 +272,9 @@ def rules(usb: Usb) -> Iterator[tuple[str, Rule, Rule]]:
     yield (
         "SoftMatch, USB's average prediction from 1 / L",
         engine_rule("softmatch", gaussian, threshold_decay=DECAY),
-        softmatch(2, True),
+        softmatch(True),
     )
-    yield "SoftMatch", engine_rule("softmatch", gaussian, threshold_decay=DECAY), softmatch(2, False)
+    yield "SoftMatch", engine_rule("softmatch", gaussian, threshold_decay=DECAY), softmatch(False)
 
     def dash(rho_hat: float) -> Rule:
         # USB's counter selects the first stage at step 0. Here it follows a warm-up on labeled images.
