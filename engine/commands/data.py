@@ -412,9 +412,8 @@ def _split(options: Any) -> None:
 
 
 def _per_class(data: DataSet, indices: np.ndarray) -> str:
-    labels = data.train_labels[indices]
-    counts = np.bincount(labels[labels >= 0], minlength=len(data.classes))
-    unknown = int((labels < 0).sum())
+    counts = data.class_counts(indices)
+    unknown = len(indices) - int(counts.sum())
     listed = ", ".join(f"{name} {n}" for name, n in zip(data.classes, counts, strict=True))
     return listed + (f"; {unknown} of unknown class" if unknown else "")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.config.config import Config
 from engine.config.methods import METHODS, contradiction
-from engine.config.values import shown
+from engine.config.values import flag_of, shown
 from engine.errors import UserError, unknown
 from pipelines.data.cache import DataSet
 from pipelines.data.datasets import DATASETS
@@ -54,7 +54,7 @@ def validate(config: Config, ranks: int = 1) -> None:
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
     for name, bound in minimum.items():
         if not getattr(config, name) >= bound:
-            raise UserError(f"{_flag(name)} must be at least {bound}, got {shown(getattr(config, name))}")
+            raise UserError(f"{flag_of(name)} must be at least {bound}, got {shown(getattr(config, name))}")
     if not config.backbone and config.network not in ("wide-resnet", "auto"):
         raise UserError(f"--network must be wide-resnet, timm:NAME or auto, got '{config.network}'")
     if config.backbone and config.bn != "joint":
@@ -72,18 +72,18 @@ def validate(config: Config, ranks: int = 1) -> None:
         )
     for name in ("temperature", "lr"):
         if not getattr(config, name) > 0:
-            raise UserError(f"{_flag(name)} must be more than 0, got {shown(getattr(config, name))}")
+            raise UserError(f"{flag_of(name)} must be more than 0, got {shown(getattr(config, name))}")
     for name, value in vars(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{_flag(name)} must be finite, got {value}")
+            raise UserError(f"{flag_of(name)} must be finite, got {value}")
         if isinstance(value, int) and value >= 2**63:
-            raise UserError(f"{_flag(name)} must be less than 2^63, got {shown(value)}")
+            raise UserError(f"{flag_of(name)} must be less than 2^63, got {shown(value)}")
     for name in ("bn_momentum", "ema_decay", "marginal_decay", "threshold", "threshold_decay"):
         if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{_flag(name)} must be between 0 and 1, got {shown(getattr(config, name))}")
+            raise UserError(f"{flag_of(name)} must be between 0 and 1, got {shown(getattr(config, name))}")
     for name, none in (("imbalance", ()), ("imbalance_labeled", (0,)), ("imbalance_unlabeled", (0,))):
         if not (abs(getattr(config, name)) >= 1 or getattr(config, name) in none):
-            raise UserError(f"{_flag(name)} must be at least 1, or at most -1, got {shown(getattr(config, name))}")
+            raise UserError(f"{flag_of(name)} must be at least 1, or at most -1, got {shown(getattr(config, name))}")
     if config.n1 and not config.class_ratios.of_labeled:
         raise UserError("--n1 requires --imbalance or --imbalance-labeled; without them, --labels sets the labels")
     _check_method(config)
@@ -268,7 +268,3 @@ def check_data(config: Config, data: DataSet) -> tuple[np.ndarray, DataSet]:
             f"--max-shift must be less than the images' shorter side of {min(sides)} pixels, got {config.max_shift}"
         )
     return split, data
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -9,7 +9,7 @@ from typing import Any
 from engine.config.config import Config
 from engine.config.methods import DASH_WARM_UP, dash_epoch_steps, with_method
 from engine.config.presets import PRESETS
-from engine.config.values import shown
+from engine.config.values import flag_of, shown
 from engine.errors import UserError
 
 # Fields that --steps-scale changes.
@@ -61,8 +61,9 @@ def scaled(config: Config, scale: float) -> Config:
     for name in SCALED:
         most = 1 if name in FRACTIONS else 2**63
         if not 0 <= getattr(config, name) <= most:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be from 0 to {most} to be scaled, got {shown(getattr(config, name))}")
+            raise UserError(
+                f"{flag_of(name)} must be from 0 to {most} to be scaled, got {shown(getattr(config, name))}"
+            )
     whole = {name: max(1, int(getattr(config, name) * scale)) for name in SCALED if name.endswith("every")}
     return dataclasses.replace(
         config,

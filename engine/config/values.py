@@ -23,6 +23,11 @@ _KINDS = {
 }
 
 
+def flag_of(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
 def choices(hint: Any) -> tuple[Any, ...]:
     """Return the values of a Literal, which may be optional; () for any other type."""
     hint = _without_none(hint)

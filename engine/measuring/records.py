@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.config.values import flag_of
 from engine.errors import UserError
 from engine.measuring.provenance import commit, device_name, versions
 
@@ -83,7 +84,7 @@ def check_choices(options: Any, **known: Collection[str]) -> None:
         for value in [given] if isinstance(given, str) else given:
             if value and value not in choices:
                 noun = name.replace("_", "-").removesuffix("s")
-                raise UserError(f"{_flag(name)}: unknown {noun} '{value}'; choose from {', '.join(choices)}")
+                raise UserError(f"{flag_of(name)}: unknown {noun} '{value}'; choose from {', '.join(choices)}")
 
 
 def check_numbers(options: Any, **least: int) -> None:
@@ -91,7 +92,7 @@ def check_numbers(options: Any, **least: int) -> None:
     for name, bound in least.items():
         given = getattr(options, name)
         if given is not None:
-            check_minimum(_flag(name), given, bound)
+            check_minimum(flag_of(name), given, bound)
 
 
 def check_minimum(flag: str, given: int | Collection[int], least: int) -> None:
@@ -99,7 +100,3 @@ def check_minimum(flag: str, given: int | Collection[int], least: int) -> None:
     for number in [given] if isinstance(given, int) else given:
         if number < least:
             raise UserError(f"{flag} must be at least {least}, got {number}")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -89,14 +89,12 @@ def _class_counts(config: Config, data: DataSet, split: np.ndarray) -> dict[str,
     ratios = config.class_ratios
     if not (ratios.of_labeled or ratios.of_unlabeled):
         return {}
-
-    def per_class(indices: np.ndarray) -> list[int]:
-        known = data.train_labels[indices]
-        return np.bincount(known[known >= 0], minlength=len(data.classes)).tolist()
-
-    content: dict[str, Any] = {"imbalance": [ratios.labeled, ratios.unlabeled], "labels_per_class": per_class(split)}
+    content: dict[str, Any] = {
+        "imbalance": [ratios.labeled, ratios.unlabeled],
+        "labels_per_class": data.class_counts(split).tolist(),
+    }
     if config.unlabeled:
-        content["unlabeled_per_class"] = per_class(data.unlabeled_indices)
+        content["unlabeled_per_class"] = data.class_counts(data.unlabeled_indices).tolist()
         if data.unlabeled is not None:
             content["unlabeled_rows"] = data.unlabeled.tolist()
     return content

@@ -84,7 +84,7 @@ class Trainer:
             self.folder / CHECKPOINTS, config.keep, lambda: _keep_run_files(setup), asdict(config)
         )
         self.timeout, self.check_ranks, self.callback = timeout, check_ranks, callback
-        counts = np.bincount(data.train_labels[split], minlength=len(data.classes))
+        counts = data.class_counts(split)
         if config.marginal == "labels":
             self.state.targets.label_marginal.copy_(torch.from_numpy(counts / counts.sum()))
         self.health = Health(config, data.classes, counts, self.feed.images_per_step)

@@ -64,6 +64,11 @@ class DataSet:
         """Indices of the training images used without labels: (Nu,) int64."""
         return np.arange(len(self.train_images)) if self.unlabeled is None else self.unlabeled
 
+    def class_counts(self, indices: np.ndarray) -> np.ndarray:
+        """Return how many of some training images have each label, (L,) int64; unknown labels do not count."""
+        labels = self.train_labels[indices]
+        return np.bincount(labels[labels >= 0], minlength=len(self.classes))
+
     @property
     def sides(self) -> tuple[int, int]:
         """H and W of the images."""
