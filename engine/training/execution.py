@@ -16,6 +16,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from engine.config.config import Config
+from engine.distributed import collectives
 from engine.errors import UserError
 from kernels.augment import MAX_SIDE
 from pipelines.views import MAX_GRAPH_SIDE
@@ -40,7 +41,7 @@ class Execution:
         views: "dali", "dali-graph" or "fused".
         resident: Whether the training images are stored on the device.
         inductor: Options of Inductor on a GPU; None for INDUCTOR.
-        concurrent: Whether independent passes run concurrently on a GPU.
+        concurrent: Whether independent passes run concurrently: on streams of a GPU, or in a thread of a CPU.
         cudnn_plans: See `set_numerics`.
         convolutions: "cudnn", "triton", or "measured": the faster of them for each layer.
     """
@@ -69,6 +70,7 @@ class Execution:
             pick_mode(config, device),
             pick_views(config, device, (shape[1], shape[2])),
             pick_resident(config, device, math.prod(shape)),
+            concurrent=pick_concurrency(device),
             cudnn_plans=None if config.deterministic else config.cudnn_plans,
             convolutions=pick_convolutions(config, device),
         )
@@ -142,6 +144,17 @@ def pick_resident(config: Config, device: torch.device, images: int) -> bool:
     if device.type != "cuda" or config.resident != "auto":
         return config.resident != "host"
     return 2 * images <= torch.cuda.mem_get_info(device)[0]
+
+
+def pick_concurrency(device: torch.device) -> bool:
+    """Return whether independent passes of a step run concurrently: on a GPU, or on a CPU with enough cores.
+
+    On a CPU every pass has its own team of threads. If the teams of all ranks together have more threads than there
+    are cores, every operator waits for threads that do not run.
+    """
+    if device.type == "cuda":
+        return True
+    return 2 * torch.get_num_threads() * collectives.ranks() <= len(os.sched_getaffinity(0))
 
 
 def pick_convolutions(config: Config, device: torch.device) -> str:

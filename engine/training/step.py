@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from engine.distributed import collectives
 from engine.method.batch_layout import BatchLayout
 from engine.method.losses import LOSSES, Samples, ramp_up, total_loss
 from engine.training import ranges
+from engine.training.concurrency import Place, new_place, start
 from engine.training.execution import compiler
 from engine.training.state import TrainState
 from engine.training.step_input import StepInput
@@ -115,15 +116,19 @@ class Step:
         self.update_ema = get_ema_multi_avg_fn(config.ema_decay)
         full = precision in (torch.float32, torch.float64)
         self.assemble_dtype = torch.float32 if full else precision
-        self.autocast = torch.autocast(device.type, torch.bfloat16 if full else precision, enabled=not full)
+        dtype = torch.bfloat16 if full else precision
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=not full)
         # Probes and guess run concurrently with the training pass, since their results are needed later. The guess does
-        # not with --bn sync: collectives on two streams have no common order across ranks.
-        self.probe_stream = self.guess_stream = None
-        if device.type == "cuda" and concurrent:
-            if probe_inputs:
-                self.probe_stream = torch.cuda.Stream(device)
-            if guess_inputs and config.bn != "sync":
-                self.guess_stream = torch.cuda.Stream(device)
+        # not with --bn sync: concurrent collectives have no common order across ranks. In a thread neither may use what
+        # threads share: compiled code, autocast's cache, and the buffers of a timm model, which a guess exchanges.
+        streams = concurrent and device.type == "cuda"
+        threads = concurrent and device.type == "cpu" and full and not compiled
+        self.probe_place: Place | None = None
+        self.guess_place: Place | None = None
+        if probe_inputs and (streams or threads):
+            self.probe_place = new_place(device)
+        if guess_inputs and config.bn != "sync" and (streams or (threads and not config.backbone)):
+            self.guess_place = (threads and self.probe_place) or new_place(device)  # One thread for both, two streams.
         compile_ = compiler(config, device, inductor) if compiled else lambda function: function
         self.network: nn.Module = compile_(state.network)
         self.train_model: nn.Module = self.network
@@ -182,13 +187,10 @@ class Step:
         # are computed here, without gradient and concurrently with the training pass, unless it makes the guess.
         probe_logits = guess_logits = None
         if len(probes):
-            with _on(self.probe_stream):
-                ranges.enter("probes")
-                probe_logits = self._logits(self.ema_model, probes)
+            wait_for_probes = start(self.probe_place, "probes", partial(self._logits, self.ema_model, probes))
         if len(weak):
-            with _on(self.guess_stream):
-                ranges.enter("guess")
-                guess_logits = self._logits(partial(self.guess_model, track=False), weak)
+            guess_model = partial(self.guess_model, track=False)
+            wait_for_guess = start(self.guess_place, "guess", partial(self._logits, guess_model, weak))
 
         # 3. Training pass over the mixed pool, u_1 and the rotated u_1, one micro-batch after another.
         losses: list[Tensor] = []
@@ -200,7 +202,7 @@ class Step:
         for number, micro_batch in enumerate(trained.chunk(accumulated)):
             with self._without_sync(number + 1 < accumulated):
                 ranges.enter("forward")
-                with self.autocast:
+                with self.autocast():
                     logits, rotation_logits = self.train_model(micro_batch, **self.stats_options)
                     # Random logit interpolation (AdaMatch, 3.3) adds a pass over the labeled samples alone, which
                     # updates no running statistics. DistributedDataParallel need not know: its hooks see one gradient.
@@ -217,7 +219,10 @@ class Step:
                 # augmentation anchoring (3.2.1).
                 if number == 0:
                     ranges.enter("exchange")
-                    _wait_for(self.guess_stream)
+                    if len(weak):
+                        guess_logits = wait_for_guess()
+                    if len(probes) and collectives.ranks() > 1:
+                        probe_logits = wait_for_probes()
                     probe_logits, guess_logits = self._exchange(probe_logits, guess_logits)
                     ranges.enter("targets")
                     targets, pseudo_labels = self.make_targets(guess_logits, data)
@@ -244,7 +249,8 @@ class Step:
             # 7. Exponential moving average f_ema of the parameters. Running statistics are copied from f, where they
             # are the mean over all micro-batches.
             ranges.enter("ema")
-            _wait_for(self.probe_stream)
+            if len(probes) and collectives.ranks() == 1:
+                probe_logits = wait_for_probes()
             mean_losses, stop = losses[0], data.stop
             if not self.one_pass:
                 local = torch.cat([_mean(new_stats), _mean(losses), data.stop])
@@ -262,7 +268,7 @@ class Step:
 
     def _logits(self, network: Callable[[Tensor], tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
         """Compute class logits without gradient, one micro-batch at a time: (n, 3, H, W) to (n, L)."""
-        with torch.no_grad(), self.autocast:
+        with torch.no_grad(), self.autocast():
             logits = [network(part)[0] for part in inputs.chunk(self.accumulation_steps)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
@@ -275,7 +281,6 @@ class Step:
         present = [part for part in logits if part is not None]
         if collectives.ranks() == 1 or not present:
             return logits
-        _wait_for(self.probe_stream)
         gathered = collectives.gather(torch.cat(present)).unflatten(0, (collectives.ranks(), -1))
         parts = iter([part.flatten(0, 1) for part in gathered.split([len(part) for part in present], dim=1)])
         return tuple(None if part is None else next(parts) for part in logits)
@@ -372,20 +377,3 @@ class Step:
 
 def _mean(tensors: list[Tensor]) -> Tensor:
     return sum(tensors[1:], tensors[0]) / len(tensors)
-
-
-@contextlib.contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the block on a stream, ordered after the current stream's work; without a stream, run it as usual."""
-    if stream is None:
-        yield
-        return
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-
-
-def _wait_for(stream: torch.cuda.Stream | None) -> None:
-    """Make the current stream wait for the work submitted to a stream so far, if there is one."""
-    if stream is not None:
-        torch.cuda.current_stream().wait_stream(stream)
