@@ -187,10 +187,11 @@ class Step:
         # are computed here, without gradient and concurrently with the training pass, unless it makes the guess.
         probe_logits = guess_logits = None
         if len(probes):
-            wait_for_probes = start(self.probe_place, "probes", partial(self._logits, self.ema_model, probes))
+            compute_probes = partial(self._logits, self.ema_model, probes)
+            wait_for_probes = start(self.probe_place, "probes", compute_probes)
         if len(weak):
-            guess_model = partial(self.guess_model, track=False)
-            wait_for_guess = start(self.guess_place, "guess", partial(self._logits, guess_model, weak))
+            compute_guess = partial(self._logits, partial(self.guess_model, track=False), weak)
+            wait_for_guess = start(self.guess_place, "guess", compute_guess)
 
         # 3. Training pass over the mixed pool, u_1 and the rotated u_1, one micro-batch after another.
         losses: list[Tensor] = []
