@@ -231,12 +231,21 @@ def print_plan(entries: Sequence[Entry], workers: int = 0) -> None:
     for kind, groups in (("preset", presets), ("row", dict.fromkeys(entry.row for entry in entries))):
         for group in groups if len(groups) > 1 else ():
             found = subtotals[group]
-            print(f"{kind} {group}: {_jobs(len(found))}, {sum(each or 0.0 for each in found):.1f} H100 hours")
+            print(f"{kind} {group}: {_jobs(len(found))}, {_total(found)}")
     for number in (workers,) if workers else WORKERS:
         if known:
             print(f"{number} at a time (--workers {number}): {wall_hours(known, number):.1f} hours of wall-clock time")
     unknown = len(entries) - len(known)
+    if not known:
+        print(f"{_jobs(len(entries))}; no prediction, since `remixmatch bench count` has not counted these presets")
+        return
     print(
         f"{_jobs(len(entries))}; {sum(known):.1f} H100 hours without evaluations, predicted from `remixmatch bench "
         "count` and not measured" + (f"; no prediction for {unknown} of them" if unknown else "")
     )
+
+
+def _total(hours: Sequence[float | None]) -> str:
+    """Return the sum of the predicted times in words."""
+    known = [each for each in hours if each is not None]
+    return f"{sum(known):.1f} H100 hours" if known else "no prediction"

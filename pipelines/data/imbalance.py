@@ -116,9 +116,11 @@ def _labeled(data: DataSet, orders: list[np.ndarray], labels: int, imbalance: Im
         # With N_1 = gamma, the smallest class has one image.
         smallest = np.floor(abs(gamma) * ratios(gamma, classes) + _NEARLY)
         least = np.ceil(abs(gamma)) if imbalance.n1 else smallest.sum()
+        most = sum(map(len, orders))
+        advice = f"use at least {least:.0f}" if least <= most else "use a smaller imbalance"
         raise ValueError(
             f"{flag} {known} with imbalance {gamma:g} leaves {(counts == 0).sum()} of {classes} classes without a "
-            f"label; use at least {least:.0f}"
+            f"label; {advice}"
         )
     for name, images, count in zip(data.classes, orders, counts, strict=True):
         if len(images) < count:

@@ -118,6 +118,14 @@ def test_the_plan_is_marked_as_a_prediction(capsys):
     assert len(lines) == 90 + 3 + 6 + 4 + 1  # Jobs, presets, methods, numbers of workers, total.
 
 
+def test_a_plan_without_predictions_states_no_hours(capsys):
+    reproduce.main(["digits", "--plan", "--methods", "uda", "softmatch", "--workers", "2"])
+    *jobs, uda, softmatch, total = capsys.readouterr().out.splitlines()
+    assert len(jobs) == 10 and all(line.endswith("no prediction") for line in jobs)
+    assert (uda, softmatch) == ("row uda: 5 jobs, no prediction", "row softmatch: 5 jobs, no prediction")
+    assert total.startswith("10 jobs; no prediction") and "0.0" not in total
+
+
 def test_a_plan_has_subtotals_and_the_wall_clock_time(capsys, monkeypatch):
     """Jobs of 3, 5, 2, 3, 5 and 2 hours: seeds 0 and 1 of ReMixMatch, MixMatch and UDA."""
     hours = {"remixmatch": 3.0, "mixmatch": 5.0, "uda": 2.0}
