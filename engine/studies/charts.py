@@ -1,9 +1,9 @@
-"""The chart of `remixmatch ablate`: benefit and cost of each component."""
+"""Charts of studies: benefit and cost of each component of a method, and the test error over K."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from engine.studies.statistics import Difference, Line
 from pipelines.files import atomic_write
 
 LINEAR_PP = 20  # Differences beyond this many percentage points are drawn on a logarithmic axis.
@@ -56,6 +58,53 @@ def cost_and_benefit(variants: Sequence[Any], title: str, path: Path) -> None:
     for axes in panels[0]:
         axes.grid(axis="x", alpha=0.3)
         axes.xaxis.set_major_formatter("{x:g}")
+    _save(figure, title, path)
+
+
+def error_over_k(methods: Mapping[str, Mapping[int, Line]], title: str, path: Path) -> None:
+    """Draw the test error of methods over K, and its difference from K = 1.
+
+    Args:
+        methods: Lines of a table with results, by method and K.
+        title: Title of the chart.
+        path: Path of the PNG.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    every = sorted({k for lines in methods.values() for k in lines})
+    for number, (method, lines) in enumerate(methods.items()):
+        # Methods are drawn next to each other, so that their intervals do not overlap.
+        factor = 1.04 ** (number - (len(methods) - 1) / 2)
+        look: dict[str, Any] = {"marker": "o", "capsize": 3, "color": f"C{number}", "label": method}
+        errors = {k: lines[k].error for k in sorted(lines)}
+        known = [(k * factor, each.mean, each.deviation or 0.0) for k, each in errors.items() if each]
+        if known:
+            places, means, deviations = zip(*known, strict=True)
+            left.errorbar(places, means, deviations, **look)
+        differences = {k: lines[k].from_full for k in sorted(lines)}
+        points = [(k * factor, each.mean, *_sides(each)) for k, each in differences.items() if each]
+        if points:
+            places, means, below, above = zip(*points, strict=True)
+            right.errorbar(places, means, [below, above], **look)
+    left.set_ylabel("test error, % (mean and standard deviation)")
+    right.set_ylabel("difference from K = 1, pp (95 % CI)")
+    right.axhline(0, color="gray", linewidth=0.8)
+    left.legend()
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(every, [str(k) for k in every])
+        axes.set_xlabel("K, strong views per unlabeled image")
+        axes.grid(axis="y", alpha=0.3)
+    _save(figure, title, path)
+
+
+def _sides(difference: Difference) -> tuple[float, float]:
+    """Return the lengths of an interval below and above its mean, 0 if it has none."""
+    if difference.low is None or difference.high is None:
+        return 0.0, 0.0
+    return difference.mean - difference.low, difference.high - difference.mean
+
+
+def _save(figure: Figure, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize="small", wrap=True)
     with atomic_write(path, shared=True) as file:
         figure.savefig(file, format="png", dpi=120)

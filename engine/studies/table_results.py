@@ -62,7 +62,7 @@ def title(name: str, entries: Sequence[Entry], scale: float = 1.0) -> str:
 
 
 def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[str, Status], scale: float) -> None:
-    """Write table.md and table.json, and print the table."""
+    """Write table.md and table.json, and chart.png for a table over K, and print the table."""
     lines = make_lines(name, entries, found)
     states = [(entry, found.get(entry.job.digest, Status("waiting"))) for entry in entries]
     notes = [
@@ -77,7 +77,8 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         commits = dict.fromkeys(each.commit or "unknown" for each in done)
         notes.append(f"Trained on {'; '.join(places)}; torch {', '.join(torches)}; commit {', '.join(commits)}.")
     head = title(name, entries, scale)
-    full = "K = 1" if any(entry.row in K_OF_METHODS for entry in entries) else REMIXMATCH
+    over_k = any(entry.row in K_OF_METHODS for entry in entries)
+    full = "K = 1" if over_k else REMIXMATCH
     text = statistics.markdown(head, lines, full, notes)
     content = {
         "table": name,
@@ -90,10 +91,24 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.md", text, shared=True)
         write_text(out / "table.json", json.dumps(content, indent=1) + "\n", shared=True)
+        if over_k and done:
+            from engine.studies import charts  # Importing matplotlib takes a second.
+
+            charts.error_over_k(_by_k(lines), head, out / "chart.png")
     except OSError as error:
         raise cannot_write(out, error) from error
     print(text, end="")
-    print(f"\n{out / 'table.md'}, {out / 'table.json'}")
+    print(f"\n{out / 'table.md'}, {out / 'table.json'}" + (f", {out / 'chart.png'}" if over_k and done else ""))
+
+
+def _by_k(lines: Sequence[statistics.Line]) -> dict[str, dict[int, statistics.Line]]:
+    """Return the lines of a table over K that have results, by method and K."""
+    found: dict[str, dict[int, statistics.Line]] = {}
+    for line in lines:
+        if line.row in K_OF_METHODS and line.error:
+            settings = K_OF_METHODS[line.row]
+            found.setdefault(settings["method"], {})[settings["k"]] = line
+    return found
 
 
 def make_lines(name: str, entries: Sequence[Entry], found: Mapping[str, Status]) -> list[statistics.Line]:

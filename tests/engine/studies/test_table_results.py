@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from engine.config.methods import ABLATIONS, METHODS
 from engine.config.presets import PRESETS
 from engine.errors import UserError
 from engine.measuring import records
-from engine.studies import paper_tables, reproduce, statistics, table_results
+from engine.studies import charts, paper_tables, reproduce, statistics, table_results
 from tests.engine.studies.made_jobs import entries, finish
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -233,3 +234,47 @@ def test_ablations_are_compared_with_the_split_of_the_paper():
     for known in (paper_tables.PUBLISHED_ERRORS, paper_tables.PUBLISHED_ABLATIONS):
         for name, row in known:
             assert name in PRESETS and (row in METHODS or row in ABLATIONS)
+
+
+def test_a_table_over_k_has_a_chart(tmp_path, monkeypatch):
+    """The chart shows means, deviations and paired differences, worked out by hand for two seeds."""
+    shown = {}
+
+    def look(figure, title, path):
+        for side, axes in zip(("errors", "differences"), figure.axes, strict=True):
+            for container in axes.containers:
+                line, _, (bars,) = container.lines
+                shown[side, container.get_label()] = (
+                    [round(math.exp2(round(math.log2(x)))) for x in line.get_xdata()],
+                    line.get_ydata().tolist(),
+                    [(low, high) for (_, low), (_, high) in bars.get_segments()],
+                )
+        save(figure, title, path)
+
+    save = charts._save
+    monkeypatch.setattr(charts, "_save", look)
+    accuracies = {("fixmatch", 1): (90, 94), ("fixmatch", 4): (93, 95), ("softmatch", 8): (96, 96)}
+    names = [f"{method}-k{k}" for method, k in accuracies]
+    jobs = entries("k", seeds=(0, 1), rows=names)
+    for entry in jobs:
+        method, k = entry.row.split("-k")
+        finish(tmp_path, entry, accuracies[method, int(k)][entry.seed] + 1, accuracies[method, int(k)][entry.seed])
+    reproduce.main(["k", "--tables", "--out", str(tmp_path), "--seeds", "0", "1", "--methods", *names])
+    ks, means, bars = shown["errors", "fixmatch"]
+    assert ks == [1, 4] and means == pytest.approx([8, 6])
+    for (low, high), mean, deviation in zip(bars, means, (math.sqrt(8), math.sqrt(2)), strict=True):
+        assert (low, high) == (pytest.approx(mean - deviation), pytest.approx(mean + deviation))
+    assert shown["errors", "softmatch"][:2] == ([8], [pytest.approx(4)])
+    # Differences of -3 and -1: their mean is -2, their standard error 1.
+    ks, means, bars = shown["differences", "fixmatch"]
+    assert ks == [4] and means == pytest.approx([-2])
+    assert bars[0] == (pytest.approx(-2 - STUDENT[1], rel=1e-3), pytest.approx(-2 + STUDENT[1], rel=1e-3))
+    assert ("differences", "softmatch") not in shown
+    assert Image.open(tmp_path / "chart.png").size[0] > 500
+
+
+def test_other_tables_have_no_chart(tmp_path):
+    job, *_ = entries("digits", seeds=(0,), rows=("uda",))
+    finish(tmp_path, job, 90)
+    reproduce.main(["digits", "--tables", "--out", str(tmp_path), "--seeds", "0", "--methods", "uda"])
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.json", job.job.name}
