@@ -1,4 +1,4 @@
-"""Compile every kernel without a GPU, for all supported GPUs: no register spills, wide loads and stores."""
+"""Compile every kernel without a GPU, for all supported GPUs: no warnings or register spills, wide loads and stores."""
 
 import re
 
@@ -7,13 +7,30 @@ import torch
 import triton
 from packaging import version
 
-from bench.step.issue import Layer, compile_launch, disassemble, record, record_convolution, resources
+from bench.step.issue import (
+    KernelLaunch,
+    Layer,
+    compile_launch,
+    disassemble,
+    record,
+    record_convolution,
+    resources,
+)
+from kernels import assemble, augment, convolution, guess
 from kernels.assemble import launch_assemble_batch
 from kernels.augment import launch_augment_views
 from kernels.convolution import Shape, tilings
 from kernels.guess import launch_guess_labels
 
+pytestmark = pytest.mark.filterwarnings("error")
 ARCHITECTURES = (80, 90, 100)
+
+
+@pytest.fixture(autouse=True)
+def every_warning():
+    """Let Triton repeat the warnings that it gives once per process."""
+    if hasattr(triton._utils, "warn_once"):  # Since 3.9.
+        triton._utils.warn_once.cache_clear()
 
 
 def assert_no_spill(compiled, launch, title, capsys, most=0):
@@ -30,19 +47,29 @@ def assert_no_spill(compiled, launch, title, capsys, most=0):
     return usage["registers"], code
 
 
+def record_guess(batch: int, classes: int) -> KernelLaunch:
+    logits, history = torch.zeros(batch, classes, dtype=torch.bfloat16), torch.zeros(128, classes)
+    return record(launch_guess_labels, logits, history, torch.tensor(0), torch.zeros(classes), 0.5)
+
+
+def record_assemble(side: int, dtype: torch.dtype, channels: int = 3) -> KernelLaunch:
+    indices, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    tensors = (views, indices, indices, torch.zeros(2), indices, torch.zeros(3), torch.ones(3))
+    return record(launch_assemble_batch, *tensors, dtype, channels)
+
+
+def record_augment(height: int, width: int) -> KernelLaunch:
+    images, index = torch.zeros(2, height, width, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    flip, pairs = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int32)
+    return record(launch_augment_views, images, index, pairs, flip, pairs, torch.zeros(2, 2, 6))
+
+
 @pytest.mark.parametrize(
     ("batch", "classes", "architecture"),
     [(64, classes, architecture) for classes in (10, 1000) for architecture in ARCHITECTURES] + [(64, 100, 90)],
 )
 def test_guess(batch, classes, architecture, capsys):
-    launch = record(
-        launch_guess_labels,
-        torch.zeros(batch, classes, dtype=torch.bfloat16),
-        torch.zeros(128, classes),
-        torch.tensor(0),
-        torch.zeros(classes),
-        0.5,
-    )
+    launch = record_guess(batch, classes)
     compiled = compile_launch(launch, architecture)
     assert_no_spill(compiled, launch, f"guess {batch} x {classes} bfloat16, sm_{architecture}", capsys)
     ptx = compiled.asm["ptx"]
@@ -58,18 +85,7 @@ def test_guess(batch, classes, architecture, capsys):
     ids=str,
 )
 def test_assemble(side, dtype, architecture, capsys):
-    indices = torch.zeros(2, dtype=torch.int64)
-    launch = record(
-        launch_assemble_batch,
-        torch.zeros(2, side, side, 3, dtype=torch.uint8),
-        indices,
-        indices,
-        torch.zeros(2),
-        indices,
-        torch.zeros(3),
-        torch.ones(3),
-        dtype,
-    )
+    launch = record_assemble(side, dtype)
     compiled = compile_launch(launch, architecture)
     title = f"assemble {side} x {side} {str(dtype).removeprefix('torch.')}, sm_{architecture}"
     registers, code = assert_no_spill(compiled, launch, title, capsys)
@@ -83,9 +99,7 @@ def test_assemble(side, dtype, architecture, capsys):
 
 
 def test_assemble_with_eight_channels(capsys):
-    indices, views = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    tensors = (views, indices, indices, torch.zeros(2), indices, torch.zeros(3), torch.ones(3))
-    launch = record(launch_assemble_batch, *tensors, torch.bfloat16, 8)
+    launch = record_assemble(32, torch.bfloat16, channels=8)
     registers, code = assert_no_spill(compile_launch(launch, 90), launch, "assemble, 8 channels", capsys)
     assert registers <= 96 and "STG.E.128" in code
 
@@ -97,15 +111,7 @@ def test_assemble_with_eight_channels(capsys):
     + [(20, 31, 90), (128, 128, 80), (224, 224, 90), (256, 256, 100)],
 )
 def test_augment(height, width, architecture, capsys):
-    launch = record(
-        launch_augment_views,
-        torch.zeros(2, height, width, 3, dtype=torch.uint8),
-        torch.zeros(2, dtype=torch.int64),
-        torch.zeros(2, 2, dtype=torch.int32),
-        torch.zeros(2, dtype=torch.int32),
-        torch.zeros(2, 2, dtype=torch.int32),
-        torch.zeros(2, 2, 6),
-    )
+    launch = record_augment(height, width)
     compiled = compile_launch(launch, architecture)
     title = f"augment {height} x {width}, sm_{architecture}"
     # Older compilers spill a few values outside the loops over pixels.
@@ -154,3 +160,17 @@ def test_convolution(layer, architecture, which, capsys):
         if architecture == 90 and one.shape.taps == 3:
             assert "HGMMA" in code
         assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code  # Activations are loaded 16 bytes at a time.
+
+
+def test_every_launch_chooses_whether_to_fuse_multiplication_and_addition():
+    """Triton 3.10 changes the default, which would change results."""
+    launches = [record_guess(64, 10), record_assemble(32, torch.bfloat16), record_augment(32, 32)]
+    for layer in LAYERS.values():
+        for which in ("forward", "input_grad", "weight_grad"):
+            launches.append(record_convolution(layer, which, tilings(layer.shape, which, 90)[0]))
+    names = {launch.kernel.__name__ for launch in launches}
+    defined = {name for module in (assemble, augment, convolution, guess) for name in vars(module)}
+    assert names == {name for name in defined if name.endswith("_kernel")}
+    for launch in launches:
+        fused = launch.kernel.__name__ != "_augment_kernel"  # It rounds like PIL.
+        assert launch.options["enable_fp_fusion"] is fused, launch.kernel.__name__

@@ -120,7 +120,8 @@ def guess(classes):
 
 def test_a_launch_is_recorded_and_compiled():
     launch = guess(10)
-    assert launch.grid == (1,) and launch.options == {"num_warps": 4} and launch.arguments["ALIGN"] is True
+    assert launch.grid == (1,) and launch.arguments["ALIGN"] is True
+    assert launch.options == {"num_warps": 4, "enable_fp_fusion": True}
     bound = issue_bound(launch, ())
     assert 0 < bound.registers <= 255 and bound.spilled_bytes == 0 and bound.warps == 4 * bound.blocks > 0
     total = sum(bound.instructions.values())
