@@ -9,15 +9,16 @@ sample and node, not per pixel, so the graph avoids a branch per transformation 
                   first, second or both transformations are point operations, filters, cutout or rescale
     geometric     the same for the second transformation
 
-These cover every order of the two kinds. The photometric node uses torch because DALI's operators cannot reproduce PIL:
-DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding, and
-`fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
+These cover every order of the two kinds. Above 128 pixels a side, DALI 2.4's positions are inexact, so the photometric
+node also applies the geometric transformations, in integers, at no higher cost. It uses torch because DALI's operators
+cannot reproduce PIL: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border
+nor its rounding, and `fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
 
 The weak augmentation is a window of the padded image, cut out while images are gathered, which costs no more than
 gathering them. In DALI it would take two more nodes, a slice and a flip.
 
-The result is identical to PIL's, byte for byte, on the test images of up to 96x96 pixels. Only rescale may differ, by
-one level in isolated pixels, because its weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`)
+For images of up to 256 pixels a side the result is identical to PIL's, byte for byte. Only rescale may differ, by one
+level in isolated pixels, because its weights are sums of sines. On a GPU the fused kernel (`pipelines/fused.py`)
 makes the views: the Python node of this graph would cost about 550 launches and two synchronizations per batch.
 """
 
@@ -41,10 +42,9 @@ from pipelines import ctaugment, geometric
 from pipelines.plan import OPS_PER_VIEW, ViewPlan
 from pipelines.views import Views, plain_views
 
-# Lets numpy move the three bytes of a pixel at once.
-_PIXEL = np.dtype("V3")
-
-
+# Longest side at which DALI's warp samples PIL's pixels. It adds float32 positions along each row (DALI 2.4), which is
+# exact for multiples of 2^-17 below 128, and of 2^-16 below 256.
+_WARP_SIDE = 128
 _thread = threading.local()  # Whether each of DALI's threads is limited yet.
 
 
@@ -69,11 +69,13 @@ class _Batch:
         weak: (V, H, W, 3) uint8, weakly augmented images.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
         parameters: (V, 2, 6) float32 from `geometric.op_parameters`.
+        warped: Whether DALI applies the geometric transformations, otherwise the photometric node does.
     """
 
     weak: np.ndarray
     ops: np.ndarray
     parameters: np.ndarray
+    warped: bool
 
 
 def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
@@ -94,6 +96,9 @@ def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
             last = first + count
             if count and ctaugment.NAMES[op] in PHOTOMETRIC:
                 batch[first:last] = apply(ctaugment.NAMES[op], batch[first:last], levels.rows(first, last))
+            elif count and geometric.IS_GEOMETRIC[op] and not given.warped:
+                matrices = given.parameters[order[first:last], stage]
+                batch[first:last] = torch.from_numpy(geometric.warp(batch[first:last].numpy(), matrices))
             first = last
     capsules: list[Any] = [None] * len(order)
     for view, image in zip(order.tolist(), batch.unbind(), strict=True):
@@ -178,7 +183,8 @@ class DaliViews(Views):
 
     def _prepare(self, views: ViewPlan) -> _Batch:
         parameters = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
-        return _Batch(self._weakly_augmented(views), views.ops, parameters)
+        warped = max(self.height, self.width) <= _WARP_SIDE
+        return _Batch(self._weakly_augmented(views), views.ops, parameters, warped)
 
     def _weakly_augmented(self, views: ViewPlan) -> np.ndarray:
         """Return shifted and flipped images: (V, H, W, 3) uint8."""
@@ -187,7 +193,7 @@ class DaliViews(Views):
         margin = (self.max_shift, self.max_shift)
         padded = np.pad(self._images[distinct], ((0, 0), margin, margin, (0, 0)), mode="reflect")
         # (n, 2 max_shift + 1, 2 max_shift + 1, H, W) without a copy, indexed by image, top and left of a window.
-        windows = sliding_window_view(padded.view(_PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
+        windows = sliding_window_view(padded.view(geometric.PIXEL)[..., 0], (self.height, self.width), axis=(1, 2))
         top, left = (self.max_shift - views.shift).T
         weak = windows[image, top, left]
         flipped = np.flatnonzero(views.flip)
@@ -198,7 +204,7 @@ class DaliViews(Views):
         feed = self._pipeline.feed_input
         feed("weak", batch.weak)
         for stage in range(OPS_PER_VIEW):
-            feed(f"is_geometric{stage}", geometric.IS_GEOMETRIC[batch.ops[:, stage]])
+            feed(f"is_geometric{stage}", batch.warped & geometric.IS_GEOMETRIC[batch.ops[:, stage]])
             feed(f"matrix{stage}", np.ascontiguousarray(batch.parameters[:, stage]).reshape(-1, 2, 3))
         self._waiting.append(batch)
 

@@ -2,6 +2,8 @@
 
 ReMixMatch (ICLR 2020), section 3.2.2. Rotation, shears and translations are affine maps with nearest-neighbor sampling
 that differ only in their matrix. The other transformations, in `kernels/photometric.py`, take levels directly.
+
+PIL's positions are multiples of 2^-16, so every matrix is exact in float32 for images of up to 256 pixels a side.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from kernels.photometric import PHOTOMETRIC
 from pipelines import ctaugment
 
+PIXEL = np.dtype("V3")  # Lets numpy move the three bytes of a pixel at once.
 Matrix = Callable[[np.ndarray, int, int], np.ndarray]
 GEOMETRIC: dict[str, Matrix] = {}
 
@@ -34,11 +37,7 @@ def _matrices(level: np.ndarray, *coefficients: float | np.ndarray) -> np.ndarra
 
 
 def _fixed_point(matrices: np.ndarray) -> np.ndarray:
-    """Round coefficients to multiples of 2^-16 as PIL does for rotations and shears.
-
-    PIL rounds the steps and the position of the first pixel's center. In float32 the results are exact for sides of up
-    to 256 pixels; the positions that DALI accumulates, up to 128.
-    """
+    """Round the steps and the position of the first pixel's center to multiples of 2^-16, as PIL 13 does."""
     matrices = matrices.reshape(-1, 2, 3)
     first = matrices[:, :, 2] + 0.5 * (matrices[:, :, 0] + matrices[:, :, 1])
     matrices = np.floor(65536 * matrices + 0.5) / 65536
@@ -66,12 +65,13 @@ def shear_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @geometric
 def translate_x(level: np.ndarray, height: int, width: int) -> np.ndarray:
-    return _matrices(level, 1.0, 0.0, 0.3 * level * width, 0.0, 1.0, 0.0)
+    """Translate by up to 30 % of the width, in whole pixels: the pixel that contains a position is sampled."""
+    return _matrices(level, 1.0, 0.0, np.floor(0.3 * level * width + 0.5), 0.0, 1.0, 0.0)
 
 
 @geometric
 def translate_y(level: np.ndarray, height: int, width: int) -> np.ndarray:
-    return _matrices(level, 1.0, 0.0, 0.0, 0.0, 1.0, 0.3 * level * height)
+    return _matrices(level, 1.0, 0.0, 0.0, 0.0, 1.0, np.floor(0.3 * level * height + 0.5))
 
 
 NAMES = ctaugment.NAMES
@@ -106,3 +106,29 @@ def op_parameters(ops: np.ndarray, levels: np.ndarray, center: np.ndarray, heigh
             level = 2.0 * flat_levels[chosen].astype(np.float64).sum(axis=1) - 1.0
             flat_parameters[chosen] = function(level, height, width)
     return parameters
+
+
+def warp(images: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """Sample images at PIL's positions, in integers: nearest neighbor, black outside.
+
+    Args:
+        images: (n, H, W, 3) uint8, sides of up to 256 pixels.
+        coefficients: (n, 6) float32 from `op_parameters`.
+
+    Returns:
+        (n, H, W, 3) uint8.
+    """
+    count, height, width, _ = images.shape
+    # Twice the centers of the pixels, and coefficients in units of 2^-17, which are integers.
+    y, x = np.arange(1, 2 * height, 2, dtype=np.int32)[:, None], np.arange(1, 2 * width, 2, dtype=np.int32)
+    units = (coefficients.astype(np.float64) * 2**17).astype(np.int32)
+    warped = np.empty_like(images)
+    # A black frame stands for all positions outside the image.
+    framed = np.zeros((height + 2, width + 2), PIXEL)
+    for image in range(count):
+        framed[1:-1, 1:-1] = images[image].view(PIXEL)[..., 0]
+        a, b, c, d, e, f = units[image]
+        column = np.clip(((a >> 1) * x + c + (b >> 1) * y) >> 17, -1, width)
+        row = np.clip(((d >> 1) * x + f + (e >> 1) * y) >> 17, -1, height)
+        np.take(framed, (row + 1) * (width + 2) + column + 1, out=warped[image].view(PIXEL)[..., 0], mode="clip")
+    return warped

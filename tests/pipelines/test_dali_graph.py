@@ -21,12 +21,11 @@ from pipelines.plan import PlanSpec, ViewPlan, make_plan
 from pipelines.reference_ctaugment import FILTERS, pil_views, weak
 from pipelines.views import plain_views
 from tests.pages import ROOT
-from tests.pipelines.test_transformations import NEIGHBORS, compared
+from tests.pipelines.test_transformations import compared
 from tests.pipelines.test_views import photos
 
 NAMES = ctaugment.NAMES
 DIFFERENT = ("equalize", "rescale")
-MOVED = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 SIDES = (32, 96, 224)
 PHOTOS = photos(60, 32, 32, 1)
 
@@ -45,13 +44,22 @@ def made_by(views: ViewPlan, images: np.ndarray, max_shift: int, kind=DaliGraphV
 @pytest.mark.parametrize("height, width", [(16, 16), (32, 32), (20, 31)])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DIFFERENT])
 def test_transformations_equal_pil(name, height, width):
-    everything = compared(height, width, kind=DaliGraphViews)
-    difference = everything.difference(name)
-    if name in MOVED:
-        np.testing.assert_array_equal(difference, compared(height, width).difference(name), "another warp than DALI's")
-        assert (difference.max(axis=-1) > 0).mean() <= NEIGHBORS
-    else:
-        assert difference.max() == 0
+    difference = compared(height, width, kind=DaliGraphViews).difference(name)
+    assert difference.size and difference.max() == 0
+
+
+@pytest.mark.parametrize("side", [224, 256])
+def test_rotations_of_large_images_differ_from_pil_in_few_pixels(side):
+    """DALI's warp adds float32 positions along each row, which are exact up to 128 pixels."""
+    rng, count = np.random.default_rng(side), 16
+    images = rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    views = replace(plain_views(count), image=np.arange(count) % 2)
+    views.ops[:, 0] = NAMES.index("rotate")
+    views.levels[:, 0, 0] = rng.random(count, dtype=np.float32)
+    made = made_by(views, images, 0)
+    differs = (made != pil_views(images[views.image], views)).any(axis=-1)
+    print(differs.sum(axis=(1, 2)), differs.mean())
+    assert 0 < differs.mean() < 5e-5
 
 
 def test_equalize_and_rescale_are_near_pil():

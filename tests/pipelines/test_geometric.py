@@ -13,7 +13,9 @@ def matrix(name, level, height, width):
     """Return PIL's AFFINE coefficients: output (x, y) is sampled at input (a x + b y + c, d x + e y + f)."""
     v = 2 * level - 1
     if name.startswith("translate"):
-        return [1, 0, 0.3 * v * width * (name == "translate_x"), 0, 1, 0.3 * v * height * (name == "translate_y")]
+        # Every pixel's position is the center of a pixel plus the shift, of which PIL takes the floor.
+        shift = math.floor(0.3 * v * (width if name == "translate_x" else height) + 0.5)
+        return [1, 0, shift * (name == "translate_x"), 0, 1, shift * (name == "translate_y")]
     a, b, c, d, e, f = 1.0, 0.3 * v * (name == "shear_x"), 0.0, 0.3 * v * (name == "shear_y"), 1.0, 0.0
     if name == "rotate":
         cos, sin, x, y = math.cos(math.radians(45 * v)), math.sin(math.radians(45 * v)), width / 2, height / 2
