@@ -27,11 +27,48 @@ class _AdamW(torch.optim.AdamW):
     wrapper of `step` also disables gradients, so `step` does that here.
     """
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    _step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        check_layouts(self)
+        self._step(closure)
+
+
+def check_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Check that gradients and moments on a CPU are stored in the order of their parameters.
+
+    There the fused update of torch 2.15 reads and writes memory in order, whatever the strides, so a contiguous
+    gradient of a `torch.channels_last` parameter would update the wrong elements without an error. The check takes
+    microseconds. It is not needed on a GPU, where a step is launched asynchronously, or captured.
+
+    Args:
+        optimizer: An optimizer whose parameters are on one device.
+
+    Raises:
+        AssertionError: An order differs.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.device.type != "cpu":
+                return
+            if parameter.grad is None:
+                continue
+            strides = parameter.stride()
+            for name, tensor in (("grad", parameter.grad), *optimizer.state[parameter].items()):
+                if tensor.stride() != strides and tensor.ndim and _order(tensor) != _order(parameter):
+                    raise AssertionError(
+                        f"internal error: {name} of a parameter {tuple(parameter.shape)} has strides {tensor.stride()} "
+                        f"and not the parameter's {strides}, so the fused optimizer would update the wrong elements"
+                    )
+
+
+def _order(tensor: torch.Tensor) -> list[int]:
+    """Return the strides of the dimensions that have more than one element: those of others have no meaning."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float, device: torch.device) -> torch.optim.Optimizer:

@@ -116,7 +116,7 @@ def test_a_snapshot_restores_every_tensor_in_place(tiny):
         snapshot = Snapshot(state)
         rng = torch.Generator().manual_seed(0)
         for p in state.network.parameters():
-            p.grad = torch.randn(p.shape, generator=rng)
+            p.grad = torch.empty_like(p).normal_(generator=rng)
         state.scaler.scale(torch.zeros(()))  # Creates the tensor of the scale.
         state.scaler.step(state.optimizer)
         state.targets.p_model_history.fill_(3.0)
