@@ -8,7 +8,7 @@ FAULTS ?= 300
 PYTEST := $(BIN)/python -m pytest -n 2
 EMULATED := $(BIN)/python -m bench.emulator
 
-.PHONY: run test test-long test-gpu test-emulated test-faults lint docs emulator results clean
+.PHONY: run test test-long test-gpu test-emulated test-faults lint docs emulator results findings clean
 
 # Reinstalled when a requirement or a tested version changes.
 $(VENV)/installed: setup.py constraints.txt
@@ -60,6 +60,11 @@ docs: $(VENV)/installed
 results: $(VENV)/installed
 	$(BIN)/remixmatch bench digits --out bench/results/digits.jsonl
 	$(BIN)/remixmatch bench report --results bench/results --readme docs/results.md
+
+# Run all findings one after another, each in its own environment, and report the failures at the end. Long: many install all of torch.
+findings:
+	@failed=; for script in findings/*.sh; do echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "changed:$$failed" >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info
