@@ -61,7 +61,7 @@ results: $(VENV)/installed
 	$(BIN)/remixmatch bench digits --out bench/results/digits.jsonl
 	$(BIN)/remixmatch bench report --results bench/results --readme docs/results.md
 
-# Run all findings one after another, each in its own environment, and report the failures at the end. Long: many install all of torch.
+# Run all findings one after another and report the failures at the end. Long: many install all of torch.
 findings:
 	@failed=; for script in findings/*.sh; do echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
 	test -z "$$failed" || { echo "changed:$$failed" >&2; exit 1; }
