@@ -322,8 +322,8 @@ class Config:
     views: Literal["auto", "dali", "dali-graph", "fused"] = _execution(
         "auto",
         "How views are made: 'fused', one kernel, for images of up to 256x256 pixels; 'dali', a DALI pipeline; or "
-        "'dali-graph', DALI's own operators only, whose equalize and rescale differ from PIL's. On a GPU dali is "
-        "dali-graph. auto is fused on a GPU and dali on a CPU.",
+        "'dali-graph', DALI's own operators only, whose equalize and rescale differ from PIL's, and rotations above "
+        "128x128 in a few pixels. On a GPU dali is dali-graph. auto is fused on a GPU and dali on a CPU.",
     )
     resident: Literal["auto", "device", "host"] = _execution(
         "auto",
