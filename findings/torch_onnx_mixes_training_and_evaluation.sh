@@ -5,6 +5,7 @@
 #             the model computes in training mode.
 # Observed:   A mixture. Batch normalization is exported with its running statistics, as in evaluation. Dropout is exported as
 #             active: onnxruntime drops values at random in every call.
+#             A warning asks whether training mode is intended; it says nothing about the mixture.
 # Affected:   Anyone who exports a checkpoint right after training, or an averaged copy of a model that was never switched. The
 #             outputs agree with neither mode; accuracy drops a little and changes from call to call.
 # Workaround: Call model.eval() before the export, and compare two runs of the exported model with the model in evaluation.
