@@ -10,7 +10,7 @@ sample and node, not per pixel, so the graph avoids a branch per transformation 
     geometric     the same for the second transformation
 
 These cover every order of the two kinds. Above 128 pixels a side, DALI 2.4's positions are inexact, so the photometric
-node also applies the geometric transformations, in integers, at no higher cost. It uses torch because DALI's operators
+node also applies the geometric transformations, in integers. It uses torch because DALI's operators
 cannot reproduce PIL: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border
 nor its rounding, and `fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
 

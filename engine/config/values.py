@@ -15,6 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from engine.errors import nearest_hint, printable
 
+# Environment variable with the cores that a run may use, for several runs at a time on one machine.
+CORES = "REMIXMATCH_CORES"
+
 _KINDS = {
     bool: ("true or false", "true or false"),
     int: ("an integer", "integers"),

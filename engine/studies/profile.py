@@ -407,7 +407,7 @@ def text(row: Mapping[str, Any]) -> str:
         f"{row['unprofiled_step_ms']:.2f} ms without",
         "",
         *_table(["range", *columns], lines_of_ranges),
-        "ms and share: thread of the training loop; threads: planner thread"
+        "ms and share: thread of the training loop; threads: plans, pseudo-labels, probes"
         + ("; GB and bound (roofline): `bench count`" if counted else ""),
         f"{100 * row['named_share']:.1f} % of the loop's time is in named ranges; without a listener, a mark costs "
         f"{row['mark_ns']:.0f} ns, and the {row['marks']:.0f} marks of a step {100 * row['marks_share']:.4f} % of it",

@@ -21,6 +21,7 @@ import tyro
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import check_seed
 from engine.config.scaling import check_scale
+from engine.config.values import CORES
 from engine.errors import Stopped, UserError, cannot_write, unknown
 from engine.studies.job_progress import Progress, counts, print_plan
 from engine.studies.jobs import Stop, forget_failures, status, work
@@ -204,10 +205,11 @@ def environments(workers: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     workers = workers or len(gpus) or 1
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(workers)]
-    if "OMP_NUM_THREADS" in os.environ:
-        return [{} for _ in range(workers)]
-    threads = str(max(len(os.sched_getaffinity(0)) // workers, 1))
-    return [{"OMP_NUM_THREADS": threads} for _ in range(workers)]
+    share = str(max(len(os.sched_getaffinity(0)) // workers, 1))
+    own = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": share}
+    if workers > 1:
+        own[CORES] = share
+    return [own for _ in range(workers)]
 
 
 def train(entries: Sequence[Entry], out: Path, options: JobOptions, stop: Stop | None = None) -> str:

@@ -91,23 +91,23 @@ def write_tables(name: str, entries: Sequence[Entry], out: Path, found: Mapping[
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "table.md", text, shared=True)
         write_text(out / "table.json", json.dumps(content, indent=1) + "\n", shared=True)
-        if over_k and done:
+        if drawn := _by_k(lines):
             from engine.studies import charts  # Importing matplotlib takes a second.
 
-            charts.error_over_k(_by_k(lines), head, out / "chart.png")
+            charts.error_over_k(drawn, head, out / "chart.png")
     except OSError as error:
         raise cannot_write(out, error) from error
     print(text, end="")
-    print(f"\n{out / 'table.md'}, {out / 'table.json'}" + (f", {out / 'chart.png'}" if over_k and done else ""))
+    print(f"\n{out / 'table.md'}, {out / 'table.json'}" + (f", {out / 'chart.png'}" if drawn else ""))
 
 
 def _by_k(lines: Sequence[statistics.Line]) -> dict[str, dict[int, statistics.Line]]:
-    """Return the lines of a table over K that have results, by method and K."""
+    """Return the lines of a table over K that have results, by method with preset, and K."""
     found: dict[str, dict[int, statistics.Line]] = {}
     for line in lines:
         if line.row in K_OF_METHODS and line.error:
             settings = K_OF_METHODS[line.row]
-            found.setdefault(settings["method"], {})[settings["k"]] = line
+            found.setdefault(f"{settings['method']}, {line.preset}", {})[settings["k"]] = line
     return found
 
 

@@ -17,8 +17,8 @@ def new_place(device: torch.device) -> Place:
     """Return a new place for computations on a device: a CUDA stream, or a thread of the CPU."""
     if device.type == "cuda":
         return torch.cuda.Stream(device)
-    # A new thread would otherwise use as many threads per operator as torch chooses, not as many as its caller.
-    return ThreadPoolExecutor(1, "side pass", torch.set_num_threads, (torch.get_num_threads(),))
+    # This call sets a new thread's number of threads per operator to torch's, before oneDNN reads OpenMP's default.
+    return ThreadPoolExecutor(1, "side pass", torch.get_num_threads)
 
 
 def start(place: Place | None, name: str, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from engine.config.config import Config
-from engine.distributed import collectives
+from engine.config.values import CORES
 from engine.errors import UserError
 from kernels.augment import MAX_SIDE
 from pipelines.views import MAX_GRAPH_SIDE
@@ -149,12 +149,14 @@ def pick_resident(config: Config, device: torch.device, images: int) -> bool:
 def pick_concurrency(device: torch.device) -> bool:
     """Return whether independent passes of a step run concurrently: on a GPU, or on a CPU with enough cores.
 
-    On a CPU every pass has its own team of threads. If the teams of all ranks together have more threads than there
-    are cores, every operator waits for threads that do not run.
+    On a CPU every pass has its own team of threads. If the teams of all processes that share the cores have more
+    threads than there are cores, every operator waits for threads that do not run.
     """
     if device.type == "cuda":
         return True
-    return 2 * torch.get_num_threads() * collectives.ranks() <= len(os.sched_getaffinity(0))
+    cores = int(os.environ.get(CORES, len(os.sched_getaffinity(0))))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # Ranks on this machine, from torchrun.
+    return 2 * torch.get_num_threads() * ranks <= cores
 
 
 def pick_convolutions(config: Config, device: torch.device) -> str:

@@ -116,8 +116,8 @@ def _labeled(data: DataSet, orders: list[np.ndarray], labels: int, imbalance: Im
         # With N_1 = gamma, the smallest class has one image.
         smallest = np.floor(abs(gamma) * ratios(gamma, classes) + _NEARLY)
         least = np.ceil(abs(gamma)) if imbalance.n1 else smallest.sum()
-        most = sum(map(len, orders))
-        advice = f"use at least {least:.0f}" if least <= most else "use a smaller imbalance"
+        fits = (smallest <= [len(images) for images in orders]).all()
+        advice = f"use at least {least:.0f}" if fits else "use a smaller imbalance"
         raise ValueError(
             f"{flag} {known} with imbalance {gamma:g} leaves {(counts == 0).sum()} of {classes} classes without a "
             f"label; {advice}"

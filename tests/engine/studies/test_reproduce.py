@@ -80,7 +80,8 @@ def test_workers_share_gpus_or_cores(monkeypatch):
     assert reproduce.environments(0, []) == [{}]
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert reproduce.environments(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert reproduce.environments(3, []) == [{"OMP_NUM_THREADS": "2", "REMIXMATCH_CORES": "2"}] * 3
+    assert reproduce.environments(1, []) == [{"OMP_NUM_THREADS": "8"}]
 
 
 # Whole runs, in which each job is a training process

@@ -260,16 +260,16 @@ def test_a_table_over_k_has_a_chart(tmp_path, monkeypatch):
         method, k = entry.row.split("-k")
         finish(tmp_path, entry, accuracies[method, int(k)][entry.seed] + 1, accuracies[method, int(k)][entry.seed])
     reproduce.main(["k", "--tables", "--out", str(tmp_path), "--seeds", "0", "1", "--methods", *names])
-    ks, means, bars = shown["errors", "fixmatch"]
+    ks, means, bars = shown["errors", "fixmatch, digits-40"]
     assert ks == [1, 4] and means == pytest.approx([8, 6])
     for (low, high), mean, deviation in zip(bars, means, (math.sqrt(8), math.sqrt(2)), strict=True):
         assert (low, high) == (pytest.approx(mean - deviation), pytest.approx(mean + deviation))
-    assert shown["errors", "softmatch"][:2] == ([8], [pytest.approx(4)])
+    assert shown["errors", "softmatch, digits-40"][:2] == ([8], [pytest.approx(4)])
     # Differences of -3 and -1: their mean is -2, their standard error 1.
-    ks, means, bars = shown["differences", "fixmatch"]
+    ks, means, bars = shown["differences", "fixmatch, digits-40"]
     assert ks == [4] and means == pytest.approx([-2])
     assert bars[0] == (pytest.approx(-2 - STUDENT[1], rel=1e-3), pytest.approx(-2 + STUDENT[1], rel=1e-3))
-    assert ("differences", "softmatch") not in shown
+    assert ("differences", "softmatch, digits-40") not in shown
     assert Image.open(tmp_path / "chart.png").size[0] > 500
 
 

@@ -11,8 +11,8 @@ from threadpoolctl import threadpool_info
 
 from engine.config.checks import validate
 from engine.config.methods import METHODS, with_method
-from engine.distributed import collectives
 from engine.method.batch_layout import rank_plan
+from engine.studies.reproduce import environments
 from engine.training import ranges
 from engine.training.concurrency import new_place, start
 from engine.training.execution import Execution
@@ -92,7 +92,8 @@ def test_concurrent_passes_of_other_configurations_change_no_bit(tiny, changes):
 
 def test_parameters_are_averaged_after_the_probes(tiny):
     """The probes' pass is delayed, so averaging that does not wait for it changes omega."""
-    expected, delayed = Bench(tiny(), False), Bench(tiny(), True)
+    # Without a separate guess, since it would wait for the probes in the same thread.
+    expected, delayed = (Bench(tiny(guess_pass="joint"), concurrent) for concurrent in (False, True))
     delayed.state.ema_model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
     for one, other in zip(expected.run(), delayed.run(), strict=True):
         assert torch.equal(one, other)
@@ -176,6 +177,19 @@ def test_the_thread_uses_as_many_threads_per_operator_as_its_caller():
 )
 def test_passes_are_concurrent_if_every_thread_has_a_core(tiny, monkeypatch, threads, ranks, cores, concurrent):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(collectives, "ranks", lambda: ranks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("REMIXMATCH_CORES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert Execution.pick(tiny(), (9, 8, 8, 3)).concurrent == concurrent
+
+
+def test_jobs_that_share_the_cores_have_no_second_thread(tiny, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for workers, concurrent in ((1, True), (2, False)):
+        with monkeypatch.context() as patched:
+            for name, value in environments(workers, [])[0].items():
+                patched.setenv(name, value)
+            assert Execution.pick(tiny(), (9, 8, 8, 3)).concurrent == concurrent

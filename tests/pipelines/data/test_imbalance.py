@@ -124,6 +124,8 @@ def test_equal_classes_are_those_of_the_rule():
     [
         (Imbalance(10, 10), 11, "--labels 11 with imbalance 10 leaves 1 of 4 classes without a label; use at least 17"),
         (Imbalance(10, 10, n1=9), 1, "--n1 9 with imbalance 10 leaves 1 of 4 classes without a label; use at least 10"),
+        (Imbalance(100, 1), 11, "leaves 2 of 4 classes without a label; use a smaller imbalance$"),
+        (Imbalance(100, 1, n1=9), 11, "leaves 2 of 4 classes without a label; use a smaller imbalance$"),
         (Imbalance(300, 1), 11, "leaves 2 of 4 classes without a label; use a smaller imbalance$"),
         (Imbalance(1e308, 1), 11, "with imbalance 1e.308 leaves 3 of 4 classes without a label; use a smaller imb"),
         (Imbalance(2, 2, n1=61), 1, "--n1 61 with imbalance 2 needs 61 labeled images of class a, which has 60"),
