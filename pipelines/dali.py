@@ -10,9 +10,9 @@ sample and node, not per pixel, so the graph avoids a branch per transformation 
     geometric     the same for the second transformation
 
 These cover every order of the two kinds. Above 128 pixels a side, DALI 2.4's positions are inexact, so the photometric
-node also applies the geometric transformations, in integers. It uses torch because DALI's operators
-cannot reproduce PIL: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border
-nor its rounding, and `fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
+node also applies the geometric transformations, in integers. It uses torch because DALI's operators cannot reproduce
+PIL: DALI has no histogram, `fn.equalize` is OpenCV's, `fn.filter` has neither PIL's unfiltered border nor its rounding,
+and `fn.resize` has no HAMMING and repeats the border where PIL renormalizes the filter's taps.
 
 The weak augmentation is a window of the padded image, cut out while images are gathered, which costs no more than
 gathering them. In DALI it would take two more nodes, a slice and a flip.
@@ -69,13 +69,16 @@ class _Batch:
         weak: (V, H, W, 3) uint8, weakly augmented images.
         ops: (V, 2) int, indices into `ctaugment.TRANSFORMATIONS`.
         parameters: (V, 2, 6) float32 from `geometric.op_parameters`.
-        warped: Whether DALI applies the geometric transformations, otherwise the photometric node does.
     """
 
     weak: np.ndarray
     ops: np.ndarray
     parameters: np.ndarray
-    warped: bool
+
+    @property
+    def warped(self) -> bool:
+        """Whether DALI applies the geometric transformations; otherwise the photometric node does."""
+        return max(self.weak.shape[1:3]) <= _WARP_SIDE
 
 
 def _apply_photometric(images: list[Any], given: _Batch) -> list[Any]:
@@ -183,8 +186,7 @@ class DaliViews(Views):
 
     def _prepare(self, views: ViewPlan) -> _Batch:
         parameters = geometric.op_parameters(views.ops, views.levels, views.center, self.height, self.width)
-        warped = max(self.height, self.width) <= _WARP_SIDE
-        return _Batch(self._weakly_augmented(views), views.ops, parameters, warped)
+        return _Batch(self._weakly_augmented(views), views.ops, parameters)
 
     def _weakly_augmented(self, views: ViewPlan) -> np.ndarray:
         """Return shifted and flipped images: (V, H, W, 3) uint8."""

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.studies.statistics import Difference, Line
+from engine.studies.statistics import Line
 from pipelines.files import atomic_write
 
 LINEAR_PP = 20  # Differences beyond this many percentage points are drawn on a logarithmic axis.
@@ -81,7 +81,9 @@ def error_over_k(methods: Mapping[str, Mapping[int, Line]], title: str, path: Pa
             places, means, deviations = zip(*known, strict=True)
             left.errorbar(places, means, deviations, **look)
         differences = {k: lines[k].from_full for k in sorted(lines)}
-        points = [(k * factor, each.mean, *_sides(each)) for k, each in differences.items() if each]
+        points = [
+            (k * factor, each.mean, *_sides(each.mean, each.low, each.high)) for k, each in differences.items() if each
+        ]
         if points:
             places, means, below, above = zip(*points, strict=True)
             right.errorbar(places, means, [below, above], **look)
@@ -97,11 +99,9 @@ def error_over_k(methods: Mapping[str, Mapping[int, Line]], title: str, path: Pa
     _save(figure, title, path)
 
 
-def _sides(difference: Difference) -> tuple[float, float]:
-    """Return the lengths of an interval below and above its mean, 0 if it has none."""
-    if difference.low is None or difference.high is None:
-        return 0.0, 0.0
-    return difference.mean - difference.low, difference.high - difference.mean
+def _sides(value: float, low: float | None, high: float | None) -> tuple[float, float]:
+    """Return the lengths of an interval below and above a value; NaN, which is not drawn, if there is no interval."""
+    return (math.nan, math.nan) if low is None or high is None else (value - low, high - value)
 
 
 def _save(figure: Figure, title: str, path: Path) -> None:
@@ -113,5 +113,5 @@ def _save(figure: Figure, title: str, path: Path) -> None:
 
 def _point(axes: Axes, place: int, value: float, low: float | None, high: float | None) -> None:
     """Draw a value with its interval, if it has one."""
-    sides = None if low is None or high is None else [[value - low], [high - value]]
-    axes.errorbar(value, place, xerr=sides, fmt="o", capsize=3, color="tab:blue")
+    below, above = _sides(value, low, high)
+    axes.errorbar(value, place, xerr=[[below], [above]], fmt="o", capsize=3, color="tab:blue")
