@@ -4,63 +4,32 @@ import os
 import threading
 import time
 
-import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from engine.config.checks import validate
 from engine.config.methods import METHODS, with_method
-from engine.method.batch_layout import rank_plan
 from engine.studies.reproduce import environments
 from engine.training import ranges
 from engine.training.concurrency import new_place, start
 from engine.training.execution import Execution
-from engine.training.feed import plan_spec, rank_layout
-from engine.training.state import make_state
-from engine.training.step import Step
-from engine.training.step_input import StepInput
-from pipelines.ctaugment import initial_weights
-from pipelines.data.cache import DataSet
-from pipelines.plan import make_plan
+from tests.engine.training.noise_training import CPU, NoiseTraining
 
-CLASSES, STEPS = 5, 3
-CPU = torch.device("cpu")
+STEPS = 3
 
 
-class Bench:
-    """A step on random views."""
-
-    def __init__(self, config, concurrent, precision=torch.float32, **options):
-        validate(config)
-        images = np.zeros((60, 8, 8, 3), np.uint8)
-        data = DataSet("made up", tuple("abcde"), images, np.arange(60) % CLASSES, images[:1], np.zeros(1, np.int64))
-        self.config, self.spec = config, plan_spec(config, data, np.arange(20))
-        self.layout = rank_layout(config, self.spec, 0, 1)
-        self.state = make_state(config, CLASSES, CPU, (8, 8), unlabeled_images=60)
-        self.step = Step(config, self.state, self.layout, precision, concurrent=concurrent, **options)
-
-    def run(self):
-        """Train a few steps and return their metrics and omega."""
-        outputs = []
-        for number in range(STEPS):
-            plan = make_plan(self.spec, 0, number, initial_weights())
-            rng = torch.Generator().manual_seed(number)
-            size = (self.config.batch * self.spec.blocks, 8, 8, 3)
-            views = torch.randint(0, 256, size, generator=rng, dtype=torch.uint8)[self.layout.views]
-            labels = np.random.default_rng(number).integers(CLASSES, size=self.config.batch)
-            output = self.step(StepInput.pack(views, rank_plan(self.layout, plan, labels), CPU))
-            outputs += [output.metrics, output.omega]
-        return outputs
+def metrics_of(training):
+    """Train a few steps and return their metrics and omega."""
+    return [tensor for output in training.advance(STEPS) for tensor in (output.metrics, output.omega)]
 
 
 def assert_same_steps(config, **options):
-    benches = [Bench(config, concurrent, **options) for concurrent in (False, True)]
-    for one, other in zip(*(bench.run() for bench in benches), strict=True):
+    both = [NoiseTraining(config, concurrent=concurrent, **options) for concurrent in (False, True)]
+    for one, other in zip(*map(metrics_of, both), strict=True):
         assert torch.equal(one, other)
-    for one, other in zip(*(bench.state.tensors() for bench in benches), strict=True):
+    for one, other in zip(*(training.state.tensors() for training in both), strict=True):
         assert torch.equal(one, other)
-    return benches[1].step
+    return both[1].step
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -93,18 +62,18 @@ def test_concurrent_passes_of_other_configurations_change_no_bit(tiny, changes):
 def test_parameters_are_averaged_after_the_probes(tiny):
     """The probes' pass is delayed, so averaging that does not wait for it changes omega."""
     # Without a separate guess, since it would wait for the probes in the same thread.
-    expected, delayed = (Bench(tiny(guess_pass="joint"), concurrent) for concurrent in (False, True))
+    expected, delayed = (NoiseTraining(tiny(guess_pass="joint"), concurrent=concurrent) for concurrent in (False, True))
     delayed.state.ema_model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
-    for one, other in zip(expected.run(), delayed.run(), strict=True):
+    for one, other in zip(metrics_of(expected), metrics_of(delayed), strict=True):
         assert torch.equal(one, other)
 
 
 def test_passes_share_no_thread_with_the_training_pass(tiny):
-    bench, threads = Bench(tiny(), True), {}
-    for name, model in (("f", bench.state.network), ("f_ema", bench.state.ema_model)):
+    training, threads = NoiseTraining(tiny(), concurrent=True), {}
+    for name, model in (("f", training.state.network), ("f_ema", training.state.ema_model)):
         seen = threads[name] = set()
         model.register_forward_pre_hook(lambda *_, seen=seen: seen.add(threading.get_ident()))
-    bench.run()
+    training.advance(STEPS)
     here = threading.get_ident()
     (other,) = threads["f_ema"]
     assert threads["f"] == {here, other}
@@ -125,7 +94,7 @@ def test_passes_share_no_thread_with_the_training_pass(tiny):
 def test_what_threads_share_is_not_used_concurrently(tiny, changes, options, guess, probes):
     if "network" in changes:
         pytest.importorskip("timm", reason="timm is an optional dependency")
-    step = Bench(tiny(**changes), True, **options).step
+    step = NoiseTraining(tiny(**changes), concurrent=True, **options).step
     assert (step.guess_place is not None, step.probe_place is not None) == (guess, probes)
 
 

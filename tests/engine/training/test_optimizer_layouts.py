@@ -2,24 +2,14 @@
 
 import re
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
 
-from engine.config.checks import validate
-from engine.method.batch_layout import rank_plan
 from engine.training import optimizers
-from engine.training.feed import plan_spec, rank_layout
-from engine.training.state import make_state
-from engine.training.step import Step
-from engine.training.step_input import StepInput
-from pipelines.ctaugment import initial_weights
-from pipelines.data.cache import DataSet
-from pipelines.plan import make_plan
+from tests.engine.training.noise_training import CPU, NoiseTraining
 from tests.processes import train
 
-CPU = torch.device("cpu")
 BACKBONES = ("resnet10t", "mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224", "regnetx_002")
 NETWORKS = {
     "narrow": {"width": 8},
@@ -75,21 +65,12 @@ def test_fused_updates_equal_unfused_ones(changes, tiny, monkeypatch):
     if "network" in changes:
         pytest.importorskip("timm", reason="needs timm")
     config = tiny(**changes)
-    validate(config)
     monkeypatch.setitem(optimizers.OPTIMIZERS, "torch", Compared)
-    side = 32 if config.backbone else 8
-    images = np.random.default_rng(0).integers(0, 256, (60, side, side, 3), dtype=np.uint8)
-    data = DataSet("made up", tuple("abcde"), images, np.arange(60) % 5, images[:1], np.zeros(1, np.int64))
-    spec = plan_spec(config, data, np.arange(20))
-    layout = rank_layout(config, spec, 0, 1)
-    state = make_state(config, 5, CPU, (side, side))
     precision = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(config.precision, torch.float32)
-    step = Step(config, state, layout, precision, compiled=config.mode == "compile")
-    for number in range(3):
-        plan = make_plan(spec, 0, number, initial_weights())
-        views = torch.from_numpy(images[plan.views.image][layout.views])
-        step(StepInput.pack(views, rank_plan(layout, plan, np.arange(60)[plan.labeled] % 5), CPU))
-    assert state.optimizer.updates == 3
+    side = 32 if config.backbone else 8
+    training = NoiseTraining(config, precision, side, compiled=config.mode == "compile")
+    training.advance(3)
+    assert training.state.optimizer.updates == 3
 
 
 @pytest.mark.parametrize("flags", [(), ("--micro-batches", 4), ("--bn", "sync"), ("--network", "timm:resnet10t")])
