@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +116,39 @@ def train(folder, ranks, *flags, patch=None, **environment):
     processes = start_ranks(log, ranks, *arguments, patch=patch, **environment)
     assert finish(processes) == [0] * ranks, log.read_text()
     return folder
+
+
+def gloo_threads(statement, *arguments):
+    """Count gloo's threads before and after a process leaves a process group of one rank.
+
+    The process is new, since whether the group is destroyed depends on what was imported before it was made.
+
+    Args:
+        statement: Python code that joins and leaves the group through `engine.distributed.collectives`.
+        arguments: The process's arguments.
+    """
+    code = f"{_COUNT_GLOO_THREADS}\n{statement}\nprint_count()"
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return tuple(int(line.split()[0]) for line in process.stdout.splitlines() if line.endswith(" threads of gloo"))
+
+
+_COUNT_GLOO_THREADS = """
+import functools, sys
+from pathlib import Path
+from engine.distributed import collectives
+
+def print_count():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print(sum("gloo" in name for name in names), "threads of gloo")
+
+def stop(stop=collectives.stop):
+    print_count()
+    stop()
+
+collectives.start, collectives.stop = functools.partial(collectives.start, alone=True), stop
+"""
 
 
 def finish(processes, seconds=300):

@@ -5,6 +5,7 @@ Based on torch.distributed and the environment variables of torchrun, which `eng
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the process group that exists when it is imported as their default. DistributedDataParallel imports
+# it, too, but with a group, which would then never be destroyed.
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor
 
 from engine.distributed import launch
@@ -56,8 +61,12 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group and wait for its threads.
+
+    A thread that drops the last reference to a tensor while Python exits aborts the process.
+    """
     if dist.is_initialized():
+        gc.collect()  # The group lives as long as DistributedDataParallel, which may be part of reference cycles.
         dist.destroy_process_group()
 
 

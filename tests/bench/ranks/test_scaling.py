@@ -19,6 +19,7 @@ from engine.distributed import collectives
 from engine.errors import UserError
 from engine.measuring import records
 from engine.measuring.steps import TimedSteps
+from tests.processes import gloo_threads
 
 CPU = torch.device("cpu")
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="uses CPU sizes")
@@ -53,6 +54,15 @@ def run(tmp_path, **options):
     small = dict(out=out, ranks=(1, 2), rounds=1, repeats=2, steps=1, views="synthetic")
     scaling.main(scaling.ScalingOptions(**(small | options)))
     return records.read(out)
+
+
+@ON_A_CPU
+def test_a_worker_ends_the_threads_of_its_group(tmp_path):
+    """Otherwise they could abort the worker while Python exits."""
+    specs = (CaseSpec(4, grouped=False), CaseSpec(4), CaseSpec(4, reduced=False))
+    (tmp_path / "job").write_bytes(pickle.dumps(Job(tiny(), "synthetic", specs, (2**12,), 1, 1)))
+    joined, left = gloo_threads("from bench.ranks.scaling_worker import main; main(Path(sys.argv[1]))", tmp_path)
+    assert joined > 0 and left == 0
 
 
 @ON_A_CPU

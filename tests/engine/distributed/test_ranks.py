@@ -17,7 +17,7 @@ from engine.runs.progress import ProgressLine, read_metrics
 from engine.runs.setup import setup_run
 from engine.training.trainer import Trainer, digests
 from tests import processes
-from tests.processes import ROOT, assert_close, assert_same_bits, finish, free_port, start, start_ranks
+from tests.processes import ROOT, assert_close, assert_same_bits, finish, free_port, gloo_threads, start, start_ranks
 
 # Double precision, since Adam at the preset's learning rate amplifies the rounding of single precision to 1e-3 within
 # 30 steps.
@@ -264,6 +264,15 @@ def test_torchrun_does_not_parse_the_flags_of_train(monkeypatch):
         signal.signal(signal.SIGINT, before)
     assert parsed[0].module and parsed[0].training_script == "engine"
     assert parsed[0].training_script_args == ["train", "digits-40", "--log", "none"]
+
+
+@pytest.mark.parametrize("command", ["train", "profile"])
+def test_leaving_the_group_ends_its_threads(tmp_path, command):
+    """A thread of gloo that is still there when Python exits can abort the process."""
+    flags = ("--steps", 3, "--batch", 4, "--k", 1, "--width", 8, "--device", "cpu", "--quiet", "--out", tmp_path / "run")
+    statement = "from engine.commands.main import main; main(sys.argv[1:])"
+    joined, left = gloo_threads(statement, command, "digits-40", *flags)
+    assert joined > 0 and left == 0
 
 
 def test_more_ranks_than_gpus_are_an_error(capfd, tmp_path, monkeypatch):
