@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 # Its functions take the process group that exists when it is imported as their default. DistributedDataParallel imports
 # it, too, but with a group, which would then never be destroyed.
-import torch.distributed.nn.functional  # noqa: F401
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from engine.distributed import launch
