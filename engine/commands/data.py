@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 from engine.commands.parsing import DataDir, parse, show_usage_if_asked
-from engine.config.checks import FOLDER, check_size, folder_name
+from engine.config.checks import FOLDER, check_labels, check_size, folder_name
 from engine.config.config import Config, field_types, load_config
 from engine.config.presets import PRESETS, of_data_set
 from engine.config.values import choices
@@ -379,8 +379,7 @@ def _configuration(base: Config, options: Any) -> Config:
             raise UserError(f"--data {options.data}: no such folder; --dataset {options.data} names the data set")
         given["dataset"] = folder_name(options.data)
     config = dataclasses.replace(base, **given)
-    if config.split == "all" and "labels" in given:
-        raise UserError("--split all uses every label; leave out --labels, or give another --split")
+    check_labels(config, given)
     return config
 
 

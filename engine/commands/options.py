@@ -13,7 +13,7 @@ import tyro
 
 from engine.commands.parsing import DataDir, flags_of, parse
 from engine.config import methods
-from engine.config.checks import folder_name
+from engine.config.checks import check_labels, folder_name
 from engine.config.config import SECTIONS, Config, changes
 from engine.config.files import read_config
 from engine.config.scaling import lengths, scaled
@@ -182,6 +182,7 @@ def parse_train(
     sources = layers.sources | {name: f"--{name.replace('_', '-')}" for name in given}
     if options.source.data:
         sources["dataset"] = "--data"
+    check_labels(options.config, given)
     return dataclasses.replace(options, sources=sources)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -32,6 +33,19 @@ def check_seed(seed: int, flag: str = "--seed") -> None:
     """Raise UserError if a seed is not allowed: torch and numpy's legacy generator use 32 bits of a seed."""
     if not 0 <= seed < 2**32:
         raise UserError(f"{flag} must be from 0 to {2**32 - 1}, got {shown(seed)}")
+
+
+def check_labels(config: Config, given: Collection[str]) -> None:
+    """Raise UserError if a command line gives a number of labels that its configuration does not use.
+
+    Args:
+        config: The configuration.
+        given: Fields that have a flag in the command line.
+    """
+    if "labels" in given and config.split == "all":
+        raise UserError("--split all uses every label; leave out --labels, or give another --split")
+    if "labels" in given and config.n1:
+        raise UserError(f"--n1 {config.n1} and the ratios set the number of labels; leave out --labels or --n1")
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -110,9 +124,10 @@ def validate(config: Config, ranks: int = 1) -> None:
             "another; use --bn joint or --bn split"
         )
     if config.guess_pass != "separate" and config.unlabeled and micro_batches > ranks:
+        other = "" if config.method == "pi-model" else "--guess-pass separate or "  # Its gradient needs this pass.
         raise UserError(
             f"--guess-pass {config.guess_pass} needs all pseudo-labels of a step after its first forward pass, but "
-            f"--micro-batches {micro_batches} trains them one after another; use --guess-pass separate"
+            f"--micro-batches {micro_batches} trains them one after another; use {other}--micro-batches {ranks}"
         )
     if config.bn == "split":
         if config.bn_groups % micro_batches or config.batch % config.bn_groups:

@@ -544,6 +544,10 @@ def test_names_of_classes_are_printed_on_one_line(capsys, tmp_path):
 def test_labels_are_not_silently_ignored(capsys):
     words = "--split all uses every label; leave out --labels, or give another --split"
     assert words in fails(capsys, "data", "split", "digits", "--labels", 3, "--split", "all")
+    assert words in fails(capsys, "train", "digits-40", "--labels", 30, "--split", "all")
+    long_tailed = ("digits-40", "--imbalance", 10, "--n1", 10, "--labels", 40)
+    for command in (("data", "split"), ("train",)):
+        assert "--n1 10 and the ratios set the number of labels" in fails(capsys, *command, *long_tailed)
     (Path.cwd() / "indices.txt").write_text("0\n1\n")
     for arguments, code in ((("--labels", 2), 2), ((), 1)):
         capsys.readouterr()

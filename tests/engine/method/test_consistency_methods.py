@@ -136,7 +136,7 @@ def test_ramps(tiny, shape):
     [
         ("pi-model", dict(k=1), "--method pi-model requires --k 2 or more"),
         ("pi-model", dict(mixup_alpha=0.5), "--guess-pass trained requires --mixup-alpha 0"),
-        ("pi-model", dict(micro_batches=2), "--guess-pass trained needs .* use --guess-pass separate"),
+        ("pi-model", dict(micro_batches=2), "--guess-pass trained needs .* use --micro-batches 1"),
         ("fixmatch", dict(guess_pass="trained"), "--guess-pass trained requires --anchor trained or none"),
         ("mean-teacher", dict(guess_pass="joint"), "--guess-network ema requires --guess-pass separate, got joint"),
         ("mean-teacher", dict(ema_decay=0.0), "--guess-network ema requires --ema-decay above 0"),
