@@ -6,7 +6,7 @@ The statistics here are written independently of `engine.studies`.
 import re
 from functools import cache
 from math import sqrt
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import pytest
 from scipy.stats import t as student
@@ -14,12 +14,15 @@ from scipy.stats import t as student
 from engine.config.methods import ABLATIONS, METHODS
 from engine.config.presets import PRESETS
 from engine.measuring import records
-from engine.studies.paper_tables import TABLES
+from engine.studies.paper_tables import K_OF_METHODS, MARGINALS, TABLES
 from tests.pages import TEXTS, agrees
 
 RECORDS = {name: records.read(records.RESULTS / f"{name}.jsonl") for name in ("ablate", "reproduce", "throughput")}
 # The kind of number in a column, by words of its head.
 KINDS = {
+    "error of the last model, %": "last error",
+    "difference of last models, pp": "last difference",
+    "recall of class": "recall",
     "error, %": "error",
     "worst seed": "worst",
     "minutes": "minutes",
@@ -46,6 +49,8 @@ def table(page, first):
 def named(cell):
     """Return the file and name of the method or ablation in the first cell of a line, or None."""
     for code in re.findall(r"`([^`]+)`", cell):
+        if code in MARGINALS:
+            return "reproduce", code
         if code in ABLATIONS:
             return "ablate", code
     if cell.startswith("full method"):
@@ -74,9 +79,9 @@ def runs(file, preset, steps, row):
     return [each for each in RECORDS[file] if case.items() <= each.items()]
 
 
-def errors(file, preset, steps, row):
-    """Return median test errors by seed."""
-    return {each["seed"]: 100 - each["median_last_20"] for each in runs(file, preset, steps, row)}
+def errors(file, preset, steps, row, accuracy="median_last_20"):
+    """Return test errors by seed."""
+    return {each["seed"]: 100 - each[accuracy] for each in runs(file, preset, steps, row)}
 
 
 def numbers(file, preset, steps, row, kind):
@@ -93,10 +98,14 @@ def numbers(file, preset, steps, row, kind):
         taken = [each["cpu_seconds"] / 60 for each in runs(file, preset, steps, row) if each.get("cpu_seconds")]
         ends = min(taken), max(taken)
         return ends if round(ends[0], 1) < round(ends[1], 1) else ends[:1]
-    own, full = errors(file, preset, steps, row), errors(file, preset, steps, "remixmatch")
+    if kind == "recall":  # Of every class, in order.
+        classes = zip(*(each["recall"].values() for each in runs(file, preset, steps, row)), strict=True)
+        return list(map(mean, classes))
+    accuracy = "test_accuracy" if kind.startswith("last") else "median_last_20"
+    own, full = (errors(file, preset, steps, each, accuracy) for each in (row, "remixmatch"))
     if kind == "worst":
         return [max(own.values())] if own else []
-    if kind == "error":
+    if kind.endswith("error"):
         return [mean(own.values()), *([stdev(own.values())] if len(own) > 1 else [])] if own else []
     differences = [own[seed] - full[seed] for seed in own.keys() & full.keys()] if row != "remixmatch" else []
     if len(differences) < 2:
@@ -114,7 +123,8 @@ def checked(page):
                 continue
             for cell, (preset, steps, kind) in zip(line[1:], kinds[1:], strict=True):
                 if preset and kind:
-                    yield line[0], cell, kind, numbers(place[0], preset, steps, place[1], kind)
+                    file = "reproduce" if preset in TABLES["imbalance"].presets else place[0]
+                    yield line[0], cell, kind, numbers(file, preset, steps, place[1], kind)
 
 
 @pytest.mark.parametrize(("page", "minimum"), [("README.md", 20), ("docs/results.md", 187)])
@@ -130,7 +140,7 @@ def test_tables_agree_with_the_records(page, minimum):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_bold_differences_are_those_whose_interval_excludes_zero(page):
-    found = [(name, cell, wanted) for name, cell, kind, wanted in checked(page) if kind == "difference" and cell]
+    found = [(name, cell, wanted) for name, cell, kind, wanted in checked(page) if kind.endswith("difference") and cell]
     assert {cell.startswith("**") for _, cell, _ in found} == {True, False}
     for name, cell, (_, low, high) in found:
         assert INTERVAL.fullmatch(cell), cell
@@ -168,7 +178,49 @@ def test_every_measured_variant_is_in_the_results():
         for name in ("ablate", "reproduce")
         for each in RECORDS[name]
     }
-    assert measured <= shown
+    # The rows over K have a test of their own.
+    assert {(preset, row) for preset, row in measured if row not in K_OF_METHODS} <= shown
+
+
+def over_k(method, k, steps):
+    """Return the errors and the CPU milliseconds per step of the runs with some K, by seed."""
+    names = {f"{method}-k{k}"} | ({method} if k == 1 and method != "remixmatch" else set())
+    return {
+        each["seed"]: (100 - each["median_last_20"], 1000 * each["cpu_seconds"] / each["steps"])
+        for each in RECORDS["reproduce"]
+        if each["preset"] == "digits-40" and each["row"] in names and each["steps"] == steps
+    }
+
+
+def test_the_table_over_k_agrees_with_the_records():
+    lines = table("docs/results.md", "`digits-40`: method and K")
+    cases = [re.fullmatch(r"(\w+), K = (\d)", line[0]).groups() for line in lines]
+    assert [(method.lower(), int(k)) for method, k in cases] == [(r["method"], r["k"]) for r in K_OF_METHODS.values()]
+    whole, few = PRESETS["digits-40"].steps, 351
+    trained = {}  # Samples per step: B times the labeled images, the views, and ReMixMatch's u_weak, u_1 and rotation.
+    for method, k in cases:
+        trained[method, k] = 4 + int(k) if method == "ReMixMatch" else 1 + 7 * int(k)
+    spans = {case: (round(whole * trained[case[0], "1"] / trained[case]), few) for case in cases}
+    found = {case: [over_k(case[0].lower(), int(case[1]), steps) for steps in spans[case]] for case in cases}
+    seeds = set.intersection(*(set(runs) for both in found.values() for runs in both))
+    assert f"over label splits {min(seeds)} to {max(seeds)}, and differences from K = 1" in TEXTS["docs/results.md"]
+    assert seeds == set(range(min(seeds), max(seeds) + 1))
+    for case, (_, steps, *cells, milliseconds) in zip(cases, lines, strict=True):
+        assert int(steps.replace(" ", "")) == spans[case][0]
+        assert agrees(milliseconds, median(found[case][0][seed][1] for seed in seeds)), case
+        for column in range(2):
+            mine, single = ([found[each][column][seed][0] for seed in seeds] for each in (case, (case[0], "1")))
+            error, difference = cells[2 * column : 2 * column + 2]
+            assert all(map(agrees, error.split(" ± "), (mean(mine), stdev(mine)))), case
+            if case[1] == "1":
+                assert not difference
+                continue
+            apart = [a - b for a, b in zip(mine, single, strict=True)]
+            half = float(student.ppf(0.975, len(apart) - 1)) * stdev(apart) / sqrt(len(apart))
+            wanted = mean(apart), mean(apart) - half, mean(apart) + half
+            shown = re.findall(r"[+-]\d+\.\d+", difference)
+            assert len(shown) == 3 and all(map(agrees, shown, wanted)), (case, wanted)
+            assert difference.startswith("**") == (wanted[1] > 0 or wanted[2] < 0), (case, wanted)
 
 
 def test_accuracies_on_fashion_mnist_agree_with_the_records():
@@ -241,6 +293,9 @@ def test_tables_of_reproduce_that_are_said_to_be_trained_are():
     assert states.keys() == TABLES.keys()
     complete = {(preset, row) for preset, row, steps, _ in recorded() if steps == PRESETS[preset].steps}
     for name, state in states.items():
+        if name in ("k", "k-samples"):
+            assert state.startswith("three of five splits"), name  # Their numbers have a test of their own.
+            continue
         wanted = {(preset, row) for preset in TABLES[name].presets for row in TABLES[name].rows}
         missing = wanted - complete
         if missing == wanted:
