@@ -39,7 +39,7 @@ class JobOptions:
     """How jobs are trained."""
 
     steps_scale: float = 1.0
-    """Scale steps, ramp, intervals, and the windows of EMA and batch norm, for a rehearsal; shown in the title."""
+    """Scale steps, ramp, intervals, and the windows of EMA and batch norm, also those after --; shown in the title."""
     data_dir: DataDir = None
     workers: int = 0
     """Number of jobs at a time, one per GPU; by default the number of GPUs, or 1 without a GPU."""
