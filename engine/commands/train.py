@@ -86,6 +86,9 @@ def main(argv: list[str]) -> None:
             resume = options.folder.resume or any(collectives.all_gather_object(launch.restarted()))
             setup = run.share(lambda: _set_up(parse, options, resume))
         summary = run.train(setup, options.folder.quiet, ranks.timeout, ranks.check_ranks)
+    except UserError:
+        collectives.stop()  # All ranks raise it.
+        raise
     except RuntimeError as error:
         if lost := collectives.lost(error):
             raise lost from error

@@ -137,6 +137,9 @@ def main(argv: Sequence[str]) -> None:
             _mark_for_nsys(setup, warm_up)
         else:
             _profile(setup, warm_up, collectives.run_on_rank_0(lambda: _folder(options)), argv)
+    except UserError:
+        collectives.stop()  # All ranks raise it.
+        raise
     except RuntimeError as error:
         if lost := collectives.lost(error):
             raise lost from error

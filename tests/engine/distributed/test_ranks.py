@@ -275,6 +275,18 @@ def test_leaving_the_group_ends_its_threads(tmp_path, command):
     assert joined > 0 and left == 0
 
 
+def test_ranks_with_invalid_input_end_the_threads_of_their_group():
+    statement = """
+import contextlib, os
+from engine.commands.main import main
+os.environ["TORCHELASTIC_RUN_ID"] = "run"  # A rank of torchrun joins the group before it looks at its input.
+with contextlib.suppress(SystemExit):
+    main(sys.argv[1:])
+    """
+    joined, left = gloo_threads(statement, "train", "digits-40", "--labels", 45, "--device", "cpu")
+    assert joined > 0 and left == 0
+
+
 def test_more_ranks_than_gpus_are_an_error(capfd, tmp_path, monkeypatch):
     for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
