@@ -108,8 +108,11 @@ def numbers(file, preset, steps, row, kind):
     if kind.endswith("error"):
         return [mean(own.values()), *([stdev(own.values())] if len(own) > 1 else [])] if own else []
     differences = [own[seed] - full[seed] for seed in own.keys() & full.keys()] if row != "remixmatch" else []
-    if len(differences) < 2:
-        return differences
+    return interval(differences) if len(differences) > 1 else differences
+
+
+def interval(differences):
+    """Return the mean of paired differences and both ends of its 95 % interval."""
     half = float(student.ppf(0.975, len(differences) - 1)) * stdev(differences) / sqrt(len(differences))
     return [mean(differences), mean(differences) - half, mean(differences) + half]
 
@@ -215,9 +218,7 @@ def test_the_table_over_k_agrees_with_the_records():
             if case[1] == "1":
                 assert not difference
                 continue
-            apart = [a - b for a, b in zip(mine, single, strict=True)]
-            half = float(student.ppf(0.975, len(apart) - 1)) * stdev(apart) / sqrt(len(apart))
-            wanted = mean(apart), mean(apart) - half, mean(apart) + half
+            wanted = interval([a - b for a, b in zip(mine, single, strict=True)])
             shown = re.findall(r"[+-]\d+\.\d+", difference)
             assert len(shown) == 3 and all(map(agrees, shown, wanted)), (case, wanted)
             assert difference.startswith("**") == (wanted[1] > 0 or wanted[2] < 0), (case, wanted)

@@ -79,24 +79,15 @@ def main(argv: list[str]) -> None:
         launch.launch(["train", *argv, "--out", str(setup.folder)], ranks.gpus, ranks.max_restarts)
         return
     ranges.enter("build")
-    collectives.start(pick_device(setup.config if setup else options.config), ranks.timeout)
-    try:
+    with collectives.group(pick_device(setup.config if setup else options.config), ranks.timeout):
         if setup is None:
             # After a restart, ranks on other machines than the failed one do not know that they were restarted.
             resume = options.folder.resume or any(collectives.all_gather_object(launch.restarted()))
             setup = run.share(lambda: _set_up(parse, options, resume))
         summary = run.train(setup, options.folder.quiet, ranks.timeout, ranks.check_ranks)
-    except UserError:
-        collectives.stop()  # All ranks raise it.
-        raise
-    except RuntimeError as error:
-        if lost := collectives.lost(error):
-            raise lost from error
-        raise
-    if collectives.rank() == 0:
-        assert setup.folder is not None
-        _print_summary(summary, setup.config, setup.folder)
-    collectives.stop()
+        if collectives.rank() == 0:
+            assert setup.folder is not None
+            _print_summary(summary, setup.config, setup.folder)
 
 
 def _uses_torchrun(options: TrainOptions) -> bool:

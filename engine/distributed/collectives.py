@@ -5,19 +5,16 @@ Based on torch.distributed and the environment variables of torchrun, which `eng
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# Its functions take the process group that exists when it is imported as their default. DistributedDataParallel imports
-# it, too, but with a group, which would then never be destroyed.
-import torch.distributed.nn.functional
 from torch import Tensor
 
 from engine.distributed import launch
@@ -41,6 +38,10 @@ def start(device: torch.device, timeout: float, alone: bool = False) -> None:
     """
     if dist.is_initialized() or (launch.world_size_from_env() == 1 and not alone):
         return
+    # Its functions take the process group that exists when it is imported as their default. DistributedDataParallel
+    # imports it, too, but with a group, which would then never be destroyed.
+    from torch.distributed.nn import functional  # noqa: F401
+
     if device.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
@@ -68,6 +69,26 @@ def stop() -> None:
     if dist.is_initialized():
         gc.collect()  # The group lives as long as DistributedDataParallel, which may be part of reference cycles.
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def group(device: torch.device, timeout: float) -> Iterator[None]:
+    """Be in the process group inside the block; see `start`.
+
+    Raises:
+        RankError: Another rank was lost. The group is not left then, since its threads may wait for that rank.
+    """
+    start(device, timeout)
+    try:
+        yield
+    except UserError:
+        stop()  # All ranks raise it.
+        raise
+    except RuntimeError as error:
+        if other := lost(error):
+            raise other from error
+        raise
+    stop()
 
 
 def grouped() -> bool:

@@ -130,23 +130,15 @@ def main(argv: Sequence[str]) -> None:
             arguments = [*argv, "--out", str(_folder(options))]
             launch.launch(arguments, options.ranks.gpus, 0, "engine.studies.profile")
             return
-        collectives.start(device, options.ranks.timeout)
-        setup = setup or run.share(set_up)
-        warm_up = options.others["profiling"].warm_up
-        if nvtx:
-            _mark_for_nsys(setup, warm_up)
-        else:
-            _profile(setup, warm_up, collectives.run_on_rank_0(lambda: _folder(options)), argv)
-    except UserError:
-        collectives.stop()  # All ranks raise it.
-        raise
-    except RuntimeError as error:
-        if lost := collectives.lost(error):
-            raise lost from error
-        raise
+        with collectives.group(device, options.ranks.timeout):
+            setup = setup or run.share(set_up)
+            warm_up = options.others["profiling"].warm_up
+            if nvtx:
+                _mark_for_nsys(setup, warm_up)
+            else:
+                _profile(setup, warm_up, collectives.run_on_rank_0(lambda: _folder(options)), argv)
     except (KeyboardInterrupt, Stopped) as error:
         raise Stopped("interrupted; no profile was written", getattr(error, "number", signal.SIGINT)) from None
-    collectives.stop()
 
 
 def _check(options: TrainOptions) -> None:
