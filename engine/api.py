@@ -23,8 +23,9 @@ from engine.config import methods
 from engine.config.checks import folder_name
 from engine.config.config import convert_fields
 from engine.config.presets import preset as find_preset
-from engine.config.scaling import scaled, too_short
+from engine.config.scaling import scaled
 from engine.config.values import convert
+from engine.config.warnings import warnings_about
 from engine.errors import UserError
 from engine.runs.folder import default_folder
 from engine.runs.setup import setup_run
@@ -173,8 +174,9 @@ def train(
         config = dataclasses.replace(config, dataset=given.name)
     folder = default_folder(config, resume) if out is None else Path(_argument("out", str, out))
     setup = setup_run(config, folder, resume, data=given)
-    if not setup.resumed and (warning := too_short(setup.config)):
-        log.warning(warning)
+    if not setup.resumed:
+        for warning in warnings_about(setup.config, fields):
+            log.warning(warning)
 
     from engine import run
 

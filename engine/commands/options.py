@@ -17,6 +17,7 @@ from engine.config.checks import check_labels, folder_name
 from engine.config.config import SECTIONS, Config, changes
 from engine.config.files import read_config
 from engine.config.scaling import lengths, scaled
+from engine.config.values import flag_of
 from engine.distributed import launch
 from engine.errors import UserError
 
@@ -179,7 +180,7 @@ def parse_train(
         layers.set(dataclasses.replace(layers.config, **lengths(whole)), f"--steps-scale {overall.steps_scale:g}")
     if layers.config != (begun or base):
         options = parsed(layers.config)
-    sources = layers.sources | {name: f"--{name.replace('_', '-')}" for name in given}
+    sources = layers.sources | {name: flag_of(name) for name in given}
     if options.source.data:
         sources["dataset"] = "--data"
     check_labels(options.config, given)
@@ -259,7 +260,7 @@ def check_ranks(ranks: RankOptions) -> None:
     """Raise UserError if a rank flag is not allowed."""
     for flag, least in (("gpus", 1), ("max_restarts", 0), ("check_ranks", 0)):
         if getattr(ranks, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {getattr(ranks, flag)}")
+            raise UserError(f"{flag_of(flag)} must be at least {least}, got {getattr(ranks, flag)}")
     if not ranks.timeout > 0:
         raise UserError(f"--timeout must be more than 0 seconds, got {ranks.timeout}")
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")

@@ -18,7 +18,8 @@ from engine.config import presets
 from engine.config.checks import CLIENTS, validate
 from engine.config.config import Config, changes
 from engine.config.files import config_yaml, read_config
-from engine.config.scaling import too_short
+from engine.config.values import flag_of
+from engine.config.warnings import warnings_about
 from engine.distributed import launch
 from engine.errors import UserError
 from engine.imports import gc_paused
@@ -116,8 +117,10 @@ def _set_up(parse: Callable[..., TrainOptions], options: TrainOptions, resume: b
     if report and options.config.network == "auto":
         height, width = setup.data.sides
         log.info(f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels")
-    if report and not begun and (warning := too_short(setup.config)):
-        log.warning(warning)
+    if report and not begun:
+        given = {name for name, source in options.sources.items() if source == flag_of(name)}
+        for warning in warnings_about(setup.config, given):
+            log.warning(warning)
     return setup
 
 

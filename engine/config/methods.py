@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config.config import Config
-from engine.config.values import flag_of
+from engine.config.values import flag_of, flag_with_value
 from engine.errors import UserError, unknown
 
 MIXMATCH_SVHN_W_U = 250.0  # Weight of the L2 loss on SVHN; 75 elsewhere.
@@ -184,10 +184,11 @@ def contradiction(config: Config) -> str:
     own = with_method(Config(), config.method)
     for name in OWN_SETTINGS.get(config.method, ()):
         if (value := getattr(config, name)) != getattr(own, name):
-            return f"--method {config.method} sets its own {flag_of(name)}; leave out {_given(name, value)}"
+            words = " ".join(flag_with_value(name, value))
+            return f"--method {config.method} sets its own {flag_of(name)}; leave out {words}"
     for name, method in ONLY_FOR.items():
         if config.method != method and (value := getattr(config, name)) != getattr(Config(), name):
-            return f"{_given(name, value)} requires --method {method}, got {config.method}"
+            return f"{' '.join(flag_with_value(name, value))} requires --method {method}, got {config.method}"
     return ""
 
 
@@ -199,13 +200,6 @@ def uses_some(config: Config) -> bool:
 def dash_epoch_steps(config: Config) -> int:
     """Return the number of steps of an epoch of Dash."""
     return max(1, round(config.dash_epoch_kimg * 1024 / config.batch))
-
-
-def _given(name: str, value: Any) -> str:
-    """Return the words of a command line that give a value to a setting."""
-    if isinstance(value, bool):
-        return flag_of(name if value else f"no-{name}")
-    return f"{flag_of(name)} {value:g}" if isinstance(value, float) else f"{flag_of(name)} {value}"
 
 
 def ablate(config: Config, *names: str) -> Config:

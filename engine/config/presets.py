@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engine.config.config import Config
 from engine.config.methods import with_method
+from engine.config.values import flag_with_value
 from engine.errors import unknown
 
 
@@ -171,11 +172,6 @@ def command(config: Config) -> list[str]:
         words += ["--method", config.method]
     for field in dataclasses.fields(Config):
         name, value = field.name, getattr(config, field.name)
-        if value == getattr(base, name) or name == "preset":
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+        if value != getattr(base, name) and name != "preset":
+            words += flag_with_value(name, value)
     return words

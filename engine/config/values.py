@@ -31,6 +31,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_with_value(name: str, value: Any) -> list[str]:
+    """Return the words of a command line that give a value to a field."""
+    if isinstance(value, bool):
+        return [flag_of(name if value else f"no-{name}")]
+    return [flag_of(name), *map(str, value if isinstance(value, tuple) else (value,))]
+
+
 def choices(hint: Any) -> tuple[Any, ...]:
     """Return the values of a Literal, which may be optional; () for any other type."""
     hint = _without_none(hint)

@@ -208,7 +208,7 @@ class Step:
                     # Random logit interpolation (AdaMatch, 3.3) adds a pass over the labeled samples alone, which
                     # updates no running statistics. DistributedDataParallel need not know: its hooks see one gradient.
                     alone = self.network(self._labeled(micro_batch), track=False)[0] if c.interpolate_logits else None
-                if c.guess_pass == "trained":
+                if c.guess_pass == "trained" and c.unlabeled:
                     guess_logits = logits.detach()[: self.pool_inputs]
                 if self.joint_guesses:
                     # No loss uses these logits. Batch norm's gradient still passes through their inputs' activations.
