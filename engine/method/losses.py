@@ -125,6 +125,11 @@ TERMS: dict[str, Term] = {
 LOSSES = ("loss", *TERMS)
 
 
+def used_terms(config: Config) -> list[str]:
+    """Return the names of the terms that a run computes: those of nonzero weight whose data it has."""
+    return [name for name, term in TERMS.items() if term.weight(config) and (config.unlabeled or not term.unlabeled)]
+
+
 def ramp_up(config: Config, step: Tensor) -> Tensor | float:
     """Return the ramp-up factor, which is 1 after `ramp_kimg` * 1024 labeled images; see `Config.ramp`."""
     if not config.ramp_kimg:
@@ -148,13 +153,13 @@ def total_loss(samples: Samples, ramp: Tensor | float) -> tuple[Tensor, Tensor]:
         The loss, and a (len(LOSSES),) float32 tensor of the loss and its terms in the order of LOSSES, detached. A term
         that the run does not use is 0.
     """
-    c, loss, values = samples.config, None, []
-    for term in TERMS.values():
-        weight = term.weight(c)
-        if not weight or (term.unlabeled and not c.unlabeled):
+    loss, values, used = None, [], used_terms(samples.config)
+    for name, term in TERMS.items():
+        if name not in used:
             values.append(samples.log_p.new_zeros(()))
             continue
         values.append(term.value(samples))
+        weight = term.weight(samples.config)
         factor = weight * ramp if term.ramped else weight
         loss = values[-1] if loss is None else loss + factor * values[-1]
     assert loss is not None, "the first term is never omitted"

@@ -24,7 +24,7 @@ from engine.distributed.watchdog import StopRequest, Watchdog
 from engine.errors import Stopped, UserError
 from engine.inference.confusion import balanced_accuracy, geometric_mean
 from engine.inference.evaluation import class_recalls, evaluate
-from engine.method.losses import LOSSES
+from engine.method.losses import LOSSES, used_terms
 from engine.runs import checkpoint
 from engine.runs.folder import CHECKPOINTS
 from engine.runs.headline import median_of_last, planned_evaluations
@@ -250,7 +250,7 @@ class Trainer:
             self._add_metrics(step + 1, values)
             if self._log:
                 self._add_metrics(step + 1, self.throughput.measure(step + 1))
-            self._shown |= {name: values[name] for name in LOSSES}
+            self._shown |= {name: values[name] for name in ("loss", *used_terms(self.config))}
             self.progress.update(step + 1, self._shown)
 
     def _add_metrics(self, step: int, values: dict[str, float]) -> None:

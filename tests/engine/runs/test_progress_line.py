@@ -208,3 +208,19 @@ def test_progress_and_callback_are_checked_before_training(tmp_path, given, mess
     with pytest.raises(UserError, match=message):
         train("digits-40", out=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("supervised", ["loss_x"]),
+        ("fixmatch", ["loss_x", "loss_u"]),
+        ("freematch", ["loss_x", "loss_u", "loss_fair"]),
+        ("remixmatch", ["loss_x", "loss_u", "loss_u1", "loss_rot"]),
+    ],
+)
+def test_terms_that_a_run_does_not_have_are_not_shown(tmp_path, monkeypatch, method, terms):
+    shown = {}
+    monkeypatch.setattr(ProgressLine, "update", lambda line, step, values: shown.update(values))
+    train("digits-40", out=tmp_path / "run", steps=1, log_every=1, batch=4, width=8, method=method, mu=1)
+    assert [name for name in shown if name.startswith("loss_")] == terms
