@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.config import methods
-from engine.config.checks import folder_name
+from engine.config.checks import check_labels, folder_name
 from engine.config.config import convert_fields
 from engine.config.presets import preset as find_preset
 from engine.config.scaling import scaled
-from engine.config.values import convert
+from engine.config.values import convert, flag_of
 from engine.config.warnings import warnings_about
 from engine.errors import UserError
 from engine.runs.folder import default_folder
@@ -163,19 +163,27 @@ def train(
     if fields.get("method", config.method) != config.method:
         config = methods.with_method(config, fields["method"])
     config = scaled(methods.ablate(config, *names), _argument("steps_scale", float, steps_scale))
+    batch = config.batch
     config = dataclasses.replace(config, **fields)
-    given = None
+    if "ramp_kimg" not in fields:
+        config = methods.keep_ramp_steps(config, batch)
+    if data is not None and "dataset" in fields:
+        raise UserError("dataset and data both name the images; leave out one of them")
+    given = {name: flag_of(name) for name in fields}
+    check_labels(config, given)
+    methods.check_ablations(names, config, fields)
+    opened = None
     if isinstance(data, (str, os.PathLike)):
         config = dataclasses.replace(config, dataset=folder_name(Path(data)))
     elif data is not None:
         from engine.runs.python_data import python_data_set
 
-        given = python_data_set(data, size if size is None else _argument("size", int, size))
-        config = dataclasses.replace(config, dataset=given.name)
+        opened = python_data_set(data, size if size is None else _argument("size", int, size))
+        config = dataclasses.replace(config, dataset=opened.name)
     folder = default_folder(config, resume) if out is None else Path(_argument("out", str, out))
-    setup = setup_run(config, folder, resume, data=given)
+    setup = setup_run(config, folder, resume, data=opened)
     if not setup.resumed:
-        for warning in warnings_about(setup.config, fields):
+        for warning in warnings_about(setup.config, given, names):
             log.warning(warning)
 
     from engine import run

@@ -20,7 +20,7 @@ from engine.commands.parsing import DataDir, parse, show_usage_if_asked
 from engine.config.checks import FOLDER, check_labels, check_size, folder_name
 from engine.config.config import Config, field_types, load_config
 from engine.config.presets import PRESETS, of_data_set
-from engine.config.values import choices
+from engine.config.values import choices, flag_of
 from engine.errors import UserError, near_names, printable, unknown
 from engine.runs.setup import open_data, setup_run
 from pipelines.data import cache
@@ -114,7 +114,7 @@ SplitOptions: Any = dataclasses.make_dataclass(
         "set, or a prepared folder.", help_behavior_hint="(required)")], field(default="")),
         *_selection(),
         ("data", _FOLDER, field(default=None)),
-        ("json", Annotated[bool, tyro.conf.arg(help="Print the content of a run's split.json.")], field(default=False)),
+        ("json", Annotated[bool, tyro.conf.arg(help="Print split.json without its checksum.")], field(default=False)),
     ],
     bases=(_DataOptions,),
     namespace={
@@ -379,7 +379,7 @@ def _configuration(base: Config, options: Any) -> Config:
             raise UserError(f"--data {options.data}: no such folder; --dataset {options.data} names the data set")
         given["dataset"] = folder_name(options.data)
     config = dataclasses.replace(base, **given)
-    check_labels(config, given)
+    check_labels(config, {name: flag_of(name) for name in given})
     return config
 
 

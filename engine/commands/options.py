@@ -17,7 +17,7 @@ from engine.config.checks import check_labels, folder_name
 from engine.config.config import SECTIONS, Config, changes
 from engine.config.files import read_config
 from engine.config.scaling import lengths, scaled
-from engine.config.values import flag_of
+from engine.config.values import flag_of, flag_with_value
 from engine.distributed import launch
 from engine.errors import UserError
 
@@ -103,6 +103,7 @@ class TrainOptions:
         ranks: Rank flags.
         others: Further groups of flags of the command, by name.
         sources: Where the value of each field comes from, such as "preset digits-40" or "--k".
+        given: The fields that have a flag, or that the file of --config changes, and what a message calls each of them.
     """
 
     config: Config
@@ -112,6 +113,7 @@ class TrainOptions:
     ranks: RankOptions = RankOptions()
     others: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_train(
@@ -154,21 +156,32 @@ def parse_train(
         rest = {name: getattr(flags, name) for name in groups.keys() - known.keys()}
         return TrainOptions(dataclasses.replace(config, **values), **known, others=rest)
 
+    if begun and begun.method != base.method:
+        base = methods.with_method(base, begun.method)
     options = parsed(begun or base)
-    given = _given_fields(argv[1:])
+    flags = _given_fields(argv[1:])
+    if options.source.data and "dataset" in flags:
+        raise UserError("--dataset and --data both name the images; leave out one of them")
+    if options.source.class_prior and "class_distribution" in flags:
+        raise UserError("--class-prior and --class-distribution both set p(y); leave out one of them")
     overall = options.others.get("configuration", ConfigurationOptions())
     values = dict(read(overall.config)) if overall.config else {}
     if values.pop("preset", base.preset) != base.preset:
         raise UserError(f"--config {overall.config} is of another preset than {base.preset}; leave out the preset")
     method = options.config.method
-    if "method" in given and values.get("method", method) != method and methods.METHODS.get(values["method"]):
+    if "method" in flags and values.get("method", method) != method and methods.METHODS.get(values["method"]):
         raise UserError(f"--method {method}: --config {overall.config} has method {values['method']}; leave out one")
+
+    given: dict[str, str] = {}
 
     def layered(start: Config, source: str) -> _Layers:
         layers = _Layers(start, source)
-        layers.set_method(values.get("method", start.method), f"--config {overall.config}")
-        layers.set(dataclasses.replace(layers.config, **values), f"--config {overall.config}", values)
-        if "method" in given:
+        chosen = values.get("method", start.method)
+        layers.set_method(chosen, f"method {chosen} in --config {overall.config}")
+        before = layers.config
+        layers.set(dataclasses.replace(before, **values), f"--config {overall.config}", values)
+        given.update((name, f"{name} in --config {overall.config}") for name in changes(before, layers.config))
+        if "method" in flags:
             layers.set_method(method, f"--method {method}")
         names = options.ablations.ablate
         layers.set(methods.ablate(layers.config, *names), f"--ablate {' '.join(names)}")
@@ -180,11 +193,18 @@ def parse_train(
         layers.set(dataclasses.replace(layers.config, **lengths(whole)), f"--steps-scale {overall.steps_scale:g}")
     if layers.config != (begun or base):
         options = parsed(layers.config)
-    sources = layers.sources | {name: flag_of(name) for name in given}
+    config = options.config
+    sources = layers.sources | {name: flag_of(name) for name in flags}
     if options.source.data:
         sources["dataset"] = "--data"
-    check_labels(options.config, given)
-    return dataclasses.replace(options, sources=sources)
+    given |= {name: flag_with_value(name, getattr(config, name))[0] for name in flags}
+    if options.source.class_prior:
+        given["class_distribution"] = "--class-prior"
+    if not begun and "ramp_kimg" not in given:
+        config = methods.keep_ramp_steps(config, base.batch)
+    check_labels(config, given)
+    methods.check_ablations(options.ablations.ablate, config, flags)
+    return dataclasses.replace(options, config=config, sources=sources, given=given)
 
 
 def train_flags() -> dict[str, Any]:

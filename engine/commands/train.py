@@ -18,7 +18,6 @@ from engine.config import presets
 from engine.config.checks import CLIENTS, validate
 from engine.config.config import Config, changes
 from engine.config.files import config_yaml, read_config
-from engine.config.values import flag_of
 from engine.config.warnings import warnings_about
 from engine.distributed import launch
 from engine.errors import UserError
@@ -118,8 +117,7 @@ def _set_up(parse: Callable[..., TrainOptions], options: TrainOptions, resume: b
         height, width = setup.data.sides
         log.info(f"--network auto: {setup.config.architecture} for images of {width}x{height} pixels")
     if report and not begun:
-        given = {name for name, source in options.sources.items() if source == flag_of(name)}
-        for warning in warnings_about(setup.config, given):
+        for warning in warnings_about(setup.config, options.given, options.ablations.ablate):
             log.warning(warning)
     return setup
 
@@ -128,13 +126,17 @@ def _begun(options: TrainOptions, folder: Path, resume: bool) -> Config | None:
     """Return the configuration of the run to resume; None if there is none.
 
     Raises:
-        UserError: The run is of another preset.
+        UserError: The run is of another preset or method.
     """
     if not (resume and has_run(folder)):
         return None
     begun, preset = run_config(folder), options.config.preset
-    if begun.preset != preset:
-        raise UserError(f"{folder} was started with a different configuration: preset {begun.preset} -> {preset}")
+    changed = {"preset": (begun.preset, preset)}
+    if "method" in options.given:
+        changed["method"] = (begun.method, options.config.method)
+    for name, (before, now) in changed.items():
+        if before != now:
+            raise UserError(f"{folder} was started with a different configuration: {name} {before} -> {now}")
     return begun
 
 

@@ -6,14 +6,14 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
 
 from engine.config.config import Config
-from engine.config.methods import METHODS, contradiction
+from engine.config.methods import METHODS, OWN_SETTINGS, contradiction
 from engine.config.values import flag_of, shown
 from engine.errors import UserError, unknown
 from pipelines.data.cache import DataSet
@@ -35,17 +35,18 @@ def check_seed(seed: int, flag: str = "--seed") -> None:
         raise UserError(f"{flag} must be from 0 to {2**32 - 1}, got {shown(seed)}")
 
 
-def check_labels(config: Config, given: Collection[str]) -> None:
-    """Raise UserError if a command line gives a number of labels that its configuration does not use.
+def check_labels(config: Config, given: Mapping[str, str]) -> None:
+    """Raise UserError if the user gave a number of labels that the configuration does not use.
 
     Args:
         config: The configuration.
-        given: Fields that have a flag in the command line.
+        given: The fields that the user gave, and what a message calls each of them.
     """
-    if "labels" in given and config.split == "all":
-        raise UserError("--split all uses every label; leave out --labels, or give another --split")
-    if "labels" in given and config.n1:
-        raise UserError(f"--n1 {config.n1} and the ratios set the number of labels; leave out --labels or --n1")
+    labels = given.get("labels")
+    if labels and config.split == "all":
+        raise UserError(f"--split all uses every label; leave out {labels}, or give another --split")
+    if labels and config.n1:
+        raise UserError(f"--n1 {config.n1} and the ratios set the number of labels; leave out {labels} or --n1")
 
 
 def validate(config: Config, ranks: int = 1) -> None:
@@ -62,8 +63,7 @@ def validate(config: Config, ranks: int = 1) -> None:
         "labels": 1, "seed": 0, "steps": 1, "batch": 1, "k": 1, "lag": 1, "prefetch": 1, "view_steps": 1,
         "view_threads": 1, "scales": 1, "blocks": 1, "bn_groups": 1, "micro_batches": 1, "eval_every": 1,
         "log_every": 1, "checkpoint_every": 1, "keep": 1, "max_shift": -1, "cudnn_plans": 0,
-        "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0, "dash_epoch_kimg": 0,
-        "n1": 0, "m1": 0,
+        "weight_decay": 0, "mu": 1, "ramp_kimg": 0, "mixup_alpha": 0, "threshold": 0, "n1": 0, "m1": 0,
     }  # fmt: skip
     minimum |= {field.name: 0 for field in dataclasses.fields(Config) if field.name.startswith("w_")}
     for name, bound in minimum.items():
@@ -84,7 +84,7 @@ def validate(config: Config, ranks: int = 1) -> None:
             f"--width must be at least {MIN_WIDTH}, got {shown(config.width)}: with fewer channels torch computes "
             "wrong gradients or crashes on CPUs"
         )
-    for name in ("temperature", "lr"):
+    for name in ("temperature", "lr", "dash_epoch_kimg"):
         if not getattr(config, name) > 0:
             raise UserError(f"{flag_of(name)} must be more than 0, got {shown(getattr(config, name))}")
     for name, value in vars(config).items():
@@ -124,7 +124,7 @@ def validate(config: Config, ranks: int = 1) -> None:
             "another; use --bn joint or --bn split"
         )
     if config.guess_pass != "separate" and config.unlabeled and micro_batches > ranks:
-        other = "" if config.method == "pi-model" else "--guess-pass separate or "  # Its gradient needs this pass.
+        other = "" if "guess_pass" in OWN_SETTINGS.get(config.method, ()) else "--guess-pass separate or "
         raise UserError(
             f"--guess-pass {config.guess_pass} needs all pseudo-labels of a step after its first forward pass, but "
             f"--micro-batches {micro_batches} trains them one after another; use {other}--micro-batches {ranks}"
@@ -150,18 +150,22 @@ def _check_method(config: Config) -> None:
         raise unknown("method", config.method, METHODS)
     if problem := contradiction(config):
         raise UserError(problem)
+    if config.bn_stats == "pool" and config.backbone:
+        raise UserError("--bn-stats pool requires a Wide ResNet; timm models need --bn-stats all")
+    if not config.unlabeled:
+        return
     if config.anchor == "none" and config.guess == "anchor":
         raise UserError("--anchor none requires --guess mean (there is no weak view to label)")
     if config.anchor == "guess-only" and config.guess == "mean":
         raise UserError("--guess mean requires --anchor trained or none (the mean is over the views trained on)")
-    if config.guess_pass == "trained" and config.unlabeled:
+    if config.guess_pass == "trained":
         if config.anchor == "guess-only":
             raise UserError("--guess-pass trained requires --anchor trained or none (u_weak is not trained on)")
         if config.mixup_alpha:
             raise UserError("--guess-pass trained requires --mixup-alpha 0 (pseudo-labels are of views without mixup)")
-    if config.guess_network == "ema" and config.guess_pass != "separate" and config.unlabeled:
+    if config.guess_network == "ema" and config.guess_pass != "separate":
         raise UserError(f"--guess-network ema requires --guess-pass separate, got {config.guess_pass}")
-    if config.guess_network == "ema" and not config.ema_decay and config.unlabeled:
+    if config.guess_network == "ema" and not config.ema_decay:
         raise UserError("--guess-network ema requires --ema-decay above 0; with 0, the EMA is the trained network")
     if config.method == "pi-model" and config.k < 2:
         raise UserError("--method pi-model requires --k 2 or more (it compares the views of an image), got 1")
@@ -171,8 +175,6 @@ def _check_method(config: Config) -> None:
         )
     if config.threshold and config.unlabeled_loss == "l2":
         raise UserError("--threshold requires --unlabeled-loss cross-entropy or kl, got l2")
-    if config.bn_stats == "pool" and config.backbone:
-        raise UserError("--bn-stats pool requires a Wide ResNet; timm models need --bn-stats all")
 
 
 def _check_log(name: str) -> None:

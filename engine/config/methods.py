@@ -7,7 +7,7 @@ share one network, optimizer, EMA and protocol (Oliver et al. 2018), whatever th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.config.config import Config
@@ -130,7 +130,7 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "dash": ("threshold", "hard_labels", "unlabeled_loss"),
     "freematch": ("threshold", "unlabeled_loss"),
     "softmatch": ("threshold", "align", "unlabeled_loss"),
-    "pi-model": ("anchor", "guess", "guess_network", "temperature", "hard_labels", "unlabeled_loss"),
+    "pi-model": ("anchor", "guess", "guess_pass", "guess_network", "temperature", "hard_labels", "unlabeled_loss"),
     "mean-teacher": ("guess_network", "temperature", "hard_labels", "unlabeled_loss"),
 }
 # Settings that only one method has.
@@ -176,6 +176,18 @@ def with_method(config: Config, method: str) -> Config:
     return dataclasses.replace(config, method=method, **changes)  # type: ignore[arg-type]
 
 
+def keep_ramp_steps(config: Config, batch: int) -> Config:
+    """Give AdaMatch's ramp as many steps as it had with another batch size; other methods count theirs in images.
+
+    Args:
+        config: The configuration, whose batch size has changed.
+        batch: The batch size before.
+    """
+    if config.method != "adamatch":
+        return config
+    return dataclasses.replace(config, ramp_kimg=config.ramp_kimg * config.batch / batch)
+
+
 def contradiction(config: Config) -> str:
     """Return what is wrong with a setting that the method determines, or that only another method has; "" if nothing.
 
@@ -215,6 +227,23 @@ def ablate(config: Config, *names: str) -> Config:
                 raise UserError(f"--ablate {' '.join(names)}: {field} cannot be both {changes[field]} and {value}")
             changes[field] = value
     return dataclasses.replace(config, **changes)
+
+
+def check_ablations(names: Collection[str], config: Config, given: Collection[str]) -> None:
+    """Raise UserError if settings that the user gave undo ablations, whose first setting is what they change.
+
+    Further settings of an ablation, such as the weight of another loss, may be given.
+
+    Args:
+        names: The ablations.
+        config: The configuration with both applied.
+        given: Names of the fields that the user gave.
+    """
+    for name in names:
+        field, value = next(iter(ABLATIONS[name].items()))
+        if field in given and (own := getattr(config, field)) != value:
+            words, others = (" ".join(flag_with_value(field, each)) for each in (value, own))
+            raise UserError(f"--ablate {name} sets {words}; leave out {others}")
 
 
 def _named(known: Mapping[str, dict[str, Any]], name: str, kind: str) -> dict[str, Any]:

@@ -2,61 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from engine.config.config import Config
-from engine.config.methods import METHODS
+from engine.config.config import Config, changes
+from engine.config.methods import METHODS, ablate, with_method
+from engine.config.presets import preset
 from engine.config.scaling import too_short
-from engine.config.values import flag_of, flag_with_value
+from engine.config.values import flag_with_value
 
 _OF_UNLABELED = (
     "k", "mu", "anchor", "guess", "guess_pass", "guess_network", "temperature", "hard_labels", "threshold", "align",
     "class_distribution", "marginal", "marginal_decay", "unlabeled_loss", "w_u", "w_u1", "w_rot", "ramp_kimg", "ramp",
-    "anchor_augment",
+    "imbalance_unlabeled", "m1", "anchor_augment", "bn_stats",
 )  # fmt: skip
-_OF_WIDE_RESNET = ("width", "blocks", "scales")
 
-# A setting, the setting that turns it off, and whether a value of the latter does.
-_Rule = tuple[str, str, Callable[[Any], bool]]
+# Settings, the settings that turn them off, and whether these do.
+_Rule = tuple[tuple[str, ...], tuple[str, ...], Callable[[Config], bool]]
 _RULES: tuple[_Rule, ...] = (
-    *((name, "method", lambda method: method == "supervised") for name in _OF_UNLABELED),
-    ("threshold_decay", "method", lambda method: method not in ("freematch", "softmatch")),
-    ("dash_epoch_kimg", "method", lambda method: method != "dash"),
-    ("temperature", "hard_labels", bool),
-    ("ramp", "ramp_kimg", lambda length: length == 0),
-    *((name, "align", lambda align: not align) for name in ("class_distribution", "marginal", "marginal_decay")),
-    ("marginal_decay", "marginal", lambda marginal: marginal != "running"),
-    ("marginal_decay", "class_distribution", bool),
-    ("anchor_augment", "anchor", lambda anchor: anchor == "none"),
-    ("ctaugment", "augment", lambda augment: augment == "none"),
-    ("lag", "augment", lambda augment: augment != "ctaugment"),
-    *((name, "network", lambda network: network.startswith("timm:")) for name in _OF_WIDE_RESNET),
-    ("bn_groups", "bn", lambda bn: bn != "split"),
+    (_OF_UNLABELED, ("method",), lambda c: not c.unlabeled),
+    (("threshold_decay",), ("method",), lambda c: c.method not in ("freematch", "softmatch")),
+    (("dash_epoch_kimg",), ("method",), lambda c: c.method != "dash"),
+    (("flex_warmup",), ("threshold",), lambda c: c.threshold == 0),
+    (("temperature",), ("hard_labels",), lambda c: c.hard_labels),
+    (("class_distribution", "marginal", "marginal_decay"), ("align",), lambda c: not c.align),
+    (("marginal_decay",), ("marginal",), lambda c: c.marginal != "running"),
+    (("marginal_decay",), ("class_distribution",), lambda c: bool(c.class_distribution)),
+    (("unlabeled_loss",), ("w_u",), lambda c: c.w_u == 0),
+    (("ramp_kimg", "ramp"), ("w_u", "w_u1"), lambda c: c.w_u == c.w_u1 == 0),
+    (("ramp",), ("ramp_kimg",), lambda c: c.ramp_kimg == 0),
+    (
+        ("imbalance",),
+        ("imbalance_labeled", "imbalance_unlabeled"),
+        lambda c: c.imbalance_labeled != 0 and c.imbalance_unlabeled != 0,
+    ),
+    (("anchor_augment",), ("anchor",), lambda c: c.anchor == "none"),
+    (("ctaugment",), ("augment",), lambda c: c.augment == "none"),
+    (("width", "blocks", "scales"), ("network",), lambda c: bool(c.backbone)),
+    (("bn_groups",), ("bn",), lambda c: c.bn != "split"),
+    (("bn_stats",), ("w_u1", "w_rot"), lambda c: c.w_u1 == c.w_rot == 0),
 )
 
 
-def unused(config: Config, given: Collection[str]) -> list[str]:
-    """Return a warning for each given setting that has no effect.
+def unused(config: Config, given: Mapping[str, str]) -> dict[str, str]:
+    """Return a warning for each given setting that has no effect, by the name of its field.
 
     Args:
         config: The configuration.
-        given: Names of the fields that the user gave.
+        given: The fields that the user gave, and what a message calls each of them.
     """
     warnings: dict[str, str] = {}
-    for name, cause, turns_off in _RULES:
-        value = getattr(config, cause)
-        if name not in given or name in warnings or not turns_off(value):
-            continue
-        # A distribution is given by --class-prior, and may have a thousand numbers.
-        reason = "a given p(y)" if cause == "class_distribution" else " ".join(flag_with_value(cause, value))
-        if cause not in given and METHODS[config.method].get(cause) == value:
-            reason += f", which --method {config.method} sets"
-        warnings[name] = f"{flag_of(name)} has no effect with {reason}"
-    return list(warnings.values())
+    for names, causes, turned_off in _RULES:
+        if turned_off(config):
+            reason = _reason(config, causes, given)
+            warnings |= {
+                name: f"{given[name]} has no effect with {reason}"
+                for name in names
+                if name in given and name not in warnings
+            }
+    return warnings
 
 
-def warnings_about(config: Config, given: Collection[str]) -> list[str]:
-    """Return all warnings about the configuration of a new run; see `unused`."""
+def _reason(config: Config, causes: tuple[str, ...], given: Mapping[str, str]) -> str:
+    if causes == ("class_distribution",):  # It may have a thousand numbers.
+        return "a given p(y)"
+    words = " and ".join(" ".join(flag_with_value(cause, getattr(config, cause))) for cause in causes)
+    of_method = all(METHODS[config.method].get(cause) == getattr(config, cause) for cause in causes)
+    by_method = of_method and not any(cause in given for cause in causes)
+    return f"{words}, which --method {config.method} sets" if by_method else words
+
+
+def warnings_about(config: Config, given: Mapping[str, str], ablations: Sequence[str] = ()) -> list[str]:
+    """Return all warnings about the configuration of a new run.
+
+    Args:
+        config: The configuration.
+        given: See `unused`.
+        ablations: Names of the ablations that were applied to it.
+    """
     short = too_short(config)
-    return ([short] if short else []) + unused(config, given)
+    warnings = [short] if short else []
+    full = with_method(preset(config.preset), config.method)
+    for name in ablations:
+        changed = changes(full, ablate(full, name))
+        if changed.keys() <= unused(config, dict.fromkeys(changed, "")).keys():
+            warnings.append(f"--ablate {name} changes nothing with --method {config.method} and preset {full.preset}")
+    return warnings + list(unused(config, given).values())

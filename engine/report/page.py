@@ -245,7 +245,7 @@ def _guesses(run: RunData) -> Section:
         "confidence on hidden labels": _known(run, "confidence"),
         "accuracy on hidden labels": _known(run, "accuracy"),
     }
-    note, points = "Confidence in training is that of the aligned and sharpened pseudo-labels of a step.", {}
+    note, points = "Confidence in training is the mean of the largest probabilities of the pseudo-labels used.", {}
     if compared := [row for row in run.history if row.get("guesses")]:
         last = compared[-1]
         note = (

@@ -76,7 +76,8 @@ class Health:
 
     def __init__(self, config: Config, classes: Sequence[str], label_counts: np.ndarray, images_per_step: int) -> None:
         self.config, self.classes = config, tuple(classes)
-        frequencies = label_counts / label_counts.sum()
+        self.labels = int(label_counts.sum())
+        frequencies = label_counts / self.labels
         seen = frequencies[frequencies > 0]
         self.chance = float(-(seen * np.log(seen)).sum())  # loss_x of the best constant prediction
         # The limit of p(y): the running average is partly uniform for its first thousands of steps.
@@ -216,7 +217,7 @@ class Health:
             return ""
         return (
             f"almost no pseudo-labels are used: {100 * used:.1f} % reach --threshold {self.config.threshold:g}; check "
-            f"--threshold, --lr {self.config.lr:g} and --labels {self.config.labels}"
+            f"--threshold, --lr {self.config.lr:g}, and whether {self.labels} labels are enough"
         )
 
     def _prior(self, p_model: np.ndarray, label_marginal: np.ndarray, confidence: float) -> str:

@@ -102,7 +102,8 @@ def choose(
     if not (imbalance.of_labeled or imbalance.of_unlabeled):
         return RULES[rule](data, labels, seed), None
     if rule not in ORDERS:
-        raise ValueError(f"--split {rule} labels every image, so --imbalance has no images to choose from")
+        flag = "--m1" if imbalance.m1 else "--imbalance"
+        raise ValueError(f"--split {rule} labels every image, so {flag} has no images to choose from")
     orders = ORDERS[rule](data, seed)
     split = _labeled(data, orders, labels, imbalance) if imbalance.of_labeled else RULES[rule](data, labels, seed)
     return split, _unlabeled(data, orders, split, imbalance) if imbalance.of_unlabeled else None
@@ -135,8 +136,8 @@ def _unlabeled(data: DataSet, orders: list[np.ndarray], split: np.ndarray, imbal
     gamma, used = imbalance.unlabeled, data.unlabeled_indices
     if unknown := int((data.train_labels[used] < 0).sum()):
         raise ValueError(
-            f"--imbalance cannot choose unlabeled images by class: {unknown} training images of {data.name} have no "
-            "label; --imbalance-unlabeled 1 without --m1 uses all of them"
+            f"{'--m1' if imbalance.m1 else '--imbalance'} cannot choose unlabeled images by class: {unknown} training "
+            f"images of {data.name} have no label; --imbalance-unlabeled 1 without --m1 uses all of them"
         )
     rest = [images[np.isin(images, used) & ~np.isin(images, split)] for images in orders]
     room, shares = np.array([len(images) for images in rest]), ratios(gamma, len(rest))

@@ -394,3 +394,31 @@ def test_progress_shows_speed_losses_and_time_left(capfd):
         line.close()
     err = capfd.readouterr().err
     assert "step 10/10" in err and "steps/s" in err and "images/s" in err and "loss 1.250" in err and "s left" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "pets", "--dataset", "digits"], "--dataset and --data both name the images; leave out one of them"),
+        (["--class-prior", "p.json", "--class-distribution", "1"],
+         "--class-prior and --class-distribution both set p(y); leave out one of them"),
+        (["--split", "all", "--config", "FILE"],
+         "--split all uses every label; leave out labels in --config FILE, or give another --split"),
+        (["--imbalance", "10", "--n1", "20", "--config", "FILE"],
+         "--n1 20 and the ratios set the number of labels; leave out labels in --config FILE or --n1"),
+    ],
+)  # fmt: skip
+def test_settings_that_exclude_each_other(tmp_path, capfd, flags, message):
+    file = tmp_path / "run.yaml"
+    file.write_text("labels: 20\n")
+    line = fails(capfd, "train", "digits-40", *(file if flag == "FILE" else flag for flag in flags))
+    assert line == f"remixmatch: {message.replace('FILE', str(file))}"
+
+
+def test_a_run_is_not_resumed_with_another_method(tmp_path, capfd):
+    flags = ["train", "digits-40", "--steps-scale", "0.002", "--out", str(tmp_path / "run"), "--quiet"]
+    cli.main([*flags, "--method", "freematch"])
+    cli.main([*flags, "--resume"])  # --steps-scale scales what the method of the run sets.
+    capfd.readouterr()
+    line = fails(capfd, *flags, "--method", "fixmatch", "--resume")
+    assert line.endswith("run was started with a different configuration: method freematch -> fixmatch")

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from engine.api import train
 from engine.commands.main import main
-from engine.commands.options import parse_train
+from engine.commands.options import ConfigurationOptions, parse_train
 from engine.config import methods
 from engine.config.checks import validate
 from engine.config.config import load_config
 from engine.config.methods import ABLATIONS, METHODS, OWN_SETTINGS, ablate, with_method
 from engine.config.presets import PRESETS, preset
+from engine.config.scaling import ramp_steps
 from engine.errors import UserError
 from engine.method.batch_layout import rank_plan
 from engine.run import _published
@@ -349,6 +350,34 @@ def test_invalid_ablations(names, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("k=2", ["--k", "4"], "--ablate k=2 sets --k 2; leave out --k 4"),
+        ("no-alignment", ["--align"], "--ablate no-alignment sets --no-align; leave out --align"),
+        ("l2", ["--unlabeled-loss", "kl"], "--ablate l2 sets --unlabeled-loss l2; leave out --unlabeled-loss kl"),
+    ],
+)
+def test_flags_cannot_undo_an_ablation(name, flags, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        parsed("--ablate", name, *flags)
+
+
+@pytest.mark.parametrize("batch", [8, 16, 64])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_the_ramp_of_adamatch_takes_half_of_the_steps_for_any_batch_size(tmp_path, batch, scale):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"method: adamatch\nbatch: {batch}\n")
+    whole = {"configuration": ConfigurationOptions()}
+    for flags in (["--method", "adamatch", "--batch", str(batch)], ["--config", str(file)]):
+        argv = ["", *flags, "--steps-scale", str(scale)]
+        config = parse_train(argv, preset("digits-40"), others=whole).config
+        assert (config.batch, ramp_steps(config)) == (batch, pytest.approx(1250 * scale))
+        assert parse_train([*argv, "--ramp-kimg", "2"], preset("digits-40"), others=whole).config.ramp_kimg == 2.0
+    other = parse_train(["", "--method", "pi-model", "--batch", str(batch)], preset("digits-40")).config
+    assert other.ramp_kimg == preset("digits-40").ramp_kimg
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(anchor="none"), "requires --guess mean"),
@@ -361,7 +390,7 @@ def test_invalid_ablations(names, message):
         (dict(flex_warmup=False), "^--no-flex-warmup requires --method flexmatch, got remixmatch$"),
         (dict(w_fair=0.1), "^--w-fair 0.1 requires --method freematch, got remixmatch$"),
         (dict(threshold_decay=1.5), "--threshold-decay must be between 0 and 1"),
-        (dict(dash_epoch_kimg=-1.0), "--dash-epoch-kimg must be at least 0"),
+        (dict(dash_epoch_kimg=0.0), "--dash-epoch-kimg must be more than 0"),
     ],
 )
 def test_contradicting_settings(tiny, changes, message):

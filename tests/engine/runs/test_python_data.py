@@ -401,3 +401,22 @@ def test_contents_of_files_are_measured():
     content = io.BytesIO()
     Image.fromarray(images(1, 24)[0]).save(content, "PNG")
     assert python_data_set(([(content.getvalue(), c) for c in (0, 1, 0)], None)).sides == (24, 24)
+
+
+IMAGES = {"train_images": np.zeros((12, 8, 8, 3), np.uint8), "train_labels": np.arange(12) % 3}
+
+
+@pytest.mark.parametrize(
+    ("preset", "arguments", "message"),
+    [
+        ("digits-40", dict(split="all", labels=20), "--split all uses every label; leave out --labels"),
+        ("folder", dict(data=IMAGES, labels=6), "--split all uses every label; leave out --labels"),
+        ("digits-40", dict(n1=20, labels=40, imbalance=10), "--n1 20 and the ratios set the number of labels"),
+        ("folder", dict(data=IMAGES, dataset="digits"), "dataset and data both name the images; leave out one"),
+        ("digits-40", dict(ablate="k=4", k=2), "--ablate k=4 sets --k 4; leave out --k 2"),
+    ],
+)
+def test_arguments_that_exclude_each_other(tmp_path, preset, arguments, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        api.train(preset, out=tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
