@@ -189,7 +189,10 @@ def parse_train(
 
     layers = layered(begun or base, "resumed run" if begun else f"preset {base.preset}")
     if overall.steps_scale != 1:
-        whole = scaled(layered(base, "").config, overall.steps_scale)
+        whole = layered(base, "").config
+        if begun:
+            whole = methods.keep_ramp_steps(dataclasses.replace(whole, batch=begun.batch), base.batch)
+        whole = scaled(whole, overall.steps_scale)
         layers.set(dataclasses.replace(layers.config, **lengths(whole)), f"--steps-scale {overall.steps_scale:g}")
     if layers.config != (begun or base):
         options = parsed(layers.config)

@@ -44,6 +44,10 @@ def test_resuming_with_the_same_flags_gives_the_same_run():
     assert parsed("digits-40", "--steps-scale", "0.1", "--batch", "8", begun=begun) == begun
     assert parsed("digits-40", "--steps-scale", "0.1", begun=begun) == begun
     assert parsed("digits-40", begun=begun) == begun
+    of_method = ("digits-40", "--steps-scale", "0.1", "--method", "adamatch", "--batch", "8")
+    begun_with_method = parsed(*of_method)
+    assert parsed(*of_method, begun=begun_with_method) == begun_with_method
+    assert parsed(*of_method[:3], begun=begun_with_method) == begun_with_method
     other = parsed("digits-40", "--steps-scale", "0.2", begun=begun)
     assert (other.steps, other.ramp_kimg, other.batch) == (500, 0.8, 8), "a different run, which --resume refuses"
 
