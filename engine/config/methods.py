@@ -183,7 +183,7 @@ def keep_ramp_steps(config: Config, batch: int) -> Config:
         config: The configuration, whose batch size has changed.
         batch: The batch size before.
     """
-    if config.method != "adamatch":
+    if config.method != "adamatch" or not 1 <= config.batch < 2**63:  # `validate` rejects any other size.
         return config
     return dataclasses.replace(config, ramp_kimg=config.ramp_kimg * config.batch / batch)
 

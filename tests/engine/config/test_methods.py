@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -360,6 +361,12 @@ def test_invalid_ablations(names, message):
 def test_flags_cannot_undo_an_ablation(name, flags, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         parsed("--ablate", name, *flags)
+
+
+@pytest.mark.parametrize(("batch", "bound"), [("0", "at least 1"), ("1" + 400 * "0", "less than 2^63")])
+def test_a_batch_size_that_is_not_allowed_is_reported_with_adamatch_too(batch, bound):
+    with pytest.raises(UserError, match=f"^--batch must be {re.escape(bound)}, got "):
+        validate(parsed("--method", "adamatch", "--batch", batch))
 
 
 @pytest.mark.parametrize("batch", [8, 16, 64])
