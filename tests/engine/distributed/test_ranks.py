@@ -97,7 +97,7 @@ def test_two_ranks_of_the_supervised_baseline_give_the_losses_of_one(tmp_path):
     "flags",
     [
         ("--method", "fixmatch", "--mu", 2), ("--method", "mixmatch"), ("--ablate", "mean-guess"),
-        ("--method", "mean-teacher"), ("--method", "adamatch"), ("--method", "pi-model", "--guess-pass", "separate"),
+        ("--method", "mean-teacher"), ("--method", "adamatch"),
         ("--views", "fused", "--resident", "host"), ("--views", "dali-graph"),
     ],
 )  # fmt: skip

@@ -154,7 +154,8 @@ def test_the_progress_line_shows_the_newest_accuracy_first(tiny, tmp_path, monke
     run.train(setup_run(config, tmp_path / "run"), quiet=True)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     (middle, end) = [row["test_accuracy"] for row in rows if "test_accuracy" in row]
-    losses = {row["step"]: [row[name] for name in LOSSES] for row in rows if "loss" in row}
+    names = ("loss", "loss_x", "loss_u", "loss_u1", "loss_rot")
+    losses = {row["step"]: [row[name] for name in names] for row in rows if "loss" in row}
     assert [step for step, _ in shown] == [1, 2, 2, 3, 4, 4]
     assert list(shown[0][1].values()) == losses[1] and list(shown[2][1].values()) == [middle, *losses[2]]
-    assert shown[-1] == (4, {"test %": end} | dict(zip(LOSSES, losses[4], strict=True)))
+    assert shown[-1] == (4, {"test %": end} | dict(zip(names, losses[4], strict=True)))
