@@ -25,6 +25,7 @@ OF_UNLABELED = {
 # A setting, a value, what turns the setting off, and what leaves it on.
 CASES = [
     *((name, value, {"method": "supervised"}, {}) for name, value in OF_UNLABELED.items()),
+    ("guess_pass", "trained", {"method": "supervised"}, {"mixup_alpha": 0.0}),
     ("threshold_decay", 0.5, {"method": "fixmatch"}, {"method": "freematch"}),
     ("threshold_decay", 0.5, {}, {"method": "softmatch"}),
     ("dash_epoch_kimg", 8 / 1024, {"method": "adamatch"}, {"method": "dash", "dash_epoch_kimg": 0.5}),
