@@ -135,6 +135,8 @@ OWN_SETTINGS: dict[str, tuple[str, ...]] = {
 }
 # Settings that only one method has.
 ONLY_FOR: dict[str, str] = {"flex_warmup": "flexmatch", "w_fair": "freematch"}
+# Methods whose thresholds or weights are running averages, with --threshold-decay.
+AVERAGE_THRESHOLDS = ("freematch", "softmatch")
 
 # Section 4.3 of the paper, with settings from the scripts of the authors' code. The last six are ours: two more
 # components, the authors' code where it differs from the paper, and pseudo-labels from the training pass.

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from engine.config.config import Config
-from engine.config.methods import DASH_WARM_UP, dash_epoch_steps, with_method
+from engine.config.methods import AVERAGE_THRESHOLDS, DASH_WARM_UP, dash_epoch_steps, with_method
 from engine.config.presets import PRESETS
 from engine.config.values import flag_of, shown
 from engine.errors import UserError
@@ -116,7 +116,7 @@ def _unfinished(config: Config) -> dict[tuple[str, str], float]:
     """Return what takes longer than the run, with its flag, and the steps that it takes."""
     needed = {("the ramp", "ramp-kimg"): ramp_steps(config)}
     averages = {("the EMA", "ema-decay"): 1 - config.ema_decay, ("batch norm", "bn-momentum"): config.bn_momentum}
-    if config.method in ("freematch", "softmatch"):
+    if config.method in AVERAGE_THRESHOLDS:
         averages["the thresholds", "threshold-decay"] = 1 - config.threshold_decay
     needed |= {name: MIN_SPANS / weight if weight > 0 else math.inf for name, weight in averages.items()}
     if config.method == "dash":

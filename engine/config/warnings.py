@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from engine.config.config import Config, changes
-from engine.config.methods import METHODS, ablate, with_method
+from engine.config.methods import AVERAGE_THRESHOLDS, METHODS, ablate, with_method
 from engine.config.presets import preset
 from engine.config.scaling import too_short
 from engine.config.values import flag_with_value
@@ -20,7 +20,7 @@ _OF_UNLABELED = (
 _Rule = tuple[tuple[str, ...], tuple[str, ...], Callable[[Config], bool]]
 _RULES: tuple[_Rule, ...] = (
     (_OF_UNLABELED, ("method",), lambda c: not c.unlabeled),
-    (("threshold_decay",), ("method",), lambda c: c.method not in ("freematch", "softmatch")),
+    (("threshold_decay",), ("method",), lambda c: c.method not in AVERAGE_THRESHOLDS),
     (("dash_epoch_kimg",), ("method",), lambda c: c.method != "dash"),
     (("flex_warmup",), ("threshold",), lambda c: c.threshold == 0),
     (("temperature",), ("hard_labels",), lambda c: c.hard_labels),
