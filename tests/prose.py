@@ -51,7 +51,7 @@ ALLOWED = [
     (r"pipelines/data/folder\.py", r"twins", "a key of cache.json"),
 ]
 
-_TEXT = {".py", ".md", ".sh", ".yml", ".yaml", ".toml", ".txt", ".js", ".css", ".html", ".cpp", ".h", ".cu"}
+_TEXT = {".py", ".md", ".sh", ".yml", ".yaml", ".toml", ".txt", ".js", ".css", ".html", ".cpp", ".h", ".cu", ".sbatch"}
 _SKIPPED = re.compile(r"^(bench/results/|constraints\.txt)")
 _DENIED = {
     re.compile(rf"\b(?:{phrase.replace(' ', chr(92) + 's+')})(?!\w)", re.I): instead

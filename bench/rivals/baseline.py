@@ -1,4 +1,4 @@
-"""`remixmatch bench baseline`: the engine's training step compared with plain PyTorch and other libraries.
+"""`remixmatch bench baseline`: the training step compared with plain PyTorch's and other libraries', rewritten.
 
 There are three rivals: `plain` is good everyday PyTorch (`plain.py`); `usb` and `torchssl` are the steps of these two
 libraries (`ports.py`), which fix K = 2. The engine is compared with `plain` at the same K, and with the others at K = 2

@@ -119,7 +119,7 @@ SplitOptions: Any = dataclasses.make_dataclass(
     bases=(_DataOptions,),
     namespace={
         "__doc__": "Show which images `remixmatch train PRESET` labels, and how many of each class.\n\n"
-        "Defaults are the preset's. Those of a data set are its presets', without --labels."
+        "Flags default to the preset's settings. For a data set, only --split defaults to that of its presets."
     },
 )  # fmt: skip
 
@@ -135,7 +135,8 @@ CheckSplitOptions: Any = dataclasses.make_dataclass(
     bases=(_DataOptions,),
     namespace={
         "__doc__": "Compare a split with the rule that chooses it. The exit code is 1 if they differ.\n\n"
-        "Defaults are the run's. Those of a file are its data set's, and as many labels as in the file."
+        "Flags default to the run's settings. For a file, --split defaults to that of the data set's presets, and "
+        "--labels to the number of its indices."
     },
 )  # fmt: skip
 

@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "reproduce": (
         "engine.studies.reproduce:main",
-        "reproduce a table from the paper: remixmatch reproduce TABLE [flags]",
+        "train and write a table of the paper or of comparisons: remixmatch reproduce TABLE [flags]",
     ),
     "ablate": (
         "engine.studies.ablate:main",

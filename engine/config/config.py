@@ -77,7 +77,7 @@ class Config:
     # Method
     method: str = _method(
         "remixmatch",
-        "Method, which sets other flags; each of them can still be given, unless the method computes it itself (see "
+        "Method. It sets other flags, which can be overridden unless the method computes them itself (see "
         "engine/config/methods.py). "
         "'supervised' trains the same network on the labeled images alone, with the same augmentation and mixup.",
     )
@@ -104,8 +104,8 @@ class Config:
         "Forward pass that makes the pseudo-labels: 'separate', one of its own, whose views are normalized on their "
         "own and do not update the running statistics; 'joint', the training pass, whose batch norm then includes "
         "these views, unmixed; or 'trained', the training pass without more views: pseudo-labels are made from its "
-        "predictions for the views that it trains on, as in the Pi model, which requires --mixup-alpha 0. Views that "
-        "are only guessed from enter no loss. Joint and trained need one micro-batch per rank.",
+        "predictions for the views that it trains on, as in the Pi model, which requires --mixup-alpha 0. Views used "
+        "only for pseudo-labels enter no loss. 'joint' and 'trained' allow one micro-batch per rank.",
     )
     guess_network: Literal["network", "ema"] = _method(
         "network",
@@ -183,7 +183,7 @@ class Config:
 
     # Data
     dataset: str = _data("digits", "Name of the data set; 'remixmatch data list' shows all.")
-    labels: int = _data(40, "Number of labeled images; ignored with --split all.")
+    labels: int = _data(40, "Number of labeled images; not allowed with --split all or --n1.")
     split: Literal["balanced", "paper", "usb", "torchssl", "fixmatch-pytorch", "all"] = _data(
         "balanced",
         "Rule that picks the labeled images, given --labels and --seed: 'balanced', equally many of each class; "
@@ -203,7 +203,8 @@ class Config:
     )
     m1: int = _data(
         0,
-        "M_1: unlabeled images of the largest class, in addition to the labeled ones; 0 for as many as there are.",
+        "M_1: unlabeled images of the largest class, in addition to the labeled ones; 0 for the most that every class "
+        "can supply.",
     )
 
     # Augmentation
@@ -344,7 +345,7 @@ class Config:
     deterministic: bool = _execution(
         False,
         "Make GPU runs bit-identical: kernels are chosen by heuristic instead of by timing, and none uses atomic "
-        "additions. Without it cuDNN benchmarks its kernels, which is faster. CPU runs do not need it.",
+        "additions. Without it cuDNN times its kernels and uses the fastest. CPU runs do not need it.",
     )
     cudnn_plans: int = _execution(
         0,
@@ -370,9 +371,7 @@ class Config:
         "On a GPU, let Inductor try more variants of every kernel (coordinate descent), which takes minutes at the "
         "start of a run.",
     )
-    view_steps: int = _execution(
-        1, "Steps whose views are made as one batch; DALI's cost is nearly independent of batch size."
-    )
+    view_steps: int = _execution(1, "Steps whose views are made as one batch; larger batches cost DALI less per view.")
     prefetch: int = _execution(
         2, "Batches of views made ahead of time; (prefetch + 1) * view_steps must not exceed --lag."
     )

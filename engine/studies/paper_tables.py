@@ -100,7 +100,7 @@ TABLES = {
         "Fashion-MNIST at 16x16 with 100 labels, and baselines", ("fashion-100-small",), tuple(METHODS)
     ),
     "imbalance": PaperTable(
-        "Fashion-MNIST at 16x16 with unequal classes, ratios 10 and 100: what alignment aims at, and FixMatch",
+        "Fashion-MNIST at 16x16 with unequal classes, ratios 10 and 100: targets of alignment, and FixMatch",
         ("fashion-lt10-small", "fashion-lt100-small"),
         (REMIXMATCH, *MARGINALS, "no-alignment", "fixmatch"),
         kind="variant",
